@@ -1,0 +1,25 @@
+# Each target does all of its own set-up in .venv.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+
+.PHONY: eval test style
+
+eval: $(VENV)/ready
+	$(RUN)/vlm-prune eval --method zoo --budget 64
+
+test: $(VENV)/ready
+	$(RUN)/ruff check .
+	$(RUN)/mypy
+	$(RUN)/python -m pytest -q
+
+style: $(VENV)/ready
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV) || { apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv $(VENV); }
+	$(RUN)/python -m pip install --quiet --upgrade pip
+	$(RUN)/pip install --quiet "torch>=2.6"
+	$(RUN)/pip install --quiet --editable . --group dev
+	touch $@

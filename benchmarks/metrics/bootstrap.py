@@ -1,0 +1,36 @@
+"""Paired bootstrap intervals, stratified by task."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+Scores = Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
+
+
+def retained(scores: Scores, draws: int = 2000, seed: int = 0) -> tuple[float, list[float]]:
+    """Mean pruned over mean unpruned accuracy, with a 95 % interval.
+
+    `scores` maps a task to its questions' (unpruned, pruned) scores. Tasks weigh the same, and
+    questions are resampled within each task, in pairs. NaN when the unpruned model scores 0.
+    """
+    rng = np.random.default_rng(seed)
+    base, ours = np.zeros(draws), np.zeros(draws)
+    for unpruned, pruned in scores.values():
+        rows = rng.integers(0, len(unpruned), (draws, len(unpruned)))
+        base += unpruned[rows].mean(1)
+        ours += pruned[rows].mean(1)
+    point = _ratio(
+        sum(p.mean() for _, p in scores.values()), sum(u.mean() for u, _ in scores.values())
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = ours / base
+    ratios = ratios[np.isfinite(ratios)]
+    if len(ratios) == 0:
+        return point, [float("nan"), float("nan")]
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return point, [float(low), float(high)]
+
+
+def _ratio(ours: float, base: float) -> float:
+    return float(ours / base) if base > 0 else float("nan")

@@ -1,0 +1,19 @@
+"""VQA-style answer normalisation, https://visualqa.org/evaluation.html."""
+
+import re
+
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_WORDS = {word: str(value) for value, word in enumerate(_NUMBERS)} | {"none": "0"}
+_ARTICLES = {"a", "an", "the"}
+
+
+def normalise(answer: str) -> str:
+    """Lower case, no articles, no punctuation, number words as digits, single spaces."""
+    text = re.sub(r"(?<!\d)[^\w\s]|[^\w\s](?!\d)", " ", answer.lower())
+    words = (_WORDS.get(word, word) for word in text.split())
+    return " ".join(word for word in words if word not in _ARTICLES)
+
+
+def exact_match(prediction: str, answer: str) -> float:
+    """1.0 when both normalise to the same words, else 0.0."""
+    return float(normalise(prediction) == normalise(answer))

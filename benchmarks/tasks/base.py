@@ -1,0 +1,102 @@
+"""What a task is: questions about images with one gold answer each, made from a seed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from vlm_prune.benchmarks.metrics.vqa import exact_match
+
+if TYPE_CHECKING:
+    from vlm_prune.benchmarks.tasks.scenes import Scene
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One user turn, and the assistant's reply where it is part of the prompt.
+
+    `images` come before `text`, as LLaVA was trained.
+    """
+
+    text: str
+    images: tuple[Image.Image, ...] = ()
+    reply: str | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question: the conversation up to it, the gold answer, and the subset it belongs to."""
+
+    turns: tuple[Turn, ...]
+    answer: str
+    subset: str = ""
+    id: str = ""
+
+    @property
+    def images(self) -> tuple[Image.Image, ...]:
+        return tuple(image for turn in self.turns for image in turn.images)
+
+    def messages(self) -> list[dict[str, Any]]:
+        """The conversation in the chat-template format of `transformers`."""
+        messages: list[dict[str, Any]] = []
+        for turn in self.turns:
+            content: list[dict[str, Any]] = [{"type": "image"} for _ in turn.images]
+            content.append({"type": "text", "text": turn.text})
+            messages.append({"role": "user", "content": content})
+            if turn.reply is not None:
+                reply = [{"type": "text", "text": turn.reply}]
+                messages.append({"role": "assistant", "content": reply})
+        return messages
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a scene (or about nothing but its own text) and its gold answer."""
+
+    text: str
+    answer: str
+    subset: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named stream of samples: `index`, `seed` and `split` decide a sample completely.
+
+    Args:
+        name: as on the command line.
+        visual: whether the last turn asks about an image.
+        make: draws one sample from a random generator; the split decides which photographs and
+            handwritten digits it may use.
+        score: 1.0 for a right answer, 0.0 for a wrong one, given prediction and gold answer.
+    """
+
+    name: str
+    visual: bool
+    make: Callable[[np.random.Generator, Split], Sample]
+    score: Callable[[str, str], float] = exact_match
+
+    def sample(self, index: int, seed: int = 0, split: Split = "test") -> Sample:
+        """The `index`-th sample of the stream."""
+        key = [SPLITS.index(split), seed, index, *self.name.encode()]
+        return replace(self.make(np.random.default_rng(key), split), id=f"{self.name}/{index:06d}")
+
+
+def about_scene(
+    ask: Callable[[np.random.Generator, "Scene"], Question | None],
+) -> Callable[[np.random.Generator, Split], Sample]:
+    """A sample maker that shows a new scene and asks one question about it."""
+    from vlm_prune.benchmarks.tasks.scenes import make_scene
+
+    def make(rng: np.random.Generator, split: Split) -> Sample:
+        while True:
+            scene = make_scene(rng, split)
+            if (question := ask(rng, scene)) is not None:
+                turn = Turn(question.text, (scene.image,))
+                return Sample((turn,), question.answer, question.subset)
+
+    return make

@@ -1,0 +1,137 @@
+"""What the embedded model is trained on: the tasks' own question makers, on training scenes."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlm_prune.benchmarks.tasks import attribute, choice, count, exist, ocr, relation, text
+from vlm_prune.benchmarks.tasks.base import Question
+from vlm_prune.benchmarks.tasks.scenes import COLORS, GRID, NAMES, PATCH, Scene, make_scene
+from vlm_prune.vlm.tiny.language import Row
+from vlm_prune.vlm.tiny.tower import PatchBatch
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+TRAIN_SEED = 1_000_003
+
+
+def normalised(pixels: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]") -> Tensor:
+    """uint8 images (B, H, W, 3) as CLIP's preprocessing leaves them, (B, 3, H, W)."""
+    mean, std = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
+    return (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+def scenes(seed: int, things: int | None = None) -> Iterator[Scene]:
+    """An endless stream of training scenes."""
+    rng = np.random.default_rng([TRAIN_SEED, seed])
+    while True:
+        yield make_scene(rng, "train", things)
+
+
+def windows(seed: int, batch: int, side: int) -> Iterator[PatchBatch]:
+    """Batches of windows of `side` x `side` patches around objects, one for each object of a scene."""
+    rng = np.random.default_rng([TRAIN_SEED, seed, 1])
+    grid = np.arange(GRID * GRID).reshape(GRID, GRID)
+    source = scenes(seed, things=6)
+    while True:
+        cuts = []
+        while len(cuts) < batch:
+            scene = next(source)
+            for thing in scene.things:
+                row = int(np.clip(thing.y // PATCH - rng.integers(side // 4, side - side // 4), 0, GRID - side))
+                left = int(np.clip(thing.x // PATCH - rng.integers(side // 4, side - side // 4), 0, GRID - side))
+                cuts.append((scene, row, left))
+        cuts = cuts[:batch]
+        cells = [(s, slice(r, r + side), slice(c, c + side)) for s, r, c in cuts]
+        pixels = [
+            s.pixels[r * PATCH : (r + side) * PATCH, c * PATCH : (c + side) * PATCH]
+            for s, r, c in cuts
+        ]
+        yield PatchBatch(
+            normalised(np.stack(pixels)),
+            torch.from_numpy(np.stack([grid[r, c].ravel() for _, r, c in cells])),
+            torch.from_numpy(np.stack([s.patch_names[r, c].ravel() for s, r, c in cells])),
+            torch.from_numpy(np.stack([s.patch_colors[r, c].ravel() for s, r, c in cells])),
+        )
+
+
+def whole(seed: int, batch: int = 8) -> Iterator[PatchBatch]:
+    """Batches of whole scenes."""
+    source = scenes(seed, things=6)
+    places = torch.arange(GRID * GRID).expand(batch, -1)
+    while True:
+        drawn = [next(source) for _ in range(batch)]
+        yield PatchBatch(
+            normalised(np.stack([s.pixels for s in drawn])),
+            places,
+            torch.from_numpy(np.stack([s.patch_names.ravel() for s in drawn])),
+            torch.from_numpy(np.stack([s.patch_colors.ravel() for s in drawn])),
+        )
+
+
+def where(rng: np.random.Generator, scene: Scene) -> Question:
+    """A training-only question that teaches the model to read locations: eighths of the side."""
+    thing = scene.things[int(rng.integers(len(scene.things)))]
+    axis, place = ("column", thing.x) if rng.random() < 0.5 else ("row", thing.y)
+    return Question(f"In which {axis} is the {thing.noun}?", str(int(place // (3 * PATCH))))
+
+
+def visual_questions(rng: np.random.Generator, scene: Scene, number: int) -> list[Question]:
+    """Questions about one scene, tasks drawn at random, locations and relations more often."""
+    makers = (
+        exist.ask, attribute.ask, ocr.ask, count.ask, choice.ask,
+        relation.ask, relation.ask, where,
+    )  # fmt: skip
+    asked: list[Question] = []
+    while len(asked) < number:
+        question = makers[int(rng.integers(len(makers)))](rng, scene)
+        if question is not None:
+            asked.append(question)
+    return asked
+
+
+def block(question: Question, opening: str = "") -> tuple[str, str]:
+    """Prompt and answer as the chat template writes them."""
+    return f"{opening}{question.text} ASSISTANT:", f" {question.answer}"
+
+
+def history(rng: np.random.Generator, turns: int) -> str:
+    """Text-only turns with their replies, as the chat template writes them."""
+    asked = [text.ask(rng) for _ in range(turns)]
+    return "".join(f"USER: {q.text} ASSISTANT: {q.answer}</s>" for q in asked)
+
+
+def text_row(rng: np.random.Generator, number: int) -> Row:
+    """Text-only questions, after up to two earlier turns."""
+    before = "<s>" + history(rng, int(rng.integers(0, 3)) if rng.random() < 0.5 else 0)
+    return Row(before, [block(text.ask(rng), "USER: ") for _ in range(number)])
+
+
+def visual_row(rng: np.random.Generator, scene: Scene, image: Tensor, number: int) -> Row:
+    """Questions about one image, after text turns in one row out of five."""
+    turns = int(rng.integers(1, 3)) if rng.random() < 0.2 else 0
+    before = f"<s>{history(rng, turns)}USER: "
+    return Row(before, [block(q) for q in visual_questions(rng, scene, number)], image)
+
+
+def subset(rng: np.random.Generator, scene: Scene, extra: int) -> Tensor:
+    """Indices of every object patch and `extra` background patches, in order."""
+    shown = scene.patch_names.ravel() > 0
+    background = rng.permutation(np.flatnonzero(~shown))[:extra]
+    return torch.from_numpy(np.sort(np.concatenate([np.flatnonzero(shown), background])))
+
+
+def corpus(lines: int = 4000) -> Iterator[str]:
+    """Text for the tokenizer: every kind of question and answer."""
+    rng = np.random.default_rng(TRAIN_SEED)
+    source = scenes(0)
+    for _ in range(lines // 20):
+        for question in visual_questions(rng, next(source), 10):
+            yield f"USER: \n{question.text} ASSISTANT: {question.answer}"
+        for _ in range(10):
+            question = text.ask(rng)
+            yield f"USER: {question.text} ASSISTANT: {question.answer}"
+    for name in (*NAMES, *COLORS):
+        yield f" {name}"

@@ -1,0 +1,37 @@
+"""Interleaved image-text conversations in six settings, scored on the last turn.
+
+The settings are those of the IIT benchmark of Wings (https://arxiv.org/abs/2406.03496): T is a
+text-only turn, V a turn with an image. Replies of earlier turns are the gold ones, so that the
+last turn is measured alone.
+"""
+
+import numpy as np
+
+from vlm_prune.benchmarks.tasks import attribute, count, exist, ocr, text
+from vlm_prune.benchmarks.tasks.base import Sample, Split, Task, Turn
+from vlm_prune.benchmarks.tasks.scenes import make_scene
+
+SETTINGS = ("T", "T,T", "T,T,T", "T,T,V", "T,V", "V")
+
+
+def _turn(rng: np.random.Generator, split: Split, visual: bool) -> tuple[Turn, str]:
+    if not visual:
+        question = text.ask(rng)
+        return Turn(question.text), question.answer
+    scene = make_scene(rng, split)
+    makers = (attribute.ask, count.ask, exist.ask, ocr.ask)
+    asked = makers[int(rng.integers(len(makers)))](rng, scene) or exist.ask(rng, scene)
+    return Turn(asked.text, (scene.image,)), asked.answer
+
+
+def make(rng: np.random.Generator, split: Split) -> Sample:
+    setting = SETTINGS[int(rng.integers(len(SETTINGS)))]
+    turns, answer = [], ""
+    for kind in setting.split(","):
+        turn, answer = _turn(rng, split, kind == "V")
+        turns.append(Turn(turn.text, turn.images, answer))
+    last = turns[-1]
+    return Sample((*turns[:-1], Turn(last.text, last.images)), answer, setting)
+
+
+TASK = Task("iit", True, make)

@@ -1,0 +1,17 @@
+"""Read a handwritten digit or a printed word, as TextVQA asks, https://arxiv.org/abs/1904.08920."""
+
+import numpy as np
+
+from vlm_prune.benchmarks.tasks.base import Question, Task, about_scene
+from vlm_prune.benchmarks.tasks.scenes import Scene
+
+
+def ask(rng: np.random.Generator, scene: Scene) -> Question | None:
+    written = scene.of_kind("digit", "word")
+    if not written:
+        return None
+    thing = written[int(rng.integers(len(written)))]
+    return Question(f"What {thing.kind} is {thing.color}?", thing.name, thing.kind)
+
+
+TASK = Task("ocr", True, about_scene(ask))

@@ -1,0 +1,46 @@
+"""Text-only skills: arithmetic, comparison, ordering, and lookup in a written scene."""
+
+import numpy as np
+
+from vlm_prune.benchmarks.tasks.base import Question, Sample, Split, Task, Turn
+from vlm_prune.benchmarks.tasks.scenes import COLORS, NAMES, noun
+
+
+def arithmetic(rng: np.random.Generator) -> Question:
+    a, b = (int(v) for v in rng.integers(0, 10, 2))
+    if rng.random() < 0.5:
+        return Question(f"What is {a} plus {b}?", str(a + b), "arithmetic")
+    return Question(f"What is {a + b} minus {b}?", str(a), "arithmetic")
+
+
+def comparison(rng: np.random.Generator) -> Question:
+    a, b = (int(v) for v in rng.choice(10, 2, replace=False))
+    word, answer = ("larger", max(a, b)) if rng.random() < 0.5 else ("smaller", min(a, b))
+    return Question(f"Which is {word}, {a} or {b}?", str(answer), "comparison")
+
+
+def ordering(rng: np.random.Generator) -> Question:
+    values = [int(v) for v in rng.choice(10, 3, replace=False)]
+    listed = " ".join(map(str, values))
+    return Question(f"Sort {listed}.", " ".join(map(str, sorted(values))), "ordering")
+
+
+def lookup(rng: np.random.Generator) -> Question:
+    names = [str(n) for n in rng.choice(NAMES, 3, replace=False)]
+    colors = [str(c) for c in rng.choice(list(COLORS), 3, replace=False)]
+    story = " ".join(f"The {noun(n)} is {c}." for n, c in zip(names, colors, strict=True))
+    asked = int(rng.integers(3))
+    return Question(f"{story} What color is the {noun(names[asked])}?", colors[asked], "lookup")
+
+
+def ask(rng: np.random.Generator) -> Question:
+    makers = (arithmetic, comparison, ordering, lookup)
+    return makers[int(rng.integers(len(makers)))](rng)
+
+
+def _make(rng: np.random.Generator, split: Split) -> Sample:
+    question = ask(rng)
+    return Sample((Turn(question.text),), question.answer, question.subset)
+
+
+TASK = Task("text", False, _make)

@@ -1,0 +1,59 @@
+"""FoPru: focal pruning by the vision encoder's own attention."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from vlm_prune.pruning.base import ScorePruner, Stage
+from vlm_prune.vlm.tokens import Kept, Queries, VisionTokens, top
+
+Strategy = Literal["rank", "row"]
+
+
+@dataclass
+class FoPru(ScorePruner):
+    """Keep the tokens that receive most attention in the vision tower's feature layer.
+
+    https://arxiv.org/abs/2411.14164
+
+    Args:
+        strategy: `rank` keeps the best tokens anywhere; `row` keeps whole rows of the grid, best
+            row sums first, and trims the last row to its best tokens so that the budget is exact.
+        queries: whose attention counts: `all` tokens, `patches` only, or the `cls` token.
+
+    The paper names the encoder's attention as the score without giving the layer or the sum; we
+    read the layer that produces the features and average over heads and queries. It keeps whole
+    rows only; trimming is ours, to compare methods at equal counts.
+    """
+
+    strategy: Strategy = "rank"
+    queries: Queries = "all"
+    stage: ClassVar[Stage] = "encoder"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2411.14164"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._choice("strategy", get_args(Strategy))
+        self._choice("queries", get_args(Queries))
+
+    def score(self, vision: VisionTokens) -> Tensor:
+        return vision.received(self.queries)
+
+    def reduce(self, vision: VisionTokens) -> Kept:
+        scores, k = self.score(vision), self.count(vision)
+        if self.strategy == "row":
+            scores = row_scores(scores, vision.grid)
+        return Kept.at(vision, top(scores, k))
+
+
+def row_scores(scores: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Scores whose order takes rows of the grid one after the other, each row's best tokens first.
+
+    Shapes: (M, N) -> (M, N).
+    """
+    rows = scores.unflatten(1, grid)
+    rank_of_row = rows.sum(2).argsort(dim=1, descending=True, stable=True).argsort(1)
+    rank_in_row = rows.argsort(dim=2, descending=True, stable=True).argsort(2)
+    return -(rank_of_row[..., None] * grid[1] + rank_in_row).flatten(1).to(torch.float32)

@@ -1,0 +1,22 @@
+"""No pruning: the unpruned model on the pruners' own road."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vlm_prune.pruning.base import Stage, VisionPruner
+from vlm_prune.vlm.tokens import Kept, VisionTokens
+
+
+@dataclass
+class NoPruning(VisionPruner):
+    """Keep every token, whatever the budget."""
+
+    stage: ClassVar[Stage] = "projector"
+
+    def reduce(self, vision: VisionTokens) -> Kept:
+        count, tokens = vision.projected.shape[:2]
+        return Kept.at(
+            vision, torch.arange(tokens, device=vision.projected.device).repeat(count, 1)
+        )

@@ -1,0 +1,47 @@
+"""Control: average pooling."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vlm_prune.pruning.base import Stage, VisionPruner
+from vlm_prune.vlm.tokens import Kept, VisionTokens
+
+
+def regions(k: int, rows: int, columns: int) -> list[tuple[slice, slice]]:
+    """Split a grid into `k` rectangles of nearly equal size, in reading order.
+
+    About sqrt(k) bands of rows, each cut into its share of columns.
+    """
+    bands = min(rows, max(1, round((k * rows / columns) ** 0.5), -(-k // columns)))
+    out = []
+    for band in range(bands):
+        share = k * (band + 1) // bands - k * band // bands
+        down = slice(rows * band // bands, rows * (band + 1) // bands)
+        out += [
+            (down, slice(columns * i // share, columns * (i + 1) // share)) for i in range(share)
+        ]
+    return out
+
+
+@dataclass
+class Pool(VisionPruner):
+    """Average the projected tokens of rectangles, exactly as many as the budget.
+
+    Each average stands at the place of its rectangle's middle token.
+    """
+
+    stage: ClassVar[Stage] = "projector"
+
+    def reduce(self, vision: VisionTokens) -> Kept:
+        rows, columns = vision.grid
+        grid = vision.projected.unflatten(1, vision.grid)
+        boxes = regions(self.count(vision), rows, columns)
+        means = torch.stack([grid[:, r, c].mean(dim=(1, 2)) for r, c in boxes], 1)
+        middles = [
+            (r.start + r.stop - 1) // 2 * columns + (c.start + c.stop - 1) // 2 for r, c in boxes
+        ]
+        places = torch.tensor(middles, device=means.device)
+        order = places.argsort()
+        return Kept([places[order]] * len(means), list(means[:, order]))

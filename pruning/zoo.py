@@ -1,0 +1,107 @@
+"""ZOO-Prune: keep tokens to which the projector is sensitive, and that differ from each other."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from vlm_prune.pruning.base import Stage, VisionPruner
+from vlm_prune.pruning.select import diverse, min_max
+from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.tokens import Kept, Projector, VisionTokens
+
+Combine = Literal["product", "sensitivity", "diversity"]
+
+
+@dataclass
+class Zoo(VisionPruner):
+    """Zeroth-order sensitivity of the projector times diversity of its outputs.
+
+    https://arxiv.org/abs/2509.24837
+
+    Args:
+        directions: random unit directions, shared by all tokens and images.
+        step: length h of the central difference.
+        combine: `product` is the method, the other two its ablations.
+
+    Differences are taken between pre-activations, where the step is exact: the same estimator in
+    exact arithmetic, without the rounding that fp16 inputs suffer. All in fp32.
+    """
+
+    directions: int = 64
+    step: float = 0.01
+    combine: Combine = "product"
+    stage: ClassVar[Stage] = "projector"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2509.24837"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._choice("combine", get_args(Combine))
+        if self.directions < 1 or self.step <= 0:
+            raise InputError("directions must be at least 1 and step above 0")
+
+    def sensitivity(self, vision: VisionTokens) -> Tensor:
+        """(M, N), the mean change of the output along random directions."""
+        width = vision.features.shape[-1]
+        generator = torch.Generator().manual_seed(self.seed)
+        bank = torch.randn(self.directions, width, generator=generator)
+        bank = (bank / bank.norm(dim=1, keepdim=True)).to(vision.features.device)
+        return monte_carlo(vision.features, vision.projector, bank, self.step)
+
+    def reduce(self, vision: VisionTokens) -> Kept:
+        scores = torch.ones(vision.projected.shape[:2], device=vision.projected.device)
+        if self.combine != "diversity":
+            scores = min_max(self.sensitivity(vision))
+        k = self.count(vision)
+        if self.combine == "sensitivity":
+            return Kept.at(vision, scores.sort(1, descending=True, stable=True).indices[:, :k])
+        return Kept.at(vision, diverse(scores, vision.projected, k))
+
+
+@dataclass
+class ZooExact(Zoo):
+    """ZOO-Prune with the sensitivity in closed form: no sampling, one matrix product per image.
+
+    For many directions and small steps the mean norm tends to sqrt(d^T K d / d_v), where d is the
+    activation's derivative at the token and K = (W2^T W2) * (W1 W1^T). Ours; `directions`, `step`
+    and `seed` are unused.
+    """
+
+    paper: ClassVar[str] = ""
+
+    def sensitivity(self, vision: VisionTokens) -> Tensor:
+        return closed_form(vision.features, vision.projector)
+
+
+def monte_carlo(features: Tensor, projector: Projector, bank: Tensor, step: float) -> Tensor:
+    """Mean over directions u of |M(x + hu) - M(x - hu)| / 2h.
+
+    Shapes: features (M, N, d_v), bank (m, d_v) -> (M, N), in at least fp32. The first layer runs
+    once on tokens and once on directions, and the second layer's bias cancels.
+    """
+    work = torch.promote_types(features.dtype, torch.float32)
+    w1, w2 = projector.w1.to(work), projector.w2.to(work)
+    before = features.to(work) @ w1.T
+    if projector.b1 is not None:
+        before = before + projector.b1.to(work)
+    total = torch.zeros(features.shape[:2], dtype=work, device=features.device)
+    for shift in bank.to(work) @ w1.T * step:
+        difference = projector.act(before + shift) - projector.act(before - shift)
+        total += (difference @ w2.T).norm(dim=-1)
+    return total / (2 * step * len(bank))
+
+
+def closed_form(features: Tensor, projector: Projector) -> Tensor:
+    """sqrt(d^T K d / d_v); shapes (M, N, d_v) -> (M, N), in at least fp32."""
+    work = torch.promote_types(features.dtype, torch.float32)
+    w1, w2 = projector.w1.to(work), projector.w2.to(work)
+    before = features.to(work) @ w1.T
+    if projector.b1 is not None:
+        before = before + projector.b1.to(work)
+    with torch.enable_grad():
+        point = before.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(projector.act(point).sum(), point)
+    kernel = (w2.T @ w2) * (w1 @ w1.T)
+    squared = ((slope @ kernel) * slope).sum(-1) / features.shape[-1]
+    return squared.clamp_min(0).sqrt()

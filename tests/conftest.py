@@ -1,0 +1,57 @@
+"""Tiny models built from the real classes; nothing is downloaded."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vlm_prune.vlm.tiny.config import make_model, make_processor
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return make_processor(["USER: What color is the star? ASSISTANT: red", "Is there a 7? yes no"])
+
+
+@pytest.fixture(scope="session")
+def llava(processor):
+    """A random 336 px LLaVA with 576 tokens per image, sharp enough that answers differ."""
+    torch.manual_seed(0)
+    model = make_model(processor, width=48).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(3)
+    return model
+
+
+@pytest.fixture(scope="session")
+def images():
+    rng = np.random.default_rng(0)
+    return [
+        Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).resize((336, 336), 0)
+        for _ in range(3)
+    ]
+
+
+@pytest.fixture(scope="session")
+def make_inputs(processor):
+    """Build padded inputs from (number of images, question) per row."""
+
+    def make(rows, pictures, side="left"):
+        texts, used = [], []
+        for count, question in rows:
+            content = [{"type": "image"}] * count + [{"type": "text", "text": question}]
+            message = [{"role": "user", "content": content}]
+            texts.append(processor.apply_chat_template(message, add_generation_prompt=True))
+            used += [pictures[(len(used) + i) % len(pictures)] for i in range(count)]
+        processor.tokenizer.padding_side = side
+        inputs = processor(text=texts, images=used or None, padding=True, return_tensors="pt")
+        processor.tokenizer.padding_side = "left"
+        return inputs
+
+    return make

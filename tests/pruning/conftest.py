@@ -1,0 +1,20 @@
+"""One row per method: its registered name and the arguments it is tested with."""
+
+import pytest
+
+CASES = [
+    ("none", {}),
+    ("random", {}),
+    ("pool", {}),
+    ("downsample", {}),
+    ("fopru", {}),
+    ("fopru", {"strategy": "row", "queries": "cls"}),
+    ("adaptinfer", {}),
+    ("zoo", {"directions": 4}),
+    ("zoo-exact", {}),
+]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: "-".join([case[0], *map(str, case[1].values())]))
+def case(request):
+    return request.param

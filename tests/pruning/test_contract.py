@@ -1,0 +1,189 @@
+"""Contracts that every registered method keeps; see CONTRIBUTING.md."""
+
+import copy
+
+import pytest
+import torch
+from transformers import TextStreamer
+
+from vlm_prune.pruning import METHODS, DecoderPruner
+from vlm_prune.vlm.families import family_of
+
+LONG = "What color is the star and is there a 7?"
+RAGGED = [(1, "Is there a 7?"), (1, LONG), (0, "What is red?"), (2, LONG)]
+
+
+def build(case, budget=48, **more):
+    name, arguments = case
+    return METHODS[name](budget=budget, **arguments, **more)
+
+
+def greedy(model, inputs, steps=6, **more):
+    return model.generate(
+        **inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False,
+        return_dict_in_generate=True, output_logits=True, **more,
+    )  # fmt: skip
+
+
+def test_every_method_has_a_case(pytestconfig):
+    from pathlib import Path
+
+    text = (Path(__file__).parent / "conftest.py").read_text()
+    assert all(f'("{name}"' in text for name in METHODS)
+
+
+@pytest.mark.parametrize("positions", ["contiguous", "original"])
+def test_keeping_all_equals_the_unpruned_model(case, positions, llava, images, make_inputs):
+    inputs = make_inputs(RAGGED, images)
+    expected = greedy(llava, inputs)
+    with build(case, budget=576, positions=positions)(llava):
+        out = greedy(llava, inputs)
+    assert torch.equal(out.sequences, expected.sequences)
+    for ours, theirs in zip(out.logits, expected.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["contiguous", "original"])
+def test_each_row_equals_its_solo_run(case, positions, llava, images, make_inputs):
+    method = build(case, positions=positions)
+    with method(llava):
+        batch = greedy(llava, make_inputs(RAGGED, images))
+        used = 0
+        for row, (count, question) in enumerate(RAGGED):
+            pictures = [images[(used + i) % 3] for i in range(count)] or images
+            used += count
+            solo = greedy(llava, make_inputs([(count, question)], pictures))
+            for step, logits in enumerate(batch.logits):
+                torch.testing.assert_close(logits[row], solo.logits[step][0], atol=2e-5, rtol=1e-4)
+
+
+def test_right_padded_rows_equal_left_padded_ones(case, llava, images, make_inputs):
+    with build(case)(llava), torch.no_grad():
+        left, right = (
+            llava(**make_inputs(RAGGED, images, side)).logits for side in ("left", "right")
+        )
+    for row, (count, question) in enumerate(RAGGED):
+        ids = make_inputs([(count, question)], images)
+        with build(case)(llava) as trace, torch.no_grad():
+            llava(**ids)
+        length = ids["input_ids"].shape[1] - count * (
+            576 - int(trace.layer_tokens[-1] if count else 0)
+        )
+        torch.testing.assert_close(left[row, -length:], right[row, :length], atol=2e-5, rtol=1e-4)
+
+
+def test_cached_decoding_equals_a_full_forward(case, llava, images, make_inputs):
+    """The reference walks the layers itself: one pass over prompt and answer, no cache, no hooks."""
+    inputs = make_inputs([(1, LONG)], images)
+    method = build(case)
+    with method(llava) as trace:
+        out = greedy(llava, inputs)
+    if method.stage == "input":
+        pytest.skip("its features come from another image; the pre-LLM road is the same as pool's")
+    family, ids = family_of(llava), out.sequences
+    start = int((ids[0] == family.image_token).nonzero()[0])
+    with torch.no_grad():
+        vision = family.encode(inputs["pixel_values"])
+        embeds = llava.get_input_embeddings()(ids)[0]
+        embeds[start : start + 576] = vision.projected[0]
+        if isinstance(method, DecoderPruner):
+            cuts = {
+                cut.layer: places[0]
+                for cut, places in zip(method.cuts(576, 6), trace.cuts, strict=True)
+            }
+        else:
+            kept = method.reduce(vision)
+            embeds[start + kept.places[0]] = kept.features[0]
+            cuts = {0: kept.places[0]}
+        here, hidden = torch.arange(len(embeds)), embeds
+        for number, layer in enumerate(family.decoder.layers):
+            if number in cuts:
+                wanted = torch.ones(len(embeds), dtype=torch.bool)
+                wanted[start : start + 576] = False
+                wanted[start + cuts[number]] = True
+                hidden, here = hidden[wanted[here]], here[wanted[here]]
+            place = torch.arange(len(here))[None]
+            mask = torch.full((len(here), len(here)), float("-inf")).triu(1)[None, None]
+            rotary = family.decoder.rotary_emb(hidden[None], position_ids=place)
+            hidden = layer(hidden[None], attention_mask=mask, position_embeddings=rotary)[0]
+        logits = llava.lm_head(family.decoder.norm(hidden))
+    for step, ours in enumerate(out.logits):
+        theirs = logits[len(logits) - len(out.logits) - 1 + step]
+        torch.testing.assert_close(ours[0], theirs, atol=2e-5, rtol=1e-4)
+
+
+def test_eager_equals_sdpa(case, llava, images, make_inputs):
+    inputs = make_inputs(RAGGED, images)
+    with build(case)(llava):
+        sdpa = greedy(llava, inputs)
+        llava.set_attn_implementation("eager")
+        try:
+            eager = greedy(llava, inputs)
+        finally:
+            llava.set_attn_implementation("sdpa")
+    torch.testing.assert_close(eager.logits[-1], sdpa.logits[-1], atol=2e-5, rtol=1e-4)
+
+
+def test_beam_search_and_streaming(case, llava, processor, images, make_inputs, capsys):
+    inputs = make_inputs([(1, "Is there a 7?")], images)
+    with build(case)(llava):
+        alone = llava.generate(**inputs, num_beams=3, max_new_tokens=5, min_new_tokens=5)
+        pair = llava.generate(
+            **make_inputs([(1, "Is there a 7?"), (0, "What is red?")], images),
+            num_beams=3, max_new_tokens=5, min_new_tokens=5,
+        )  # fmt: skip
+        streamer = TextStreamer(processor.tokenizer, skip_prompt=True)
+        streamed = llava.generate(**inputs, max_new_tokens=5, min_new_tokens=5, streamer=streamer)
+    assert torch.equal(alone[0, -5:], pair[0, -5:])
+    prompt = inputs["input_ids"].shape[1]
+    assert torch.equal(streamed[:, :prompt], inputs["input_ids"])
+    assert capsys.readouterr().out.strip() == processor.decode(streamed[0, prompt:]).strip()
+
+
+def snapshot(model):
+    hooks = {
+        name: (list(module._forward_pre_hooks), list(module._forward_hooks), sorted(vars(module)))
+        for name, module in model.named_modules()
+    }
+    return (
+        hooks,
+        copy.deepcopy(model.config.to_dict()),
+        copy.deepcopy(vars(model.generation_config)),
+    )
+
+
+def test_the_model_is_untouched_afterwards(case, llava, images, make_inputs):
+    inputs = make_inputs([(1, "Is there a 7?")], images)
+    greedy(llava, inputs, output_hidden_states=True)  # transformers installs its own hooks lazily
+    before = snapshot(llava)
+    with build(case)(llava):
+        during = snapshot(llava)
+        greedy(llava, inputs)
+    assert snapshot(llava) == before != during
+    with pytest.raises(RuntimeError, match="inside"), build(case)(llava):
+        raise RuntimeError("inside")
+    assert snapshot(llava) == before
+
+
+def test_the_same_seed_keeps_the_same_tokens(case, llava, images, make_inputs):
+    kept = []
+    for order in ([0, 1], [1, 0]):
+        pictures = [images[i] for i in order]
+        with build(case, seed=3)(llava) as trace:
+            greedy(llava, make_inputs([(1, LONG), (1, LONG)], pictures), steps=1)
+        kept.append([trace.kept[i].tolist() for i in order])
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("budget", [64, 0.25, 192])
+def test_the_budget_is_met(case, budget, llava, images, make_inputs):
+    method = build(case, budget=budget)
+    with method(llava) as trace:
+        greedy(llava, make_inputs([(1, LONG)], images), steps=1)
+    wanted = {"none": 576}.get(case[0], budget if isinstance(budget, int) else 144)
+    mean = sum(trace.layer_tokens) / len(trace.layer_tokens)
+    assert mean <= wanted
+    assert mean > wanted * (0.85 if case[0] == "downsample" else 0.98)
+    if len(set(trace.layer_tokens)) == 1:
+        assert [len(places) for places in trace.kept] == [int(mean)]
+        assert trace.kept[0].tolist() == sorted(trace.kept[0].tolist())

@@ -1,0 +1,19 @@
+"""What a vision-language model is, for the rest of the suite."""
+
+from typing import TYPE_CHECKING, Any
+
+from vlm_prune.vlm.errors import InputError
+
+if TYPE_CHECKING:
+    from vlm_prune.vlm.wrapper import PrunedVLM
+
+__all__ = ["InputError", "PrunedVLM"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch only when the wrapper is asked for."""
+    if name == "PrunedVLM":
+        from vlm_prune.vlm.wrapper import PrunedVLM
+
+        return PrunedVLM
+    raise AttributeError(name)

@@ -1,0 +1,51 @@
+"""Loading a model and its processor; whatever is wrong with them is said in one line."""
+
+from pathlib import Path
+from typing import Any
+
+from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.tiny import checkpoint_path
+
+EMBEDDED = "tiny"
+
+
+def load(name: str = EMBEDDED, device: str = "cpu", dtype: str = "auto") -> tuple[Any, Any]:
+    """Model and processor from the embedded checkpoint (`tiny`), a folder, or a hub name.
+
+    Only safetensors are read, and no code from the checkpoint is run. `auto` is fp32 on a CPU and
+    the checkpoint's own type elsewhere.
+
+    Raises:
+        InputError: if there is no such checkpoint, it is damaged, or its family is unsupported.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    from vlm_prune.vlm.families import FAMILIES
+
+    path = str(checkpoint_path()) if name == EMBEDDED else name
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise InputError(f"{path} holds no config.json, so it is no checkpoint folder")
+    if dtype == "auto" and device == "cpu":
+        dtype = "float32"
+    try:
+        target = torch.device(device)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if config.model_type not in FAMILIES:
+            raise InputError(
+                f"model type {config.model_type!r} is not supported; "
+                f"supported: {', '.join(FAMILIES)}"
+            )
+        model = AutoModelForImageTextToText.from_pretrained(
+            path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        return model.to(target).eval(), processor
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"cannot load model {name!r}: {first} (give 'tiny', a checkpoint folder, or a hub name)"
+        ) from error

@@ -1,0 +1,8 @@
+"""The embedded LLaVA: small enough for a laptop, trained to really see its own little world."""
+
+from pathlib import Path
+
+
+def checkpoint_path() -> Path:
+    """The folder of the packaged checkpoint, for `from_pretrained`."""
+    return Path(__file__).parent / "checkpoint"

@@ -1,0 +1,164 @@
+"""Stages 2 to 4: teach projector and language model to answer, many questions per sequence.
+
+Each row is a prefix (text turns and at most one image) followed by question blocks. A block sees
+the prefix and itself, and its positions restart after the prefix, so that one pass over an image
+trains many questions and no answer can be copied from a neighbour.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from vlm_prune.vlm.tiny.tower import optimizers, set_rate, tower_features
+
+logger = logging.getLogger(__name__)
+IGNORE = -100
+Encoder = Callable[[list[Tensor]], Tensor]
+
+
+@dataclass
+class Row:
+    """One training sequence.
+
+    `before` precedes the image, `blocks` are (prompt, answer) pairs, each starting where the
+    prefix ends. `image` is (tokens, width) tower features, pixels (3, 336, 336), or None.
+    """
+
+    before: str
+    blocks: list[tuple[str, str]]
+    image: Tensor | None = None
+
+
+@dataclass
+class Packed:
+    """Tensors of a batch of rows; shapes (B, L), mask (B, 1, L, L) additive."""
+
+    ids: Tensor
+    positions: Tensor
+    labels: Tensor
+    mask: Tensor
+
+
+def pack(rows: list[Row], tokenizer: PreTrainedTokenizerFast, image_token: int) -> Packed:
+    """Lay rows out as prefix and blocks, padded on the right."""
+    layouts = [_layout(row, tokenizer, image_token) for row in rows]
+    length = max(len(ids) for ids, _, _, _ in layouts)
+    shape = (len(rows), length)
+    ids = torch.full(shape, int(tokenizer.pad_token_id or 0))
+    positions, block = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
+    labels = torch.full(shape, IGNORE)
+    for r, layout in enumerate(layouts):
+        for target, values in zip((ids, positions, block, labels), layout, strict=True):
+            target[r, : len(values)] = torch.tensor(values)
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    same = (block[:, :, None] == block[:, None, :]) | (block[:, None, :] == 0)
+    visible = causal & same | torch.eye(length, dtype=torch.bool)
+    mask = torch.zeros(visible.shape).masked_fill_(~visible, torch.finfo(torch.float32).min)
+    return Packed(ids, positions, labels, mask[:, None])
+
+
+def _layout(
+    row: Row, tokenizer: PreTrainedTokenizerFast, image_token: int
+) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Ids, positions, block numbers (0 = prefix) and next-token labels of one row."""
+    ids: list[int] = tokenizer(row.before, add_special_tokens=False).input_ids
+    if row.image is not None:
+        count = len(row.image) if row.image.ndim == 2 else 576
+        ids = [*ids, *[image_token] * count, *tokenizer("\n").input_ids]
+    start = len(ids)
+    positions, block, labels = list(range(start)), [0] * start, [IGNORE] * start
+    for number, (prompt, answer) in enumerate(row.blocks, 1):
+        asked: list[int] = tokenizer(prompt).input_ids
+        said: list[int] = [*tokenizer(answer).input_ids, tokenizer.eos_token_id]
+        ids += asked + said
+        positions += range(start, start + len(asked) + len(said))
+        block += [number] * (len(asked) + len(said))
+        labels += [IGNORE] * (len(asked) - 1) + said + [IGNORE]
+    return ids, positions, block, labels
+
+
+def loss_of(
+    model: LlavaForConditionalGeneration, batch: Packed, images: list[Tensor], encode: Encoder
+) -> tuple[Tensor, float]:
+    """Cross-entropy over answer tokens, and the share of them that argmax gets right."""
+    embeds = model.get_input_embeddings()(batch.ids)
+    if images:
+        shown = (batch.ids == model.config.image_token_id).unsqueeze(-1)
+        embeds = embeds.masked_scatter(shown, encode(images))
+    decoder = model.model.language_model
+    hidden = decoder(
+        inputs_embeds=embeds, attention_mask=batch.mask, position_ids=batch.positions,
+        use_cache=False,
+    ).last_hidden_state  # fmt: skip
+    asked = batch.labels != IGNORE
+    logits, labels = model.lm_head(hidden[asked]), batch.labels[asked]
+    return cross_entropy(logits, labels), float((logits.argmax(-1) == labels).float().mean())
+
+
+def projected(model: LlavaForConditionalGeneration) -> Encoder:
+    """Features through the projector; pixels through tower and projector."""
+
+    def encode(images: list[Tensor]) -> Tensor:
+        if images[0].ndim == 3:
+            features = tower_features(clip(model), torch.stack(images)).flatten(0, 1)
+        else:
+            features = torch.cat(images).float()
+        tokens: Tensor = model.model.multi_modal_projector(features)
+        return tokens
+
+    return encode
+
+
+def clip(model: LlavaForConditionalGeneration) -> nn.Module:
+    """The vision transformer inside a LLaVA, with or without its wrapper."""
+    tower = model.model.vision_tower
+    inner: nn.Module = getattr(tower, "vision_model", tower)
+    return inner
+
+
+def train_language(
+    model: LlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: Iterator[list[Row]],
+    seconds: float,
+    rate: float,
+    encode: Encoder,
+    modules: list[nn.Module],
+    every: tuple[float, Callable[[], None]] | None = None,
+) -> dict[str, float]:
+    """Train `modules` for `seconds` of wall time, the rate decaying over them.
+
+    `every` is (seconds, action), for saving on the way. Returns steps, rows, and the running
+    share of answer tokens that are right.
+    """
+    steppers = optimizers(modules, rate)
+    running, step, seen, begin = 0.0, 0, 0, time.monotonic()
+    said = acted = begin
+    while (elapsed := time.monotonic() - begin) < seconds:
+        part = elapsed / seconds
+        set_rate(steppers, rate * min(1.0, (step + 1) / 30) * max(0.05, min(1.0, 1.4 * (1 - part))))
+        batch = next(rows)
+        images = [row.image for row in batch if row.image is not None]
+        packed = pack(batch, tokenizer, model.config.image_token_id)
+        loss, right = loss_of(model, packed, images, encode)
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for m in modules for p in m.parameters()], 1.0)
+        for stepper in steppers:
+            stepper.step()
+            stepper.zero_grad(set_to_none=True)
+        step, seen = step + 1, seen + len(batch)
+        running += (right - running) * max(0.03, 1 / step)
+        now = time.monotonic()
+        if now - said > 10:
+            said = now
+            logger.info("step %d (%.0f s) loss %.3f answers %.3f", step, elapsed, loss, running)
+        if every is not None and now - acted > every[0]:
+            acted = now
+            every[1]()
+    return {"steps": step, "rows": seen, "seconds": round(seconds), "answer_tokens": round(running, 4)}

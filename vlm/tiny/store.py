@@ -1,0 +1,35 @@
+"""Saving the embedded checkpoint: half-precision safetensors, swapped in as a whole."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+
+def save_checkpoint(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path
+) -> None:
+    """Write model and processor beside `folder`, then rename; other files in it are kept.
+
+    Tensors are stored as fp16 while the configuration says float32, so that the model loads
+    ready for a CPU.
+    """
+    fresh = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    model.save_pretrained(fresh)
+    processor.save_pretrained(fresh)
+    weights = load_file(fresh / "model.safetensors")
+    half = {name: tensor.to(torch.float16) for name, tensor in weights.items()}
+    save_file(half, fresh / "model.safetensors", {"format": "pt"})
+    if folder.is_dir():
+        for kept in folder.iterdir():
+            if not (fresh / kept.name).exists():
+                shutil.copy2(kept, fresh / kept.name)
+        old = folder.with_name(f"{folder.name}.old")
+        folder.rename(old)
+        fresh.rename(folder)
+        shutil.rmtree(old)
+    else:
+        fresh.rename(folder)

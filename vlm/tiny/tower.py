@@ -1,0 +1,149 @@
+"""Stage 1: teach the vision tower to name what each patch shows, before any language."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PatchBatch:
+    """Image windows with their place in the 24 x 24 patch grid and labels per patch.
+
+    Shapes: pixels (B, 3, 14 h, 14 w) normalised; positions (B, h w) indices into the full grid;
+    names and colors (B, h w), where name 0 and colour -1 are background.
+    """
+
+    pixels: Tensor
+    positions: Tensor
+    names: Tensor
+    colors: Tensor
+
+
+class PatchHeads(nn.Module):
+    """Throw-away classifiers of name, colour, row and column on the tower's patch features."""
+
+    def __init__(self, width: int, names: int, colors: int, grid: int) -> None:
+        super().__init__()
+        self.sizes = [names, colors, grid, grid]
+        self.grid = grid
+        self.norm = nn.LayerNorm(width)
+        self.linear = nn.Linear(width, sum(self.sizes))
+
+    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+        logits: tuple[Tensor, ...] = self.linear(self.norm(features)).split(self.sizes, -1)
+        return logits
+
+
+def tower_features(tower: nn.Module, pixels: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Patch features of the second-to-last layer, shape (B, patches, width).
+
+    `positions` places a smaller window in the full grid, so that windows at a quarter of the
+    cost train every position embedding.
+    """
+    embeddings = tower.embeddings
+    patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
+    table = embeddings.position_embedding.weight
+    places = table[1:].expand(len(pixels), -1, -1) if positions is None else table[1:][positions]
+    first = (embeddings.class_embedding + table[0]).expand(len(pixels), 1, -1)
+    hidden = tower.pre_layrnorm(torch.cat([first, patches + places], 1))
+    for layer in tower.encoder.layers[:-1]:
+        hidden = layer(hidden, None)
+    return hidden[:, 1:]
+
+
+class Muon32(torch.optim.Optimizer):
+    """Muon (https://arxiv.org/abs/2502.16982) with its Newton-Schulz steps in fp32.
+
+    `torch.optim.Muon` runs them in bf16, which is fifty times slower than fp32 on a CPU without
+    bf16 units. The update has AdamW's RMS (0.2), so both optimisers share one learning rate.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                buffer = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                buffer.lerp_(parameter.grad, 1 - group["momentum"])
+                update = orthogonalised(parameter.grad.lerp(buffer, group["momentum"]))
+                scale = 0.2 * max(parameter.shape) ** 0.5
+                parameter.mul_(1 - 0.01 * group["lr"]).sub_(update, alpha=group["lr"] * scale)
+
+
+def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:
+    """Newton-Schulz iteration that sends the singular values of `matrix` to about 1."""
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    wide = wide / (wide.norm() + 1e-7)
+    for _ in range(steps):
+        gram = wide @ wide.T
+        wide = 3.4445 * wide + (-4.775 * gram + 2.0315 * gram @ gram) @ wide
+    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+
+
+def optimizers(modules: list[nn.Module], rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for hidden matrices, AdamW for embeddings, heads, norms and biases."""
+    hidden, rest = [], []
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            matrix = parameter.ndim == 2 and not any(k in name for k in ("embed", "head", "linear."))
+            (hidden if matrix else rest).append(parameter)
+    return [
+        Muon32(hidden, lr=rate),
+        torch.optim.AdamW(rest, lr=rate, weight_decay=0.0, betas=(0.9, 0.98)),
+    ]
+
+
+def set_rate(steppers: list[torch.optim.Optimizer], rate: float) -> None:
+    for stepper in steppers:
+        for group in stepper.param_groups:
+            group["lr"] = rate
+
+
+def schedule(step: int, steps: int, peak: float, warmup: int = 40) -> float:
+    """Linear warm-up, then linear decay to a twentieth of the peak."""
+    return peak * min(1.0, (step + 1) / warmup) * max(0.05, 1 - step / steps)
+
+
+def train_tower(
+    tower: nn.Module, heads: PatchHeads, batches: Iterator[PatchBatch], steps: int, rate: float
+) -> dict[str, float]:
+    """Train `tower` and `heads` for `steps` batches; returns accuracies on object patches."""
+    steppers = optimizers([tower, heads], rate)
+    running = dict.fromkeys(("name", "color", "row", "column"), 0.0)
+    for step in range(steps):
+        batch = next(batches)
+        set_rate(steppers, schedule(step, steps, rate))
+        logits = heads(tower_features(tower, batch.pixels, batch.positions))
+        rows, columns = batch.positions // heads.grid, batch.positions % heads.grid
+        shown = batch.names > 0
+        weight = torch.where(shown, 1.0, 0.05).flatten()
+        names = cross_entropy(logits[0].flatten(0, 1), batch.names.flatten(), reduction="none")
+        loss = (names * weight).sum() / weight.sum()
+        targets = {"color": batch.colors, "row": rows, "column": columns}
+        for scores, (key, target) in zip(logits[1:], targets.items(), strict=True):
+            share = 1.0 if key == "color" else 0.3
+            loss = loss + share * cross_entropy(scores[shown], target[shown])
+        loss.backward()
+        for stepper in steppers:
+            stepper.step()
+            stepper.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for scores, (key, target) in zip(logits, {"name": batch.names, **targets}.items(), strict=True):
+                right = (scores[shown].argmax(-1) == target[shown]).float().mean().item()
+                running[key] += (right - running[key]) * max(0.02, 1 / (step + 1))
+        if step % 50 == 0 or step == steps - 1:
+            shares = " ".join(f"{key} {value:.3f}" for key, value in running.items())
+            logger.info("tower step %d loss %.3f %s", step, loss.item(), shares)
+    return running

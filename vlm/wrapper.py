@@ -1,0 +1,70 @@
+"""`PrunedVLM`: model, processor and pruner in one object."""
+
+from importlib.metadata import entry_points
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.load import load
+from vlm_prune.vlm.registry import Registry
+
+
+def methods() -> Registry[Any]:
+    """Every registered pruner: ours and those of packages with a `vlm_prune.methods` entry point."""
+    table: Registry[Any] = Registry("method")
+    for point in entry_points(group="vlm_prune.methods"):
+        for name, pruner in point.load().items():
+            table.register(name, pruner)
+    return table
+
+
+class PrunedVLM:
+    """A vision-language model that answers questions with fewer image tokens.
+
+    Args:
+        model: an unmodified Hugging Face model of a supported family.
+        processor: its processor.
+        pruner: a pruner; None leaves the model as it is.
+    """
+
+    def __init__(self, model: Any, processor: Any, pruner: Any | None = None) -> None:
+        self.model, self.processor, self.pruner = model, processor, pruner
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str = "tiny",
+        pruner: str = "none",
+        budget: float = 64,
+        device: str = "cpu",
+        dtype: str = "auto",
+        **hyperparameters: Any,
+    ) -> "PrunedVLM":
+        """Load a checkpoint and build a pruner by its registered name."""
+        built = methods()[pruner](budget=budget, **hyperparameters)
+        return cls(*load(name, device, dtype), built)
+
+    def answer(self, image: Image.Image, question: str, **generation: Any) -> str:
+        """The model's reply to one question about one image.
+
+        Raises:
+            InputError: if `image` is empty.
+        """
+        if min(image.size) < 1:
+            raise InputError("the image is empty")
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        prompt = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        inputs = self.processor(text=[prompt], images=[image.convert("RGB")], return_tensors="pt")
+        inputs = inputs.to(self.model.device)
+        with torch.inference_mode():
+            if self.pruner is None:
+                output = self.model.generate(**inputs, **generation)
+            else:
+                with self.pruner(self.model):
+                    output = self.model.generate(**inputs, **generation)
+        reply = output[0, inputs["input_ids"].shape[1] :]
+        return str(self.processor.decode(reply, skip_special_tokens=True)).strip()
