@@ -181,6 +181,25 @@ def compare(
     show(compare_table(_in_folder(output, configs, names)))
 
 
+@app.command()
+def ask(
+    image: Annotated[Path, typer.Argument(help="An image file.")],
+    question: Annotated[str, typer.Argument(help="A question about it.")],
+    model: Model = "tiny",
+    method: Annotated[str, typer.Option(help="See 'vlm-prune methods'.")] = "zoo",
+    budget: Annotated[str, typer.Option(help="Tokens per image, or a fraction.")] = "64",
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+) -> None:
+    """Answer one question about one image with a pruned model."""
+    from vlm_prune.vlm.images import open_image
+    from vlm_prune.vlm.wrapper import PrunedVLM
+
+    picture = open_image(image)
+    vlm = PrunedVLM.from_pretrained(model, method, parse_budget(budget), device, dtype)
+    print(vlm.answer(picture, question))
+
+
 @app.command("methods")
 def list_methods() -> None:
     """List pruning methods."""

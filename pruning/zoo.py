@@ -99,8 +99,8 @@ def closed_form(features: Tensor, projector: Projector) -> Tensor:
     before = features.to(work) @ w1.T
     if projector.b1 is not None:
         before = before + projector.b1.to(work)
-    with torch.enable_grad():
-        point = before.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        point = before.clone().detach().requires_grad_()
         (slope,) = torch.autograd.grad(projector.act(point).sum(), point)
     kernel = (w2.T @ w2) * (w1 @ w1.T)
     squared = ((slope @ kernel) * slope).sum(-1) / features.shape[-1]

@@ -1,12 +1,13 @@
 """`PrunedVLM`: model, processor and pruner in one object."""
 
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.images import open_image
 from vlm_prune.vlm.load import load
 from vlm_prune.vlm.registry import Registry
 
@@ -46,19 +47,17 @@ class PrunedVLM:
         built = methods()[pruner](budget=budget, **hyperparameters)
         return cls(*load(name, device, dtype), built)
 
-    def answer(self, image: Image.Image, question: str, **generation: Any) -> str:
-        """The model's reply to one question about one image.
+    def answer(self, image: str | Path | Image.Image, question: str, **generation: Any) -> str:
+        """The model's reply to one question about one image, a file or a Pillow image.
 
         Raises:
-            InputError: if `image` is empty.
+            InputError: if the image cannot be used.
         """
-        if min(image.size) < 1:
-            raise InputError("the image is empty")
         content = [{"type": "image"}, {"type": "text", "text": question}]
         prompt = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
-        inputs = self.processor(text=[prompt], images=[image.convert("RGB")], return_tensors="pt")
+        inputs = self.processor(text=[prompt], images=[open_image(image)], return_tensors="pt")
         inputs = inputs.to(self.model.device)
         with torch.inference_mode():
             if self.pruner is None:

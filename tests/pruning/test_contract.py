@@ -18,6 +18,7 @@ def build(case, budget=48, **more):
     return METHODS[name](budget=budget, **arguments, **more)
 
 
+@torch.inference_mode()
 def greedy(model, inputs, steps=6, **more):
     return model.generate(
         **inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False,

@@ -1,0 +1,39 @@
+"""Metrics against values worked out by hand."""
+
+import numpy as np
+import pytest
+
+from vlm_prune.benchmarks.metrics.bootstrap import retained
+from vlm_prune.benchmarks.metrics.vqa import exact_match, normalise
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [("The Cat.", "cat"), ("two", "2"), (" A  red, dog! ", "red dog"), ("3.5", "3.5"), ("", "")],
+)
+def test_normalise(raw, clean):
+    assert normalise(raw) == clean
+
+
+def test_exact_match():
+    assert exact_match("Yes.", "yes") == 1.0
+    assert exact_match("no", "yes") == 0.0
+
+
+def test_identical_scores_retain_everything():
+    scores = np.array([1.0, 0, 1, 1])
+    assert retained({"a": (scores, scores)}) == (1.0, [1.0, 1.0])
+
+
+def test_pairing_narrows_the_interval():
+    rng = np.random.default_rng(0)
+    base = (rng.random(200) < 0.8).astype(float)
+    ours = base * (rng.random(200) < 0.9)
+    point, (low, high) = retained({"a": (base, ours)})
+    _, (unpaired_low, unpaired_high) = retained({"a": (base, rng.permutation(ours))})
+    assert low < point < high
+    assert high - low < unpaired_high - unpaired_low
+
+
+def test_nothing_to_retain_is_not_a_number():
+    assert np.isnan(retained({"a": (np.zeros(3), np.zeros(3))})[0])

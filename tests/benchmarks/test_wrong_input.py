@@ -1,0 +1,124 @@
+"""Wrong input: one clear line, exit code 2, no traceback, nothing half-written."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+CASES = {
+    "method": (["--method", "zo"], "did you mean 'zoo'"),
+    "task": (["--tasks", "exits"], "did you mean 'exist'"),
+    "no task": (["--tasks", ","], "no task given"),
+    "task twice": (["--tasks", "exist,exist"], "named twice"),
+    "option": (["--bugdet", "64"], "--budget"),
+    "budget 0": (["--budget", "0"], "out of range"),
+    "negative budget": (["--budget", "-3"], "out of range"),
+    "fraction above 1": (["--budget", "1.5"], "out of range"),
+    "nan": (["--budget", "nan"], "out of range"),
+    "budget in words": (["--budget", "many"], "not a number"),
+    "too many tokens": (["--budget", "577"], "above the 576 tokens"),
+    "positions": (["--positions", "orignal"], "did you mean 'original'"),
+    "argument": (["--method-args", "steps=3"], "steps"),
+    "argument form": (["--method-args", "step"], "name=value"),
+    "device": (["--device", "gpu"], "cannot load"),
+    "limit": (["--limit", "2"], "below one question"),
+    "split": (["--split", "train"], "val or test"),
+    "no checkpoint": (["--model", "/nowhere/llava"], "cannot load model"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_wrong_options(run, checkpoint, tmp_path, name):
+    extra, message = CASES[name]
+    arguments = [] if "--model" in extra else ["--model", checkpoint]
+    code, out, err = run("eval", *arguments, *extra, "--output", tmp_path / "out")
+    assert code == 2
+    assert message in err.replace("\n", " ")
+    assert "Traceback" not in err + out
+    assert not list(tmp_path.rglob("results.json")) and not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_damaged_checkpoints(run, checkpoint, tmp_path):
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    code, _, err = run("eval", "--model", broken)
+    assert code == 2 and "cannot load model" in err and len(err.strip().splitlines()) == 1
+    weights.unlink()
+    assert run("eval", "--model", broken)[0] == 2
+    (broken / "config.json").write_text('{"model_type": "bert"}')
+    code, _, err = run("eval", "--model", broken)
+    assert code == 2 and "supported: llava" in err
+    (broken / "config.json").unlink()
+    code, _, err = run("eval", "--model", broken)
+    assert code == 2 and "no config.json" in err
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not os.path.exists("/proc"), reason="needs /proc")
+def test_unwritable_output(run, checkpoint, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    for output in (file / "below", "/proc/vlm-prune"):
+        code, _, err = run("eval", "--model", checkpoint, "--output", output)
+        assert code == 2 and len(err.strip().splitlines()) == 1
+
+
+def test_full_disk(run, checkpoint, tmp_path, monkeypatch):
+    import errno
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    code, _, err = run(
+        "eval", "--model", checkpoint, "--limit", "2", "--tasks", "text", "--output", tmp_path
+    )
+    assert code == 2 and "No space left" in err
+    monkeypatch.undo()
+
+
+def test_ctrl_c_leaves_a_folder_that_resumes(checkpoint, tmp_path):
+    command = [
+        sys.executable, "-m", "vlm_prune.benchmarks.cli", "eval", "--model", checkpoint, "--tasks",
+        "exist", "--limit", "300", "--batch-size", "1", "--output", tmp_path / "out",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "out" / "samples.jsonl"
+    for _ in range(600):
+        if log.is_file() and log.stat().st_size:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert log.read_text().endswith("\n")
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_hostile_images(run, checkpoint, tmp_path):
+    asked = ["What is red?", "--model", checkpoint]
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.png").write_text("no image")
+    Image.new("L", (10_000, 9_000)).save(tmp_path / "bomb.png")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "cut.jpg")
+    cut = (tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(cut[: len(cut) // 2])
+    for name in ("empty.png", "text.png", "bomb.png", "cut.jpg", "missing.png"):
+        code, out, err = run("ask", tmp_path / name, *asked)
+        assert code == 2, name
+        assert len(err.strip().splitlines()) == 1 and not out
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16"])
+def test_images_that_are_not_rgb(run, checkpoint, tmp_path, mode):
+    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+    Image.new(mode, (50, 20)).save(path)
+    assert run("ask", path, "What is red?", "--model", checkpoint)[0] == 0

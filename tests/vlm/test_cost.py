@@ -1,0 +1,40 @@
+"""The analytic FLOP counts against torch's counter."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vlm_prune.vlm.cost import key_value_bytes, prefill_flops, tower_flops
+
+
+def test_prefill_and_tower_flops(llava, images, make_inputs):
+    inputs = make_inputs([(1, "Is there a 7?")], images)
+    text = llava.config.text_config
+    length = inputs["input_ids"].shape[1]
+    llava.set_attn_implementation("eager")
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            llava.model.vision_tower(inputs["pixel_values"])
+        assert tower_flops(llava.config.vision_config) == pytest.approx(
+            counter.get_total_flops(), rel=0.01
+        )
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            hidden = torch.zeros(1, length, text.hidden_size)
+            last = llava.model.language_model(inputs_embeds=hidden).last_hidden_state[:, -1:]
+            llava.lm_head(last)
+    finally:
+        llava.set_attn_implementation("sdpa")
+    counted = prefill_flops(text, length - 576, [576.0] * text.num_hidden_layers)
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_key_value_bytes_are_those_of_the_cache(llava, images, make_inputs):
+    inputs = make_inputs([(1, "Is there a 7?")], images)
+    with torch.no_grad():
+        cache = llava(**inputs, use_cache=True).past_key_values
+    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    text = llava.config.text_config
+    counted = key_value_bytes(
+        text, inputs["input_ids"].shape[1] - 576, [576.0] * text.num_hidden_layers, 4
+    )
+    assert counted == held

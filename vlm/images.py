@@ -1,0 +1,49 @@
+"""Opening images that strangers made."""
+
+import warnings
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from vlm_prune.vlm.errors import InputError
+
+MAX_PIXELS = 89_000_000
+
+
+def open_image(source: str | Path | Image.Image) -> Image.Image:
+    """An RGB image from a file or a Pillow image; other modes are converted, transparency on white.
+
+    Raises:
+        InputError: if the file is missing, unreadable or truncated, the image is empty, or it has
+            more than 89 million pixels (a decompression bomb).
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = source if isinstance(source, Image.Image) else Image.open(source)
+            if min(image.size) < 1:
+                raise InputError(f"the image {_name(source)} is empty")
+            if image.width * image.height > MAX_PIXELS:
+                raise InputError(_bomb(source))
+            image.load()
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise InputError(_bomb(source)) from None
+    except UnidentifiedImageError:
+        raise InputError(f"{_name(source)} is no image that Pillow can read") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"cannot read image {_name(source)}: {error}") from error
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _name(source: object) -> str:
+    return "" if isinstance(source, Image.Image) else str(source)
+
+
+def _bomb(source: object) -> str:
+    return f"the image {_name(source)} has more than {MAX_PIXELS // 10**6} million pixels; shrink it"
