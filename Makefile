@@ -1,5 +1,6 @@
 # Each target does all of its own set-up in .venv.
 PYTHON ?= python3
+TORCH ?= torch>=2.6
 VENV := .venv
 RUN := $(VENV)/bin
 
@@ -20,6 +21,6 @@ style: $(VENV)/ready
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV) || { apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv $(VENV); }
 	$(RUN)/python -m pip install --quiet --upgrade pip
-	$(RUN)/pip install --quiet "torch>=2.6"
+	$(RUN)/pip install --quiet "$(TORCH)"
 	$(RUN)/pip install --quiet --editable . --group dev
 	touch $@

@@ -273,7 +273,7 @@ def summarise(config: RunConfig, rows: list[dict[str, Any]], model: Any) -> dict
         return [row["images"] * tokens for tokens in row["layer_tokens"]]
 
     def total(row: dict[str, Any], per_layer: list[float]) -> float:
-        tower = row["images"] * tower_flops(model.config.vision_config)
+        tower: float = row["images"] * tower_flops(model.config.vision_config)
         return tower + prefill_flops(text, row["text_tokens"], per_layer)
 
     itemsize = model.dtype.itemsize

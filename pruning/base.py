@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlm_prune.vlm import midstack, session
 from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.midstack import Cut
 from vlm_prune.vlm.registry import unknown
 from vlm_prune.vlm.session import Positions
@@ -120,6 +121,6 @@ class DecoderPruner(Pruner):
     def __call__(
         self, model: Any, vision: VisionTokens | None = None
     ) -> AbstractContextManager[Trace]:
-        family = midstack.family_of(model)
+        family = family_of(model)
         cuts = self.cuts(family.tokens_per_image, len(family.decoder.layers))
         return midstack.pruned(model, cuts, self.score, self.positions)

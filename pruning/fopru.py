@@ -56,4 +56,5 @@ def row_scores(scores: Tensor, grid: tuple[int, int]) -> Tensor:
     rows = scores.unflatten(1, grid)
     rank_of_row = rows.sum(2).argsort(dim=1, descending=True, stable=True).argsort(1)
     rank_in_row = rows.argsort(dim=2, descending=True, stable=True).argsort(2)
-    return -(rank_of_row[..., None] * grid[1] + rank_in_row).flatten(1).to(torch.float32)
+    order: Tensor = -(rank_of_row[..., None] * grid[1] + rank_in_row).flatten(1).to(torch.float32)
+    return order

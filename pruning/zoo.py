@@ -55,7 +55,7 @@ class Zoo(VisionPruner):
             scores = min_max(self.sensitivity(vision))
         k = self.count(vision)
         if self.combine == "sensitivity":
-            return Kept.at(vision, scores.sort(1, descending=True, stable=True).indices[:, :k])
+            return Kept.at(vision, scores.sort(dim=1, descending=True, stable=True).indices[:, :k])
         return Kept.at(vision, diverse(scores, vision.projected, k))
 
 

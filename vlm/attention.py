@@ -1,7 +1,9 @@
 """Attention scores for the rows that a pruner needs, from queries and keys, never an L x L map."""
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 
@@ -19,7 +21,7 @@ def received(query: Tensor, key: Tensor, rows: slice, block: int = 64) -> Tensor
     return total / (query.shape[1] * query.shape[2])
 
 
-def encoder_query_key(layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def encoder_query_key(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys (M, H, N, d) of a CLIP or SigLIP encoder layer given its input (M, N, D)."""
     attention, normed = layer.self_attn, layer.layer_norm1(hidden)
     shape = (*hidden.shape[:2], -1, attention.head_dim)
@@ -30,7 +32,7 @@ def encoder_query_key(layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]
 
 
 def decoder_rows(
-    layer: nn.Module,
+    layer: Any,
     hidden: Tensor,
     rotary: tuple[Tensor, Tensor],
     index: Tensor,

@@ -23,6 +23,11 @@ def normalised(pixels: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]") -> Ten
     return (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
+def pixels_of(shown: list[Scene]) -> Tensor:
+    """The normalised pixels of scenes, (B, 3, 336, 336)."""
+    return normalised(np.stack([scene.pixels for scene in shown]))
+
+
 def scenes(seed: int, things: int | None = None) -> Iterator[Scene]:
     """An endless stream of training scenes."""
     rng = np.random.default_rng([TRAIN_SEED, seed])
@@ -36,7 +41,7 @@ def windows(seed: int, batch: int, side: int) -> Iterator[PatchBatch]:
     grid = np.arange(GRID * GRID).reshape(GRID, GRID)
     source = scenes(seed, things=6)
     while True:
-        cuts = []
+        cuts: list[tuple[Scene, int, int]] = []
         while len(cuts) < batch:
             scene = next(source)
             for thing in scene.things:

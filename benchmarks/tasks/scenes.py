@@ -176,7 +176,8 @@ def _background(rng: np.random.Generator, split: Split) -> NDArray[np.uint8]:
     muted = grey + 0.5 * (pixels - grey)
     flip = muted[:, ::-1] if rng.random() < 0.5 else muted
     level = rng.uniform(110, 150)
-    return np.clip(level + 0.4 * (flip - flip.mean()), 50, 205).astype(np.uint8)
+    lit: NDArray[np.uint8] = np.clip(level + 0.4 * (flip - flip.mean()), 50, 205).astype(np.uint8)
+    return lit
 
 
 def _distract(rng: np.random.Generator, pixels: NDArray[np.uint8]) -> None:
@@ -217,12 +218,15 @@ def _sprite(rng: np.random.Generator, kind: str, name: str, split: Split) -> NDA
         middle = (canvas.width / 2, canvas.height / 2)
         font = ImageFont.load_default(size)
         ImageDraw.Draw(canvas).text(middle, name, 255, font, anchor="mm", stroke_width=0.5)
-        return np.asarray(canvas, np.float32) / 255
+        return _opacity(canvas)
     size = int(rng.choice([14, 28, 42]))
     canvas = Image.new("L", (size * _SUPERSAMPLE, size * _SUPERSAMPLE))
     _draw_shape(ImageDraw.Draw(canvas), name, size * _SUPERSAMPLE)
-    small = canvas.resize((size, size), Image.Resampling.BOX)
-    return np.asarray(small, np.float32) / 255
+    return _opacity(canvas.resize((size, size), Image.Resampling.BOX))
+
+
+def _opacity(mask: Image.Image) -> NDArray[np.float32]:
+    return np.asarray(mask, np.float32) / np.float32(255)
 
 
 def _draw_shape(draw: ImageDraw.ImageDraw, name: str, side: int) -> None:

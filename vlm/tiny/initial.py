@@ -5,15 +5,17 @@ embeddings hide which patches are neighbours. Whitened principal components and 
 waves give both away from the first step.
 """
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 PATCH_SCALE = 0.5
 POSITION_SCALE = 0.4
 
 
 @torch.no_grad()
-def initialise_embeddings(tower: nn.Module, patches: Tensor, generator: torch.Generator) -> None:
+def initialise_embeddings(tower: Any, patches: Tensor, generator: torch.Generator) -> None:
     """Set the tower's patch and position embeddings in place.
 
     Args:

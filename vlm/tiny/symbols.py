@@ -69,4 +69,4 @@ def align_projector(
         loss.backward()
         stepper.step()
         stepper.zero_grad(set_to_none=True)
-    return float(loss)
+    return loss.item()

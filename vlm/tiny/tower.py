@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class PatchHeads(nn.Module):
         return logits
 
 
-def tower_features(tower: nn.Module, pixels: Tensor, positions: Tensor | None = None) -> Tensor:
+def tower_features(tower: Any, pixels: Tensor, positions: Tensor | None = None) -> Tensor:
     """Patch features of the second-to-last layer, shape (B, patches, width).
 
     `positions` places a smaller window in the full grid, so that windows at a quarter of the
@@ -54,7 +55,8 @@ def tower_features(tower: nn.Module, pixels: Tensor, positions: Tensor | None = 
     hidden = tower.pre_layrnorm(torch.cat([first, patches + places], 1))
     for layer in tower.encoder.layers[:-1]:
         hidden = layer(hidden, None)
-    return hidden[:, 1:]
+    features: Tensor = hidden[:, 1:]
+    return features
 
 
 class Muon32(torch.optim.Optimizer):
@@ -68,7 +70,7 @@ class Muon32(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -87,28 +89,37 @@ def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:
     for _ in range(steps):
         gram = wide @ wide.T
         wide = 3.4445 * wide + (-4.775 * gram + 2.0315 * gram @ gram) @ wide
-    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+    result: Tensor = wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+    return result
 
 
 def optimizers(modules: list[nn.Module], rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for hidden matrices, AdamW for embeddings, heads, norms and biases."""
-    hidden, rest = [], []
+    """Muon for hidden matrices, AdamW for the rest, slow on the tower's prepared embeddings."""
+    hidden: list[nn.Parameter] = []
+    slow: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for module in modules:
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            matrix = parameter.ndim == 2 and not any(k in name for k in ("embed", "head", "linear."))
-            (hidden if matrix else rest).append(parameter)
+            if "patch_embedding" in name or "position_embedding" in name:
+                slow.append(parameter)
+            else:
+                inner = parameter.ndim == 2 and "embed" not in name and "linear." not in name
+                (hidden if inner else rest).append(parameter)
     return [
         Muon32(hidden, lr=rate),
-        torch.optim.AdamW(rest, lr=rate, weight_decay=0.0, betas=(0.9, 0.98)),
-    ]
+        torch.optim.AdamW(
+            [{"params": rest, "share": 0.5}, {"params": slow, "share": 0.1}],
+            lr=rate, weight_decay=0.0, betas=(0.9, 0.98),
+        ),
+    ]  # fmt: skip
 
 
 def set_rate(steppers: list[torch.optim.Optimizer], rate: float) -> None:
     for stepper in steppers:
         for group in stepper.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("share", 1.0)
 
 
 def schedule(step: int, steps: int, peak: float, warmup: int = 40) -> float:
@@ -133,7 +144,7 @@ def train_tower(
         loss = (names * weight).sum() / weight.sum()
         targets = {"color": batch.colors, "row": rows, "column": columns}
         for scores, (key, target) in zip(logits[1:], targets.items(), strict=True):
-            share = 1.0 if key == "color" else 0.3
+            share = 0.5 if key == "color" else 0.1
             loss = loss + share * cross_entropy(scores[shown], target[shown])
         loss.backward()
         for stepper in steppers:

@@ -1,0 +1,54 @@
+"""Draw which tokens each method keeps: `python scripts/draw_kept_tokens.py OUT.png [BUDGET]`."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from vlm_prune.benchmarks.tasks import TASKS
+from vlm_prune.pruning import METHODS
+from vlm_prune.vlm.load import load
+
+SHOWN = ("random", "fopru", "adaptinfer", "zoo", "zoo-exact")
+LABEL = 24
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("budget", type=int, nargs="?", default=64)
+    arguments = parser.parse_args()
+    model, processor = load()
+    samples = [TASKS["attribute"].sample(index) for index in (1, 4)]
+    side, cells = 336, 24
+    sheet = Image.new("RGB", (side * (1 + len(SHOWN)), (side + LABEL) * len(samples)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
+    for row, sample in enumerate(samples):
+        top = row * (side + LABEL)
+        prompt = processor.apply_chat_template(sample.messages(), add_generation_prompt=True)
+        inputs = processor(text=[prompt], images=list(sample.images), return_tensors="pt")
+        sheet.paste(sample.images[0], (0, top + LABEL))
+        draw.text((4, top + 2), sample.turns[-1].text, "black", font)
+        for column, name in enumerate(SHOWN, 1):
+            pruner = METHODS[name](budget=arguments.budget)
+            with pruner(model) as trace, torch.inference_mode():
+                output = model.generate(**inputs)
+            # methods that cut several times: what the first cut keeps
+            kept = trace.cuts[0][0] if trace.cuts else trace.kept[0]
+            mask = np.zeros(cells * cells, bool)
+            mask[kept.numpy()] = True
+            shown = mask.reshape(cells, cells).repeat(14, 0).repeat(14, 1)[..., None]
+            pixels = np.asarray(sample.images[0])
+            faded = np.where(shown, pixels, pixels // 5 + 190).astype(np.uint8)
+            sheet.paste(Image.fromarray(faded), (column * side, top + LABEL))
+            reply = processor.decode(
+                output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+            )
+            draw.text((column * side + 4, top + 2), f"{name}: {reply.strip()}", "black", font)
+    sheet.resize((sheet.width // 2, sheet.height // 2)).quantize(96).save(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
