@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from vlm_prune.benchmarks.run import RunConfig, Variant
 
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Vision-token pruning for unmodified Hugging Face vision-language models.",
@@ -26,7 +25,7 @@ Limit = Annotated[int, typer.Option(min=1, help="Questions in all, spread evenly
 BatchSize = Annotated[int, typer.Option(min=1, help="Questions answered together.")]
 Device = Annotated[str, typer.Option(help="A torch device: cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")]
-Seed = Annotated[int, typer.Option(help="Decides questions and random draws.")]
+Seed = Annotated[int, typer.Option(min=0, help="Decides questions and random draws.")]
 Positions = Annotated[
     str, typer.Option(help="Positions of kept tokens: auto, contiguous, original.")
 ]
@@ -82,12 +81,10 @@ def parse_tasks(text: str) -> tuple[str, ...]:
 def _execute(configs: "list[RunConfig]", folders: list[Path]) -> list[dict[str, Any]]:
     """Run with a progress bar; without a folder of its own a run leaves nothing behind."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
-    from transformers.utils import logging
-
     from vlm_prune.benchmarks.run import RunFolder, evaluate
     from vlm_prune.vlm.load import load
 
-    logging.set_verbosity_error()
+    _quiet()
     first = configs[0]
     for config in configs:
         config.variant.build(config.seed)
@@ -97,6 +94,14 @@ def _execute(configs: "list[RunConfig]", folders: list[Path]) -> list[dict[str, 
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task("questions", total=first.limit)
         return evaluate(model, processor, runs, lambda done: bar.advance(task, done))
+
+
+def _quiet() -> None:
+    """Leave the terminal to our own progress bar and messages."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _in_folder(output: Path | None, configs: "list[RunConfig]", names: list[str]) -> Any:
@@ -165,7 +170,7 @@ def compare(
 ) -> None:
     """Methods and budgets side by side; images and unpruned answers are computed once."""
     from vlm_prune.benchmarks.run import Variant
-    from vlm_prune.benchmarks.table import compare_table, show
+    from vlm_prune.benchmarks.table import compare_table, markdown, show
     from vlm_prune.vlm.wrapper import methods
 
     known = [name for name in methods() if name != "none"]
@@ -178,7 +183,10 @@ def compare(
         dtype=dtype, seed=seed,
     )  # fmt: skip
     names = [f"{variant.method}-{variant.budget}" for variant in variants]
-    show(compare_table(_in_folder(output, configs, names)))
+    runs = _in_folder(output, configs, names)
+    show(compare_table(runs))
+    if output is not None:
+        (output / "compare.md").write_text(markdown(runs))
 
 
 @app.command()
@@ -195,6 +203,7 @@ def ask(
     from vlm_prune.vlm.images import open_image
     from vlm_prune.vlm.wrapper import PrunedVLM
 
+    _quiet()
     picture = open_image(image)
     vlm = PrunedVLM.from_pretrained(model, method, parse_budget(budget), device, dtype)
     print(vlm.answer(picture, question))
@@ -255,7 +264,13 @@ def main() -> None:
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        app()
+        if len(sys.argv) == 1:
+            sys.argv.append("--help")
+        raise SystemExit(app(standalone_mode=False))
+    except typer.TyperException as error:
+        _fail(" ".join(error.format_message().split()))
+    except typer.Abort:
+        _fail("interrupted; the same command with the same --output resumes", 130)
     except InputError as error:
         _fail(str(error))
     except KeyboardInterrupt:

@@ -56,26 +56,44 @@ def cost_lines(results: dict[str, Any]) -> list[str]:
     ]
 
 
-def compare_table(runs: list[dict[str, Any]]) -> Table:
-    """Several runs, one row each."""
-    names = list(runs[0]["tasks"])
-    table = Table(
-        "method", "budget", "tokens/layer", *names, "mean", "% retained [95 %]", "prefill"
-    )
-    first = runs[0]
-    table.add_row(
-        "unpruned", "", str(first["tokens"]["full"]),
-        *(percent(first["tasks"][name]["baseline_accuracy"]) for name in names),
-        percent(first["overall"]["baseline_accuracy"]), "100", "1.00x",
-    )  # fmt: skip
+def comparison(runs: list[dict[str, Any]]) -> list[list[str]]:
+    """Header and rows of several runs side by side, the unpruned model first."""
+    first, names = runs[0], list(runs[0]["tasks"])
+    header = [
+        "method",
+        "budget",
+        "tokens per layer",
+        *names,
+        "mean",
+        "% retained [95 %]",
+        "prefill",
+    ]
+    unpruned = [percent(first["tasks"][name]["baseline_accuracy"]) for name in names]
+    unpruned.append(percent(first["overall"]["baseline_accuracy"]))
+    rows = [header, ["unpruned", "", str(first["tokens"]["full"]), *unpruned, "100", "1.00x"]]
     for run in runs:
-        table.add_row(
-            run["method"], str(run["budget"]), f"{run['tokens']['layer_mean']:.1f}",
-            *(percent(run["tasks"][name]["accuracy"]) for name in names),
-            percent(run["overall"]["accuracy"]), with_interval(run["overall"]),
-            f"{run['speedup']['prefill']:.2f}x",
-        )  # fmt: skip
+        accuracies = [percent(run["tasks"][name]["accuracy"]) for name in names]
+        accuracies.append(percent(run["overall"]["accuracy"]))
+        tokens, speed = f"{run['tokens']['layer_mean']:.1f}", f"{run['speedup']['prefill']:.2f}x"
+        retained = with_interval(run["overall"])
+        rows.append([run["method"], str(run["budget"]), tokens, *accuracies, retained, speed])
+    return rows
+
+
+def compare_table(runs: list[dict[str, Any]]) -> Table:
+    """Several runs, one row each, for a terminal."""
+    header, *rows = comparison(runs)
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
     return table
+
+
+def markdown(runs: list[dict[str, Any]]) -> str:
+    """Several runs, one row each, in Markdown."""
+    header, *rows = comparison(runs)
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def show(item: Any) -> None:

@@ -44,7 +44,15 @@ def load(name: str = EMBEDDED, device: str = "cpu", dtype: str = "auto") -> tupl
         return model.to(target).eval(), processor
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        AssertionError,
+        AttributeError,
+        KeyError,
+        SafetensorError,
+    ) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"cannot load model {name!r}: {first} (give 'tiny', a checkpoint folder, or a hub name)"

@@ -83,12 +83,17 @@ def where(rng: np.random.Generator, scene: Scene) -> Question:
     return Question(f"In which {axis} is the {thing.noun}?", str(int(place // (3 * PATCH))))
 
 
-def visual_questions(rng: np.random.Generator, scene: Scene, number: int) -> list[Question]:
-    """Questions about one scene, tasks drawn at random, locations and relations more often."""
-    makers = (
-        exist.ask, attribute.ask, ocr.ask, count.ask, choice.ask,
-        relation.ask, relation.ask, where,
-    )  # fmt: skip
+LOOKUPS = (attribute.ask, attribute.ask, ocr.ask, exist.ask)
+MIXTURE = (
+    exist.ask, attribute.ask, ocr.ask, count.ask, choice.ask, relation.ask, relation.ask, where,
+)  # fmt: skip
+
+
+def visual_questions(
+    rng: np.random.Generator, scene: Scene, number: int, lookups: bool = False
+) -> list[Question]:
+    """Questions about one scene: of all tasks (relations twice), or only the simplest ones."""
+    makers = LOOKUPS if lookups else MIXTURE
     asked: list[Question] = []
     while len(asked) < number:
         question = makers[int(rng.integers(len(makers)))](rng, scene)
@@ -114,11 +119,13 @@ def text_row(rng: np.random.Generator, number: int) -> Row:
     return Row(before, [block(text.ask(rng), "USER: ") for _ in range(number)])
 
 
-def visual_row(rng: np.random.Generator, scene: Scene, image: Tensor, number: int) -> Row:
+def visual_row(
+    rng: np.random.Generator, scene: Scene, image: Tensor, number: int, lookups: bool = False
+) -> Row:
     """Questions about one image, after text turns in one row out of five."""
     turns = int(rng.integers(1, 3)) if rng.random() < 0.2 else 0
     before = f"<s>{history(rng, turns)}USER: "
-    return Row(before, [block(q) for q in visual_questions(rng, scene, number)], image)
+    return Row(before, [block(q) for q in visual_questions(rng, scene, number, lookups)], image)
 
 
 def subset(rng: np.random.Generator, scene: Scene, extra: int) -> Tensor:
@@ -140,3 +147,43 @@ def corpus(lines: int = 4000) -> Iterator[str]:
             yield f"USER: {question.text} ASSISTANT: {question.answer}"
     for name in (*NAMES, *COLORS):
         yield f" {name}"
+
+
+class SceneExample:
+    """A training scene as `vlm_prune.vlm.tiny.train` takes it."""
+
+    def __init__(self, scene: Scene, rng: np.random.Generator) -> None:
+        self.scene, self.rng = scene, rng
+
+    @property
+    def pixels(self) -> Tensor:
+        return normalised(self.scene.pixels[None])[0]
+
+    @property
+    def triples(self) -> Tensor:
+        labels = (self.scene.patch_names.ravel(), self.scene.patch_colors.ravel())
+        return torch.from_numpy(np.stack([*labels, np.arange(GRID * GRID)], 1))
+
+    def row(self, image: Tensor, questions: int, lookups: bool) -> Row:
+        return visual_row(self.rng, self.scene, image, questions, lookups)
+
+
+class SceneSource:
+    """Everything the embedded model is trained on, drawn from one seed."""
+
+    names = list(NAMES)
+    colors = list(COLORS)
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.rng = np.random.default_rng([TRAIN_SEED, seed, 2])
+
+    def windows(self, batch: int, side: int) -> Iterator[PatchBatch]:
+        return windows(self.seed, batch, side)
+
+    def examples(self, number: int, things: int | None) -> list[SceneExample]:
+        source = scenes(self.seed + (things or 0) + 1, things)
+        return [SceneExample(next(source), self.rng) for _ in range(number)]
+
+    def text(self, questions: int) -> Row:
+        return text_row(self.rng, questions)

@@ -29,9 +29,14 @@ def test_eval_writes_the_promised_results(run, checkpoint, tmp_path):
         assert {"n", "accuracy", "baseline_accuracy", "retained", "ci"} <= set(task)
     assert {"accuracy", "baseline_accuracy", "retained", "ci"} <= set(content["overall"])
     assert content["tokens"] == {"full": 576, "kept": 64, "layer_mean": 64}
-    assert {"vision", "selection", "prefill", "decode", "baseline_prefill", "baseline_decode"} <= set(
-        content["time_ms"]
-    )
+    assert {
+        "vision",
+        "selection",
+        "prefill",
+        "decode",
+        "baseline_prefill",
+        "baseline_decode",
+    } <= set(content["time_ms"])
     assert content["flops"]["pruned"] < content["flops"]["baseline"]
     assert len(rows) == 6 == len({row["id"] for row in rows})
 
@@ -65,9 +70,7 @@ def test_none_equals_the_unpruned_model(run, checkpoint, tmp_path):
     assert all(row["baseline"] == row["prediction"] for row in rows)
 
 
-def test_the_tower_runs_once_for_baseline_and_all_methods(
-    run, checkpoint, tmp_path, monkeypatch
-):
+def test_the_tower_runs_once_for_baseline_and_all_methods(run, checkpoint, tmp_path, monkeypatch):
     from vlm_prune.vlm.families.llava import Llava
 
     calls, encode = [], Llava.encode
@@ -80,8 +83,11 @@ def test_the_tower_runs_once_for_baseline_and_all_methods(
     )  # fmt: skip
     assert calls == [1, 4]  # one question to warm up, then the batch
     assert len(list(tmp_path.glob("*/results.json"))) == 6
+    assert len((tmp_path / "compare.md").read_text().splitlines()) == 2 + 1 + 6
 
 
 def test_limit_is_spread_evenly():
     drawn = engine.samples_of(("text", "iit", "exist"), 10, 0, "test")
-    assert [sample.id.split("/")[0] for sample in drawn] == ["text"] * 3 + ["iit"] * 3 + ["exist"] * 4
+    assert [sample.id.split("/")[0] for sample in drawn] == ["text"] * 3 + ["iit"] * 3 + [
+        "exist"
+    ] * 4

@@ -86,7 +86,7 @@ def _layout(
 def loss_of(
     model: LlavaForConditionalGeneration, batch: Packed, images: list[Tensor], encode: Encoder
 ) -> tuple[Tensor, float]:
-    """Cross-entropy over answer tokens, and the share of them that argmax gets right."""
+    """Cross-entropy over answer tokens; the share that argmax gets right, end tokens aside."""
     embeds = model.get_input_embeddings()(batch.ids)
     if images:
         shown = (batch.ids == model.config.image_token_id).unsqueeze(-1)
@@ -98,7 +98,9 @@ def loss_of(
     ).last_hidden_state  # fmt: skip
     asked = batch.labels != IGNORE
     logits, labels = model.lm_head(hidden[asked]), batch.labels[asked]
-    return cross_entropy(logits, labels), float((logits.argmax(-1) == labels).float().mean())
+    words = labels != model.config.text_config.eos_token_id
+    right = (logits.argmax(-1) == labels)[words].float().mean()
+    return cross_entropy(logits, labels), float(right)
 
 
 def projected(model: LlavaForConditionalGeneration) -> Encoder:
