@@ -81,6 +81,7 @@ def parse_tasks(text: str) -> tuple[str, ...]:
 def _execute(configs: "list[RunConfig]", folders: list[Path]) -> list[dict[str, Any]]:
     """Run with a progress bar; without a folder of its own a run leaves nothing behind."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
     from vlm_prune.benchmarks.run import RunFolder, evaluate
     from vlm_prune.vlm.load import load
 

@@ -45,8 +45,16 @@ def windows(seed: int, batch: int, side: int) -> Iterator[PatchBatch]:
         while len(cuts) < batch:
             scene = next(source)
             for thing in scene.things:
-                row = int(np.clip(thing.y // PATCH - rng.integers(side // 4, side - side // 4), 0, GRID - side))
-                left = int(np.clip(thing.x // PATCH - rng.integers(side // 4, side - side // 4), 0, GRID - side))
+                row = int(
+                    np.clip(
+                        thing.y // PATCH - rng.integers(side // 4, side - side // 4), 0, GRID - side
+                    )
+                )
+                left = int(
+                    np.clip(
+                        thing.x // PATCH - rng.integers(side // 4, side - side // 4), 0, GRID - side
+                    )
+                )
                 cuts.append((scene, row, left))
         cuts = cuts[:batch]
         cells = [(s, slice(r, r + side), slice(c, c + side)) for s, r, c in cuts]
@@ -171,8 +179,8 @@ class SceneExample:
 class SceneSource:
     """Everything the embedded model is trained on, drawn from one seed."""
 
-    names = list(NAMES)
-    colors = list(COLORS)
+    names = NAMES
+    colors = tuple(COLORS)
 
     def __init__(self, seed: int) -> None:
         self.seed = seed

@@ -59,7 +59,10 @@ def make_processor(corpus: Iterable[str], vocabulary: int = 512) -> LlavaProcess
 def make_model(processor: LlavaProcessor, width: int = 192) -> LlavaForConditionalGeneration:
     """LLaVA-1.5's structure at about 6 M parameters, randomly initialised."""
     tokenizer = processor.tokenizer
-    ids = {key: tokenizer.convert_tokens_to_ids(SPECIAL[f"{key}_token"]) for key in ("bos", "eos", "pad")}
+    ids = {
+        key: tokenizer.convert_tokens_to_ids(SPECIAL[f"{key}_token"])
+        for key in ("bos", "eos", "pad")
+    }
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=width,

@@ -7,7 +7,7 @@ trains many questions and no answer can be copied from a neighbour.
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -127,25 +127,27 @@ def clip(model: LlavaForConditionalGeneration) -> nn.Module:
 def train_language(
     model: LlavaForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
-    rows: Iterator[list[Row]],
+    rows: Callable[[int], list[Row]],
     seconds: float,
     rate: float,
     encode: Encoder,
     modules: list[nn.Module],
-    every: tuple[float, Callable[[], None]] | None = None,
+    levels: int = 1,
+    promote: float = 0.88,
 ) -> dict[str, float]:
-    """Train `modules` for `seconds` of wall time, the rate decaying over them.
+    """Train `modules` for `seconds` of wall time, the rate falling over the last minute.
 
-    `every` is (seconds, action), for saving on the way. Returns steps, rows, and the running
-    share of answer tokens that are right.
+    `rows` draws a batch for a level of difficulty; the level rises when the running share of
+    right answer tokens passes `promote`. Returns steps, rows, the level reached and that share.
     """
     steppers = optimizers(modules, rate)
-    running, step, seen, begin = 0.0, 0, 0, time.monotonic()
-    said = acted = begin
+    running, step, seen, level, entered = 0.5, 0, 0, 0, 0
+    said = begin = time.monotonic()
     while (elapsed := time.monotonic() - begin) < seconds:
-        part = elapsed / seconds
-        set_rate(steppers, rate * min(1.0, (step + 1) / 30) * max(0.05, min(1.0, 1.4 * (1 - part))))
-        batch = next(rows)
+        warm, left = min(1.0, (step + 1) / 20), min(1.0, (seconds - elapsed) / min(60, seconds))
+        for stepper, peak in zip(steppers, (rate, rate / 3), strict=True):
+            set_rate([stepper], peak * warm * max(0.1, left))
+        batch = rows(level)
         images = [row.image for row in batch if row.image is not None]
         packed = pack(batch, tokenizer, model.config.image_token_id)
         loss, right = loss_of(model, packed, images, encode)
@@ -155,12 +157,16 @@ def train_language(
             stepper.step()
             stepper.zero_grad(set_to_none=True)
         step, seen = step + 1, seen + len(batch)
-        running += (right - running) * max(0.03, 1 / step)
-        now = time.monotonic()
-        if now - said > 10:
-            said = now
-            logger.info("step %d (%.0f s) loss %.3f answers %.3f", step, elapsed, loss, running)
-        if every is not None and now - acted > every[0]:
-            acted = now
-            every[1]()
-    return {"steps": step, "rows": seen, "seconds": round(seconds), "answer_tokens": round(running, 4)}
+        running += (right - running) * 0.04
+        if level < levels - 1 and running > promote and step - entered > 60:
+            level, entered, running = level + 1, step, 0.6
+        if time.monotonic() - said > 10:
+            said = time.monotonic()
+            logger.info("step %d level %d loss %.3f right %.3f", step, level, loss.item(), running)
+    return {
+        "steps": step,
+        "rows": seen,
+        "level": level,
+        "seconds": round(seconds),
+        "right": round(running, 4),
+    }

@@ -5,6 +5,8 @@ language model learns to answer from such tokens first; the projector then learn
 and both are trained together from there. Symbols are thrown away afterwards.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
@@ -42,7 +44,7 @@ class Symbols(nn.Module):
         return what + where
 
 
-def word_ids(tokenizer: PreTrainedTokenizerFast, words: list[str]) -> Tensor:
+def word_ids(tokenizer: PreTrainedTokenizerFast, words: Sequence[str]) -> Tensor:
     """The last token of each word, as it follows a space."""
     return torch.tensor([tokenizer(f" {word}").input_ids[-1] for word in words])
 

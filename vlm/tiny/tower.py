@@ -151,7 +151,9 @@ def train_tower(
             stepper.step()
             stepper.zero_grad(set_to_none=True)
         with torch.no_grad():
-            for scores, (key, target) in zip(logits, {"name": batch.names, **targets}.items(), strict=True):
+            for scores, (key, target) in zip(
+                logits, {"name": batch.names, **targets}.items(), strict=True
+            ):
                 right = (scores[shown].argmax(-1) == target[shown]).float().mean().item()
                 running[key] += (right - running[key]) * max(0.02, 1 / (step + 1))
         if step % 50 == 0 or step == steps - 1:

@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -34,14 +35,14 @@ class Example(Protocol):
     def pixels(self) -> Tensor: ...
     @property
     def triples(self) -> Tensor: ...
-    def row(self, image: Tensor, questions: int) -> Row: ...
+    def row(self, image: Tensor, questions: int, lookups: bool) -> Row: ...
 
 
 class Source(Protocol):
     """What the model learns from: labelled windows, images with questions, and text."""
 
-    names: list[str]
-    colors: list[str]
+    names: tuple[str, ...]
+    colors: tuple[str, ...]
 
     def windows(self, batch: int, side: int) -> Iterator[PatchBatch]: ...
     def examples(self, number: int, things: int | None) -> list[Example]: ...
@@ -70,8 +71,8 @@ class Trainer:
         self.processor, self.source, self.folder, self.recipe = processor, source, folder, recipe
         self.model: LlavaForConditionalGeneration = make_model(processor)
         tokenizer = processor.tokenizer
-        ids = (word_ids(tokenizer, words) for words in (source.names, source.colors))
-        self.symbols = Symbols(self.model.get_input_embeddings(), *ids, grid=24)
+        names, colors = (word_ids(tokenizer, words) for words in (source.names, source.colors))
+        self.symbols = Symbols(self.model.get_input_embeddings(), names, colors, grid=24)
         self.parts = nn.ModuleList([self.model, self.symbols])
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.few: list[Example] = []
@@ -112,7 +113,7 @@ class Trainer:
 
         seconds = self.recipe.symbols_seconds
         return self._language(
-            seconds, 3e-3, encode, [language, self.symbols], lambda: self._rows(7, 16, 12, False)
+            seconds, 3e-3, encode, [language, self.symbols], self._symbol_rows, levels=3
         )
 
     def _subset(self) -> dict[str, float]:
@@ -123,14 +124,18 @@ class Trainer:
             targets = self.symbols(triples)
         projector = self.model.model.multi_modal_projector
         align_projector(projector, torch.cat(self.features), targets, triples[:, 0] > 0, 250)
-        return self._answers(self.recipe.subset_seconds, 1.5e-3, lambda: self._rows(8, 16, 96, True))
+        rows = partial(self._rows, 8, 16, 96, features=True)
+        return self._answers(self.recipe.subset_seconds, 1.5e-3, lambda _: rows())
 
     def _full(self) -> dict[str, float]:
         self._draw()
         self._encode()
-        return self._answers(self.recipe.full_seconds, 1e-3, lambda: self._rows(4, 20, 576, True))
+        rows = partial(self._rows, 4, 20, 576, features=True)
+        return self._answers(self.recipe.full_seconds, 1e-3, lambda _: rows())
 
-    def _answers(self, seconds: float, rate: float, rows: Callable[[], list[Row]]) -> dict[str, float]:
+    def _answers(
+        self, seconds: float, rate: float, rows: Callable[[int], list[Row]]
+    ) -> dict[str, float]:
         inner = self.model.model
         modules = [inner.language_model, inner.multi_modal_projector]
         return self._language(seconds, rate, projected(self.model), modules, rows)
@@ -141,16 +146,16 @@ class Trainer:
         rate: float,
         encode: Callable[[list[Tensor]], Tensor],
         modules: list[nn.Module],
-        rows: Callable[[], list[Row]],
+        rows: Callable[[int], list[Row]],
+        levels: int = 1,
     ) -> dict[str, float]:
         tokenizer = self.processor.tokenizer
-        return train_language(
-            self.model, tokenizer, iter(rows, None), seconds, rate, encode, modules
-        )
+        return train_language(self.model, tokenizer, rows, seconds, rate, encode, modules, levels)
 
     def _draw(self) -> None:
         if not self.many:
             self.many = self.source.examples(self.recipe.images, None)
+            self.few = self.source.examples(self.recipe.images // 3, 2)
 
     @torch.no_grad()
     def _encode(self) -> None:
@@ -161,15 +166,32 @@ class Trainer:
             pixels = torch.stack([example.pixels for example in self.many[start : start + 8]])
             self.features += list(tower_features(clip(self.model), pixels).half())
 
-    def _rows(self, images: int, questions: int, extra: int, features: bool) -> list[Row]:
+    def _symbol_rows(self, level: int) -> list[Row]:
+        """Two objects and lookups only; then whole scenes; then every task, with more background."""
+        if level < 2:
+            pool = self.many if level else self.few
+            return self._rows(4, 10, 4 * level, features=False, pool=pool, lookups=True)
+        return self._rows(6, 14, 12, features=False)
+
+    def _rows(
+        self,
+        images: int,
+        questions: int,
+        extra: int,
+        *,
+        features: bool,
+        pool: list[Example] | None = None,
+        lookups: bool = False,
+    ) -> list[Row]:
         """Rows about `images` images, with all object patches and `extra` others, and one of text."""
         rows = []
         for _ in range(images):
-            k = int(torch.randint(len(self.many), (), generator=self.generator))
-            triples = self.many[k].triples
+            drawn = pool or self.many
+            k = int(torch.randint(len(drawn), (), generator=self.generator))
+            triples = drawn[k].triples
             keep = _some(triples[:, 0] > 0, extra, self.generator)
             source = self.features[k] if features else triples
-            rows.append(self.many[k].row(source[keep], questions))
+            rows.append(drawn[k].row(source[keep], questions, lookups))
         return [*rows, self.source.text(questions)]
 
 
