@@ -92,7 +92,11 @@ def test_ctrl_c_leaves_a_folder_that_resumes(checkpoint, tmp_path):
         sys.executable, "-m", "vlm_prune.benchmarks.cli", "eval", "--model", checkpoint, "--tasks",
         "exist", "--limit", "300", "--batch-size", "1", "--output", tmp_path / "out",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # a test run in the background ignores Ctrl-C, and its children would too
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    )  # fmt: skip
     log = tmp_path / "out" / "samples.jsonl"
     for _ in range(600):
         if log.is_file() and log.stat().st_size:
