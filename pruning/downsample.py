@@ -26,7 +26,7 @@ def grid_for(k: int, rows: int, columns: int, stretch: float = 1.5) -> tuple[int
 class Downsample(VisionPruner):
     """Shrink the image until the tower itself emits no more tokens than the budget.
 
-    Sides are whole patches, so a budget such as 128 gives 120 tokens (10 x 12); the count really
+    Sides are whole patches, so a budget such as 128 gives 121 tokens (11 x 11); the count really
     used is reported. Position embeddings are interpolated.
     """
 
