@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from vlm_prune.benchmarks.tasks.base import SPLITS, Split
+from vlm_prune.benchmarks.tasks.base import Split
 
 SIDE = 336
 PATCH = 14
@@ -90,11 +90,6 @@ def noun(name: str) -> str:
     if name in DIGITS:
         return f"digit {name}"
     return f"word {name}" if name in WORDS else name
-
-
-def generator(split: Split, seed: int, index: int) -> np.random.Generator:
-    """The random stream of one sample; streams of different splits never meet."""
-    return np.random.default_rng([SPLITS.index(split), seed, index])
 
 
 def make_scene(rng: np.random.Generator, split: Split, things: int | None = None) -> Scene:
