@@ -247,6 +247,10 @@ def _generate(
 def summarise(config: RunConfig, rows: list[dict[str, Any]], model: Any) -> dict[str, Any]:
     """The content of `results.json`."""
     family = family_of(model)
+
+    def mean(values: list[float]) -> float:
+        return float(np.mean(values)) if values else 0.0
+
     scores = {
         name: tuple(
             np.array([row[key] for row in rows if row["task"] == name], float)
@@ -260,14 +264,14 @@ def summarise(config: RunConfig, rows: list[dict[str, Any]], model: Any) -> dict
         tasks[name] = {
             "n": len(base), "accuracy": ours.mean(), "baseline_accuracy": base.mean(),
             "retained": point, "ci": interval,
+            "kept": mean([
+                mean(row["layer_tokens"]) for row in rows if row["task"] == name and row["images"]
+            ]),
         }  # fmt: skip
     point, interval = retained(scores)  # type: ignore[arg-type]
     seen = [row for row in rows if row["images"]] or rows
     full, layers = family.tokens_per_image, len(family.decoder.layers)
     text = model.config.get_text_config()
-
-    def mean(values: list[float]) -> float:
-        return float(np.mean(values))
 
     def image_tokens(row: dict[str, Any]) -> list[float]:
         return [row["images"] * tokens for tokens in row["layer_tokens"]]

@@ -18,15 +18,17 @@ def with_interval(entry: dict[str, Any]) -> str:
 def run_table(results: dict[str, Any]) -> Group:
     """One run: accuracy by task, then time, operations and memory."""
     title = f"{results['method']}, budget {results['budget']}, model {results['model']}"
-    table = Table("task", "n", "unpruned %", "pruned %", "% retained [95 %]", title=title)
+    columns = ("task", "n", "unpruned %", "pruned %", "% retained [95 %]", "tokens kept")
+    table = Table(*columns, title=title)
     for name, task in results["tasks"].items():
         accuracies = (percent(task[key]) for key in ("baseline_accuracy", "accuracy"))
-        table.add_row(name, str(task["n"]), *accuracies, with_interval(task))
+        table.add_row(name, str(task["n"]), *accuracies, with_interval(task), f"{task['kept']:.1f}")
     overall = results["overall"]
     count = str(sum(task["n"] for task in results["tasks"].values()))
     accuracies = (percent(overall[key]) for key in ("baseline_accuracy", "accuracy"))
     table.add_section()
-    table.add_row("mean", count, *accuracies, with_interval(overall))
+    kept = f"{results['tokens']['layer_mean']:.1f}"
+    table.add_row("mean", count, *accuracies, with_interval(overall), kept)
     return Group(table, *cost_lines(results))
 
 

@@ -46,4 +46,6 @@ def _name(source: object) -> str:
 
 
 def _bomb(source: object) -> str:
-    return f"the image {_name(source)} has more than {MAX_PIXELS // 10**6} million pixels; shrink it"
+    return (
+        f"the image {_name(source)} has more than {MAX_PIXELS // 10**6} million pixels; shrink it"
+    )

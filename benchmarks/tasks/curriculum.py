@@ -36,31 +36,23 @@ def scenes(seed: int, things: int | None = None) -> Iterator[Scene]:
 
 
 def windows(seed: int, batch: int, side: int) -> Iterator[PatchBatch]:
-    """Batches of windows of `side` x `side` patches around objects, one for each object of a scene."""
+    """Batches of windows of `side` x `side` patches, two around each object of a scene."""
     rng = np.random.default_rng([TRAIN_SEED, seed, 1])
     grid = np.arange(GRID * GRID).reshape(GRID, GRID)
     source = scenes(seed, things=6)
+    cuts: list[tuple[Scene, int, int]] = []
     while True:
-        cuts: list[tuple[Scene, int, int]] = []
         while len(cuts) < batch:
             scene = next(source)
-            for thing in scene.things:
-                row = int(
-                    np.clip(
-                        thing.y // PATCH - rng.integers(side // 4, side - side // 4), 0, GRID - side
-                    )
-                )
-                left = int(
-                    np.clip(
-                        thing.x // PATCH - rng.integers(side // 4, side - side // 4), 0, GRID - side
-                    )
-                )
+            for thing in 2 * scene.things:
+                corner = np.array([thing.y, thing.x]) // PATCH - rng.integers(1, side - 1, 2)
+                row, left = (int(v) for v in np.clip(corner, 0, GRID - side))
                 cuts.append((scene, row, left))
-        cuts = cuts[:batch]
-        cells = [(s, slice(r, r + side), slice(c, c + side)) for s, r, c in cuts]
+        drawn, cuts = cuts[:batch], cuts[batch:]
+        cells = [(s, slice(r, r + side), slice(c, c + side)) for s, r, c in drawn]
         pixels = [
             s.pixels[r * PATCH : (r + side) * PATCH, c * PATCH : (c + side) * PATCH]
-            for s, r, c in cuts
+            for s, r, c in drawn
         ]
         yield PatchBatch(
             normalised(np.stack(pixels)),
@@ -70,9 +62,9 @@ def windows(seed: int, batch: int, side: int) -> Iterator[PatchBatch]:
         )
 
 
-def whole(seed: int, batch: int = 8) -> Iterator[PatchBatch]:
+def whole(seed: int, batch: int) -> Iterator[PatchBatch]:
     """Batches of whole scenes."""
-    source = scenes(seed, things=6)
+    source = scenes(seed + 100, things=6)
     places = torch.arange(GRID * GRID).expand(batch, -1)
     while True:
         drawn = [next(source) for _ in range(batch)]
@@ -136,13 +128,6 @@ def visual_row(
     return Row(before, [block(q) for q in visual_questions(rng, scene, number, lookups)], image)
 
 
-def subset(rng: np.random.Generator, scene: Scene, extra: int) -> Tensor:
-    """Indices of every object patch and `extra` background patches, in order."""
-    shown = scene.patch_names.ravel() > 0
-    background = rng.permutation(np.flatnonzero(~shown))[:extra]
-    return torch.from_numpy(np.sort(np.concatenate([np.flatnonzero(shown), background])))
-
-
 def corpus(lines: int = 4000) -> Iterator[str]:
     """Text for the tokenizer: every kind of question and answer."""
     rng = np.random.default_rng(TRAIN_SEED)
@@ -160,8 +145,8 @@ def corpus(lines: int = 4000) -> Iterator[str]:
 class SceneExample:
     """A training scene as `vlm_prune.vlm.tiny.train` takes it."""
 
-    def __init__(self, scene: Scene, rng: np.random.Generator) -> None:
-        self.scene, self.rng = scene, rng
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
 
     @property
     def pixels(self) -> Tensor:
@@ -172,8 +157,9 @@ class SceneExample:
         labels = (self.scene.patch_names.ravel(), self.scene.patch_colors.ravel())
         return torch.from_numpy(np.stack([*labels, np.arange(GRID * GRID)], 1))
 
-    def row(self, image: Tensor, questions: int, lookups: bool) -> Row:
-        return visual_row(self.rng, self.scene, image, questions, lookups)
+    def row(self, image: Tensor, questions: int, lookups: bool, seed: int) -> Row:
+        rng = np.random.default_rng([TRAIN_SEED, seed])
+        return visual_row(rng, self.scene, image, questions, lookups)
 
 
 class SceneSource:
@@ -184,14 +170,16 @@ class SceneSource:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.rng = np.random.default_rng([TRAIN_SEED, seed, 2])
 
     def windows(self, batch: int, side: int) -> Iterator[PatchBatch]:
         return windows(self.seed, batch, side)
 
+    def whole(self, batch: int) -> Iterator[PatchBatch]:
+        return whole(self.seed, batch)
+
     def examples(self, number: int, things: int | None) -> list[SceneExample]:
         source = scenes(self.seed + (things or 0) + 1, things)
-        return [SceneExample(next(source), self.rng) for _ in range(number)]
+        return [SceneExample(next(source)) for _ in range(number)]
 
-    def text(self, questions: int) -> Row:
-        return text_row(self.rng, questions)
+    def text(self, questions: int, seed: int) -> Row:
+        return text_row(np.random.default_rng([TRAIN_SEED, seed]), questions)

@@ -11,7 +11,7 @@ from importlib.resources import files
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageStat
 
 from vlm_prune.benchmarks.tasks.base import Split
 
@@ -43,6 +43,7 @@ PHOTOGRAPHS: dict[Split, tuple[str, ...]] = {
     "test": ("chelsea.png", "flower.jpg", "rocket.jpg"),
 }  # fmt: skip
 
+CONTRAST = 0.5
 _SUPERSAMPLE = 4
 
 
@@ -146,7 +147,9 @@ def _photograph(name: str) -> Image.Image:
         photograph = Image.open(file).convert("RGB")
     shorter = min(photograph.size)
     if shorter > 400:  # crops are 200 px or more: nothing visible is lost, and drawing is faster
-        photograph.thumbnail((photograph.width * 400 // shorter, photograph.height * 400 // shorter))
+        photograph.thumbnail(
+            (photograph.width * 400 // shorter, photograph.height * 400 // shorter)
+        )
     return photograph
 
 
@@ -166,12 +169,13 @@ def _background(rng: np.random.Generator, split: Split) -> NDArray[np.uint8]:
     left = int(rng.integers(0, photograph.width - side + 1))
     top = int(rng.integers(0, photograph.height - side + 1))
     box = (left, top, left + side, top + side)
-    pixels = np.asarray(photograph.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box), np.float32)
-    grey = pixels.mean(-1, keepdims=True)
-    muted = grey + 0.5 * (pixels - grey)
-    flip = muted[:, ::-1] if rng.random() < 0.5 else muted
-    level = rng.uniform(110, 150)
-    lit: NDArray[np.uint8] = np.clip(level + 0.4 * (flip - flip.mean()), 50, 205).astype(np.uint8)
+    crop = photograph.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box)
+    if rng.random() < 0.5:
+        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    muted = ImageEnhance.Color(crop).enhance(0.5)
+    shift = rng.uniform(110, 150) - CONTRAST * ImageStat.Stat(muted.convert("L")).mean[0]
+    curve = np.clip(shift + CONTRAST * np.arange(256), 50, 205).astype(np.uint8)
+    lit: NDArray[np.uint8] = np.array(muted.point([int(v) for v in curve] * 3))
     return lit
 
 
@@ -184,10 +188,15 @@ def _distract(rng: np.random.Generator, pixels: NDArray[np.uint8]) -> None:
 def _free_corner(
     rng: np.random.Generator, placed: list[Thing], width: int, height: int, margin: int = 8
 ) -> tuple[int, int] | None:
-    """A corner on the patch grid, clear of everything placed so far."""
+    """A corner clear of everything placed so far.
+
+    What fits into one patch stands on the patch grid, so that one token carries it; the rest
+    stands anywhere.
+    """
+    step = PATCH if max(width, height) <= PATCH else 1
     for _ in range(60):
-        left = PATCH * int(rng.integers(0, GRID - width // PATCH + 1))
-        top = PATCH * int(rng.integers(0, GRID - height // PATCH + 1))
+        left = step * int(rng.integers(0, (SIDE - width) // step + 1))
+        top = step * int(rng.integers(0, (SIDE - height) // step + 1))
         x, y = left + width / 2, top + height / 2
         if all(
             abs(x - other.x) > (width + other.width) / 2 + margin
@@ -199,14 +208,14 @@ def _free_corner(
 
 
 def _sprite(rng: np.random.Generator, kind: str, name: str, split: Split) -> NDArray[np.float32]:
-    """Opacity in [0, 1] of shape (height, width), both whole patches."""
+    """Opacity in [0, 1] of shape (height, width)."""
     if kind == "digit":
         size = int(rng.choice([28, 42]))
         drawing = _digits(split)[name]
         drawing = drawing[int(rng.integers(len(drawing)))]
         mask = Image.fromarray((drawing * 255).astype(np.uint8))
         mask = mask.resize((size, size), Image.Resampling.BICUBIC)
-        return np.clip(np.asarray(mask, np.float32) / 255 * 1.6 - 0.25, 0, 1)
+        return np.clip(np.asarray(mask, np.float32) / 255 * 1.35 - 0.2, 0, 1)
     if kind == "word":
         size = int(rng.choice([22, 30]))
         canvas = Image.new("L", (2 * 28, 28) if size == 22 else (5 * PATCH, 3 * PATCH))

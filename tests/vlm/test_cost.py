@@ -32,7 +32,9 @@ def test_key_value_bytes_are_those_of_the_cache(llava, images, make_inputs):
     inputs = make_inputs([(1, "Is there a 7?")], images)
     with torch.no_grad():
         cache = llava(**inputs, use_cache=True).past_key_values
-    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    held = sum(
+        t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values)
+    )
     text = llava.config.text_config
     counted = key_value_bytes(
         text, inputs["input_ids"].shape[1] - 576, [576.0] * text.num_hidden_layers, 4

@@ -56,8 +56,10 @@ def make_processor(corpus: Iterable[str], vocabulary: int = 512) -> LlavaProcess
     )
 
 
-def make_model(processor: LlavaProcessor, width: int = 192) -> LlavaForConditionalGeneration:
-    """LLaVA-1.5's structure at about 6 M parameters, randomly initialised."""
+def make_model(
+    processor: LlavaProcessor, tower_width: int = 192, width: int = 256
+) -> LlavaForConditionalGeneration:
+    """LLaVA-1.5's structure at about 8 M parameters, randomly initialised."""
     tokenizer = processor.tokenizer
     ids = {
         key: tokenizer.convert_tokens_to_ids(SPECIAL[f"{key}_token"])
@@ -65,11 +67,11 @@ def make_model(processor: LlavaProcessor, width: int = 192) -> LlavaForCondition
     }
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=width,
-            intermediate_size=4 * width,
-            projection_dim=width,
+            hidden_size=tower_width,
+            intermediate_size=4 * tower_width,
+            projection_dim=tower_width,
             num_hidden_layers=6,
-            num_attention_heads=6,
+            num_attention_heads=max(2, tower_width // 32),
             image_size=336,
             patch_size=14,
             hidden_act="gelu",
@@ -77,10 +79,10 @@ def make_model(processor: LlavaProcessor, width: int = 192) -> LlavaForCondition
         text_config=LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,
-            intermediate_size=512,
+            intermediate_size=688,
             num_hidden_layers=6,
-            num_attention_heads=6,
-            num_key_value_heads=6,
+            num_attention_heads=max(2, width // 32),
+            num_key_value_heads=max(2, width // 32),
             max_position_embeddings=4096,
             tie_word_embeddings=True,
             bos_token_id=ids["bos"],

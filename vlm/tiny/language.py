@@ -5,8 +5,6 @@ the prefix and itself, and its positions restart after the prefix, so that one p
 trains many questions and no answer can be copied from a neighbour.
 """
 
-import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from vlm_prune.vlm.tiny.tower import optimizers, set_rate, tower_features
+from vlm_prune.vlm.tiny.tower import Say, optimizers, set_rate, tower_features
 
-logger = logging.getLogger(__name__)
 IGNORE = -100
 Encoder = Callable[[list[Tensor]], Tensor]
 
@@ -128,25 +125,25 @@ def train_language(
     model: LlavaForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
     rows: Callable[[int], list[Row]],
-    seconds: float,
+    steps: int,
     rate: float,
     encode: Encoder,
     modules: list[nn.Module],
+    say: Say,
     levels: int = 1,
-    promote: float = 0.88,
-) -> dict[str, float]:
-    """Train `modules` for `seconds` of wall time, the rate falling over the last minute.
+    promote: float = 0.9,
+) -> None:
+    """Train `modules` for `steps` batches, the rate falling linearly over the last 40 %.
 
     `rows` draws a batch for a level of difficulty; the level rises when the running share of
-    right answer tokens passes `promote`. Returns steps, rows, the level reached and that share.
+    right answer tokens passes `promote`, and at the latest with an equal share of the steps.
     """
     steppers = optimizers(modules, rate)
-    running, step, seen, level, entered = 0.5, 0, 0, 0, 0
-    said = begin = time.monotonic()
-    while (elapsed := time.monotonic() - begin) < seconds:
-        warm, left = min(1.0, (step + 1) / 20), min(1.0, (seconds - elapsed) / min(60, seconds))
+    running, level, entered = 0.5, 0, 0
+    for step in range(steps):
+        warm, left = min(1.0, (step + 1) / 20), min(1.0, (steps - step) / (0.4 * steps))
         for stepper, peak in zip(steppers, (rate, rate / 3), strict=True):
-            set_rate([stepper], peak * warm * max(0.1, left))
+            set_rate([stepper], peak * warm * max(0.05, left))
         batch = rows(level)
         images = [row.image for row in batch if row.image is not None]
         packed = pack(batch, tokenizer, model.config.image_token_id)
@@ -156,17 +153,9 @@ def train_language(
         for stepper in steppers:
             stepper.step()
             stepper.zero_grad(set_to_none=True)
-        step, seen = step + 1, seen + len(batch)
         running += (right - running) * 0.04
-        if level < levels - 1 and running > promote and step - entered > 60:
+        if step % 25 == 0 or step == steps - 1:
+            say(step, level=level, loss=loss.item(), right=running)
+        ready = running > promote and step - entered > 60
+        if level < levels - 1 and (ready or step >= steps * (level + 1) // levels):
             level, entered, running = level + 1, step, 0.6
-        if time.monotonic() - said > 10:
-            said = time.monotonic()
-            logger.info("step %d level %d loss %.3f right %.3f", step, level, loss.item(), running)
-    return {
-        "steps": step,
-        "rows": seen,
-        "level": level,
-        "seconds": round(seconds),
-        "right": round(running, 4),
-    }

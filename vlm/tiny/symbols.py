@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from transformers import PreTrainedTokenizerFast
 
+from vlm_prune.vlm.tiny.tower import Say
+
 
 class Symbols(nn.Module):
     """Embeds (name, colour, place) triples with the language model's own word embeddings.
@@ -50,13 +52,12 @@ def word_ids(tokenizer: PreTrainedTokenizerFast, words: Sequence[str]) -> Tensor
 
 
 def align_projector(
-    projector: nn.Module, features: Tensor, targets: Tensor, shown: Tensor, steps: int
-) -> float:
+    projector: nn.Module, features: Tensor, targets: Tensor, shown: Tensor, steps: int, say: Say
+) -> None:
     """Fit the projector to the symbols; features (N, width), targets (N, width), shown (N,) bool."""
     stepper = torch.optim.AdamW(projector.parameters(), lr=3e-3, weight_decay=0.0)
     scale = targets.var(0).sum().sqrt()
     objects, rest = shown.nonzero()[:, 0], (~shown).nonzero()[:, 0]
-    loss = torch.zeros(())
     for step in range(steps):
         for group in stepper.param_groups:
             group["lr"] = 3e-3 * (1 - step / steps)
@@ -71,4 +72,5 @@ def align_projector(
         loss.backward()
         stepper.step()
         stepper.zero_grad(set_to_none=True)
-    return loss.item()
+        if step % 50 == 0 or step == steps - 1:
+            say(step, loss=loss.item())

@@ -1,15 +1,18 @@
 """Stage 1: teach the vision tower to name what each patch shows, before any language."""
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-logger = logging.getLogger(__name__)
+
+class Say(Protocol):
+    """Takes down how training goes at a step."""
+
+    def __call__(self, step: int, **figures: float) -> None: ...
 
 
 @dataclass
@@ -128,9 +131,14 @@ def schedule(step: int, steps: int, peak: float, warmup: int = 40) -> float:
 
 
 def train_tower(
-    tower: nn.Module, heads: PatchHeads, batches: Iterator[PatchBatch], steps: int, rate: float
-) -> dict[str, float]:
-    """Train `tower` and `heads` for `steps` batches; returns accuracies on object patches."""
+    tower: nn.Module,
+    heads: PatchHeads,
+    batches: Iterator[PatchBatch],
+    steps: int,
+    rate: float,
+    say: Say,
+) -> None:
+    """Train `tower` and `heads` for `steps` batches; `say` gets accuracies on object patches."""
     steppers = optimizers([tower, heads], rate)
     running = dict.fromkeys(("name", "color", "row", "column"), 0.0)
     for step in range(steps):
@@ -157,6 +165,4 @@ def train_tower(
                 right = (scores[shown].argmax(-1) == target[shown]).float().mean().item()
                 running[key] += (right - running[key]) * max(0.02, 1 / (step + 1))
         if step % 50 == 0 or step == steps - 1:
-            shares = " ".join(f"{key} {value:.3f}" for key, value in running.items())
-            logger.info("tower step %d loss %.3f %s", step, loss.item(), shares)
-    return running
+            say(step, loss=loss.item(), **running)

@@ -6,9 +6,9 @@ that was stopped goes on where it was.
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -22,10 +22,10 @@ from vlm_prune.vlm.tiny.initial import initialise_embeddings
 from vlm_prune.vlm.tiny.language import Row, clip, projected, train_language
 from vlm_prune.vlm.tiny.store import save_checkpoint
 from vlm_prune.vlm.tiny.symbols import Symbols, align_projector, word_ids
-from vlm_prune.vlm.tiny.tower import PatchBatch, PatchHeads, tower_features, train_tower
+from vlm_prune.vlm.tiny.tower import PatchBatch, PatchHeads, Say, tower_features, train_tower
 
 logger = logging.getLogger(__name__)
-STAGES = ("tower", "symbols", "subset", "full")
+STAGES = ("tower", "symbols", "projector", "language", "together")
 
 
 class Example(Protocol):
@@ -35,7 +35,7 @@ class Example(Protocol):
     def pixels(self) -> Tensor: ...
     @property
     def triples(self) -> Tensor: ...
-    def row(self, image: Tensor, questions: int, lookups: bool) -> Row: ...
+    def row(self, image: Tensor, questions: int, lookups: bool, seed: int) -> Row: ...
 
 
 class Source(Protocol):
@@ -45,19 +45,22 @@ class Source(Protocol):
     colors: tuple[str, ...]
 
     def windows(self, batch: int, side: int) -> Iterator[PatchBatch]: ...
+    def whole(self, batch: int) -> Iterator[PatchBatch]: ...
     def examples(self, number: int, things: int | None) -> list[Example]: ...
-    def text(self, questions: int) -> Row: ...
+    def text(self, questions: int, seed: int) -> Row: ...
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long each stage lasts (tower in steps, the others in seconds), sizes and rates."""
+    """Steps of each stage, and the number of scenes that the language model learns from."""
 
-    tower_steps: int = 1000
-    symbols_seconds: float = 280
-    subset_seconds: float = 400
-    full_seconds: float = 220
-    images: int = 800
+    windows: int = 1600
+    whole: int = 700
+    symbols: int = 1600
+    align: int = 400
+    language: int = 900
+    together: int = 200
+    scenes: int = 4000
     seed: int = 0
 
 
@@ -73,7 +76,9 @@ class Trainer:
         tokenizer = processor.tokenizer
         names, colors = (word_ids(tokenizer, words) for words in (source.names, source.colors))
         self.symbols = Symbols(self.model.get_input_embeddings(), names, colors, grid=24)
-        self.parts = nn.ModuleList([self.model, self.symbols])
+        width = self.model.config.vision_config.hidden_size
+        self.heads = PatchHeads(width, len(names) + 1, len(colors), 24)
+        self.parts = nn.ModuleList([self.model, self.symbols, self.heads])
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.few: list[Example] = []
         self.many: list[Example] = []
@@ -87,75 +92,95 @@ class Trainer:
             if kept.is_file():
                 load_model(self.parts, kept)
                 continue
-            done: dict[str, float] = getattr(self, f"_{stage}")()
+            torch.manual_seed(self.recipe.seed)
+            self.generator.manual_seed(self.recipe.seed + STAGES.index(stage))
+            getattr(self, f"_{stage}")()
             save_model(self.parts, str(kept))
-            line = {"stage": stage, **done, "recipe": asdict(self.recipe)}
-            with (self.folder / "log.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
         save_checkpoint(self.model, self.processor, self.folder / "checkpoint")
 
-    def _tower(self) -> dict[str, float]:
-        tower = clip(self.model)
-        heads = PatchHeads(192, len(self.source.names) + 1, len(self.source.colors), 24)
-        batches = self.source.windows(80, 6)
-        drawn = [next(batches) for _ in range(20)]
+    def say(self, stage: str) -> Say:
+        """A recorder of a stage's figures: a line of the log, and one of `log.jsonl`."""
+        begin = time.monotonic()
+
+        def write(step: int, **figures: float) -> None:
+            seconds = round(time.monotonic() - begin, 1)
+            rounded = {key: round(value, 4) for key, value in figures.items()}
+            line = {"stage": stage, "step": step, "seconds": seconds, **rounded}
+            logger.info(" ".join(f"{key} {value}" for key, value in line.items()))
+            with (self.folder / "log.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+        return write
+
+    def _tower(self) -> None:
+        """Name what patches show, on windows around objects, then on whole scenes."""
+        tower, recipe = clip(self.model), self.recipe
+        batches = self.source.windows(96, 6)
+        drawn = [next(batches) for _ in range(18)]
         shown = torch.cat([_patches(batch.pixels)[batch.names.flatten() > 0] for batch in drawn])
         initialise_embeddings(tower, shown, self.generator)
-        return train_tower(tower, heads, batches, self.recipe.tower_steps, 2e-3)
+        train_tower(tower, self.heads, batches, recipe.windows, 2e-3, self.say("windows"))
+        whole = self.source.whole(12)
+        train_tower(tower, self.heads, whole, recipe.whole, 1.5e-3, self.say("whole"))
 
-    def _symbols(self) -> dict[str, float]:
+    def _symbols(self) -> None:
+        """Text skills, and answering from scenes written as symbols."""
         self._draw()
-        language = self.model.model.language_model
+        modules: list[nn.Module] = [self.model.model.language_model, self.symbols]
 
         def encode(images: list[Tensor]) -> Tensor:
             tokens: Tensor = self.symbols(torch.cat(images))
             return tokens
 
-        seconds = self.recipe.symbols_seconds
-        return self._language(
-            seconds, 3e-3, encode, [language, self.symbols], self._symbol_rows, levels=3
-        )
+        self._train("symbols", self.recipe.symbols, 3e-3, encode, modules, self._symbol_rows, 3)
 
-    def _subset(self) -> dict[str, float]:
+    def _projector(self) -> None:
+        """Fit the projector to the symbols."""
         self._draw()
         self._encode()
-        triples = torch.cat([example.triples for example in self.many])
+        triples = torch.cat([example.triples for example in self.many[:800]])
         with torch.no_grad():
             targets = self.symbols(triples)
-        projector = self.model.model.multi_modal_projector
-        align_projector(projector, torch.cat(self.features), targets, triples[:, 0] > 0, 250)
-        rows = partial(self._rows, 8, 16, 96, features=True)
-        return self._answers(self.recipe.subset_seconds, 1.5e-3, lambda _: rows())
+        projector, features = self.model.model.multi_modal_projector, torch.cat(self.features[:800])
+        steps, say = self.recipe.align, self.say("projector")
+        align_projector(projector, features, targets, triples[:, 0] > 0, steps, say)
 
-    def _full(self) -> dict[str, float]:
+    def _language(self) -> None:
+        """Projector and language model on the frozen tower, all 576 tokens in the end."""
         self._draw()
         self._encode()
-        rows = partial(self._rows, 4, 20, 576, features=True)
-        return self._answers(self.recipe.full_seconds, 1e-3, lambda _: rows())
-
-    def _answers(
-        self, seconds: float, rate: float, rows: Callable[[int], list[Row]]
-    ) -> dict[str, float]:
         inner = self.model.model
-        modules = [inner.language_model, inner.multi_modal_projector]
-        return self._language(seconds, rate, projected(self.model), modules, rows)
+        modules: list[nn.Module] = [inner.language_model, inner.multi_modal_projector]
 
-    def _language(
+        def rows(level: int) -> list[Row]:
+            return self._rows(*((12, 20, 60), (10, 24, 200), (8, 32, 576))[level], features=True)
+
+        steps = self.recipe.language
+        self._train("language", steps, 1.5e-3, projected(self.model), modules, rows, 3)
+
+    def _together(self) -> None:
+        """Everything end to end from pixels."""
+        self._draw()
+        steps, rows = self.recipe.together, lambda _: self._rows(8, 32, 576, pixels=True)
+        self._train("together", steps, 5e-4, projected(self.model), [self.model], rows, 1)
+
+    def _train(
         self,
-        seconds: float,
+        stage: str,
+        steps: int,
         rate: float,
         encode: Callable[[list[Tensor]], Tensor],
         modules: list[nn.Module],
         rows: Callable[[int], list[Row]],
-        levels: int = 1,
-    ) -> dict[str, float]:
-        tokenizer = self.processor.tokenizer
-        return train_language(self.model, tokenizer, rows, seconds, rate, encode, modules, levels)
+        levels: int,
+    ) -> None:
+        tokenizer, say = self.processor.tokenizer, self.say(stage)
+        train_language(self.model, tokenizer, rows, steps, rate, encode, modules, say, levels)
 
     def _draw(self) -> None:
         if not self.many:
-            self.many = self.source.examples(self.recipe.images, None)
-            self.few = self.source.examples(self.recipe.images // 3, 2)
+            self.many = self.source.examples(self.recipe.scenes, None)
+            self.few = self.source.examples(self.recipe.scenes // 3, 2)
 
     @torch.no_grad()
     def _encode(self) -> None:
@@ -170,8 +195,8 @@ class Trainer:
         """Two objects and lookups only; then whole scenes; then every task, with more background."""
         if level < 2:
             pool = self.many if level else self.few
-            return self._rows(4, 10, 4 * level, features=False, pool=pool, lookups=True)
-        return self._rows(6, 14, 12, features=False)
+            return self._rows(12, 12, 4 * level, pool=pool, lookups=True)
+        return self._rows(12, 16, 12)
 
     def _rows(
         self,
@@ -179,20 +204,32 @@ class Trainer:
         questions: int,
         extra: int,
         *,
-        features: bool,
+        features: bool = False,
+        pixels: bool = False,
         pool: list[Example] | None = None,
         lookups: bool = False,
     ) -> list[Row]:
-        """Rows about `images` images, with all object patches and `extra` others, and one of text."""
+        """Rows about `images` images and a quarter as many of text.
+
+        An image is given as pixels, or as the features or the symbols of all object patches and
+        of `extra` others.
+        """
         rows = []
         for _ in range(images):
             drawn = pool or self.many
             k = int(torch.randint(len(drawn), (), generator=self.generator))
-            triples = drawn[k].triples
-            keep = _some(triples[:, 0] > 0, extra, self.generator)
-            source = self.features[k] if features else triples
-            rows.append(drawn[k].row(source[keep], questions, lookups))
-        return [*rows, self.source.text(questions)]
+            example = drawn[k]
+            if pixels:
+                image = example.pixels
+            else:
+                keep = _some(example.triples[:, 0] > 0, extra, self.generator)
+                image = (self.features[k] if features else example.triples)[keep]
+            rows.append(example.row(image, questions, lookups, self._seed()))
+        texts = max(1, images // 4)
+        return [*rows, *(self.source.text(questions, self._seed()) for _ in range(texts))]
+
+    def _seed(self) -> int:
+        return int(torch.randint(2**62, (), generator=self.generator))
 
 
 def _patches(pixels: Tensor, size: int = 14) -> Tensor:

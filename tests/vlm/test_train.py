@@ -1,0 +1,58 @@
+"""The embedded model's training runs from start to end, and goes on where it was stopped."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from vlm_prune.benchmarks.tasks.curriculum import SceneSource, corpus
+from vlm_prune.vlm.tiny.config import make_model, make_processor
+from vlm_prune.vlm.tiny.language import loss_of, pack, projected
+from vlm_prune.vlm.tiny.train import STAGES, Recipe, Trainer
+
+SHORT = Recipe(windows=2, whole=1, symbols=3, align=2, language=3, together=1, scenes=3)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return make_processor(corpus(200), 320)
+
+
+def trained(processor, folder):
+    trainer = Trainer(processor, SceneSource(0), folder, SHORT)
+    trainer.run()
+    return trainer.model.state_dict()
+
+
+def test_a_stopped_training_ends_with_the_same_weights(processor, tmp_path):
+    whole = trained(processor, tmp_path / "whole")
+    Trainer(processor, SceneSource(0), tmp_path / "parts", SHORT).run(STAGES[:2])
+    resumed = trained(processor, tmp_path / "parts")
+    for name, weight in whole.items():
+        torch.testing.assert_close(resumed[name], weight, rtol=0, atol=1e-6, msg=name)
+    logged = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").open()]
+    assert {line["stage"] for line in logged} >= {"windows", "whole", "symbols", "language"}
+    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "whole" / "checkpoint")
+    AutoProcessor.from_pretrained(tmp_path / "whole" / "checkpoint")
+    half = whole["lm_head.weight"].half().float()
+    torch.testing.assert_close(loaded.lm_head.weight.data, half)
+
+
+def test_a_question_in_a_packed_row_is_answered_as_it_is_alone(processor):
+    """Blocks do not see each other: the loss of a row is the mean over its questions alone."""
+    model = make_model(processor).eval()
+    example = SceneSource(0).examples(1, None)[0]
+    row = example.row(example.pixels, 3, lookups=False, seed=0)
+    tokenizer, image_token = processor.tokenizer, model.config.image_token_id
+
+    def loss(rows):
+        with torch.no_grad():
+            images = [one.image for one in rows]
+            value, _ = loss_of(model, pack(rows, tokenizer, image_token), images, projected(model))
+        return float(value)
+
+    alone = [type(row)(row.before, [block], row.image) for block in row.blocks]
+    lengths = [len(tokenizer(answer).input_ids) + 1 for _, answer in row.blocks]
+    expected = sum(n * loss([one]) for n, one in zip(lengths, alone, strict=True)) / sum(lengths)
+    assert loss([row]) == pytest.approx(expected, abs=1e-5)
