@@ -35,11 +35,17 @@ def scenes(seed: int, things: int | None = None) -> Iterator[Scene]:
         yield make_scene(rng, "train", things)
 
 
-def windows(seed: int, batch: int, side: int) -> Iterator[PatchBatch]:
+def written_scenes(seed: int) -> Iterator[Scene]:
+    """Training scenes of mostly digits and words, which are the hardest to read."""
+    rng = np.random.default_rng([TRAIN_SEED, seed, 3])
+    while True:
+        yield make_scene(rng, "train", 6, (0.1, 0.7, 0.2))
+
+
+def windows(source: Iterator[Scene], seed: int, batch: int, side: int) -> Iterator[PatchBatch]:
     """Batches of windows of `side` x `side` patches, two around each object of a scene."""
     rng = np.random.default_rng([TRAIN_SEED, seed, 1])
     grid = np.arange(GRID * GRID).reshape(GRID, GRID)
-    source = scenes(seed, things=6)
     cuts: list[tuple[Scene, int, int]] = []
     while True:
         while len(cuts) < batch:
@@ -64,7 +70,7 @@ def windows(seed: int, batch: int, side: int) -> Iterator[PatchBatch]:
 
 def whole(seed: int, batch: int) -> Iterator[PatchBatch]:
     """Batches of whole scenes."""
-    source = scenes(seed + 100, things=6)
+    source = scenes(seed, things=6)
     places = torch.arange(GRID * GRID).expand(batch, -1)
     while True:
         drawn = [next(source) for _ in range(batch)]
@@ -171,11 +177,12 @@ class SceneSource:
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def windows(self, batch: int, side: int) -> Iterator[PatchBatch]:
-        return windows(self.seed, batch, side)
+    def windows(self, batch: int, side: int, written: bool) -> Iterator[PatchBatch]:
+        source = written_scenes(self.seed) if written else scenes(self.seed, things=6)
+        return windows(source, self.seed, batch, side)
 
-    def whole(self, batch: int) -> Iterator[PatchBatch]:
-        return whole(self.seed, batch)
+    def whole(self, batch: int, part: int) -> Iterator[PatchBatch]:
+        return whole(self.seed + 100 * (part + 1), batch)
 
     def examples(self, number: int, things: int | None) -> list[SceneExample]:
         source = scenes(self.seed + (things or 0) + 1, things)

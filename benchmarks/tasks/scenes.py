@@ -93,14 +93,23 @@ def noun(name: str) -> str:
     return f"word {name}" if name in WORDS else name
 
 
-def make_scene(rng: np.random.Generator, split: Split, things: int | None = None) -> Scene:
-    """A scene of `things` objects (3 to 6 unless given), names and colours all different."""
+def make_scene(
+    rng: np.random.Generator,
+    split: Split,
+    things: int | None = None,
+    shares: tuple[float, float, float] = (0.4, 0.35, 0.25),
+) -> Scene:
+    """A scene of `things` objects (3 to 6 unless given), names and colours all different.
+
+    The first is a shape, the second a digit or a word, the others are shapes, digits and words in
+    these `shares`.
+    """
     pixels = _background(rng, split)
     for _ in range(int(rng.integers(0, 4))):
         _distract(rng, pixels)
     count = int(rng.integers(3, 7)) if things is None else things
     kinds = ["shape", str(rng.choice(["digit", "word"]))]
-    kinds += [str(kind) for kind in rng.choice(list(KINDS), size=count, p=[0.4, 0.35, 0.25])]
+    kinds += [str(kind) for kind in rng.choice(list(KINDS), size=count, p=shares)]
     colors = rng.permutation(list(COLORS))
     placed: list[Thing] = []
     patch_names = np.zeros((GRID, GRID), np.int64)

@@ -11,7 +11,9 @@ from vlm_prune.vlm.tiny.config import make_model, make_processor
 from vlm_prune.vlm.tiny.language import loss_of, pack, projected
 from vlm_prune.vlm.tiny.train import STAGES, Recipe, Trainer
 
-SHORT = Recipe(windows=2, whole=1, symbols=3, align=2, language=3, together=1, scenes=3)
+SHORT = Recipe(
+    windows=2, whole=1, written=1, again=1, symbols=3, align=2, language=3, together=1, scenes=3
+)
 
 
 @pytest.fixture(scope="module")

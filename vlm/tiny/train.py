@@ -25,7 +25,7 @@ from vlm_prune.vlm.tiny.symbols import Symbols, align_projector, word_ids
 from vlm_prune.vlm.tiny.tower import PatchBatch, PatchHeads, Say, tower_features, train_tower
 
 logger = logging.getLogger(__name__)
-STAGES = ("tower", "symbols", "projector", "language", "together")
+STAGES = ("tower", "reading", "symbols", "projector", "language", "together")
 
 
 class Example(Protocol):
@@ -44,8 +44,8 @@ class Source(Protocol):
     names: tuple[str, ...]
     colors: tuple[str, ...]
 
-    def windows(self, batch: int, side: int) -> Iterator[PatchBatch]: ...
-    def whole(self, batch: int) -> Iterator[PatchBatch]: ...
+    def windows(self, batch: int, side: int, written: bool) -> Iterator[PatchBatch]: ...
+    def whole(self, batch: int, part: int) -> Iterator[PatchBatch]: ...
     def examples(self, number: int, things: int | None) -> list[Example]: ...
     def text(self, questions: int, seed: int) -> Row: ...
 
@@ -56,6 +56,8 @@ class Recipe:
 
     windows: int = 1600
     whole: int = 700
+    written: int = 2000
+    again: int = 200
     symbols: int = 1600
     align: int = 400
     language: int = 900
@@ -115,13 +117,21 @@ class Trainer:
     def _tower(self) -> None:
         """Name what patches show, on windows around objects, then on whole scenes."""
         tower, recipe = clip(self.model), self.recipe
-        batches = self.source.windows(96, 6)
+        batches = self.source.windows(96, 6, written=False)
         drawn = [next(batches) for _ in range(18)]
         shown = torch.cat([_patches(batch.pixels)[batch.names.flatten() > 0] for batch in drawn])
         initialise_embeddings(tower, shown, self.generator)
         train_tower(tower, self.heads, batches, recipe.windows, 2e-3, self.say("windows"))
-        whole = self.source.whole(12)
+        whole = self.source.whole(12, 0)
         train_tower(tower, self.heads, whole, recipe.whole, 1.5e-3, self.say("whole"))
+
+    def _reading(self) -> None:
+        """More of what is hardest: windows around handwriting and print, then whole scenes."""
+        tower, recipe = clip(self.model), self.recipe
+        batches = self.source.windows(128, 5, written=True)
+        train_tower(tower, self.heads, batches, recipe.written, 1.5e-3, self.say("written"))
+        whole = self.source.whole(12, 1)
+        train_tower(tower, self.heads, whole, recipe.again, 1.5e-3, self.say("again"))
 
     def _symbols(self) -> None:
         """Text skills, and answering from scenes written as symbols."""
@@ -226,7 +236,7 @@ class Trainer:
                 image = (self.features[k] if features else example.triples)[keep]
             rows.append(example.row(image, questions, lookups, self._seed()))
         texts = max(1, images // 4)
-        return [*rows, *(self.source.text(questions, self._seed()) for _ in range(texts))]
+        return [*rows, *(self.source.text(10, self._seed()) for _ in range(texts))]
 
     def _seed(self) -> int:
         return int(torch.randint(2**62, (), generator=self.generator))
