@@ -12,6 +12,14 @@ CASES = [
     ("adaptinfer", {}),
     ("zoo", {"directions": 4}),
     ("zoo-exact", {}),
+    ("fastv", {}),
+    ("sparsevlm", {}),
+    ("pyramiddrop", {}),
+    ("dart", {}),
+    ("visionzip", {}),
+    ("vispruner", {}),
+    ("divprune", {}),
+    ("cdpruner", {}),
 ]
 
 

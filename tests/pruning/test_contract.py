@@ -1,6 +1,7 @@
 """Contracts that every registered method keeps; see CONTRIBUTING.md."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import TextStreamer
 
 from vlm_prune.pruning import METHODS, DecoderPruner
 from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.session import question_embeddings
 
 LONG = "What color is the star and is there a 7?"
 RAGGED = [(1, "Is there a 7?"), (1, LONG), (0, "What is red?"), (2, LONG)]
@@ -73,10 +75,17 @@ def test_right_padded_rows_equal_left_padded_ones(case, llava, images, make_inpu
         torch.testing.assert_close(left[row, -length:], right[row, :length], atol=2e-5, rtol=1e-4)
 
 
-def test_cached_decoding_equals_a_full_forward(case, llava, images, make_inputs):
+def test_cached_decoding_equals_a_full_forward(case, llava, images, make_inputs, monkeypatch):
     """The reference walks the layers itself: one pass over prompt and answer, no cache, no hooks."""
     inputs = make_inputs([(1, LONG)], images)
-    method = build(case)
+    method, reduced = build(case), []
+
+    def recorded(*given, reduce=method.reduce):
+        kept = reduce(*given)
+        reduced.append(kept.features[0])
+        return kept
+
+    monkeypatch.setattr(method, "reduce", recorded)
     with method(llava) as trace:
         out = greedy(llava, inputs)
     if method.stage == "input":
@@ -87,22 +96,29 @@ def test_cached_decoding_equals_a_full_forward(case, llava, images, make_inputs)
         vision = family.encode(inputs["pixel_values"])
         embeds = llava.get_input_embeddings()(ids)[0]
         embeds[start : start + 576] = vision.projected[0]
+        cuts = {}
         if isinstance(method, DecoderPruner):
             cuts = {
-                cut.layer: places[0]
-                for cut, places in zip(method.cuts(576, 6), trace.cuts, strict=True)
+                cut.layer: (places[0], features)
+                for cut, places, features in zip(
+                    method.cuts(576, 6), trace.cuts, reduced, strict=True
+                )
             }
         else:
-            kept = method.reduce(vision)
-            embeds[start + kept.places[0]] = kept.features[0]
-            cuts = {0: kept.places[0]}
+            question = question_embeddings(
+                llava, inputs["input_ids"], None, family.image_token, images=1
+            )
+            kept = method.reduce(replace(vision, question=question))
+            cuts = {0: (kept.places[0], kept.features[0])}
         here, hidden = torch.arange(len(embeds)), embeds
         for number, layer in enumerate(family.decoder.layers):
             if number in cuts:
                 wanted = torch.ones(len(embeds), dtype=torch.bool)
                 wanted[start : start + 576] = False
-                wanted[start + cuts[number]] = True
+                places, features = cuts[number]
+                wanted[start + places] = True
                 hidden, here = hidden[wanted[here]], here[wanted[here]]
+                hidden[torch.isin(here, start + places)] = features
             place = torch.arange(len(here))[None]
             mask = torch.full((len(here), len(here)), float("-inf")).triu(1)[None, None]
             rotary = family.decoder.rotary_emb(hidden[None], position_ids=place)
