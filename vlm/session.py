@@ -106,6 +106,7 @@ def pruned(
     family = family_of(model)
     trace = Trace()
 
+    @torch.no_grad()
     def prompt(input_ids: Tensor, mask: Tensor | None, pixel_values: Tensor | None) -> Prompt:
         tokens, start = vision, now(model.device)
         if pixel_values is not None:

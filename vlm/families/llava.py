@@ -61,6 +61,7 @@ class Llava:
         first = 1 if config.vision_feature_select_strategy == "default" else 0
         states = output.hidden_states
 
+        @torch.no_grad()
         def query_key() -> tuple[Tensor, Tensor]:
             index = layer if layer >= 0 else len(states) + layer
             return encoder_query_key(self.tower_layers[index - 1], states[index - 1])
