@@ -9,6 +9,7 @@ from vlm_prune.pruning.base import (
     VisionPruner,
 )
 from vlm_prune.pruning.cdpruner import CDPruner
+from vlm_prune.pruning.compose import Cascade, Merge
 from vlm_prune.pruning.dart import Dart
 from vlm_prune.pruning.divprune import DivPrune
 from vlm_prune.pruning.downsample import Downsample
@@ -43,6 +44,8 @@ METHODS: Registry[type[Pruner]] = Registry(
         "vispruner": VisPruner,
         "divprune": DivPrune,
         "cdpruner": CDPruner,
+        "cascade": Cascade,
+        "merge": Merge,
     },
 )
 
@@ -50,6 +53,7 @@ __all__ = [
     "METHODS",
     "AdaptInfer",
     "CDPruner",
+    "Cascade",
     "Dart",
     "DecoderPruner",
     "DecoderScorePruner",
@@ -57,6 +61,7 @@ __all__ = [
     "Downsample",
     "FastV",
     "FoPru",
+    "Merge",
     "NoPruning",
     "Pool",
     "Pruner",

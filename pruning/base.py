@@ -27,7 +27,7 @@ from vlm_prune.vlm.tokens import (
 Stage = Literal["input", "encoder", "projector", "decoder"]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Pruner(ABC):
     """Keep part of an image's tokens.
 

@@ -67,9 +67,8 @@ def dpp(kernel: Tensor, k: int) -> Tensor:
 
     Shapes: positive semi-definite kernel (M, N, N) -> (M, k) in the order chosen.
     """
-    kernel = kernel.double()
     gain = kernel.diagonal(dim1=1, dim2=2).clone()
-    spent = 1e-12 * gain.amax(1, keepdim=True)
+    spent = 10 * torch.finfo(kernel.dtype).eps * gain.amax(1, keepdim=True)
     free = torch.ones_like(gain, dtype=torch.bool)
     factor = gain.new_zeros(len(gain), k, gain.shape[1])
     rows, chosen = torch.arange(len(gain), device=gain.device), []

@@ -23,6 +23,7 @@ from vlm_prune.vlm.tokens import (
     Kept,
     Trace,
     compact,
+    expanded,
     image_ordinals,
     image_places,
     is_right_padded,
@@ -67,11 +68,18 @@ class _Segment:
 
 
 class _MidStack:
-    def __init__(self, model: Any, cuts: list[Cut], reducer: Reducer, contiguous: bool) -> None:
+    def __init__(
+        self,
+        model: Any,
+        cuts: list[Cut],
+        reducer: Reducer,
+        contiguous: bool,
+        trace: Trace | None,
+    ) -> None:
         self.family = family_of(model)
         self.cuts = {cut.layer: cut.keep for cut in cuts}
         self.reducer, self.contiguous = reducer, contiguous
-        self.trace = Trace()
+        self.trace = trace or Trace()
         self.segments: dict[int, _Segment] = {}
         self.prefill = False
         self.seen = 0
@@ -107,11 +115,13 @@ class _MidStack:
         rows, _ = image_places(self.ordinal, images)
         each = rows.shape[1]
         self.row = rows[:, 0] if images else rows
+        self.trace.kept = [torch.arange(each, device=ids.device)] * images
+        if self.trace.entered and images:
+            self.trace.kept = expanded(self.trace.entered, self.row, images)
         self.place = torch.zeros_like(ids)
-        self.place[self.ordinal >= 0] = torch.arange(each, device=ids.device).repeat(images)
+        self.place[self.ordinal >= 0] = torch.cat([ids.new_empty(0), *self.trace.kept])
         self.text = question_places(is_image, self.valid)
         self.segments, self.trace.cuts, self.images = {}, [], images
-        self.trace.kept = [torch.arange(each)] * images
         self.trace.layer_tokens = [float(each)] * len(self.family.decoder.layers)
         return args, kwargs
 
@@ -121,7 +131,9 @@ class _MidStack:
         """Cut if one is due; give the layer its segment's mask and positions."""
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if number == 0 and self.prefill and self.images:
+            start = now(hidden.device)
             self.readers = self.reducer.readers(self._tokens(0, layer, hidden, kwargs))
+            self.trace.selection_s += now(hidden.device) - start
         if number in self.cuts:
             if self.prefill and self.images:
                 hidden = self._cut(number, layer, hidden, self._seen_by(number - 1, kwargs))
@@ -230,12 +242,19 @@ class _MidStack:
 
 
 @contextmanager
-def pruned(model: Any, cuts: list[Cut], reducer: Reducer, positions: Positions) -> Iterator[Trace]:
+def pruned(
+    model: Any,
+    cuts: list[Cut],
+    reducer: Reducer,
+    positions: Positions,
+    trace: Trace | None = None,
+) -> Iterator[Trace]:
     """Let `reducer` reduce the image tokens at `cuts` while the block is open.
 
-    Without a cache each forward scores anew with the text so far.
+    Without a cache each forward scores anew with the text so far. Where the prompt is shortened
+    first, `trace` is that of the shortening, and goes on here.
     """
-    stack = _MidStack(model, cuts, reducer, positions != "original")
+    stack = _MidStack(model, cuts, reducer, positions != "original", trace)
     hooks = [
         stack.family.multimodal.register_forward_pre_hook(stack.before_model, with_kwargs=True)
     ]

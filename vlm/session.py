@@ -119,7 +119,7 @@ def pruned(
         kept = reduce(tokens)
         trace.selection_s += now(model.device) - encoded
         trace.vision_s += encoded - start
-        trace.kept = kept.places
+        trace.kept = trace.entered = kept.places
         mean = sum(len(places) for places in kept.places) / max(1, len(kept.places))
         trace.layer_tokens = [mean] * len(family.decoder.layers)
         return shorten(input_ids, mask, family.image_token, kept, positions == "original")

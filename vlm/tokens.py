@@ -105,12 +105,14 @@ class Trace:
     """What happened inside a pruning block, for reports and pictures.
 
     `kept` holds the places kept of each image (after the last cut, for methods that prune inside
-    the language model), `layer_tokens` the mean number of image tokens per image that each
+    the language model), `entered` those that entered a language model whose prompt was shortened,
+    `layer_tokens` the mean number of image tokens per image that each
     decoder layer computes, `cuts` the places kept at each cut, and `selection_s` / `vision_s`
     seconds spent selecting and encoding.
     """
 
     kept: list[Tensor] = field(default_factory=list)
+    entered: list[Tensor] = field(default_factory=list)
     cuts: list[list[Tensor]] = field(default_factory=list)
     layer_tokens: list[float] = field(default_factory=list)
     selection_s: float = 0.0
@@ -196,6 +198,18 @@ def image_places(ordinal: Tensor, images: int) -> tuple[Tensor, Tensor]:
     rows, columns = (ordinal >= 0).nonzero(as_tuple=True)
     shape = (images, len(rows) // max(images, 1))
     return rows.view(shape), columns.view(shape)
+
+
+def expanded(per_image: list[Tensor], rows: Tensor, images: int) -> list[Tensor]:
+    """Entries of each image, repeated as beam search repeats a prompt's rows with their images.
+
+    Shapes: `rows` (images,) the row of each image after the repetition.
+    """
+    beams, start, out = images // len(per_image), 0, []
+    for count in rows.unique_consecutive(return_counts=True)[1][::beams].tolist():
+        out += per_image[start : start + count] * beams
+        start += count
+    return out
 
 
 def question_places(is_image: Tensor, valid: Tensor) -> Tensor:

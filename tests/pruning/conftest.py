@@ -22,6 +22,8 @@ CASES = [
     ("vispruner", {}),
     ("divprune", {}),
     ("cdpruner", {}),
+    ("cascade", {}),
+    ("merge", {}),
 ]
 
 

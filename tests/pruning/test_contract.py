@@ -1,7 +1,6 @@
 """Contracts that every registered method keeps; see CONTRIBUTING.md."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from transformers import TextStreamer
 
 from vlm_prune.pruning import METHODS, DecoderPruner
 from vlm_prune.vlm.families import family_of
-from vlm_prune.vlm.session import question_embeddings
 
 LONG = "What color is the star and is there a 7?"
 RAGGED = [(1, "Is there a 7?"), (1, LONG), (0, "What is red?"), (2, LONG)]
@@ -79,13 +77,14 @@ def test_cached_decoding_equals_a_full_forward(case, llava, images, make_inputs,
     """The reference walks the layers itself: one pass over prompt and answer, no cache, no hooks."""
     inputs = make_inputs([(1, LONG)], images)
     method, reduced = build(case), []
+    for part in {type(getattr(method, name, method)) for name in ("pre", "inside")}:
 
-    def recorded(*given, reduce=method.reduce):
-        kept = reduce(*given)
-        reduced.append(kept.features[0])
-        return kept
+        def recorded(*given, reduce=part.reduce):
+            kept = reduce(*given)
+            reduced.append((kept.places[0], kept.features[0]))
+            return kept
 
-    monkeypatch.setattr(method, "reduce", recorded)
+        monkeypatch.setattr(part, "reduce", recorded)
     with method(llava) as trace:
         out = greedy(llava, inputs)
     if method.stage == "input":
@@ -93,32 +92,27 @@ def test_cached_decoding_equals_a_full_forward(case, llava, images, make_inputs,
     family, ids = family_of(llava), out.sequences
     start = int((ids[0] == family.image_token).nonzero()[0])
     with torch.no_grad():
-        vision = family.encode(inputs["pixel_values"])
         embeds = llava.get_input_embeddings()(ids)[0]
-        embeds[start : start + 576] = vision.projected[0]
-        cuts = {}
-        if isinstance(method, DecoderPruner):
-            cuts = {
-                cut.layer: (places[0], features)
-                for cut, places, features in zip(
-                    method.cuts(576, 6), trace.cuts, reduced, strict=True
-                )
-            }
-        else:
-            question = question_embeddings(
-                llava, inputs["input_ids"], None, family.image_token, images=1
-            )
-            kept = method.reduce(replace(vision, question=question))
-            cuts = {0: (kept.places[0], kept.features[0])}
+        embeds[start : start + 576] = family.encode(inputs["pixel_values"]).projected[0]
+        cuts = method.cuts(576, 6) if method.stage == "decoder" else []
+        steps = {cut.layer: places[0] for cut, places in zip(cuts, trace.cuts, strict=True)}
         here, hidden = torch.arange(len(embeds)), embeds
+
+        def drop(places):
+            """Keep these image tokens, with the features that the method gave them."""
+            nonlocal hidden, here
+            image = (here >= start) & (here < start + 576)
+            if len(places) == image.sum():
+                return
+            kept = ~image | torch.isin(here, start + places)
+            hidden, here = hidden[kept], here[kept]
+            hidden[torch.isin(here, start + places)] = reduced.pop(0)[1]
+
+        if not isinstance(method, DecoderPruner):
+            drop(reduced[0][0])
         for number, layer in enumerate(family.decoder.layers):
-            if number in cuts:
-                wanted = torch.ones(len(embeds), dtype=torch.bool)
-                wanted[start : start + 576] = False
-                places, features = cuts[number]
-                wanted[start + places] = True
-                hidden, here = hidden[wanted[here]], here[wanted[here]]
-                hidden[torch.isin(here, start + places)] = features
+            if number in steps:
+                drop(steps[number])
             place = torch.arange(len(here))[None]
             mask = torch.full((len(here), len(here)), float("-inf")).triu(1)[None, None]
             rotary = family.decoder.rotary_emb(hidden[None], position_ids=place)
