@@ -26,7 +26,7 @@ class CDPruner(VisionPruner):
     CLIP's text tower for models built on CLIP, and from the language model's own embeddings where
     there is none. Hugging Face's LLaVA checkpoints hold no text tower, so it is the latter here:
     projected tokens against the text embeddings. Without a question all tokens are equally
-    relevant.
+    relevant. The kernel is in fp64 where the device has it: near its rank, gains are rounding.
     """
 
     negated: bool = False
@@ -34,18 +34,19 @@ class CDPruner(VisionPruner):
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.10967"
 
     def reduce(self, vision: VisionTokens) -> Kept:
-        projected = vision.projected
+        has_fp64 = vision.projected.device.type != "mps"
+        projected = vision.projected.to(torch.float64 if has_fp64 else torch.float32)
         questions = vision.question or projected[:, :0]
         scores = torch.cat(
             [relevance(i[None], q[None]) for i, q in zip(projected, questions, strict=True)]
         )
         kernel = conditioned(min_max(-scores if self.negated else scores), projected)
-        return Kept.at(projected, dpp(kernel, self.count(vision)))
+        return Kept.at(vision.projected, dpp(kernel, self.count(vision)))
 
 
 def relevance(image: Tensor, text: Tensor) -> Tensor:
     """Mean cosine of each image token to the text tokens; (M, N, d), (M, T, d) -> (M, N)."""
-    return cosine(image, text).sum(-1) / max(1, text.shape[1])
+    return cosine(image, text.to(image)).sum(-1) / max(1, text.shape[1])
 
 
 def conditioned(scores: Tensor, features: Tensor) -> Tensor:

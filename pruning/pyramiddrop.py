@@ -21,13 +21,13 @@ class PyramidDrop(DecoderScorePruner):
     https://arxiv.org/abs/2410.17247
 
     Args:
-        preset: `paper` keeps `ratio`'s defaults of all tokens (1/2, 1/4, 1/8), whatever the budget.
+        preset: `paper` keeps 1/2, 1/4 and 1/8 of all tokens, whatever the budget.
         ratio: share of the tokens that each cut keeps.
 
-    The score is the attention that the layer after the cut would pay, averaged over heads: its
-    queries and keys are computed for the last instruction token alone. At equal ratios the counts
-    after the cuts are solved from `budget`; below a quarter of all tokens the first cut has to move
-    up, as in the other methods that act inside the language model.
+    The score is the attention that the layer after the cut pays for its whole input, averaged over
+    heads; only the last instruction token's row is computed. The paper fixes the ratio and so the
+    cost; here `ratio` relates the counts after the cuts, which are solved from `budget`. Below a
+    quarter of all tokens the first cut moves up.
     """
 
     ratio: float = 0.5

@@ -27,8 +27,9 @@ class SparseVLM(DecoderScorePruner):
         clusters: theta, tokens made from the recycled ones, as a share of them.
         neighbours: k of the density estimate.
 
-    The paper sets each cut by the rank of the attention matrix; we keep the given number, as the
-    authors' results at fixed budgets do, and count recycled tokens in it. A sum stands at the place
+    The paper sets each cut by the rank of the attention matrix; we keep a given number, as the
+    authors' results at fixed budgets do, in the proportions of their `64`, and count recycled
+    tokens in it. A sum stands at the place
     of its cluster's centre instead of behind the other tokens. Distances are divided by sqrt(D), so
     that densities stay above zero.
     """

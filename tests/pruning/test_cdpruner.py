@@ -58,7 +58,7 @@ def test_the_question_decides(llava, vision, images, make_inputs):
         kept.append(trace.kept[0].tolist())
     assert kept[0] != kept[1]
     alone = CDPruner(budget=32).reduce(vision).places[0]
-    plain = dpp(conditioned(torch.ones(2, 576), vision.projected), 32)[0]
+    plain = dpp(conditioned(torch.ones(2, 576), vision.projected.double()), 32)[0]
     assert alone.tolist() == plain.sort().values.tolist()
 
 
