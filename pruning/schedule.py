@@ -37,19 +37,11 @@ def solve(
     """Counts after each cut, proportional to `shares`, that spend `budget` x `layers`.
 
     What rounding leaves goes to the earliest segments first, so the mean is off by less than one
-    token.
-
-    Raises:
-        InputError: when the layers before the first cut alone exceed the budget.
+    token. The layers before the first cut must not exceed the budget; `fit` sees to it.
     """
     ends = [*places[1:], layers]
     spans = [end - start for start, end in zip(places, ends, strict=True)]
     left = budget * layers - places[0] * tokens
-    if left < 0:
-        raise InputError(
-            f"budget {budget} is below what the first {places[0]} of {layers} layers compute "
-            f"({places[0] * tokens / layers:.0f} tokens per layer); give a larger budget"
-        )
     low, high = 0.0, tokens / shares[-1] + 1
     for _ in range(60):
         scale = (low + high) / 2

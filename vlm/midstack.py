@@ -156,27 +156,27 @@ class _MidStack:
         source, before, rotary = layer, hidden, kwargs["position_embeddings"]
         if number and self.reducer.reads == "before":
             source, before, rotary = self.stash
-        index, asked = compact(self.text)
-        valid = self.valid
+        index, real = compact(self.text)
+        row, valid = self.row, self.valid
+        texts, asked = index[row], real[row]
         at = image_places(self.ordinal, self.images)
-        row, texts, padding = self.row, index[self.row], asked[self.row]
         text_at = (row[:, None], texts)
 
         def attention(queries: slice) -> tuple[Tensor, Tensor]:
             weights = decoder_rows(
-                source, before, rotary, index[:, queries], asked[:, queries], valid
+                source, before, rotary, index[:, queries], real[:, queries], valid
             )[row]
             image, text = (
                 weights.gather(3, columns[:, None, None].expand(-1, *weights.shape[1:3], -1))
                 for columns in (at[1], texts)
             )
-            return image, text * padding[:, None, None]
+            return image, text * asked[:, None, None]
 
         def keys() -> tuple[Tensor, Tensor]:
             every = decoder_keys(source, before)
             return every[at], every[text_at]
 
-        return DecoderTokens(hidden[at], hidden[text_at], padding, padding, attention, keys)
+        return DecoderTokens(hidden[at], hidden[text_at], asked, asked, attention, keys)
 
     def _cut(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         start = now(hidden.device)
