@@ -20,7 +20,7 @@ class VisPruner(VisionPruner):
 
     Args:
         important: share of the budget chosen by attention.
-        step: duplicates removed at a time.
+        step: duplicates removed at a time, by the cosine of tower features.
     """
 
     important: float = 0.5
