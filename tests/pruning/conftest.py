@@ -1,6 +1,9 @@
 """One row per method: its registered name and the arguments it is tested with."""
 
 import pytest
+import torch
+
+from vlm_prune.vlm.families import family_of
 
 CASES = [
     ("none", {}),
@@ -12,9 +15,41 @@ CASES = [
     ("adaptinfer", {}),
     ("zoo", {"directions": 4}),
     ("zoo-exact", {}),
+    ("fastv", {}),
+    ("sparsevlm", {}),
+    ("pyramiddrop", {}),
+    ("dart", {}),
+    ("visionzip", {}),
+    ("vispruner", {}),
+    ("divprune", {}),
+    ("cdpruner", {}),
+    ("cascade", {}),
+    ("merge", {}),
 ]
 
 
 @pytest.fixture(params=CASES, ids=lambda case: "-".join([case[0], *map(str, case[1].values())]))
 def case(request):
     return request.param
+
+
+@pytest.fixture(scope="session")
+def vision(llava, images, make_inputs):
+    """The encoded tokens of two images."""
+    return family_of(llava).encode(make_inputs([(2, "Is there a 7?")], images)["pixel_values"])
+
+
+@pytest.fixture(scope="session")
+def asked(llava, images, make_inputs):
+    """A question about one image, and what the unpruned decoder's last row pays each image token
+    in each layer, (layers, heads, 576)."""
+    inputs = make_inputs([(1, "Is there a 7?")], images)
+    llava.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            maps = llava(**inputs, output_attentions=True).attentions
+    finally:
+        llava.set_attn_implementation("sdpa")
+    return inputs, torch.stack(maps)[
+        :, 0, :, -1, inputs["input_ids"][0] == llava.config.image_token_id
+    ]
