@@ -58,7 +58,7 @@ class Recipe:
     whole: int = 700
     written: int = 2000
     again: int = 200
-    symbols: int = 1600
+    symbols: int = 900
     align: int = 400
     language: int = 900
     together: int = 200
