@@ -2,17 +2,16 @@
 
 import json
 import os
-import platform
 import resource
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from vlm_prune.benchmarks.environment import versions
 from vlm_prune.benchmarks.latency import PhaseClock
 from vlm_prune.benchmarks.metrics.bootstrap import retained
 from vlm_prune.benchmarks.tasks import TASKS, Sample
@@ -292,10 +291,7 @@ def summarise(config: RunConfig, rows: list[dict[str, Any]], model: Any) -> dict
         "budget": config.variant.budget,
         "seed": config.seed,
         "config": asdict(config),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("vlm-prune", "torch", "transformers")},
-        },
+        "versions": versions(),
         "tasks": tasks,
         "overall": {
             "accuracy": mean([task["accuracy"] for task in tasks.values()]),

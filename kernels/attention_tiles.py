@@ -111,8 +111,8 @@ def block_size(rows: int, most: int = 64) -> int:
 def tile_dtype(tensor: Tensor) -> tl.dtype:
     """The dtype whose products are accumulated in fp32: the tensor's own.
 
-    On a CPU the kernels run in Triton's interpreter, whose `tl.dot` does not know bf16.
+    Triton's interpreter multiplies in fp32; its `tl.dot` does not know bf16.
     """
-    if not tensor.is_cuda:
+    if not isinstance(load_tile, triton.JITFunction):
         return tl.float32
     return getattr(tl, str(tensor.dtype).removeprefix("torch."))
