@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, normalize
 
 from vlm_prune.benchmarks.roofline import Ceilings, Timing, timed
+from vlm_prune.benchmarks.table import as_markdown
 from vlm_prune.kernels.attention_received import attention_received
 from vlm_prune.kernels.compact_tokens import compact_tokens
 from vlm_prune.kernels.dispatch import Backend, backend
@@ -200,14 +201,14 @@ def measure(
 def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     """Rows of `measure` in Markdown; milliseconds are medians with quartiles."""
     names = ("triton", "reference", "compiled")
-    header = ["operation", *names, "floor"]
-    lines = [f"- {key}: {value}" for key, value in about.items()]
-    lines += ["", f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+    lines = [["operation", *names, "floor"]]
     for row in rows:
-        cells = [f"not measured: {row['error']}"] * 4
+        cells = [f"not measured: {row['error']}", *[""] * 3]
         if not row["error"]:
             times = (row.get(f"{name}_ms") for name in names)
             cells = [str(Timing(**time)) if time else "" for time in times]
             cells.append(f"{row['floor_ms']:.3f}")
-        lines.append(f"| {' | '.join([row['operation'], *cells])} |")
-    return "\n".join(lines) + "\n"
+        lines.append([row["operation"], *cells])
+    return (
+        "".join(f"- {key}: {value}\n" for key, value in about.items()) + "\n" + as_markdown(lines)
+    )
