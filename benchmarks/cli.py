@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Option(help="'tiny' (embedded), a checkpoint folder, or a hub name.")]
+Method = Annotated[str, typer.Option(help="See 'vlm-prune methods'; two joined by + cascade.")]
 Tasks = Annotated[str, typer.Option(help="Task names, comma-separated, or 'visual' or 'all'.")]
 Limit = Annotated[int, typer.Option(min=1, help="Questions in all, spread evenly over the tasks.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Questions answered together.")]
@@ -128,7 +129,7 @@ def _configs(variants: "list[Variant]", split: str, tasks: str, **common: Any) -
 @app.command("eval")
 def evaluate_one(
     model: Model = "tiny",
-    method: Annotated[str, typer.Option(help="See 'vlm-prune methods'.")] = "zoo",
+    method: Method = "zoo",
     budget: Annotated[str, typer.Option(help="Tokens per image, or a fraction.")] = "64",
     tasks: Tasks = "visual",
     limit: Limit = 200,
@@ -235,7 +236,7 @@ def ask(
     image: Annotated[Path, typer.Argument(help="An image file.")],
     question: Annotated[str, typer.Argument(help="A question about it.")],
     model: Model = "tiny",
-    method: Annotated[str, typer.Option(help="See 'vlm-prune methods'.")] = "zoo",
+    method: Method = "zoo",
     budget: Annotated[str, typer.Option(help="Tokens per image, or a fraction.")] = "64",
     device: Device = "cpu",
     dtype: Dtype = "auto",

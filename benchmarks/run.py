@@ -21,7 +21,7 @@ from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.session import now
 from vlm_prune.vlm.tokens import Trace, VisionTokens
-from vlm_prune.vlm.wrapper import methods
+from vlm_prune.vlm.wrapper import build
 
 MAX_NEW_TOKENS = 16
 
@@ -38,9 +38,10 @@ class Variant:
     def build(self, seed: int) -> Any:
         """The pruner; unknown hyperparameters raise `InputError`."""
         try:
-            return methods()[self.method](
-                budget=self.budget, positions=self.positions, seed=seed, **self.arguments
-            )
+            return build(
+                self.method,
+                budget=self.budget, positions=self.positions, seed=seed, **self.arguments,
+            )  # fmt: skip
         except TypeError as error:
             raise InputError(f"method {self.method!r}: {error}") from error
 

@@ -1,12 +1,27 @@
 """Vision-token pruners, one paper per file; registering a method here is enough to test it."""
 
 from vlm_prune.pruning.adaptinfer import AdaptInfer
-from vlm_prune.pruning.base import DecoderPruner, Pruner, ScorePruner, VisionPruner
+from vlm_prune.pruning.base import (
+    DecoderPruner,
+    DecoderScorePruner,
+    Pruner,
+    ScorePruner,
+    VisionPruner,
+)
+from vlm_prune.pruning.cdpruner import CDPruner
+from vlm_prune.pruning.compose import Cascade, Merge
+from vlm_prune.pruning.dart import Dart
+from vlm_prune.pruning.divprune import DivPrune
 from vlm_prune.pruning.downsample import Downsample
+from vlm_prune.pruning.fastv import FastV
 from vlm_prune.pruning.fopru import FoPru
 from vlm_prune.pruning.none import NoPruning
 from vlm_prune.pruning.pool import Pool
+from vlm_prune.pruning.pyramiddrop import PyramidDrop
 from vlm_prune.pruning.random import Random
+from vlm_prune.pruning.sparsevlm import SparseVLM
+from vlm_prune.pruning.visionzip import VisionZip
+from vlm_prune.pruning.vispruner import VisPruner
 from vlm_prune.pruning.zoo import Zoo, ZooExact
 from vlm_prune.vlm.registry import Registry
 
@@ -21,21 +36,42 @@ METHODS: Registry[type[Pruner]] = Registry(
         "adaptinfer": AdaptInfer,
         "zoo": Zoo,
         "zoo-exact": ZooExact,
+        "fastv": FastV,
+        "sparsevlm": SparseVLM,
+        "pyramiddrop": PyramidDrop,
+        "dart": Dart,
+        "visionzip": VisionZip,
+        "vispruner": VisPruner,
+        "divprune": DivPrune,
+        "cdpruner": CDPruner,
+        "cascade": Cascade,
+        "merge": Merge,
     },
 )
 
 __all__ = [
     "METHODS",
     "AdaptInfer",
+    "CDPruner",
+    "Cascade",
+    "Dart",
     "DecoderPruner",
+    "DecoderScorePruner",
+    "DivPrune",
     "Downsample",
+    "FastV",
     "FoPru",
+    "Merge",
     "NoPruning",
     "Pool",
     "Pruner",
+    "PyramidDrop",
     "Random",
     "ScorePruner",
+    "SparseVLM",
+    "VisPruner",
     "VisionPruner",
+    "VisionZip",
     "Zoo",
     "ZooExact",
 ]

@@ -7,18 +7,27 @@ from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
+from vlm_prune.pruning.schedule import fit, scaled
 from vlm_prune.vlm import midstack, session
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
-from vlm_prune.vlm.midstack import Cut
-from vlm_prune.vlm.registry import unknown
+from vlm_prune.vlm.midstack import Cut, Side
+from vlm_prune.vlm.registry import Registry, unknown
 from vlm_prune.vlm.session import Positions
-from vlm_prune.vlm.tokens import Kept, Trace, VisionTokens, check_budget, tokens_for, top
+from vlm_prune.vlm.tokens import (
+    DecoderTokens,
+    Kept,
+    Trace,
+    VisionTokens,
+    check_budget,
+    tokens_for,
+    top,
+)
 
 Stage = Literal["input", "encoder", "projector", "decoder"]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Pruner(ABC):
     """Keep part of an image's tokens.
 
@@ -98,22 +107,57 @@ class ScorePruner(VisionPruner):
         """(M, N); higher is kept."""
 
     def reduce(self, vision: VisionTokens) -> Kept:
-        return Kept.at(vision, top(self.score(vision), self.count(vision)))
+        return Kept.at(vision.projected, top(self.score(vision), self.count(vision)))
 
 
 @dataclass
 class DecoderPruner(Pruner):
-    """Acts inside the language model; the budget is the mean over layers of tokens computed."""
+    """Acts inside the language model; the budget is the mean over layers of tokens computed.
+
+    Cuts are stated for 32 decoder layers and scaled to the model's depth. Where the layers before
+    the first cut alone would spend the budget, that cut moves up, at most to the input of the
+    first layer, which then supplies the scores itself.
+
+    Args:
+        preset: the authors' own token counts by name, instead of counts solved from `budget`.
+    """
+
+    preset: str = ""
 
     stage: ClassVar[Stage] = "decoder"
+    reads: ClassVar[Side] = "before"
+    presets: ClassVar[Registry[tuple[float, ...]]] = Registry("preset")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preset:
+            self.presets[str(self.preset)]
 
     @abstractmethod
+    def pattern(self) -> list[tuple[int, float]]:
+        """For each cut how many of 32 layers have run, and the relative number of tokens kept."""
+
+    @abstractmethod
+    def reduce(self, tokens: DecoderTokens, keep: int) -> Kept:
+        """Choose or merge the tokens of each image, to `keep` each; `keep` is below n."""
+
+    def readers(self, tokens: DecoderTokens) -> Tensor:
+        """Question places (M, T) to read attention from, given the first layer's input."""
+        return tokens.asked
+
     def cuts(self, tokens: int, layers: int) -> list[Cut]:
         """Where to cut, and to how many tokens, for images of `tokens` in `layers` layers."""
-
-    @abstractmethod
-    def score(self, to_text: Tensor, to_vision: Tensor) -> Tensor:
-        """(B, H, T, T) and (B, H, T, L) attention of the text rows -> (B, L)."""
+        depths, shares = map(list, zip(*self.pattern(), strict=True))
+        places = scaled(depths, layers)
+        if self.preset:
+            counts = [
+                count if isinstance(count, int) else round(count * tokens)
+                for count in self.presets[str(self.preset)]
+            ]
+        else:
+            budget = tokens_for(self.budget, tokens)
+            places, counts = fit(budget, tokens, layers, places, shares)
+        return [Cut(p, min(n, tokens)) for p, n in zip(places, counts, strict=True) if p < layers]
 
     def check(self, tokens: int, layers: int) -> None:
         self.cuts(tokens, layers)
@@ -123,4 +167,16 @@ class DecoderPruner(Pruner):
     ) -> AbstractContextManager[Trace]:
         family = family_of(model)
         cuts = self.cuts(family.tokens_per_image, len(family.decoder.layers))
-        return midstack.pruned(model, cuts, self.score, self.positions)
+        return midstack.pruned(model, cuts, self, self.positions)
+
+
+@dataclass
+class DecoderScorePruner(DecoderPruner):
+    """Keeps the tokens with the highest scores at each cut."""
+
+    @abstractmethod
+    def score(self, tokens: DecoderTokens) -> Tensor:
+        """(M, n); higher is kept."""
+
+    def reduce(self, tokens: DecoderTokens, keep: int) -> Kept:
+        return Kept.at(tokens.features, top(self.score(tokens), keep))

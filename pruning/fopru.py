@@ -45,7 +45,7 @@ class FoPru(ScorePruner):
         scores, k = self.score(vision), self.count(vision)
         if self.strategy == "row":
             scores = row_scores(scores, vision.grid)
-        return Kept.at(vision, top(scores, k))
+        return Kept.at(vision.projected, top(scores, k))
 
 
 def row_scores(scores: Tensor, grid: tuple[int, int]) -> Tensor:

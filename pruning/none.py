@@ -17,6 +17,5 @@ class NoPruning(VisionPruner):
 
     def reduce(self, vision: VisionTokens) -> Kept:
         count, tokens = vision.projected.shape[:2]
-        return Kept.at(
-            vision, torch.arange(tokens, device=vision.projected.device).repeat(count, 1)
-        )
+        every = torch.arange(tokens, device=vision.projected.device)
+        return Kept.at(vision.projected, every.expand(count, -1))

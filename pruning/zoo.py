@@ -9,7 +9,7 @@ from torch import Tensor
 from vlm_prune.pruning.base import Stage, VisionPruner
 from vlm_prune.pruning.select import diverse, min_max
 from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.tokens import Kept, Projector, VisionTokens
+from vlm_prune.vlm.tokens import Kept, Projector, VisionTokens, top
 
 Combine = Literal["product", "sensitivity", "diversity"]
 
@@ -55,8 +55,8 @@ class Zoo(VisionPruner):
             scores = min_max(self.sensitivity(vision))
         k = self.count(vision)
         if self.combine == "sensitivity":
-            return Kept.at(vision, scores.sort(dim=1, descending=True, stable=True).indices[:, :k])
-        return Kept.at(vision, diverse(scores, vision.projected, k))
+            return Kept.at(vision.projected, top(scores, k))
+        return Kept.at(vision.projected, diverse(scores, vision.projected, k))
 
 
 @dataclass

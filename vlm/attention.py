@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from vlm_prune.vlm.tokens import take
+
 
 def received(query: Tensor, key: Tensor, rows: slice, block: int = 64) -> Tensor:
     """Mean over heads and query rows of softmax attention, fp32.
@@ -31,6 +33,12 @@ def encoder_query_key(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
+def decoder_keys(layer: Any, hidden: Tensor) -> Tensor:
+    """Keys of a Llama-style layer before rotation, heads side by side; (B, L, D) -> (B, L, d)."""
+    keys: Tensor = layer.self_attn.k_proj(layer.input_layernorm(hidden))
+    return keys
+
+
 def decoder_rows(
     layer: Any,
     hidden: Tensor,
@@ -46,12 +54,11 @@ def decoder_rows(
     """
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
-    chosen = normed.gather(1, index[..., None].expand(-1, -1, normed.shape[-1]))
+    chosen = take(normed, index)
     query = attention.q_proj(chosen).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
     key = attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
     cos, sin = (table.expand(len(hidden), -1, -1) for table in rotary)
-    places = index[..., None].expand(-1, -1, cos.shape[-1])
-    query, _ = apply_rotary_pos_emb(query, query, cos.gather(1, places), sin.gather(1, places))
+    query, _ = apply_rotary_pos_emb(query, query, take(cos, index), take(sin, index))
     key, _ = apply_rotary_pos_emb(key, key, cos, sin)
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = query.float() @ key.float().transpose(-1, -2) * attention.scaling

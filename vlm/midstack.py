@@ -4,35 +4,58 @@ Layers before a cut keep all keys and values, layers after it only the kept ones
 differ between layers; masks and positions are rebuilt for each segment.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
-from vlm_prune.vlm.attention import decoder_rows
+from vlm_prune.vlm.attention import decoder_keys, decoder_rows
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.session import Positions, now
-from vlm_prune.vlm.tokens import Trace, compact, image_ordinals, is_right_padded, top
+from vlm_prune.vlm.tokens import (
+    DecoderTokens,
+    Kept,
+    Trace,
+    compact,
+    expanded,
+    image_ordinals,
+    image_places,
+    is_right_padded,
+    question_places,
+    take,
+)
 
-Score = Callable[[Tensor, Tensor], Tensor]
+Side = Literal["before", "after"]
 
 
 @dataclass(frozen=True)
 class Cut:
-    """After `layer` decoder layers have run, keep `keep` tokens of each image.
-
-    Scores are read from the attention of the layer before the cut; a cut at 0 prunes the input of
-    the first layer and reads that layer's own attention.
-    """
+    """After `layer` decoder layers have run, keep `keep` tokens of each image."""
 
     layer: int
     keep: int
+
+
+class Reducer(Protocol):
+    """What the engine asks of a method.
+
+    `reads` names the layer whose attention and keys the method sees, on either side of the cut; a
+    cut at 0 has only the layer after it.
+    """
+
+    reads: ClassVar[Side]
+
+    def readers(self, tokens: DecoderTokens) -> Tensor:
+        """Question places (M, T) to read attention from, given the first layer's input."""
+
+    def reduce(self, tokens: DecoderTokens, keep: int) -> Kept:
+        """Keep `keep` tokens of each image."""
 
 
 @dataclass
@@ -45,11 +68,18 @@ class _Segment:
 
 
 class _MidStack:
-    def __init__(self, model: Any, cuts: list[Cut], score: Score, contiguous: bool) -> None:
+    def __init__(
+        self,
+        model: Any,
+        cuts: list[Cut],
+        reducer: Reducer,
+        contiguous: bool,
+        trace: Trace | None,
+    ) -> None:
         self.family = family_of(model)
         self.cuts = {cut.layer: cut.keep for cut in cuts}
-        self.score, self.contiguous = score, contiguous
-        self.trace = Trace()
+        self.reducer, self.contiguous = reducer, contiguous
+        self.trace = trace or Trace()
         self.segments: dict[int, _Segment] = {}
         self.prefill = False
         self.seen = 0
@@ -82,14 +112,16 @@ class _MidStack:
         images = images if encoded is None else len(encoded.pooler_output)
         is_image = ids == self.family.image_token
         self.ordinal = image_ordinals(is_image, images)
+        rows, _ = image_places(self.ordinal, images)
+        each = rows.shape[1]
+        self.row = rows[:, 0] if images else rows
+        self.trace.kept = [torch.arange(each, device=ids.device)] * images
+        if self.trace.entered and images:
+            self.trace.kept = expanded(self.trace.entered, self.row, images)
         self.place = torch.zeros_like(ids)
-        each = int(is_image.sum()) // images if images else 0
-        self.place[is_image] = torch.arange(each, device=ids.device).repeat(images)
-        after = is_image.flip(1).cumsum(1).flip(1) == 0
-        has_image = is_image.any(1, keepdim=True)
-        self.text = after & self.valid & has_image
+        self.place[self.ordinal >= 0] = torch.cat([ids.new_empty(0), *self.trace.kept])
+        self.text = question_places(is_image, self.valid)
         self.segments, self.trace.cuts, self.images = {}, [], images
-        self.trace.kept = [torch.arange(each)] * images
         self.trace.layer_tokens = [float(each)] * len(self.family.decoder.layers)
         return args, kwargs
 
@@ -98,6 +130,10 @@ class _MidStack:
     ) -> tuple[Any, Any] | None:
         """Cut if one is due; give the layer its segment's mask and positions."""
         hidden = args[0] if args else kwargs.pop("hidden_states")
+        if number == 0 and self.prefill and self.images:
+            start = now(hidden.device)
+            self.readers = self.reducer.readers(self._tokens(0, layer, hidden, kwargs))
+            self.trace.selection_s += now(hidden.device) - start
         if number in self.cuts:
             if self.prefill and self.images:
                 hidden = self._cut(number, layer, hidden, self._seen_by(number - 1, kwargs))
@@ -113,23 +149,52 @@ class _MidStack:
         starts = [start for start in self.segments if start <= number]
         return kwargs | self.segments[max(starts)].kwargs if starts else kwargs
 
+    def _tokens(
+        self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> DecoderTokens:
+        """What the method sees before layer `number`; `kwargs` are those of the layer before."""
+        source, before, rotary = layer, hidden, kwargs["position_embeddings"]
+        if number and self.reducer.reads == "before":
+            source, before, rotary = self.stash
+        index, asked = compact(self.text)
+        valid = self.valid
+        at = image_places(self.ordinal, self.images)
+        row, texts, padding = self.row, index[self.row], asked[self.row]
+        text_at = (row[:, None], texts)
+
+        def attention(queries: slice) -> tuple[Tensor, Tensor]:
+            weights = decoder_rows(
+                source, before, rotary, index[:, queries], asked[:, queries], valid
+            )[row]
+            image, text = (
+                weights.gather(3, columns[:, None, None].expand(-1, *weights.shape[1:3], -1))
+                for columns in (at[1], texts)
+            )
+            return image, text * padding[:, None, None]
+
+        def keys() -> tuple[Tensor, Tensor]:
+            every = decoder_keys(source, before)
+            return every[at], every[text_at]
+
+        return DecoderTokens(hidden[at], hidden[text_at], padding, padding, attention, keys)
+
     def _cut(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         start = now(hidden.device)
-        source, before, rotary = (
-            self.stash if number else (layer, hidden, kwargs["position_embeddings"])
+        wanted = self.cuts[number]
+        tokens = replace(self._tokens(number, layer, hidden, kwargs), readers=self.readers)
+        left = torch.arange(tokens.features.shape[1], device=hidden.device)
+        reduced = (
+            self.reducer.reduce(tokens, wanted)
+            if wanted < len(left)
+            else Kept.at(tokens.features, left.expand(self.images, -1))
         )
-        index, valid = compact(self.text, self.right_padded)
-        weights = decoder_rows(source, before, rotary, index, valid, self.valid)
-        to_text = weights.gather(3, index[:, None, None].expand(-1, *weights.shape[1:3], -1))
-        to_text = to_text * valid[:, None, None]
-        scores = self.score(to_text, weights * (self.ordinal >= 0)[:, None, None])
-        keep = self.valid & (self.ordinal < 0)
+        keep, hidden = self.valid & (self.ordinal < 0), hidden.clone()
+        rows, columns = image_places(self.ordinal, self.images)
         kept: list[Tensor] = []
-        for image in range(self.images):
-            rows, columns = (self.ordinal == image).nonzero(as_tuple=True)
-            best = top(scores[rows, columns], self.cuts[number])
-            keep[rows[best], columns[best]] = True
-            kept.append(self.place[rows[best], columns[best]])
+        for image, places in enumerate(reduced.places):
+            at = (rows[image, places], columns[image, places])
+            keep[at], hidden[at] = True, reduced.features[image]
+            kept.append(self.place[at])
         gather, valid = compact(keep, self.right_padded)
         old = kwargs["position_ids"].expand(len(hidden), -1)
         old_length, new_length = self.valid.sum(1, keepdim=True), valid.sum(1, keepdim=True)
@@ -138,7 +203,7 @@ class _MidStack:
         if previous is not None:
             dropped = dropped + self.segments[previous].dropped
         positions = valid.cumsum(1) - 1 if self.contiguous else old.gather(1, gather)
-        hidden = hidden.gather(1, gather[..., None].expand(-1, -1, hidden.shape[-1]))
+        hidden = take(hidden, gather)
         self.valid, self.text = valid, self.text.gather(1, gather) & valid
         self.ordinal = torch.where(valid, self.ordinal.gather(1, gather), -1)
         self.place = self.place.gather(1, gather)
@@ -177,14 +242,19 @@ class _MidStack:
 
 
 @contextmanager
-def pruned(model: Any, cuts: list[Cut], score: Score, positions: Positions) -> Iterator[Trace]:
-    """Prune image tokens at `cuts` while the block is open.
+def pruned(
+    model: Any,
+    cuts: list[Cut],
+    reducer: Reducer,
+    positions: Positions,
+    trace: Trace | None = None,
+) -> Iterator[Trace]:
+    """Let `reducer` reduce the image tokens at `cuts` while the block is open.
 
-    `score(to_text, to_vision)` gets the attention of the text rows after the last image, over
-    themselves (B, H, T, T) and over all places (B, H, T, L, zero off the image), and returns
-    (B, L). Without a cache each forward scores anew with the text so far.
+    Without a cache each forward scores anew with the text so far. Where the prompt is shortened
+    first, `trace` is that of the shortening, and goes on here.
     """
-    stack = _MidStack(model, cuts, score, positions != "original")
+    stack = _MidStack(model, cuts, reducer, positions != "original", trace)
     hooks = [
         stack.family.multimodal.register_forward_pre_hook(stack.before_model, with_kwargs=True)
     ]

@@ -3,14 +3,13 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.tokens import (
     Kept,
@@ -18,7 +17,9 @@ from vlm_prune.vlm.tokens import (
     VisionTokens,
     compact,
     image_ordinals,
+    image_places,
     is_right_padded,
+    question_places,
 )
 
 Positions = Literal["auto", "contiguous", "original"]
@@ -67,18 +68,26 @@ def shorten(
     """
     valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     is_image = input_ids == image_token
-    images = len(kept.places)
-    if images == 0 or int(is_image.sum()) % images:
-        raise InputError(f"{int(is_image.sum())} image placeholders do not fit {images} images")
-    ordinal = image_ordinals(is_image, images)
+    rows, columns = image_places(image_ordinals(is_image, len(kept.places)), len(kept.places))
     keep = valid.bool() & ~is_image
-    for image, places in enumerate(kept.places):
-        rows, columns = (ordinal == image).nonzero(as_tuple=True)
-        keep[rows[places], columns[places]] = True
+    for row, column, places in zip(rows, columns, kept.places, strict=True):
+        keep[row[places], column[places]] = True
     index, mask = compact(keep, is_right_padded(valid))
     positions = ((valid.cumsum(1) - 1).gather(1, index) if original else mask.cumsum(1) - 1) * mask
     ids = torch.where(mask, input_ids.gather(1, index), 0)
     return Prompt(ids, mask.long(), positions, kept.features)
+
+
+def question_embeddings(
+    model: Any, input_ids: Tensor, attention_mask: Tensor | None, image_token: int, images: int
+) -> tuple[Tensor, ...]:
+    """For each image the embeddings (T, d_l) of the text after the last image of its row."""
+    is_image = input_ids == image_token
+    valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    rows, _ = image_places(image_ordinals(is_image, images), images)
+    asked = question_places(is_image, valid)
+    embed = model.get_input_embeddings()
+    return tuple(embed(input_ids[row][asked[row]]) for row in rows[:, 0])
 
 
 @contextmanager
@@ -97,16 +106,20 @@ def pruned(
     family = family_of(model)
     trace = Trace()
 
+    @torch.no_grad()
     def prompt(input_ids: Tensor, mask: Tensor | None, pixel_values: Tensor | None) -> Prompt:
         tokens, start = vision, now(model.device)
         if pixel_values is not None:
             tokens = family.encode(pixels(pixel_values))
         assert tokens is not None
+        images = len(tokens.projected)
+        asked = question_embeddings(model, input_ids, mask, family.image_token, images)
+        tokens = replace(tokens, question=asked)
         encoded = now(model.device)
         kept = reduce(tokens)
         trace.selection_s += now(model.device) - encoded
         trace.vision_s += encoded - start
-        trace.kept = kept.places
+        trace.kept = trace.entered = kept.places
         mean = sum(len(places) for places in kept.places) / max(1, len(kept.places))
         trace.layer_tokens = [mean] * len(family.decoder.layers)
         return shorten(input_ids, mask, family.image_token, kept, positions == "original")

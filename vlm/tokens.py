@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from vlm_prune.vlm.errors import InputError
 
@@ -23,6 +24,10 @@ class Projector:
     w2: Tensor
     b2: Tensor | None
 
+    def __call__(self, features: Tensor) -> Tensor:
+        """(..., d_v) -> (..., d_l)."""
+        return linear(self.act(linear(features, self.w1, self.b1)), self.w2, self.b2)
+
 
 @dataclass(frozen=True)
 class VisionTokens:
@@ -37,6 +42,9 @@ class VisionTokens:
         projector: the weights between the two.
         received: mean attention each token receives from the given queries in the tower layer
             whose output is `features`, (M, N).
+        keys: keys of that layer, heads side by side, (M, N, d_v).
+        question: for each image the embeddings (T, d_l) of the text that follows the last image
+            of its prompt; empty before a prompt is known.
     """
 
     features: Tensor
@@ -45,21 +53,51 @@ class VisionTokens:
     seeds: tuple[int, ...]
     projector: Projector
     received: Callable[[Queries], Tensor] = field(repr=False)
+    keys: Callable[[], Tensor] = field(repr=False)
+    question: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class DecoderTokens:
+    """The n tokens that M images still have where a method cuts inside the language model.
+
+    T is the longest question, the text after the last image of a prompt; shorter ones are padded
+    on the left.
+
+    Args:
+        features: hidden states of the image tokens, (M, n, D).
+        question: hidden states of the question, (M, T, D).
+        asked: which places of the question are real, (M, T).
+        readers: places of the question that the method reads attention from, (M, T).
+        attention: softmax attention, fp32, of the question rows in the slice over the image tokens
+            (M, H, T', n) and over the question (M, H, T', T); padded rows are zero.
+        keys: keys before rotation, heads side by side, of image tokens (M, n, d) and question
+            (M, T, d).
+    """
+
+    features: Tensor
+    question: Tensor
+    asked: Tensor
+    readers: Tensor
+    attention: Callable[[slice], tuple[Tensor, Tensor]] = field(repr=False)
+    keys: Callable[[], tuple[Tensor, Tensor]] = field(repr=False)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What a pruner keeps of each image: original places, ascending, and features (k, d_l)."""
+    """What a pruner keeps of each image: places (k,), ascending, and their features (k, d).
+
+    Places count the image's tokens as the pruner got them.
+    """
 
     places: list[Tensor]
     features: list[Tensor]
 
     @classmethod
-    def at(cls, vision: VisionTokens, indices: Tensor) -> "Kept":
-        """Keep tokens unchanged; `indices` is (M, k), in any order."""
+    def at(cls, features: Tensor, indices: Tensor) -> "Kept":
+        """Keep tokens of (M, N, d) as they are; `indices` is (M, k), in any order."""
         places = indices.sort(1).values
-        rows = torch.arange(len(places), device=places.device)[:, None]
-        return cls(list(places), list(vision.projected[rows, places]))
+        return cls(list(places), list(take(features, places)))
 
 
 @dataclass
@@ -67,12 +105,14 @@ class Trace:
     """What happened inside a pruning block, for reports and pictures.
 
     `kept` holds the places kept of each image (after the last cut, for methods that prune inside
-    the language model), `layer_tokens` the mean number of image tokens per image that each
+    the language model), `entered` those that entered a language model whose prompt was shortened,
+    `layer_tokens` the mean number of image tokens per image that each
     decoder layer computes, `cuts` the places kept at each cut, and `selection_s` / `vision_s`
     seconds spent selecting and encoding.
     """
 
     kept: list[Tensor] = field(default_factory=list)
+    entered: list[Tensor] = field(default_factory=list)
     cuts: list[list[Tensor]] = field(default_factory=list)
     layer_tokens: list[float] = field(default_factory=list)
     selection_s: float = 0.0
@@ -102,6 +142,11 @@ def check_budget(budget: float) -> None:
         raise InputError(
             f"budget {budget} is out of range; give tokens per image (64) or a fraction (0.11)"
         )
+
+
+def take(tokens: Tensor, indices: Tensor) -> Tensor:
+    """Tokens of each row at its indices; (B, N, d), (B, k) -> (B, k, d)."""
+    return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 def top(scores: Tensor, k: int) -> Tensor:
@@ -134,10 +179,40 @@ def image_ordinals(is_image: Tensor, images: int) -> Tensor:
     """For each prompt position the index of the image it belongs to, -1 for text; (B, L).
 
     Images have equally many placeholders each and come in row order.
+
+    Raises:
+        InputError: when the placeholders do not fit the images.
     """
     if images == 0:
         return torch.full_like(is_image, -1, dtype=torch.long)
-    each = int(is_image.sum()) // images
+    each, rest = divmod(int(is_image.sum()), images)
+    if rest or not each:
+        raise InputError(f"{int(is_image.sum())} image placeholders do not fit {images} images")
     order = is_image.flatten().cumsum(0) - 1
-    ordinal = torch.div(order, max(each, 1), rounding_mode="floor").view_as(is_image)
+    ordinal = torch.div(order, each, rounding_mode="floor").view_as(is_image)
     return torch.where(is_image, ordinal, torch.full_like(ordinal, -1))
+
+
+def image_places(ordinal: Tensor, images: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns (M, n) of each image's tokens, given (B, L) ordinals."""
+    rows, columns = (ordinal >= 0).nonzero(as_tuple=True)
+    shape = (images, len(rows) // max(images, 1))
+    return rows.view(shape), columns.view(shape)
+
+
+def expanded(per_image: list[Tensor], rows: Tensor, images: int) -> list[Tensor]:
+    """Entries of each image, repeated as beam search repeats a prompt's rows with their images.
+
+    Shapes: `rows` (images,) the row of each image after the repetition.
+    """
+    beams, start, out = images // len(per_image), 0, []
+    for count in rows.unique_consecutive(return_counts=True)[1][::beams].tolist():
+        out += per_image[start : start + count] * beams
+        start += count
+    return out
+
+
+def question_places(is_image: Tensor, valid: Tensor) -> Tensor:
+    """The text after the last image of each row that has one; (B, L) masks."""
+    after = is_image.flip(1).cumsum(1).flip(1) == 0
+    return after & valid.bool() & is_image.any(1, keepdim=True)

@@ -1,5 +1,6 @@
 """`PrunedVLM`: model, processor and pruner in one object."""
 
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,26 @@ def methods() -> Registry[Any]:
         for name, pruner in point.load().items():
             table.register(name, pruner)
     return table
+
+
+def build(name: str, **hyperparameters: Any) -> Any:
+    """A pruner by its registered name, or several joined by `+`.
+
+    `a+b` is the cascade of a, before the language model, and b, inside it; `a+merge` averages what
+    a drops into what it keeps. Hyperparameters are those of the whole.
+
+    Raises:
+        InputError: if a name is unknown or two methods do not go together.
+    """
+    table = methods()
+    first, *more = name.split("+")
+    if not more:
+        return table[first](**hyperparameters)
+    pruner = table[first]()
+    for part in more:
+        joined = table[part]
+        pruner = joined(pruner) if part == "merge" else table["cascade"](pruner, joined())
+    return replace(pruner, **hyperparameters)
 
 
 class PrunedVLM:
@@ -44,7 +65,7 @@ class PrunedVLM:
         **hyperparameters: Any,
     ) -> "PrunedVLM":
         """Load a checkpoint and build a pruner by its registered name."""
-        built = methods()[pruner](budget=budget, **hyperparameters)
+        built = build(pruner, budget=budget, **hyperparameters)
         return cls(*load(name, device, dtype), built)
 
     def answer(self, image: str | Path | Image.Image, question: str, **generation: Any) -> str:

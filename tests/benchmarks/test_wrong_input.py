@@ -11,6 +11,9 @@ from PIL import Image
 
 CASES = {
     "method": (["--method", "zo"], "did you mean 'zoo'"),
+    "pair": (["--method", "adaptinfer+zoo"], "give a method that does, such as zoo-exact"),
+    "second of a pair": (["--method", "zoo+adaptinfr"], "did you mean 'adaptinfer'"),
+    "preset": (["--method", "sparsevlm", "--method-args", "preset=63"], "unknown preset"),
     "task": (["--tasks", "exits"], "did you mean 'exist'"),
     "no task": (["--tasks", ","], "no task given"),
     "task twice": (["--tasks", "exist,exist"], "named twice"),

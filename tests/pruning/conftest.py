@@ -2,6 +2,8 @@
 
 import pytest
 
+from vlm_prune.vlm.families import family_of
+
 CASES = [
     ("none", {}),
     ("random", {}),
@@ -12,9 +14,25 @@ CASES = [
     ("adaptinfer", {}),
     ("zoo", {"directions": 4}),
     ("zoo-exact", {}),
+    ("fastv", {}),
+    ("sparsevlm", {}),
+    ("pyramiddrop", {}),
+    ("dart", {}),
+    ("visionzip", {}),
+    ("vispruner", {}),
+    ("divprune", {}),
+    ("cdpruner", {}),
+    ("cascade", {}),
+    ("merge", {}),
 ]
 
 
 @pytest.fixture(params=CASES, ids=lambda case: "-".join([case[0], *map(str, case[1].values())]))
 def case(request):
     return request.param
+
+
+@pytest.fixture(scope="session")
+def vision(llava, images, make_inputs):
+    """The encoded tokens of two images."""
+    return family_of(llava).encode(make_inputs([(2, "Is there a 7?")], images)["pixel_values"])

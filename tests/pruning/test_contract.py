@@ -73,10 +73,18 @@ def test_right_padded_rows_equal_left_padded_ones(case, llava, images, make_inpu
         torch.testing.assert_close(left[row, -length:], right[row, :length], atol=2e-5, rtol=1e-4)
 
 
-def test_cached_decoding_equals_a_full_forward(case, llava, images, make_inputs):
+def test_cached_decoding_equals_a_full_forward(case, llava, images, make_inputs, monkeypatch):
     """The reference walks the layers itself: one pass over prompt and answer, no cache, no hooks."""
     inputs = make_inputs([(1, LONG)], images)
-    method = build(case)
+    method, reduced = build(case), []
+    for part in {type(getattr(method, name, method)) for name in ("pre", "inside")}:
+
+        def recorded(*given, reduce=part.reduce):
+            kept = reduce(*given)
+            reduced.append((kept.places[0], kept.features[0]))
+            return kept
+
+        monkeypatch.setattr(part, "reduce", recorded)
     with method(llava) as trace:
         out = greedy(llava, inputs)
     if method.stage == "input":
@@ -84,25 +92,27 @@ def test_cached_decoding_equals_a_full_forward(case, llava, images, make_inputs)
     family, ids = family_of(llava), out.sequences
     start = int((ids[0] == family.image_token).nonzero()[0])
     with torch.no_grad():
-        vision = family.encode(inputs["pixel_values"])
         embeds = llava.get_input_embeddings()(ids)[0]
-        embeds[start : start + 576] = vision.projected[0]
-        if isinstance(method, DecoderPruner):
-            cuts = {
-                cut.layer: places[0]
-                for cut, places in zip(method.cuts(576, 6), trace.cuts, strict=True)
-            }
-        else:
-            kept = method.reduce(vision)
-            embeds[start + kept.places[0]] = kept.features[0]
-            cuts = {0: kept.places[0]}
+        embeds[start : start + 576] = family.encode(inputs["pixel_values"]).projected[0]
+        cuts = method.cuts(576, 6) if method.stage == "decoder" else []
+        steps = {cut.layer: places[0] for cut, places in zip(cuts, trace.cuts, strict=True)}
         here, hidden = torch.arange(len(embeds)), embeds
+
+        def drop(places):
+            """Keep these image tokens, with the features that the method gave them."""
+            nonlocal hidden, here
+            image = (here >= start) & (here < start + 576)
+            if len(places) == image.sum():
+                return
+            kept = ~image | torch.isin(here, start + places)
+            hidden, here = hidden[kept], here[kept]
+            hidden[torch.isin(here, start + places)] = reduced.pop(0)[1]
+
+        if not isinstance(method, DecoderPruner):
+            drop(reduced[0][0])
         for number, layer in enumerate(family.decoder.layers):
-            if number in cuts:
-                wanted = torch.ones(len(embeds), dtype=torch.bool)
-                wanted[start : start + 576] = False
-                wanted[start + cuts[number]] = True
-                hidden, here = hidden[wanted[here]], here[wanted[here]]
+            if number in steps:
+                drop(steps[number])
             place = torch.arange(len(here))[None]
             mask = torch.full((len(here), len(here)), float("-inf")).triu(1)[None, None]
             rotary = family.decoder.rotary_emb(hidden[None], position_ids=place)

@@ -61,9 +61,13 @@ class Llava:
         first = 1 if config.vision_feature_select_strategy == "default" else 0
         states = output.hidden_states
 
-        def attention(queries: Queries) -> Tensor:
+        @torch.no_grad()
+        def query_key() -> tuple[Tensor, Tensor]:
             index = layer if layer >= 0 else len(states) + layer
-            query, key = encoder_query_key(self.tower_layers[index - 1], states[index - 1])
+            return encoder_query_key(self.tower_layers[index - 1], states[index - 1])
+
+        def attention(queries: Queries) -> Tensor:
+            query, key = query_key()
             rows = {"all": slice(None), "patches": slice(1, None), "cls": slice(0, 1)}[queries]
             return received(query, key, rows)[:, first:]
 
@@ -74,6 +78,7 @@ class Llava:
             seeds=tuple(zlib.crc32(p.float().cpu().numpy().tobytes()) for p in pixel_values),
             projector=self.projector,
             received=attention,
+            keys=lambda: query_key()[1].transpose(1, 2).flatten(2)[:, first:],
         )
 
     @property

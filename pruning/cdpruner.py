@@ -1,0 +1,53 @@
+"""CDPruner: a determinantal point process over image tokens, conditioned on the question."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vlm_prune.pruning.base import Stage, VisionPruner
+from vlm_prune.pruning.select import cosine, dpp, min_max
+from vlm_prune.vlm.tokens import Kept, VisionTokens
+
+
+@dataclass
+class CDPruner(VisionPruner):
+    """Keep the set with the largest determinant of diag(r) S diag(r): S holds the cosines of the
+    projected tokens, r their relevance to the question.
+
+    https://arxiv.org/abs/2506.10967
+
+    Args:
+        negated: take relevance from the negated cosine, as the released code does for CLIP, whose
+            patches often point away from the text that they show.
+
+    Relevance is the mean cosine to the question's tokens, scaled to [0, 1]. The paper takes it from
+    CLIP's text tower for models built on CLIP, and from the language model's own embeddings where
+    there is none. Hugging Face's LLaVA checkpoints hold no text tower, so it is the latter here:
+    projected tokens against the text embeddings. Without a question all tokens are equally
+    relevant.
+    """
+
+    negated: bool = False
+    stage: ClassVar[Stage] = "projector"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2506.10967"
+
+    def reduce(self, vision: VisionTokens) -> Kept:
+        projected = vision.projected
+        questions = vision.question or projected[:, :0]
+        scores = torch.cat(
+            [relevance(i[None], q[None]) for i, q in zip(projected, questions, strict=True)]
+        )
+        kernel = conditioned(min_max(-scores if self.negated else scores), projected)
+        return Kept.at(projected, dpp(kernel, self.count(vision)))
+
+
+def relevance(image: Tensor, text: Tensor) -> Tensor:
+    """Mean cosine of each image token to the text tokens; (M, N, d), (M, T, d) -> (M, N)."""
+    return cosine(image, text).sum(-1) / max(1, text.shape[1])
+
+
+def conditioned(scores: Tensor, features: Tensor) -> Tensor:
+    """diag(r) S diag(r); scores (M, N), features (M, N, d) -> (M, N, N)."""
+    return scores[:, :, None] * cosine(features, features) * scores[:, None]

@@ -1,0 +1,117 @@
+"""Methods made of other methods: one before and one inside the language model, or with merging."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+
+from vlm_prune.pruning.adaptinfer import AdaptInfer
+from vlm_prune.pruning.base import DecoderPruner, Pruner, Stage, VisionPruner
+from vlm_prune.pruning.divprune import DivPrune
+from vlm_prune.pruning.select import averaged, cosine, others
+from vlm_prune.pruning.zoo import ZooExact
+from vlm_prune.vlm import midstack
+from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.midstack import Cut
+from vlm_prune.vlm.tokens import Kept, Trace, VisionTokens, take, tokens_for
+
+
+def _before_the_model(method: object) -> None:
+    if not isinstance(method, VisionPruner) or method.stage == "input":
+        raise InputError(
+            f"{type(method).__name__} does not choose tokens before the language model; "
+            "give a method that does, such as zoo-exact"
+        )
+
+
+@dataclass
+class Cascade(Pruner):
+    """One method before the language model, then one inside it: `zoo-exact+adaptinfer`.
+
+    `pre` keeps `widening` times the budget of each image, at most all tokens; `inside` then spends
+    the budget as the mean over decoder layers of the tokens really computed.
+
+    Args:
+        pre: acts first; its own budget, positions and seed are replaced by the cascade's.
+        inside: acts on what `pre` keeps, likewise.
+        widening: tokens that enter the language model, as a multiple of the budget.
+    """
+
+    pre: VisionPruner = field(default_factory=ZooExact)
+    inside: DecoderPruner = field(default_factory=AdaptInfer)
+    widening: float = 2.0
+    stage: ClassVar[Stage] = "decoder"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _before_the_model(self.pre)
+        if not isinstance(self.inside, DecoderPruner):
+            raise InputError(
+                f"{type(self.inside).__name__} does not act inside the language model; "
+                "give a method that does, such as adaptinfer"
+            )
+        if self.widening < 1:
+            raise InputError(f"widening {self.widening} is below 1; give 1 or more")
+
+    def entering(self, tokens: int) -> int:
+        """Tokens of an image that enter the language model."""
+        return min(tokens, round(self.widening * tokens_for(self.budget, tokens)))
+
+    def cuts(self, tokens: int, layers: int) -> list[Cut]:
+        """The cuts of `inside` for images of `tokens` before `pre`."""
+        inside = replace(self.inside, budget=tokens_for(self.budget, tokens))
+        return inside.cuts(self.entering(tokens), layers)
+
+    def check(self, tokens: int, layers: int) -> None:
+        self.cuts(tokens, layers)
+
+    def __call__(
+        self, model: Any, vision: VisionTokens | None = None
+    ) -> AbstractContextManager[Trace]:
+        return self._both(model, vision)
+
+    @contextmanager
+    def _both(self, model: Any, vision: VisionTokens | None) -> Iterator[Trace]:
+        family = family_of(model)
+        tokens = family.tokens_per_image
+        cuts = self.cuts(tokens, len(family.decoder.layers))
+        pre = replace(
+            self.pre, budget=self.entering(tokens), positions=self.positions, seed=self.seed
+        )
+        inside = replace(self.inside, positions=self.positions, seed=self.seed)
+        with (
+            pre(model, vision) as trace,
+            midstack.pruned(model, cuts, inside, self.positions, trace),
+        ):
+            yield trace
+
+
+@dataclass
+class Merge(VisionPruner):
+    """Any method before the language model, with each token that it drops averaged into the most
+    similar kept one: `divprune+merge`.
+
+    Args:
+        method: chooses the tokens; its own budget, positions and seed are replaced.
+
+    Similarity is the cosine of projected tokens; an average weighs all its tokens equally.
+    """
+
+    method: VisionPruner = field(default_factory=DivPrune)
+    stage: ClassVar[Stage] = "projector"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _before_the_model(self.method)
+
+    def reduce(self, vision: VisionTokens) -> Kept:
+        method = replace(self.method, budget=self.budget, positions=self.positions, seed=self.seed)
+        kept = method.reduce(vision)
+        features = torch.stack(kept.features)
+        rest = others(torch.stack(kept.places), vision.projected.shape[1])
+        dropped = take(vision.projected, rest)
+        nearest = cosine(dropped, features).argmax(-1)
+        return Kept(kept.places, list(averaged(features, dropped, nearest)))

@@ -1,0 +1,50 @@
+"""PyramidDrop: drop a fixed share of the image tokens at the end of each stage of layers."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vlm_prune.pruning.base import DecoderScorePruner
+from vlm_prune.pruning.fastv import last_row
+from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.midstack import Side
+from vlm_prune.vlm.registry import Registry
+from vlm_prune.vlm.tokens import DecoderTokens
+
+
+@dataclass
+class PyramidDrop(DecoderScorePruner):
+    """Three cuts at equal distances, each keeping a share of the tokens that the last
+    instruction token attends to most.
+
+    https://arxiv.org/abs/2410.17247
+
+    Args:
+        preset: `paper` keeps `ratio`'s defaults of all tokens (1/2, 1/4, 1/8), whatever the budget.
+        ratio: share of the tokens that each cut keeps.
+
+    The score is the attention that the layer after the cut would pay, averaged over heads: its
+    queries and keys are computed for the last instruction token alone. At equal ratios the counts
+    after the cuts are solved from `budget`; below a quarter of all tokens the first cut has to move
+    up, as in the other methods that act inside the language model.
+    """
+
+    ratio: float = 0.5
+    reads: ClassVar[Side] = "after"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2410.17247"
+    presets: ClassVar[Registry[tuple[float, ...]]] = Registry(
+        "preset", {"paper": (0.5, 0.25, 0.125)}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.ratio <= 1:
+            raise InputError(f"ratio {self.ratio} is out of range; give a share in (0, 1]")
+
+    def pattern(self) -> list[tuple[int, float]]:
+        return [(8 * stage, self.ratio**stage) for stage in (1, 2, 3)]
+
+    def score(self, tokens: DecoderTokens) -> Tensor:
+        to_vision, _ = tokens.attention(slice(-1, None))
+        return last_row(to_vision)

@@ -1,0 +1,101 @@
+"""Cascades and merging."""
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity
+
+from vlm_prune.pruning import METHODS, AdaptInfer, Cascade, DivPrune, FastV, Merge, Random
+from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.wrapper import build
+
+INSIDE = ("adaptinfer", "fastv", "sparsevlm", "pyramiddrop", "dart")
+BEFORE = ("random", "fopru", "visionzip", "vispruner", "divprune", "cdpruner", "zoo-exact")
+QUESTION = "What color is the star and is there a 7?"
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+@pytest.mark.parametrize("budget", [32, 100, 400, 576])
+def test_a_cascade_meets_both_budgets(inside, budget, llava, vision, images, make_inputs):
+    method = build(f"divprune+{inside}", budget=budget)
+    with method(llava) as trace, torch.no_grad():
+        llava(**make_inputs([(1, QUESTION)], images))
+    entered = min(576, 2 * budget)
+    assert [len(places) for places in trace.entered] == [entered] == [method.entering(576)]
+    expected = DivPrune(budget=entered).reduce(vision).places[0]
+    assert trace.entered[0].tolist() == expected.tolist()
+    assert budget - 1 < sum(trace.layer_tokens) / 6 <= budget
+    assert set(trace.kept[0].tolist()) <= set(trace.entered[0].tolist())
+
+
+@pytest.mark.parametrize("before", BEFORE)
+def test_a_cascade_of_any_two_answers(before, llava, images, make_inputs):
+    inputs = make_inputs([(1, QUESTION), (2, "Is there a 7?")], images)
+    with build(f"{before}+fastv", budget=48)(llava) as trace:
+        llava.generate(**inputs, max_new_tokens=2, min_new_tokens=2)
+    assert len(trace.kept) == 3
+
+
+def test_an_inside_method_that_keeps_all_leaves_the_first_ones_logits(llava, images, make_inputs):
+    """With nothing to widen, all that enters is kept in every layer."""
+    inputs = make_inputs([(1, QUESTION), (2, "Is there a 7?")], images)
+    with DivPrune(budget=48)(llava), torch.no_grad():
+        expected = llava(**inputs).logits
+    with Cascade(DivPrune(), AdaptInfer(), budget=48, widening=1)(llava), torch.no_grad():
+        logits = llava(**inputs).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_places_follow_the_images_through_beams(cache, llava, images, make_inputs):
+    """Each beam of a row has that row's images, in their order."""
+    inputs = make_inputs([(2, QUESTION), (1, QUESTION)], images)
+    with Cascade(Random(), FastV(), budget=48)(llava) as trace:
+        llava.generate(**inputs, num_beams=3, max_new_tokens=3, min_new_tokens=3, use_cache=cache)
+    first, second, third = (set(places.tolist()) for places in trace.entered)
+    owners = [first, second] * 3 + [third] * 3
+    assert len(trace.kept) == 9
+    for places, owner in zip(trace.kept, owners, strict=True):
+        assert set(places.tolist()) <= owner
+    assert not set(trace.kept[1].tolist()) <= first
+
+
+def test_merging_equals_a_loop(vision):
+    kept = Merge(DivPrune(), budget=20).reduce(vision)
+    plain = DivPrune(budget=20).reduce(vision)
+    for image in range(2):
+        places, tokens = plain.places[image].tolist(), vision.projected[image]
+        groups = {place: [place] for place in places}
+        for token in range(576):
+            if token not in groups:
+                similar = cosine_similarity(tokens[token], tokens[places])
+                groups[places[int(similar.argmax())]].append(token)
+        means = torch.stack([tokens[groups[place]].mean(0) for place in places])
+        assert kept.places[image].tolist() == places
+        torch.testing.assert_close(kept.features[image], means)
+
+
+def test_names_joined_by_plus():
+    method = build("zoo+merge+adaptinfer", budget=0.25, seed=5)
+    assert isinstance(method, Cascade) and isinstance(method.pre, Merge)
+    assert isinstance(method.pre.method, METHODS["zoo"])
+    assert (method.budget, method.seed, method.entering(576)) == (0.25, 5, 288)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("zoo-exact+adaptinfr", "did you mean 'adaptinfer'"),
+        ("adaptinfer+zoo", "AdaptInfer does not choose tokens before"),
+        ("downsample+adaptinfer", "Downsample does not choose tokens before"),
+        ("zoo+divprune", "DivPrune does not act inside"),
+        ("adaptinfer+merge", "AdaptInfer does not choose tokens before"),
+    ],
+)
+def test_methods_that_do_not_go_together_are_refused(name, message):
+    with pytest.raises(InputError, match=message):
+        build(name, budget=64)
+
+
+def test_widening_below_one_is_refused():
+    with pytest.raises(InputError, match="widening"):
+        Cascade(widening=0.5)

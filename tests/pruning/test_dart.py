@@ -1,0 +1,56 @@
+"""DART against a slow loop written from the paper: pivots, then the least similar tokens."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity
+
+from vlm_prune.pruning.dart import Dart
+from vlm_prune.vlm.errors import InputError
+
+
+@pytest.mark.parametrize("keep", [3, 9, 17])
+def test_reduce_equals_the_papers_loop(keep):
+    torch.manual_seed(0)
+    features, question = torch.randn(2, 30, 8), torch.randn(2, 6, 8)
+    keys, text_keys = torch.randn(2, 30, 8), torch.randn(2, 6, 8)
+    asked = torch.tensor([[True] * 6, [False] * 5 + [True]])
+    tokens = SimpleNamespace(
+        features=features, question=question, asked=asked, keys=lambda: (keys, text_keys)
+    )
+    kept = Dart(image_pivots=4, text_pivots=2).reduce(tokens, keep)
+    for image in range(2):
+        by_norm = sorted(range(30), key=lambda i: -float(keys[image, i].norm()))
+        chosen = set(by_norm[: min(4, keep)])
+        pivots = [features[image, i] for i in sorted(chosen)]
+        words = [j for j in range(6) if asked[image, j]]
+        longest = sorted(words, key=lambda j: -float(text_keys[image, j].norm()))[:2]
+        pivots += [question[image, j] for j in sorted(longest)]
+        left = keep - len(chosen)
+        for number, pivot in enumerate(pivots):
+            share = left * (number + 1) // len(pivots) - left * number // len(pivots)
+            for _ in range(share):
+                free = [i for i in range(30) if i not in chosen]
+                chosen.add(
+                    min(free, key=lambda i: float(cosine_similarity(features[image, i], pivot, 0)))
+                )
+        assert kept.places[image].tolist() == sorted(chosen)
+        assert torch.equal(kept.features[image], features[image, sorted(chosen)])
+
+
+def test_key_norms_are_those_of_the_cache(llava, images, make_inputs):
+    """The pivots are the four tokens with the longest cached keys of the layer before the cut."""
+    inputs = make_inputs([(1, "Is there a 7?")], images)
+    with torch.no_grad():
+        cache = llava(**inputs, use_cache=True).past_key_values
+    image = (inputs["input_ids"][0] == llava.config.image_token_id).nonzero()[:, 0]
+    norms = cache.layers[2].keys[0, :, image].norm(dim=(0, 2))
+    with Dart(budget=400, layer=16)(llava) as trace, torch.no_grad():
+        llava(**inputs)
+    assert set(norms.topk(4).indices.tolist()) <= set(trace.kept[0].tolist())
+
+
+def test_pivots_are_needed():
+    with pytest.raises(InputError, match="pivot"):
+        Dart(image_pivots=0)

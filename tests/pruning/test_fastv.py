@@ -1,0 +1,40 @@
+"""FastV's score against the attention maps of the model itself."""
+
+import pytest
+import torch
+
+from vlm_prune.pruning.fastv import FastV, last_row
+from vlm_prune.vlm.errors import InputError
+
+
+def test_score_equals_the_papers_loop():
+    torch.manual_seed(0)
+    weights = torch.rand(2, 3, 1, 7)
+    expected = torch.zeros(2, 7)
+    for image in range(2):
+        for token in range(7):
+            for head in range(3):
+                expected[image, token] += weights[image, head, 0, token] / 3
+    torch.testing.assert_close(last_row(weights), expected)
+
+
+def test_it_keeps_what_the_models_own_map_ranks_highest(llava, images, make_inputs):
+    """16 of 32 layers are 3 of 6: the third layer's map decides."""
+    inputs = make_inputs([(1, "Is there a 7?")], images)
+    llava.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            maps = llava(**inputs, output_attentions=True).attentions
+    finally:
+        llava.set_attn_implementation("sdpa")
+    image = (inputs["input_ids"][0] == llava.config.image_token_id).nonzero()[:, 0]
+    received = maps[2][0, :, -1, image].mean(0)
+    with FastV(budget=400, layer=16)(llava) as trace, torch.no_grad():
+        llava(**inputs)
+    expected = received.topk(len(trace.kept[0])).indices.sort().values
+    assert trace.kept[0].tolist() == expected.tolist()
+
+
+def test_a_layer_outside_the_stack_is_refused():
+    with pytest.raises(InputError, match="give 0 to 31"):
+        FastV(layer=32)

@@ -1,0 +1,40 @@
+"""PyramidDrop's score: the attention of the layer after the cut."""
+
+import pytest
+import torch
+
+from vlm_prune.pruning.pyramiddrop import PyramidDrop
+from vlm_prune.vlm.errors import InputError
+
+
+def test_the_first_cut_keeps_what_the_next_layers_map_ranks_highest(llava, images, make_inputs):
+    """Every layer before the cut sees all tokens, so the unpruned map of layer 3 is its score."""
+    inputs = make_inputs([(1, "Is there a 7?")], images)
+    llava.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            maps = llava(**inputs, output_attentions=True).attentions
+    finally:
+        llava.set_attn_implementation("sdpa")
+    image = (inputs["input_ids"][0] == llava.config.image_token_id).nonzero()[:, 0]
+    with PyramidDrop(budget=400)(llava) as trace, torch.no_grad():
+        llava(**inputs)
+    first = trace.cuts[0][0]
+    assert trace.layer_tokens[:3] == [576, 576, len(first)]  # after 8 of 32 layers, so 2 of 6
+    scores = torch.zeros(576)
+    for token, column in enumerate(image):
+        for head in maps[2][0]:
+            scores[token] += head[-1, column] / len(maps[2][0])
+    assert first.tolist() == scores.topk(len(first)).indices.sort().values.tolist()
+
+
+def test_each_cut_keeps_a_ratio_of_the_one_before():
+    counts = [cut.keep for cut in PyramidDrop(budget=200, ratio=0.25).cuts(576, 32)]
+    assert counts[1] == pytest.approx(counts[0] / 4, abs=1)
+    assert counts[2] == pytest.approx(counts[1] / 4, abs=1)
+
+
+@pytest.mark.parametrize("ratio", [0, 1.5])
+def test_a_ratio_that_is_no_share_is_refused(ratio):
+    with pytest.raises(InputError, match="ratio"):
+        PyramidDrop(ratio=ratio)

@@ -1,0 +1,93 @@
+"""SparseVLM's raters, scores and recycling against slow loops written from the paper's equations."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vlm_prune.pruning.sparsevlm import SparseVLM, density_peaks, raters
+from vlm_prune.vlm.errors import InputError
+
+
+def test_raters_equal_the_papers_loop():
+    torch.manual_seed(0)
+    image, text = torch.randn(2, 9, 4), torch.randn(2, 5, 4)
+    asked = torch.tensor([[True] * 5, [False, False, True, True, True]])
+    found = raters(image, text, asked)
+    for row in range(2):
+        words = [j for j in range(5) if asked[row, j]]
+        relevance = dict.fromkeys(words, 0.0)
+        for v in image[row]:
+            weights = {j: math.exp(float(v @ text[row, j])) for j in words}
+            for j in words:
+                relevance[j] += weights[j] / sum(weights.values()) / len(image[row])
+        mean = sum(relevance.values()) / len(words)
+        expected = [j in relevance and relevance[j] >= mean for j in range(5)]
+        assert found[row].tolist() == expected
+        assert 0 < sum(expected) < len(words)
+
+
+def test_only_raters_score():
+    torch.manual_seed(1)
+    weights, readers = torch.rand(1, 3, 4, 6), torch.tensor([[False, True, False, True]])
+    tokens = SimpleNamespace(attention=lambda rows: (weights[:, :, rows], None), readers=readers)
+    expected = [
+        sum(float(weights[0, h, j, v]) / 3 for h in range(3) for j in (1, 3)) for v in range(6)
+    ]
+    torch.testing.assert_close(SparseVLM().score(tokens)[0], torch.tensor(expected))
+
+
+def test_clusters_equal_the_papers_loop():
+    torch.manual_seed(2)
+    points, k = torch.randn(20, 8, dtype=torch.float64), 5
+    centres, group = density_peaks(points, 4, k)
+    distance = [[float((a - b).norm()) / 8**0.5 for b in points] for a in points]
+    density, peak = [], []
+    for i in range(20):
+        near = sorted(distance[i][j] for j in range(20) if j != i)[:k]
+        density.append(math.exp(-sum(d * d for d in near) / k))
+    for i in range(20):
+        denser = [distance[i][j] for j in range(20) if density[j] > density[i]]
+        peak.append(density[i] * (min(denser) if denser else max(distance[i])))
+    expected = sorted(sorted(range(20), key=lambda i: -peak[i])[:4])
+    assert centres.tolist() == expected
+    nearest = [min(range(4), key=lambda c: distance[i][expected[c]]) for i in range(20)]
+    assert group.tolist() == nearest
+
+
+@pytest.mark.parametrize("keep", [1, 2, 7, 12, 39])
+def test_best_tokens_stay_and_recycled_ones_are_summed(keep):
+    torch.manual_seed(3)
+    features, scores = torch.randn(1, 40, 8), torch.rand(1, 40)
+    method = SparseVLM(recycle=0.5)
+    method.score = lambda tokens: scores
+    kept = method.reduce(SimpleNamespace(features=features), keep)
+    places = kept.places[0].tolist()
+    assert places == sorted(set(places)) and len(places) == keep
+    order = scores[0].argsort(descending=True).tolist()
+    unchanged = [
+        p
+        for p, feature in zip(places, kept.features[0], strict=True)
+        if torch.equal(feature, features[0, p])
+    ]
+    whole = max((k for k in range(keep) if k + method.made(40 - k) <= keep), default=0)
+    assert set(order[:whole]) <= set(unchanged)
+    recycled = order[whole:][: max(keep - whole, int(0.5 * (40 - whole)))]
+    assert set(places) - set(order[:whole]) <= set(recycled)
+    total = features[0, order[:whole] + recycled].sum(0)
+    torch.testing.assert_close(kept.features[0].sum(0), total)
+
+
+def test_without_recycling_it_is_plain_selection():
+    features, scores = torch.randn(1, 10, 4), torch.arange(10.0)[None]
+    method = SparseVLM(recycle=0)
+    method.score = lambda tokens: scores
+    kept = method.reduce(SimpleNamespace(features=features), 3)
+    assert kept.places[0].tolist() == [7, 8, 9]
+    assert torch.equal(kept.features[0], features[0, 7:])
+
+
+def test_shares_outside_0_to_1_are_refused():
+    with pytest.raises(InputError, match="recycle"):
+        SparseVLM(recycle=1.5)
