@@ -19,10 +19,11 @@ def greedy_select(
 
     Args:
         rule: `diverse` takes the largest score x (1 - largest similarity to a chosen token), first
-            the best score (https://arxiv.org/abs/2509.24837); `farthest` takes the smallest largest
-            similarity, first the best score (https://arxiv.org/abs/2503.02175); `dpp` is greedy MAP
+            the best score (https://arxiv.org/abs/2509.24837); `farthest` takes the largest
+            1 - largest similarity, first the best score (https://arxiv.org/abs/2503.02175); `dpp` is greedy MAP
             of the determinant of diag(scores) similarity diag(scores)
-            (https://arxiv.org/abs/1709.05135), where a gain of at most 1e-6 counts as none.
+            (https://arxiv.org/abs/1709.05135), each step one row of an incremental Cholesky factor.
+            Once the rank is spent every gain is zero and the lowest indices follow.
         valid: tokens that may be chosen; all by default.
 
     Raises:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 Rule = Literal["diverse", "farthest", "dpp"]
-RESIDUAL = 1e-6
+SPENT = 10
 
 
 def greedy_select(
@@ -17,14 +17,16 @@ def greedy_select(
     chosen = torch.full((len(scores), k), -1, device=scores.device)
     nearest = torch.full_like(scores, -torch.inf)
     residual = scores.square() * similarity.diagonal(dim1=1, dim2=2)
-    basis = residual.new_empty(len(scores), k if rule == "dpp" else 0, scores.shape[1])
+    spent = SPENT * torch.finfo(scores.dtype).eps * residual.amax(1, keepdim=True)
+    factor = residual.new_empty(len(scores), k if rule == "dpp" else 0, scores.shape[1])
     for step in range(min(k, scores.shape[1])):
         if rule == "dpp":
-            gain = torch.where(residual > RESIDUAL, residual, 0.0)
+            residual = torch.where(residual > spent, residual, 0)
+            gain = residual
         elif step == 0:
             gain = scores
         else:
-            gain = scores * (1 - nearest) if rule == "diverse" else -nearest
+            gain = (1 - nearest) * (scores if rule == "diverse" else 1)
         gain = gain.masked_fill(~free, -torch.inf)
         pick = gain.argmax(1)
         chosen[:, step] = torch.where(free.any(1), pick, -1)
@@ -32,11 +34,10 @@ def greedy_select(
         closest = similarity[images, pick]
         nearest = torch.maximum(nearest, closest)
         if rule == "dpp":
-            size = residual[images, pick][:, None]
-            past = basis[:, :step]
+            known = factor[:, :step]
             row = scores[images, pick][:, None] * scores * closest
-            row = row - (past[images, :, pick][..., None] * past).sum(1)
-            part = torch.where(size > RESIDUAL, row / size.clamp_min(RESIDUAL).sqrt(), 0.0)
-            basis[:, step] = part
-            residual = residual - part.square()
+            row = row - (known[images, :, pick][:, None] @ known)[:, 0]
+            root = residual[images, pick][:, None].sqrt()
+            factor[:, step] = torch.where(root > 0, row / root, 0)
+            residual = residual - factor[:, step].square()
     return chosen

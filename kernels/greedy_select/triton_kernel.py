@@ -5,17 +5,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlm_prune.kernels.greedy_select.reference import RESIDUAL, Rule
+from vlm_prune.kernels.greedy_select.reference import SPENT, Rule
 
 
 @triton.jit
 def _select_kernel(
-    similarity, scores, valid, basis, chosen, by_image, by_row, by_column, k, tokens,
-    RULE: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    similarity, scores, valid, factor, chosen, by_image, by_row, by_column, k, tokens,
+    RULE: tl.constexpr, SPENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0).to(tl.int64)
     similarity += image * by_image
-    basis += image * k * tokens
+    factor += image * k * tokens
     places = tl.arange(0, BLOCK)
     inside = places < tokens
     score = tl.load(scores + image * tokens + places, mask=inside, other=0.0)
@@ -23,13 +23,15 @@ def _select_kernel(
     nearest = tl.zeros([BLOCK], tl.float32)
     diagonal = tl.load(similarity + places * (by_row + by_column), mask=inside, other=0.0)
     residual = score * score * diagonal
+    spent = SPENT * tl.max(residual, 0)
     for step in range(k):
         if RULE == "dpp":
-            gain = tl.where(residual > RESIDUAL, residual, 0.0)
+            residual = tl.where(residual > spent, residual, 0.0)
+            gain = residual
         elif RULE == "diverse":
             gain = tl.where(step == 0, score, score * (1 - nearest))
         else:
-            gain = tl.where(step == 0, score, -nearest)
+            gain = tl.where(step == 0, score, 1 - nearest)
         gain = tl.where(free != 0, gain, float("-inf"))
         best = tl.max(gain, 0)
         pick = tl.min(tl.where((gain == best) & (free != 0), places, BLOCK), 0)
@@ -44,12 +46,10 @@ def _select_kernel(
             part = tl.sum(tl.where(places == pick, score, 0.0), 0) * score * closest
             past = tl.zeros([BLOCK], tl.float32)
             for earlier in range(step):
-                vector = tl.load(basis + earlier * tokens + places, mask=inside, other=0.0)
-                past += tl.load(basis + earlier * tokens + at) * vector
-            part = tl.where(
-                size > RESIDUAL, (part - past) / tl.sqrt(tl.maximum(size, RESIDUAL)), 0.0
-            )
-            tl.store(basis + step * tokens + places, part, mask=inside)
+                vector = tl.load(factor + earlier * tokens + places, mask=inside, other=0.0)
+                past += tl.load(factor + earlier * tokens + at) * vector
+            part = tl.where(size > 0, (part - past) / tl.sqrt(tl.where(size > 0, size, 1.0)), 0.0)
+            tl.store(factor + step * tokens + places, part, mask=inside)
             tl.debug_barrier()  # the next step reads this row across threads
             residual -= part * part
 
@@ -62,10 +62,10 @@ def greedy_select(
     if chosen.numel() == 0 or tokens == 0:
         return chosen.fill_(-1)
     valid = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
-    basis = torch.empty(images, k if rule == "dpp" else 0, tokens, device=scores.device)
+    factor = torch.empty(images, k if rule == "dpp" else 0, tokens, device=scores.device)
     _select_kernel[(images,)](
-        similarity, scores.contiguous(), valid.to(torch.int8).contiguous(), basis, chosen,
+        similarity, scores.contiguous(), valid.to(torch.int8).contiguous(), factor, chosen,
         *similarity.stride(), k, tokens,
-        RULE=rule, RESIDUAL=RESIDUAL, BLOCK=triton.next_power_of_2(tokens),
+        RULE=rule, SPENT=SPENT * torch.finfo(torch.float32).eps, BLOCK=triton.next_power_of_2(tokens),
     )  # fmt: skip
     return chosen
