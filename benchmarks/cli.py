@@ -172,7 +172,7 @@ def compare(
 ) -> None:
     """Methods and budgets side by side; images and unpruned answers are computed once."""
     from vlm_prune.benchmarks.run import Variant
-    from vlm_prune.benchmarks.table import compare_table, markdown, show
+    from vlm_prune.benchmarks.table import as_markdown, as_table, comparison, show
     from vlm_prune.vlm.wrapper import methods
 
     known = [name for name in methods() if name != "none"]
@@ -186,9 +186,49 @@ def compare(
     )  # fmt: skip
     names = [f"{variant.method}-{variant.budget}" for variant in variants]
     runs = _in_folder(output, configs, names)
-    show(compare_table(runs))
+    lines = comparison(runs)
+    show(as_table(lines))
     if output is not None:
-        (output / "compare.md").write_text(markdown(runs))
+        (output / "compare.md").write_text(as_markdown(lines))
+
+
+@app.command()
+def bench(
+    model_shape: Annotated[
+        str, typer.Option(help="Architecture: llava-1.5-7b, llava-0.5b, tiny.")
+    ] = "tiny",
+    method: Annotated[str, typer.Option(help="See 'vlm-prune methods'.")] = "zoo",
+    budget: Annotated[str, typer.Option(help="Tokens per image, or a fraction.")] = "64",
+    batch: Annotated[int, typer.Option(min=1, help="Prompts per call, one image each.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured calls of each model.")] = 10,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens answered per prompt.")] = 16,
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
+    method_args: Annotated[str, typer.Option(help="Hyperparameters, name=value,...")] = "",
+    output: Annotated[Path | None, typer.Option(help="Folder for bench.json, bench.md.")] = None,
+) -> None:
+    """Time a pruned and the unpruned architecture on random weights, phase by phase."""
+    from vlm_prune.benchmarks.bench import BenchConfig, about, rows
+    from vlm_prune.benchmarks.bench import bench as measure
+    from vlm_prune.benchmarks.run import Variant, write_json
+    from vlm_prune.benchmarks.table import as_markdown, as_table, show
+
+    _quiet()
+    variant = Variant(method, parse_budget(budget), arguments=parse_arguments(method_args))
+    results = measure(
+        BenchConfig(
+            model_shape, variant, batch=batch, repeats=repeats, new_tokens=new_tokens,
+            device=device, dtype=dtype,
+        )
+    )  # fmt: skip
+    for line in about(results):
+        print(line)
+    show(as_table(rows(results)))
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "bench.json", results)
+        intro = "".join(f"- {line}\n" for line in about(results))
+        (output / "bench.md").write_text(f"{intro}\n{as_markdown(rows(results))}")
 
 
 @app.command()

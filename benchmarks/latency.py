@@ -1,12 +1,16 @@
 """Time of the phases of one `generate` call."""
 
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from vlm_prune.vlm.session import now
+from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.session import image_output, now
+from vlm_prune.vlm.tokens import Trace, VisionTokens
 
 
 class PhaseClock(StoppingCriteria):  # type: ignore[misc]
@@ -29,3 +33,49 @@ class PhaseClock(StoppingCriteria):  # type: ignore[misc]
         """Seconds until the first token, and from there to now."""
         first = self.first or self.start
         return first - self.start, now(self.device) - first
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Seconds; `vision` is what the call itself encoded, `decode` all tokens after the first."""
+
+    vision: float
+    selection: float
+    prefill: float
+    decode: float
+
+
+def timed_generate(
+    model: Any,
+    prompt: dict[str, Tensor],
+    vision: VisionTokens | None,
+    pruner: Any | None = None,
+    pixel_values: Tensor | None = None,
+    **generation: Any,
+) -> tuple[Tensor, Phases, Trace]:
+    """One greedy `generate`: tokens, phases, and what was pruned.
+
+    `vision` holds the images encoded beforehand, None for a text prompt, which nothing prunes. A
+    pruner that changes the images encodes `pixel_values` itself.
+    """
+    family = family_of(model)
+    changes_pixels = pruner is not None and pruner.stage == "input"
+    arguments: dict[str, Any] = dict(prompt)
+    block: Any = nullcontext(
+        Trace(layer_tokens=[float(family.tokens_per_image)] * len(family.decoder.layers))
+    )
+    if vision is not None:
+        if changes_pixels:
+            arguments["pixel_values"] = pixel_values
+        else:
+            arguments["mm_encoder_outputs"] = image_output(list(vision.projected))
+        if pruner is not None:
+            block = pruner(model, None if changes_pixels else vision)
+    with block as trace:
+        clock = PhaseClock(model.device)
+        output = model.generate(
+            **arguments, do_sample=False, stopping_criteria=clock.criteria(), **generation
+        )
+        first, rest = clock.phases()
+    prefill = first - trace.selection_s - trace.vision_s
+    return output, Phases(trace.vision_s, trace.selection_s, prefill, rest), trace

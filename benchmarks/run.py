@@ -2,24 +2,24 @@
 
 import json
 import os
-import platform
 import resource
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from vlm_prune.benchmarks.latency import PhaseClock
+from vlm_prune.benchmarks.environment import versions
+from vlm_prune.benchmarks.latency import Phases, timed_generate
 from vlm_prune.benchmarks.metrics.bootstrap import retained
 from vlm_prune.benchmarks.tasks import TASKS, Sample
 from vlm_prune.vlm.cost import key_value_bytes, prefill_flops, tower_flops
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
-from vlm_prune.vlm.session import image_output, now
+from vlm_prune.vlm.session import now
 from vlm_prune.vlm.tokens import Trace, VisionTokens
 from vlm_prune.vlm.wrapper import build
 
@@ -183,26 +183,19 @@ def _answer(
     start = now(device)
     vision = family.encode(inputs["pixel_values"]) if images else None
     encoding = now(device) - start
-    baseline, phases = _generate(model, processor, prompt, vision)
-    full = Trace(layer_tokens=[float(family.tokens_per_image)] * len(family.decoder.layers))
+    baseline, before, _ = _generate(model, processor, prompt, vision)
     for pruner in pruners:
-        trace, ours, ours_phases = full, baseline, phases
-        if images and pruner.stage == "input":
-            prompt_now, seen = prompt | {"pixel_values": inputs["pixel_values"]}, None
-        else:
-            prompt_now, seen = prompt, vision
-        if images:
-            with pruner(model, seen) as trace:
-                ours, ours_phases = _generate(model, processor, prompt_now, seen)
-        prefill = ours_phases[0] - trace.selection_s - trace.vision_s
+        ours, after, trace = _generate(
+            model, processor, prompt, vision, pruner, inputs.get("pixel_values")
+        )
         times = {
-            "vision": trace.vision_s if seen is None and images else encoding,
-            "selection": trace.selection_s,
-            "prefill": prefill,
-            "decode": ours_phases[1],
+            "vision": after.vision or encoding,
+            "selection": after.selection,
+            "prefill": after.prefill,
+            "decode": after.decode,
             "baseline_vision": encoding,
-            "baseline_prefill": phases[0],
-            "baseline_decode": phases[1],
+            "baseline_prefill": before.prefill,
+            "baseline_decode": before.decode,
         }
         rows = []
         for number, sample in enumerate(batch):
@@ -229,20 +222,21 @@ def _answer(
 
 
 def _generate(
-    model: Any, processor: Any, prompt: dict[str, Any], vision: VisionTokens | None
-) -> tuple[list[str], tuple[float, float]]:
-    """Greedy answers, and seconds to the first token and after it."""
-    clock = PhaseClock(model.device)
-    encoded = {} if vision is None else {"mm_encoder_outputs": image_output(list(vision.projected))}
-    output = model.generate(
-        **prompt, **encoded, do_sample=False, max_new_tokens=MAX_NEW_TOKENS,
-        stopping_criteria=clock.criteria(),
-    )  # fmt: skip
-    phases = clock.phases()
+    model: Any,
+    processor: Any,
+    prompt: dict[str, Any],
+    vision: VisionTokens | None,
+    pruner: Any | None = None,
+    pixel_values: Tensor | None = None,
+) -> tuple[list[str], Phases, Trace]:
+    """Greedy answers, their phases, and what was pruned."""
+    output, phases, trace = timed_generate(
+        model, prompt, vision, pruner, pixel_values, max_new_tokens=MAX_NEW_TOKENS
+    )
     replies = processor.batch_decode(
         output[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True
     )
-    return [reply.strip() for reply in replies], phases
+    return [reply.strip() for reply in replies], phases, trace
 
 
 def summarise(config: RunConfig, rows: list[dict[str, Any]], model: Any) -> dict[str, Any]:
@@ -297,10 +291,7 @@ def summarise(config: RunConfig, rows: list[dict[str, Any]], model: Any) -> dict
         "budget": config.variant.budget,
         "seed": config.seed,
         "config": asdict(config),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("vlm-prune", "torch", "transformers")},
-        },
+        "versions": versions(),
         "tasks": tasks,
         "overall": {
             "accuracy": mean([task["accuracy"] for task in tasks.values()]),

@@ -82,18 +82,18 @@ def comparison(runs: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def compare_table(runs: list[dict[str, Any]]) -> Table:
-    """Several runs, one row each, for a terminal."""
-    header, *rows = comparison(runs)
+def as_table(lines: list[list[str]]) -> Table:
+    """A header and rows, for a terminal."""
+    header, *rows = lines
     table = Table(*header)
     for row in rows:
         table.add_row(*row)
     return table
 
 
-def markdown(runs: list[dict[str, Any]]) -> str:
-    """Several runs, one row each, in Markdown."""
-    header, *rows = comparison(runs)
+def as_markdown(lines: list[list[str]]) -> str:
+    """A header and rows, in Markdown."""
+    header, *rows = lines
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

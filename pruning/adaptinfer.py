@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from vlm_prune.kernels.text_guided_score import text_guided_score
 from vlm_prune.pruning.base import DecoderScorePruner
 from vlm_prune.vlm.registry import Registry
 from vlm_prune.vlm.tokens import DecoderTokens
@@ -43,16 +44,6 @@ class AdaptInfer(DecoderScorePruner):
         return [(2, 133), (11, 27), (21, 3)]
 
     def score(self, tokens: DecoderTokens) -> Tensor:
-        to_vision, to_text = tokens.attention(slice(None))
-        return weighted_by_text(to_text, to_vision)
-
-
-def weighted_by_text(to_text: Tensor, to_vision: Tensor) -> Tensor:
-    """s[v] = sum over heads and text j of p_h[j] A_h[j, v], p = column sums of the symmetrised
-    text-to-text attention A + A^T - diag(A).
-
-    Shapes: (M, H, T, T), (M, H, T, n) -> (M, n).
-    """
-    diagonal = to_text.diagonal(dim1=-2, dim2=-1)
-    prior = to_text.sum(-2) + to_text.sum(-1) - diagonal
-    return (prior[..., None] * to_vision).sum(dim=(1, 2))
+        rows = tokens.rows(slice(None))
+        scores = text_guided_score(rows.query, rows.key, rows.columns, rows.key_valid, rows.scale)
+        return scores.gather(1, rows.image)

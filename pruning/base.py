@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
+from vlm_prune.kernels.compact_tokens import compact_tokens
 from vlm_prune.pruning.schedule import fit, scaled
 from vlm_prune.vlm import midstack, session
 from vlm_prune.vlm.errors import InputError
@@ -127,6 +128,7 @@ class DecoderPruner(Pruner):
     stage: ClassVar[Stage] = "decoder"
     reads: ClassVar[Side] = "before"
     presets: ClassVar[Registry[tuple[float, ...]]] = Registry("preset")
+    compact = staticmethod(compact_tokens)
 
     def __post_init__(self) -> None:
         super().__post_init__()

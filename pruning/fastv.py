@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vlm_prune.pruning.base import DecoderScorePruner
+from vlm_prune.pruning.received import in_decoder
 from vlm_prune.pruning.schedule import check_layer
 from vlm_prune.vlm.registry import Registry
 from vlm_prune.vlm.tokens import DecoderTokens
@@ -40,10 +41,4 @@ class FastV(DecoderScorePruner):
         return [(self.layer, 1)]
 
     def score(self, tokens: DecoderTokens) -> Tensor:
-        to_vision, _ = tokens.attention(slice(-1, None))
-        return last_row(to_vision)
-
-
-def last_row(to_vision: Tensor) -> Tensor:
-    """Attention of one query row, averaged over heads; (M, H, 1, n) -> (M, n)."""
-    return to_vision.mean(1).sum(1)
+        return in_decoder(tokens, tokens.asked[:, -1:])

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from vlm_prune.pruning.base import ScorePruner, Stage
-from vlm_prune.vlm.tokens import Kept, Queries, VisionTokens, top
+from vlm_prune.pruning.received import Queries, in_tower
+from vlm_prune.vlm.tokens import Kept, VisionTokens, top
 
 Strategy = Literal["rank", "row"]
 
@@ -39,7 +40,7 @@ class FoPru(ScorePruner):
         self._choice("queries", get_args(Queries))
 
     def score(self, vision: VisionTokens) -> Tensor:
-        return vision.received(self.queries)
+        return in_tower(vision, self.queries)
 
     def reduce(self, vision: VisionTokens) -> Kept:
         scores, k = self.score(vision), self.count(vision)

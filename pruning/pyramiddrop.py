@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vlm_prune.pruning.base import DecoderScorePruner
-from vlm_prune.pruning.fastv import last_row
+from vlm_prune.pruning.received import in_decoder
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.midstack import Side
 from vlm_prune.vlm.registry import Registry
@@ -46,5 +46,4 @@ class PyramidDrop(DecoderScorePruner):
         return [(8 * stage, self.ratio**stage) for stage in (1, 2, 3)]
 
     def score(self, tokens: DecoderTokens) -> Tensor:
-        to_vision, _ = tokens.attention(slice(-1, None))
-        return last_row(to_vision)
+        return in_decoder(tokens, tokens.asked[:, -1:])

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
+from vlm_prune.kernels.greedy_select import greedy_select
+
 
 def min_max(scores: Tensor) -> Tensor:
     """Scale each row of (M, N) to [0, 1]; a constant row becomes ones."""
@@ -28,9 +30,9 @@ def diverse(scores: Tensor, features: Tensor, k: int) -> Tensor:
     """Greedy argmax of score x (1 - largest cosine to a chosen token), first the best score.
 
     Shapes: scores (M, N) in [0, 1], features (M, N, d) -> (M, k) in the order chosen. Ties go to
-    the lowest index. One N x N similarity matrix per image, then k steps of O(N).
+    the lowest index.
     """
-    return _diverse(scores, scores, cosine(features, features), k)
+    return greedy_select(cosine(features, features), scores, k, "diverse")
 
 
 def max_min(features: Tensor, k: int) -> Tensor:
@@ -41,48 +43,15 @@ def max_min(features: Tensor, k: int) -> Tensor:
     similarity = cosine(features, features)
     diagonal = torch.eye(similarity.shape[1], dtype=torch.bool, device=similarity.device)
     isolation = 1 - similarity.masked_fill(diagonal, -torch.inf).amax(-1)
-    return _diverse(isolation, torch.ones_like(isolation), similarity, k)
-
-
-def _diverse(first: Tensor, scores: Tensor, similarity: Tensor, k: int) -> Tensor:
-    nearest = torch.zeros_like(scores)
-    free = torch.ones_like(scores, dtype=torch.bool)
-    rows, chosen = torch.arange(len(scores), device=scores.device), []
-    for step in range(k):
-        gain = first if step == 0 else scores * (1 - nearest)
-        pick = gain.masked_fill(~free, -torch.inf).argmax(-1)
-        chosen.append(pick)
-        free[rows, pick] = False
-        closest = similarity[rows, pick]
-        nearest = closest if step == 0 else torch.maximum(nearest, closest)
-    return torch.stack(chosen, -1)
+    return greedy_select(similarity, isolation, k, "farthest")
 
 
 def dpp(kernel: Tensor, k: int) -> Tensor:
     """Greedy maximum-a-posteriori set of a determinantal point process.
 
-    https://arxiv.org/abs/1709.05135: each step adds the token that multiplies the determinant
-    most, by one row of an incremental Cholesky factor, O(k^2 N) in all. Once the kernel's rank is
-    spent every gain is zero and the lowest indices follow.
-
     Shapes: positive semi-definite kernel (M, N, N) -> (M, k) in the order chosen.
     """
-    gain = kernel.diagonal(dim1=1, dim2=2).clone()
-    spent = 10 * torch.finfo(kernel.dtype).eps * gain.amax(1, keepdim=True)
-    free = torch.ones_like(gain, dtype=torch.bool)
-    factor = gain.new_zeros(len(gain), k, gain.shape[1])
-    rows, chosen = torch.arange(len(gain), device=gain.device), []
-    for step in range(k):
-        gain = torch.where(gain > spent, gain, 0)
-        pick = gain.masked_fill(~free, -torch.inf).argmax(-1)
-        chosen.append(pick)
-        free[rows, pick] = False
-        known = factor[:, :step]
-        row = kernel[rows, pick] - (known[rows, :, pick][:, None] @ known)[:, 0]
-        root = gain[rows, pick][:, None].sqrt()
-        factor[:, step] = torch.where(root > 0, row / root, 0)
-        gain = gain - factor[:, step].square()
-    return torch.stack(chosen, -1)
+    return greedy_select(kernel, torch.ones_like(kernel[:, 0]), k, "dpp")
 
 
 def averaged(kept: Tensor, dropped: Tensor, nearest: Tensor) -> Tensor:

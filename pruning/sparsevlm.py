@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from vlm_prune.pruning.base import DecoderScorePruner
+from vlm_prune.pruning.received import in_decoder
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.midstack import Cut
 from vlm_prune.vlm.registry import Registry
@@ -73,8 +74,7 @@ class SparseVLM(DecoderScorePruner):
         return raters(tokens.features, tokens.question, tokens.asked)
 
     def score(self, tokens: DecoderTokens) -> Tensor:
-        to_vision, _ = tokens.attention(slice(None))
-        return (to_vision.mean(1) * tokens.readers[..., None]).sum(1)
+        return in_decoder(tokens, tokens.readers)
 
     def reduce(self, tokens: DecoderTokens, keep: int) -> Kept:
         scores, count = self.score(tokens), tokens.features.shape[1]

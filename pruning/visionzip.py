@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from vlm_prune.pruning.base import Stage, VisionPruner
+from vlm_prune.pruning.received import in_tower
 from vlm_prune.pruning.select import averaged, cosine, others
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.tokens import Kept, VisionTokens, take, top
@@ -41,7 +42,7 @@ class VisionZip(VisionPruner):
     def reduce(self, vision: VisionTokens) -> Kept:
         k, tokens = self.count(vision), vision.features.shape[1]
         merged = min(k - 1, round(self.contextual * k))
-        dominant = top(vision.received("cls"), k - merged)
+        dominant = top(in_tower(vision, "cls"), k - merged)
         if merged == 0:
             return Kept.at(vision.projected, dominant)
         rest = others(dominant, tokens)

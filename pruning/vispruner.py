@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vlm_prune.pruning.base import Stage, VisionPruner
+from vlm_prune.pruning.received import in_tower
 from vlm_prune.pruning.select import cosine, others
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.tokens import Kept, VisionTokens, take, top
@@ -35,7 +36,7 @@ class VisPruner(VisionPruner):
 
     def reduce(self, vision: VisionTokens) -> Kept:
         k, tokens = self.count(vision), vision.features.shape[1]
-        attended = top(vision.received("cls"), round(self.important * k))
+        attended = top(in_tower(vision, "cls"), round(self.important * k))
         rest = others(attended, tokens)
         distinct = without_duplicates(take(vision.features, rest), k - attended.shape[1], self.step)
         return Kept.at(vision.projected, torch.cat([attended, rest.gather(1, distinct)], 1))

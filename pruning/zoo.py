@@ -6,10 +6,11 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from vlm_prune.kernels.token_sensitivity import closed_form, monte_carlo
 from vlm_prune.pruning.base import Stage, VisionPruner
 from vlm_prune.pruning.select import diverse, min_max
 from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.tokens import Kept, Projector, VisionTokens, top
+from vlm_prune.vlm.tokens import Kept, VisionTokens, top
 
 Combine = Literal["product", "sensitivity", "diversity"]
 
@@ -47,7 +48,8 @@ class Zoo(VisionPruner):
         generator = torch.Generator().manual_seed(self.seed)
         bank = torch.randn(self.directions, width, generator=generator)
         bank = (bank / bank.norm(dim=1, keepdim=True)).to(vision.features.device)
-        return monte_carlo(vision.features, vision.projector, bank, self.step)
+        w = vision.projector
+        return monte_carlo(vision.features, w.w1, w.b1, w.act, w.w2, bank, self.step)
 
     def reduce(self, vision: VisionTokens) -> Kept:
         scores = torch.ones(vision.projected.shape[:2], device=vision.projected.device)
@@ -71,37 +73,5 @@ class ZooExact(Zoo):
     paper: ClassVar[str] = ""
 
     def sensitivity(self, vision: VisionTokens) -> Tensor:
-        return closed_form(vision.features, vision.projector)
-
-
-def monte_carlo(features: Tensor, projector: Projector, bank: Tensor, step: float) -> Tensor:
-    """Mean over directions u of |M(x + hu) - M(x - hu)| / 2h.
-
-    Shapes: features (M, N, d_v), bank (m, d_v) -> (M, N), in at least fp32. The first layer runs
-    once on tokens and once on directions, and the second layer's bias cancels.
-    """
-    work = torch.promote_types(features.dtype, torch.float32)
-    w1, w2 = projector.w1.to(work), projector.w2.to(work)
-    before = features.to(work) @ w1.T
-    if projector.b1 is not None:
-        before = before + projector.b1.to(work)
-    total = torch.zeros(features.shape[:2], dtype=work, device=features.device)
-    for shift in bank.to(work) @ w1.T * step:
-        difference = projector.act(before + shift) - projector.act(before - shift)
-        total += (difference @ w2.T).norm(dim=-1)
-    return total / (2 * step * len(bank))
-
-
-def closed_form(features: Tensor, projector: Projector) -> Tensor:
-    """sqrt(d^T K d / d_v); shapes (M, N, d_v) -> (M, N), in at least fp32."""
-    work = torch.promote_types(features.dtype, torch.float32)
-    w1, w2 = projector.w1.to(work), projector.w2.to(work)
-    before = features.to(work) @ w1.T
-    if projector.b1 is not None:
-        before = before + projector.b1.to(work)
-    with torch.inference_mode(False), torch.enable_grad():
-        point = before.clone().detach().requires_grad_()
-        (slope,) = torch.autograd.grad(projector.act(point).sum(), point)
-    kernel = (w2.T @ w2) * (w1 @ w1.T)
-    squared = ((slope @ kernel) * slope).sum(-1) / features.shape[-1]
-    return squared.clamp_min(0).sqrt()
+        w = vision.projector
+        return closed_form(vision.features, w.w1, w.b1, w.act, w.w2)

@@ -9,6 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by transformers
+
 from vlm_prune.vlm.tiny.config import make_model, make_processor
 
 

@@ -1,26 +1,11 @@
-"""Attention scores for the rows that a pruner needs, from queries and keys, never an L x L map."""
+"""Queries and keys of one layer, from its input."""
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vlm_prune.vlm.tokens import take
-
-
-def received(query: Tensor, key: Tensor, rows: slice, block: int = 64) -> Tensor:
-    """Mean over heads and query rows of softmax attention, fp32.
-
-    Shapes: query, key (M, H, N, d) -> (M, N). `rows` chooses the queries; `block` rows of the
-    map exist at a time.
-    """
-    query, key = query[:, :, rows].float() * query.shape[-1] ** -0.5, key.float()
-    total = torch.zeros(key.shape[0], key.shape[2], device=key.device)
-    for start in range(0, query.shape[2], block):
-        weights = (query[:, :, start : start + block] @ key.transpose(-1, -2)).softmax(-1)
-        total += weights.sum(dim=(1, 2))
-    return total / (query.shape[1] * query.shape[2])
 
 
 def encoder_query_key(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,18 +24,13 @@ def decoder_keys(layer: Any, hidden: Tensor) -> Tensor:
     return keys
 
 
-def decoder_rows(
-    layer: Any,
-    hidden: Tensor,
-    rotary: tuple[Tensor, Tensor],
-    index: Tensor,
-    index_valid: Tensor,
-    key_valid: Tensor,
-) -> Tensor:
-    """Causal attention of chosen query rows over all keys in a Llama-style layer, fp32.
+def decoder_query_key(
+    layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], index: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Queries of chosen rows and all keys of a Llama-style layer, after rotation.
 
-    Shapes: hidden (B, L, D), rotary cos and sin (B, L, d), index (B, T) query rows, index_valid
-    (B, T), key_valid (B, L) -> (B, H, T, L). Rows of invalid queries are zero.
+    Shapes: hidden (B, L, D), rotary cos and sin (B, L, d), index (B, T) -> (B, H, T, d),
+    (B, G, L, d).
     """
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
@@ -60,10 +40,4 @@ def decoder_rows(
     cos, sin = (table.expand(len(hidden), -1, -1) for table in rotary)
     query, _ = apply_rotary_pos_emb(query, query, take(cos, index), take(sin, index))
     key, _ = apply_rotary_pos_emb(key, key, cos, sin)
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    scores = query.float() @ key.float().transpose(-1, -2) * attention.scaling
-    columns = torch.arange(hidden.shape[1], device=hidden.device)
-    visible = (columns <= index[..., None]) & key_valid[:, None]
-    scores = scores.masked_fill(~visible[:, None], torch.finfo(scores.dtype).min)
-    weights: Tensor = scores.softmax(-1) * (visible & index_valid[..., None])[:, None]
-    return weights
+    return query, key

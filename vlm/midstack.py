@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
-from vlm_prune.vlm.attention import decoder_keys, decoder_rows
+from vlm_prune.vlm.attention import decoder_keys, decoder_query_key
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.session import Positions, now
 from vlm_prune.vlm.tokens import (
     DecoderTokens,
     Kept,
+    QuestionRows,
     Trace,
     compact,
     expanded,
@@ -28,7 +29,6 @@ from vlm_prune.vlm.tokens import (
     image_places,
     is_right_padded,
     question_places,
-    take,
 )
 
 Side = Literal["before", "after"]
@@ -56,6 +56,11 @@ class Reducer(Protocol):
 
     def reduce(self, tokens: DecoderTokens, keep: int) -> Kept:
         """Keep `keep` tokens of each image."""
+
+    def compact(
+        self, keep: Tensor, *tensors: Tensor, right_padded: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Close the gaps of a mask (B, L) in tensors (B, L, ...): validity (B, L'), and them."""
 
 
 @dataclass
@@ -162,21 +167,17 @@ class _MidStack:
         at = image_places(self.ordinal, self.images)
         text_at = (row[:, None], texts)
 
-        def attention(queries: slice) -> tuple[Tensor, Tensor]:
-            weights = decoder_rows(
-                source, before, rotary, index[:, queries], real[:, queries], valid
-            )[row]
-            image, text = (
-                weights.gather(3, columns[:, None, None].expand(-1, *weights.shape[1:3], -1))
-                for columns in (at[1], texts)
-            )
-            return image, text * asked[:, None, None]
+        def rows(queries: slice) -> QuestionRows:
+            query, key = decoder_query_key(source, before, rotary, index[:, queries])
+            columns = torch.where(asked, texts, -1)[:, queries]
+            scale = source.self_attn.scaling
+            return QuestionRows(query[row], key[row], columns, valid[row], at[1], scale)
 
         def keys() -> tuple[Tensor, Tensor]:
             every = decoder_keys(source, before)
             return every[at], every[text_at]
 
-        return DecoderTokens(hidden[at], hidden[text_at], asked, asked, attention, keys)
+        return DecoderTokens(hidden[at], hidden[text_at], asked, asked, rows, keys)
 
     def _cut(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         start = now(hidden.device)
@@ -195,18 +196,17 @@ class _MidStack:
             at = (rows[image, places], columns[image, places])
             keep[at], hidden[at] = True, reduced.features[image]
             kept.append(self.place[at])
-        gather, valid = compact(keep, self.right_padded)
         old = kwargs["position_ids"].expand(len(hidden), -1)
+        valid, (hidden, old, self.text, ordinal, self.place) = self.reducer.compact(
+            keep, hidden, old, self.text, self.ordinal, self.place, right_padded=self.right_padded
+        )
         old_length, new_length = self.valid.sum(1, keepdim=True), valid.sum(1, keepdim=True)
         previous = max((s for s in self.segments), default=None)
         dropped = old_length - new_length
         if previous is not None:
             dropped = dropped + self.segments[previous].dropped
-        positions = valid.cumsum(1) - 1 if self.contiguous else old.gather(1, gather)
-        hidden = take(hidden, gather)
-        self.valid, self.text = valid, self.text.gather(1, gather) & valid
-        self.ordinal = torch.where(valid, self.ordinal.gather(1, gather), -1)
-        self.place = self.place.gather(1, gather)
+        positions = valid.cumsum(1) - 1 if self.contiguous else old
+        self.valid, self.ordinal = valid, torch.where(valid, ordinal, -1)
         self.segments[number] = _Segment(valid, dropped, {})
         self._rebuild(number, hidden, positions * valid, kwargs.get("past_key_values"))
         self.trace.kept = kept

@@ -3,15 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from vlm_prune.vlm.errors import InputError
-
-Queries = Literal["all", "patches", "cls"]
 
 
 @dataclass(frozen=True)
@@ -40,9 +37,9 @@ class VisionTokens:
         seeds: one number per image that depends on its pixels alone, so that random draws are
             the same in any batch.
         projector: the weights between the two.
-        received: mean attention each token receives from the given queries in the tower layer
-            whose output is `features`, (M, N).
-        keys: keys of that layer, heads side by side, (M, N, d_v).
+        query_key: queries and keys of the tower layer whose output is `features`, with the CLS
+            token in front where there is one, (M, H, S, d) each.
+        keys: those keys of the N tokens, heads side by side, (M, N, d_v).
         question: for each image the embeddings (T, d_l) of the text that follows the last image
             of its prompt; empty before a prompt is known.
     """
@@ -52,9 +49,36 @@ class VisionTokens:
     grid: tuple[int, int]
     seeds: tuple[int, ...]
     projector: Projector
-    received: Callable[[Queries], Tensor] = field(repr=False)
+    query_key: Callable[[], tuple[Tensor, Tensor]] = field(repr=False)
     keys: Callable[[], Tensor] = field(repr=False)
     question: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class QuestionRows:
+    """What the causal attention of T question places in one decoder layer is made of.
+
+    Args:
+        query: after rotation, (M, H, T, d).
+        key: of all L places, after rotation, (M, G, L, d).
+        columns: where each query stands among the keys, -1 for padding, (M, T).
+        key_valid: which keys are real, (M, L).
+        image: where the image tokens stand among the keys, (M, n).
+        scale: factor of the products.
+    """
+
+    query: Tensor
+    key: Tensor
+    columns: Tensor
+    key_valid: Tensor
+    image: Tensor
+    scale: float
+
+    @property
+    def key_positions(self) -> Tensor:
+        """Places of the keys, -1 for padding, (M, L)."""
+        places = torch.arange(self.key.shape[2], device=self.key.device)
+        return torch.where(self.key_valid, places, -1)
 
 
 @dataclass(frozen=True)
@@ -69,8 +93,7 @@ class DecoderTokens:
         question: hidden states of the question, (M, T, D).
         asked: which places of the question are real, (M, T).
         readers: places of the question that the method reads attention from, (M, T).
-        attention: softmax attention, fp32, of the question rows in the slice over the image tokens
-            (M, H, T', n) and over the question (M, H, T', T); padded rows are zero.
+        rows: queries of the question places in the slice, and all keys.
         keys: keys before rotation, heads side by side, of image tokens (M, n, d) and question
             (M, T, d).
     """
@@ -79,7 +102,7 @@ class DecoderTokens:
     question: Tensor
     asked: Tensor
     readers: Tensor
-    attention: Callable[[slice], tuple[Tensor, Tensor]] = field(repr=False)
+    rows: Callable[[slice], QuestionRows] = field(repr=False)
     keys: Callable[[], tuple[Tensor, Tensor]] = field(repr=False)
 
 

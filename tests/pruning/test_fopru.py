@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vlm_prune.pruning.fopru import row_scores
+from vlm_prune.pruning.received import in_tower
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.tokens import top
 
@@ -18,7 +19,7 @@ def test_received_attention_equals_the_towers_maps(queries, llava, images, make_
         llava.set_attn_implementation("sdpa")
     rows = {"all": slice(None), "patches": slice(1, None), "cls": slice(0, 1)}[queries]
     expected = maps[-2].mean(1)[:, rows, 1:].mean(1)
-    ours = family_of(llava).encode(inputs["pixel_values"]).received(queries)
+    ours = in_tower(family_of(llava).encode(inputs["pixel_values"]), queries)
     torch.testing.assert_close(ours, expected)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from vlm_prune.pruning.sparsevlm import SparseVLM, density_peaks, raters
 from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.tokens import QuestionRows
 
 
 def test_raters_equal_the_papers_loop():
@@ -30,12 +31,19 @@ def test_raters_equal_the_papers_loop():
 
 def test_only_raters_score():
     torch.manual_seed(1)
-    weights, readers = torch.rand(1, 3, 4, 6), torch.tensor([[False, True, False, True]])
-    tokens = SimpleNamespace(attention=lambda rows: (weights[:, :, rows], None), readers=readers)
-    expected = [
-        sum(float(weights[0, h, j, v]) / 3 for h in range(3) for j in (1, 3)) for v in range(6)
-    ]
-    torch.testing.assert_close(SparseVLM().score(tokens)[0], torch.tensor(expected))
+    query, key = torch.randn(1, 3, 4, 8), torch.randn(1, 3, 10, 8)
+    readers = torch.tensor([[False, True, False, True]])
+    whole = QuestionRows(
+        query, key, torch.arange(6, 10)[None], torch.ones(1, 10, dtype=torch.bool),
+        image=torch.arange(1, 6)[None], scale=0.5,
+    )  # fmt: skip
+    tokens = SimpleNamespace(rows=lambda queries: whole, readers=readers)
+    expected = torch.zeros(5)
+    for head in range(3):
+        for row in (1, 3):
+            scores = key[0, head, : 7 + row] @ query[0, head, row] * 0.5
+            expected += scores.softmax(0)[1:6] / 3 / 2
+    torch.testing.assert_close(SparseVLM().score(tokens)[0], expected)
 
 
 def test_clusters_equal_the_papers_loop():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
+from vlm_prune.pruning.received import in_tower
 from vlm_prune.pruning.visionzip import VisionZip
 from vlm_prune.vlm.errors import InputError
 
@@ -11,7 +12,7 @@ from vlm_prune.vlm.errors import InputError
 @pytest.mark.parametrize(("budget", "merged"), [(64, 10), (128, 20), (192, 30), (1, 0)])
 def test_reduce_equals_the_papers_loop(budget, merged, vision):
     kept = VisionZip(budget=budget).reduce(vision)
-    attention, keys = vision.received("cls"), vision.keys()
+    attention, keys = in_tower(vision, "cls"), vision.keys()
     for image in range(2):
         ranked = sorted(range(576), key=lambda i: -float(attention[image, i]))
         dominant, rest = ranked[: budget - merged], sorted(ranked[budget - merged :])

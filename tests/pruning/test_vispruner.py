@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
+from vlm_prune.pruning.received import in_tower
 from vlm_prune.pruning.vispruner import VisPruner, without_duplicates
 from vlm_prune.vlm.errors import InputError
 
@@ -34,7 +35,7 @@ def test_duplicate_removal_equals_the_papers_loop(count, k, step):
 
 def test_half_the_budget_goes_to_attention(vision):
     kept = VisPruner(budget=64).reduce(vision)
-    attended = vision.received("cls").topk(32).indices
+    attended = in_tower(vision, "cls").topk(32).indices
     for image in range(2):
         places = set(kept.places[image].tolist())
         assert len(places) == 64
@@ -43,7 +44,7 @@ def test_half_the_budget_goes_to_attention(vision):
 
 def test_all_by_attention_is_the_cls_ranking(vision):
     kept = VisPruner(budget=64, important=1).reduce(vision)
-    expected = vision.received("cls").topk(64).indices.sort().values
+    expected = in_tower(vision, "cls").topk(64).indices.sort().values
     assert torch.equal(torch.stack(kept.places), expected)
 
 

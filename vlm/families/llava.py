@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_prune.vlm.attention import encoder_query_key, received
-from vlm_prune.vlm.tokens import Projector, Queries, VisionTokens
+from vlm_prune.vlm.attention import encoder_query_key
+from vlm_prune.vlm.tokens import Projector, VisionTokens
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,13 @@ class Llava:
             index = layer if layer >= 0 else len(states) + layer
             return encoder_query_key(self.tower_layers[index - 1], states[index - 1])
 
-        def attention(queries: Queries) -> Tensor:
-            query, key = query_key()
-            rows = {"all": slice(None), "patches": slice(1, None), "cls": slice(0, 1)}[queries]
-            return received(query, key, rows)[:, first:]
-
         return VisionTokens(
             features=states[layer][:, first:],
             projected=torch.stack(list(output.pooler_output)),
             grid=(pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch),
             seeds=tuple(zlib.crc32(p.float().cpu().numpy().tobytes()) for p in pixel_values),
             projector=self.projector,
-            received=attention,
+            query_key=query_key,
             keys=lambda: query_key()[1].transpose(1, 2).flatten(2)[:, first:],
         )
 

@@ -1,0 +1,198 @@
+"""Phase times of a pruned and the unpruned model on random weights, next to the roofline."""
+
+import resource
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+
+from vlm_prune.benchmarks.environment import environment
+from vlm_prune.benchmarks.latency import timed_generate
+from vlm_prune.benchmarks.roofline import Ceilings, Timing, measured_ceilings
+from vlm_prune.benchmarks.run import Variant
+from vlm_prune.benchmarks.shapes import SHAPES
+from vlm_prune.vlm.cost import key_value_bytes, prefill_flops, tower_flops
+from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.session import now
+
+PHASES = ("vision", "selection", "prefill", "decode")
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What is measured: one image and `text` other tokens per prompt, `new_tokens` answered."""
+
+    shape: str
+    variant: Variant
+    batch: int = 1
+    text: int = 60
+    new_tokens: int = 16
+    repeats: int = 10
+    device: str = "cpu"
+    dtype: str = "float32"
+    seed: int = 0
+
+
+def random_model(config: BenchConfig) -> Any:
+    """The shape's Hugging Face model with random weights, made on the device itself."""
+    architecture = SHAPES[config.shape]()
+    dtype = getattr(torch, config.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise InputError(f"unknown dtype {config.dtype!r}; give float32, bfloat16 or float16")
+    try:
+        with torch.device(config.device):
+            torch.manual_seed(config.seed)
+            return AutoModelForImageTextToText.from_config(architecture, dtype=dtype).eval()
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"cannot build {config.shape} on {config.device}: {reason}") from error
+
+
+def random_prompt(config: BenchConfig, model: Any) -> tuple[dict[str, Tensor], Tensor]:
+    """Placeholders of one image between random text tokens, and random pixels."""
+    family, vision = family_of(model), model.config.vision_config
+    generator = torch.Generator().manual_seed(config.seed)
+    text = torch.randint(5, 200, (config.batch, config.text), generator=generator)
+    image = torch.full((config.batch, family.tokens_per_image), family.image_token)
+    before = config.text // 3
+    ids = torch.cat([text[:, :before], image, text[:, before:]], 1).to(model.device)
+    size = (config.batch, vision.num_channels, vision.image_size, vision.image_size)
+    pixels = torch.randn(size, generator=generator).to(model.device, model.dtype)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, pixels
+
+
+@torch.inference_mode()
+def bench(config: BenchConfig) -> dict[str, Any]:
+    """Run unpruned and pruned in turn, after one warm-up each; returns what is reported.
+
+    Times are milliseconds per call for the whole batch, `decode` per generated token. Vision is
+    timed with the same tower call for both, unless the method changes the images.
+    """
+    pruner = config.variant.build(config.seed)
+    model = random_model(config)
+    family = family_of(model)
+    pruner.check(family.tokens_per_image, len(family.decoder.layers))
+    prompt, pixels = random_prompt(config, model)
+    ceilings = measured_ceilings(
+        model.device, model.dtype, 8192 if model.device.type == "cuda" else 512
+    )
+    samples: dict[str, list[dict[str, float]]] = {"unpruned": [], "pruned": []}
+    layer_tokens, peak = {}, {}
+    for _ in range(config.repeats + 1):
+        for name, method in (("unpruned", None), ("pruned", pruner)):
+            if model.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(model.device)
+            start = now(model.device)
+            vision = family.encode(pixels)
+            encoding = now(model.device) - start
+            _, phases, trace = timed_generate(
+                model, prompt, vision, method, pixels,
+                max_new_tokens=config.new_tokens, min_new_tokens=config.new_tokens,
+            )  # fmt: skip
+            times = asdict(phases) | {"vision": phases.vision or encoding}
+            times["decode"] /= max(1, config.new_tokens - 1)
+            samples[name].append({phase: 1e3 * times[phase] for phase in PHASES})
+            layer_tokens[name], peak[name] = trace.layer_tokens, _peak_bytes(model.device)
+    runs = {
+        name: {
+            "times_ms": {p: asdict(Timing.of([row[p] for row in rows[1:]])) for p in PHASES},
+            "floors_ms": floors(model, config, layer_tokens[name], ceilings),
+            "layer_tokens": sum(layer_tokens[name]) / len(layer_tokens[name]),
+            "peak_memory_bytes": peak[name],
+        }
+        for name, rows in samples.items()
+    }
+    return {
+        "config": asdict(config),
+        "environment": environment(model.device),
+        "ceilings": asdict(ceilings),
+        **runs,
+        "speedup": speedup(runs),
+    }
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """Most memory in use on a GPU since its last reset; on a CPU by the process so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def floors(
+    model: Any, config: BenchConfig, layer_tokens: list[float], ceilings: Ceilings
+) -> dict[str, float]:
+    """The least milliseconds of each phase: every matrix product and every weight once.
+
+    Selection counts as nothing: it is overhead, whatever the method.
+    """
+    family, text = family_of(model), model.config.get_text_config()
+    size = model.dtype.itemsize
+
+    def weights(module: Any) -> float:
+        return float(sum(p.numel() * p.itemsize for p in module.parameters()))
+
+    language = weights(family.decoder.layers) + text.vocab_size * text.hidden_size * size
+    cache = config.batch * key_value_bytes(text, config.text, layer_tokens, size)
+    vision = config.batch * tower_flops(model.config.vision_config)
+    prefill = config.batch * prefill_flops(text, config.text, layer_tokens)
+    token = config.batch * prefill_flops(text, 1, [0.0] * len(layer_tokens))
+    return {
+        "vision": ceilings.floor_ms(vision, weights(family.tower_layers)),
+        "selection": 0.0,
+        "prefill": ceilings.floor_ms(prefill, language + cache),
+        "decode": ceilings.floor_ms(token, language + cache),
+    }
+
+
+def speedup(runs: dict[str, Any]) -> dict[str, float]:
+    """Unpruned over pruned medians: prefill with selection, and to the first token."""
+
+    def total(name: str, *phases: str) -> float:
+        return float(sum(runs[name]["times_ms"][phase]["median"] for phase in phases))
+
+    return {
+        "prefill": total("unpruned", "prefill") / total("pruned", "selection", "prefill"),
+        "first_token": total("unpruned", "vision", "prefill")
+        / total("pruned", "vision", "selection", "prefill"),
+        "decode": total("unpruned", "decode") / total("pruned", "decode"),
+    }
+
+
+def rows(results: dict[str, Any]) -> list[list[str]]:
+    """Header and one row per phase: median [quartiles] and floor, in ms, then memory."""
+    lines = [["phase", "unpruned ms", "floor", "pruned ms", "floor"]]
+    for phase in PHASES:
+        line = [f"{phase} per token" if phase == "decode" else phase]
+        for name in ("unpruned", "pruned"):
+            run = results[name]
+            line += [str(Timing(**run["times_ms"][phase])), f"{run['floors_ms'][phase]:.3f}"]
+        lines.append(line)
+    memory = (f"{results[n]['peak_memory_bytes'] / 1e6:.0f} MB" for n in ("unpruned", "pruned"))
+    lines.append(["peak memory", next(memory), "", next(memory), ""])
+    return lines
+
+
+def about(results: dict[str, Any]) -> list[str]:
+    """Lines that say what was measured, and the speed-ups."""
+    config, ceilings, speed = results["config"], results["ceilings"], results["speedup"]
+    machine = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
+    return [
+        (
+            f"{config['shape']}, batch {config['batch']}, {config['dtype']}: "
+            f"{config['variant']['method']} at budget {config['variant']['budget']}, "
+            f"{results['unpruned']['layer_tokens']:.0f} -> "
+            f"{results['pruned']['layer_tokens']:.1f} image tokens per layer"
+        ),
+        machine,
+        (
+            f"measured ceilings {ceilings['flops'] / 1e12:.2f} TFLOP/s, "
+            f"{ceilings['bandwidth'] / 1e9:.1f} GB/s"
+        ),
+        (
+            f"speed-up: prefill with selection {speed['prefill']:.2f}x, to the first token "
+            f"{speed['first_token']:.2f}x, decode {speed['decode']:.2f}x"
+        ),
+    ]

@@ -1,0 +1,75 @@
+"""What a device can do at most, measured on it, and how far from that an operation is."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vlm_prune.vlm.session import now
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Measured limits of a device.
+
+    Args:
+        flops: FLOP/s of a large matrix product.
+        bandwidth: bytes/s, read and written, of a large copy.
+    """
+
+    flops: float
+    bandwidth: float
+
+    def floor_ms(self, flops: float, moved: float) -> float:
+        """The least time for so many FLOPs and bytes, both at full speed at once."""
+        return 1e3 * max(flops / self.flops, moved / self.bandwidth)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of repeated calls: median, and quartiles as spread."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, milliseconds: list[float]) -> "Timing":
+        if len(milliseconds) < 2:
+            return cls(*milliseconds * 3)
+        low, median, high = statistics.quantiles(milliseconds, n=4, method="inclusive")
+        return cls(median, low, high)
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def timed(
+    call: Callable[[], Any], device: torch.device, repeats: int = 20, least_ms: float = 5
+) -> Timing:
+    """Time a call after warming it up; short ones are repeated inside a sample of `least_ms`."""
+    for _ in range(2):
+        call()
+    start = now(device)
+    call()
+    inner = max(1, int(least_ms / max(1e-3, 1e3 * (now(device) - start))))
+    samples = []
+    for _ in range(repeats):
+        start = now(device)
+        for _ in range(inner):
+            call()
+        samples.append(1e3 * (now(device) - start) / inner)
+    return Timing.of(samples)
+
+
+def measured_ceilings(device: torch.device, dtype: torch.dtype, side: int = 8192) -> Ceilings:
+    """Ceilings from a square matrix product of `side` and a copy of as many numbers."""
+    one, other = torch.randn(2, side, side, device=device).to(dtype)
+    product = timed(lambda: one @ other, device, repeats=5)
+    copy = timed(lambda: one.copy_(other), device, repeats=5)
+    return Ceilings(
+        flops=2 * side**3 / (product.median / 1e3),
+        bandwidth=2 * one.numel() * one.itemsize / (copy.median / 1e3),
+    )

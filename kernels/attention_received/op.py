@@ -1,0 +1,29 @@
+"""Attention received, dispatched."""
+
+from torch import Tensor
+
+from vlm_prune.kernels.dispatch import implementation
+
+
+def attention_received(
+    query: Tensor,
+    key: Tensor,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Mean over heads and queries of the softmax attention that each key receives.
+
+    Shapes: query (B, H, T, d), key (B, G, N, d) with H a multiple of G, query_positions (B, T),
+    key_positions (B, N) -> (B, N), in at least fp32. No T x N map is held in memory.
+
+    Args:
+        query_positions: with `key_positions`, a query sees the keys at its position or before;
+            negative positions are padding and count nowhere. Without both, all see all.
+        scale: factor of the products; d ** -0.5 by default.
+    """
+    if (query_positions is None) != (key_positions is None):
+        raise ValueError("give query_positions and key_positions together, or neither")
+    module = implementation("attention_received", query)
+    received: Tensor = module.attention_received(query, key, query_positions, key_positions, scale)
+    return received

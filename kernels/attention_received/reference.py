@@ -1,0 +1,32 @@
+"""Mean attention that each key receives, in plain PyTorch."""
+
+import torch
+from torch import Tensor
+
+from vlm_prune.kernels.visible import at_least_fp32, share_heads, visible_softmax
+
+_ROWS = 64
+
+
+def attention_received(
+    query: Tensor,
+    key: Tensor,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    query, key = at_least_fp32(query), at_least_fp32(share_heads(key, query))
+    query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
+    total = key.new_zeros(key.shape[0], key.shape[2])
+    count: int | Tensor = query.shape[2]
+    for start in range(0, query.shape[2], _ROWS):
+        rows = slice(start, start + _ROWS)
+        scores = query[:, :, rows] @ key.transpose(-1, -2)
+        if query_positions is None or key_positions is None:
+            weights = scores.softmax(-1)
+        else:
+            weights = visible_softmax(scores, query_positions[:, rows], key_positions)
+        total += weights.sum(dim=(1, 2))
+    if query_positions is not None:
+        count = (query_positions >= 0).sum(1, keepdim=True)
+    return total / torch.as_tensor(count * query.shape[1], device=total.device).clamp_min(1)

@@ -1,0 +1,66 @@
+"""Attention received in two launches: the rows' normalisers, then the columns' sums."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vlm_prune.kernels.attention_received import reference
+from vlm_prune.kernels.attention_tiles import (
+    block_size,
+    load_tile,
+    padded,
+    row_lse,
+    tile_dtype,
+    weighted_columns,
+)
+
+
+@triton.jit
+def _lse_kernel(
+    query, key, query_positions, key_positions, lse,
+    query_strides, key_strides, scale, heads, group, queries, keys, width,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """One program: the normalisers of one tile of queries, for one head."""
+    row = tl.program_id(1).to(tl.int64)
+    batch, head = row // heads, row % heads
+    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    real = rows < queries
+    query_at = tl.load(query_positions + batch * queries + rows, mask=real, other=-1)
+    query += batch * query_strides[0] + head * query_strides[1]
+    q = load_tile(query, rows, real, query_strides, width, BLOCK_D).to(DTYPE)
+    key += batch * key_strides[0] + head // group * key_strides[1]
+    normaliser = row_lse(
+        q, query_at, key, key_positions + batch * keys,
+        key_strides, scale, keys, width, BLOCK_N, BLOCK_D, DTYPE,
+    )  # fmt: skip
+    tl.store(lse + row * queries + rows, normaliser, mask=real)
+
+
+def attention_received(
+    query: Tensor,
+    key: Tensor,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    (batch, heads, queries, width), (keys, groups) = query.shape, (key.shape[2], key.shape[1])
+    if 0 in (batch, queries, keys):
+        return reference.attention_received(query, key, query_positions, key_positions, scale)
+    device, factor = query.device, width**-0.5 if scale is None else scale
+    if query_positions is None or key_positions is None:
+        query_positions = torch.zeros(batch, queries, device=device)
+        key_positions = torch.zeros(batch, keys, device=device)
+    query_at, key_at = query_positions.int().contiguous(), key_positions.int().contiguous()
+    lse = torch.empty(batch, heads, queries, device=device)
+    block = block_size(queries)
+    _lse_kernel[(triton.cdiv(queries, block), batch * heads)](
+        query, key, query_at, key_at, lse,
+        query.stride(), key.stride(), factor, heads, heads // groups, queries, keys, width,
+        BLOCK_T=block, BLOCK_N=block_size(keys), BLOCK_D=padded(width), DTYPE=tile_dtype(query),
+    )  # fmt: skip
+    real = (query_at >= 0).float()
+    share = real / (heads * real.sum(1, keepdim=True)).clamp_min(1)
+    weights = share[:, None].expand(-1, heads, -1).contiguous()
+    return weighted_columns(query, key, query_at, key_at, lse, weights, factor).sum(1)

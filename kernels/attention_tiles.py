@@ -1,0 +1,118 @@
+"""Triton parts that the attention kernels share; the rule of visibility is that of `visible`."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def load_tile(base, rows, seen, strides, width, BLOCK: tl.constexpr):
+    """Rows (R, BLOCK) of a matrix, zero where `seen` is false or past `width` columns.
+
+    The last two of `strides` are those of rows and columns.
+    """
+    columns = tl.arange(0, BLOCK)
+    places = rows[:, None] * strides[-2] + columns[None, :] * strides[-1]
+    return tl.load(base + places, mask=seen[:, None] & (columns < width)[None, :], other=0.0)
+
+
+@triton.jit
+def visible_logits(query, query_at, key, key_at, scale):
+    """Scaled fp32 products (R, N) of two tiles, -inf where the key is not seen."""
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+    seen = (key_at[None, :] <= query_at[:, None]) & (key_at[None, :] >= 0)
+    return tl.where(seen, scores, float("-inf"))
+
+
+@triton.jit
+def row_lse(
+    query, query_at, key, key_positions, key_strides, scale, keys, width,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Log of the softmax denominator of each row (R,), +inf for a row that sees no key."""
+    high = tl.full(query_at.shape, float("-inf"), tl.float32)
+    total = tl.zeros(query_at.shape, tl.float32)
+    for start in range(0, keys, BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)
+        key_at = tl.load(key_positions + rows, mask=rows < keys, other=-1)
+        tile = load_tile(key, rows, rows < keys, key_strides, width, BLOCK_D)
+        logits = visible_logits(query, query_at, tile.to(DTYPE), key_at, scale)
+        top = tl.maximum(high, tl.max(logits, 1))
+        base = tl.where(top == float("-inf"), 0.0, top)
+        total = total * tl.exp(high - base) + tl.sum(tl.exp(logits - base[:, None]), 1)
+        high = top
+    return tl.where(total > 0, high + tl.log(tl.where(total > 0, total, 1.0)), float("inf"))
+
+
+@triton.jit
+def _weighted_columns_kernel(
+    query, key, query_positions, key_positions, lse, weights, out,
+    query_strides, key_strides, scale, heads, group, queries, keys, width,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """One program: the columns of one tile of keys, for one head."""
+    row = tl.program_id(1).to(tl.int64)
+    batch, head = row // heads, row % heads
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = columns < keys
+    key_at = tl.load(key_positions + batch * keys + columns, mask=inside, other=-1)
+    key += batch * key_strides[0] + head // group * key_strides[1]
+    tile = load_tile(key, columns, inside, key_strides, width, BLOCK_D).to(DTYPE)
+    query += batch * query_strides[0] + head * query_strides[1]
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, queries, BLOCK_T):
+        rows = start + tl.arange(0, BLOCK_T)
+        real = rows < queries
+        query_at = tl.load(query_positions + batch * queries + rows, mask=real, other=-1)
+        normaliser = tl.load(lse + row * queries + rows, mask=real, other=float("inf"))
+        weight = tl.load(weights + row * queries + rows, mask=real, other=0.0)
+        q = load_tile(query, rows, real, query_strides, width, BLOCK_D).to(DTYPE)
+        logits = visible_logits(q, query_at, tile, key_at, scale)
+        total += tl.sum(tl.exp(logits - normaliser[:, None]) * weight[:, None], 0)
+    tl.store(out + row * keys + columns, total, mask=inside)
+
+
+def weighted_columns(
+    query: Tensor,
+    key: Tensor,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    lse: Tensor,
+    weights: Tensor,
+    scale: float,
+) -> Tensor:
+    """Sum over queries of their weight times their attention, one launch, fp32.
+
+    Shapes: query (B, H, T, d), key (B, G, N, d), query_positions (B, T) and key_positions (B, N)
+    int32, lse and weights (B, H, T) fp32 -> (B, H, N).
+    """
+    (batch, heads, queries, width), (keys, groups) = query.shape, (key.shape[2], key.shape[1])
+    out = torch.empty(batch, heads, keys, device=query.device)
+    block = block_size(keys)
+    _weighted_columns_kernel[(triton.cdiv(keys, block), batch * heads)](
+        query, key, query_positions, key_positions, lse, weights, out,
+        query.stride(), key.stride(), scale, heads, heads // groups, queries, keys, width,
+        BLOCK_T=block_size(queries), BLOCK_N=block, BLOCK_D=padded(width), DTYPE=tile_dtype(query),
+    )  # fmt: skip
+    return out
+
+
+def padded(size: int) -> int:
+    """The tile width that holds `size` columns: a power of two that `tl.dot` takes."""
+    return max(16, int(triton.next_power_of_2(size)))
+
+
+def block_size(rows: int, most: int = 64) -> int:
+    """Rows of a tile."""
+    return min(most, padded(rows))
+
+
+def tile_dtype(tensor: Tensor) -> tl.dtype:
+    """The dtype whose products are accumulated in fp32: the tensor's own.
+
+    Triton's interpreter multiplies in fp32; its `tl.dot` does not know bf16.
+    """
+    if not isinstance(load_tile, triton.JITFunction):
+        return tl.float32
+    return getattr(tl, str(tensor.dtype).removeprefix("torch."))

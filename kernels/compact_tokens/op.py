@@ -1,0 +1,20 @@
+"""Moving kept tokens together, dispatched."""
+
+from torch import Tensor
+
+from vlm_prune.kernels.dispatch import implementation
+
+
+def compact_tokens(
+    keep: Tensor, *tensors: Tensor, right_padded: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """Gather the kept tokens of a ragged batch, for all tensors in one launch.
+
+    Shapes: keep (B, L) bool, each tensor (B, L, ...), such as hidden states, positions, cosines and
+    sines -> valid (B, L') bool and each tensor as (B, L', ...), with L' the longest row. Shorter
+    rows are padded with zeros on the left, or on the right if `right_padded`.
+    """
+    moved: tuple[Tensor, list[Tensor]] = implementation("compact_tokens", keep).compact_tokens(
+        keep, *tensors, right_padded=right_padded
+    )
+    return moved

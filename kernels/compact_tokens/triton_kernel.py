@@ -1,0 +1,63 @@
+"""Moving kept tokens together: one program per row of the output finds and copies its token."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _copy(source, target, stride, width, filled, BLOCK: tl.constexpr):
+    readable = tl.where(filled, width, 0)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        values = tl.load(source + columns * stride, mask=columns < readable, other=0)
+        tl.store(target + columns, values, mask=columns < width)
+
+
+@triton.jit
+def _compact_kernel(
+    keep, counts, valid, sources, targets, strides, widths, tokens, length,
+    RIGHT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The r-th kept token stands where r + 1 is first reached by the running count."""
+    place, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    count = tl.load(counts + batch)
+    rank = place if RIGHT else place - (length - count)
+    filled = (rank >= 0) & (rank < count)
+    columns = tl.arange(0, BLOCK_L)
+    kept = tl.load(keep + batch * tokens + columns, mask=columns < tokens, other=0)
+    running = tl.cumsum(kept.to(tl.int32), 0)
+    source = tl.sum(((running <= rank) & (columns < tokens)).to(tl.int32), 0)
+    tl.store(valid + batch * length + place, filled)
+    for i in tl.static_range(len(sources)):
+        _copy(
+            sources[i] + batch * strides[i][0] + source * strides[i][1],
+            targets[i] + (batch * length + place) * widths[i],
+            strides[i][2], widths[i], filled, BLOCK,
+        )  # fmt: skip
+
+
+def compact_tokens(
+    keep: Tensor, *tensors: Tensor, right_padded: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    batch, tokens = keep.shape
+    counts = keep.sum(1)
+    length = int(counts.max()) if batch else 0
+    valid = torch.empty(batch, length, dtype=torch.bool, device=keep.device)
+    moved = [tensor.new_empty(batch, length, *tensor.shape[2:]) for tensor in tensors]
+    if length == 0:
+        return valid, moved
+    rows = [_bytes_as_numbers(tensor).flatten(2) for tensor in (t.unsqueeze(-1) for t in tensors)]
+    _compact_kernel[(length, batch)](
+        keep.to(torch.int8).contiguous(), counts, _bytes_as_numbers(valid),
+        tuple(rows), tuple(_bytes_as_numbers(target) for target in moved),
+        tuple(row.stride() for row in rows), tuple(row.shape[2] for row in rows), tokens, length,
+        RIGHT=right_padded, BLOCK_L=triton.next_power_of_2(tokens), BLOCK=1024,
+    )  # fmt: skip
+    return valid, moved
+
+
+def _bytes_as_numbers(tensor: Tensor) -> Tensor:
+    """Booleans as int8, the same memory; other tensors as they are."""
+    return tensor.view(torch.int8) if tensor.dtype == torch.bool else tensor

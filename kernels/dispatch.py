@@ -1,0 +1,45 @@
+"""Which implementation of an operation runs: Triton on CUDA, the PyTorch reference elsewhere."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["triton", "reference"]
+
+_forced: Backend | None = None
+
+
+@contextmanager
+def backend(name: Backend) -> Iterator[None]:
+    """Run every operation on `name` inside the block, for tests and benchmarks."""
+    global _forced
+    outer, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = outer
+
+
+@cache
+def has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def chosen(tensor: Tensor) -> Backend:
+    """The backend for `tensor`. float64 runs the reference, because kernels accumulate in fp32."""
+    if _forced is not None:
+        return _forced
+    fused = tensor.is_cuda and tensor.dtype != torch.float64 and has_triton()
+    return "triton" if fused else "reference"
+
+
+def implementation(op: str, tensor: Tensor) -> Any:
+    """The module that computes `op` on `tensor`; triton is imported only when it is chosen."""
+    file = {"triton": "triton_kernel", "reference": "reference"}[chosen(tensor)]
+    return import_module(f"vlm_prune.kernels.{op}.{file}")

@@ -1,0 +1,43 @@
+"""Sequential selection of tokens, in plain PyTorch."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Rule = Literal["diverse", "farthest", "dpp"]
+SPENT = 10
+
+
+def greedy_select(
+    similarity: Tensor, scores: Tensor, k: int, rule: Rule, valid: Tensor | None = None
+) -> Tensor:
+    free = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid.clone()
+    images = torch.arange(len(scores), device=scores.device)
+    chosen = torch.full((len(scores), k), -1, device=scores.device)
+    nearest = torch.full_like(scores, -torch.inf)
+    residual = scores.square() * similarity.diagonal(dim1=1, dim2=2)
+    spent = SPENT * torch.finfo(scores.dtype).eps * residual.amax(1, keepdim=True)
+    factor = residual.new_empty(len(scores), k if rule == "dpp" else 0, scores.shape[1])
+    for step in range(min(k, scores.shape[1])):
+        if rule == "dpp":
+            residual = torch.where(residual > spent, residual, 0)
+            gain = residual
+        elif step == 0:
+            gain = scores
+        else:
+            gain = (1 - nearest) * (scores if rule == "diverse" else 1)
+        gain = gain.masked_fill(~free, -torch.inf)
+        pick = gain.argmax(1)
+        chosen[:, step] = torch.where(free.any(1), pick, -1)
+        free[images, pick] = False
+        closest = similarity[images, pick]
+        nearest = torch.maximum(nearest, closest)
+        if rule == "dpp":
+            known = factor[:, :step]
+            row = scores[images, pick][:, None] * scores * closest
+            row = row - (known[images, :, pick][:, None] @ known)[:, 0]
+            root = residual[images, pick][:, None].sqrt()
+            factor[:, step] = torch.where(root > 0, row / root, 0)
+            residual = residual - factor[:, step].square()
+    return chosen

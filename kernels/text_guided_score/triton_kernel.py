@@ -1,0 +1,76 @@
+"""The text-guided score in two launches: normalisers and text prior, then the weighted columns."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vlm_prune.kernels.attention_tiles import (
+    block_size,
+    load_tile,
+    padded,
+    row_lse,
+    tile_dtype,
+    visible_logits,
+    weighted_columns,
+)
+from vlm_prune.kernels.text_guided_score import reference
+
+
+@triton.jit
+def _prior_kernel(
+    query, key, columns, key_positions, lse, row_sums, column_sums,
+    query_strides, key_strides, scale, heads, group, queries, keys, width,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """One program: the normalisers of a tile of text rows, and its share of the text prior.
+
+    Row sums leave the diagonal out; column sums of each tile are kept apart, so that their order
+    of addition is fixed.
+    """
+    row = tl.program_id(1).to(tl.int64)
+    batch, head = row // heads, row % heads
+    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    columns += batch * queries
+    real = rows < queries
+    query_at = tl.load(columns + rows, mask=real, other=-1)
+    query += batch * query_strides[0] + head * query_strides[1]
+    key += batch * key_strides[0] + head // group * key_strides[1]
+    q = load_tile(query, rows, real, query_strides, width, BLOCK_D).to(DTYPE)
+    normaliser = row_lse(
+        q, query_at, key, key_positions + batch * keys,
+        key_strides, scale, keys, width, BLOCK_N, BLOCK_D, DTYPE,
+    )  # fmt: skip
+    tl.store(lse + row * queries + rows, normaliser, mask=real)
+    column_sums += (row * tl.num_programs(0) + tl.program_id(0)) * queries
+    total = tl.zeros([BLOCK_T], tl.float32)
+    for start in range(0, queries, BLOCK_T):
+        others = start + tl.arange(0, BLOCK_T)
+        key_at = tl.load(columns + others, mask=others < queries, other=-1)
+        tile = load_tile(key, key_at, key_at >= 0, key_strides, width, BLOCK_D).to(DTYPE)
+        logits = visible_logits(q, query_at, tile, key_at, scale)
+        attention = tl.exp(logits - normaliser[:, None])
+        tl.store(column_sums + others, tl.sum(attention, 0), mask=others < queries)
+        total += tl.sum(tl.where(rows[:, None] == others[None, :], 0.0, attention), 1)
+    tl.store(row_sums + row * queries + rows, total, mask=real)
+
+
+def text_guided_score(
+    query: Tensor, key: Tensor, columns: Tensor, key_valid: Tensor, scale: float
+) -> Tensor:
+    (batch, heads, queries, width), (keys, groups) = query.shape, (key.shape[2], key.shape[1])
+    if 0 in (batch, queries):
+        return reference.text_guided_score(query, key, columns, key_valid, scale)
+    places = torch.arange(keys, device=query.device, dtype=torch.int32)
+    key_at, columns = torch.where(key_valid, places, -1), columns.int().contiguous()
+    block = block_size(queries)
+    tiles = triton.cdiv(queries, block)
+    lse, row_sums = torch.empty(2, batch, heads, queries, device=query.device)
+    column_sums = torch.empty(batch, heads, tiles, queries, device=query.device)
+    _prior_kernel[(tiles, batch * heads)](
+        query, key, columns, key_at, lse, row_sums, column_sums,
+        query.stride(), key.stride(), scale, heads, heads // groups, queries, keys, width,
+        BLOCK_T=block, BLOCK_N=block_size(keys), BLOCK_D=padded(width), DTYPE=tile_dtype(query),
+    )  # fmt: skip
+    prior = row_sums + column_sums.sum(2)
+    return weighted_columns(query, key, columns, key_at, lse, prior, scale).sum(1)

@@ -1,0 +1,3 @@
+from vlm_prune.kernels.token_sensitivity.op import closed_form, monte_carlo
+
+__all__ = ["closed_form", "monte_carlo"]

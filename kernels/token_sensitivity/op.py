@@ -1,0 +1,61 @@
+"""Sensitivity of a projector's output W2 act(W1 x + b1) to its tokens, dispatched.
+
+Triton knows GELU, which the LLaVA projectors have; other activations run the reference.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import gelu
+
+from vlm_prune.kernels.dispatch import backend, chosen, implementation
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def monte_carlo(
+    features: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    activation: Activation,
+    w2: Tensor,
+    bank: Tensor,
+    step: float,
+) -> Tensor:
+    """Mean over directions u of |M(x + hu) - M(x - hu)| / 2h, ZOO-Prune's estimate.
+
+    https://arxiv.org/abs/2509.24837
+
+    Shapes: features (..., d_v), w1 (h, d_v), b1 (h,), w2 (d_l, h), bank (m, d_v) -> (...), in at
+    least fp32. The first layer runs once on tokens and once on directions, the difference is
+    taken behind it, and the second layer's bias cancels: the same in exact arithmetic, without
+    the rounding of x + hu.
+
+    Args:
+        activation: acts elementwise.
+        bank: directions u, one per row.
+        step: h.
+    """
+    module = _implementation(features, activation)
+    sensitivity: Tensor = module.monte_carlo(features, w1, b1, activation, w2, bank, step)
+    return sensitivity
+
+
+def closed_form(
+    features: Tensor, w1: Tensor, b1: Tensor | None, activation: Activation, w2: Tensor
+) -> Tensor:
+    """sqrt(d^T K d / d_v), the root mean square over directions in the limit of small steps.
+
+    d is the activation's derivative at W1 x + b1 and K = (W2^T W2) * (W1 W1^T). Shapes as in
+    `monte_carlo`. Ours.
+    """
+    module = _implementation(features, activation)
+    sensitivity: Tensor = module.closed_form(features, w1, b1, activation, w2)
+    return sensitivity
+
+
+def _implementation(features: Tensor, activation: Activation) -> Any:
+    known = getattr(activation, "act", activation) is gelu  # Hugging Face keeps it in `.act`
+    with backend(chosen(features) if known else "reference"):
+        return implementation("token_sensitivity", features)

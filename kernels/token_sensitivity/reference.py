@@ -1,0 +1,51 @@
+"""How much a two-layer projector's output moves with each token, in plain PyTorch."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vlm_prune.kernels.visible import at_least_fp32
+
+
+def pre_activation(features: Tensor, w1: Tensor, b1: Tensor | None) -> Tensor:
+    """The first layer's output (..., h), in at least fp32."""
+    before = at_least_fp32(features) @ at_least_fp32(w1).T
+    return before if b1 is None else before + b1
+
+
+def weight_kernel(w1: Tensor, w2: Tensor) -> Tensor:
+    """K = (W2^T W2) * (W1 W1^T), (h, h), in at least fp32."""
+    w1, w2 = at_least_fp32(w1), at_least_fp32(w2)
+    return (w2.T @ w2) * (w1 @ w1.T)
+
+
+def monte_carlo(
+    features: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    activation: Callable[[Tensor], Tensor],
+    w2: Tensor,
+    bank: Tensor,
+    step: float,
+) -> Tensor:
+    before, w2 = pre_activation(features, w1, b1), at_least_fp32(w2)
+    total = before.new_zeros(features.shape[:-1])
+    for shift in pre_activation(bank, w1, None) * step:
+        difference = activation(before + shift) - activation(before - shift)
+        total += (difference @ w2.T).norm(dim=-1)
+    return total / (2 * step * len(bank))
+
+
+def closed_form(
+    features: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    activation: Callable[[Tensor], Tensor],
+    w2: Tensor,
+) -> Tensor:
+    with torch.inference_mode(False), torch.enable_grad():
+        point = pre_activation(features, w1, b1).clone().detach().requires_grad_()
+        (slope,) = torch.autograd.grad(activation(point).sum(), point)
+    squared = ((slope @ weight_kernel(w1, w2)) * slope).sum(-1) / features.shape[-1]
+    return squared.clamp_min(0).sqrt()

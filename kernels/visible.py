@@ -1,0 +1,27 @@
+"""Attention weights of chosen queries under one rule of visibility, shared by the references.
+
+A query sees the keys at its own position or before; a negative position is padding, which sees
+nothing and is seen by nothing.
+"""
+
+import torch
+from torch import Tensor
+
+
+def visible_softmax(scores: Tensor, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+    """Softmax over the keys that each query sees; a row that sees none is zero.
+
+    Shapes: scores (B, H, T, N), query_positions (B, T), key_positions (B, N) -> (B, H, T, N).
+    """
+    keys = key_positions[:, None]
+    seen = ((keys <= query_positions[..., None]) & (keys >= 0))[:, None]
+    return scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1) * seen
+
+
+def share_heads(heads: Tensor, query: Tensor) -> Tensor:
+    """Repeat grouped key or value heads (B, G, N, d) to the query's (B, H, N, d)."""
+    return heads.repeat_interleave(query.shape[1] // heads.shape[1], dim=1)
+
+
+def at_least_fp32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

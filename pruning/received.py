@@ -1,0 +1,27 @@
+"""Attention that image tokens receive, from the queries and keys that the model hands out."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vlm_prune.kernels.attention_received import attention_received
+from vlm_prune.vlm.tokens import DecoderTokens, VisionTokens
+
+Queries = Literal["all", "patches", "cls"]
+
+
+def in_tower(vision: VisionTokens, queries: Queries) -> Tensor:
+    """Mean over heads and the given queries, in the layer whose output is `features`; (M, N)."""
+    query, key = vision.query_key()
+    first = key.shape[2] - vision.features.shape[1]
+    rows = {"all": slice(None), "patches": slice(1, None), "cls": slice(0, 1)}[queries]
+    return attention_received(query[:, :, rows], key)[:, first:]
+
+
+def in_decoder(tokens: DecoderTokens, readers: Tensor) -> Tensor:
+    """Mean over heads and the question places where `readers` (M, T) is true; (M, n)."""
+    rows = tokens.rows(slice(-readers.shape[1], None))
+    at = torch.where(readers, rows.columns, -1)
+    scores = attention_received(rows.query, rows.key, at, rows.key_positions, rows.scale)
+    return scores.gather(1, rows.image)

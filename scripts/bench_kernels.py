@@ -1,0 +1,42 @@
+"""Measure the kernels: `python scripts/bench_kernels.py OUT [--batch N] [--dtype bfloat16]`.
+
+Writes OUT.json and OUT.md. A kernel is timed only if it agrees with its reference just before.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from vlm_prune.benchmarks.environment import environment
+from vlm_prune.benchmarks.kernels import Shape, cases, markdown, measure
+from vlm_prune.benchmarks.roofline import measured_ceilings
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "float16", "bfloat16"])
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("kernels are measured on a CUDA device, and there is none")
+    device, dtype = torch.device("cuda"), getattr(torch, arguments.dtype)
+    ceilings = measured_ceilings(device, dtype)
+    about = environment(device) | {
+        "shape": str(Shape(batch=arguments.batch)),
+        "dtype": arguments.dtype,
+        "measured ceilings": f"{ceilings.flops:.3e} FLOP/s, {ceilings.bandwidth:.3e} B/s",
+    }
+    rows = []
+    for case in cases(Shape(batch=arguments.batch), device, dtype):
+        rows.append(measure(case, ceilings, device, dtype))
+        print(markdown(rows[-1:], {}).splitlines()[-1], flush=True)
+    content = {"about": about, "rows": rows}
+    arguments.out.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
+    arguments.out.with_suffix(".md").write_text(markdown(rows, about))
+
+
+if __name__ == "__main__":
+    main()

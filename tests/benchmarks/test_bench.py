@@ -1,0 +1,72 @@
+"""The bench command on the embedded architecture: phases, floors, files, wrong input."""
+
+import json
+
+import pytest
+import torch
+
+from vlm_prune.benchmarks.bench import BenchConfig, floors, random_model
+from vlm_prune.benchmarks.roofline import Ceilings
+from vlm_prune.benchmarks.run import Variant
+from vlm_prune.benchmarks.shapes import SHAPES
+
+FAST = ["--repeats", "1", "--new-tokens", "2", "--budget", "32"]
+
+
+@pytest.mark.parametrize("method", ["fopru", "downsample"])
+def test_bench_reports_every_phase_of_both_models(run, tmp_path, method):
+    code, out, err = run("bench", "--method", method, *FAST, "--output", tmp_path)
+    assert code == 0, err
+    results = json.loads((tmp_path / "bench.json").read_text())
+    phases = {"vision", "selection", "prefill", "decode"}
+    for name, tokens in (("unpruned", 576), ("pruned", 32 if method == "fopru" else 30)):
+        assert set(results[name]["times_ms"]) == set(results[name]["floors_ms"]) == phases
+        assert results[name]["layer_tokens"] == tokens
+        assert min(results[name]["times_ms"][p]["median"] for p in phases - {"selection"}) > 0
+    assert results["unpruned"]["times_ms"]["selection"]["median"] == 0
+    assert results["pruned"]["times_ms"]["selection"]["median"] > 0
+    assert results["pruned"]["floors_ms"]["prefill"] < results["unpruned"]["floors_ms"]["prefill"]
+    table = (tmp_path / "bench.md").read_text()
+    assert "measured ceilings" in table and "decode per token" in table and "576 -> " in out
+
+
+def test_floors_count_weights_once_and_flops_per_prompt():
+    config = BenchConfig("tiny", Variant("none", 576), batch=3)
+    model = random_model(config)
+    layers = [576.0] * 6
+    by_bytes = floors(model, config, layers, Ceilings(flops=1e30, bandwidth=1e3))
+    text = model.config.get_text_config()
+    weights = sum(p.numel() for p in model.model.language_model.layers.parameters())
+    weights += text.vocab_size * text.hidden_size
+    cache = 3 * (60 + 576) * 2 * text.hidden_size * 6
+    assert by_bytes["prefill"] == by_bytes["decode"] == pytest.approx(4 * (weights + cache))
+    one, three = (
+        floors(model, BenchConfig("tiny", config.variant, batch=b), layers, Ceilings(1e9, 1e30))
+        for b in (1, 3)
+    )
+    assert three["prefill"] == pytest.approx(3 * one["prefill"])
+
+
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-0.5b"])
+def test_shapes_have_the_released_sizes(name):
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(SHAPES[name]())
+    billions = sum(p.numel() for p in model.parameters()) / 1e9
+    assert billions == pytest.approx({"llava-1.5-7b": 7.06, "llava-0.5b": 0.87}[name], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model-shape", "llava-1.5-8b"], "did you mean 'llava-1.5-7b'"),
+        (["--dtype", "float31"], "unknown dtype"),
+        (["--device", "cuda:99"], "cannot build tiny"),
+        (["--budget", "577"], "above the 576 tokens"),
+        (["--batch", "0"], "greater than or equal to 1"),
+    ],
+)
+def test_wrong_input_is_one_line(run, arguments, message):
+    code, _, err = run("bench", *arguments)
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1

@@ -1,0 +1,98 @@
+"""The sensitivity estimate against the literal finite difference, the closed form against autograd."""
+
+import pytest
+import torch
+from torch.nn.functional import gelu, linear, silu
+from transformers.activations import ACT2FN
+
+from vlm_prune.kernels.dispatch import backend
+from vlm_prune.kernels.token_sensitivity import closed_form, monte_carlo
+
+
+def parts(make, tokens, features, hidden, width, dtype):
+    weights = (make(hidden, features) / 4, make(hidden) / 4, make(width, hidden) / 4)
+    return make(*tokens, features).to(dtype), *(w.to(dtype) for w in weights)
+
+
+def literal(x, w1, b1, act, w2, bank, h):
+    def project(x):
+        return linear(act(linear(x, w1, b1)), w2)
+
+    norms = [(project(x + h * u) - project(x - h * u)).norm(dim=-1) / (2 * h) for u in bank]
+    return torch.stack(norms).mean(0)
+
+
+def jacobian_norm(x, w1, b1, act, w2):
+    def project(x):
+        return linear(act(linear(x, w1, b1)), w2)
+
+    flat = torch.func.vmap(torch.func.jacrev(project))(x.flatten(0, -2))
+    return (flat.flatten(1).norm(dim=1) / x.shape[-1] ** 0.5).view(x.shape[:-1])
+
+
+SHAPES = [((1, 1), 3, 5, 2), ((2, 7), 24, 40, 70), ((67,), 5, 33, 9)]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_estimate_is_exact_in_float64(make, bias):
+    x, w1, b1, w2 = parts(make, (2, 7), 24, 40, 32, torch.float64)
+    b1 = b1 if bias else None
+    bank = make(5, 24).double()
+    for act in (gelu, silu):
+        ours = monte_carlo(x, w1, b1, act, w2, bank, 0.01)
+        expected = literal(x, w1, b1, act, w2, bank, 0.01)
+        torch.testing.assert_close(ours, expected, rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["triton", "reference"])
+def test_the_estimate_equals_the_literal_difference(make, assert_near, shape, dtype, name):
+    x, w1, b1, w2 = parts(make, *shape, dtype)
+    bank = make(3, shape[1]).to(dtype)
+    exact = literal(x.double(), w1.double(), b1.double(), gelu, w2.double(), bank.double(), 0.1)
+    with backend(name):
+        ours = monte_carlo(x, w1, b1, ACT2FN["gelu"], w2, bank, 0.1)
+    assert_near("sensitivity", ours, exact)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["triton", "reference"])
+def test_the_closed_form_equals_the_jacobian_norm(make, assert_near, shape, dtype, name):
+    x, w1, b1, w2 = parts(make, *shape, dtype)
+    exact = jacobian_norm(x.double(), w1.double(), b1.double(), gelu, w2.double())
+    with backend(name):
+        ours = closed_form(x, w1, b1, gelu, w2)
+    assert_near("closed form", ours, exact)
+
+
+def test_the_closed_form_is_the_root_mean_square_limit(make):
+    x, w1, b1, w2 = parts(make, (6,), 24, 40, 32, torch.float64)
+    bank = make(4000, 24).double()
+    bank /= bank.norm(dim=1, keepdim=True)
+    exact = closed_form(x, w1, b1, gelu, w2)
+    sampled = monte_carlo(x, w1, b1, gelu, w2, bank, 1e-5)
+    # the mean of a norm is at most its root mean square, and close to it in many dimensions
+    assert (sampled <= exact * 1.01).all()
+    assert (sampled > exact * 0.9).all()
+
+
+@pytest.mark.parametrize("name", ["triton", "reference"])
+def test_strided_inputs_and_no_tokens(make, assert_near, name):
+    x, w1, b1, w2 = parts(make, (9,), 8, 20, 12, torch.float32)
+    bank = make(2, 8)
+    with backend(name):
+        strided = monte_carlo(x[::2], w1.T.contiguous().T, b1, gelu, w2.T.contiguous().T, bank, 0.1)
+        assert_near("strided", strided, monte_carlo(x, w1, b1, gelu, w2, bank, 0.1)[::2].double())
+        assert closed_form(x[:0], w1, b1, gelu, w2).shape == (0,)
+        assert monte_carlo(x[:0], w1, b1, gelu, w2, bank, 0.1).shape == (0,)
+
+
+def test_an_activation_that_triton_lacks_runs_the_reference(make):
+    x, w1, b1, w2 = parts(make, (4,), 8, 20, 12, torch.float32)
+    bank = make(2, 8)
+    with backend("triton"):
+        ours = monte_carlo(x, w1, b1, silu, w2, bank, 0.1)
+    with backend("reference"):
+        assert torch.equal(ours, monte_carlo(x, w1, b1, silu, w2, bank, 0.1))
