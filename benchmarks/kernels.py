@@ -16,7 +16,7 @@ from vlm_prune.kernels.dispatch import Backend, backend
 from vlm_prune.kernels.greedy_select import greedy_select
 from vlm_prune.kernels.lorra_attention import lorra_attention
 from vlm_prune.kernels.text_guided_score import text_guided_score
-from vlm_prune.kernels.token_sensitivity import closed_form, monte_carlo
+from vlm_prune.kernels.token_sensitivity import closed_form, monte_carlo, weight_kernel
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
@@ -105,11 +105,12 @@ def cases(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Ca
         first * (images + shape.directions) + 2.0 * images * shape.directions * shape.width**2,
         _bytes(features, w1, b1, w2, bank) + 4.0 * images,
     )
+    kernel = weight_kernel(w1, w2)
     yield Case(
         "closed_form",
-        lambda: closed_form(features, w1, b1, gelu, w2),
-        first * (images + shape.width) + 2.0 * shape.width**2 * (images + shape.width),
-        _bytes(features, w1, b1, w2) + 4.0 * images,
+        lambda: closed_form(features, w1, b1, gelu, kernel),
+        images * (first + 2.0 * shape.width**2),
+        _bytes(features, w1, b1, kernel) + 4.0 * images,
     )
 
     unit = normalize(random(batch, shape.image, shape.width).float(), dim=-1)

@@ -1,16 +1,16 @@
 """ZOO-Prune: keep tokens to which the projector is sensitive, and that differ from each other."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from vlm_prune.kernels.token_sensitivity import closed_form, monte_carlo
+from vlm_prune.kernels.token_sensitivity import closed_form, monte_carlo, weight_kernel
 from vlm_prune.pruning.base import Stage, VisionPruner
 from vlm_prune.pruning.select import diverse, min_max
 from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.tokens import Kept, VisionTokens, top
+from vlm_prune.vlm.tokens import Kept, Projector, VisionTokens, top
 
 Combine = Literal["product", "sensitivity", "diversity"]
 
@@ -71,7 +71,22 @@ class ZooExact(Zoo):
     """
 
     paper: ClassVar[str] = ""
+    _made: tuple[tuple[Tensor, Tensor], tuple[int, ...], Tensor] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
 
     def sensitivity(self, vision: VisionTokens) -> Tensor:
         w = vision.projector
-        return closed_form(vision.features, w.w1, w.b1, w.act, w.w2)
+        return closed_form(vision.features, w.w1, w.b1, w.act, self._kernel_of(w))
+
+    def _kernel_of(self, projector: Projector) -> Tensor:
+        """K of the projector, made again only when its weights are others or have changed."""
+        weights = (projector.w1, projector.w2)
+        versions = tuple(0 if w.is_inference() else w._version for w in weights)
+        if (
+            self._made is None
+            or versions != self._made[1]
+            or not all(ours is theirs for ours, theirs in zip(weights, self._made[0], strict=True))
+        ):
+            self._made = (weights, versions, weight_kernel(*weights))
+        return self._made[2]

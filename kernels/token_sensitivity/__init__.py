@@ -1,3 +1,3 @@
-from vlm_prune.kernels.token_sensitivity.op import closed_form, monte_carlo
+from vlm_prune.kernels.token_sensitivity.op import closed_form, monte_carlo, weight_kernel
 
-__all__ = ["closed_form", "monte_carlo"]
+__all__ = ["closed_form", "monte_carlo", "weight_kernel"]

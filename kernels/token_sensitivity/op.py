@@ -10,6 +10,9 @@ from torch import Tensor
 from torch.nn.functional import gelu
 
 from vlm_prune.kernels.dispatch import backend, chosen, implementation
+from vlm_prune.kernels.token_sensitivity.reference import weight_kernel
+
+__all__ = ["closed_form", "monte_carlo", "weight_kernel"]
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -43,15 +46,15 @@ def monte_carlo(
 
 
 def closed_form(
-    features: Tensor, w1: Tensor, b1: Tensor | None, activation: Activation, w2: Tensor
+    features: Tensor, w1: Tensor, b1: Tensor | None, activation: Activation, kernel: Tensor
 ) -> Tensor:
     """sqrt(d^T K d / d_v), the root mean square over directions in the limit of small steps.
 
-    d is the activation's derivative at W1 x + b1 and K = (W2^T W2) * (W1 W1^T). Shapes as in
-    `monte_carlo`. Ours.
+    d is the activation's derivative at W1 x + b1 and K, (h, h), the projector's `weight_kernel`.
+    Other shapes as in `monte_carlo`. Ours.
     """
     module = _implementation(features, activation)
-    sensitivity: Tensor = module.closed_form(features, w1, b1, activation, w2)
+    sensitivity: Tensor = module.closed_form(features, w1, b1, activation, kernel)
     return sensitivity
 
 

@@ -15,7 +15,7 @@ def pre_activation(features: Tensor, w1: Tensor, b1: Tensor | None) -> Tensor:
 
 
 def weight_kernel(w1: Tensor, w2: Tensor) -> Tensor:
-    """K = (W2^T W2) * (W1 W1^T), (h, h), in at least fp32."""
+    """K = (W2^T W2) * (W1 W1^T), (h, h), in at least fp32; one per projector serves all images."""
     w1, w2 = at_least_fp32(w1), at_least_fp32(w2)
     return (w2.T @ w2) * (w1 @ w1.T)
 
@@ -42,10 +42,10 @@ def closed_form(
     w1: Tensor,
     b1: Tensor | None,
     activation: Callable[[Tensor], Tensor],
-    w2: Tensor,
+    kernel: Tensor,
 ) -> Tensor:
     with torch.inference_mode(False), torch.enable_grad():
         point = pre_activation(features, w1, b1).clone().detach().requires_grad_()
         (slope,) = torch.autograd.grad(activation(point).sum(), point)
-    squared = ((slope @ weight_kernel(w1, w2)) * slope).sum(-1) / features.shape[-1]
+    squared = ((slope @ kernel) * slope).sum(-1) / features.shape[-1]
     return squared.clamp_min(0).sqrt()

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlm_prune.kernels.attention_tiles import block_size, load_tile, padded
-from vlm_prune.kernels.token_sensitivity.reference import pre_activation, weight_kernel
+from vlm_prune.kernels.token_sensitivity.reference import pre_activation
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def closed_form(
     w1: Tensor,
     b1: Tensor | None,
     activation: Callable[[Tensor], Tensor],
-    w2: Tensor,
+    kernel: Tensor,
 ) -> Tensor:
     before = pre_activation(features, w1, b1)
     flat = before.flatten(0, -2).contiguous()
@@ -113,7 +113,7 @@ def closed_form(
     tiles = triton.cdiv(hidden, step)
     parts = torch.empty(tiles, tokens, device=flat.device)
     _quadratic_kernel[(triton.cdiv(tokens, block), tiles)](
-        flat, weight_kernel(w1, w2), parts, tokens, hidden, BLOCK_T=block, BLOCK_H=step
+        flat, kernel.contiguous(), parts, tokens, hidden, BLOCK_T=block, BLOCK_H=step
     )
     squared = parts.sum(0) / features.shape[-1]
     return squared.clamp_min(0).sqrt().view(before.shape[:-1])

@@ -20,7 +20,7 @@ from vlm_prune.kernels.dispatch import backend
 from vlm_prune.kernels.greedy_select import greedy_select
 from vlm_prune.kernels.lorra_attention import lorra_attention
 from vlm_prune.kernels.text_guided_score import text_guided_score
-from vlm_prune.kernels.token_sensitivity import closed_form, monte_carlo
+from vlm_prune.kernels.token_sensitivity import closed_form, monte_carlo, weight_kernel
 
 
 class Driver:
@@ -56,7 +56,7 @@ with backend("triton"):
     (attended.float().sum() + logits.sum()).backward()
     w1, w2, x = (torch.ones(size, dtype=dtype) for size in ((96, 64), (80, 96), (2, 70, 64)))
     monte_carlo(x, w1, w1[:, 0], gelu, w2, x[0, :5], 0.01)
-    closed_form(x, w1, w1[:, 0], gelu, w2)
+    closed_form(x, w1, w1[:, 0], gelu, weight_kernel(w1, w2))
     compact_tokens(key_at >= 5, key[:, 0], key_at, key_at >= 3)
     for rule in ("diverse", "farthest", "dpp"):
         greedy_select(torch.ones(1, 70, 70), torch.ones(1, 70), 9, rule)

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, gelu
 
 from vlm_prune.pruning.select import diverse, min_max
-from vlm_prune.pruning.zoo import Zoo
+from vlm_prune.pruning.zoo import Zoo, ZooExact
 from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.tokens import Projector, VisionTokens
 
 
 def test_greedy_selection_equals_the_papers_loop():
@@ -40,3 +41,23 @@ def test_min_max_of_equal_scores_is_ones():
 def test_bad_hyperparameters_are_refused(wrong):
     with pytest.raises(InputError):
         Zoo(**wrong)
+
+
+def test_the_closed_form_follows_weights_that_change():
+    """The matrix that is kept per projector must not outlive the weights it was made from."""
+    torch.manual_seed(2)
+    w1, w2 = torch.randn(8, 4), torch.randn(6, 8)
+
+    def vision():
+        return VisionTokens(
+            features=torch.ones(1, 3, 4), projected=torch.ones(1, 3, 6), grid=(1, 3), seeds=(0,),
+            projector=Projector(w1, None, gelu, w2, None), query_key=None, keys=None,
+        )  # fmt: skip
+
+    pruner = ZooExact(budget=1)
+    first = pruner.sensitivity(vision())
+    torch.testing.assert_close(pruner.sensitivity(vision()), first)
+    w2.mul_(2)
+    torch.testing.assert_close(pruner.sensitivity(vision()), 2 * first)
+    w2 = w2 / 4
+    torch.testing.assert_close(pruner.sensitivity(vision()), first / 2)
