@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlm_prune.benchmarks.environment import versions
 from vlm_prune.benchmarks.latency import Phases, timed_generate
-from vlm_prune.benchmarks.metrics.bootstrap import retained
+from vlm_prune.benchmarks.metrics.bootstrap import accuracy_interval, retained
 from vlm_prune.benchmarks.tasks import TASKS, Sample
 from vlm_prune.vlm.cost import key_value_bytes, prefill_flops, tower_flops
 from vlm_prune.vlm.errors import InputError
@@ -258,7 +258,7 @@ def summarise(config: RunConfig, rows: list[dict[str, Any]], model: Any) -> dict
         point, interval = retained({name: (base, ours)})
         tasks[name] = {
             "n": len(base), "accuracy": ours.mean(), "baseline_accuracy": base.mean(),
-            "retained": point, "ci": interval,
+            "accuracy_ci": accuracy_interval(ours), "retained": point, "ci": interval,
             "kept": mean([
                 mean(row["layer_tokens"]) for row in rows if row["task"] == name and row["images"]
             ]),

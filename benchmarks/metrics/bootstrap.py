@@ -1,4 +1,4 @@
-"""Paired bootstrap intervals, stratified by task."""
+"""Bootstrap intervals: of an accuracy, and of the paired ratio of two, stratified by task."""
 
 from collections.abc import Mapping
 
@@ -30,6 +30,13 @@ def retained(scores: Scores, draws: int = 2000, seed: int = 0) -> tuple[float, l
         return point, [float("nan"), float("nan")]
     low, high = np.percentile(ratios, [2.5, 97.5])
     return point, [float(low), float(high)]
+
+
+def accuracy_interval(scores: NDArray[np.float64], draws: int = 2000, seed: int = 0) -> list[float]:
+    """95 % interval of the mean of one task's scores."""
+    rows = np.random.default_rng(seed).integers(0, len(scores), (draws, len(scores)))
+    low, high = np.percentile(scores[rows].mean(1), [2.5, 97.5])
+    return [float(low), float(high)]
 
 
 def _ratio(ours: float, base: float) -> float:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vlm_prune.benchmarks.metrics.bootstrap import retained
+from vlm_prune.benchmarks.metrics.bootstrap import accuracy_interval, retained
 from vlm_prune.benchmarks.metrics.vqa import exact_match, normalise
 
 
@@ -37,3 +37,12 @@ def test_pairing_narrows_the_interval():
 
 def test_nothing_to_retain_is_not_a_number():
     assert np.isnan(retained({"a": (np.zeros(3), np.zeros(3))})[0])
+
+
+def test_the_accuracy_interval_covers_the_mean_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for draw in range(200):
+        low, high = accuracy_interval(rng.binomial(1, 0.8, 100).astype(float), 400, draw)
+        covered += low <= 0.8 <= high
+    assert 0.9 <= covered / 200 <= 0.99
