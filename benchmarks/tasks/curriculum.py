@@ -89,7 +89,7 @@ def where(rng: np.random.Generator, scene: Scene) -> Question:
     return Question(f"In which {axis} is the {thing.noun}?", str(int(place // (3 * PATCH))))
 
 
-LOOKUPS = (attribute.ask, attribute.ask, ocr.ask, exist.ask)
+LOOKUPS = (attribute.ask, attribute.ask, ocr.ask)
 MIXTURE = (
     exist.ask, attribute.ask, ocr.ask, count.ask, choice.ask, relation.ask, relation.ask, where,
 )  # fmt: skip

@@ -131,7 +131,7 @@ def train_language(
     modules: list[nn.Module],
     say: Say,
     levels: int = 1,
-    promote: float = 0.9,
+    promote: float = 0.93,
 ) -> None:
     """Train `modules` for `steps` batches, the rate falling linearly over the last 40 %.
 
@@ -142,7 +142,7 @@ def train_language(
     running, level, entered = 0.5, 0, 0
     for step in range(steps):
         warm, left = min(1.0, (step + 1) / 20), min(1.0, (steps - step) / (0.4 * steps))
-        for stepper, peak in zip(steppers, (rate, rate / 3), strict=True):
+        for stepper, peak in zip(steppers, (rate, rate / 2), strict=True):
             set_rate([stepper], peak * warm * max(0.05, left))
         batch = rows(level)
         images = [row.image for row in batch if row.image is not None]
@@ -154,7 +154,7 @@ def train_language(
             stepper.step()
             stepper.zero_grad(set_to_none=True)
         running += (right - running) * 0.04
-        if step % 25 == 0 or step == steps - 1:
+        if step % 50 == 0 or step == steps - 1:
             say(step, level=level, loss=loss.item(), right=running)
         ready = running > promote and step - entered > 60
         if level < levels - 1 and (ready or step >= steps * (level + 1) // levels):

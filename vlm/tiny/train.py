@@ -58,7 +58,7 @@ class Recipe:
     whole: int = 700
     written: int = 2000
     again: int = 200
-    symbols: int = 900
+    symbols: int = 3600
     align: int = 400
     language: int = 900
     together: int = 200
@@ -82,7 +82,7 @@ class Trainer:
         self.heads = PatchHeads(width, len(names) + 1, len(colors), 24)
         self.parts = nn.ModuleList([self.model, self.symbols, self.heads])
         self.generator = torch.Generator().manual_seed(recipe.seed)
-        self.few: list[Example] = []
+        self.few: list[list[Example]] = []
         self.many: list[Example] = []
         self.features: list[Tensor] = []
         folder.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ class Trainer:
             tokens: Tensor = self.symbols(torch.cat(images))
             return tokens
 
-        self._train("symbols", self.recipe.symbols, 3e-3, encode, modules, self._symbol_rows, 3)
+        self._train("symbols", self.recipe.symbols, 2e-3, encode, modules, self._symbol_rows, 5)
 
     def _projector(self) -> None:
         """Fit the projector to the symbols."""
@@ -190,7 +190,7 @@ class Trainer:
     def _draw(self) -> None:
         if not self.many:
             self.many = self.source.examples(self.recipe.scenes, None)
-            self.few = self.source.examples(self.recipe.scenes // 3, 2)
+            self.few = [self.source.examples(self.recipe.scenes // 8, n) for n in (2, 3, 4)]
 
     @torch.no_grad()
     def _encode(self) -> None:
@@ -202,11 +202,11 @@ class Trainer:
             self.features += list(tower_features(clip(self.model), pixels).half())
 
     def _symbol_rows(self, level: int) -> list[Row]:
-        """Two objects and lookups only; then whole scenes; then every task, with more background."""
-        if level < 2:
-            pool = self.many if level else self.few
-            return self._rows(12, 12, 4 * level, pool=pool, lookups=True)
-        return self._rows(12, 16, 12)
+        """Lookups among two, three and four objects and in whole scenes; then every task."""
+        if level < 4:
+            pool = [*self.few, self.many][level]
+            return self._rows(4, 12, 4, pool=pool, lookups=True)
+        return self._rows(4, 16, 12)
 
     def _rows(
         self,
