@@ -18,6 +18,19 @@ def load_tile(base, rows, seen, strides, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def query_tile(
+    query, positions, strides, batch, head, queries, width,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """A program's queries: rows, which are real, their positions (-1 beyond), and the tile."""
+    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    real = rows < queries
+    at = tl.load(positions + batch * queries + rows, mask=real, other=-1)
+    query += batch * strides[0] + head * strides[1]
+    return rows, real, at, load_tile(query, rows, real, strides, width, BLOCK_D).to(DTYPE)
+
+
+@triton.jit
 def visible_logits(query, query_at, key, key_at, scale):
     """Scaled fp32 products (R, N) of two tiles, -inf where the key is not seen."""
     scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale

@@ -8,8 +8,8 @@ from torch import Tensor
 from vlm_prune.kernels.attention_received import reference
 from vlm_prune.kernels.attention_tiles import (
     block_size,
-    load_tile,
     padded,
+    query_tile,
     row_lse,
     tile_dtype,
     weighted_columns,
@@ -25,11 +25,9 @@ def _lse_kernel(
     """One program: the normalisers of one tile of queries, for one head."""
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
-    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    real = rows < queries
-    query_at = tl.load(query_positions + batch * queries + rows, mask=real, other=-1)
-    query += batch * query_strides[0] + head * query_strides[1]
-    q = load_tile(query, rows, real, query_strides, width, BLOCK_D).to(DTYPE)
+    rows, real, query_at, q = query_tile(
+        query, query_positions, query_strides, batch, head, queries, width, BLOCK_T, BLOCK_D, DTYPE
+    )
     key += batch * key_strides[0] + head // group * key_strides[1]
     normaliser = row_lse(
         q, query_at, key, key_positions + batch * keys,

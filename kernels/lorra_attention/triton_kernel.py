@@ -11,6 +11,7 @@ from vlm_prune.kernels.attention_tiles import (
     block_size,
     load_tile,
     padded,
+    query_tile,
     tile_dtype,
     visible_logits,
 )
@@ -28,14 +29,12 @@ def _forward_kernel(
     """One program: a tile of queries of one head, with a running softmax over the keys."""
     line = tl.program_id(1).to(tl.int64)
     batch, head = line // heads, line % heads
-    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    real = rows < queries
-    query_at = tl.load(query_positions + batch * queries + rows, mask=real, other=-1)
-    query += batch * query_strides[0] + head * query_strides[1]
+    rows, real, query_at, q = query_tile(
+        query, query_positions, query_strides, batch, head, queries, width, BLOCK_T, BLOCK_D, DTYPE
+    )
     key += batch * key_strides[0] + head // group * key_strides[1]
     value += batch * value_strides[0] + head // group * value_strides[1]
     router += batch * router_strides[0]
-    q = load_tile(query, rows, real, query_strides, width, BLOCK_D).to(DTYPE)
     high = tl.full([BLOCK_T], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     attended = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
@@ -90,16 +89,14 @@ def _query_slope_kernel(
     """One program: the gradient of a tile of queries of one head."""
     line = tl.program_id(1).to(tl.int64)
     batch, head = line // heads, line % heads
-    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    real = rows < queries
-    query_at = tl.load(query_positions + batch * queries + rows, mask=real, other=-1)
-    query += batch * query_strides[0] + head * query_strides[1]
+    rows, real, query_at, q = query_tile(
+        query, query_positions, query_strides, batch, head, queries, width, BLOCK_T, BLOCK_D, DTYPE
+    )
     key += batch * key_strides[0] + head // group * key_strides[1]
     value += batch * value_strides[0] + head // group * value_strides[1]
     router += batch * router_strides[0]
     out_slope += batch * out_strides[0] + head * out_strides[1]
     routed_slope += batch * routed_strides[0]
-    q = load_tile(query, rows, real, query_strides, width, BLOCK_D).to(DTYPE)
     from_out = load_tile(out_slope, rows, real, out_strides, value_width, BLOCK_E).to(DTYPE)
     from_routed = load_tile(routed_slope, rows, real, routed_strides, routes, BLOCK_R).to(DTYPE)
     normaliser = tl.load(lse + line * queries + rows, mask=real, other=float("inf"))

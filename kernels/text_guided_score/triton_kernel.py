@@ -9,6 +9,7 @@ from vlm_prune.kernels.attention_tiles import (
     block_size,
     load_tile,
     padded,
+    query_tile,
     row_lse,
     tile_dtype,
     visible_logits,
@@ -30,13 +31,11 @@ def _prior_kernel(
     """
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
-    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    rows, real, query_at, q = query_tile(
+        query, columns, query_strides, batch, head, queries, width, BLOCK_T, BLOCK_D, DTYPE
+    )
     columns += batch * queries
-    real = rows < queries
-    query_at = tl.load(columns + rows, mask=real, other=-1)
-    query += batch * query_strides[0] + head * query_strides[1]
     key += batch * key_strides[0] + head // group * key_strides[1]
-    q = load_tile(query, rows, real, query_strides, width, BLOCK_D).to(DTYPE)
     normaliser = row_lse(
         q, query_at, key, key_positions + batch * keys,
         key_strides, scale, keys, width, BLOCK_N, BLOCK_D, DTYPE,
