@@ -1,0 +1,306 @@
+"""Wings on a Hugging Face vision-language model: attach, detach, save, load.
+
+There is no `merge_adapter`: the learners are attention over the input features beside the main
+attention, not a change of its weights, so there is no matrix that they could be folded into.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.utils import cached_file
+
+from vlm_prune.learners.columns import Reader, watch
+from vlm_prune.learners.config import WingsConfig
+from vlm_prune.learners.lorra import LoRRA, Rotary
+from vlm_prune.learners.router import Router
+from vlm_prune.learners.tokens import Tokens, remember
+from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.families import family_of
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+class WingsLayer(nn.Module):
+    """The learners and the router of one decoder layer."""
+
+    def __init__(
+        self, config: WingsConfig, decoder: Any, head_dim: int, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.config = config
+        text = decoder.config
+        dropout = float(getattr(text, "attention_dropout", 0.0))
+        self.learners = nn.ModuleDict(
+            {
+                name: LoRRA(text.hidden_size, head_dim, config.rank, dropout, generator)
+                for name in config.modalities
+            }
+        )
+        heads, summed = text.num_attention_heads, config.router == "sum"
+        self.router = (
+            Router(len(config.modalities), config.max_positions, heads, summed)
+            if config.routed
+            else None
+        )
+        self.residual: Tensor | None = None
+
+    def forward(
+        self, hidden: Tensor, tokens: Tokens, rotary: Rotary, read: Tensor | None
+    ) -> Tensor:
+        """What is added to the main attention's output.
+
+        Shapes: hidden (B, S, D), rotary (B or 1, S, head_dim), `read` what the main attention made
+        of the router's columns (B, S, learners) -> (B, S, D).
+        """
+        turn = rotary if self.config.rope else None
+        outputs = [
+            self.learners[name](hidden, tokens.keys(name), turn) for name in self.config.modalities
+        ]
+        if self.router is not None:
+            weights = self.router(read).to(hidden.dtype).split(1, -1)
+            outputs = [weight * output for weight, output in zip(weights, outputs, strict=True)]
+        total: Tensor = torch.stack(outputs).sum(0)
+        return self.config.scale * total
+
+
+@dataclass
+class _Attached:
+    config: WingsConfig
+    handles: list[Any]
+
+
+def attach(model: Any, config: WingsConfig | None = None, seed: int = 0) -> None:
+    """Give a model learners that leave its output as it is until they are trained.
+
+    They become submodules of the attention layers, on their device and in their dtype, so `to`,
+    optimizers and distributed training see them; the model is otherwise unmodified.
+
+    Args:
+        model: a LLaVA whose language model is a Llama, Qwen2 or Qwen3.
+        config: the learners; the default is `WingsConfig()`.
+        seed: for their initial weights.
+
+    Raises:
+        InputError: if the model has learners already or cannot take these.
+    """
+    config = config or WingsConfig()
+    family = family_of(model)
+    decoder = family.decoder
+    if getattr(model, "wings", None) is not None:
+        raise InputError("this model has Wings already; call detach(model) first")
+    text = decoder.config
+    if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+        raise InputError("Wings needs full attention in every layer; turn use_sliding_window off")
+    width, head_dim = text.hidden_size, decoder.layers[0].self_attn.head_dim
+    if config.rank > width:
+        raise InputError(f"rank {config.rank} is above the model's width; give 1 to {width}")
+    if width % head_dim:
+        raise InputError(f"a width of {width} does not split into heads of {head_dim}")
+    generator = torch.Generator().manual_seed(seed)
+    handles = [
+        family.multimodal.register_forward_pre_hook(
+            partial(_mark_images, family.image_token), with_kwargs=True
+        ),
+        decoder.register_forward_pre_hook(partial(_note_tokens, config), with_kwargs=True),
+    ]
+    for number in config.layers_of(len(decoder.layers)):
+        layer = decoder.layers[number]
+        attention, norm = layer.self_attn, layer.input_layernorm
+        attention.wings = WingsLayer(config, decoder, head_dim, generator).to(norm.weight)
+        attention.wings.train(attention.training)
+        handles += [
+            attention.register_forward_pre_hook(_read_columns, with_kwargs=True),
+            attention.register_forward_hook(_add_learners, with_kwargs=True),
+        ]
+        if config.query == "sequential":
+            handles.append(norm.register_forward_pre_hook(partial(_keep_residual, attention.wings)))
+    model.wings = _Attached(config, handles)
+
+
+def detach(model: Any) -> None:
+    """Take the learners away again; nothing of them stays.
+
+    Raises:
+        InputError: if the model has none.
+    """
+    for handle in _attached(model).handles:
+        handle.remove()
+    for layer in family_of(model).decoder.layers:
+        if hasattr(layer.self_attn, "wings"):
+            del layer.self_attn.wings
+    del model.wings
+
+
+def wings_layers(model: Any) -> dict[int, WingsLayer]:
+    """The learners of each layer that has some.
+
+    Raises:
+        InputError: if the model has none.
+    """
+    _attached(model)
+    layers = family_of(model).decoder.layers
+    return {n: x.self_attn.wings for n, x in enumerate(layers) if hasattr(x.self_attn, "wings")}
+
+
+def adapter_state(model: Any) -> dict[str, Tensor]:
+    """The learners' weights, named `layers.<number>.<path>`; shared with the model, not copied."""
+    return {
+        f"layers.{number}.{name}": tensor
+        for number, layer in wings_layers(model).items()
+        for name, tensor in layer.state_dict().items()
+    }
+
+
+def save_pretrained(model: Any, folder: str | Path) -> None:
+    """Write the learners alone, as `adapter_config.json` and `adapter_model.safetensors`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    described = {
+        "peft_type": "WINGS",
+        "base_model_name_or_path": str(getattr(model, "name_or_path", "")),
+        "base": _base(model),
+        "wings": asdict(_attached(model).config),
+    }
+    (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+    tensors = {name: tensor.contiguous() for name, tensor in adapter_state(model).items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def from_pretrained(model: Any, name: str | Path) -> None:
+    """Attach the learners that `save_pretrained` wrote to a folder, or those of a hub name.
+
+    Raises:
+        InputError: if there are none, they are damaged, or they belong to another model.
+    """
+    try:
+        described = json.loads(Path(cached_file(str(name), CONFIG)).read_text())
+        weights = load_file(cached_file(str(name), WEIGHTS))
+        base, config = described["base"], WingsConfig.from_dict(described["wings"])
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"cannot read a Wings adapter from {str(name)!r}: {reason}") from error
+    if base != _base(model):
+        raise InputError(f"this adapter is for {_words(base)}; the model is {_words(_base(model))}")
+    attach(model, config)
+    try:
+        load_adapter_state(model, weights)
+    except InputError:
+        detach(model)
+        raise
+
+
+def load_adapter_state(model: Any, weights: dict[str, Tensor], strict: bool = True) -> None:
+    """Copy weights as `adapter_state` names them into the learners.
+
+    Not `strict`, learners without weights keep theirs: so stage 2 takes over stage 1's.
+
+    Raises:
+        InputError: if names or shapes do not fit.
+    """
+    own = adapter_state(model)
+    wrong = sorted(weights.keys() - own.keys()) + (
+        sorted(own.keys() - weights.keys()) if strict else []
+    )
+    wrong += [n for n in weights.keys() & own.keys() if weights[n].shape != own[n].shape]
+    if wrong:
+        raise InputError(f"the adapter's weights do not fit its configuration, first {wrong[0]!r}")
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            own[name].copy_(tensor)
+
+
+def _attached(model: Any) -> _Attached:
+    attached: _Attached | None = getattr(model, "wings", None)
+    if attached is None:
+        raise InputError("this model has no Wings; call attach(model, WingsConfig()) first")
+    return attached
+
+
+def _base(model: Any) -> dict[str, Any]:
+    decoder = family_of(model).decoder
+    return {
+        "model_type": decoder.config.model_type,
+        "hidden_size": decoder.config.hidden_size,
+        "num_hidden_layers": len(decoder.layers),
+        "head_dim": decoder.layers[0].self_attn.head_dim,
+    }
+
+
+def _words(base: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in base.items())
+
+
+def _mark_images(
+    image_token: int, _: Any, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    ids = args[0] if args else kwargs.get("input_ids")
+    if ids is None:
+        raise InputError("Wings needs input_ids, not inputs_embeds, to tell image from text")
+    shown = kwargs.get("pixel_values") is not None or bool(kwargs.get("mm_encoder_outputs"))
+    return args, kwargs | {"wings": (ids == image_token) & shown}
+
+
+def _note_tokens(
+    config: WingsConfig, decoder: Any, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Turn the image mask into the tokens that every layer's learners attend to."""
+    features, is_image = kwargs["inputs_embeds"], kwargs.get("wings")
+    if is_image is None:
+        raise InputError("Wings works in the whole model's forward, not the language model's alone")
+    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        raise InputError("Wings needs a 2D attention mask (batch, length) and a dynamic cache")
+    use_cache = kwargs.get("use_cache")
+    if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
+        cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
+    batch, length = is_image.shape
+    past = 0 if cache is None else cache.get_seq_length()
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        positions = torch.arange(past, past + length, device=features.device)[None]
+    valid = torch.ones_like(is_image) if mask is None else mask[:, -length:]
+    facts = torch.stack([is_image.long(), valid.long(), positions.expand(batch, -1)], -1)
+    if cache is not None:
+        features, facts = remember(cache, len(decoder.layers), features, facts)
+    is_image, valid, positions = facts[..., 0].bool(), facts[..., 1].bool(), facts[..., 2]
+    tokens = Tokens(features, is_image, valid, positions, length, decoder.rotary_emb, config)
+    if config.routed and int(tokens.ranks.max()) >= config.max_positions:
+        raise InputError(
+            f"{int(tokens.ranks.max()) + 1} tokens are more than the router's "
+            f"{config.max_positions}; attach with a larger max_positions"
+        )
+    return args, kwargs | {"wings": tokens}
+
+
+def _read_columns(
+    attention: Any, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
+    router = attention.wings.router
+    if router is None:
+        return None
+    kwargs["router"] = reader = Reader(router.columns(kwargs["wings"].ranks))
+    return args, watch(attention, kwargs, reader)
+
+
+def _add_learners(attention: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    main, maps = output
+    hidden = args[0] if args else kwargs["hidden_states"]
+    layer: WingsLayer = attention.wings
+    if layer.residual is not None:
+        hidden, layer.residual = layer.residual + main, None
+    read = kwargs["router"].result if layer.router is not None else None
+    return main + layer(hidden, kwargs["wings"], kwargs["position_embeddings"], read), maps
+
+
+def _keep_residual(layer: WingsLayer, _: Any, args: tuple[Tensor, ...]) -> None:
+    layer.residual = args[0]
