@@ -50,7 +50,7 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     module.config = module.config.plain
-    eager = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    eager = sys.modules[type(module).__module__].eager_attention_forward
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
     output: tuple[Tensor, Tensor | None] = kernel(
         module, query, key, value, attention_mask, **kwargs
@@ -59,8 +59,6 @@ def _attend(
         width = reader.columns.shape[-1]
         columns = F.pad(reader.columns.to(value.dtype), (0, value.shape[-1] - width))
         columns = columns[:, None].expand(-1, key.shape[1], -1, -1)
-        read, _ = kernel(
-            module, query, key, columns, attention_mask, **kwargs | {"dropout": 0.0}
-        )
+        read, _ = kernel(module, query, key, columns, attention_mask, **kwargs | {"dropout": 0.0})
         reader.result = read[..., :width].mean(2)
     return output

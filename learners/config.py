@@ -105,5 +105,8 @@ class WingsConfig:
         for name in values:
             if name not in known:
                 raise InputError(unknown("Wings option", name, known))
-        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**lists)
+        arguments: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+        return cls(**arguments)

@@ -91,4 +91,5 @@ class LoRRA(nn.Module):
         return mixed
 
     def _heads(self, hidden: Tensor) -> Tensor:
-        return hidden.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        heads: Tensor = hidden.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return heads

@@ -1,21 +1,16 @@
-"""Wings on a Hugging Face vision-language model: attach, detach, save, load.
+"""Wings on a Hugging Face vision-language model: attach and detach.
 
 There is no `merge_adapter`: the learners are attention over the input features beside the main
 attention, not a change of its weights, so there is no matrix that they could be folded into.
 """
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.utils import cached_file
 
 from vlm_prune.learners.columns import Reader, watch
 from vlm_prune.learners.config import WingsConfig
@@ -24,8 +19,6 @@ from vlm_prune.learners.router import Router
 from vlm_prune.learners.tokens import Tokens, remember
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class WingsLayer(nn.Module):
@@ -62,7 +55,7 @@ class WingsLayer(nn.Module):
         """
         turn = rotary if self.config.rope else None
         outputs = [
-            self.learners[name](hidden, tokens.keys(name), turn) for name in self.config.modalities
+            self.learners[name](hidden, tokens.keys[name], turn) for name in self.config.modalities
         ]
         if self.router is not None:
             weights = self.router(read).to(hidden.dtype).split(1, -1)
@@ -72,7 +65,9 @@ class WingsLayer(nn.Module):
 
 
 @dataclass
-class _Attached:
+class Attached:
+    """What a model with learners remembers, as `model.wings`."""
+
     config: WingsConfig
     handles: list[Any]
 
@@ -104,14 +99,14 @@ def attach(model: Any, config: WingsConfig | None = None, seed: int = 0) -> None
         raise InputError(f"rank {config.rank} is above the model's width; give 1 to {width}")
     if width % head_dim:
         raise InputError(f"a width of {width} does not split into heads of {head_dim}")
-    generator = torch.Generator().manual_seed(seed)
+    layers, generator = config.layers_of(len(decoder.layers)), torch.Generator().manual_seed(seed)
     handles = [
         family.multimodal.register_forward_pre_hook(
             partial(_mark_images, family.image_token), with_kwargs=True
         ),
         decoder.register_forward_pre_hook(partial(_note_tokens, config), with_kwargs=True),
     ]
-    for number in config.layers_of(len(decoder.layers)):
+    for number in layers:
         layer = decoder.layers[number]
         attention, norm = layer.self_attn, layer.input_layernorm
         attention.wings = WingsLayer(config, decoder, head_dim, generator).to(norm.weight)
@@ -122,7 +117,7 @@ def attach(model: Any, config: WingsConfig | None = None, seed: int = 0) -> None
         ]
         if config.query == "sequential":
             handles.append(norm.register_forward_pre_hook(partial(_keep_residual, attention.wings)))
-    model.wings = _Attached(config, handles)
+    model.wings = Attached(config, handles)
 
 
 def detach(model: Any) -> None:
@@ -131,12 +126,24 @@ def detach(model: Any) -> None:
     Raises:
         InputError: if the model has none.
     """
-    for handle in _attached(model).handles:
+    for handle in attached(model).handles:
         handle.remove()
     for layer in family_of(model).decoder.layers:
         if hasattr(layer.self_attn, "wings"):
             del layer.self_attn.wings
     del model.wings
+
+
+def attached(model: Any) -> Attached:
+    """The record of a model's learners.
+
+    Raises:
+        InputError: if the model has none.
+    """
+    record: Attached | None = getattr(model, "wings", None)
+    if record is None:
+        raise InputError("this model has no Wings; call attach(model, WingsConfig()) first")
+    return record
 
 
 def wings_layers(model: Any) -> dict[int, WingsLayer]:
@@ -145,99 +152,9 @@ def wings_layers(model: Any) -> dict[int, WingsLayer]:
     Raises:
         InputError: if the model has none.
     """
-    _attached(model)
+    attached(model)
     layers = family_of(model).decoder.layers
     return {n: x.self_attn.wings for n, x in enumerate(layers) if hasattr(x.self_attn, "wings")}
-
-
-def adapter_state(model: Any) -> dict[str, Tensor]:
-    """The learners' weights, named `layers.<number>.<path>`; shared with the model, not copied."""
-    return {
-        f"layers.{number}.{name}": tensor
-        for number, layer in wings_layers(model).items()
-        for name, tensor in layer.state_dict().items()
-    }
-
-
-def save_pretrained(model: Any, folder: str | Path) -> None:
-    """Write the learners alone, as `adapter_config.json` and `adapter_model.safetensors`."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    described = {
-        "peft_type": "WINGS",
-        "base_model_name_or_path": str(getattr(model, "name_or_path", "")),
-        "base": _base(model),
-        "wings": asdict(_attached(model).config),
-    }
-    (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
-    tensors = {name: tensor.contiguous() for name, tensor in adapter_state(model).items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def from_pretrained(model: Any, name: str | Path) -> None:
-    """Attach the learners that `save_pretrained` wrote to a folder, or those of a hub name.
-
-    Raises:
-        InputError: if there are none, they are damaged, or they belong to another model.
-    """
-    try:
-        described = json.loads(Path(cached_file(str(name), CONFIG)).read_text())
-        weights = load_file(cached_file(str(name), WEIGHTS))
-        base, config = described["base"], WingsConfig.from_dict(described["wings"])
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"cannot read a Wings adapter from {str(name)!r}: {reason}") from error
-    if base != _base(model):
-        raise InputError(f"this adapter is for {_words(base)}; the model is {_words(_base(model))}")
-    attach(model, config)
-    try:
-        load_adapter_state(model, weights)
-    except InputError:
-        detach(model)
-        raise
-
-
-def load_adapter_state(model: Any, weights: dict[str, Tensor], strict: bool = True) -> None:
-    """Copy weights as `adapter_state` names them into the learners.
-
-    Not `strict`, learners without weights keep theirs: so stage 2 takes over stage 1's.
-
-    Raises:
-        InputError: if names or shapes do not fit.
-    """
-    own = adapter_state(model)
-    wrong = sorted(weights.keys() - own.keys()) + (
-        sorted(own.keys() - weights.keys()) if strict else []
-    )
-    wrong += [n for n in weights.keys() & own.keys() if weights[n].shape != own[n].shape]
-    if wrong:
-        raise InputError(f"the adapter's weights do not fit its configuration, first {wrong[0]!r}")
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            own[name].copy_(tensor)
-
-
-def _attached(model: Any) -> _Attached:
-    attached: _Attached | None = getattr(model, "wings", None)
-    if attached is None:
-        raise InputError("this model has no Wings; call attach(model, WingsConfig()) first")
-    return attached
-
-
-def _base(model: Any) -> dict[str, Any]:
-    decoder = family_of(model).decoder
-    return {
-        "model_type": decoder.config.model_type,
-        "hidden_size": decoder.config.hidden_size,
-        "num_hidden_layers": len(decoder.layers),
-        "head_dim": decoder.layers[0].self_attn.head_dim,
-    }
-
-
-def _words(base: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in base.items())
 
 
 def _mark_images(

@@ -40,7 +40,8 @@ def keys_of(is_image: Tensor, valid: Tensor, config: WingsConfig) -> dict[Modali
 class Tokens:
     """All tokens so far, of which the last `queries` are new; tensors (B, N) and `features` (B, N, D).
 
-    `rotary(features, positions)` gives the decoder's cos and sin tables.
+    `rotary(features, positions)` gives the decoder's cos and sin tables; `keys` holds what each
+    learner attends to, the same for all layers.
     """
 
     features: Tensor
@@ -50,30 +51,29 @@ class Tokens:
     queries: int
     rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     config: WingsConfig
-    _keys: dict[Modality, Keys] = field(default_factory=dict)
+    keys: dict[Modality, Keys] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # at once, not on demand: a checkpointed layer must not do more work than its recomputation
+        self.keys = {
+            modality: self._gather(
+                chosen, modality == "textual" or self.config.visual_mask == "causal"
+            )
+            for modality, chosen in keys_of(self.is_image, self.valid, self.config).items()
+            if modality in self.config.modalities
+        }
 
     @property
     def ranks(self) -> Tensor:
         """Each token's place among the valid ones of its row, (B, N); padding does not shift it."""
         return (self.valid.cumsum(1) - 1).clamp(min=0)
 
-    def keys(self, modality: Modality) -> Keys:
-        """What one learner attends to; the same for all layers, so built once."""
-        if modality not in self._keys:
-            chosen = keys_of(self.is_image, self.valid, self.config)[modality]
-            self._keys[modality] = self._gather(
-                chosen, modality == "textual" or self.config.visual_mask == "causal"
-            )
-        return self._keys[modality]
-
     def _gather(self, chosen: Tensor, causal: bool) -> Keys:
         index, present = compact(chosen)
         if not index.shape[1]:
             # a hidden key keeps every weight in the graph, as data-parallel training wants it
             index, present = index.new_zeros(len(index), 1), present.new_zeros(len(index), 1)
-        features = self.features.gather(
-            1, index[..., None].expand(-1, -1, self.features.shape[-1])
-        )
+        features = self.features.gather(1, index[..., None].expand(-1, -1, self.features.shape[-1]))
         visible = present[:, None].expand(-1, self.queries, -1)
         if causal:
             length = self.features.shape[1]
@@ -95,7 +95,7 @@ class Tokens:
         )
 
 
-class _Stored(DynamicLayer):
+class _Stored(DynamicLayer):  # type: ignore[misc]
     """An extra layer of a model's cache: features (B, 1, N, D), and image flag, validity, position.
 
     As a cache layer it follows beam search, cropping and batch selection.

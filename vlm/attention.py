@@ -49,6 +49,8 @@ def decoder_rows(
     chosen = normed.gather(1, index[..., None].expand(-1, -1, normed.shape[-1]))
     query = attention.q_proj(chosen).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
     key = attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    if hasattr(attention, "q_norm"):
+        query, key = attention.q_norm(query), attention.k_norm(key)
     cos, sin = (table.expand(len(hidden), -1, -1) for table in rotary)
     places = index[..., None].expand(-1, -1, cos.shape[-1])
     query, _ = apply_rotary_pos_emb(query, query, cos.gather(1, places), sin.gather(1, places))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -35,12 +35,25 @@ class Cut:
     keep: int
 
 
+@runtime_checkable
+class PerToken(Protocol):
+    """An argument of decoder layers that holds something for every token so far."""
+
+    def select_tokens(self, columns: Tensor, valid: Tensor, positions: Tensor) -> Self:
+        """The part that layers after a cut get: tokens `columns`, all shapes (B, L')."""
+
+
 @dataclass
 class _Segment:
-    """What the layers after a cut see; tensors (B, L'), `dropped` (B, 1)."""
+    """What the layers after a cut see; tensors (B, L'), `dropped` (B, 1).
+
+    `columns` says which of the model's tokens they are.
+    """
 
     valid: Tensor
     dropped: Tensor
+    columns: Tensor
+    positions: Tensor
     kwargs: dict[str, Any]
 
 
@@ -82,6 +95,7 @@ class _MidStack:
         images = images if encoded is None else len(encoded.pooler_output)
         is_image = ids == self.family.image_token
         self.ordinal = image_ordinals(is_image, images)
+        self.columns = torch.arange(self.seen, device=ids.device).expand(len(ids), -1)
         self.place = torch.zeros_like(ids)
         each = int(is_image.sum()) // images if images else 0
         self.place[is_image] = torch.arange(each, device=ids.device).repeat(images)
@@ -100,7 +114,7 @@ class _MidStack:
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if number in self.cuts:
             if self.prefill and self.images:
-                hidden = self._cut(number, layer, hidden, self._seen_by(number - 1, kwargs))
+                hidden = self._cut(number, layer, hidden, kwargs)
             elif number in self.segments:
                 self._extend(number, hidden, kwargs)
         kwargs = self._seen_by(number, kwargs)
@@ -115,6 +129,7 @@ class _MidStack:
 
     def _cut(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         start = now(hidden.device)
+        seen = self._seen_by(number - 1, kwargs)
         source, before, rotary = (
             self.stash if number else (layer, hidden, kwargs["position_embeddings"])
         )
@@ -131,7 +146,7 @@ class _MidStack:
             keep[rows[best], columns[best]] = True
             kept.append(self.place[rows[best], columns[best]])
         gather, valid = compact(keep, self.right_padded)
-        old = kwargs["position_ids"].expand(len(hidden), -1)
+        old = seen["position_ids"].expand(len(hidden), -1)
         old_length, new_length = self.valid.sum(1, keepdim=True), valid.sum(1, keepdim=True)
         previous = max((s for s in self.segments), default=None)
         dropped = old_length - new_length
@@ -141,9 +156,10 @@ class _MidStack:
         hidden = hidden.gather(1, gather[..., None].expand(-1, -1, hidden.shape[-1]))
         self.valid, self.text = valid, self.text.gather(1, gather) & valid
         self.ordinal = torch.where(valid, self.ordinal.gather(1, gather), -1)
-        self.place = self.place.gather(1, gather)
-        self.segments[number] = _Segment(valid, dropped, {})
-        self._rebuild(number, hidden, positions * valid, kwargs.get("past_key_values"))
+        self.place, self.columns = self.place.gather(1, gather), self.columns.gather(1, gather)
+        positions = positions * valid
+        self.segments[number] = _Segment(valid, dropped, self.columns, positions, {})
+        self._rebuild(number, hidden, positions, kwargs)
         self.trace.kept = kept
         self.trace.cuts.append(kept)
         mean = sum(map(len, kept)) / len(kept)
@@ -158,9 +174,14 @@ class _MidStack:
         positions = kwargs["position_ids"].expand(len(hidden), -1)
         if self.contiguous:
             positions = positions - segment.dropped
-        self._rebuild(number, hidden, positions, kwargs.get("past_key_values"))
+        new = torch.arange(self.seen - hidden.shape[1], self.seen, device=hidden.device)
+        segment.columns = torch.cat([segment.columns, new.expand(len(hidden), -1)], 1)
+        segment.positions = torch.cat([segment.positions, positions], 1)
+        self._rebuild(number, hidden, positions, kwargs)
 
-    def _rebuild(self, number: int, hidden: Tensor, positions: Tensor, cache: Any) -> None:
+    def _rebuild(
+        self, number: int, hidden: Tensor, positions: Tensor, kwargs: dict[str, Any]
+    ) -> None:
         decoder, segment = self.family.decoder, self.segments[number]
         segment.kwargs = {
             "position_ids": positions,
@@ -169,10 +190,15 @@ class _MidStack:
                 config=decoder.config,
                 inputs_embeds=hidden,
                 attention_mask=segment.valid,
-                past_key_values=cache,
+                past_key_values=kwargs.get("past_key_values"),
                 position_ids=positions,
                 layer_idx=number,
             ),
+        }
+        segment.kwargs |= {
+            name: value.select_tokens(segment.columns, segment.valid, segment.positions)
+            for name, value in kwargs.items()
+            if isinstance(value, PerToken)
         }
 
 
