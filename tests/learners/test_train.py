@@ -11,9 +11,10 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from vlm_prune.learners import WingsConfig, from_pretrained, recipe
+from vlm_prune.learners import WingsConfig, from_pretrained
 from vlm_prune.learners import train as train_module
 from vlm_prune.learners.data import read_llava
+from vlm_prune.learners.model import wings_layers
 from vlm_prune.learners.recipe import METHODS, PRESETS
 from vlm_prune.learners.train import Run, merge, prepare, train
 from vlm_prune.vlm.errors import InputError
@@ -116,7 +117,7 @@ def test_stage_two_starts_from_stage_ones_visual_learners(make_run, examples):
     one = make_run("wings", 1, "one").output
     kept = load_file(one / "wings" / "adapter_model.safetensors")
     model, *_ = prepare(make_run("wings", 2, "two", model=one))
-    own = recipe.wings_layers(model)[0].state_dict()
+    own = wings_layers(model)[0].state_dict()
     for name, tensor in kept.items():
         if name.startswith("layers.0."):
             assert torch.equal(own[name.removeprefix("layers.0.")], tensor)
