@@ -37,6 +37,8 @@ def decoder_query_key(
     chosen = take(normed, index)
     query = attention.q_proj(chosen).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
     key = attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    if hasattr(attention, "q_norm"):
+        query, key = attention.q_norm(query), attention.k_norm(key)
     cos, sin = (table.expand(len(hidden), -1, -1) for table in rotary)
     query, _ = apply_rotary_pos_emb(query, query, take(cos, index), take(sin, index))
     key, _ = apply_rotary_pos_emb(key, key, cos, sin)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -63,12 +63,25 @@ class Reducer(Protocol):
         """Close the gaps of a mask (B, L) in tensors (B, L, ...): validity (B, L'), and them."""
 
 
+@runtime_checkable
+class PerToken(Protocol):
+    """An argument of decoder layers that holds something for every token so far."""
+
+    def select_tokens(self, columns: Tensor, valid: Tensor, positions: Tensor) -> Self:
+        """The part that layers after a cut get: tokens `columns`, all shapes (B, L')."""
+
+
 @dataclass
 class _Segment:
-    """What the layers after a cut see; tensors (B, L'), `dropped` (B, 1)."""
+    """What the layers after a cut see; tensors (B, L'), `dropped` (B, 1).
+
+    `columns` says which of the model's tokens they are.
+    """
 
     valid: Tensor
     dropped: Tensor
+    columns: Tensor
+    positions: Tensor
     kwargs: dict[str, Any]
 
 
@@ -123,6 +136,7 @@ class _MidStack:
         self.trace.kept = [torch.arange(each, device=ids.device)] * images
         if self.trace.entered and images:
             self.trace.kept = expanded(self.trace.entered, self.row, images)
+        self.columns = torch.arange(self.seen, device=ids.device).expand(len(ids), -1)
         self.place = torch.zeros_like(ids)
         self.place[self.ordinal >= 0] = torch.cat([ids.new_empty(0), *self.trace.kept])
         self.text = question_places(is_image, self.valid)
@@ -141,7 +155,7 @@ class _MidStack:
             self.trace.selection_s += now(hidden.device) - start
         if number in self.cuts:
             if self.prefill and self.images:
-                hidden = self._cut(number, layer, hidden, self._seen_by(number - 1, kwargs))
+                hidden = self._cut(number, layer, hidden, kwargs)
             elif number in self.segments:
                 self._extend(number, hidden, kwargs)
         kwargs = self._seen_by(number, kwargs)
@@ -181,8 +195,9 @@ class _MidStack:
 
     def _cut(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         start = now(hidden.device)
+        seen = self._seen_by(number - 1, kwargs)
         wanted = self.cuts[number]
-        tokens = replace(self._tokens(number, layer, hidden, kwargs), readers=self.readers)
+        tokens = replace(self._tokens(number, layer, hidden, seen), readers=self.readers)
         left = torch.arange(tokens.features.shape[1], device=hidden.device)
         reduced = (
             self.reducer.reduce(tokens, wanted)
@@ -196,19 +211,20 @@ class _MidStack:
             at = (rows[image, places], columns[image, places])
             keep[at], hidden[at] = True, reduced.features[image]
             kept.append(self.place[at])
-        old = kwargs["position_ids"].expand(len(hidden), -1)
-        valid, (hidden, old, self.text, ordinal, self.place) = self.reducer.compact(
-            keep, hidden, old, self.text, self.ordinal, self.place, right_padded=self.right_padded
-        )
+        old = seen["position_ids"].expand(len(hidden), -1)
+        valid, (hidden, old, self.text, ordinal, self.place, self.columns) = self.reducer.compact(
+            keep, hidden, old, self.text, self.ordinal, self.place, self.columns,
+            right_padded=self.right_padded,
+        )  # fmt: skip
         old_length, new_length = self.valid.sum(1, keepdim=True), valid.sum(1, keepdim=True)
         previous = max((s for s in self.segments), default=None)
         dropped = old_length - new_length
         if previous is not None:
             dropped = dropped + self.segments[previous].dropped
-        positions = valid.cumsum(1) - 1 if self.contiguous else old
+        positions = (valid.cumsum(1) - 1 if self.contiguous else old) * valid
         self.valid, self.ordinal = valid, torch.where(valid, ordinal, -1)
-        self.segments[number] = _Segment(valid, dropped, {})
-        self._rebuild(number, hidden, positions * valid, kwargs.get("past_key_values"))
+        self.segments[number] = _Segment(valid, dropped, self.columns, positions, {})
+        self._rebuild(number, hidden, positions, kwargs)
         self.trace.kept = kept
         self.trace.cuts.append(kept)
         mean = sum(map(len, kept)) / len(kept)
@@ -223,9 +239,14 @@ class _MidStack:
         positions = kwargs["position_ids"].expand(len(hidden), -1)
         if self.contiguous:
             positions = positions - segment.dropped
-        self._rebuild(number, hidden, positions, kwargs.get("past_key_values"))
+        new = torch.arange(self.seen - hidden.shape[1], self.seen, device=hidden.device)
+        segment.columns = torch.cat([segment.columns, new.expand(len(hidden), -1)], 1)
+        segment.positions = torch.cat([segment.positions, positions], 1)
+        self._rebuild(number, hidden, positions, kwargs)
 
-    def _rebuild(self, number: int, hidden: Tensor, positions: Tensor, cache: Any) -> None:
+    def _rebuild(
+        self, number: int, hidden: Tensor, positions: Tensor, kwargs: dict[str, Any]
+    ) -> None:
         decoder, segment = self.family.decoder, self.segments[number]
         segment.kwargs = {
             "position_ids": positions,
@@ -234,10 +255,15 @@ class _MidStack:
                 config=decoder.config,
                 inputs_embeds=hidden,
                 attention_mask=segment.valid,
-                past_key_values=cache,
+                past_key_values=kwargs.get("past_key_values"),
                 position_ids=positions,
                 layer_idx=number,
             ),
+        }
+        segment.kwargs |= {
+            name: value.select_tokens(segment.columns, segment.valid, segment.positions)
+            for name, value in kwargs.items()
+            if isinstance(value, PerToken)
         }
 
 

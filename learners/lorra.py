@@ -1,0 +1,95 @@
+"""Low-rank residual attention (LoRRA), the learner of Wings.
+
+https://arxiv.org/abs/2406.03496, equation 4
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import rotate_half
+
+from vlm_prune.learners.tokens import Keys
+
+Rotary = tuple[Tensor, Tensor]
+
+
+def rotated(heads: Tensor, rotary: Rotary) -> Tensor:
+    """Rotary position embedding of (B, H, N, d) with cos and sin tables (B or 1, N, d)."""
+    cos, sin = (table[:, None].to(heads.dtype) for table in rotary)
+    turned: Tensor = heads * cos + rotate_half(heads) * sin
+    return turned
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, dropout: float = 0.0
+) -> Tensor:
+    """Attention that gives zero, not a uniform mean, to a query with no visible key.
+
+    Shapes: query (B, H, S, d), key and value (B, H, M, d), visible (B, S, M) -> (B, H, S, d).
+    """
+    empty = ~visible.any(-1, keepdim=True)
+    output = F.scaled_dot_product_attention(
+        query, key, value, (visible | empty)[:, None], dropout_p=dropout
+    )
+    return output.masked_fill(empty[:, None], 0)
+
+
+class LowRank(nn.Module):
+    """x -> x W_a W_b with W_a (D, rank) Gaussian and W_b (rank, D) zero, so that it starts at 0."""
+
+    def __init__(self, width: int, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(rank, width, bias=False)
+        with torch.no_grad():
+            self.down.weight.normal_(0, 0.02, generator=generator)
+            self.up.weight.zero_()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Shapes: (..., D) -> (..., D)."""
+        mapped: Tensor = self.up(self.down(hidden))
+        return mapped
+
+
+class LoRRA(nn.Module):
+    """Every token's attention over one modality's input features.
+
+    Q = h (I + W^Q), K = x (I + W^K), V = x (I + W^V), each W of low rank; the output map is of low
+    rank without an identity, so an untrained learner gives exactly 0. Because of the identities
+    keys and values are as wide as the hidden states, whatever grouping the main attention uses:
+    there are D / head_dim heads. They are rebuilt from the features in every forward, which costs
+    4 M D rank products for M keys, and never cached.
+
+    Args:
+        width: D, of the hidden states.
+        head_dim: width of one head, that of the main attention.
+        rank: inner width of the four maps.
+        dropout: of attention weights, in training; the main attention's.
+        generator: draws the initial weights.
+    """
+
+    def __init__(
+        self, width: int, head_dim: int, rank: int, dropout: float, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.head_dim, self.dropout = head_dim, dropout
+        self.query, self.key, self.value, self.output = (
+            LowRank(width, rank, generator) for _ in range(4)
+        )
+
+    def forward(self, hidden: Tensor, keys: Keys, rotary: Rotary | None) -> Tensor:
+        """Shapes: hidden (B, S, D), `rotary` cos and sin (B or 1, S, head_dim) -> (B, S, D)."""
+        query = self._heads(hidden + self.query(hidden))
+        key = self._heads(keys.features + self.key(keys.features))
+        value = self._heads(keys.features + self.value(keys.features))
+        if rotary is not None:
+            query, key = rotated(query, rotary), rotated(key, keys.rotary)
+        dropout = self.dropout if self.training else 0.0
+        mixed: Tensor = self.output(
+            attend(query, key, value, keys.visible, dropout).transpose(1, 2).flatten(2)
+        )
+        return mixed
+
+    def _heads(self, hidden: Tensor) -> Tensor:
+        heads: Tensor = hidden.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return heads

@@ -1,0 +1,223 @@
+"""Wings on a Hugging Face vision-language model: attach and detach.
+
+There is no `merge_adapter`: the learners are attention over the input features beside the main
+attention, not a change of its weights, so there is no matrix that they could be folded into.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from vlm_prune.learners.columns import Reader, watch
+from vlm_prune.learners.config import WingsConfig
+from vlm_prune.learners.lorra import LoRRA, Rotary
+from vlm_prune.learners.router import Router
+from vlm_prune.learners.tokens import Tokens, remember
+from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.families import family_of
+
+
+class WingsLayer(nn.Module):
+    """The learners and the router of one decoder layer."""
+
+    def __init__(
+        self, config: WingsConfig, decoder: Any, head_dim: int, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.config = config
+        text = decoder.config
+        dropout = float(getattr(text, "attention_dropout", 0.0))
+        self.learners = nn.ModuleDict(
+            {
+                name: LoRRA(text.hidden_size, head_dim, config.rank, dropout, generator)
+                for name in config.modalities
+            }
+        )
+        heads, summed = text.num_attention_heads, config.router == "sum"
+        self.router = (
+            Router(len(config.modalities), config.max_positions, heads, summed)
+            if config.routed
+            else None
+        )
+        self.residual: Tensor | None = None
+
+    def forward(
+        self, hidden: Tensor, tokens: Tokens, rotary: Rotary, read: Tensor | None
+    ) -> Tensor:
+        """What is added to the main attention's output.
+
+        Shapes: hidden (B, S, D), rotary (B or 1, S, head_dim), `read` what the main attention made
+        of the router's columns (B, S, learners) -> (B, S, D).
+        """
+        turn = rotary if self.config.rope else None
+        outputs = [
+            self.learners[name](hidden, tokens.keys[name], turn) for name in self.config.modalities
+        ]
+        if self.router is not None:
+            weights = self.router(read).to(hidden.dtype).split(1, -1)
+            outputs = [weight * output for weight, output in zip(weights, outputs, strict=True)]
+        total: Tensor = torch.stack(outputs).sum(0)
+        return self.config.scale * total
+
+
+@dataclass
+class Attached:
+    """What a model with learners remembers, as `model.wings`."""
+
+    config: WingsConfig
+    handles: list[Any]
+
+
+def attach(model: Any, config: WingsConfig | None = None, seed: int = 0) -> None:
+    """Give a model learners that leave its output as it is until they are trained.
+
+    They become submodules of the attention layers, on their device and in their dtype, so `to`,
+    optimizers and distributed training see them; the model is otherwise unmodified.
+
+    Args:
+        model: a LLaVA whose language model is a Llama, Qwen2 or Qwen3.
+        config: the learners; the default is `WingsConfig()`.
+        seed: for their initial weights.
+
+    Raises:
+        InputError: if the model has learners already or cannot take these.
+    """
+    config = config or WingsConfig()
+    family = family_of(model)
+    decoder = family.decoder
+    if getattr(model, "wings", None) is not None:
+        raise InputError("this model has Wings already; call detach(model) first")
+    text = decoder.config
+    if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+        raise InputError("Wings needs full attention in every layer; turn use_sliding_window off")
+    width, head_dim = text.hidden_size, decoder.layers[0].self_attn.head_dim
+    if config.rank > width:
+        raise InputError(f"rank {config.rank} is above the model's width; give 1 to {width}")
+    if width % head_dim:
+        raise InputError(f"a width of {width} does not split into heads of {head_dim}")
+    layers, generator = config.layers_of(len(decoder.layers)), torch.Generator().manual_seed(seed)
+    handles = [
+        family.multimodal.register_forward_pre_hook(
+            partial(_mark_images, family.image_token), with_kwargs=True
+        ),
+        decoder.register_forward_pre_hook(partial(_note_tokens, config), with_kwargs=True),
+    ]
+    for number in layers:
+        layer = decoder.layers[number]
+        attention, norm = layer.self_attn, layer.input_layernorm
+        attention.wings = WingsLayer(config, decoder, head_dim, generator).to(norm.weight)
+        attention.wings.train(attention.training)
+        handles += [
+            attention.register_forward_pre_hook(_read_columns, with_kwargs=True),
+            attention.register_forward_hook(_add_learners, with_kwargs=True),
+        ]
+        if config.query == "sequential":
+            handles.append(norm.register_forward_pre_hook(partial(_keep_residual, attention.wings)))
+    model.wings = Attached(config, handles)
+
+
+def detach(model: Any) -> None:
+    """Take the learners away again; nothing of them stays.
+
+    Raises:
+        InputError: if the model has none.
+    """
+    for handle in attached(model).handles:
+        handle.remove()
+    for layer in family_of(model).decoder.layers:
+        if hasattr(layer.self_attn, "wings"):
+            del layer.self_attn.wings
+    del model.wings
+
+
+def attached(model: Any) -> Attached:
+    """The record of a model's learners.
+
+    Raises:
+        InputError: if the model has none.
+    """
+    record: Attached | None = getattr(model, "wings", None)
+    if record is None:
+        raise InputError("this model has no Wings; call attach(model, WingsConfig()) first")
+    return record
+
+
+def wings_layers(model: Any) -> dict[int, WingsLayer]:
+    """The learners of each layer that has some.
+
+    Raises:
+        InputError: if the model has none.
+    """
+    attached(model)
+    layers = family_of(model).decoder.layers
+    return {n: x.self_attn.wings for n, x in enumerate(layers) if hasattr(x.self_attn, "wings")}
+
+
+def _mark_images(
+    image_token: int, _: Any, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    ids = args[0] if args else kwargs.get("input_ids")
+    if ids is None:
+        raise InputError("Wings needs input_ids, not inputs_embeds, to tell image from text")
+    shown = kwargs.get("pixel_values") is not None or bool(kwargs.get("mm_encoder_outputs"))
+    return args, kwargs | {"wings": (ids == image_token) & shown}
+
+
+def _note_tokens(
+    config: WingsConfig, decoder: Any, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Turn the image mask into the tokens that every layer's learners attend to."""
+    features, is_image = kwargs["inputs_embeds"], kwargs.get("wings")
+    if is_image is None:
+        raise InputError("Wings works in the whole model's forward, not the language model's alone")
+    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        raise InputError("Wings needs a 2D attention mask (batch, length) and a dynamic cache")
+    use_cache = kwargs.get("use_cache")
+    if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
+        cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
+    batch, length = is_image.shape
+    past = 0 if cache is None else cache.get_seq_length()
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        positions = torch.arange(past, past + length, device=features.device)[None]
+    valid = torch.ones_like(is_image) if mask is None else mask[:, -length:]
+    facts = torch.stack([is_image.long(), valid.long(), positions.expand(batch, -1)], -1)
+    if cache is not None:
+        features, facts = remember(cache, len(decoder.layers), features, facts)
+    is_image, valid, positions = facts[..., 0].bool(), facts[..., 1].bool(), facts[..., 2]
+    tokens = Tokens(features, is_image, valid, positions, length, decoder.rotary_emb, config)
+    if config.routed and int(tokens.ranks.max()) >= config.max_positions:
+        raise InputError(
+            f"{int(tokens.ranks.max()) + 1} tokens are more than the router's "
+            f"{config.max_positions}; attach with a larger max_positions"
+        )
+    return args, kwargs | {"wings": tokens}
+
+
+def _read_columns(
+    attention: Any, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
+    router = attention.wings.router
+    if router is None:
+        return None
+    kwargs["router"] = reader = Reader(router.columns(kwargs["wings"].ranks))
+    return args, watch(attention, kwargs, reader)
+
+
+def _add_learners(attention: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    main, maps = output
+    hidden = args[0] if args else kwargs["hidden_states"]
+    layer: WingsLayer = attention.wings
+    if layer.residual is not None:
+        hidden, layer.residual = layer.residual + main, None
+    read = kwargs["router"].result if layer.router is not None else None
+    return main + layer(hidden, kwargs["wings"], kwargs["position_embeddings"], read), maps
+
+
+def _keep_residual(layer: WingsLayer, _: Any, args: tuple[Tensor, ...]) -> None:
+    layer.residual = args[0]

@@ -1,0 +1,146 @@
+"""How Wings and its baselines are trained: hyperparameters by stage, and what each method opens."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import nn
+
+from vlm_prune.learners.config import MODALITIES, Modality, WingsConfig
+from vlm_prune.learners.model import wings_layers
+from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.registry import Registry
+
+Group = Literal["projector", "learners", "language"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One stage's hyperparameters; AdamW with a cosine schedule.
+
+    Args:
+        stage: 1 aligns projector and visual learners with a frozen language model, 2 instructs.
+        language_lr, projector_lr, learner_lr: peak learning rate of each part.
+        batch: samples per optimizer step, over all processes.
+        weight_decay: of AdamW.
+        epochs: passes over the data.
+        warmup: share of the steps in which the rates rise.
+        clip: largest gradient norm.
+        max_length: tokens, image tokens included, at which samples are cut off.
+        seed: of data order, new weights and dropout.
+        lora_rank: of the `lora` method, whose alpha is twice that, as in LLaVA.
+    """
+
+    stage: Literal[1, 2]
+    language_lr: float
+    projector_lr: float
+    learner_lr: float
+    batch: int
+    weight_decay: float
+    epochs: int = 1
+    warmup: float = 0.03
+    clip: float = 1.0
+    max_length: int = 2048
+    seed: int = 42
+    lora_rank: int = 128
+
+
+_PAPER_1 = Recipe(1, 0, 1e-3, 1e-3, batch=32, weight_decay=1e-9)
+_PAPER_2 = Recipe(2, 2e-6, 1e-5, 2e-6, batch=32, weight_decay=1e-8)
+
+PRESETS: Registry[Recipe] = Registry(
+    "preset",
+    {
+        # rates and batches of the paper, weight decay of its scripts
+        "paper-1": _PAPER_1,
+        "paper-2": _PAPER_2,
+        # the authors' scripts
+        "scripts-1-qwen": replace(_PAPER_1, projector_lr=2e-5, learner_lr=2e-5, batch=256),
+        "scripts-1-llama": replace(_PAPER_1, projector_lr=2e-4, learner_lr=2e-4, batch=256),
+        "scripts-2": replace(_PAPER_2, batch=64),
+        # their LLaVA baseline has ten times Wings' rate: compare with an equal one, too
+        "scripts-2-llava": replace(_PAPER_2, language_lr=2e-5, batch=64),
+        # between the two disagreeing sources
+        "recommended-1": replace(_PAPER_1, learner_lr=2e-4, batch=256),
+    },
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is trained in stage 2. Stage 1 always trains the projector and the visual learner, if any.
+
+    Args:
+        language: how the language model is tuned.
+        modalities: the learners.
+        routed: whether a router weighs them.
+        text_ratio: default share of text-only samples; None takes the data as they are.
+    """
+
+    language: Literal["full", "lora", "frozen"]
+    modalities: tuple[Modality, ...] = ()
+    routed: bool = False
+    text_ratio: float | None = None
+
+    def config(self, base: WingsConfig, stage: int) -> WingsConfig | None:
+        """The learners in a stage, with all other options from `base`; None if there are none."""
+        names: tuple[Modality, ...] = tuple(
+            name for name in self.modalities if stage == 2 or name == "visual"
+        )
+        if not names:
+            return None
+        return replace(base, modalities=names, router=base.router if self.routed else "none")
+
+
+METHODS: Registry[Method] = Registry(
+    "method",
+    {
+        "full": Method("full"),
+        "lora": Method("lora"),
+        "frozen-llm": Method("frozen", ("visual",)),
+        "replay": Method("full", text_ratio=0.1),
+        "wings": Method("full", MODALITIES, routed=True),
+        "wings-visual": Method("full", ("visual",)),
+        "wings-textual": Method("full", ("textual",)),
+        "wings-no-router": Method("full", MODALITIES),
+    },
+)
+
+
+def open_parameters(model: Any, method: Method, stage: int) -> dict[Group, list[nn.Parameter]]:
+    """Freeze all but what a stage trains, and return that by learning-rate group.
+
+    The language model opens as a whole: layers, embeddings, norms and head. LoRA weights must be
+    in place already, learners too. The vision tower never trains.
+    """
+    family = family_of(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    projector = family.projector
+    groups: dict[Group, list[nn.Parameter]] = {
+        "projector": [
+            weight
+            for weight in (projector.w1, projector.b1, projector.w2, projector.b2)
+            if isinstance(weight, nn.Parameter)
+        ],
+        "learners": [],
+        "language": [],
+    }
+    if method.config(WingsConfig(), stage) is not None:
+        for layer in wings_layers(model).values():
+            groups["learners"] += layer.parameters()
+    if stage == 2 and method.language != "frozen":
+        named = [
+            *family.decoder.named_parameters(),
+            *model.get_output_embeddings().named_parameters(),
+        ]
+        own = {id(parameter) for parameter in groups["learners"]}
+        unique = {
+            id(parameter): parameter
+            for name, parameter in named
+            if id(parameter) not in own and (method.language == "full" or "lora_" in name)
+        }
+        groups["language"] = list(unique.values())
+    for parameters in groups.values():
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+    return groups

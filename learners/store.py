@@ -1,0 +1,102 @@
+"""The learners alone on disk: safetensors and a JSON, laid out as peft lays out adapters."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers.utils import cached_file
+
+from vlm_prune.learners.config import WingsConfig
+from vlm_prune.learners.model import attach, attached, detach, wings_layers
+from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.families import family_of
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def adapter_state(model: Any) -> dict[str, Tensor]:
+    """The learners' weights, named `layers.<number>.<path>`; shared with the model, not copied."""
+    return {
+        f"layers.{number}.{name}": tensor
+        for number, layer in wings_layers(model).items()
+        for name, tensor in layer.state_dict().items()
+    }
+
+
+def save_pretrained(model: Any, folder: str | Path) -> None:
+    """Write the learners alone, as `adapter_config.json` and `adapter_model.safetensors`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    described = {
+        "peft_type": "WINGS",
+        "base_model_name_or_path": str(getattr(model, "name_or_path", "")),
+        "base": _base(model),
+        "wings": asdict(attached(model).config),
+    }
+    (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+    tensors = {name: tensor.contiguous() for name, tensor in adapter_state(model).items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def from_pretrained(model: Any, name: str | Path) -> None:
+    """Attach the learners that `save_pretrained` wrote to a folder, or those of a hub name.
+
+    Raises:
+        InputError: if there are none, they are damaged, or they belong to another model.
+    """
+    try:
+        described = json.loads(Path(cached_file(str(name), CONFIG)).read_text())
+        weights = load_file(cached_file(str(name), WEIGHTS))
+        base, config = described["base"], WingsConfig.from_dict(described["wings"])
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"cannot read a Wings adapter from {str(name)!r}: {reason}") from error
+    if base != _base(model):
+        raise InputError(f"this adapter is for {_words(base)}; the model is {_words(_base(model))}")
+    attach(model, config)
+    try:
+        load_adapter_state(model, weights)
+    except InputError:
+        detach(model)
+        raise
+
+
+def load_adapter_state(model: Any, weights: dict[str, Tensor], strict: bool = True) -> None:
+    """Copy weights as `adapter_state` names them into the learners.
+
+    Not `strict`, learners without weights keep theirs: so stage 2 takes over stage 1's.
+
+    Raises:
+        InputError: if names or shapes do not fit.
+    """
+    own = adapter_state(model)
+    wrong = sorted(weights.keys() - own.keys()) + (
+        sorted(own.keys() - weights.keys()) if strict else []
+    )
+    wrong += [n for n in weights.keys() & own.keys() if weights[n].shape != own[n].shape]
+    if wrong:
+        raise InputError(f"the adapter's weights do not fit its configuration, first {wrong[0]!r}")
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            own[name].copy_(tensor)
+
+
+def _base(model: Any) -> dict[str, Any]:
+    decoder = family_of(model).decoder
+    return {
+        "model_type": decoder.config.model_type,
+        "hidden_size": decoder.config.hidden_size,
+        "num_hidden_layers": len(decoder.layers),
+        "head_dim": decoder.layers[0].self_attn.head_dim,
+    }
+
+
+def _words(base: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in base.items())

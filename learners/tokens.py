@@ -1,0 +1,126 @@
+"""The tokens at the input of the language model: what the learners attend to."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from vlm_prune.learners.config import Modality, WingsConfig
+from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.tokens import compact
+
+
+class Keys(NamedTuple):
+    """One modality's M tokens, for S queries.
+
+    Shapes: features (B, M, D), rotary cos and sin (B, M, head_dim), visible (B, S, M).
+    """
+
+    features: Tensor
+    rotary: tuple[Tensor, Tensor]
+    visible: Tensor
+
+
+def keys_of(is_image: Tensor, valid: Tensor, config: WingsConfig) -> dict[Modality, Tensor]:
+    """Which tokens each learner attends to; all shapes (B, N)."""
+    image, text = is_image & valid, ~is_image & valid
+    if config.images == "first":
+        before = torch.nn.functional.pad(image[:, :-1], (1, 0))
+        image = image & ((image & ~before).cumsum(1) == 1)
+    if config.skip_text:
+        skipped = is_image.any(1, keepdim=True) & (text.cumsum(1) <= config.skip_text)
+        text = text & ~skipped
+    return {"visual": image, "textual": text}
+
+
+@dataclass
+class Tokens:
+    """All tokens so far, of which the last `queries` are new; tensors (B, N) and `features` (B, N, D).
+
+    `rotary(features, positions)` gives the decoder's cos and sin tables; `keys` holds what each
+    learner attends to, the same for all layers.
+    """
+
+    features: Tensor
+    is_image: Tensor
+    valid: Tensor
+    positions: Tensor
+    queries: int
+    rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    config: WingsConfig
+    keys: dict[Modality, Keys] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # at once, not on demand: a checkpointed layer must not do more work than its recomputation
+        self.keys = {
+            modality: self._gather(
+                chosen, modality == "textual" or self.config.visual_mask == "causal"
+            )
+            for modality, chosen in keys_of(self.is_image, self.valid, self.config).items()
+            if modality in self.config.modalities
+        }
+
+    @property
+    def ranks(self) -> Tensor:
+        """Each token's place among the valid ones of its row, (B, N); padding does not shift it."""
+        return (self.valid.cumsum(1) - 1).clamp(min=0)
+
+    def _gather(self, chosen: Tensor, causal: bool) -> Keys:
+        index, present = compact(chosen)
+        if not index.shape[1]:
+            # a hidden key keeps every weight in the graph, as data-parallel training wants it
+            index, present = index.new_zeros(len(index), 1), present.new_zeros(len(index), 1)
+        features = self.features.gather(1, index[..., None].expand(-1, -1, self.features.shape[-1]))
+        visible = present[:, None].expand(-1, self.queries, -1)
+        if causal:
+            length = self.features.shape[1]
+            query = torch.arange(length - self.queries, length, device=index.device)
+            visible = visible & (index[:, None] <= query[:, None])
+        return Keys(features, self.rotary(features, self.positions.gather(1, index)), visible)
+
+    def select_tokens(self, columns: Tensor, valid: Tensor, positions: Tensor) -> "Tokens":
+        """The tokens that layers after a cut see; `columns` (B, L) point into these N."""
+        wide = columns[..., None].expand(-1, -1, self.features.shape[-1])
+        return Tokens(
+            self.features.gather(1, wide),
+            self.is_image.gather(1, columns),
+            valid,
+            positions,
+            min(self.queries, columns.shape[1]),
+            self.rotary,
+            self.config,
+        )
+
+
+class _Stored(DynamicLayer):  # type: ignore[misc]
+    """An extra layer of a model's cache: features (B, 1, N, D), and image flag, validity, position.
+
+    As a cache layer it follows beam search, cropping and batch selection.
+    """
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.values = value_states.new_empty(0)
+
+
+def remember(cache: Any, depth: int, features: Tensor, facts: Tensor) -> tuple[Tensor, Tensor]:
+    """Append new tokens' features (B, S, D) and facts (B, S, 3) to a cache; returns all so far.
+
+    One full-width tensor serves all `depth` layers, instead of keys and values in each.
+
+    Raises:
+        InputError: when the cache was filled without the learners.
+    """
+    stored = next((layer for layer in cache.layers if isinstance(layer, _Stored)), None)
+    if stored is None:
+        if cache.get_seq_length():
+            raise InputError("this cache was filled before Wings was attached; start an empty one")
+        while len(cache.layers) < depth:
+            cache.layers.append(cache.layer_class_to_replicate())
+        stored = _Stored()
+        cache.layers.append(stored)
+    keys, values = stored.update(features[:, None], facts[:, None])
+    return keys[:, 0], values[:, 0]

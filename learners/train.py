@@ -1,0 +1,263 @@
+"""Training Wings and its baselines, on accelerate: one device or data parallel.
+
+A run lives in one folder and goes on where it was killed, with the same result as without the
+kill. When it is done the folder holds `model`, a plain Hugging Face checkpoint, and `wings`, the
+adapter, if the method has learners. The next stage starts from that folder.
+"""
+
+import importlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import get_cosine_schedule_with_warmup
+
+from vlm_prune.learners.config import WingsConfig
+from vlm_prune.learners.data import IGNORED, Conversations, Example, collate, order
+from vlm_prune.learners.model import attach, detach
+from vlm_prune.learners.recipe import METHODS, Group, Recipe, open_parameters
+from vlm_prune.learners.store import WEIGHTS, load_adapter_state, save_pretrained
+from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.load import load
+
+LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One stage of one method.
+
+    Args:
+        model: `tiny`, a checkpoint folder, a hub name, or the folder of a finished run.
+        output: folder of this run.
+        method: a name in `METHODS`.
+        recipe: hyperparameters, for instance from `PRESETS`.
+        wings: the learners' options; which learners there are is the method's choice.
+        text_ratio: share of text-only samples; None is the method's own.
+        micro_batch: samples per forward and process; the result does not depend on it.
+        save_every: optimizer steps between checkpoints.
+        workers: processes that load images.
+        bf16: compute in bfloat16; weights and optimizer stay in float32.
+        cpu: stay off the GPU.
+    """
+
+    model: str
+    output: Path
+    method: str
+    recipe: Recipe
+    wings: WingsConfig = field(default_factory=WingsConfig)
+    text_ratio: float | None = None
+    micro_batch: int = 1
+    save_every: int = 200
+    workers: int = 0
+    bf16: bool = True
+    cpu: bool = False
+
+
+def _extra(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise InputError(f"this needs {name}: pip install 'vlm-prune[train]'") from None
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Recompute activations in the backward pass, by whichever name transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)()
+
+
+def prepare(run: Run) -> tuple[Any, Any, dict[Group, list[torch.nn.Parameter]], Any]:
+    """Model, processor, trainable parameters by group, and peft's wrapper for `lora`."""
+    method, stage = METHODS[run.method], run.recipe.stage
+    before = Path(run.model)
+    finished = (before / "model").is_dir()
+    model, processor = load(str(before / "model") if finished else run.model, dtype="float32")
+    lora = None
+    if stage == 2 and method.language == "lora":
+        peft, rank = _extra("peft"), run.recipe.lora_rank
+        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS)
+        lora = peft.get_peft_model(model, config)
+    learners = method.config(run.wings, stage)
+    if learners is not None:
+        attach(model, learners, seed=run.recipe.seed)
+        if finished and (before / "wings").is_dir():
+            load_adapter_state(model, load_file(before / "wings" / WEIGHTS), strict=False)
+    return model, processor, open_parameters(model, method, stage), lora
+
+
+def train(run: Run, examples: list[Example]) -> None:
+    """Train, or finish training.
+
+    Raises:
+        InputError: if the data cannot be used or `run.output` holds another run.
+    """
+    accelerate, output, recipe = _extra("accelerate"), run.output, run.recipe
+    _claim(run)
+    if (output / "model").is_dir():
+        return
+    accelerator = accelerate.Accelerator(
+        mixed_precision="bf16" if run.bf16 else "no",
+        cpu=run.cpu,
+        # a batch of text alone leaves the projector without gradients
+        kwargs_handlers=[accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    accelerate.utils.set_seed(recipe.seed)
+    model, processor, groups, lora = prepare(run)
+    checkpoint_activations(model)
+    ratio = METHODS[run.method].text_ratio if run.text_ratio is None else run.text_ratio
+    drawn = order([bool(e.images) for e in examples], ratio, recipe.epochs, recipe.seed)
+    steps = -(-len(drawn) // recipe.batch)
+    rates = {
+        "projector": recipe.projector_lr,
+        "learners": recipe.learner_lr,
+        "language": recipe.language_lr,
+    }
+    optimizer = torch.optim.AdamW(
+        [{"params": p, "lr": rates[name]} for name, p in groups.items() if p],
+        weight_decay=recipe.weight_decay,
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(recipe.warmup * steps), steps)
+    accelerator.register_for_checkpointing(schedule)
+    wrapped, optimizer = accelerator.prepare(model.train(), optimizer)
+    done = _resume(accelerator, output)
+    family = family_of(model)
+    layout = family.image_token, family.tokens_per_image, recipe.max_length
+    data = Conversations(examples, processor, *layout)
+    share = drawn[done * recipe.batch :]
+    for step, batches in enumerate(_steps(data, share, run, accelerator), done + 1):
+        loss = _step(accelerator, wrapped, optimizer, batches, recipe.clip)
+        entry = {"step": step, "loss": loss, "rates": schedule.get_last_lr()}
+        schedule.step()
+        if accelerator.is_main_process:
+            with (output / "log.jsonl").open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+        if step % run.save_every == 0 and step < steps:
+            _checkpoint(accelerator, output, step)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _finish(model, processor, lora, output)
+
+
+def _step(
+    accelerator: Any, model: Any, optimizer: Any, batches: list[dict[str, Tensor]], clip: float
+) -> float:
+    """One update; the loss is the mean over the answer tokens of the whole batch."""
+    batches = [{name: t.to(accelerator.device) for name, t in b.items()} for b in batches]
+    counted = torch.stack([(b["labels"][:, 1:] != IGNORED).sum() for b in batches]).sum()
+    tokens = accelerator.reduce(counted, "sum").clamp(min=1)
+    total = torch.zeros((), device=accelerator.device)
+    for number, batch in enumerate(batches):
+        last = number == len(batches) - 1
+        with nullcontext() if last else accelerator.no_sync(model):
+            loss = model(**batch, num_items_in_batch=tokens, use_cache=False).loss
+            # data parallel training averages gradients, and this sum must not be
+            accelerator.backward(loss * accelerator.num_processes)
+        total += loss.detach()
+    accelerator.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(accelerator.reduce(total, "sum"))
+
+
+def _steps(
+    data: Conversations, share: list[int], run: Run, accelerator: Any
+) -> Iterator[list[dict[str, Tensor]]]:
+    """This process's micro-batches of each optimizer step."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    plan: list[list[list[int]]] = []
+    for start in range(0, len(share), run.recipe.batch):
+        batch = share[start : start + run.recipe.batch]
+        # processes must take equally many samples, so a last batch may repeat some
+        mine = (batch * world)[: -(-len(batch) // world) * world][rank::world]
+        plan.append([mine[k : k + run.micro_batch] for k in range(0, len(mine), run.micro_batch)])
+    flat = [micro for step in plan for micro in step]
+    loader = iter(DataLoader(data, batch_sampler=flat, collate_fn=collate, num_workers=run.workers))
+    for step in plan:
+        yield [next(loader) for _ in step]
+
+
+def _claim(run: Run) -> None:
+    """Mark the folder as this run's, so that another one cannot go on from its checkpoints."""
+    free = ("output", "micro_batch", "save_every", "workers", "cpu")
+    ours = {name: value for name, value in asdict(run).items() if name not in free}
+    text, path = json.dumps(ours, indent=2) + "\n", run.output / "run.json"
+    if path.is_file() and path.read_text() != text:
+        raise InputError(f"{run.output} holds another run; give an empty folder, or its settings")
+    run.output.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def _checkpoint(accelerator: Any, output: Path, step: int) -> None:
+    """Write beside the last checkpoint and rename, so that one of them is always whole."""
+    partial, final = output / "checkpoint.partial", output / f"checkpoint-{step}"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        os.replace(partial, final)
+        for old in output.glob("checkpoint-*"):
+            if old != final:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def _resume(accelerator: Any, output: Path) -> int:
+    """Load the newest checkpoint, if any; returns the steps done. Later log lines are dropped."""
+    found = sorted(int(path.name.split("-")[1]) for path in output.glob("checkpoint-*"))
+    done = found[-1] if found else 0
+    if done:
+        accelerator.load_state(str(output / f"checkpoint-{done}"))
+    log = output / "log.jsonl"
+    if log.is_file() and accelerator.is_main_process:
+        log.write_text("".join(log.read_text().splitlines(keepends=True)[:done]))
+    return done
+
+
+def _finish(model: Any, processor: Any, lora: Any, output: Path) -> None:
+    if getattr(model, "wings", None) is not None:
+        save_pretrained(model, output / "wings")
+        detach(model)
+    if lora is not None:
+        model = lora.merge_and_unload()
+    partial = output / "model.partial"
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    os.replace(partial, output / "model")
+    for old in output.glob("checkpoint-*"):
+        shutil.rmtree(old)
+
+
+@torch.no_grad()
+def merge(base: Any, tuned: Any, alpha: float) -> None:
+    """Move the tuned language model back towards its base, in place: base + alpha (tuned - base).
+
+    Needs no training, and rescues a model that has been tuned already; sweep `alpha` over [0, 1].
+
+    Raises:
+        InputError: if the two language models differ in shape.
+    """
+    ours, theirs = (
+        dict(family_of(model).decoder.named_parameters())
+        | {f"head.{n}": p for n, p in model.get_output_embeddings().named_parameters()}
+        for model in (tuned, base)
+    )
+    if {n: p.shape for n, p in ours.items()} != {n: p.shape for n, p in theirs.items()}:
+        raise InputError("the two models' language models differ; merge a model with its own base")
+    moved: set[int] = set()
+    for name, parameter in ours.items():
+        if parameter.data_ptr() not in moved:
+            parameter.copy_(theirs[name].lerp(parameter, alpha))
+            moved.add(parameter.data_ptr())

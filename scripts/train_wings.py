@@ -1,0 +1,54 @@
+"""Train Wings or one of its baselines, one stage at a time, or merge a tuned model with its base.
+
+accelerate launch scripts/train_wings.py train --data a.json --output runs/one --preset recommended-1
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlm_prune.learners.data import read_llava
+from vlm_prune.learners.recipe import METHODS, PRESETS
+from vlm_prune.learners.train import Run, merge, train
+from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.load import load
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(name="train")
+def train_command(
+    data: Annotated[list[Path], typer.Option(help="LLaVA-format JSON; repeat for more files")],
+    output: Annotated[Path, typer.Option(help="folder of the run; resumes what is in it")],
+    images: Annotated[Path, typer.Option(help="folder of the images")] = Path("."),
+    model: Annotated[str, typer.Option(help="checkpoint, or a finished run's folder")] = "tiny",
+    method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "wings",
+    preset: Annotated[str, typer.Option(help=", ".join(PRESETS))] = "recommended-1",
+    text_ratio: Annotated[float | None, typer.Option(help="share of text-only samples")] = None,
+    micro_batch: Annotated[int, typer.Option(help="samples per forward and device")] = 1,
+    seed: int = 42,
+) -> None:
+    """Run one stage of one method."""
+    recipe = replace(PRESETS[preset], seed=seed)
+    examples = [example for file in data for example in read_llava(file, images)]
+    run = Run(model, output, method, recipe, text_ratio=text_ratio, micro_batch=micro_batch)
+    train(run, examples)
+
+
+@app.command(name="merge")
+def merge_command(base: str, tuned: str, output: Path, alpha: float = 0.5) -> None:
+    """Write base + alpha (tuned - base), language model only, as a checkpoint."""
+    model, processor = load(tuned)
+    merge(load(base)[0], model, alpha)
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+
+
+if __name__ == "__main__":
+    try:
+        app()
+    except InputError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(2) from None

@@ -1,0 +1,240 @@
+"""A few steps of every method on a random model: what moves, what stays, and what a kill costs."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from vlm_prune.learners import WingsConfig, from_pretrained
+from vlm_prune.learners import train as train_module
+from vlm_prune.learners.data import read_llava
+from vlm_prune.learners.model import wings_layers
+from vlm_prune.learners.recipe import METHODS, PRESETS
+from vlm_prune.learners.train import Run, merge, prepare, train
+from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.load import load
+
+QUICK = {"projector_lr": 1e-2, "learner_lr": 1e-2, "language_lr": 1e-2, "batch": 4, "lora_rank": 2}
+STAGES = {n: replace(PRESETS[f"paper-{n}"], **QUICK) for n in (1, 2)}
+WINGS = WingsConfig(rank=4, max_positions=128)
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+VISION, PROJECTOR, LANGUAGE = "vision_tower", "multi_modal_projector", "language_model"
+
+
+@pytest.fixture(autouse=True)
+def forget_precision():
+    """Accelerate allows one precision per process."""
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def examples(conversations):
+    return read_llava(conversations / "data.json", conversations)
+
+
+@pytest.fixture
+def make_run(checkpoint, tmp_path):
+    def make(method, stage, name="run", model=checkpoint, **options):
+        options = {"wings": WINGS, "bf16": False, "cpu": True} | options
+        return Run(str(model), tmp_path / name, method, STAGES[stage], **options)
+
+    return make
+
+
+def part(name):
+    if ".wings." in name:
+        return name.split(".wings.")[1].split(".")[1 if "learners" in name else 0]
+    if "lora_" in name:
+        return "lora"
+    return next((p for p in (VISION, PROJECTOR, LANGUAGE) if p in name), LANGUAGE)
+
+
+OPEN = {
+    ("full", 1): {PROJECTOR},
+    ("lora", 1): {PROJECTOR},
+    ("replay", 1): {PROJECTOR},
+    ("frozen-llm", 1): {PROJECTOR, "visual"},
+    ("wings", 1): {PROJECTOR, "visual"},
+    ("wings-visual", 1): {PROJECTOR, "visual"},
+    ("wings-textual", 1): {PROJECTOR},
+    ("wings-no-router", 1): {PROJECTOR, "visual"},
+    ("full", 2): {PROJECTOR, LANGUAGE},
+    ("lora", 2): {PROJECTOR, "lora"},
+    ("replay", 2): {PROJECTOR, LANGUAGE},
+    ("frozen-llm", 2): {PROJECTOR, "visual"},
+    ("wings", 2): {PROJECTOR, LANGUAGE, "visual", "textual", "router"},
+    ("wings-visual", 2): {PROJECTOR, LANGUAGE, "visual"},
+    ("wings-textual", 2): {PROJECTOR, LANGUAGE, "textual"},
+    ("wings-no-router", 2): {PROJECTOR, LANGUAGE, "visual", "textual"},
+}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_each_stage_opens_what_it_should_and_nothing_else(method, stage, make_run):
+    model, _, groups, _ = prepare(make_run(method, stage))
+    named = dict(model.named_parameters())
+    opened = {name for name, parameter in named.items() if parameter.requires_grad}
+    assert {part(name) for name in opened} == OPEN[method, stage]
+    for whole in OPEN[method, stage] - {"lora"}:
+        assert all(name in opened for name in named if part(name) == whole and "lora" not in name)
+    grouped = [id(parameter) for parameters in groups.values() for parameter in parameters]
+    assert sorted(grouped) == sorted(id(named[name]) for name in opened)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_stages_change_what_they_opened_and_leave_plain_checkpoints(
+    method, make_run, examples, checkpoint
+):
+    before = load(str(checkpoint))[0].state_dict()
+    train(make_run(method, 1, "one"), examples)
+    second = make_run(method, 2, "two", model=make_run(method, 1, "one").output)
+    train(second, examples)
+    model, _ = load(str(second.output / "model"))
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    changed = {part(name) for name in after if not torch.equal(after[name], before[name])}
+    opened = (OPEN[method, 1] | OPEN[method, 2]) - {"visual", "textual", "router"}
+    assert changed == {LANGUAGE if name == "lora" else name for name in opened}
+    assert (second.output / "wings").is_dir() == bool(METHODS[method].modalities)
+    if METHODS[method].modalities:
+        weights = load_file(second.output / "wings" / "adapter_model.safetensors")
+        outputs = [tensor for name, tensor in weights.items() if name.endswith("output.up.weight")]
+        assert len(outputs) == 3 * len(METHODS[method].modalities)
+        assert all(tensor.any() for tensor in outputs)
+        from_pretrained(model, second.output / "wings")
+        assert model.wings.config.modalities == METHODS[method].modalities
+
+
+def test_stage_two_starts_from_stage_ones_visual_learners(make_run, examples):
+    train(make_run("wings", 1, "one"), examples)
+    one = make_run("wings", 1, "one").output
+    kept = load_file(one / "wings" / "adapter_model.safetensors")
+    model, *_ = prepare(make_run("wings", 2, "two", model=one))
+    own = wings_layers(model)[0].state_dict()
+    for name, tensor in kept.items():
+        if name.startswith("layers.0."):
+            assert torch.equal(own[name.removeprefix("layers.0.")], tensor)
+    assert not own["learners.textual.output.up.weight"].any()
+
+
+def outcome(run):
+    weights = load_file(run.output / "model" / "model.safetensors")
+    weights |= load_file(run.output / "wings" / "adapter_model.safetensors")
+    return weights, (run.output / "log.jsonl").read_text()
+
+
+def test_a_killed_run_goes_on_to_the_same_result(make_run, examples, monkeypatch):
+    whole = make_run("wings", 2, "whole", save_every=1)
+    train(whole, examples)
+    weights, log = outcome(whole)
+    assert [json.loads(line)["step"] for line in log.splitlines()] == [1, 2, 3]
+
+    killed = make_run("wings", 2, "killed", save_every=1)
+    honest, steps = train_module._checkpoint, []
+
+    def kill(accelerator, output, step):
+        if step == 2:
+            raise KeyboardInterrupt
+        honest(accelerator, output, step)
+
+    monkeypatch.setattr(train_module, "_checkpoint", kill)
+    with pytest.raises(KeyboardInterrupt):
+        train(killed, examples)
+    assert len((killed.output / "log.jsonl").read_text().splitlines()) == 2
+    monkeypatch.setattr(train_module, "_checkpoint", honest)
+    one_step = train_module._step
+
+    def count(*arguments):
+        steps.append(1)
+        return one_step(*arguments)
+
+    monkeypatch.setattr(train_module, "_step", count)
+    train(killed, examples)
+    assert len(steps) == 2
+    resumed, resumed_log = outcome(killed)
+    assert resumed_log == log
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in weights.items())
+    assert not list(killed.output.glob("checkpoint*"))
+    train(killed, examples)
+    assert len(steps) == 2
+    with pytest.raises(InputError, match="holds another run"):
+        train(replace(killed, method="full"), examples)
+
+
+def test_the_result_does_not_depend_on_the_micro_batch(make_run, examples):
+    runs = [make_run("wings", 2, f"of-{size}", micro_batch=size) for size in (1, 4)]
+    for run in runs:
+        train(run, examples)
+    logs = [outcome(run)[1].splitlines() for run in runs]
+    for a, b in zip(*logs, strict=True):
+        assert json.loads(a)["loss"] == pytest.approx(json.loads(b)["loss"], rel=1e-3)
+
+
+def test_each_part_has_its_own_rate_that_warms_up_and_decays(make_run, examples):
+    run = make_run("wings", 2)
+    rates = {"projector_lr": 3e-3, "learner_lr": 2e-3, "language_lr": 1e-3}
+    train(replace(run, recipe=replace(run.recipe, batch=1, warmup=0.25, **rates)), examples)
+    lines = [json.loads(line) for line in (run.output / "log.jsonl").read_text().splitlines()]
+    peak = max(lines, key=lambda line: line["rates"][0])
+    assert peak["rates"] == pytest.approx([3e-3, 2e-3, 1e-3])
+    assert peak["step"] == 4
+    assert lines[0]["rates"] == [0, 0, 0]
+    assert lines[-1]["rates"][0] < 1e-3
+
+
+def test_bf16_keeps_float32_weights(make_run, examples):
+    run = make_run("wings", 2, bf16=True)
+    train(run, examples)
+    weights, log = outcome(run)
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    losses = [json.loads(line)["loss"] for line in log.splitlines()]
+    assert all(0 < loss < 50 for loss in losses)
+
+
+def test_batches_of_text_alone_train(make_run, examples):
+    run = make_run("wings", 1, text_ratio=1.0)
+    train(run, examples)
+    weights, _ = outcome(run)
+    assert not any(t.any() for n, t in weights.items() if n.endswith("visual.output.up.weight"))
+
+
+def test_the_presets_are_those_of_the_paper_and_its_scripts():
+    assert (PRESETS["paper-1"].learner_lr, PRESETS["paper-1"].batch) == (1e-3, 32)
+    two = PRESETS["scripts-2"]
+    assert (two.language_lr, two.projector_lr, two.learner_lr) == (2e-6, 1e-5, 2e-6)
+    assert (two.batch, two.warmup, two.clip, two.max_length) == (64, 0.03, 1.0, 2048)
+    assert PRESETS["scripts-2-llava"].language_lr == pytest.approx(10 * two.language_lr)
+    with pytest.raises(InputError, match="did you mean 'paper-1'"):
+        PRESETS["paper1"]
+
+
+def test_merging_interpolates_the_language_model_alone(build):
+    base, tuned = build("qwen2"), build("qwen2")
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(1)
+    merge(base, tuned, 0.25)
+    for name, parameter in tuned.named_parameters():
+        moved = 0.25 if part(name) == LANGUAGE else 1
+        torch.testing.assert_close(parameter - dict(base.named_parameters())[name], torch.full_like(parameter, moved))  # fmt: skip
+    with pytest.raises(InputError, match="merge a model with its own base"):
+        merge(build("llama"), tuned, 0.5)
+
+
+@pytest.mark.slow
+def test_the_script_reports_wrong_input_in_one_line(conversations, tmp_path):
+    script = Path(__file__).parents[2] / "scripts" / "train_wings.py"
+    arguments = ["--data", str(conversations / "data.json"), "--output", str(tmp_path / "out")]
+    out = subprocess.run(
+        [sys.executable, str(script), "train", *arguments, "--preset", "paper-3"],
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert out.returncode == 2
+    assert out.stderr.startswith("error: unknown preset 'paper-3'")
