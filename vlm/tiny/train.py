@@ -60,8 +60,8 @@ class Recipe:
     again: int = 200
     symbols: int = 3600
     align: int = 400
-    language: int = 900
-    together: int = 200
+    language: int = 1300
+    together: int = 300
     scenes: int = 4000
     seed: int = 0
 
@@ -163,7 +163,7 @@ class Trainer:
         modules: list[nn.Module] = [inner.language_model, inner.multi_modal_projector]
 
         def rows(level: int) -> list[Row]:
-            return self._rows(*((12, 20, 60), (10, 24, 200), (8, 32, 576))[level], features=True)
+            return self._rows(*((4, 20, 60), (4, 24, 200), (4, 24, 576))[level], features=True)
 
         steps = self.recipe.language
         self._train("language", steps, 1.5e-3, projected(self.model), modules, rows, 3)
@@ -171,7 +171,7 @@ class Trainer:
     def _together(self) -> None:
         """Everything end to end from pixels."""
         self._draw()
-        steps, rows = self.recipe.together, lambda _: self._rows(8, 32, 576, pixels=True)
+        steps, rows = self.recipe.together, lambda _: self._rows(4, 24, 576, pixels=True)
         self._train("together", steps, 5e-4, projected(self.model), [self.model], rows, 1)
 
     def _train(
