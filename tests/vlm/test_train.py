@@ -51,7 +51,7 @@ def test_a_question_in_a_packed_row_is_answered_as_it_is_alone(processor):
     def loss(rows):
         with torch.no_grad():
             images = [one.image for one in rows]
-            value, _ = loss_of(model, pack(rows, tokenizer, image_token), images, projected(model))
+            value, *_ = loss_of(model, pack(rows, tokenizer, image_token), images, projected(model))
         return float(value)
 
     alone = [type(row)(row.before, [block], row.image) for block in row.blocks]

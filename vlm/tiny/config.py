@@ -81,8 +81,10 @@ def make_model(
             hidden_size=width,
             intermediate_size=688,
             num_hidden_layers=6,
-            num_attention_heads=max(2, width // 32),
-            num_key_value_heads=max(2, width // 32),
+            num_attention_heads=max(2, width // 64),
+            num_key_value_heads=max(2, width // 64),
+            # slow rotation: a question finds what it names among 576 tokens by content
+            rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
             max_position_embeddings=4096,
             tie_word_embeddings=True,
             bos_token_id=ids["bos"],

@@ -82,12 +82,13 @@ def _layout(
 
 def loss_of(
     model: LlavaForConditionalGeneration, batch: Packed, images: list[Tensor], encode: Encoder
-) -> tuple[Tensor, float]:
-    """Cross-entropy over answer tokens; the share that argmax gets right, end tokens aside."""
+) -> tuple[Tensor, float, float]:
+    """Cross-entropy over answer tokens; the shares that argmax gets right in rows with an image
+    and without one, end tokens aside."""
     embeds = model.get_input_embeddings()(batch.ids)
+    shown = batch.ids == model.config.image_token_id
     if images:
-        shown = (batch.ids == model.config.image_token_id).unsqueeze(-1)
-        embeds = embeds.masked_scatter(shown, encode(images))
+        embeds = embeds.masked_scatter(shown.unsqueeze(-1), encode(images))
     decoder = model.model.language_model
     hidden = decoder(
         inputs_embeds=embeds, attention_mask=batch.mask, position_ids=batch.positions,
@@ -96,8 +97,10 @@ def loss_of(
     asked = batch.labels != IGNORE
     logits, labels = model.lm_head(hidden[asked]), batch.labels[asked]
     words = labels != model.config.text_config.eos_token_id
-    right = (logits.argmax(-1) == labels)[words].float().mean()
-    return cross_entropy(logits, labels), float(right)
+    visual = shown.any(1)[asked.nonzero()[:, 0]]
+    right = (logits.argmax(-1) == labels).float()
+    shares = [float(right[words & rows].mean()) for rows in (visual, ~visual)]
+    return cross_entropy(logits, labels), *shares
 
 
 def projected(model: LlavaForConditionalGeneration) -> Encoder:
@@ -136,10 +139,11 @@ def train_language(
     """Train `modules` for `steps` batches, the rate falling linearly over the last 40 %.
 
     `rows` draws a batch for a level of difficulty; the level rises when the running share of
-    right answer tokens passes `promote`, and at the latest with an equal share of the steps.
+    right answer tokens about images passes `promote`, and at the latest with an equal share of
+    the steps.
     """
     steppers = optimizers(modules, rate)
-    running, level, entered = 0.5, 0, 0
+    running, text, level, entered = 0.5, 0.5, 0, 0
     for step in range(steps):
         warm, left = min(1.0, (step + 1) / 20), min(1.0, (steps - step) / (0.4 * steps))
         for stepper, peak in zip(steppers, (rate, rate / 2), strict=True):
@@ -147,15 +151,16 @@ def train_language(
         batch = rows(level)
         images = [row.image for row in batch if row.image is not None]
         packed = pack(batch, tokenizer, model.config.image_token_id)
-        loss, right = loss_of(model, packed, images, encode)
+        loss, right, right_text = loss_of(model, packed, images, encode)
         loss.backward()
         nn.utils.clip_grad_norm_([p for m in modules for p in m.parameters()], 1.0)
         for stepper in steppers:
             stepper.step()
             stepper.zero_grad(set_to_none=True)
         running += (right - running) * 0.04
+        text += (right_text - text) * 0.04
         if step % 50 == 0 or step == steps - 1:
-            say(step, level=level, loss=loss.item(), right=running)
+            say(step, level=level, loss=loss.item(), visual=running, text=text)
         ready = running > promote and step - entered > 60
         if level < levels - 1 and (ready or step >= steps * (level + 1) // levels):
             level, entered, running = level + 1, step, 0.6

@@ -58,7 +58,7 @@ class Recipe:
     whole: int = 700
     written: int = 2000
     again: int = 200
-    symbols: int = 3600
+    symbols: int = 2400
     align: int = 400
     language: int = 1300
     together: int = 300
