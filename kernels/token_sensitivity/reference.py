@@ -44,8 +44,9 @@ def closed_form(
     activation: Callable[[Tensor], Tensor],
     kernel: Tensor,
 ) -> Tensor:
+    before = pre_activation(features, w1, b1)
     with torch.inference_mode(False), torch.enable_grad():
-        point = pre_activation(features, w1, b1).clone().detach().requires_grad_()
+        point = before.clone().detach().requires_grad_()
         (slope,) = torch.autograd.grad(activation(point).sum(), point)
     squared = ((slope @ kernel) * slope).sum(-1) / features.shape[-1]
     return squared.clamp_min(0).sqrt()
