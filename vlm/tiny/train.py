@@ -7,7 +7,7 @@ that was stopped goes on where it was.
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -60,8 +60,8 @@ class Recipe:
     again: int = 200
     symbols: int = 2400
     align: int = 400
-    language: int = 1300
-    together: int = 300
+    language: int = 1100
+    together: int = 150
     scenes: int = 4000
     seed: int = 0
 
@@ -84,7 +84,7 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.few: list[list[Example]] = []
         self.many: list[Example] = []
-        self.features: list[Tensor] = []
+        self.features: dict[int, Tensor] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
     def run(self, stages: tuple[str, ...] = STAGES) -> None:
@@ -147,18 +147,17 @@ class Trainer:
     def _projector(self) -> None:
         """Fit the projector to the symbols."""
         self._draw()
-        self._encode()
-        triples = torch.cat([example.triples for example in self.many[:800]])
+        first = range(min(400, len(self.many)))
+        triples = torch.cat([self.many[k].triples for k in first])
         with torch.no_grad():
             targets = self.symbols(triples)
-        projector, features = self.model.model.multi_modal_projector, torch.cat(self.features[:800])
+        projector, features = self.model.model.multi_modal_projector, self._encoded(first)
         steps, say = self.recipe.align, self.say("projector")
-        align_projector(projector, features, targets, triples[:, 0] > 0, steps, say)
+        align_projector(projector, torch.cat(features), targets, triples[:, 0] > 0, steps, say)
 
     def _language(self) -> None:
         """Projector and language model on the frozen tower, all 576 tokens in the end."""
         self._draw()
-        self._encode()
         inner = self.model.model
         modules: list[nn.Module] = [inner.language_model, inner.multi_modal_projector]
 
@@ -166,7 +165,7 @@ class Trainer:
             return self._rows(*((4, 20, 60), (4, 24, 200), (4, 24, 576))[level], features=True)
 
         steps = self.recipe.language
-        self._train("language", steps, 1.5e-3, projected(self.model), modules, rows, 3)
+        self._train("language", steps, 1e-3, projected(self.model), modules, rows, 3)
 
     def _together(self) -> None:
         """Everything end to end from pixels."""
@@ -193,13 +192,15 @@ class Trainer:
             self.few = [self.source.examples(self.recipe.scenes // 8, n) for n in (2, 3, 4)]
 
     @torch.no_grad()
-    def _encode(self) -> None:
-        """Cache the frozen tower's features, (576, width) in half precision per image."""
-        if self.features:
-            return
-        for start in range(0, len(self.many), 8):
-            pixels = torch.stack([example.pixels for example in self.many[start : start + 8]])
-            self.features += list(tower_features(clip(self.model), pixels).half())
+    def _encoded(self, scenes: Iterable[int]) -> list[Tensor]:
+        """The frozen tower's features of scenes, (576, width) each, kept in half precision."""
+        missing = sorted({k for k in scenes if k not in self.features})
+        for start in range(0, len(missing), 8):
+            these = missing[start : start + 8]
+            pixels = torch.stack([self.many[k].pixels for k in these])
+            encoded = tower_features(clip(self.model), pixels).half()
+            self.features |= dict(zip(these, encoded, strict=True))
+        return [self.features[k] for k in scenes]
 
     def _symbol_rows(self, level: int) -> list[Row]:
         """Lookups among two, three and four objects and in whole scenes; then every task."""
@@ -224,16 +225,17 @@ class Trainer:
         An image is given as pixels, or as the features or the symbols of all object patches and
         of `extra` others.
         """
+        drawn = pool or self.many
+        chosen = torch.randint(len(drawn), (images,), generator=self.generator).tolist()
+        encoded = self._encoded(chosen) if features else []
         rows = []
-        for _ in range(images):
-            drawn = pool or self.many
-            k = int(torch.randint(len(drawn), (), generator=self.generator))
+        for place, k in enumerate(chosen):
             example = drawn[k]
             if pixels:
                 image = example.pixels
             else:
                 keep = _some(example.triples[:, 0] > 0, extra, self.generator)
-                image = (self.features[k] if features else example.triples)[keep]
+                image = (encoded[place] if features else example.triples)[keep]
             rows.append(example.row(image, questions, lookups, self._seed()))
         texts = max(1, images // 4)
         return [*rows, *(self.source.text(10, self._seed()) for _ in range(texts))]
