@@ -60,8 +60,8 @@ class Recipe:
     again: int = 200
     symbols: int = 2400
     align: int = 400
-    language: int = 1100
-    together: int = 150
+    language: int = 1500
+    together: int = 100
     scenes: int = 4000
     seed: int = 0
 
