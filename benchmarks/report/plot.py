@@ -8,8 +8,8 @@ from vlm_prune.benchmarks.report.load import Run
 from vlm_prune.benchmarks.report.numbers import CONTROLS
 
 LEFT, RIGHT, TOP, BOTTOM = 40, 44, 14, 44
-TICK_GAP = 28
-STEPS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+TICK_GAP = 40
+STEPS: tuple[float, ...] = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Plot:
         """The front as an SVG path: the accuracy that a number of tokens buys."""
         first, *rest = self.front
         path = "".join(f"H{mark.x:.1f}V{mark.y:.1f}" for mark in rest)
-        return f"M{first.x:.1f} {first.y:.1f}{path}"
+        return f"M{first.x:.1f} {first.y:.1f}{path}H{self.width - RIGHT}"
 
 
 def series_of(runs: list[Run]) -> list[str]:
@@ -101,7 +101,7 @@ def draw(runs: list[Run], width: int, height: int) -> Plot:
     span = math.log(max(unpruned.tokens / fewest, 1.01))
     ends = [y for p in points for y in (p.accuracy, *(p.interval or ()))]
     step = _step(max(ends) - min(ends), height)
-    bottom = max(0.0, math.floor(min(ends) / step - 0.25) * step)
+    bottom: float = max(0.0, math.floor(min(ends) / step - 0.25) * step)
     top: float = math.ceil(max(ends) / step + 0.25) * step
     dodge = min(7.0, 0.06 * width / len(names))
     inset = 16 + dodge * len(names) / 2
@@ -119,7 +119,7 @@ def draw(runs: list[Run], width: int, height: int) -> Plot:
         return Mark(point, x(point.tokens) + dodge * aside, y(point.accuracy), low, high)
 
     marks = [mark(point) for point in points]
-    powers = [2.0**n for n in range(20) if fewest <= 2.0**n <= unpruned.tokens]
+    powers = [2**n for n in range(20) if fewest <= 2**n <= unpruned.tokens]
     x_ticks = [(x(tokens), f"{tokens:g}") for tokens in powers]
     x_ticks = [tick for tick in x_ticks if tick[0] < marks[-1].x - TICK_GAP]
     retained_ticks = []
@@ -140,7 +140,7 @@ def draw(runs: list[Run], width: int, height: int) -> Plot:
 
 def _step(span: float, height: int) -> float:
     """The least round step that leaves ticks room."""
-    room = (height - TOP - BOTTOM) / (1.6 * TICK_GAP)
+    room = (height - TOP - BOTTOM) / (TICK_GAP)
     return next((step for step in STEPS if span / step <= room), STEPS[-1])
 
 
