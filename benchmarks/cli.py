@@ -232,6 +232,21 @@ def bench(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="--output folders of eval or compare.")],
+    output: Annotated[
+        Path | None, typer.Option(help="HTML file; report.html in the first folder unless given.")
+    ] = None,
+    gallery: Annotated[int, typer.Option(min=0, help="Questions shown with pictures.")] = 60,
+) -> None:
+    """Put runs on one self-contained HTML page."""
+    from vlm_prune.benchmarks.report import report
+
+    page, found = report(runs, output, gallery)
+    print(f"{page}: {len(found)} runs, {page.stat().st_size / 1e6:.1f} MB")
+
+
+@app.command()
 def ask(
     image: Annotated[Path, typer.Argument(help="An image file.")],
     question: Annotated[str, typer.Argument(help="A question about it.")],

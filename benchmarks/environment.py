@@ -1,6 +1,7 @@
 """What a measurement was made with, so that it can be repeated."""
 
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -20,13 +21,23 @@ def versions(*more: str) -> dict[str, str]:
     return found
 
 
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's architecture and threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def command() -> str:
+    """The command that runs, as a shell reads it."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
 def environment(device: torch.device) -> dict[str, str]:
     """Device, driver, versions and the command that runs."""
+    driver = "none"
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-    else:
-        name, driver = f"{platform.machine()} CPU, {torch.get_num_threads()} threads", "none"
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    return {"device": name, "driver": driver, **versions("triton"), "command": command}
+    about = {"device": device_name(device), "driver": driver, **versions("triton")}
+    return about | {"command": command()}

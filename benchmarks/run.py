@@ -5,6 +5,7 @@ import os
 import resource
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlm_prune.benchmarks.environment import versions
+from vlm_prune.benchmarks.environment import command, device_name, versions
 from vlm_prune.benchmarks.latency import Phases, timed_generate
 from vlm_prune.benchmarks.metrics.bootstrap import accuracy_interval, retained
 from vlm_prune.benchmarks.tasks import TASKS, Sample
@@ -117,14 +118,19 @@ class RunFolder:
         self.rows |= {row["id"]: row for row in new}
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_text(path: Path, content: str) -> None:
     """Write all of the file or none of it."""
     partial = path.with_suffix(path.suffix + ".partial")
     try:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+        partial.write_text(content, encoding="utf-8")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write all of the file or none of it."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def evaluate(
@@ -197,7 +203,7 @@ def _answer(
             "baseline_prefill": before.prefill,
             "baseline_decode": before.decode,
         }
-        rows = []
+        rows, places = [], iter(trace.kept)
         for number, sample in enumerate(batch):
             task = TASKS[sample.id.split("/")[0]]
             length = int(prompt["attention_mask"][number].sum())
@@ -215,6 +221,7 @@ def _answer(
                     "images": len(sample.images),
                     "text_tokens": length - len(sample.images) * family.tokens_per_image,
                     "layer_tokens": trace.layer_tokens,
+                    "kept": [kept.tolist() for kept in islice(places, len(sample.images))],
                     "time_ms": {key: 1e3 * t / len(batch) for key, t in times.items()},
                 }
             )
@@ -292,6 +299,8 @@ def summarise(config: RunConfig, rows: list[dict[str, Any]], model: Any) -> dict
         "seed": config.seed,
         "config": asdict(config),
         "versions": versions(),
+        "device": device_name(model.device),
+        "command": command(),
         "tasks": tasks,
         "overall": {
             "accuracy": mean([task["accuracy"] for task in tasks.values()]),

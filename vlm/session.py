@@ -108,17 +108,18 @@ def pruned(
 
     @torch.no_grad()
     def prompt(input_ids: Tensor, mask: Tensor | None, pixel_values: Tensor | None) -> Prompt:
-        tokens, start = vision, now(model.device)
+        tokens = vision
         if pixel_values is not None:
+            start = now(model.device)
             tokens = family.encode(pixels(pixel_values))
+            trace.vision_s += now(model.device) - start
         assert tokens is not None
         images = len(tokens.projected)
         asked = question_embeddings(model, input_ids, mask, family.image_token, images)
         tokens = replace(tokens, question=asked)
-        encoded = now(model.device)
+        start = now(model.device)
         kept = reduce(tokens)
-        trace.selection_s += now(model.device) - encoded
-        trace.vision_s += encoded - start
+        trace.selection_s += now(model.device) - start
         trace.kept = trace.entered = kept.places
         mean = sum(len(places) for places in kept.places) / max(1, len(kept.places))
         trace.layer_tokens = [mean] * len(family.decoder.layers)

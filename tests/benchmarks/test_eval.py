@@ -24,7 +24,7 @@ def test_eval_writes_the_promised_results(run, checkpoint, tmp_path):
     assert code == 0, err
     assert "exist" in out and "speed-up" in out
     content, rows = results(tmp_path)
-    assert {"model", "method", "budget", "seed", "versions"} <= set(content)
+    assert {"model", "method", "budget", "seed", "versions", "command"} <= set(content)
     for task in content["tasks"].values():
         assert {"n", "accuracy", "baseline_accuracy", "retained", "ci"} <= set(task)
     assert {"accuracy", "baseline_accuracy", "retained", "ci"} <= set(content["overall"])
@@ -37,8 +37,10 @@ def test_eval_writes_the_promised_results(run, checkpoint, tmp_path):
         "baseline_prefill",
         "baseline_decode",
     } <= set(content["time_ms"])
+    assert content["time_ms"]["vision"] == content["time_ms"]["baseline_vision"]
     assert content["flops"]["pruned"] < content["flops"]["baseline"]
     assert len(rows) == 6 == len({row["id"] for row in rows})
+    assert [[len(set(kept)) for kept in row["kept"]] for row in rows] == [[64]] * 3 + [[]] * 3
 
 
 @pytest.mark.parametrize("lines", [0, 1, 4])

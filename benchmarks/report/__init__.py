@@ -1,0 +1,74 @@
+"""One HTML page about one or more runs: numbers, plots, and pictures of the kept tokens.
+
+The page needs no network: style, script, plots and pictures stand in it. Its content security
+policy runs the one script that is named by its hash; answers and questions are text only.
+"""
+
+import base64
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from vlm_prune.benchmarks.report.gallery import gallery
+from vlm_prune.benchmarks.report.load import Run, load_runs
+from vlm_prune.benchmarks.report.numbers import CONTROLS, PHASES, bars, budgets
+from vlm_prune.benchmarks.report.plot import draw, series_of
+from vlm_prune.benchmarks.run import write_text
+from vlm_prune.benchmarks.table import percent, with_interval
+
+HERE = Path(__file__).parent
+
+
+def report(paths: list[Path], output: Path | None = None, most: int = 60) -> tuple[Path, list[Run]]:
+    """Write the page about the runs in `paths`; returns where, and the runs.
+
+    Args:
+        output: an HTML file; `report.html` in the first of `paths` unless given.
+        most: questions shown with pictures.
+
+    Raises:
+        InputError: if the folders are not runs that can stand on one page.
+        OSError: if the page cannot be written; nothing is left half-written.
+    """
+    runs = load_runs(paths)
+    target = output or paths[0] / "report.html"
+    write_text(target, render(runs, most))
+    return target, runs
+
+
+def render(runs: list[Run], most: int = 60) -> str:
+    """The page as text."""
+    groups, script = budgets(runs), (HERE / "page.js").read_text(encoding="utf-8")
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"percent": _percent, "retained": _retained}
+    times = [(group, bars(group)) for group in groups]
+    return environment.get_template("page.html.j2").render(
+        runs=runs,
+        groups=groups,
+        times=times,
+        slowest=max((bar.total for _, rows in times for bar in rows), default=0) or 1,
+        phases=PHASES,
+        names=series_of(runs),
+        controls={run.label for run in runs if run.method in CONTROLS},
+        plots={"wide": draw(runs, 860, 400), "narrow": draw(runs, 360, 340)},
+        gallery=gallery(runs, groups, most),
+        noted=all(row.kept is not None for run in runs for row in run.rows),
+        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def _percent(value: float) -> str:
+    return percent(value) if math.isfinite(value) else "–"
+
+
+def _retained(entry: dict[str, Any]) -> str:
+    return with_interval(entry) if math.isfinite(entry["retained"]) else "–"

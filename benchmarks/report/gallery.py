@@ -1,0 +1,113 @@
+"""Questions with their pictures, answers and kept tokens, as the page's script reads them."""
+
+import base64
+import io
+import math
+from itertools import count
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlm_prune.benchmarks.report.load import Row, Run
+from vlm_prune.benchmarks.report.numbers import Budget
+from vlm_prune.benchmarks.report.plot import series_of
+from vlm_prune.benchmarks.tasks import TASKS, Sample
+from vlm_prune.vlm.errors import InputError
+
+
+def chosen(runs: list[Run], most: int) -> list[str]:
+    """Ids of at most `most` questions about images: those whose answer some run broke or mended
+    first, then the rest, the tasks taking turns.
+    """
+    changed = {row.id for run in runs for row in run.rows if row.broken or row.mended}
+    turns: dict[str, count[int]] = {}
+    ranked = []
+    for row in runs[0].rows:
+        if TASKS[row.task].visual:
+            turn = next(turns.setdefault(row.task, count()))
+            ranked.append((row.id not in changed, turn, row.id))
+    return [name for _, _, name in sorted(ranked, key=lambda entry: entry[:2])[:most]]
+
+
+def gallery(runs: list[Run], groups: list[Budget], most: int) -> dict[str, Any]:
+    """What the script needs: pictures once each, and for each question an answer per run.
+
+    Raises:
+        InputError: if this version's tasks no longer make the questions of the runs.
+    """
+    rows = [{row.id: row for row in run.rows} for run in runs]
+    names, tokens = series_of(runs), int(runs[0].results["tokens"]["full"])
+    images: dict[str, int] = {}
+    samples = []
+    for name in chosen(runs, most):
+        first = rows[0][name]
+        sample = _sample(runs[0], first)
+        if not sample.images:
+            continue
+        pictures = [images.setdefault(_data_uri(i), len(images)) for i in sample.images]
+        samples.append(
+            {
+                "id": name,
+                "task": first.task,
+                "question": first.question,
+                "gold": first.gold,
+                "baseline": first.baseline,
+                "right": first.baseline_right,
+                "images": pictures,
+                "answers": [_answer(row[name], tokens) if name in row else None for row in rows],
+            }
+        )
+    return {
+        "side": math.isqrt(tokens),
+        "budgets": [group.label for group in groups],
+        "methods": names,
+        "runs": [
+            {
+                "method": names.index(run.label),
+                "budget": next(n for n, g in enumerate(groups) if g.tokens == run.tokens),
+            }
+            for run in runs
+        ],
+        "images": list(images),
+        "samples": samples,
+    }
+
+
+def _sample(run: Run, row: Row) -> Sample:
+    """The question made again, refused where it is not the one that was answered."""
+    task, _, number = row.id.partition("/")
+    if number.isdecimal():
+        sample = TASKS[task].sample(int(number), run.shared["seed"], run.shared["split"])
+        if (sample.turns[-1].text, sample.answer) == (row.question, row.gold):
+            return sample
+    raise InputError(
+        f"{run.path}: question {row.id} is not the one that this version makes; "
+        "run it again, or give --gallery 0"
+    )
+
+
+def _answer(row: Row, tokens: int) -> dict[str, Any]:
+    kept = None
+    if row.kept is not None and math.isqrt(tokens) ** 2 == tokens:
+        kept = [_bits(places, tokens) for places in row.kept]
+    return {
+        "text": row.prediction,
+        "right": row.right,
+        "broken": row.broken,
+        "mended": row.mended,
+        "kept": kept,
+    }
+
+
+def _bits(places: list[int], tokens: int) -> str:
+    """One bit per token, in reading order, base64."""
+    mask = np.zeros(tokens, bool)
+    mask[places] = True
+    return base64.b64encode(np.packbits(mask).tobytes()).decode()
+
+
+def _data_uri(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=82)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,0 +1,210 @@
+"""The page in a browser, from a file: 504 questions, three budgets, two methods."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from vlm_prune.benchmarks.report import report
+
+CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
+if not CHROMIUM.exists():
+    pytest.skip(f"no browser at {CHROMIUM}", allow_module_level=True)
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PATIENCE_MS = 180_000
+DARK = "rgb(22, 24, 27)"
+
+
+@pytest.fixture(scope="module")
+def address(make_run, edit, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for budget in (32, 64, 128):
+        right = {"prediction": "yes", "score": 1.0} if budget == 128 else {}
+        for method, accuracy in (("fopru", 0.5), ("random", 0.25)):
+            run = make_run(folder / f"{method}-{budget}", method, budget, per_task=84, **right)
+
+            def change(results, accuracy=accuracy + budget / 1000):
+                results["overall"]["accuracy"] = accuracy
+                results["tasks"]["exist"]["accuracy"] = accuracy
+
+            edit(run / "results.json", change)
+    return report([folder])[0].as_uri()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with playwright.sync_playwright() as play:
+        context = play.chromium.launch_persistent_context(
+            tmp_path_factory.mktemp("profile"), executable_path=CHROMIUM, args=FLAGS,
+            timeout=PATIENCE_MS,
+        )  # fmt: skip
+        context.set_default_timeout(PATIENCE_MS)
+        yield context
+        context.close()
+
+
+@pytest.fixture(scope="module")
+def errors():
+    return []
+
+
+@pytest.fixture(scope="module")
+def tab(browser, errors):
+    page = browser.new_page()
+    page.on("console", lambda message: errors.append(message.text))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on(
+        "request", lambda request: None if is_local(request.url) else errors.append(request.url)
+    )
+    return page
+
+
+def is_local(url):
+    return url.startswith(("file:", "data:"))
+
+
+@pytest.fixture
+def page(tab, address, errors):
+    tab.set_viewport_size({"width": 1100, "height": 800})
+    tab.emulate_media(color_scheme="light")
+    tab.goto(address)
+    yield tab
+    assert errors == []
+
+
+def cells(page, column):
+    return page.eval_on_selector_all(
+        f"#table tbody tr:not([hidden]) > :nth-child({column})", "all => all.map(c => c.innerText)"
+    )
+
+
+def test_it_loads_within_two_seconds_of_work(page, address):
+    client = page.context.new_cdp_session(page)
+    client.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def busy():
+        metrics = client.send("Performance.getMetrics")["metrics"]
+        return next(m["value"] for m in metrics if m["name"] == "TaskDuration")
+
+    before = busy()
+    page.goto(address)
+    page.wait_for_selector("#cards article")
+    work = busy() - before
+    wall = page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd") / 1e3
+    print(f"\nload: {work:.2f} s of work, {wall:.2f} s on the clock")
+    assert 0 < work < 2
+    assert page.locator("#cards article").count() == 12
+
+
+def test_columns_sort_both_ways(page):
+    header = page.locator("#table th", has_text="exist")
+    header.locator("button").click()
+    down = [float(text) for text in cells(page, 4)]
+    assert down == sorted(down, reverse=True) and len(set(down)) > 3
+    assert header.get_attribute("aria-sort") == "descending"
+    header.locator("button").press("Enter")
+    assert [float(text) for text in cells(page, 4)] == down[::-1]
+    assert page.locator("#table [aria-sort]").count() == 1
+
+
+def test_rows_are_filtered_by_text_and_budget(page):
+    page.fill("#filter", "rand")
+    assert cells(page, 1) == ["random"] * 3
+    page.select_option("#filter-budget", "64")
+    assert cells(page, 2) == ["64"] and page.inner_text("#rows") == "1 of 7 rows"
+    page.select_option("#cells", "share")
+    assert cells(page, 4) == ["50.0 [40.0, 60.0]"]
+
+
+def kept(page, method):
+    """Patches that the first question's picture of a method leaves clear."""
+    return page.evaluate(
+        """name => {
+          const canvas = document.querySelector(`#cards [data-method=${name}] canvas`);
+          const { data } = canvas.getContext("2d").getImageData(0, 0, 24, 24);
+          return data.filter((value, place) => place % 4 === 3 && value === 0).length;
+        }""",
+        method,
+    )
+
+
+def test_slider_moves_all_budgets_by_keyboard(page):
+    slider = page.locator("#gallery-budget")
+    assert kept(page, "fopru") == 32
+    slider.focus()
+    page.keyboard.press("ArrowRight")
+    assert kept(page, "fopru") == 64 and slider.get_attribute("aria-valuetext") == "64 tokens"
+    page.keyboard.press("End")
+    assert kept(page, "random") == 128
+    assert page.locator("#time-budget").input_value() == "2"
+    assert page.locator("table.times:visible thead").inner_text().startswith("128 tokens")
+
+
+def test_only_what_pruning_broke(page):
+    page.select_option("#outcome", "broken")
+    assert page.inner_text("#shown") == "30 of 60 questions"
+    assert page.locator("#cards [data-method=fopru] figcaption", has_text="wrong").count() == 12
+    page.click("#more")
+    assert page.locator("#cards article").count() == 24
+    page.select_option("#task", "ocr")
+    assert page.inner_text("#shown") == "5 of 60 questions"
+    page.locator("#gallery-budget").press("End")
+    assert page.inner_text("#shown") == "0 of 60 questions"
+
+
+def test_pictures_have_descriptions(page):
+    descriptions = page.eval_on_selector_all("img", "all => all.map(image => image.alt)")
+    assert len(descriptions) == 36 and len(set(descriptions)) == 36
+    page.select_option("#method", label="random")
+    assert page.locator("#cards article:first-child img").count() == 2
+
+
+def test_everything_is_reached_by_keyboard(page):
+    reached = []
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the results"
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
+    wanted = {
+        "time-budget",
+        "filter",
+        "filter-budget",
+        "cells",
+        "gallery-budget",
+        "outcome",
+        "more",
+    }
+    assert wanted <= set(reached)
+
+
+def test_legend_highlights_one_method(page):
+    page.locator("[data-highlight='1']").press("Enter")
+    page.locator("#filter").focus()
+    dim = page.eval_on_selector_all(".wide .dim", "all => all.map(series => series.dataset.series)")
+    assert dim == ["0"]
+
+
+def test_dark_mode_changes_the_paper(page):
+    paper = "getComputedStyle(document.body).backgroundColor"
+    assert page.evaluate(paper) != DARK
+    page.emulate_media(color_scheme="dark")
+    assert page.evaluate(paper) == DARK
+
+
+@pytest.mark.parametrize("width", [320, 390])
+def test_a_phone_needs_no_sideways_scrolling(page, width):
+    page.set_viewport_size({"width": width, "height": 700})
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert page.locator(".plot:visible").count() == 1
+    assert page.locator(".plot.narrow").is_visible()
