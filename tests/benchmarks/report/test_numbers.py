@@ -37,7 +37,7 @@ def test_equal_points_are_both_on_the_front():
 def test_plot_keeps_order_and_stays_inside(make_run, edit, tmp_path, width):
     for number, (method, budget) in enumerate([("fopru", 64), ("fopru", 128), ("random", 64)]):
         folder = make_run(tmp_path / str(number), method, budget)
-        accuracy = 0.4 + number / 10
+        accuracy = (4 + number) / 10
 
         def change(results, accuracy=accuracy):
             results["overall"] |= {"accuracy": accuracy, "ci": [accuracy - 0.1, accuracy + 0.2]}
