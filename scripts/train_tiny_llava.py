@@ -1,9 +1,10 @@
-"""Train the embedded LLaVA on the embedded tasks' training scenes, on a CPU, in well under an hour.
+"""Train the embedded LLaVA on the embedded tasks' training scenes, on a CPU, in about an hour and a half.
 
 The result is written to `<folder>/checkpoint`; `--install` also puts it into the package.
 """
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +33,7 @@ def main(
     trainer.run(tuple(stage) if stage else STAGES)
     if install:
         save_checkpoint(trainer.model, processor, checkpoint_path())
+        shutil.copyfile(folder / "log.jsonl", checkpoint_path() / "training_log.jsonl")
 
 
 if __name__ == "__main__":
