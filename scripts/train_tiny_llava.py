@@ -23,6 +23,7 @@ def main(
     stage: Annotated[list[str] | None, typer.Option(help=f"of {STAGES}; all by default")] = None,
     seed: int = 0,
     threads: int = 2,
+    keep_tower: Annotated[bool, typer.Option(help="Start with the packaged vision tower.")] = False,
     install: bool = False,
 ) -> None:
     """Stages that `folder` already holds are loaded, not repeated."""
@@ -30,7 +31,9 @@ def main(
     torch.set_num_threads(threads)
     processor = make_processor(corpus(), 768)
     trainer = Trainer(processor, SceneSource(seed), folder, Recipe(seed=seed))
-    trainer.run(tuple(stage) if stage else STAGES)
+    if keep_tower:
+        trainer.adopt_tower(checkpoint_path())
+    trainer.run(tuple(stage) if stage else STAGES[2:] if keep_tower else STAGES)
     if install:
         save_checkpoint(trainer.model, processor, checkpoint_path())
         shutil.copyfile(folder / "log.jsonl", checkpoint_path() / "training_log.jsonl")

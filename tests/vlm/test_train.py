@@ -8,7 +8,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vlm_prune.benchmarks.tasks.curriculum import SceneSource, corpus
 from vlm_prune.vlm.tiny.config import make_model, make_processor
-from vlm_prune.vlm.tiny.language import loss_of, pack, projected
+from vlm_prune.vlm.tiny.language import clip, loss_of, pack, projected
 from vlm_prune.vlm.tiny.train import STAGES, Recipe, Trainer
 
 SHORT = Recipe(
@@ -39,6 +39,10 @@ def test_a_stopped_training_ends_with_the_same_weights(processor, tmp_path):
     AutoProcessor.from_pretrained(tmp_path / "whole" / "checkpoint")
     half = whole["lm_head.weight"].half().float()
     torch.testing.assert_close(loaded.lm_head.weight.data, half)
+    again = Trainer(processor, SceneSource(1), tmp_path / "again", SHORT)
+    again.adopt_tower(tmp_path / "whole" / "checkpoint")
+    for name, weight in clip(again.model).state_dict().items():
+        torch.testing.assert_close(weight, clip(loaded).state_dict()[name])
 
 
 def test_a_question_in_a_packed_row_is_answered_as_it_is_alone(processor):

@@ -100,6 +100,11 @@ class Trainer:
             save_model(self.parts, str(kept))
         save_checkpoint(self.model, self.processor, self.folder / "checkpoint")
 
+    def adopt_tower(self, checkpoint: Path) -> None:
+        """Take the vision tower of a checkpoint instead of training one."""
+        trained = LlavaForConditionalGeneration.from_pretrained(checkpoint)
+        self.model.model.vision_tower.load_state_dict(trained.model.vision_tower.state_dict())
+
     def say(self, stage: str) -> Say:
         """A recorder of a stage's figures: a line of the log, and one of `log.jsonl`."""
         begin = time.monotonic()
