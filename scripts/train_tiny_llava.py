@@ -6,7 +6,7 @@ The result is written to `<folder>/checkpoint`; `--install` also puts it into th
 import logging
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -17,13 +17,15 @@ from vlm_prune.vlm.tiny.config import make_processor
 from vlm_prune.vlm.tiny.store import save_checkpoint
 from vlm_prune.vlm.tiny.train import STAGES, Recipe, Trainer
 
+Keep = Literal["tower", "all"]
+
 
 def main(
     folder: Path,
     stage: Annotated[list[str] | None, typer.Option(help=f"of {STAGES}; all by default")] = None,
     seed: int = 0,
     threads: int = 2,
-    keep_tower: Annotated[bool, typer.Option(help="Start with the packaged vision tower.")] = False,
+    keep: Annotated[Keep | None, typer.Option(help="Start from the packaged weights.")] = None,
     install: bool = False,
 ) -> None:
     """Stages that `folder` already holds are loaded, not repeated."""
@@ -31,9 +33,11 @@ def main(
     torch.set_num_threads(threads)
     processor = make_processor(corpus(), 768)
     trainer = Trainer(processor, SceneSource(seed), folder, Recipe(seed=seed))
-    if keep_tower:
-        trainer.adopt_tower(checkpoint_path())
-    trainer.run(tuple(stage) if stage else STAGES[2:] if keep_tower else STAGES)
+    stages = STAGES
+    if keep:
+        trainer.adopt(checkpoint_path(), tower_only=keep == "tower")
+        stages = STAGES[STAGES.index("symbols" if keep == "tower" else "language") :]
+    trainer.run(tuple(stage) if stage else stages)
     if install:
         save_checkpoint(trainer.model, processor, checkpoint_path())
         shutil.copyfile(folder / "log.jsonl", checkpoint_path() / "training_log.jsonl")

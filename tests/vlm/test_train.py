@@ -40,9 +40,10 @@ def test_a_stopped_training_ends_with_the_same_weights(processor, tmp_path):
     half = whole["lm_head.weight"].half().float()
     torch.testing.assert_close(loaded.lm_head.weight.data, half)
     again = Trainer(processor, SceneSource(1), tmp_path / "again", SHORT)
-    again.adopt_tower(tmp_path / "whole" / "checkpoint")
-    for name, weight in clip(again.model).state_dict().items():
-        torch.testing.assert_close(weight, clip(loaded).state_dict()[name])
+    for part, tower_only in ((clip, True), (lambda model: model, False)):
+        again.adopt(tmp_path / "whole" / "checkpoint", tower_only)
+        for name, weight in part(again.model).state_dict().items():
+            torch.testing.assert_close(weight, part(loaded).state_dict()[name])
 
 
 def test_a_question_in_a_packed_row_is_answered_as_it_is_alone(processor):

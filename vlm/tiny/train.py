@@ -100,10 +100,13 @@ class Trainer:
             save_model(self.parts, str(kept))
         save_checkpoint(self.model, self.processor, self.folder / "checkpoint")
 
-    def adopt_tower(self, checkpoint: Path) -> None:
-        """Take the vision tower of a checkpoint instead of training one."""
+    def adopt(self, checkpoint: Path, tower_only: bool) -> None:
+        """Start from a checkpoint's weights, or from those of its vision tower."""
         trained = LlavaForConditionalGeneration.from_pretrained(checkpoint)
-        self.model.model.vision_tower.load_state_dict(trained.model.vision_tower.state_dict())
+        if tower_only:
+            self.model.model.vision_tower.load_state_dict(trained.model.vision_tower.state_dict())
+        else:
+            self.model.load_state_dict(trained.state_dict())
 
     def say(self, stage: str) -> Say:
         """A recorder of a stage's figures: a line of the log, and one of `log.jsonl`."""
