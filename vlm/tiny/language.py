@@ -99,8 +99,8 @@ def loss_of(
     words = labels != model.config.text_config.eos_token_id
     visual = shown.any(1)[asked.nonzero()[:, 0]]
     right = (logits.argmax(-1) == labels).float()
-    shares = [float(right[words & rows].mean()) for rows in (visual, ~visual)]
-    return cross_entropy(logits, labels), *shares
+    shares = (float(right[words & rows].mean()) for rows in (visual, ~visual))
+    return cross_entropy(logits, labels), next(shares), next(shares)
 
 
 def projected(model: LlavaForConditionalGeneration) -> Encoder:
