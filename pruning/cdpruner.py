@@ -36,7 +36,7 @@ class CDPruner(VisionPruner):
     def reduce(self, vision: VisionTokens) -> Kept:
         has_fp64 = vision.projected.device.type != "mps"
         projected = vision.projected.to(torch.float64 if has_fp64 else torch.float32)
-        questions = vision.question or projected[:, :0]
+        questions = vision.question() or projected[:, :0]
         scores = torch.cat(
             [relevance(i[None], q[None]) for i, q in zip(projected, questions, strict=True)]
         )

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -114,8 +115,9 @@ def pruned(
             tokens = family.encode(pixels(pixel_values))
             trace.vision_s += now(model.device) - start
         assert tokens is not None
-        images = len(tokens.projected)
-        asked = question_embeddings(model, input_ids, mask, family.image_token, images)
+        asked = partial(
+            question_embeddings, model, input_ids, mask, family.image_token, len(tokens.projected)
+        )
         tokens = replace(tokens, question=asked)
         start = now(model.device)
         kept = reduce(tokens)

@@ -51,7 +51,7 @@ class VisionTokens:
     projector: Projector
     query_key: Callable[[], tuple[Tensor, Tensor]] = field(repr=False)
     keys: Callable[[], Tensor] = field(repr=False)
-    question: tuple[Tensor, ...] = ()
+    question: Callable[[], tuple[Tensor, ...]] = field(default=tuple, repr=False)
 
 
 @dataclass(frozen=True)

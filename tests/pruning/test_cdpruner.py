@@ -64,7 +64,7 @@ def test_the_question_decides(llava, vision, images, make_inputs):
 
 def test_negated_relevance_prefers_the_least_similar(vision):
     text = vision.projected[:, 7]
-    asked = replace(vision, question=tuple(text[:, None]))
+    asked = replace(vision, question=lambda: tuple(text[:, None]))
     straight, negated = (
         CDPruner(budget=1, negated=flag).reduce(asked).places for flag in (False, True)
     )
