@@ -171,7 +171,7 @@ def compare(
     output: Output = None,
 ) -> None:
     """Methods and budgets side by side; images and unpruned answers are computed once."""
-    from vlm_prune.benchmarks.run import Variant
+    from vlm_prune.benchmarks.run import Variant, write_text
     from vlm_prune.benchmarks.table import as_markdown, as_table, comparison, show
     from vlm_prune.vlm.wrapper import methods
 
@@ -189,7 +189,7 @@ def compare(
     lines = comparison(runs)
     show(as_table(lines))
     if output is not None:
-        (output / "compare.md").write_text(as_markdown(lines))
+        write_text(output / "compare.md", as_markdown(lines))
 
 
 @app.command()
@@ -210,7 +210,7 @@ def bench(
     """Time a pruned and the unpruned architecture on random weights, phase by phase."""
     from vlm_prune.benchmarks.bench import BenchConfig, about, rows
     from vlm_prune.benchmarks.bench import bench as measure
-    from vlm_prune.benchmarks.run import Variant, write_json
+    from vlm_prune.benchmarks.run import Variant, write_json, write_text
     from vlm_prune.benchmarks.table import as_markdown, as_table, show
 
     _quiet()
@@ -228,7 +228,7 @@ def bench(
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "bench.json", results)
         intro = "".join(f"- {line}\n" for line in about(results))
-        (output / "bench.md").write_text(f"{intro}\n{as_markdown(rows(results))}")
+        write_text(output / "bench.md", f"{intro}\n{as_markdown(rows(results))}")
 
 
 @app.command()

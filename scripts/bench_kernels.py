@@ -4,7 +4,6 @@ Writes OUT.json and OUT.md. A kernel is timed only if it agrees with its referen
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ import torch
 from vlm_prune.benchmarks.environment import environment
 from vlm_prune.benchmarks.kernels import Shape, cases, markdown, measure
 from vlm_prune.benchmarks.roofline import measured_ceilings
+from vlm_prune.benchmarks.run import write_json, write_text
 
 
 def main() -> None:
@@ -33,9 +33,8 @@ def main() -> None:
     for case in cases(Shape(batch=arguments.batch), device, dtype):
         rows.append(measure(case, ceilings, device, dtype))
         print(markdown(rows[-1:], {}).splitlines()[-1], flush=True)
-    content = {"about": about, "rows": rows}
-    arguments.out.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
-    arguments.out.with_suffix(".md").write_text(markdown(rows, about))
+    write_json(arguments.out.with_suffix(".json"), {"about": about, "rows": rows})
+    write_text(arguments.out.with_suffix(".md"), markdown(rows, about))
 
 
 if __name__ == "__main__":
