@@ -8,7 +8,16 @@ from torch import Tensor
 
 from vlm_prune.benchmarks.tasks import attribute, choice, count, exist, ocr, relation, text
 from vlm_prune.benchmarks.tasks.base import Question
-from vlm_prune.benchmarks.tasks.scenes import COLORS, GRID, NAMES, PATCH, Scene, make_scene
+from vlm_prune.benchmarks.tasks.scenes import (
+    COLORS,
+    GRID,
+    NAMES,
+    PATCH,
+    SHARES,
+    Scene,
+    Shares,
+    make_scene,
+)
 from vlm_prune.vlm.tiny.language import Row
 from vlm_prune.vlm.tiny.tower import PatchBatch
 
@@ -28,18 +37,11 @@ def pixels_of(shown: list[Scene]) -> Tensor:
     return normalised(np.stack([scene.pixels for scene in shown]))
 
 
-def scenes(seed: int, things: int | None = None) -> Iterator[Scene]:
+def scenes(*key: int, things: int | None = None, shares: Shares = SHARES) -> Iterator[Scene]:
     """An endless stream of training scenes."""
-    rng = np.random.default_rng([TRAIN_SEED, seed])
+    rng = np.random.default_rng([TRAIN_SEED, *key])
     while True:
-        yield make_scene(rng, "train", things)
-
-
-def written_scenes(seed: int) -> Iterator[Scene]:
-    """Training scenes of mostly digits and words, which are the hardest to read."""
-    rng = np.random.default_rng([TRAIN_SEED, seed, 3])
-    while True:
-        yield make_scene(rng, "train", 6, (0.1, 0.7, 0.2))
+        yield make_scene(rng, "train", things, shares)
 
 
 def windows(source: Iterator[Scene], seed: int, batch: int, side: int) -> Iterator[PatchBatch]:
@@ -178,14 +180,18 @@ class SceneSource:
         self.seed = seed
 
     def windows(self, batch: int, side: int, written: bool) -> Iterator[PatchBatch]:
-        source = written_scenes(self.seed) if written else scenes(self.seed, things=6)
+        """Windows of any scenes, or of `written` ones: mostly digits, the hardest to read."""
+        if written:
+            source = scenes(self.seed, 3, things=6, shares=(0.1, 0.7, 0.2))
+        else:
+            source = scenes(self.seed, things=6)
         return windows(source, self.seed, batch, side)
 
     def whole(self, batch: int, part: int) -> Iterator[PatchBatch]:
         return whole(self.seed + 100 * (part + 1), batch)
 
     def examples(self, number: int, things: int | None) -> list[SceneExample]:
-        source = scenes(self.seed + (things or 0) + 1, things)
+        source = scenes(self.seed + (things or 0) + 1, things=things)
         return [SceneExample(next(source)) for _ in range(number)]
 
     def text(self, questions: int, seed: int) -> Row:

@@ -43,6 +43,8 @@ PHOTOGRAPHS: dict[Split, tuple[str, ...]] = {
     "test": ("chelsea.png", "flower.jpg", "rocket.jpg"),
 }  # fmt: skip
 
+Shares = tuple[float, float, float]
+SHARES: Shares = (0.4, 0.35, 0.25)
 CONTRAST = 0.5
 _SUPERSAMPLE = 4
 
@@ -97,7 +99,7 @@ def make_scene(
     rng: np.random.Generator,
     split: Split,
     things: int | None = None,
-    shares: tuple[float, float, float] = (0.4, 0.35, 0.25),
+    shares: Shares = SHARES,
 ) -> Scene:
     """A scene of `things` objects (3 to 6 unless given), names and colours all different.
 

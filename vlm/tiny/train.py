@@ -242,8 +242,9 @@ class Trainer:
             if pixels:
                 image = example.pixels
             else:
-                keep = _some(example.triples[:, 0] > 0, extra, self.generator)
-                image = (encoded[place] if features else example.triples)[keep]
+                triples = example.triples
+                keep = _some(triples[:, 0] > 0, extra, self.generator)
+                image = (encoded[place] if features else triples)[keep]
             rows.append(example.row(image, questions, lookups, self._seed()))
         texts = max(1, images // 4)
         return [*rows, *(self.source.text(10, self._seed()) for _ in range(texts))]
