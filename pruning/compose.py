@@ -1,7 +1,7 @@
 """Methods made of other methods: one before and one inside the language model, or with merging."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -68,13 +68,8 @@ class Cascade(Pruner):
     def check(self, tokens: int, layers: int) -> None:
         self.cuts(tokens, layers)
 
-    def __call__(
-        self, model: Any, vision: VisionTokens | None = None
-    ) -> AbstractContextManager[Trace]:
-        return self._both(model, vision)
-
     @contextmanager
-    def _both(self, model: Any, vision: VisionTokens | None) -> Iterator[Trace]:
+    def __call__(self, model: Any, vision: VisionTokens | None = None) -> Iterator[Trace]:
         family = family_of(model)
         tokens = family.tokens_per_image
         cuts = self.cuts(tokens, len(family.decoder.layers))
