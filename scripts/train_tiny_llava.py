@@ -10,10 +10,11 @@ from typing import Annotated, Literal
 
 import torch
 import typer
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vlm_prune.benchmarks.tasks.curriculum import SceneSource, corpus
 from vlm_prune.vlm.tiny import checkpoint_path
-from vlm_prune.vlm.tiny.config import make_processor
+from vlm_prune.vlm.tiny.config import make_model, make_processor
 from vlm_prune.vlm.tiny.store import save_checkpoint
 from vlm_prune.vlm.tiny.train import STAGES, Recipe, Trainer
 
@@ -31,12 +32,16 @@ def main(
     """Stages that `folder` already holds are loaded, not repeated."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(threads)
-    processor = make_processor(corpus(), 768)
-    trainer = Trainer(processor, SceneSource(seed), folder, Recipe(seed=seed))
-    stages = STAGES
+    torch.manual_seed(seed)
+    packaged = checkpoint_path()
+    processor = AutoProcessor.from_pretrained(packaged) if keep else make_processor(corpus(), 768)
+    model = make_model(processor)
     if keep:
-        trainer.adopt(checkpoint_path(), tower_only=keep == "tower")
-        stages = STAGES[STAGES.index("symbols" if keep == "tower" else "language") :]
+        trained = LlavaForConditionalGeneration.from_pretrained(packaged).state_dict()
+        tower = {name: weight for name, weight in trained.items() if "vision_tower" in name}
+        model.load_state_dict(trained if keep == "all" else tower, strict=keep == "all")
+    trainer = Trainer(processor, SceneSource(seed), folder, Recipe(seed=seed), model)
+    stages = STAGES[STAGES.index("symbols") :] if keep else STAGES
     trainer.run(tuple(stage) if stage else stages)
     if install:
         save_checkpoint(trainer.model, processor, checkpoint_path())

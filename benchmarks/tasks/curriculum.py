@@ -1,6 +1,6 @@
 """What the embedded model is trained on: the tasks' own question makers, on training scenes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from vlm_prune.benchmarks.tasks.scenes import (
     Shares,
     make_scene,
 )
-from vlm_prune.vlm.tiny.language import Row
+from vlm_prune.vlm.tiny.language import Block, Row
 from vlm_prune.vlm.tiny.tower import PatchBatch
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -91,28 +91,37 @@ def where(rng: np.random.Generator, scene: Scene) -> Question:
     return Question(f"In which {axis} is the {thing.noun}?", str(int(place // (3 * PATCH))))
 
 
-LOOKUPS = (attribute.ask, attribute.ask, ocr.ask)
-MIXTURE = (
-    exist.ask, attribute.ask, ocr.ask, count.ask, choice.ask, relation.ask, relation.ask, where,
-)  # fmt: skip
+Maker = Callable[[np.random.Generator, Scene], Question | None]
+LOOKUPS: dict[str, tuple[Maker, int]] = {"attribute": (attribute.ask, 2), "ocr": (ocr.ask, 1)}
+MIXTURE: dict[str, tuple[Maker, int]] = {
+    "exist": (exist.ask, 1),
+    "attribute": (attribute.ask, 1),
+    "ocr": (ocr.ask, 1),
+    "count": (count.ask, 2),
+    "choice": (choice.ask, 2),
+    "relation": (relation.ask, 3),
+    "where": (where, 2),
+}
 
 
 def visual_questions(
     rng: np.random.Generator, scene: Scene, number: int, lookups: bool = False
-) -> list[Question]:
-    """Questions about one scene: of all tasks (relations twice), or only the simplest ones."""
+) -> list[tuple[str, Question]]:
+    """Kind and question, about one scene: of all tasks, the harder ones more often, or lookups."""
     makers = LOOKUPS if lookups else MIXTURE
-    asked: list[Question] = []
+    drawn = [kind for kind, (_, share) in makers.items() for _ in range(share)]
+    asked: list[tuple[str, Question]] = []
     while len(asked) < number:
-        question = makers[int(rng.integers(len(makers)))](rng, scene)
+        kind = drawn[int(rng.integers(len(drawn)))]
+        question = makers[kind][0](rng, scene)
         if question is not None:
-            asked.append(question)
+            asked.append((kind, question))
     return asked
 
 
-def block(question: Question, opening: str = "") -> tuple[str, str]:
+def block(kind: str, question: Question, opening: str = "") -> Block:
     """Prompt and answer as the chat template writes them."""
-    return f"{opening}{question.text} ASSISTANT:", f" {question.answer}"
+    return Block(f"{opening}{question.text} ASSISTANT:", f" {question.answer}", kind)
 
 
 def history(rng: np.random.Generator, turns: int) -> str:
@@ -122,9 +131,13 @@ def history(rng: np.random.Generator, turns: int) -> str:
 
 
 def text_row(rng: np.random.Generator, number: int) -> Row:
-    """Text-only questions, after up to two earlier turns."""
+    """Text-only questions, after up to two earlier turns; every other row is about one story."""
     before = "<s>" + history(rng, int(rng.integers(0, 3)) if rng.random() < 0.5 else 0)
-    return Row(before, [block(text.ask(rng), "USER: ") for _ in range(number)])
+    if rng.random() < 0.5:
+        story, asked = text.story(rng, int(rng.integers(2, len(COLORS) + 1)))
+        return Row(f"{before}USER: {story}", [block("lookup", q, " ") for q in asked])
+    questions = [text.ask(rng) for _ in range(number)]
+    return Row(before, [block(q.subset, q, "USER: ") for q in questions])
 
 
 def visual_row(
@@ -133,7 +146,8 @@ def visual_row(
     """Questions about one image, after text turns in one row out of five."""
     turns = int(rng.integers(1, 3)) if rng.random() < 0.2 else 0
     before = f"<s>{history(rng, turns)}USER: "
-    return Row(before, [block(q) for q in visual_questions(rng, scene, number, lookups)], image)
+    asked = visual_questions(rng, scene, number, lookups)
+    return Row(before, [block(kind, q) for kind, q in asked], image)
 
 
 def corpus(lines: int = 4000) -> Iterator[str]:
@@ -141,7 +155,7 @@ def corpus(lines: int = 4000) -> Iterator[str]:
     rng = np.random.default_rng(TRAIN_SEED)
     source = scenes(0)
     for _ in range(lines // 20):
-        for question in visual_questions(rng, next(source), 10):
+        for _, question in visual_questions(rng, next(source), 10):
             yield f"USER: \n{question.text} ASSISTANT: {question.answer}"
         for _ in range(10):
             question = text.ask(rng)

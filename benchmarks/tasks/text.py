@@ -1,5 +1,7 @@
 """Text-only skills: arithmetic, comparison, ordering, and lookup in a written scene."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from vlm_prune.benchmarks.tasks.base import Question, Sample, Split, Task, Turn
@@ -25,12 +27,22 @@ def ordering(rng: np.random.Generator) -> Question:
     return Question(f"Sort {listed}.", " ".join(map(str, sorted(values))), "ordering")
 
 
+def story(rng: np.random.Generator, facts: int) -> tuple[str, list[Question]]:
+    """Facts about things of different colours, and a question about each, in order."""
+    names = [str(n) for n in rng.choice(NAMES, facts, replace=False)]
+    colors = [str(c) for c in rng.choice(list(COLORS), facts, replace=False)]
+    told = " ".join(f"The {noun(n)} is {c}." for n, c in zip(names, colors, strict=True))
+    asked = [
+        Question(f"What color is the {noun(name)}?", color, "lookup")
+        for name, color in zip(names, colors, strict=True)
+    ]
+    return told, asked
+
+
 def lookup(rng: np.random.Generator) -> Question:
-    names = [str(n) for n in rng.choice(NAMES, 3, replace=False)]
-    colors = [str(c) for c in rng.choice(list(COLORS), 3, replace=False)]
-    story = " ".join(f"The {noun(n)} is {c}." for n, c in zip(names, colors, strict=True))
-    asked = int(rng.integers(3))
-    return Question(f"{story} What color is the {noun(names[asked])}?", colors[asked], "lookup")
+    told, asked = story(rng, 3)
+    question = asked[int(rng.integers(3))]
+    return replace(question, text=f"{told} {question.text}")
 
 
 def ask(rng: np.random.Generator) -> Question:

@@ -8,7 +8,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vlm_prune.benchmarks.tasks.curriculum import SceneSource, corpus
 from vlm_prune.vlm.tiny.config import make_model, make_processor
-from vlm_prune.vlm.tiny.language import clip, loss_of, pack, projected
+from vlm_prune.vlm.tiny.language import loss_of, pack, projected
 from vlm_prune.vlm.tiny.train import STAGES, Recipe, Trainer
 
 SHORT = Recipe(
@@ -41,11 +41,6 @@ def test_a_stopped_training_ends_with_the_same_weights(processor, tmp_path):
     AutoProcessor.from_pretrained(tmp_path / "whole" / "checkpoint")
     half = whole["lm_head.weight"].half().float()
     torch.testing.assert_close(loaded.lm_head.weight.data, half)
-    again = Trainer(processor, SceneSource(1), tmp_path / "again", SHORT)
-    for part, tower_only in ((clip, True), (lambda model: model, False)):
-        again.adopt(tmp_path / "whole" / "checkpoint", tower_only)
-        for name, weight in part(again.model).state_dict().items():
-            torch.testing.assert_close(weight, part(loaded).state_dict()[name])
 
 
 def test_a_question_in_a_packed_row_is_answered_as_it_is_alone(processor):
@@ -62,6 +57,6 @@ def test_a_question_in_a_packed_row_is_answered_as_it_is_alone(processor):
         return float(value)
 
     alone = [type(row)(row.before, [block], row.image) for block in row.blocks]
-    lengths = [len(tokenizer(answer).input_ids) + 1 for _, answer in row.blocks]
+    lengths = [len(tokenizer(answer).input_ids) + 1 for _, answer, _ in row.blocks]
     expected = sum(n * loss([one]) for n, one in zip(lengths, alone, strict=True)) / sum(lengths)
     assert loss([row]) == pytest.approx(expected, abs=1e-5)

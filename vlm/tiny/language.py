@@ -5,8 +5,11 @@ the prefix and itself, and its positions restart after the prefix, so that one p
 trains many questions and no answer can be copied from a neighbour.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,27 +22,39 @@ IGNORE = -100
 Encoder = Callable[[list[Tensor]], Tensor]
 
 
+class Block(NamedTuple):
+    """A question with its answer, and the kind of question, under which training reports it."""
+
+    prompt: str
+    answer: str
+    kind: str
+
+
 @dataclass
 class Row:
     """One training sequence.
 
-    `before` precedes the image, `blocks` are (prompt, answer) pairs, each starting where the
-    prefix ends. `image` is (tokens, width) tower features, pixels (3, 336, 336), or None.
+    `before` precedes the image; each block starts where the prefix ends. `image` is
+    (tokens, width) tower features, pixels (3, 336, 336), or None.
     """
 
     before: str
-    blocks: list[tuple[str, str]]
+    blocks: list[Block]
     image: Tensor | None = None
 
 
 @dataclass
 class Packed:
-    """Tensors of a batch of rows; shapes (B, L), mask (B, 1, L, L) additive."""
+    """Tensors of a batch of rows; shapes (B, L), mask (B, 1, L, L) additive.
+
+    `kinds` has the kind of each labelled token, end tokens included, in reading order.
+    """
 
     ids: Tensor
     positions: Tensor
     labels: Tensor
     mask: Tensor
+    kinds: list[str]
 
 
 def pack(rows: list[Row], tokenizer: PreTrainedTokenizerFast, image_token: int) -> Packed:
@@ -57,7 +72,13 @@ def pack(rows: list[Row], tokenizer: PreTrainedTokenizerFast, image_token: int) 
     same = (block[:, :, None] == block[:, None, :]) | (block[:, None, :] == 0)
     visible = causal & same | torch.eye(length, dtype=torch.bool)
     mask = torch.zeros(visible.shape).masked_fill_(~visible, torch.finfo(torch.float32).min)
-    return Packed(ids, positions, labels, mask[:, None])
+    kinds = [
+        row.blocks[number - 1].kind
+        for row, layout in zip(rows, layouts, strict=True)
+        for number, label in zip(layout[2], layout[3], strict=True)
+        if label != IGNORE
+    ]
+    return Packed(ids, positions, labels, mask[:, None], kinds)
 
 
 def _layout(
@@ -70,9 +91,9 @@ def _layout(
         ids = [*ids, *[image_token] * count, *tokenizer("\n").input_ids]
     start = len(ids)
     positions, block, labels = list(range(start)), [0] * start, [IGNORE] * start
-    for number, (prompt, answer) in enumerate(row.blocks, 1):
-        asked: list[int] = tokenizer(prompt).input_ids
-        said: list[int] = [*tokenizer(answer).input_ids, tokenizer.eos_token_id]
+    for number, question in enumerate(row.blocks, 1):
+        asked: list[int] = tokenizer(question.prompt).input_ids
+        said: list[int] = [*tokenizer(question.answer).input_ids, tokenizer.eos_token_id]
         ids += asked + said
         positions += range(start, start + len(asked) + len(said))
         block += [number] * (len(asked) + len(said))
@@ -82,9 +103,9 @@ def _layout(
 
 def loss_of(
     model: LlavaForConditionalGeneration, batch: Packed, images: list[Tensor], encode: Encoder
-) -> tuple[Tensor, float, float]:
-    """Cross-entropy over answer tokens; the shares that argmax gets right in rows with an image
-    and without one, end tokens aside."""
+) -> tuple[Tensor, dict[str, float]]:
+    """Cross-entropy over answer tokens, and the share that argmax gets right for each kind of
+    question, end tokens aside."""
     embeds = model.get_input_embeddings()(batch.ids)
     shown = batch.ids == model.config.image_token_id
     if images:
@@ -97,10 +118,13 @@ def loss_of(
     asked = batch.labels != IGNORE
     logits, labels = model.lm_head(hidden[asked]), batch.labels[asked]
     words = labels != model.config.text_config.eos_token_id
-    visual = shown.any(1)[asked.nonzero()[:, 0]]
-    right = (logits.argmax(-1) == labels).float()
-    shares = (float(right[words & rows].mean()) for rows in (visual, ~visual))
-    return cross_entropy(logits, labels), next(shares), next(shares)
+    right: dict[str, list[bool]] = defaultdict(list)
+    for kind, word, hit in zip(
+        batch.kinds, words.tolist(), logits.argmax(-1) == labels, strict=True
+    ):
+        if word:
+            right[kind].append(bool(hit))
+    return cross_entropy(logits, labels), {kind: fmean(hits) for kind, hits in right.items()}
 
 
 def projected(model: LlavaForConditionalGeneration) -> Encoder:
@@ -139,11 +163,12 @@ def train_language(
     """Train `modules` for `steps` batches, the rate falling linearly over the last 40 %.
 
     `rows` draws a batch for a level of difficulty; the level rises when the running share of
-    right answer tokens about images passes `promote`, and at the latest with an equal share of
-    the steps.
+    right answer tokens, averaged over the kinds of question about images, passes `promote`, and at
+    the latest with an equal share of the steps.
     """
     steppers = optimizers(modules, rate)
-    running, text, level, entered = 0.5, 0.5, 0, 0
+    running: dict[str, float] = {}
+    level, entered = 0, 0
     for step in range(steps):
         warm, left = min(1.0, (step + 1) / 20), min(1.0, (steps - step) / (0.4 * steps))
         for stepper, peak in zip(steppers, (rate, rate / 2), strict=True):
@@ -151,16 +176,19 @@ def train_language(
         batch = rows(level)
         images = [row.image for row in batch if row.image is not None]
         packed = pack(batch, tokenizer, model.config.image_token_id)
-        loss, right, right_text = loss_of(model, packed, images, encode)
+        loss, right = loss_of(model, packed, images, encode)
         loss.backward()
         nn.utils.clip_grad_norm_([p for m in modules for p in m.parameters()], 1.0)
         for stepper in steppers:
             stepper.step()
             stepper.zero_grad(set_to_none=True)
-        running += (right - running) * 0.04
-        text += (right_text - text) * 0.04
+        for kind, share in right.items():
+            running[kind] = running.get(kind, 0.5) + (share - running.get(kind, 0.5)) * 0.04
         if step % 50 == 0 or step == steps - 1:
-            say(step, level=level, loss=loss.item(), visual=running, text=text)
-        ready = running > promote and step - entered > 60
-        if level < levels - 1 and (ready or step >= steps * (level + 1) // levels):
-            level, entered, running = level + 1, step, 0.6
+            say(step, level=level, loss=loss.item(), **dict(sorted(running.items())))
+        if level == levels - 1:
+            continue
+        seen = {block.kind for row in batch if row.image is not None for block in row.blocks}
+        ready = fmean(running[kind] for kind in seen) > promote and step - entered > 60
+        if ready or step >= steps * (level + 1) // levels:
+            level, entered, running = level + 1, step, {}

@@ -32,8 +32,10 @@ class Symbols(nn.Module):
         width = words.embedding_dim
         line = torch.linspace(0, 1, grid)[:, None]
         smooth = torch.cat([2 * line - 1, *(torch.cos(k * torch.pi * line) for k in (1, 2, 3))], 1)
-        self.rows = nn.Parameter(0.02 * smooth @ torch.randn(4, width))
-        self.columns = nn.Parameter(0.02 * smooth @ torch.randn(4, width))
+        # as loud as the words: places that whisper beside names and colours are never compared
+        loud = words.weight.detach().std() / smooth.square().sum(1).mean().sqrt()
+        self.rows = nn.Parameter(loud * smooth @ torch.randn(4, width))
+        self.columns = nn.Parameter(loud * smooth @ torch.randn(4, width))
         self.background = nn.Parameter(0.02 * torch.randn(width))
 
     def forward(self, triples: Tensor) -> Tensor:

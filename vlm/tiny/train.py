@@ -25,7 +25,7 @@ from vlm_prune.vlm.tiny.symbols import Symbols, align_projector, word_ids
 from vlm_prune.vlm.tiny.tower import PatchBatch, PatchHeads, Say, tower_features, train_tower
 
 logger = logging.getLogger(__name__)
-STAGES = ("tower", "reading", "symbols", "projector", "language", "together")
+STAGES = ("tower", "reading", "text", "symbols", "projector", "language", "together")
 
 
 class Example(Protocol):
@@ -58,6 +58,7 @@ class Recipe:
     whole: int = 700
     written: int = 2000
     again: int = 200
+    text: int = 1000
     symbols: int = 2400
     align: int = 400
     language: int = 1500
@@ -67,14 +68,19 @@ class Recipe:
 
 
 class Trainer:
-    """Runs the stages of a recipe in a working folder."""
+    """Runs the stages of a recipe in a working folder, on `model` or on a random one."""
 
     def __init__(
-        self, processor: LlavaProcessor, source: Source, folder: Path, recipe: Recipe
+        self,
+        processor: LlavaProcessor,
+        source: Source,
+        folder: Path,
+        recipe: Recipe,
+        model: LlavaForConditionalGeneration | None = None,
     ) -> None:
         torch.manual_seed(recipe.seed)
         self.processor, self.source, self.folder, self.recipe = processor, source, folder, recipe
-        self.model: LlavaForConditionalGeneration = make_model(processor)
+        self.model = make_model(processor) if model is None else model
         tokenizer = processor.tokenizer
         names, colors = (word_ids(tokenizer, words) for words in (source.names, source.colors))
         self.symbols = Symbols(self.model.get_input_embeddings(), names, colors, grid=24)
@@ -99,14 +105,6 @@ class Trainer:
             getattr(self, f"_{stage}")()
             save_model(self.parts, str(kept))
         save_checkpoint(self.model, self.processor, self.folder / "checkpoint")
-
-    def adopt(self, checkpoint: Path, tower_only: bool) -> None:
-        """Start from a checkpoint's weights, or from those of its vision tower."""
-        trained = LlavaForConditionalGeneration.from_pretrained(checkpoint)
-        if tower_only:
-            self.model.model.vision_tower.load_state_dict(trained.model.vision_tower.state_dict())
-        else:
-            self.model.load_state_dict(trained.state_dict())
 
     def say(self, stage: str) -> Say:
         """A recorder of a stage's figures: a line of the log, and one of `log.jsonl`."""
@@ -140,6 +138,15 @@ class Trainer:
         train_tower(tower, self.heads, batches, recipe.written, 1.5e-3, self.say("written"))
         whole = self.source.whole(12, 1)
         train_tower(tower, self.heads, whole, recipe.again, 1.5e-3, self.say("again"))
+
+    def _text(self) -> None:
+        """Text skills first, as in every LLaVA: looking up what a text says, most of all."""
+
+        def rows(_: int) -> list[Row]:
+            return [self.source.text(10, self._seed()) for _ in range(24)]
+
+        modules: list[nn.Module] = [self.model.model.language_model]
+        self._train("text", self.recipe.text, 2e-3, projected(self.model), modules, rows, 1)
 
     def _symbols(self) -> None:
         """Text skills, and answering from scenes written as symbols."""
