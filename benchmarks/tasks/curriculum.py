@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from vlm_prune.benchmarks.tasks import attribute, choice, count, exist, ocr, relation, text
 from vlm_prune.benchmarks.tasks.base import Question
@@ -19,7 +20,7 @@ from vlm_prune.benchmarks.tasks.scenes import (
     Shares,
     make_scene,
 )
-from vlm_prune.vlm.tiny.language import Block, Lesson, Row
+from vlm_prune.vlm.tiny.language import Block, Lesson, Row, Whispers
 from vlm_prune.vlm.tiny.tower import PatchBatch
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -240,3 +241,15 @@ class SceneSource:
 
     def text(self, questions: int, seed: int) -> Row:
         return text_row(np.random.default_rng([TRAIN_SEED, seed]), questions)
+
+    def whispers(self, tokenizer: PreTrainedTokenizerFast, ids: Tensor) -> Whispers:
+        """In a story each colour hears of its thing, among options each word of its letter."""
+        of = tokenizer.convert_tokens_to_ids
+        colors = torch.tensor(of([f"Ġ{color}" for color in COLORS]))
+        letters = torch.tensor(of([f"Ġ{letter}" for letter in choice.LETTERS]))
+        told = (ids[:, 1:-2] == of("Ġis")) & torch.isin(ids[:, 2:-1], colors)
+        row, thing = (told & (ids[:, 3:] == of("."))).nonzero(as_tuple=True)
+        option = torch.isin(ids[:, :-3], letters) & (ids[:, 1:-2] == of("."))
+        at, letter = option.nonzero(as_tuple=True)
+        word = letter + 2 + (ids[at, letter + 2] == of("Ġ")).long()
+        return torch.cat([row, at]), torch.cat([thing + 2, word]), torch.cat([thing, letter])

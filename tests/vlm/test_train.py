@@ -9,10 +9,19 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from vlm_prune.benchmarks.tasks.curriculum import SceneSource, corpus
 from vlm_prune.vlm.tiny.config import make_model, make_processor
 from vlm_prune.vlm.tiny.language import loss_of, pack, projected
-from vlm_prune.vlm.tiny.train import STAGES, Recipe, Trainer
+from vlm_prune.vlm.tiny.train import MORE_STAGES, STAGES, Recipe, Trainer
 
 SHORT = Recipe(
-    windows=2, whole=1, written=1, again=1, symbols=3, align=2, language=3, together=1, scenes=3
+    windows=2,
+    whole=1,
+    written=1,
+    again=1,
+    symbols=3,
+    align=2,
+    language=3,
+    whispers=3,
+    together=1,
+    scenes=3,
 )
 
 
@@ -41,6 +50,45 @@ def test_a_stopped_training_ends_with_the_same_weights(processor, tmp_path):
     AutoProcessor.from_pretrained(tmp_path / "whole" / "checkpoint")
     half = whole["lm_head.weight"].half().float()
     torch.testing.assert_close(loaded.lm_head.weight.data, half)
+    more = Trainer(processor, SceneSource(0), tmp_path / "more", SHORT, loaded)
+    more.run(MORE_STAGES)
+    stages = [json.loads(line)["stage"] for line in (tmp_path / "more" / "log.jsonl").open()]
+    assert list(dict.fromkeys(stages)) == list(MORE_STAGES)
+
+
+def test_colours_hear_of_things_and_options_of_letters(processor):
+    tokenizer = processor.tokenizer
+    told = "The digit 7 is red. The star is blue. What color is the star?"
+    asked = "What digit is red? A. 7 B. 3 C. 0 D. 1 ASSISTANT:"
+    ids = tokenizer(
+        [told, asked], padding=True, padding_side="right", return_tensors="pt"
+    ).input_ids
+    rows, listeners, speakers = SceneSource(0).whispers(tokenizer, ids)
+    words = [
+        tokenizer.convert_ids_to_tokens(ids[rows, at].tolist()) for at in (listeners, speakers)
+    ]
+    assert rows.tolist() == [0, 0, 1, 1, 1, 1]
+    assert words[0] == ["Ġred", "Ġblue", "7", "3", "0", "1"]
+    assert words[1] == ["7", "Ġstar", "ĠA", "ĠB", "ĠC", "ĠD"]
+
+
+def test_a_whisper_is_the_speakers_embedding_added(processor):
+    model = make_model(processor).eval()
+    row = SceneSource(0).text(4, 1)
+    batch = pack([row], processor.tokenizer, model.config.image_token_id)
+    heard = (torch.tensor([0]), torch.tensor([3]), torch.tensor([1]))
+    words = model.get_input_embeddings()
+    seen = []
+    with torch.no_grad():
+        hook = model.model.language_model.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+        )
+        for whispers in (None, heard):
+            loss_of(model, batch, [], projected(model), whispers)
+        hook.remove()
+    changed = seen[1] - seen[0]
+    torch.testing.assert_close(changed[0, 3], words(batch.ids[0, 1]).detach())
+    assert changed.abs().sum(-1).nonzero().tolist() == [[0, 3]]
 
 
 def test_a_question_in_a_packed_row_is_answered_as_it_is_alone(processor):

@@ -16,18 +16,22 @@ from typing import Protocol
 import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
 from vlm_prune.vlm.tiny.config import make_model
 from vlm_prune.vlm.tiny.initial import initialise_embeddings
-from vlm_prune.vlm.tiny.language import Lesson, Row, clip, projected, train_language
+from vlm_prune.vlm.tiny.language import Lesson, Row, Whispers, clip, projected, train_language
 from vlm_prune.vlm.tiny.store import save_checkpoint
 from vlm_prune.vlm.tiny.symbols import Symbols, align_projector, word_ids
 from vlm_prune.vlm.tiny.tower import PatchBatch, PatchHeads, Say, tower_features, train_tower
 
 logger = logging.getLogger(__name__)
 STAGES = ("tower", "reading", "symbols", "projector", "language", "together")
-MORE_STAGES = ("places", "language", "together")
+MORE_STAGES = ("places", "language", "whispers", "together")
 
 
 class Example(Protocol):
@@ -50,6 +54,7 @@ class Source(Protocol):
     def whole(self, batch: int, part: int) -> Iterator[PatchBatch]: ...
     def examples(self, number: int, things: int | None) -> list[Example]: ...
     def text(self, questions: int, seed: int) -> Row: ...
+    def whispers(self, tokenizer: PreTrainedTokenizerFast, ids: Tensor) -> Whispers: ...
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class Recipe:
     symbols: int = 2400
     align: int = 400
     language: int = 2000
+    whispers: int = 600
     together: int = 100
     scenes: int = 4000
     seed: int = 0
@@ -197,6 +203,30 @@ class Trainer:
 
         steps, encode = self.recipe.language, projected(self.model)
         self._train("language", steps, 1.5e-3, encode, modules, rows, len(levels))
+
+    def _whispers(self) -> None:
+        """Looking up what a text says. A colour in a story, and an option's word, also carries what
+        it belongs to, as an image token does, for fewer and fewer of them: attention learns to
+        carry it instead, while what finds a thing by its name is there already."""
+        self._draw()
+        inner, tokenizer = self.model.model, self.processor.tokenizer
+        modules: list[nn.Module] = [inner.language_model, inner.multi_modal_projector]
+
+        def some(ids: Tensor, share: float) -> Whispers:
+            places = self.source.whispers(tokenizer, ids)
+            chosen = torch.rand(len(places[0]), generator=self.generator) < share
+            row, listener, speaker = (part[chosen] for part in places)
+            return row, listener, speaker
+
+        def rows(level: int) -> list[Row]:
+            extra, written, texts = ((60, 18, 3), (576, 30, 1))[level]
+            more = [self.source.text(written, self._seed()) for _ in range(texts)]
+            return [*self._rows(3, 32, extra, features=True, written=written), *more]
+
+        train_language(
+            self.model, tokenizer, rows, self.recipe.whispers, 1e-3, projected(self.model), modules,
+            self.say("whispers"), levels=2, promote=1.0, whispers=some,
+        )  # fmt: skip
 
     def _together(self) -> None:
         """Everything end to end from pixels."""
