@@ -171,8 +171,9 @@ def compare(
     output: Output = None,
 ) -> None:
     """Methods and budgets side by side; images and unpruned answers are computed once."""
-    from vlm_prune.benchmarks.run import Variant, write_text
+    from vlm_prune.benchmarks.run import Variant
     from vlm_prune.benchmarks.table import as_markdown, as_table, comparison, show
+    from vlm_prune.vlm.files import write_text
     from vlm_prune.vlm.wrapper import methods
 
     known = [name for name in methods() if name != "none"]
@@ -210,8 +211,9 @@ def bench(
     """Time a pruned and the unpruned architecture on random weights, phase by phase."""
     from vlm_prune.benchmarks.bench import BenchConfig, about, rows
     from vlm_prune.benchmarks.bench import bench as measure
-    from vlm_prune.benchmarks.run import Variant, write_json, write_text
+    from vlm_prune.benchmarks.run import Variant
     from vlm_prune.benchmarks.table import as_markdown, as_table, show
+    from vlm_prune.vlm.files import write_json, write_text
 
     _quiet()
     variant = Variant(method, parse_budget(budget), arguments=parse_arguments(method_args))

@@ -20,6 +20,7 @@ from vlm_prune.benchmarks.tasks import TASKS, Sample
 from vlm_prune.vlm.cost import key_value_bytes, prefill_flops, tower_flops
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.files import write_json
 from vlm_prune.vlm.session import now
 from vlm_prune.vlm.tokens import Trace, VisionTokens
 from vlm_prune.vlm.wrapper import build
@@ -116,21 +117,6 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         self.rows |= {row["id"]: row for row in new}
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write all of the file or none of it."""
-    partial = path.with_suffix(path.suffix + ".partial")
-    try:
-        partial.write_text(content, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write all of the file or none of it."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def evaluate(

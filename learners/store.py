@@ -15,6 +15,7 @@ from vlm_prune.learners.config import WingsConfig
 from vlm_prune.learners.model import attach, attached, detach, wings_layers
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.files import whole, write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -38,9 +39,10 @@ def save_pretrained(model: Any, folder: str | Path) -> None:
         "base": _base(model),
         "wings": asdict(attached(model).config),
     }
-    (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
     tensors = {name: tensor.contiguous() for name, tensor in adapter_state(model).items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with whole(folder / WEIGHTS) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
+    write_json(folder / CONFIG, described)
 
 
 def from_pretrained(model: Any, name: str | Path) -> None:

@@ -28,6 +28,7 @@ from vlm_prune.learners.recipe import METHODS, Group, Recipe, open_parameters
 from vlm_prune.learners.store import WEIGHTS, load_adapter_state, save_pretrained
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.files import write_text
 from vlm_prune.vlm.load import load
 
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
@@ -195,7 +196,7 @@ def _claim(run: Run) -> None:
     if path.is_file() and path.read_text() != text:
         raise InputError(f"{run.output} holds another run; give an empty folder, or its settings")
     run.output.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    write_text(path, text)
 
 
 def _checkpoint(accelerator: Any, output: Path, step: int) -> None:
@@ -222,7 +223,7 @@ def _resume(accelerator: Any, output: Path) -> int:
         accelerator.load_state(str(output / f"checkpoint-{done}"))
     log = output / "log.jsonl"
     if log.is_file() and accelerator.is_main_process:
-        log.write_text("".join(log.read_text().splitlines(keepends=True)[:done]))
+        write_text(log, "".join(log.read_text().splitlines(keepends=True)[:done]))
     return done
 
 
