@@ -33,6 +33,7 @@ Positions = Annotated[
 Output = Annotated[
     Path | None, typer.Option(help="Folder for results; a killed run resumes there.")
 ]
+Wings = Annotated[str | None, typer.Option(help="Folder or hub name of a Wings adapter.")]
 Split = Annotated[str, typer.Option(help="val for choosing, test for reporting.")]
 
 
@@ -92,6 +93,10 @@ def _execute(configs: "list[RunConfig]", folders: list[Path]) -> list[dict[str, 
         config.variant.build(config.seed)
     runs = [RunFolder(path, config) for path, config in zip(folders, configs, strict=True)]
     model, processor = load(first.model, first.device, first.dtype)
+    if first.wings is not None:
+        from vlm_prune.learners import from_pretrained
+
+        from_pretrained(model, first.wings)
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task("questions", total=first.limit)
@@ -99,11 +104,9 @@ def _execute(configs: "list[RunConfig]", folders: list[Path]) -> list[dict[str, 
 
 
 def _quiet() -> None:
-    """Leave the terminal to our own progress bar and messages."""
-    from transformers.utils import logging
+    from vlm_prune.benchmarks.environment import quiet
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
 
 
 def _in_folder(output: Path | None, configs: "list[RunConfig]", names: list[str]) -> Any:
@@ -139,6 +142,7 @@ def evaluate_one(
     seed: Seed = 0,
     positions: Positions = "auto",
     method_args: Annotated[str, typer.Option(help="Hyperparameters, name=value,...")] = "",
+    wings: Wings = None,
     split: Split = "test",
     output: Output = None,
 ) -> None:
@@ -149,7 +153,7 @@ def evaluate_one(
     variant = Variant(method, parse_budget(budget), positions, parse_arguments(method_args))
     configs = _configs(
         [variant], split, tasks, model=model, limit=limit, batch_size=batch_size, device=device,
-        dtype=dtype, seed=seed,
+        dtype=dtype, seed=seed, wings=wings,
     )  # fmt: skip
     (results,) = _in_folder(output, configs, [""])
     show(run_table(results))

@@ -51,6 +51,21 @@ def from_pretrained(model: Any, name: str | Path) -> None:
     Raises:
         InputError: if there are none, they are damaged, or they belong to another model.
     """
+    config, weights = read_adapter(model, name)
+    attach(model, config)
+    try:
+        load_adapter_state(model, weights)
+    except InputError:
+        detach(model)
+        raise
+
+
+def read_adapter(model: Any, name: str | Path) -> tuple[WingsConfig, dict[str, Tensor]]:
+    """The options and weights of an adapter for `model`, in a folder or under a hub name.
+
+    Raises:
+        InputError: if there is none, it is damaged, or it belongs to another model.
+    """
     try:
         described = json.loads(Path(cached_file(str(name), CONFIG)).read_text())
         weights = load_file(cached_file(str(name), WEIGHTS))
@@ -62,12 +77,7 @@ def from_pretrained(model: Any, name: str | Path) -> None:
         raise InputError(f"cannot read a Wings adapter from {str(name)!r}: {reason}") from error
     if base != _base(model):
         raise InputError(f"this adapter is for {_words(base)}; the model is {_words(_base(model))}")
-    attach(model, config)
-    try:
-        load_adapter_state(model, weights)
-    except InputError:
-        detach(model)
-        raise
+    return config, weights
 
 
 def load_adapter_state(model: Any, weights: dict[str, Tensor], strict: bool = True) -> None:

@@ -41,7 +41,8 @@ class Tokens:
     """All tokens so far, of which the last `queries` are new; tensors (B, N) and `features` (B, N, D).
 
     `rotary(features, positions)` gives the decoder's cos and sin tables; `keys` holds what each
-    learner attends to, the same for all layers.
+    learner attends to, the same for all layers. `seen` (B, N, N) is what the main attention sees
+    where that is not simply what comes before: rows packed from several questions.
     """
 
     features: Tensor
@@ -51,6 +52,7 @@ class Tokens:
     queries: int
     rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     config: WingsConfig
+    seen: Tensor | None = None
     keys: dict[Modality, Keys] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -65,7 +67,12 @@ class Tokens:
 
     @property
     def ranks(self) -> Tensor:
-        """Each token's place among the valid ones of its row, (B, N); padding does not shift it."""
+        """Each token's place among the valid ones of its row, (B, N); padding does not shift it.
+
+        In packed rows it is the place in the token's own sequence, which its position says.
+        """
+        if self.seen is not None:
+            return self.positions
         return (self.valid.cumsum(1) - 1).clamp(min=0)
 
     def _gather(self, chosen: Tensor, causal: bool) -> Keys:
@@ -75,14 +82,22 @@ class Tokens:
             index, present = index.new_zeros(len(index), 1), present.new_zeros(len(index), 1)
         features = self.features.gather(1, index[..., None].expand(-1, -1, self.features.shape[-1]))
         visible = present[:, None].expand(-1, self.queries, -1)
-        if causal:
+        if causal and self.seen is not None:
+            visible = visible & self.seen.gather(2, index[:, None].expand_as(visible))
+        elif causal:
             length = self.features.shape[1]
             query = torch.arange(length - self.queries, length, device=index.device)
             visible = visible & (index[:, None] <= query[:, None])
         return Keys(features, self.rotary(features, self.positions.gather(1, index)), visible)
 
     def select_tokens(self, columns: Tensor, valid: Tensor, positions: Tensor) -> "Tokens":
-        """The tokens that layers after a cut see; `columns` (B, L) point into these N."""
+        """The tokens that layers after a cut see; `columns` (B, L) point into these N.
+
+        Raises:
+            InputError: for packed rows.
+        """
+        if self.seen is not None:
+            raise InputError("packed rows cannot be pruned in the stack; give a 2D attention mask")
         wide = columns[..., None].expand(-1, -1, self.features.shape[-1])
         return Tokens(
             self.features.gather(1, wide),
