@@ -210,6 +210,9 @@ def bench(
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
     method_args: Annotated[str, typer.Option(help="Hyperparameters, name=value,...")] = "",
+    wings: Annotated[
+        int | None, typer.Option(min=1, help="Time Wings' learners of this rank, not a method.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for bench.json, bench.md.")] = None,
 ) -> None:
     """Time a pruned and the unpruned architecture on random weights, phase by phase."""
@@ -217,24 +220,29 @@ def bench(
     from vlm_prune.benchmarks.bench import bench as measure
     from vlm_prune.benchmarks.run import Variant
     from vlm_prune.benchmarks.table import as_markdown, as_table, show
+    from vlm_prune.benchmarks.wings_cost import about_wings, bench_wings, wings_rows
     from vlm_prune.vlm.files import write_json, write_text
 
     _quiet()
     variant = Variant(method, parse_budget(budget), arguments=parse_arguments(method_args))
-    results = measure(
-        BenchConfig(
-            model_shape, variant, batch=batch, repeats=repeats, new_tokens=new_tokens,
-            device=device, dtype=dtype,
-        )
+    config = BenchConfig(
+        model_shape, variant, batch=batch, repeats=repeats, new_tokens=new_tokens,
+        device=device, dtype=dtype,
     )  # fmt: skip
-    for line in about(results):
+    if wings is None:
+        results = measure(config)
+        lines, table = about(results), rows(results)
+    else:
+        results = bench_wings(config, wings)
+        lines, table = about_wings(results), wings_rows(results)
+    for line in lines:
         print(line)
-    show(as_table(rows(results)))
+    show(as_table(table))
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "bench.json", results)
-        intro = "".join(f"- {line}\n" for line in about(results))
-        write_text(output / "bench.md", f"{intro}\n{as_markdown(rows(results))}")
+        intro = "".join(f"- {line}\n" for line in lines)
+        write_text(output / "bench.md", f"{intro}\n{as_markdown(table)}")
 
 
 @app.command()

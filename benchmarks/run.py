@@ -17,7 +17,7 @@ from vlm_prune.benchmarks.environment import command, device_name, versions
 from vlm_prune.benchmarks.latency import Phases, timed_generate
 from vlm_prune.benchmarks.metrics.bootstrap import accuracy_interval, retained
 from vlm_prune.benchmarks.tasks import TASKS, Sample
-from vlm_prune.learners.cost import learner_flops
+from vlm_prune.learners.cost import learner_flops, router_flops
 from vlm_prune.vlm.cost import key_value_bytes, prefill_flops, tower_flops
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
@@ -273,7 +273,8 @@ def summarise(config: RunConfig, rows: list[dict[str, Any]], model: Any) -> dict
         tower: float = row["images"] * tower_flops(model.config.vision_config)
         own = prefill_flops(text, row["text_tokens"], per_layer)
         if config.wings is not None:
-            own += learner_flops(text, model.wings.config, row["text_tokens"], per_layer)
+            added = text, model.wings.config, row["text_tokens"], per_layer
+            own += learner_flops(*added) + router_flops(*added)
         return tower + own
 
     itemsize = model.dtype.itemsize

@@ -4,15 +4,16 @@ from typing import Any
 
 from vlm_prune.learners.config import WingsConfig
 
+_MULTIPLY_ADD = 2
+
 
 def learner_flops(
     text_config: Any, config: WingsConfig, text: float, image_per_layer: list[float]
 ) -> float:
-    """Matrix-product FLOPs that the learners and the router add to one prefill.
+    """Matrix-product FLOPs that the learners add to one prefill.
 
     All products of queries and keys are counted, masked ones too, as `prefill_flops` counts the
-    main attention's. The router's reading is a second pass over the main attention: its scores,
-    and values as wide as a head, which kernels demand.
+    main attention's.
 
     Args:
         text_config: the language model's config.
@@ -20,17 +21,28 @@ def learner_flops(
         text: tokens that are not image tokens.
         image_per_layer: image tokens each layer computes.
     """
-    width, heads = text_config.hidden_size, text_config.num_attention_heads
-    head = getattr(text_config, "head_dim", None) or width // heads
-    total = 0.0
+    width, total = text_config.hidden_size, 0.0
     for layer in config.layers_of(len(image_per_layer)):
         image = image_per_layer[layer]
-        tokens = text + image
-        seen = {"visual": image, "textual": text}
-        for modality in config.modalities:
-            keys = seen[modality]
+        tokens, seen = text + image, {"visual": image, "textual": text}
+        for keys in (seen[modality] for modality in config.modalities):
             # low-rank maps of queries and outputs, of keys and values; scores and their values
             total += 4 * width * config.rank * (tokens + keys) + 2 * tokens * keys * width
-        if config.routed:
-            total += 2 * tokens * tokens * heads * head
-    return 2 * total
+    return _MULTIPLY_ADD * total
+
+
+def router_flops(
+    text_config: Any, config: WingsConfig, text: float, image_per_layer: list[float]
+) -> float:
+    """FLOPs of the router's reading: a second pass over the main attention, as `columns` does it.
+
+    A kernel in which its columns ride along would need next to none, but would round the main
+    attention differently.
+    """
+    if not config.routed:
+        return 0.0
+    heads = text_config.num_attention_heads
+    head = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    layers = config.layers_of(len(image_per_layer))
+    squares = sum((text + image_per_layer[layer]) ** 2 for layer in layers)
+    return float(_MULTIPLY_ADD * 2 * squares * heads * head)

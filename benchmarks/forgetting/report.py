@@ -1,6 +1,7 @@
 """The experiment's JSON, table and plot."""
 
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -148,7 +149,7 @@ def plot(
             places + 0.4 * offset - 0.2, 100 * points, 0.38, yerr=100 * errors, color=color,
             label={"text": "text-only", "visual": "visual"}[part], capsize=2,
         )  # fmt: skip
-    axes.set_xticks(places, [ARMS[name].title.replace(" ", "\n", 1) for name in arms], fontsize=7)
+    axes.set_xticks(places, [fill(ARMS[name].title, 14) for name in arms], fontsize=7)
     axes.set_ylabel("right answers %")
     axes.legend(fontsize=8)
     figure.savefig(path, format="png", dpi=110)
