@@ -19,7 +19,8 @@ class Plan:
         align_steps: fitting a random projector to word embeddings, before stage 1.
         stage1_steps, stage2_steps: optimizer steps.
         images, questions: rows per step, and questions about each.
-        patches: image tokens of a training row: those of all objects and as many others as fit.
+        patches: image tokens shown, in training and test: those of all objects and random others
+            up to this number. A ninth of the 576 makes reading an image learnable in this time.
         shift_rows: prompts for the attention shift; 72 in each of three seeds are over 200.
         rank: of the learners; LoRA's follows from it by equal parameters.
         stock_lr: full tuning's usual rate, at which it forgets; also that of stage 1, of learners,
@@ -34,11 +35,11 @@ class Plan:
     val_scenes: int = 12
     test_scenes: int = 36
     align_steps: int = 300
-    stage1_steps: int = 30
-    stage2_steps: int = 60
+    stage1_steps: int = 40
+    stage2_steps: int = 240
     images: int = 4
     questions: int = 12
-    patches: int = 200
+    patches: int = 64
     shift_rows: int = 72
     rank: int = 16
     stock_lr: float = 1e-3

@@ -63,12 +63,7 @@ def training_rows(shown: Shown, plan: Plan, replay: bool, rng: np.random.Generat
     """One step's rows: questions about images, and `plan.replay` of them about text."""
     rows = []
     for k in rng.integers(len(shown.scenes), size=plan.images):
-        scene, features = shown.scenes[k], shown.features[k]
-        objects = np.flatnonzero(scene.patch_names.ravel())
-        others = np.flatnonzero(scene.patch_names.ravel() == 0)
-        more = rng.permutation(others)[: max(0, plan.patches - len(objects))]
-        kept = torch.from_numpy(np.sort(np.concatenate([objects, more])))
-        rows.append(visual_row(rng, scene, features[kept], plan.questions))
+        rows.append(visual_row(rng, shown.scenes[k], some(shown, k, plan, rng), plan.questions))
     if replay:
         wanted = max(1, round(plan.images * plan.questions * plan.replay / (1 - plan.replay)))
         row = text_row(rng, wanted)
@@ -77,14 +72,23 @@ def training_rows(shown: Shown, plan: Plan, replay: bool, rng: np.random.Generat
     return rows
 
 
-def held_out_rows(shown: Shown, rng: np.random.Generator) -> list[tuple[str, Row]]:
+def some(shown: Shown, k: int, plan: Plan, rng: np.random.Generator) -> Tensor:
+    """Features of a scene's objects and of random other patches, `plan.patches` in all, in order."""
+    names = shown.scenes[k].patch_names.ravel()
+    objects, others = np.flatnonzero(names), np.flatnonzero(names == 0)
+    more = rng.permutation(others)[: max(0, plan.patches - len(objects))]
+    return shown.features[k][torch.from_numpy(np.sort(np.concatenate([objects, more])))]
+
+
+def held_out_rows(shown: Shown, plan: Plan, rng: np.random.Generator) -> list[tuple[str, Row]]:
     """Rows with the part that they measure: `visual`, `text`, or `iit`.
 
     Each scene is shown once for the six tasks and the setting V, and once each for T,V and T,T,V;
     text has as many rows. A block's kind is its task or setting.
     """
     rows: list[tuple[str, Row]] = []
-    for scene, features in zip(shown.scenes, shown.features, strict=True):
+    for k, scene in enumerate(shown.scenes):
+        features = some(shown, k, plan, rng)
         asked = [
             (name, question)
             for name in VISUAL
@@ -105,12 +109,12 @@ def held_out_rows(shown: Shown, rng: np.random.Generator) -> list[tuple[str, Row
     return rows
 
 
-def shift_rows(shown: Shown, number: int, rng: np.random.Generator) -> list[Row]:
+def shift_rows(shown: Shown, plan: Plan, rng: np.random.Generator) -> list[Row]:
     """Prompts with an image between a text turn and a question, for the attention shift."""
     rows = []
-    for n in range(number):
+    for n in range(plan.shift_rows):
         k = n % len(shown.scenes)
         before = f"<s>{history(rng, 1)}USER: "
         question = iit.about(rng, shown.scenes[k])
-        rows.append(Row(before, [block("shift", question)], shown.features[k]))
+        rows.append(Row(before, [block("shift", question)], some(shown, k, plan, rng)))
     return rows

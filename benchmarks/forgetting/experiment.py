@@ -160,13 +160,13 @@ def measured(
             {n.replace("projector.", PROJECTOR): t for n, t in first.items()}, strict=False
         )
     test = shown["test"]
-    rows = shift_rows(test, plan.shift_rows, np.random.default_rng([seed, 2]))
+    rows = shift_rows(test, plan, np.random.default_rng([seed, 2]))
     curves = {
         "with first token": shift_curves(model, processor, rows, True),
         "without first token": shift_curves(model, processor, rows, False),
     }
     return {
-        "hits": _tested(model, processor, test, "test", seed),
+        "hits": _tested(model, processor, test, plan, [seed, 0]),
         "curves": {key: _mean_curves(value) for key, value in curves.items()},
         "shift": {key: _shift(value) for key, value in curves.items()},
         "cost": asdict(cost),
@@ -174,10 +174,9 @@ def measured(
     }
 
 
-def _tested(model: Any, processor: Any, shown: Shown, split: str, seed: int) -> Hits:
-    # the same questions for all arms of a seed
-    rng = np.random.default_rng([seed, 0 if split == "test" else 1])
-    return hits(model, processor, held_out_rows(shown, rng))
+def _tested(model: Any, processor: Any, shown: Shown, plan: Plan, key: list[int]) -> Hits:
+    """Right answers to the questions that `key` draws, the same for all arms of a seed."""
+    return hits(model, processor, held_out_rows(shown, plan, np.random.default_rng(key)))
 
 
 def merged(folder: Path, plan: Plan, val: Shown, seed: int) -> tuple[Any, Any, dict[str, Any]]:
@@ -193,7 +192,7 @@ def merged(folder: Path, plan: Plan, val: Shown, seed: int) -> tuple[Any, Any, d
 
     scores = {}
     for alpha in plan.alphas:
-        found = _tested(at(alpha), processor, val, "val", seed)
+        found = _tested(at(alpha), processor, val, plan, [seed, 1])
         scores[alpha] = (mean_accuracy(found["text"]) + mean_accuracy(found["visual"])) / 2
     best = max(scores, key=lambda alpha: scores[alpha])
     return at(best), processor, {"alpha": best, "validation": scores}

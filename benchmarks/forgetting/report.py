@@ -99,6 +99,7 @@ Brackets are 95 % bootstrap intervals over seeds and scenes; there are few seeds
 poorly known. All arms share tower, data, projector, {plan["stage1_steps"]} steps of stage 1 and
 {plan["stage2_steps"]} of stage 2 on visual questions alone. The language model's rate is
 {plan["stock_lr"]} (stock) or {plan["wings_lr"]} (Wings'); projector, learners and LoRA have the stock rate.
+An image is shown by {plan["patches"]} of its 576 tokens, those of all objects among them.
 Merging chose alpha {alphas} on validation scenes.
 
 {as_markdown(skills)}
