@@ -57,8 +57,9 @@ class LoRRA(nn.Module):
     Q = h (I + W^Q), K = x (I + W^K), V = x (I + W^V), each W of low rank; the output map is of low
     rank without an identity, so an untrained learner gives exactly 0. Because of the identities
     keys and values are as wide as the hidden states, whatever grouping the main attention uses:
-    there are D / head_dim heads. They are rebuilt from the features in every forward, which costs
-    4 M D rank products for M keys, and never cached.
+    there are D / head_dim heads. With a cache they are kept like those of the main attention, and
+    every token has them in one learner of a layer; without, or where a row's tokens do not simply
+    go on, they are made of the features anew, which costs 4 M D rank products for M keys.
 
     Args:
         width: D, of the hidden states.
@@ -80,15 +81,31 @@ class LoRRA(nn.Module):
     def forward(self, hidden: Tensor, keys: Keys, rotary: Rotary | None) -> Tensor:
         """Shapes: hidden (B, S, D), `rotary` cos and sin (B or 1, S, head_dim) -> (B, S, D)."""
         query = self._heads(hidden + self.query(hidden))
-        key = self._heads(keys.features + self.key(keys.features))
-        value = self._heads(keys.features + self.value(keys.features))
+        key, value = self._keys_and_values(keys, rotary is not None)
         if rotary is not None:
-            query, key = rotated(query, rotary), rotated(key, keys.rotary)
+            query = rotated(query, rotary)
         dropout = self.dropout if self.training else 0.0
         mixed: Tensor = self.output(
             attend(query, key, value, keys.visible, dropout).transpose(1, 2).flatten(2)
         )
         return mixed
+
+    def _keys_and_values(self, keys: Keys, rotate: bool) -> tuple[Tensor, Tensor]:
+        made = None if keys.made is None else keys.made.by_learner.get(self)
+        known = 0 if made is None or made[0].shape[2] != keys.known else keys.known
+        features = keys.features[:, known:]
+        if made is not None and known and not features.shape[1]:
+            return made
+        key = self._heads(features + self.key(features))
+        value = self._heads(features + self.value(features))
+        if rotate:
+            cos, sin = keys.rotary
+            key = rotated(key, (cos[:, known:], sin[:, known:]))
+        if made is not None and known:
+            key, value = torch.cat([made[0], key], 2), torch.cat([made[1], value], 2)
+        if keys.made is not None:
+            keys.made.by_learner[self] = key, value
+        return key, value
 
     def _heads(self, hidden: Tensor) -> Tensor:
         heads: Tensor = hidden.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

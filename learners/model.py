@@ -193,10 +193,12 @@ def _note_tokens(
         positions = torch.arange(past, past + length, device=features.device)[None]
     valid = torch.ones_like(is_image) if mask is None else mask[:, -length:]
     facts = torch.stack([is_image.long(), valid.long(), positions.expand(batch, -1)], -1)
+    made = None
     if cache is not None:
-        features, facts = remember(cache, len(decoder.layers), features, facts)
+        features, facts, made = remember(cache, len(decoder.layers), features, facts)
     is_image, valid, positions = facts[..., 0].bool(), facts[..., 1].bool(), facts[..., 2]
-    tokens = Tokens(features, is_image, valid, positions, length, decoder.rotary_emb, config, seen)
+    rotary = decoder.rotary_emb
+    tokens = Tokens(features, is_image, valid, positions, length, rotary, config, seen, made)
     if config.routed and int(tokens.ranks.max()) >= config.max_positions:
         raise InputError(
             f"{int(tokens.ranks.max()) + 1} tokens are more than the router's "

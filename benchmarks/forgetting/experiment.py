@@ -45,8 +45,9 @@ def run(plan: Plan, output: Path, results: Path, base: Path | None = None) -> di
         InputError: if `output` holds an experiment with other settings, or `base` does not fit.
     """
     base = base or text_language_model()
-    about = {"plan": asdict(plan), "base": str(base.name) if base else "the embedded model's"}
-    about = json.loads(json.dumps(about))
+    about: dict[str, Any] = json.loads(
+        json.dumps({"plan": asdict(plan), "base": base.name if base else "the embedded model's"})
+    )
     output.mkdir(parents=True, exist_ok=True)
     settings = output / "experiment.json"
     if settings.is_file() and json.loads(settings.read_text()) != about:

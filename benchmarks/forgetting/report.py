@@ -134,8 +134,8 @@ def plot(
                 axes.plot(layers, one[group], color=COLORS[group], alpha=0.3, lw=0.8)
             axes.plot(layers, curves[:, group].mean(0), color=COLORS[group], label=label)
         value = summary[name]["with first token"]
-        axes.set_title(f"{ARMS[name].title}\nshift {value[0]:.2f}" if value else ARMS[name].title)
-        axes.title.set_size(8)
+        shift = f"\nshift {value[0]:.2f}" if value else ""
+        axes.set_title(f"{ARMS[name].title}{shift}", fontsize=8)
         axes.tick_params(labelsize=7)
         if number == 0:
             axes.legend(fontsize=7)

@@ -71,8 +71,8 @@ def _matched_rank(plan: Plan, folder: Path) -> int:
     text = AutoConfig.from_pretrained(folder).text_config
     width, inner, depth = text.hidden_size, text.intermediate_size, text.num_hidden_layers
     key = width // text.num_attention_heads * text.num_key_value_heads
-    wings = depth * (16 * width * plan.rank + 2 * plan.wings.max_positions)
-    per_rank = depth * (2 * (width + width) + 2 * (width + key) + 3 * (width + inner))
+    wings: int = depth * (16 * width * plan.rank + 2 * plan.wings.max_positions)
+    per_rank: int = depth * (2 * (width + width) + 2 * (width + key) + 3 * (width + inner))
     return max(1, round(wings / per_rank))
 
 
@@ -116,7 +116,7 @@ def fit(
     return Cost(trainable, statistics.median(times) if times else 0.0, memory)
 
 
-class _Saved(torch.autograd.graph.saved_tensors_hooks):  # type: ignore[misc]
+class _Saved(torch.autograd.graph.saved_tensors_hooks):
     """Counts the bytes that a forward pass keeps for its backward pass, shared storage once."""
 
     def __init__(self) -> None:
