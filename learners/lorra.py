@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import rotate_half
 
-from vlm_prune.learners.tokens import Keys
+from vlm_prune.learners.tokens import Keys, Run
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -34,6 +34,29 @@ def attend(
     return output.masked_fill(empty[:, None], 0)
 
 
+def attend_runs(
+    query: Tensor, key: Tensor, value: Tensor, runs: tuple[Run, ...], dropout: float = 0.0
+) -> Tensor:
+    """`attend`, run by run without the keys that a run does not see; shapes as there."""
+    outputs = []
+    for start, stop, before, own in runs:
+        part, seen = query[:, :, start:stop], before + (stop - start if own else 0)
+        if not seen:
+            outputs.append(torch.zeros_like(part))
+            continue
+        square = own and not before
+        mask = None
+        if own and before and stop - start > 1:
+            shape = stop - start, seen
+            mask = torch.ones(shape, dtype=torch.bool, device=part.device).tril(before)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                part, key[:, :, :seen], value[:, :, :seen], mask, dropout, is_causal=square
+            )
+        )
+    return torch.cat(outputs, 2)
+
+
 class LowRank(nn.Module):
     """x -> x W_a W_b with W_a (D, rank) Gaussian and W_b (rank, D) zero, so that it starts at 0."""
 
@@ -49,6 +72,12 @@ class LowRank(nn.Module):
         """Shapes: (..., D) -> (..., D)."""
         mapped: Tensor = self.up(self.down(hidden))
         return mapped
+
+    def added(self, hidden: Tensor) -> Tensor:
+        """x (I + W) in one pass over the wide tensor; (B, N, D) -> (B, N, D)."""
+        inner = self.down(hidden)
+        summed = torch.addmm(hidden.flatten(0, 1), inner.flatten(0, 1), self.up.weight.T)
+        return summed.view_as(hidden)
 
 
 class LoRRA(nn.Module):
@@ -80,14 +109,16 @@ class LoRRA(nn.Module):
 
     def forward(self, hidden: Tensor, keys: Keys, rotary: Rotary | None) -> Tensor:
         """Shapes: hidden (B, S, D), `rotary` cos and sin (B or 1, S, head_dim) -> (B, S, D)."""
-        query = self._heads(hidden + self.query(hidden))
+        query = self._heads(self.query.added(hidden))
         key, value = self._keys_and_values(keys, rotary is not None)
         if rotary is not None:
             query = rotated(query, rotary)
         dropout = self.dropout if self.training else 0.0
-        mixed: Tensor = self.output(
-            attend(query, key, value, keys.visible, dropout).transpose(1, 2).flatten(2)
-        )
+        if keys.runs is None:
+            attended = attend(query, key, value, keys.visible, dropout)
+        else:
+            attended = attend_runs(query, key, value, keys.runs, dropout)
+        mixed: Tensor = self.output(attended.transpose(1, 2).flatten(2))
         return mixed
 
     def _keys_and_values(self, keys: Keys, rotate: bool) -> tuple[Tensor, Tensor]:
@@ -96,8 +127,8 @@ class LoRRA(nn.Module):
         features = keys.features[:, known:]
         if made is not None and known and not features.shape[1]:
             return made
-        key = self._heads(features + self.key(features))
-        value = self._heads(features + self.value(features))
+        key = self._heads(self.key.added(features))
+        value = self._heads(self.value.added(features))
         if rotate:
             cos, sin = keys.rotary
             key = rotated(key, (cos[:, known:], sin[:, known:]))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -24,16 +25,27 @@ class Made:
     by_learner: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
+class Run(NamedTuple):
+    """Neighbouring queries `start` to `stop`, which see `before` keys, and each other if `own`."""
+
+    start: int
+    stop: int
+    before: int
+    own: bool
+
+
 class Keys(NamedTuple):
     """One modality's M tokens, for S queries.
 
-    Shapes: features (B, M, D), rotary cos and sin (B, M, head_dim), visible (B, S, M). Of the first
-    `known` tokens keys and values may be in `made` already.
+    Shapes: features (B, M, D), rotary cos and sin (B, M, head_dim), visible (B, S, M). `runs` says
+    the same as `visible` where that is alike in all rows. Of the first `known` tokens keys and
+    values may be in `made` already.
     """
 
     features: Tensor
     rotary: tuple[Tensor, Tensor]
     visible: Tensor
+    runs: tuple[Run, ...] | None = None
     made: Made | None = None
     known: int = 0
 
@@ -104,15 +116,29 @@ class Tokens:
             query = torch.arange(length - self.queries, length, device=index.device)
             visible = visible & (index[:, None] <= query[:, None])
         rotary = self.rotary(features, self.positions.gather(1, index))
+        runs = self._runs(chosen) if causal else None
         if self.made is None:
-            return Keys(features, rotary, visible)
+            return Keys(features, rotary, visible, runs)
         earlier = self.made.get(modality)
         known = 0 if earlier is None else earlier.index.shape[1]
         if earlier is None or not torch.equal(earlier.index, index[:, :known]):
             earlier, known = Made(index), 0
         earlier.index = index
         self.made[modality] = earlier
-        return Keys(features, rotary, visible, earlier, known)
+        return Keys(features, rotary, visible, runs, earlier, known)
+
+    def _runs(self, chosen: Tensor) -> tuple[Run, ...] | None:
+        """Runs of queries when all rows are alike; on a CPU, since looking makes a GPU wait."""
+        alike = chosen.device.type == "cpu" and self.seen is None
+        if not alike or not self.valid.all() or (chosen != chosen[:1]).any():
+            return None
+        first = chosen.shape[1] - self.queries
+        own, counts = chosen[0].tolist(), [0, *chosen[0].cumsum(0).tolist()]
+        cuts = [n for n in range(first + 1, len(own)) if own[n] != own[n - 1]]
+        edges = [first, *cuts, len(own)]
+        return tuple(
+            Run(a - first, b - first, counts[a], own[a]) for a, b in pairwise(edges) if a < b
+        )
 
     def select_tokens(self, columns: Tensor, valid: Tensor, positions: Tensor) -> "Tokens":
         """The tokens that layers after a cut see; `columns` (B, L) point into these N.

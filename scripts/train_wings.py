@@ -41,8 +41,7 @@ def train_command(
     recipe = replace(PRESETS[preset], seed=seed)
     wings = WingsConfig(rank=rank, layers=tuple(layers) if layers else None)
     examples = [example for file in data for example in read_llava(file, images)]
-    run = Run(model, output, method, recipe, wings, text_ratio, micro_batch)
-    train(run, examples)
+    train(Run(model, output, method, recipe, wings, text_ratio, micro_batch), examples)
 
 
 @app.command(name="merge")

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,12 @@ def run(plan: Plan, output: Path, results: Path, base: Path | None = None) -> di
             while there is none the embedded model's own, by default.
 
     Raises:
-        InputError: if `output` holds an experiment with other settings, or `base` does not fit.
+        InputError: if `output` holds an experiment with other settings, `base` does not fit, or a
+            package is missing.
     """
+    for package in ("matplotlib", "peft"):
+        if find_spec(package) is None:  # not only after all the training
+            raise InputError(f"this needs {package}: pip install 'vlm-prune[plot,train]'")
     base = base or text_language_model()
     about: dict[str, Any] = json.loads(
         json.dumps({"plan": asdict(plan), "base": base.name if base else "the embedded model's"})

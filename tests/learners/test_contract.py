@@ -94,8 +94,8 @@ def test_that_test_catches_a_mask_indexed_by_key_column(winged, prompts, monkeyp
     """Column j of the causal mask is not the position of text key j once an image stands before it."""
     model = winged()
 
-    def by_column(self, chosen, causal):
-        keys = honest(self, chosen, causal)
+    def by_column(self, modality, chosen):
+        keys = honest(self, modality, chosen)
         column = torch.arange(keys.visible.shape[2])
         query = torch.arange(keys.visible.shape[1])[:, None]
         return Keys(keys.features, keys.rotary, (column <= query).expand_as(keys.visible))
@@ -236,7 +236,7 @@ def test_decoding_makes_keys_of_new_tokens_alone(rows, winged, prompts):
     model, inputs = winged(), prompts(rows)
     made = {"visual": [], "textual": []}
     for name, learner in wings_layers(model)[0].learners.items():
-        learner.key.register_forward_pre_hook(
+        learner.key.down.register_forward_pre_hook(
             lambda _, args, lengths=made[name]: lengths.append(args[0].shape[1])
         )
     ids = inputs["input_ids"]
@@ -271,3 +271,13 @@ def test_a_cropped_or_reordered_cache_makes_keys_anew(winged, prompts):
         ids = torch.cat([inputs["input_ids"].flip(0), other], 1)
         whole = model(input_ids=ids, pixel_values=pixels).logits[:, -1]
     torch.testing.assert_close(cropped, whole, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", CAUSAL, ids=str)
+@pytest.mark.parametrize("rows", [[(1, 5)], [(2, 4), (2, 4)], [(0, 6)]], ids=str)
+def test_runs_of_queries_give_what_the_mask_gives(options, rows, winged, prompts, monkeypatch):
+    model, inputs = winged(**options), prompts(rows)
+    by_runs, again = logits(model, inputs), greedy(model, inputs).logits
+    monkeypatch.setattr(tokens_module.Tokens, "_runs", lambda *_: None)
+    torch.testing.assert_close(by_runs, logits(model, inputs), **CLOSE)
+    torch.testing.assert_close(again, greedy(model, inputs).logits, **CLOSE)

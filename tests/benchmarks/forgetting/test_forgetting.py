@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from vlm_prune.benchmarks.forgetting import experiment
+from vlm_prune.benchmarks.forgetting import choose_experiment, experiment
 from vlm_prune.benchmarks.forgetting.arms import ARMS, QUICK, Plan
 from vlm_prune.benchmarks.forgetting.data import held_out_rows, show, some
 from vlm_prune.benchmarks.forgetting.measure import hits, interval
@@ -156,3 +157,15 @@ def test_a_base_is_taken_from_any_file_that_has_a_language_model(embedded, tmp_p
             InputError, match=r"cannot take a language model from .*safetensors: \S"
         ):
             experiment.load_language_model(model, tmp_path / file)
+
+
+def test_wrong_settings_say_what_would_be_right():
+    context = SimpleNamespace(invoked_subcommand=None)
+    with pytest.raises(InputError, match="did you mean 'forgetting'"):
+        choose_experiment(context, "forgeting")
+    with pytest.raises(InputError, match="give a command, or --experiment forgetting"):
+        choose_experiment(context)
+    with pytest.raises(InputError, match="seeds is empty"):
+        Plan(seeds=())
+    with pytest.raises(InputError, match="rank 0 is out of range"):
+        Plan(rank=0)
