@@ -33,6 +33,7 @@ Positions = Annotated[
 Output = Annotated[
     Path | None, typer.Option(help="Folder for results; a killed run resumes there.")
 ]
+Wings = Annotated[str | None, typer.Option(help="Folder or hub name of a Wings adapter.")]
 Split = Annotated[str, typer.Option(help="val for choosing, test for reporting.")]
 
 
@@ -92,6 +93,10 @@ def _execute(configs: "list[RunConfig]", folders: list[Path]) -> list[dict[str, 
         config.variant.build(config.seed)
     runs = [RunFolder(path, config) for path, config in zip(folders, configs, strict=True)]
     model, processor = load(first.model, first.device, first.dtype)
+    if first.wings is not None:
+        from vlm_prune.learners import from_pretrained
+
+        from_pretrained(model, first.wings)
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task("questions", total=first.limit)
@@ -99,11 +104,9 @@ def _execute(configs: "list[RunConfig]", folders: list[Path]) -> list[dict[str, 
 
 
 def _quiet() -> None:
-    """Leave the terminal to our own progress bar and messages."""
-    from transformers.utils import logging
+    from vlm_prune.benchmarks.environment import quiet
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
 
 
 def _in_folder(output: Path | None, configs: "list[RunConfig]", names: list[str]) -> Any:
@@ -139,6 +142,7 @@ def evaluate_one(
     seed: Seed = 0,
     positions: Positions = "auto",
     method_args: Annotated[str, typer.Option(help="Hyperparameters, name=value,...")] = "",
+    wings: Wings = None,
     split: Split = "test",
     output: Output = None,
 ) -> None:
@@ -149,7 +153,7 @@ def evaluate_one(
     variant = Variant(method, parse_budget(budget), positions, parse_arguments(method_args))
     configs = _configs(
         [variant], split, tasks, model=model, limit=limit, batch_size=batch_size, device=device,
-        dtype=dtype, seed=seed,
+        dtype=dtype, seed=seed, wings=wings,
     )  # fmt: skip
     (results,) = _in_folder(output, configs, [""])
     show(run_table(results))
@@ -171,8 +175,9 @@ def compare(
     output: Output = None,
 ) -> None:
     """Methods and budgets side by side; images and unpruned answers are computed once."""
-    from vlm_prune.benchmarks.run import Variant, write_text
+    from vlm_prune.benchmarks.run import Variant
     from vlm_prune.benchmarks.table import as_markdown, as_table, comparison, show
+    from vlm_prune.vlm.files import write_text
     from vlm_prune.vlm.wrapper import methods
 
     known = [name for name in methods() if name != "none"]
@@ -205,30 +210,39 @@ def bench(
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
     method_args: Annotated[str, typer.Option(help="Hyperparameters, name=value,...")] = "",
+    wings: Annotated[
+        int | None, typer.Option(min=1, help="Time Wings' learners of this rank, not a method.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for bench.json, bench.md.")] = None,
 ) -> None:
     """Time a pruned and the unpruned architecture on random weights, phase by phase."""
     from vlm_prune.benchmarks.bench import BenchConfig, about, rows
     from vlm_prune.benchmarks.bench import bench as measure
-    from vlm_prune.benchmarks.run import Variant, write_json, write_text
+    from vlm_prune.benchmarks.run import Variant
     from vlm_prune.benchmarks.table import as_markdown, as_table, show
+    from vlm_prune.benchmarks.wings_cost import about_wings, bench_wings, wings_rows
+    from vlm_prune.vlm.files import write_json, write_text
 
     _quiet()
     variant = Variant(method, parse_budget(budget), arguments=parse_arguments(method_args))
-    results = measure(
-        BenchConfig(
-            model_shape, variant, batch=batch, repeats=repeats, new_tokens=new_tokens,
-            device=device, dtype=dtype,
-        )
+    config = BenchConfig(
+        model_shape, variant, batch=batch, repeats=repeats, new_tokens=new_tokens,
+        device=device, dtype=dtype,
     )  # fmt: skip
-    for line in about(results):
+    if wings is None:
+        results = measure(config)
+        lines, table = about(results), rows(results)
+    else:
+        results = bench_wings(config, wings)
+        lines, table = about_wings(results), wings_rows(results)
+    for line in lines:
         print(line)
-    show(as_table(rows(results)))
+    show(as_table(table))
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "bench.json", results)
-        intro = "".join(f"- {line}\n" for line in about(results))
-        write_text(output / "bench.md", f"{intro}\n{as_markdown(rows(results))}")
+        intro = "".join(f"- {line}\n" for line in lines)
+        write_text(output / "bench.md", f"{intro}\n{as_markdown(table)}")
 
 
 @app.command()

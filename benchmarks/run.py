@@ -17,9 +17,11 @@ from vlm_prune.benchmarks.environment import command, device_name, versions
 from vlm_prune.benchmarks.latency import Phases, timed_generate
 from vlm_prune.benchmarks.metrics.bootstrap import accuracy_interval, retained
 from vlm_prune.benchmarks.tasks import TASKS, Sample
+from vlm_prune.learners.cost import learner_flops, router_flops
 from vlm_prune.vlm.cost import key_value_bytes, prefill_flops, tower_flops
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.files import write_json
 from vlm_prune.vlm.session import now
 from vlm_prune.vlm.tokens import Trace, VisionTokens
 from vlm_prune.vlm.wrapper import build
@@ -49,7 +51,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What decides a run's results; a folder holds the results of one."""
+    """What decides a run's results; a folder holds the results of one.
+
+    `wings` is an adapter that the pruned and the unpruned model both have.
+    """
 
     model: str
     variant: Variant
@@ -60,6 +65,7 @@ class RunConfig:
     dtype: str = "auto"
     seed: int = 0
     split: str = "test"
+    wings: str | None = None
 
 
 def samples_of(tasks: tuple[str, ...], limit: int, seed: int, split: str) -> list[Sample]:
@@ -116,21 +122,6 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         self.rows |= {row["id"]: row for row in new}
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write all of the file or none of it."""
-    partial = path.with_suffix(path.suffix + ".partial")
-    try:
-        partial.write_text(content, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write all of the file or none of it."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def evaluate(
@@ -280,7 +271,11 @@ def summarise(config: RunConfig, rows: list[dict[str, Any]], model: Any) -> dict
 
     def total(row: dict[str, Any], per_layer: list[float]) -> float:
         tower: float = row["images"] * tower_flops(model.config.vision_config)
-        return tower + prefill_flops(text, row["text_tokens"], per_layer)
+        own = prefill_flops(text, row["text_tokens"], per_layer)
+        if config.wings is not None:
+            added = text, model.wings.config, row["text_tokens"], per_layer
+            own += learner_flops(*added) + router_flops(*added)
+        return tower + own
 
     itemsize = model.dtype.itemsize
     times = {

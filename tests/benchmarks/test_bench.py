@@ -70,3 +70,27 @@ def test_shapes_have_the_released_sizes(name):
 def test_wrong_input_is_one_line(run, arguments, message):
     code, _, err = run("bench", *arguments)
     assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+
+
+def test_bench_measures_what_learners_cost(run, tmp_path):
+    code, out, err = run("bench", "--wings", "8", *FAST, "--output", tmp_path)
+    assert code == 0, err
+    results = json.loads((tmp_path / "bench.json").read_text())
+    for phase in ("prefill", "decode"):
+        plain, wings = (results["times_ms"][name][phase]["median"] for name in ("plain", "wings"))
+        assert 0 < plain and results["overhead"][phase] == pytest.approx(wings / plain - 1)
+    assert "decode per token" in (tmp_path / "bench.md").read_text() and "learners +" in out
+
+
+def test_learners_of_a_7b_model_cost_what_the_paper_s_equations_say():
+    from vlm_prune.benchmarks.wings_cost import extra_flops
+
+    shares = extra_flops("llava-1.5-7b", 64)
+    width, inner, tokens, rank = 4096, 11008, 1000, 64
+    layer = 4 * width**2 + 3 * width * inner + 2 * tokens * width
+    # per token: maps of queries and outputs of two learners, of keys and values of one; products
+    learners = 12 * width * rank + 2 * tokens * width
+    head = 32064 * width / tokens / 32
+    assert shares["learners"] == pytest.approx(learners / (layer + head), rel=1e-6)
+    assert shares["learners"] <= 0.06
+    assert shares["router"] == pytest.approx(2 * tokens * width / (layer + head), rel=1e-6)
