@@ -16,11 +16,11 @@ from torch import Tensor
 from vlm_prune.benchmarks.environment import command, device_name, versions
 from vlm_prune.benchmarks.latency import Phases, timed_generate
 from vlm_prune.benchmarks.metrics.bootstrap import accuracy_interval, retained
+from vlm_prune.benchmarks.prompts import make_prompts
 from vlm_prune.benchmarks.tasks import TASKS, Sample
 from vlm_prune.vlm.cost import key_value_bytes, prefill_flops, tower_flops
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
-from vlm_prune.vlm.session import now
 from vlm_prune.vlm.tokens import Trace, VisionTokens
 from vlm_prune.vlm.wrapper import build
 
@@ -179,20 +179,13 @@ def _answer(
     model: Any, processor: Any, batch: list[Sample], pruners: list[Any]
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows of one batch for each pruner."""
-    family, device = family_of(model), model.device
     texts = [processor.apply_chat_template(s.messages(), add_generation_prompt=True) for s in batch]
-    images = [image for sample in batch for image in sample.images]
-    inputs = processor(
-        text=texts, images=images or None, padding=True, padding_side="left", return_tensors="pt"
-    ).to(device)
-    prompt = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-    start = now(device)
-    vision = family.encode(inputs["pixel_values"]) if images else None
-    encoding = now(device) - start
+    prompts = make_prompts(model, processor, texts, [list(sample.images) for sample in batch])
+    prompt, vision, encoding = prompts.tensors, prompts.vision, prompts.vision_s
     baseline, before, _ = _generate(model, processor, prompt, vision)
     for pruner in pruners:
         ours, after, trace = _generate(
-            model, processor, prompt, vision, pruner, inputs.get("pixel_values")
+            model, processor, prompt, vision, pruner, prompts.pixel_values
         )
         times = {
             "vision": after.vision or encoding,
@@ -206,7 +199,6 @@ def _answer(
         rows, places = [], iter(trace.kept)
         for number, sample in enumerate(batch):
             task = TASKS[sample.id.split("/")[0]]
-            length = int(prompt["attention_mask"][number].sum())
             rows.append(
                 {
                     "id": sample.id,
@@ -219,7 +211,7 @@ def _answer(
                     "baseline_score": task.score(baseline[number], sample.answer),
                     "score": task.score(ours[number], sample.answer),
                     "images": len(sample.images),
-                    "text_tokens": length - len(sample.images) * family.tokens_per_image,
+                    "text_tokens": prompts.text_tokens[number],
                     "layer_tokens": trace.layer_tokens,
                     "kept": [kept.tolist() for kept in islice(places, len(sample.images))],
                     "time_ms": {key: 1e3 * t / len(batch) for key, t in times.items()},
