@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +23,10 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Option(help="'tiny' (embedded), a checkpoint folder, or a hub name.")]
 Method = Annotated[str, typer.Option(help="See 'vlm-prune methods'; two joined by + cascade.")]
-Tasks = Annotated[str, typer.Option(help="Task names, comma-separated, or 'visual' or 'all'.")]
+Tasks = Annotated[
+    str,
+    typer.Option(help="Names, comma-separated, lmms-eval's included, or 'visual' or 'all'."),
+]
 Limit = Annotated[int, typer.Option(min=1, help="Questions in all, spread evenly over the tasks.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Questions answered together.")]
 Device = Annotated[str, typer.Option(help="A torch device: cpu, cuda, cuda:1, mps.")]
@@ -34,6 +39,10 @@ Output = Annotated[
     Path | None, typer.Option(help="Folder for results; a killed run resumes there.")
 ]
 Split = Annotated[str, typer.Option(help="val for choosing, test for reporting.")]
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(envvar="VLM_PRUNE_DATA", help="Folder of data sets, for lmms-eval's tasks."),
+]
 
 
 def parse_budget(text: str) -> int | float:
@@ -68,6 +77,7 @@ def parse_arguments(text: str) -> dict[str, Any]:
 
 
 def parse_tasks(text: str) -> tuple[str, ...]:
+    from vlm_prune.benchmarks.lmms import check_tasks
     from vlm_prune.benchmarks.tasks import TASKS, VISUAL
 
     groups = {"visual": VISUAL, "all": tuple(TASKS)}
@@ -76,13 +86,18 @@ def parse_tasks(text: str) -> tuple[str, ...]:
         raise InputError(f"no task given; known: {', '.join(TASKS)}")
     if len(set(names)) < len(names):
         raise InputError(f"a task is named twice in {text!r}")
-    return tuple(TASKS[name].name for name in names)
+    if others := [name for name in names if name not in TASKS]:
+        check_tasks(others, list(TASKS))
+    return names
 
 
-def _execute(configs: "list[RunConfig]", folders: list[Path]) -> list[dict[str, Any]]:
+def _execute(
+    configs: "list[RunConfig]", folders: list[Path], data_root: Path | None
+) -> list[dict[str, Any]]:
     """Run with a progress bar; without a folder of its own a run leaves nothing behind."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
+    from vlm_prune.benchmarks import lmms
     from vlm_prune.benchmarks.run import RunFolder, evaluate
     from vlm_prune.vlm.load import load
 
@@ -91,11 +106,16 @@ def _execute(configs: "list[RunConfig]", folders: list[Path]) -> list[dict[str, 
     for config in configs:
         config.variant.build(config.seed)
     runs = [RunFolder(path, config) for path, config in zip(folders, configs, strict=True)]
-    model, processor = load(first.model, first.device, first.dtype)
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task("questions", total=first.limit)
-        return evaluate(model, processor, runs, lambda done: bar.advance(task, done))
+        advance = partial(bar.advance, task)
+        if lmms.needed(first.tasks):
+            from vlm_prune.benchmarks.lmms.run import evaluate as evaluate_lmms
+
+            return evaluate_lmms(runs, data_root, advance)
+        model, processor = load(first.model, first.device, first.dtype)
+        return evaluate(model, processor, runs, advance)
 
 
 def _quiet() -> None:
@@ -106,13 +126,17 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-def _in_folder(output: Path | None, configs: "list[RunConfig]", names: list[str]) -> Any:
+def _in_folder(
+    output: Path | None, configs: "list[RunConfig]", names: list[str], data_root: Path | None
+) -> Any:
     from tempfile import TemporaryDirectory
 
     if output is not None:
-        return _execute(configs, [output / name for name in names])
+        return _execute(configs, [output / name for name in names], data_root)
+    if "RANK" in os.environ:
+        raise InputError("several processes need --output, a folder that they share")
     with TemporaryDirectory(prefix="vlm-prune-") as folder:
-        return _execute(configs, [Path(folder) / (name or "run") for name in names])
+        return _execute(configs, [Path(folder) / (name or "run") for name in names], data_root)
 
 
 def _configs(variants: "list[Variant]", split: str, tasks: str, **common: Any) -> "list[RunConfig]":
@@ -140,6 +164,7 @@ def evaluate_one(
     positions: Positions = "auto",
     method_args: Annotated[str, typer.Option(help="Hyperparameters, name=value,...")] = "",
     split: Split = "test",
+    data_root: DataRoot = None,
     output: Output = None,
 ) -> None:
     """Compare one pruned model with the unpruned one."""
@@ -151,7 +176,7 @@ def evaluate_one(
         [variant], split, tasks, model=model, limit=limit, batch_size=batch_size, device=device,
         dtype=dtype, seed=seed,
     )  # fmt: skip
-    (results,) = _in_folder(output, configs, [""])
+    (results,) = _in_folder(output, configs, [""], data_root)
     show(run_table(results))
 
 
@@ -168,6 +193,7 @@ def compare(
     seed: Seed = 0,
     positions: Positions = "auto",
     split: Split = "test",
+    data_root: DataRoot = None,
     output: Output = None,
 ) -> None:
     """Methods and budgets side by side; images and unpruned answers are computed once."""
@@ -185,7 +211,7 @@ def compare(
         dtype=dtype, seed=seed,
     )  # fmt: skip
     names = [f"{variant.method}-{variant.budget}" for variant in variants]
-    runs = _in_folder(output, configs, names)
+    runs = _in_folder(output, configs, names, data_root)
     lines = comparison(runs)
     show(as_table(lines))
     if output is not None:
@@ -317,8 +343,6 @@ def list_models() -> None:
 
 def main() -> None:
     """Entry point: one line and exit code 2 for wrong input, 130 for Ctrl-C."""
-    import os
-
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         if len(sys.argv) == 1:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from vlm_prune.benchmarks.environment import command, device_name, versions
@@ -73,14 +74,34 @@ def samples_of(tasks: tuple[str, ...], limit: int, seed: int, split: str) -> lis
 
 
 class RunFolder:
-    """`config.json`, one row per question in `samples.jsonl`, `results.json` at the end."""
+    """`config.json`, one row per question in `samples.jsonl`, `results.json` at the end.
+
+    One run writes to a folder at a time; of several processes of a run it is the first.
+    """
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path, self.config = path, config
         path.mkdir(parents=True, exist_ok=True)
+        self.rows: dict[str, dict[str, Any]] = {}
+        if int(os.environ.get("RANK", 0)) > 0:
+            return
+        self.lock = FileLock(path / ".lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(
+                f"another run writes to {path}; wait for it, or give another --output"
+            ) from None
         wanted, stored = json.loads(json.dumps(asdict(config))), path / "config.json"
         if stored.is_file():
-            found = json.loads(stored.read_text())
+            try:
+                found = json.loads(stored.read_text())
+            except ValueError:
+                found = {}
+            if set(found) != set(wanted):
+                raise InputError(
+                    f"{path} holds a run of another version; give another --output or remove it"
+                )
             changed = [key for key in wanted if found.get(key) != wanted[key]]
             if changed:
                 raise InputError(
@@ -106,8 +127,11 @@ class RunFolder:
         if len(whole) < len(text):
             with self.log.open("r+b") as file:
                 file.truncate(len(whole))
-        rows = [json.loads(line) for line in whole.splitlines()]
-        return {row["id"]: row for row in rows}
+        try:
+            rows = [json.loads(line) for line in whole.splitlines()]
+            return {row["id"]: row for row in rows}
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self.log} is damaged ({error}); remove {self.path}") from error
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         new = [row for row in rows if row["id"] not in self.rows]

@@ -1,6 +1,8 @@
 """lmms-eval: our model as its plug-in, and its tasks under `vlm-prune eval`. Imports no torch."""
 
 import difflib
+import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,16 @@ def manifests() -> Any:
 
 def installed() -> bool:
     return find_spec("lmms_eval") is not None
+
+
+def needed(tasks: Sequence[str]) -> bool:
+    """Whether lmms-eval has to run them: some are its own, or several processes share the work."""
+    from vlm_prune.benchmarks.tasks import TASKS
+
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several and not installed():
+        raise InputError(f"sharing the work among processes takes lmms-eval: {INSTALL}")
+    return several or any(name not in TASKS for name in tasks)
 
 
 def check_tasks(names: list[str], embedded: list[str]) -> None:

@@ -8,7 +8,10 @@ from typing import Any
 
 from filelock import FileLock
 
+from vlm_prune.benchmarks.environment import device_name, versions
 from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.load import EMBEDDED
+from vlm_prune.vlm.tiny import checkpoint_path
 
 
 def fingerprint(ask: Any, text: str) -> str:
@@ -17,6 +20,20 @@ def fingerprint(ask: Any, text: str) -> str:
     for image in ask.chat.images():
         state = zlib.crc32(image.tobytes(), zlib.crc32(repr(image.size).encode(), state))
     return f"{state:08x}"
+
+
+def source(model: Any, name: str) -> dict[str, Any]:
+    """What tells one state of a model's weights and its surroundings from another."""
+    path = checkpoint_path() if name == EMBEDDED else Path(name)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    return {
+        "model": name,
+        "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        or getattr(model.config, "_commit_hash", None),
+        "dtype": str(model.dtype),
+        "device": device_name(model.device),
+        "versions": versions("lmms_eval"),
+    }
 
 
 class Answers:

@@ -5,19 +5,18 @@ from typing import Any
 
 from lmms_eval.api.task import ConfigurableMessagesTask
 
-from vlm_prune.benchmarks.tasks import TASKS, Sample
+from vlm_prune.benchmarks.tasks import TASKS, Sample, Split
 
 DOCUMENTS = 500
-SEED = 0
 
 
 class Documents:
-    """The first samples of a task's test stream, each made when it is asked for."""
+    """The first samples of a task's stream, each made when it is asked for."""
 
     features = dict.fromkeys(("index", "question", "answer", "category"))
 
-    def __init__(self, task: str) -> None:
-        self.task = task
+    def __init__(self, task: str, seed: int = 0, split: Split = "test") -> None:
+        self.task, self.seed, self.split = task, seed, split
 
     def __len__(self) -> int:
         return DOCUMENTS
@@ -37,15 +36,17 @@ class Documents:
         return (self[index] for index in range(len(self)))
 
     def sample(self, index: int) -> Sample:
-        return TASKS[self.task].sample(index, SEED, "test")
+        return TASKS[self.task].sample(index, self.seed, self.split)
 
 
 class EmbeddedTask(ConfigurableMessagesTask):  # type: ignore[misc]
-    """`dataset_path` of the YAML file names the embedded task."""
+    """`dataset_path` of the YAML file names the embedded task, `dataset_kwargs` seed and split."""
 
     def __init__(self, config: dict[str, Any], model_name: str | None = None) -> None:
         options = {key: value for key, value in config.items() if key != "class"}
-        self.documents = Documents(options["dataset_path"])
+        self.documents = Documents(
+            options["dataset_path"], **(options.get("dataset_kwargs") or {})
+        )
         super().__init__(config=options, model_name=model_name)
 
     def download(self, dataset_kwargs: Any = None) -> None:

@@ -2,7 +2,7 @@
 
 import resource
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -88,9 +88,9 @@ class PrunedChat(lmms):  # type: ignore[misc]
         self.model, self.processor = load(pretrained, self._place(device), dtype)
         family = family_of(self.model)
         self.pruner.check(family.tokens_per_image, len(family.decoder.layers))
-        self.rows: dict[str, dict[str, Any]] = {}
         self.journal: Answers | None = None
         self.keep_loaded = False
+        self.tick: Callable[[int], None] = lambda answered: None
 
     def _place(self, device: str | None) -> str:
         """One device for each process; their number comes from `accelerate launch`."""
@@ -181,8 +181,8 @@ class PrunedChat(lmms):  # type: ignore[misc]
                         self.journal.append(rows)
                 done |= {ask.id: row for ask, row in zip(batch, rows, strict=True)}
                 bar.update(len(batch))
+                self.tick(len(batch))
         bar.close()
-        self.rows |= done
         self._log(computed)
         return [done[ask.id] for ask in asks]
 
