@@ -33,13 +33,17 @@ def load_task(name: str, data_root: Path | None, seed: int = 0, split: str = "te
     return kind.with_data(config, data_root)
 
 
-def _check_judge(name: str, config: dict[str, Any]) -> None:
+def _judged(config: dict[str, Any]) -> bool:
+    """Whether another model scores the replies, as far as metrics and metadata tell."""
     metrics = [str(metric.get("metric")) for metric in config.get("metric_list") or []]
     metadata = config.get("metadata")
     named = isinstance(metadata, dict) and "gpt_eval_model_name" in metadata
-    judged = named or any(word in metric for metric in metrics for word in ("gpt", "llm", "judge"))
-    static = name.endswith("_static")
-    if not judged or static or any(os.environ.get(key) for key in KEYS):
+    named = named or any(word in name for name in metrics for word in ("gpt", "llm", "judge"))
+    return named and not str(config.get("task")).endswith("_static")
+
+
+def _check_judge(name: str, config: dict[str, Any]) -> None:
+    if not _judged(config) or any(os.environ.get(key) for key in KEYS):
         return
     twin = f"{name}_static"
     instead = f", or run {twin}" if twin in catalog().all_tasks else ""
@@ -53,7 +57,17 @@ class _DataTask(ConfigurableTask):  # type: ignore[misc]
 
     @classmethod
     def with_data(cls, config: dict[str, Any], data_root: Path | None) -> Any:
-        bound = type(cls.__name__, (cls,), {"data_root": data_root})
+        own: dict[str, Any] = {"data_root": data_root}
+        if not _judged(config):  # a judge may fail and be asked again; a wrong row stays wrong
+            own["process_results"] = ConfigurableTask.process_results.__wrapped__
+        bound = type(cls.__name__, (cls,), own)
+        if config.get("num_fewshot") and not config.get("fewshot_config"):
+            # without a configuration lmms-eval 0.7.3 makes no sampler, and then asks for it
+            config = config | {"fewshot_config": {"sampler": "default"}}
+        metrics = config.get("metric_list") or []
+        scored = [metric for metric in metrics if metric.get("metric") != "submission"]
+        if scored:  # a file for a server, which fails where a reply does not fit into it
+            config = config | {"metric_list": scored}
         return bound(config=config)
 
     def download(self, dataset_kwargs: Any = None) -> None:

@@ -122,7 +122,7 @@ class PrunedChat(lmms):  # type: ignore[misc]
             chat, options = chat_of(request, self.task_dict)
             options, until = shared_options(options)
             asks.append(Ask(_name(request, names), chat, options, until))
-        return [self._result(row) for row in self._rows(asks, "generate_until")]
+        return [_result(row, row["reply"]) for row in self._rows(asks)]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
         """For each request its answers round by round; each round's question sees those before."""
@@ -140,25 +140,24 @@ class PrunedChat(lmms):  # type: ignore[misc]
                     options, until = shared_options(talks[index].options)
                     asks.append(Ask(f"{ids[index]}/round{number}", chat, options, until))
                     asked.append(index)
-            for index, row in zip(asked, self._rows(asks, "multi_round"), strict=True):
+            for index, row in zip(asked, self._rows(asks), strict=True):
                 answers[index].append(row["reply"])
             open_talks, number = asked, number + 1
         return answers
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Negative log-likelihood of each continuation, and whether it is the greedy answer."""
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Negative log-likelihood of each continuation, and whether it is the greedy answer.
+
+        lmms-eval 0.7.3 would turn bare pairs into strings.
+        """
         asks, names = [], Counter[str]()
         for request in requests:
             chat, continuation = chat_of(request, self.task_dict)
             asks.append(Ask(_name(request, names), chat, {}, forced=continuation))
-        rows = self._rows(asks, "loglikelihood")
-        return [(row["nll"], row["greedy"]) for row in rows]
+        rows = self._rows(asks)
+        return [_result(row, (row["nll"], row["greedy"])) for row in rows]
 
-    def _result(self, row: dict[str, Any]) -> GenerationResult:
-        counts = TokenCounts(input_tokens=row["input_tokens"], output_tokens=row["output_tokens"])
-        return GenerationResult(row["reply"], counts)
-
-    def _rows(self, asks: list[Ask], kind: str) -> list[dict[str, Any]]:
+    def _rows(self, asks: list[Ask]) -> list[dict[str, Any]]:
         """One row for each question; those of the journal are not computed again.
 
         Batches are fixed slices of questions with the same generation arguments.
@@ -279,6 +278,11 @@ class PrunedSimple(PrunedChat):
     """The same model for tasks that lmms-eval gives to simple-mode models: `--force_simple`."""
 
     is_simple = True
+
+
+def _result(row: dict[str, Any], answer: Any) -> GenerationResult:
+    counts = TokenCounts(input_tokens=row["input_tokens"], output_tokens=row["output_tokens"])
+    return GenerationResult(answer, counts)
 
 
 def _name(request: Instance, names: Counter[str]) -> str:

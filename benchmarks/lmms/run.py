@@ -12,8 +12,11 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import datasets
+from tenacity import RetryError
+
 from vlm_prune.benchmarks.lmms.answers import Answers, source
-from vlm_prune.benchmarks.lmms.catalog import leaves
+from vlm_prune.benchmarks.lmms.catalog import catalog, leaves
 from vlm_prune.benchmarks.lmms.load import load_task
 from vlm_prune.benchmarks.lmms.model import PrunedChat
 from vlm_prune.benchmarks.lmms.score import reply_of, score_of
@@ -58,6 +61,7 @@ def evaluate(
     Raises:
         InputError: if the model cannot be used, or no task could be run.
     """
+    datasets.disable_progress_bars()
     config = folders[0].config
     model = PrunedChat(
         config.model, "none", batch_size=config.batch_size, device=config.device,
@@ -82,9 +86,7 @@ def evaluate(
                     folder.append(_rows(leaf, task, before, after))
                     found[leaf.shown] = {"pruned": after.metrics, "baseline": before.metrics}
         except Exception as error:  # a task may raise anything; the other tasks go on
-            first = next(iter(str(error).strip().splitlines()), "")
-            known = isinstance(error, InputError)
-            skipped[leaf.shown] = first if known else f"{type(error).__name__}: {first}"
+            skipped[leaf.shown] = _reason(error)
     if model.rank != 0:
         raise SystemExit(0)
     for name, reason in skipped.items():
@@ -95,6 +97,14 @@ def evaluate(
         _finish(folder, found, skipped, model)
         for folder, found in zip(folders, metrics, strict=True)
     ]
+
+
+def _reason(error: BaseException) -> str:
+    """One line; what lmms-eval tried several times is named by what went wrong."""
+    if isinstance(error, RetryError):
+        error = error.last_attempt.exception() or error
+    first = next(iter(str(error).strip().splitlines()), "")
+    return first if isinstance(error, InputError) else f"{type(error).__name__}: {first}"
 
 
 def _leaves(config: RunConfig, skipped: dict[str, str]) -> list[Leaf]:
@@ -144,6 +154,7 @@ def _pass(
         results = simple_evaluate(
             model, tasks=[task], limit=leaf.limit, batch_size=model.batch_size,
             device=str(model.device), bootstrap_iters=0, cli_args=task.args,
+            task_manager=catalog(),
         )  # fmt: skip
     if results is None:
         return None
