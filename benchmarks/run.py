@@ -83,7 +83,7 @@ class RunFolder:
         self.path, self.config = path, config
         path.mkdir(parents=True, exist_ok=True)
         self.rows: dict[str, dict[str, Any]] = {}
-        if int(os.environ.get("RANK", 0)) > 0:
+        if int(os.environ.get("RANK", "0")) > 0:
             return
         self.lock = FileLock(path / ".lock")
         try:

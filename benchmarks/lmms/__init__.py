@@ -38,7 +38,7 @@ def needed(tasks: Sequence[str]) -> bool:
     """Whether lmms-eval has to run them: some are its own, or several processes share the work."""
     from vlm_prune.benchmarks.tasks import TASKS
 
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several and not installed():
         raise InputError(f"sharing the work among processes takes lmms-eval: {INSTALL}")
     return several or any(name not in TASKS for name in tasks)

@@ -106,9 +106,7 @@ def rounds_of(request: Instance, documents: dict[str, Any]) -> Rounds:
     if isinstance(arguments[2], dict):  # chat mode
         messages, options = arguments[1], arguments[2]
 
-        def by_messages(
-            number: int, answers: list[str], state: Any
-        ) -> tuple[Chat | None, Any]:
+        def by_messages(number: int, answers: list[str], state: Any) -> tuple[Chat | None, Any]:
             if number == 0:
                 return _checked(messages(document)), None
             found = messages(
@@ -124,9 +122,7 @@ def rounds_of(request: Instance, documents: dict[str, Any]) -> Rounds:
     def by_text(number: int, answers: list[str], state: Any) -> tuple[Chat | None, Any]:
         if number == 0:
             return user_turn(visuals(document), context), None
-        found = text(
-            document, round_idx=number, previous_output=answers, previous_round_info=state
-        )
+        found = text(document, round_idx=number, previous_output=answers, previous_round_info=state)
         if not isinstance(found, tuple) or len(found) != 5 or found[2]:
             return None, None
         return user_turn(found[0], found[1]), found[4]

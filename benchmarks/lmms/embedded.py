@@ -44,9 +44,7 @@ class EmbeddedTask(ConfigurableMessagesTask):  # type: ignore[misc]
 
     def __init__(self, config: dict[str, Any], model_name: str | None = None) -> None:
         options = {key: value for key, value in config.items() if key != "class"}
-        self.documents = Documents(
-            options["dataset_path"], **(options.get("dataset_kwargs") or {})
-        )
+        self.documents = Documents(options["dataset_path"], **(options.get("dataset_kwargs") or {}))
         super().__init__(config=options, model_name=model_name)
 
     def download(self, dataset_kwargs: Any = None) -> None:

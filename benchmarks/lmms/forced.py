@@ -30,9 +30,7 @@ class Forced(LogitsProcessor):  # type: ignore[misc]
         self.greedy = list(torch.ones(rows, dtype=torch.bool, device=self.device))
 
     @classmethod
-    def of(
-        cls, tokenizer: Any, prompts: list[str], texts: list[str], device: torch.device
-    ) -> Self:
+    def of(cls, tokenizer: Any, prompts: list[str], texts: list[str], device: torch.device) -> Self:
         """The tokens that each text adds to its prompt."""
         tokens = []
         for prompt, text in zip(prompts, texts, strict=True):

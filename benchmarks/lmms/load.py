@@ -97,7 +97,10 @@ class _DataTask(ConfigurableTask):  # type: ignore[misc]
             except InputError:
                 if split in (tested, self.config.fewshot_split):
                     raise
-        if self.DATASET_NAME == "testdev_balanced_instructions" and "image" not in found[tested].features:
+        if (
+            self.DATASET_NAME == "testdev_balanced_instructions"
+            and "image" not in found[tested].features
+        ):
             found[tested] = _with_gqa_images(found[tested], folder, tested)
         elif self.config.process_docs is not None and "GQA" not in self.DATASET_PATH:
             found = {split: self.config.process_docs(rows) for split, rows in found.items()}

@@ -85,7 +85,7 @@ def evaluate(
                 if before is not None and after is not None:
                     folder.append(_rows(leaf, task, before, after))
                     found[leaf.shown] = {"pruned": after.metrics, "baseline": before.metrics}
-        except Exception as error:  # a task may raise anything; the other tasks go on
+        except Exception as error:  # noqa: BLE001  a task may raise anything; the others go on
             skipped[leaf.shown] = _reason(error)
     if model.rank != 0:
         raise SystemExit(0)

@@ -199,7 +199,8 @@ def hellaswag():
 
 def gsm8k():
     rows = [
-        {"question": f"What is {i} plus 1?", "answer": f"It is more. #### {i + 1}"} for i in range(8)
+        {"question": f"What is {i} plus 1?", "answer": f"It is more. #### {i + 1}"}
+        for i in range(8)
     ]
     return {"gsm8k/main/train": rows, "gsm8k/main/test": rows[:3]}
 

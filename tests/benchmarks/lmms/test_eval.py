@@ -30,7 +30,7 @@ def untimed(rows):
 
 def test_real_schemas(run, data_root, tmp_path):
     tasks = VISUAL | TEXT
-    code, out, err = run(
+    code, _, err = run(
         "eval", "--tasks", ",".join(tasks), "--data-root", data_root, "--limit", 4 * len(tasks),
         "--output", tmp_path / "out", *FAST,
     )  # fmt: skip
@@ -46,11 +46,13 @@ def test_real_schemas(run, data_root, tmp_path):
         if name not in ("mmbench_en_dev_static", "mme"):  # in per cent, and a sum
             assert task["metrics"][metric] == pytest.approx(task["accuracy"])
         own = [row for row in rows if row["task"] == name]
-        assert [len(kept) for row in own for kept in row["kept"]] == [16] * (count * (name in VISUAL))
+        assert [len(kept) for row in own for kept in row["kept"]] == [16] * (
+            count * (name in VISUAL)
+        )
         assert task["kept"] == (16 if name in VISUAL else 0)
     assert {row["id"] for row in rows if row["task"] == "gqa"} == {f"gqa/{i:06d}" for i in range(4)}
     assert results["time_ms"]["baseline_prefill"] > 0 and results["flops"]["pruned"] > 0
-    code, out, err = run("report", tmp_path / "out")
+    code, _, err = run("report", tmp_path / "out")
     assert code == 0, err
 
 

@@ -157,7 +157,9 @@ def test_multi_round(lm, boxes):
 
 def test_a_task_s_own_image_marker_is_no_image(lm, boxes):
     options = {"max_new_tokens": 3}
-    asked = [simple(lm, "generate_until", f"{mark}What?", options, boxes) for mark in ("<image>", "")]
+    asked = [
+        simple(lm, "generate_until", f"{mark}What?", options, boxes) for mark in ("<image>", "")
+    ]
     marked, plain = lm.generate_until(asked)
     assert marked.text == plain.text
     assert marked.token_counts.input_tokens == plain.token_counts.input_tokens
@@ -171,7 +173,9 @@ def test_generation_arguments(lm, boxes):
     reply = lm.generate_until([whole])[0].text
     assert lm.generate_until([cut])[0].text == reply.split("e")[0].strip()
     assert lm.generate_until([beams])[0].text
-    sampled = simple(lm, "generate_until", "What?", {"max_new_tokens": 8, "temperature": 5.0}, boxes)
+    sampled = simple(
+        lm, "generate_until", "What?", {"max_new_tokens": 8, "temperature": 5.0}, boxes
+    )
     torch.manual_seed(0)
     assert lm.generate_until([sampled])[0].text != reply
 

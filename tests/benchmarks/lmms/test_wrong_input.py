@@ -67,7 +67,7 @@ def test_damaged_data(run, checkpoint, copy, tmp_path, name):
 
 def test_tasks_that_cannot_be_run(run, checkpoint, copy, tmp_path):
     names = "mmbench_en_dev,vqav2_val,mmvet,scienceqa_img"
-    code, out, err = run(
+    code, _, err = run(
         "eval", "--model", checkpoint, "--tasks", names, "--data-root", copy, "--output",
         tmp_path / "out", *FAST,
     )  # fmt: skip
@@ -85,13 +85,17 @@ def test_nothing_to_run(run, checkpoint, tmp_path):
     code, _, err = run("eval", "--model", checkpoint, "--tasks", "pope", *FAST)
     assert code == 2
     assert "no connection, or offline mode" in err and "no task could be run" in err
-    code, _, err = run("eval", "--model", checkpoint, "--tasks", "pope", "--data-root", "/no", *FAST)
+    code, _, err = run(
+        "eval", "--model", checkpoint, "--tasks", "pope", "--data-root", "/no", *FAST
+    )
     assert code == 2 and "--data-root /no is no folder" in err
 
 
 def test_unknown_task(run, checkpoint):
     code, _, err = run("eval", "--model", checkpoint, "--tasks", "scienceqa_imgs", *FAST)
-    assert code == 2 and err == "Error: unknown task 'scienceqa_imgs'; did you mean 'scienceqa_img'?\n"
+    assert (
+        code == 2 and err == "Error: unknown task 'scienceqa_imgs'; did you mean 'scienceqa_img'?\n"
+    )
 
 
 def test_without_lmms_eval(run, checkpoint, monkeypatch):
