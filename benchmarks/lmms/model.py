@@ -24,6 +24,8 @@ from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.load import load
 
+PADDING = "padding"
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -286,8 +288,13 @@ def _result(row: dict[str, Any], answer: Any) -> GenerationResult:
 
 
 def _name(request: Instance, names: Counter[str]) -> str:
-    """Task, document, and which of the document's requests this is."""
+    """Task, document, and which of the document's requests this is.
+
+    Processes with fewer documents than others are given one again, as padding.
+    """
     key = f"{request.task_name}/{int(request.doc_id):06d}"
+    if request.metadata.get("__padding_only__"):
+        key = f"{key}/{PADDING}"
     names[key] += 1
     return key if names[key] == 1 else f"{key}/{names[key] - 1}"
 

@@ -18,7 +18,7 @@ from tenacity import RetryError
 from vlm_prune.benchmarks.lmms.answers import Answers, source
 from vlm_prune.benchmarks.lmms.catalog import catalog, leaves
 from vlm_prune.benchmarks.lmms.load import load_task
-from vlm_prune.benchmarks.lmms.model import PrunedChat
+from vlm_prune.benchmarks.lmms.model import PADDING, PrunedChat
 from vlm_prune.benchmarks.lmms.score import reply_of, score_of
 from vlm_prune.benchmarks.run import RunConfig, RunFolder, summarise, write_json
 from vlm_prune.vlm.errors import InputError
@@ -77,14 +77,8 @@ def evaluate(
     metrics: list[dict[str, Any]] = [{} for _ in folders]
     for leaf in _leaves(config, skipped):
         try:
-            task = load_task(leaf.name, data_root, config.seed, config.split)
-            task.args = _arguments(folders[0].path)
-            before = _pass(leaf, task, model, None, _unpruned(leaf, model, config))
-            for folder, pruner, found in zip(folders, pruners, metrics, strict=True):
-                after = _pass(leaf, task, model, pruner, _pruned(leaf, model, folder))
-                if before is not None and after is not None:
-                    folder.append(_rows(leaf, task, before, after))
-                    found[leaf.shown] = {"pruned": after.metrics, "baseline": before.metrics}
+            with redirect_stderr(StringIO()):  # progress bars and chatter; our own bar stands
+                _compare(leaf, model, folders, pruners, metrics, data_root)
         except Exception as error:  # noqa: BLE001  a task may raise anything; the others go on
             skipped[leaf.shown] = _reason(error)
     if model.rank != 0:
@@ -97,6 +91,26 @@ def evaluate(
         _finish(folder, found, skipped, model)
         for folder, found in zip(folders, metrics, strict=True)
     ]
+
+
+def _compare(
+    leaf: Leaf,
+    model: PrunedChat,
+    folders: list[RunFolder],
+    pruners: list[Any],
+    metrics: list[dict[str, Any]],
+    data_root: Path | None,
+) -> None:
+    """One task: the unpruned model, then each pruner, into rows and `metrics`."""
+    config = folders[0].config
+    task = load_task(leaf.name, data_root, config.seed, config.split)
+    task.args = Namespace(output_path=str(folders[0].path), process_with_media=False)
+    before = _pass(leaf, task, model, None, _unpruned(leaf, model, config))
+    for folder, pruner, found in zip(folders, pruners, metrics, strict=True):
+        after = _pass(leaf, task, model, pruner, _pruned(leaf, model, folder))
+        if before is not None and after is not None:
+            folder.append(_rows(leaf, task, before, after))
+            found[leaf.shown] = {"pruned": after.metrics, "baseline": before.metrics}
 
 
 def _reason(error: BaseException) -> str:
@@ -125,11 +139,6 @@ def _leaves(config: RunConfig, skipped: dict[str, str]) -> list[Leaf]:
     return list(found.values())
 
 
-def _arguments(folder: Path) -> Namespace:
-    """What tasks read of lmms-eval's own command line."""
-    return Namespace(output_path=str(folder), process_with_media=False)
-
-
 def _unpruned(leaf: Leaf, model: PrunedChat, config: RunConfig) -> Answers:
     about = source(model.model, config.model)
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
@@ -150,12 +159,10 @@ def _pass(
 
     model.pruner, model.journal = pruner, journal
     task._instances = None
-    with redirect_stderr(StringIO()):  # progress bars; ours stands
-        results = simple_evaluate(
-            model, tasks=[task], limit=leaf.limit, batch_size=model.batch_size,
-            device=str(model.device), bootstrap_iters=0, cli_args=task.args,
-            task_manager=catalog(),
-        )  # fmt: skip
+    results = simple_evaluate(
+        model, tasks=[task], limit=leaf.limit, batch_size=model.batch_size,
+        device=str(model.device), bootstrap_iters=0, cli_args=task.args, task_manager=catalog(),
+    )  # fmt: skip
     if results is None:
         return None
     journal.read()
@@ -164,7 +171,8 @@ def _pass(
         samples.setdefault(int(sample["doc_id"]), sample)
     answers: dict[int, list[dict[str, Any]]] = {}
     for row in journal.rows.values():
-        answers.setdefault(int(row["id"].split("/")[1]), []).append(row)
+        if PADDING not in row["id"].split("/"):
+            answers.setdefault(int(row["id"].split("/")[1]), []).append(row)
     metrics = {
         name: float(value)
         for name, value in results["results"][leaf.name].items()

@@ -1,9 +1,12 @@
 """Data sets of a few rows in the real schemas, and the cache of unpruned answers apart."""
 
+from importlib.util import find_spec
+
 import pytest
 from PIL import Image, ImageDraw
 
-pytest.importorskip("lmms_eval")
+if find_spec("lmms_eval") is None:
+    collect_ignore_glob = ["test_*.py"]
 
 
 @pytest.fixture(autouse=True)
@@ -205,13 +208,47 @@ def gsm8k():
     return {"gsm8k/main/train": rows, "gsm8k/main/test": rows[:3]}
 
 
+def mmlu():
+    rows = [
+        {
+            "question": f"Which bone is number {i}?",
+            "subject": "anatomy",
+            "choices": ["ulna", "femur", "tibia", "radius"],
+            "answer": i,
+        }
+        for i in range(4)
+    ]
+    return {"mmlu_no_train/anatomy/test": rows[:2], "mmlu_no_train/anatomy/dev": rows}
+
+
+def ifeval():
+    rows = [
+        {
+            "key": 1000 + i,
+            "prompt": "Name a color without commas, in two highlighted sections.",
+            "instruction_id_list": [
+                "punctuation:no_comma", "detectable_format:number_highlighted_sections"
+            ],
+            "kwargs": [
+                {"num_highlights": None, "relation": None},
+                {"num_highlights": 2, "relation": None},
+            ],
+        }
+        for i in range(2)
+    ]  # fmt: skip
+    return {"instruction-following-eval/data/train": rows}
+
+
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory):
     """All of them as Parquet files, images inside, named as the Hub names shards."""
     import datasets
 
     root = tmp_path_factory.mktemp("data")
-    for make in (gqa, pope, textvqa, vqav2, mmbench, scienceqa, mme, mmmu, hellaswag, gsm8k):
+    makers = (
+        gqa, pope, textvqa, vqav2, mmbench, scienceqa, mme, mmmu, hellaswag, gsm8k, mmlu, ifeval,
+    )  # fmt: skip
+    for make in makers:
         for name, rows in make().items():
             table = datasets.Dataset.from_list(rows)
             (root / name).parent.mkdir(parents=True, exist_ok=True)

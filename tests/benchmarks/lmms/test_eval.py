@@ -15,7 +15,12 @@ VISUAL = {
     "mme": ("mme_perception_score,none", 4),
     "mmmu_val": ("mmmu_acc,none", 2),
 }
-TEXT = {"hellaswag": ("acc,none", 3), "gsm8k": ("exact_match,strict-match", 3)}
+TEXT = {
+    "hellaswag": ("acc,none", 3),
+    "gsm8k": ("exact_match,strict-match", 3),
+    "mmlu_anatomy": ("acc,none", 2),
+    "ifeval": ("prompt_level_strict_acc,none", 2),
+}
 
 
 def read(folder):
@@ -34,8 +39,7 @@ def test_real_schemas(run, data_root, tmp_path):
         "eval", "--tasks", ",".join(tasks), "--data-root", data_root, "--limit", 4 * len(tasks),
         "--output", tmp_path / "out", *FAST,
     )  # fmt: skip
-    assert code == 0, err
-    assert not err
+    assert code == 0 and not err, err
     results, rows = read(tmp_path / "out")
     assert list(results["tasks"]) == list(tasks) and results["skipped"] == {}
     for name, (metric, count) in tasks.items():
