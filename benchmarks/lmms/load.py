@@ -123,6 +123,8 @@ class _DataTask(ConfigurableTask):  # type: ignore[misc]
         local = f"give --data-root FOLDER with a copy in FOLDER/{name}"
         if "Gated" in text or "gated" in text:
             return f"{what} is gated; accept its terms on the Hub and log in, or {local}"
+        if "Token is required" in text or "LocalTokenNotFound" in text:
+            return f"{what} is read with a Hub token; run 'hf auth login', or {local}"
         if any(word in text for word in ("ArrowInvalid", "Incomplete", "NonMatching", "Checksum")):
             return f"{what} is damaged or half downloaded; download it again, or {local}"
         if any(word in text for word in ("Offline", "offline", "Connect", "resolve", "Timeout")):

@@ -141,3 +141,15 @@ def test_methods_side_by_side(run, checkpoint, data_root, tmp_path):
     assert code == 0, err
     assert len((tmp_path / "compare.md").read_text().splitlines()) == 2 + 1 + 2
     assert read(tmp_path / "fastv-16")[0]["method"] == "fastv"
+
+
+def test_a_group_stands_for_its_tasks(run, checkpoint, tmp_path):
+    code, _, err = run(
+        "eval", "--model", checkpoint, "--tasks", "vlm_prune_visual,text", "--limit", "12",
+        "--output", tmp_path, *FAST,
+    )  # fmt: skip
+    assert code == 0, err
+    results, _ = read(tmp_path)
+    counts = {name: task["n"] for name, task in results["tasks"].items()}
+    visual = ("exist", "attribute", "ocr", "count", "relation", "choice")
+    assert counts == dict.fromkeys(visual, 1) | {"text": 6}

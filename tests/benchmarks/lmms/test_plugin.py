@@ -1,5 +1,6 @@
 """The plug-in as lmms-eval finds and drives it."""
 
+import json
 import math
 import subprocess
 import sys
@@ -48,8 +49,6 @@ def test_lmms_eval_finds_both_modes():
 
 
 def test_both_roads_give_the_same_accuracy(manager, run, checkpoint, tmp_path):
-    import json
-
     names = ["exist", "ocr", "iit", "text"]
     results = simple_evaluate(
         "vlm_prune", f"pretrained={checkpoint},method=divprune,budget=32", batch_size=5,
@@ -127,6 +126,33 @@ def test_a_text_alone_is_scored_and_answered(lm):
     request = simple(lm, "generate_until", "Is there a 7?", {"max_new_tokens": 3}, None)
     (answer,) = lm.generate_until([request])
     assert answer.token_counts.output_tokens <= 3
+
+
+def test_multiple_choice_in_simple_mode(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"query": f"Is {n} odd?", "label": n % 2, "options": ["no", "yes"]} for n in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "task": "odd",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{query}}",
+        "doc_to_target": "label",
+        "doc_to_choice": "options",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tmp_path / "odd.yaml").write_text(json.dumps(config))  # JSON is YAML
+    results = simple_evaluate(
+        "vlm_prune", f"pretrained={checkpoint},method=zoo,budget=16", tasks=["odd"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        batch_size=4, device="cpu", bootstrap_iters=0, force_simple=True,
+    )  # fmt: skip
+    for sample in results["samples"]["odd"]:
+        (no, _), (yes, _) = sample["filtered_resps"]
+        assert no > 0 and yes > 0
+        assert sample["acc"] == float((yes < no) == bool(sample["target"]))
 
 
 def talk(doc, round_idx=None, previous_output=None, previous_round_info=None):
