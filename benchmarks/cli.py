@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +23,10 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Option(help="'tiny' (embedded), a checkpoint folder, or a hub name.")]
 Method = Annotated[str, typer.Option(help="See 'vlm-prune methods'; two joined by + cascade.")]
-Tasks = Annotated[str, typer.Option(help="Task names, comma-separated, or 'visual' or 'all'.")]
+Tasks = Annotated[
+    str,
+    typer.Option(help="Names, comma-separated, lmms-eval's included, or 'visual' or 'all'."),
+]
 Limit = Annotated[int, typer.Option(min=1, help="Questions in all, spread evenly over the tasks.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Questions answered together.")]
 Device = Annotated[str, typer.Option(help="A torch device: cpu, cuda, cuda:1, mps.")]
@@ -35,6 +40,10 @@ Output = Annotated[
 ]
 Wings = Annotated[str | None, typer.Option(help="Folder or hub name of a Wings adapter.")]
 Split = Annotated[str, typer.Option(help="val for choosing, test for reporting.")]
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(envvar="VLM_PRUNE_DATA", help="Folder of data sets, for lmms-eval's tasks."),
+]
 
 
 def parse_budget(text: str) -> int | float:
@@ -69,6 +78,7 @@ def parse_arguments(text: str) -> dict[str, Any]:
 
 
 def parse_tasks(text: str) -> tuple[str, ...]:
+    from vlm_prune.benchmarks.lmms import check_tasks
     from vlm_prune.benchmarks.tasks import TASKS, VISUAL
 
     groups = {"visual": VISUAL, "all": tuple(TASKS)}
@@ -77,13 +87,18 @@ def parse_tasks(text: str) -> tuple[str, ...]:
         raise InputError(f"no task given; known: {', '.join(TASKS)}")
     if len(set(names)) < len(names):
         raise InputError(f"a task is named twice in {text!r}")
-    return tuple(TASKS[name].name for name in names)
+    if others := [name for name in names if name not in TASKS]:
+        check_tasks(others, list(TASKS))
+    return names
 
 
-def _execute(configs: "list[RunConfig]", folders: list[Path]) -> list[dict[str, Any]]:
+def _execute(
+    configs: "list[RunConfig]", folders: list[Path], data_root: Path | None
+) -> list[dict[str, Any]]:
     """Run with a progress bar; without a folder of its own a run leaves nothing behind."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
+    from vlm_prune.benchmarks import lmms
     from vlm_prune.benchmarks.run import RunFolder, evaluate
     from vlm_prune.vlm.load import load
 
@@ -92,15 +107,20 @@ def _execute(configs: "list[RunConfig]", folders: list[Path]) -> list[dict[str, 
     for config in configs:
         config.variant.build(config.seed)
     runs = [RunFolder(path, config) for path, config in zip(folders, configs, strict=True)]
-    model, processor = load(first.model, first.device, first.dtype)
-    if first.wings is not None:
-        from vlm_prune.learners import from_pretrained
-
-        from_pretrained(model, first.wings)
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task("questions", total=first.limit)
-        return evaluate(model, processor, runs, lambda done: bar.advance(task, done))
+        advance = partial(bar.advance, task)
+        if lmms.needed(first.tasks):
+            from vlm_prune.benchmarks.lmms.run import evaluate as evaluate_lmms
+
+            return evaluate_lmms(runs, data_root, advance)
+        model, processor = load(first.model, first.device, first.dtype)
+        if first.wings is not None:
+            from vlm_prune.learners import from_pretrained
+
+            from_pretrained(model, first.wings)
+        return evaluate(model, processor, runs, advance)
 
 
 def _quiet() -> None:
@@ -109,13 +129,17 @@ def _quiet() -> None:
     quiet()
 
 
-def _in_folder(output: Path | None, configs: "list[RunConfig]", names: list[str]) -> Any:
+def _in_folder(
+    output: Path | None, configs: "list[RunConfig]", names: list[str], data_root: Path | None
+) -> Any:
     from tempfile import TemporaryDirectory
 
     if output is not None:
-        return _execute(configs, [output / name for name in names])
+        return _execute(configs, [output / name for name in names], data_root)
+    if "RANK" in os.environ:
+        raise InputError("several processes need --output, a folder that they share")
     with TemporaryDirectory(prefix="vlm-prune-") as folder:
-        return _execute(configs, [Path(folder) / (name or "run") for name in names])
+        return _execute(configs, [Path(folder) / (name or "run") for name in names], data_root)
 
 
 def _configs(variants: "list[Variant]", split: str, tasks: str, **common: Any) -> "list[RunConfig]":
@@ -144,6 +168,7 @@ def evaluate_one(
     method_args: Annotated[str, typer.Option(help="Hyperparameters, name=value,...")] = "",
     wings: Wings = None,
     split: Split = "test",
+    data_root: DataRoot = None,
     output: Output = None,
 ) -> None:
     """Compare one pruned model with the unpruned one."""
@@ -155,7 +180,7 @@ def evaluate_one(
         [variant], split, tasks, model=model, limit=limit, batch_size=batch_size, device=device,
         dtype=dtype, seed=seed, wings=wings,
     )  # fmt: skip
-    (results,) = _in_folder(output, configs, [""])
+    (results,) = _in_folder(output, configs, [""], data_root)
     show(run_table(results))
 
 
@@ -172,6 +197,7 @@ def compare(
     seed: Seed = 0,
     positions: Positions = "auto",
     split: Split = "test",
+    data_root: DataRoot = None,
     output: Output = None,
 ) -> None:
     """Methods and budgets side by side; images and unpruned answers are computed once."""
@@ -190,7 +216,7 @@ def compare(
         dtype=dtype, seed=seed,
     )  # fmt: skip
     names = [f"{variant.method}-{variant.budget}" for variant in variants]
-    runs = _in_folder(output, configs, names)
+    runs = _in_folder(output, configs, names, data_root)
     lines = comparison(runs)
     show(as_table(lines))
     if output is not None:
@@ -331,8 +357,6 @@ def list_models() -> None:
 
 def main() -> None:
     """Entry point: one line and exit code 2 for wrong input, 130 for Ctrl-C."""
-    import os
-
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         if len(sys.argv) == 1:

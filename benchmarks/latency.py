@@ -53,7 +53,7 @@ def timed_generate(
     pixel_values: Tensor | None = None,
     **generation: Any,
 ) -> tuple[Tensor, Phases, Trace]:
-    """One greedy `generate`: tokens, phases, and what was pruned.
+    """One `generate`, greedy unless `generation` says otherwise: tokens, phases, and what was pruned.
 
     `vision` holds the images encoded beforehand, None for a text prompt, which nothing prunes. A
     pruner that changes the images encodes `pixel_values` itself.
@@ -74,7 +74,7 @@ def timed_generate(
     with block as trace:
         clock = PhaseClock(model.device)
         output = model.generate(
-            **arguments, do_sample=False, stopping_criteria=clock.criteria(), **generation
+            **arguments, stopping_criteria=clock.criteria(), **{"do_sample": False} | generation
         )
         first, rest = clock.phases()
     prefill = first - trace.selection_s - trace.vision_s

@@ -11,18 +11,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from vlm_prune.benchmarks.environment import command, device_name, versions
 from vlm_prune.benchmarks.latency import Phases, timed_generate
 from vlm_prune.benchmarks.metrics.bootstrap import accuracy_interval, retained
+from vlm_prune.benchmarks.prompts import make_prompts
 from vlm_prune.benchmarks.tasks import TASKS, Sample
 from vlm_prune.learners.cost import learner_flops, router_flops
 from vlm_prune.vlm.cost import key_value_bytes, prefill_flops, tower_flops
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.files import write_json
-from vlm_prune.vlm.session import now
 from vlm_prune.vlm.tokens import Trace, VisionTokens
 from vlm_prune.vlm.wrapper import build
 
@@ -79,14 +80,34 @@ def samples_of(tasks: tuple[str, ...], limit: int, seed: int, split: str) -> lis
 
 
 class RunFolder:
-    """`config.json`, one row per question in `samples.jsonl`, `results.json` at the end."""
+    """`config.json`, one row per question in `samples.jsonl`, `results.json` at the end.
+
+    One run writes to a folder at a time; of several processes of a run it is the first.
+    """
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path, self.config = path, config
         path.mkdir(parents=True, exist_ok=True)
+        self.rows: dict[str, dict[str, Any]] = {}
+        if int(os.environ.get("RANK", "0")) > 0:
+            return
+        self.lock = FileLock(path / ".lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(
+                f"another run writes to {path}; wait for it, or give another --output"
+            ) from None
         wanted, stored = json.loads(json.dumps(asdict(config))), path / "config.json"
         if stored.is_file():
-            found = json.loads(stored.read_text())
+            try:
+                found = json.loads(stored.read_text())
+            except ValueError:
+                found = {}
+            if set(found) != set(wanted):
+                raise InputError(
+                    f"{path} holds a run of another version; give another --output or remove it"
+                )
             changed = [key for key in wanted if found.get(key) != wanted[key]]
             if changed:
                 raise InputError(
@@ -112,8 +133,11 @@ class RunFolder:
         if len(whole) < len(text):
             with self.log.open("r+b") as file:
                 file.truncate(len(whole))
-        rows = [json.loads(line) for line in whole.splitlines()]
-        return {row["id"]: row for row in rows}
+        try:
+            rows = [json.loads(line) for line in whole.splitlines()]
+            return {row["id"]: row for row in rows}
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self.log} is damaged ({error}); remove {self.path}") from error
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         new = [row for row in rows if row["id"] not in self.rows]
@@ -170,20 +194,13 @@ def _answer(
     model: Any, processor: Any, batch: list[Sample], pruners: list[Any]
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows of one batch for each pruner."""
-    family, device = family_of(model), model.device
     texts = [processor.apply_chat_template(s.messages(), add_generation_prompt=True) for s in batch]
-    images = [image for sample in batch for image in sample.images]
-    inputs = processor(
-        text=texts, images=images or None, padding=True, padding_side="left", return_tensors="pt"
-    ).to(device)
-    prompt = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-    start = now(device)
-    vision = family.encode(inputs["pixel_values"]) if images else None
-    encoding = now(device) - start
+    prompts = make_prompts(model, processor, texts, [list(sample.images) for sample in batch])
+    prompt, vision, encoding = prompts.tensors, prompts.vision, prompts.vision_s
     baseline, before, _ = _generate(model, processor, prompt, vision)
     for pruner in pruners:
         ours, after, trace = _generate(
-            model, processor, prompt, vision, pruner, inputs.get("pixel_values")
+            model, processor, prompt, vision, pruner, prompts.pixel_values
         )
         times = {
             "vision": after.vision or encoding,
@@ -197,7 +214,6 @@ def _answer(
         rows, places = [], iter(trace.kept)
         for number, sample in enumerate(batch):
             task = TASKS[sample.id.split("/")[0]]
-            length = int(prompt["attention_mask"][number].sum())
             rows.append(
                 {
                     "id": sample.id,
@@ -210,7 +226,7 @@ def _answer(
                     "baseline_score": task.score(baseline[number], sample.answer),
                     "score": task.score(ours[number], sample.answer),
                     "images": len(sample.images),
-                    "text_tokens": length - len(sample.images) * family.tokens_per_image,
+                    "text_tokens": prompts.text_tokens[number],
                     "layer_tokens": trace.layer_tokens,
                     "kept": [kept.tolist() for kept in islice(places, len(sample.images))],
                     "time_ms": {key: 1e3 * t / len(batch) for key, t in times.items()},
