@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vlm_prune.vlm.errors import InputError
+
+if TYPE_CHECKING:
+    from vlm_prune.benchmarks.run import Variant
 
 Model = Annotated[str, typer.Option(help="'tiny' (embedded), a checkpoint folder, or a hub name.")]
 Method = Annotated[str, typer.Option(help="See 'vlm-prune methods'; two joined by + cascade.")]
@@ -23,6 +26,11 @@ Output = Annotated[
     Path | None, typer.Option(help="Folder for results; a killed run resumes there.")
 ]
 Split = Annotated[str, typer.Option(help="val for choosing, test for reporting.")]
+
+ScheduleFile = Annotated[
+    Path | None,
+    typer.Option("--schedule", help="Cut by this file of 'vlm-prune schedule', inside the LLM."),
+]
 
 
 def parse_budget(text: str) -> int | float:
@@ -66,3 +74,23 @@ def parse_tasks(text: str) -> tuple[str, ...]:
     if len(set(names)) < len(names):
         raise InputError(f"a task is named twice in {text!r}")
     return tuple(TASKS[name].name for name in names)
+
+
+def with_schedule(variants: "list[Variant]", path: Path | None) -> "list[Variant]":
+    """The variants, those that cut inside the language model by the schedule in `path`.
+
+    Raises:
+        InputError: if there is no schedule in the file, or none of them cuts.
+    """
+    if path is None:
+        return variants
+    from vlm_prune.pruning.schedule import Schedule
+
+    schedule = Schedule.read(path)
+    changed = [variant.scheduled(schedule) for variant in variants]
+    if not any(changed):
+        raise InputError(
+            f"{variants[0].method} makes no cuts inside the language model; "
+            "use --schedule with a method that does, such as adaptinfer"
+        )
+    return [new or old for new, old in zip(changed, variants, strict=True)]

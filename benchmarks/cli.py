@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vlm_prune.benchmarks import catalogue
 from vlm_prune.benchmarks.arguments import (
     BatchSize,
     Device,
@@ -16,13 +17,17 @@ from vlm_prune.benchmarks.arguments import (
     Model,
     Output,
     Positions,
+    ScheduleFile,
     Seed,
     Split,
     Tasks,
     parse_arguments,
     parse_budget,
     parse_tasks,
+    with_schedule,
 )
+from vlm_prune.benchmarks.choosing import find_schedule
+from vlm_prune.benchmarks.terminal import progress, quiet
 from vlm_prune.vlm.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,29 +42,17 @@ app = typer.Typer(
 
 def _execute(configs: "list[RunConfig]", folders: list[Path]) -> list[dict[str, Any]]:
     """Run with a progress bar; without a folder of its own a run leaves nothing behind."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
-
     from vlm_prune.benchmarks.run import RunFolder, evaluate
     from vlm_prune.vlm.load import load
 
-    _quiet()
+    quiet()
     first = configs[0]
     for config in configs:
         config.variant.build(config.seed)
     runs = [RunFolder(path, config) for path, config in zip(folders, configs, strict=True)]
     model, processor = load(first.model, first.device, first.dtype)
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task("questions", total=first.limit)
-        return evaluate(model, processor, runs, lambda done: bar.advance(task, done))
-
-
-def _quiet() -> None:
-    """Leave the terminal to our own progress bar and messages."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    with progress(first.limit) as advance:
+        return evaluate(model, processor, runs, advance)
 
 
 def _in_folder(output: Path | None, configs: "list[RunConfig]", names: list[str]) -> Any:
@@ -95,6 +88,7 @@ def evaluate_one(
     seed: Seed = 0,
     positions: Positions = "auto",
     method_args: Annotated[str, typer.Option(help="Hyperparameters, name=value,...")] = "",
+    schedule: ScheduleFile = None,
     split: Split = "test",
     output: Output = None,
 ) -> None:
@@ -104,7 +98,7 @@ def evaluate_one(
 
     variant = Variant(method, parse_budget(budget), positions, parse_arguments(method_args))
     configs = _configs(
-        [variant], split, tasks, model=model, limit=limit, batch_size=batch_size, device=device,
+        with_schedule([variant], schedule), split, tasks, model=model, limit=limit, batch_size=batch_size, device=device,
         dtype=dtype, seed=seed,
     )  # fmt: skip
     (results,) = _in_folder(output, configs, [""])
@@ -123,6 +117,7 @@ def compare(
     dtype: Dtype = "auto",
     seed: Seed = 0,
     positions: Positions = "auto",
+    schedule: ScheduleFile = None,
     split: Split = "test",
     output: Output = None,
 ) -> None:
@@ -137,7 +132,7 @@ def compare(
         Variant(name, parse_budget(b), positions) for b in budget.split(",") for name in chosen
     ]
     configs = _configs(
-        variants, split, tasks, model=model, limit=limit, batch_size=batch_size, device=device,
+        with_schedule(variants, schedule), split, tasks, model=model, limit=limit, batch_size=batch_size, device=device,
         dtype=dtype, seed=seed,
     )  # fmt: skip
     names = [f"{variant.method}-{variant.budget}" for variant in variants]
@@ -161,6 +156,7 @@ def bench(
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
     method_args: Annotated[str, typer.Option(help="Hyperparameters, name=value,...")] = "",
+    schedule: ScheduleFile = None,
     output: Annotated[Path | None, typer.Option(help="Folder for bench.json, bench.md.")] = None,
 ) -> None:
     """Time a pruned and the unpruned architecture on random weights, phase by phase."""
@@ -169,8 +165,9 @@ def bench(
     from vlm_prune.benchmarks.run import Variant, write_json, write_text
     from vlm_prune.benchmarks.table import as_markdown, as_table, show
 
-    _quiet()
+    quiet()
     variant = Variant(method, parse_budget(budget), arguments=parse_arguments(method_args))
+    (variant,) = with_schedule([variant], schedule)
     results = measure(
         BenchConfig(
             model_shape, variant, batch=batch, repeats=repeats, new_tokens=new_tokens,
@@ -216,59 +213,19 @@ def ask(
     from vlm_prune.vlm.images import open_image
     from vlm_prune.vlm.wrapper import PrunedVLM
 
-    _quiet()
+    quiet()
     picture = open_image(image)
     vlm = PrunedVLM.from_pretrained(model, method, parse_budget(budget), device, dtype)
     print(vlm.answer(picture, question))
 
 
-@app.command("methods")
-def list_methods() -> None:
-    """List pruning methods."""
-    from rich.table import Table
-
-    from vlm_prune.benchmarks.table import show
-    from vlm_prune.vlm.wrapper import methods
-
-    table = Table("method", "acts at", "what", "paper")
-    for name, pruner in methods().items():
-        what = (pruner.__doc__ or "").strip().split("\n\n")[0]
-        table.add_row(name, pruner.stage, " ".join(what.split()), pruner.paper)
-    show(table)
-
-
-@app.command("tasks")
-def list_tasks() -> None:
-    """List evaluation tasks."""
-    from importlib import import_module
-
-    from rich.table import Table
-
-    from vlm_prune.benchmarks.table import show
-    from vlm_prune.benchmarks.tasks import TASKS
-
-    table = Table("task", "image", "what", "for example")
-    for name, task in TASKS.items():
-        doc = (import_module(f"vlm_prune.benchmarks.tasks.{name}").__doc__ or "").strip()
-        sample = task.sample(0)
-        example = f"{sample.turns[-1].text} -> {sample.answer}"
-        table.add_row(name, "yes" if task.visual else "no", doc.split("\n\n")[0], example)
-    show(table)
-
-
-@app.command("models")
-def list_models() -> None:
-    """List model families, and the embedded model."""
-    from rich.table import Table
-
-    from vlm_prune.benchmarks.table import show
-    from vlm_prune.vlm.families import FAMILIES
-
-    table = Table("model", "what")
-    table.add_row("tiny", "the embedded LLaVA; needs no download")
-    for name, family in FAMILIES.items():
-        table.add_row(name, (sys.modules[family.__module__].__doc__ or "").strip())
-    show(table)
+for name, listing in (
+    ("methods", catalogue.methods),
+    ("tasks", catalogue.tasks),
+    ("models", catalogue.models),
+):
+    app.command(name)(listing)
+app.command("schedule")(find_schedule)
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from torch import Tensor
 from vlm_prune.benchmarks.latency import Phases, timed_generate
 from vlm_prune.benchmarks.summary import summarise
 from vlm_prune.benchmarks.tasks import TASKS, Sample
+from vlm_prune.pruning import DecoderPruner
+from vlm_prune.pruning.schedule import Schedule
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.session import now
@@ -41,6 +43,17 @@ class Variant:
             )  # fmt: skip
         except TypeError as error:
             raise InputError(f"method {self.method!r}: {error}") from error
+
+    def scheduled(self, schedule: Schedule) -> "Variant | None":
+        """The variant that cuts by `schedule`; None for a method that makes no cuts."""
+        pruner = self.build(0)
+        for part, key in (
+            (pruner, "schedule"),
+            (getattr(pruner, "inside", None), "inside.schedule"),
+        ):
+            if isinstance(part, DecoderPruner):
+                return replace(self, arguments=self.arguments | {key: asdict(schedule)})
+        return None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, get_args
 from torch import Tensor
 
 from vlm_prune.kernels.compact_tokens import compact_tokens
-from vlm_prune.pruning.schedule import fit, scaled
+from vlm_prune.pruning.schedule import Schedule, fit, scaled
 from vlm_prune.vlm import midstack, session
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
@@ -121,9 +121,12 @@ class DecoderPruner(Pruner):
 
     Args:
         preset: the authors' own token counts by name, instead of counts solved from `budget`.
+        schedule: where to cut and in which proportions, instead of the method's own pattern; a
+            `Schedule` or its fields as a dictionary.
     """
 
     preset: str = ""
+    schedule: Schedule | dict[str, Any] | None = None
 
     stage: ClassVar[Stage] = "decoder"
     reads: ClassVar[Side] = "before"
@@ -132,8 +135,12 @@ class DecoderPruner(Pruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.schedule, dict):
+            self.schedule = Schedule(**self.schedule)
         if self.preset:
             self.presets[str(self.preset)]
+            if self.schedule is not None:
+                raise InputError("a preset says where to cut and so does a schedule; give one")
 
     @abstractmethod
     def pattern(self) -> list[tuple[int, float]]:
@@ -149,8 +156,11 @@ class DecoderPruner(Pruner):
 
     def cuts(self, tokens: int, layers: int) -> list[Cut]:
         """Where to cut, and to how many tokens, for images of `tokens` in `layers` layers."""
-        depths, shares = map(list, zip(*self.pattern(), strict=True))
-        places = scaled(depths, layers)
+        if isinstance(self.schedule, Schedule):
+            places, shares = self.schedule.scaled(layers), list(self.schedule.shares)
+        else:
+            depths, shares = map(list, zip(*self.pattern(), strict=True))
+            places = scaled(depths, layers)
         if self.preset:
             counts = [
                 count if isinstance(count, int) else round(count * tokens)

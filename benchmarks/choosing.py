@@ -1,0 +1,62 @@
+"""Commands that choose on validation questions what other commands then use."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlm_prune.benchmarks.arguments import (
+    BatchSize,
+    Device,
+    Dtype,
+    Limit,
+    Model,
+    Seed,
+    parse_budget,
+    parse_tasks,
+)
+from vlm_prune.benchmarks.terminal import progress, quiet
+from vlm_prune.vlm.errors import InputError
+
+
+def find_schedule(
+    model: Model = "tiny",
+    data: Annotated[
+        str, typer.Option(help="Tasks (their validation split), or a LLaVA-format JSON file.")
+    ] = "visual",
+    images: Annotated[Path, typer.Option(help="Folder of the images of a JSON file.")] = Path("."),
+    budget: Annotated[str, typer.Option(help="Tokens per image, or a fraction.")] = "64",
+    cuts: Annotated[int, typer.Option(min=1, max=3, help="Cuts to propose, at most.")] = 3,
+    limit: Limit = 200,
+    batch_size: BatchSize = 8,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    output: Annotated[Path, typer.Option(help="Folder for schedule.json and schedule.png.")] = Path(
+        "runs/schedule"
+    ),
+) -> None:
+    """Propose cuts inside the LLM from where a model's attention to the image shifts."""
+    from vlm_prune.benchmarks import schedule as analysis
+    from vlm_prune.vlm.families import family_of
+    from vlm_prune.vlm.load import load
+    from vlm_prune.vlm.tokens import tokens_for
+
+    quiet()
+    if data.endswith(".json"):
+        prompts = analysis.prompts_of_file(Path(data), images, limit)
+    else:
+        prompts = analysis.prompts_of_tasks(parse_tasks(data), limit, seed)
+    if not prompts:
+        raise InputError(f"{data} holds no question about an image")
+    loaded, processor = load(model, device, dtype)
+    wanted = tokens_for(parse_budget(budget), family_of(loaded).tokens_per_image)
+    with progress(len(prompts)) as advance:
+        points = analysis.points_of(loaded, processor, prompts, batch_size, advance)
+    content = analysis.proposal(loaded, points, wanted, cuts)
+    analysis.save(content, output)
+    print(f"change points after 0, 1, ... layers: {content['histogram']}")
+    print(f"proposed: cut after {list(content['places'])} of {content['layers']} layers")
+    kept = ", ".join(f"{cut['keep']} after layer {cut['layer']}" for cut in content["cuts"])
+    print(f"at budget {wanted}: keep {kept}")
+    print(f"{output / 'schedule.json'}: for --schedule of eval, compare and bench")
