@@ -8,6 +8,7 @@ def methods() -> None:
     from rich.table import Table
 
     from vlm_prune.benchmarks.table import show
+    from vlm_prune.pruning.best import PACKAGED, definitions, described
     from vlm_prune.vlm import wrapper
 
     table = Table("method", "acts at", "what", "paper")
@@ -15,6 +16,8 @@ def methods() -> None:
         what = (pruner.__doc__ or "").strip().split("\n\n")[0]
         table.add_row(name, pruner.stage, " ".join(what.split()), pruner.paper)
     show(table)
+    for budget, entry in definitions(str(PACKAGED))[1].items():
+        print(f"best at {budget} tokens: {described(*entry)}")
 
 
 def tasks() -> None:

@@ -1,7 +1,8 @@
 """Commands that choose on validation questions what other commands then use."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,6 +13,7 @@ from vlm_prune.benchmarks.arguments import (
     Limit,
     Model,
     Seed,
+    Tasks,
     parse_budget,
     parse_tasks,
 )
@@ -60,3 +62,53 @@ def find_schedule(
     kept = ", ".join(f"{cut['keep']} after layer {cut['layer']}" for cut in content["cuts"])
     print(f"at budget {wanted}: keep {kept}")
     print(f"{output / 'schedule.json'}: for --schedule of eval, compare and bench")
+
+
+def search(
+    model: Model = "tiny",
+    budget: Annotated[str, typer.Option(help="Budgets, comma-separated.")] = "32,64,128",
+    tasks: Tasks = "visual",
+    limit: Annotated[
+        int, typer.Option(min=1, help="Questions of the last round, and of the comparison.")
+    ] = 360,
+    batch_size: BatchSize = 8,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    output: Annotated[
+        Path, typer.Option(help="Folder of the runs; a killed search resumes.")
+    ] = Path("runs/search"),
+    definitions: Annotated[
+        Path | None, typer.Option(help="File to define 'best' in; the package's own unless given.")
+    ] = None,
+) -> None:
+    """Search on validation questions for the combination of methods that 'best' stands for."""
+    from vlm_prune.benchmarks.run import RunConfig, Variant
+    from vlm_prune.benchmarks.search import Search, lines, save, verdict
+    from vlm_prune.benchmarks.table import as_table, show
+    from vlm_prune.pruning.best import PACKAGED
+    from vlm_prune.vlm.families import family_of
+    from vlm_prune.vlm.load import load
+    from vlm_prune.vlm.tokens import tokens_for
+
+    quiet()
+    names = parse_tasks(tasks)
+    if limit < len(names):
+        raise InputError(f"limit {limit} is below one question for {len(names)} tasks")
+    wanted = [parse_budget(text) for text in budget.split(",")]
+    loaded, processor = load(model, device, dtype)
+    whole = family_of(loaded).tokens_per_image
+    common = RunConfig(
+        model, Variant("none", whole), names, limit, batch_size, device, dtype, seed, "val"
+    )
+
+    def watch(what: str, questions: int) -> AbstractContextManager[Any]:
+        return progress(questions, what)
+
+    content = Search(loaded, processor, common, limit, output, watch).run(
+        list(dict.fromkeys(tokens_for(each, whole) for each in wanted))
+    )
+    save(content, output, definitions or PACKAGED)
+    for tokens, entry in content["budgets"].items():
+        show(as_table(lines(entry)))
+        print(verdict(tokens, entry))

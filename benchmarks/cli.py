@@ -26,7 +26,7 @@ from vlm_prune.benchmarks.arguments import (
     parse_tasks,
     with_schedule,
 )
-from vlm_prune.benchmarks.choosing import find_schedule
+from vlm_prune.benchmarks.choosing import find_schedule, search
 from vlm_prune.benchmarks.terminal import progress, quiet
 from vlm_prune.vlm.errors import InputError
 
@@ -226,6 +226,7 @@ for name, listing in (
 ):
     app.command(name)(listing)
 app.command("schedule")(find_schedule)
+app.command("search")(search)
 
 
 def main() -> None:

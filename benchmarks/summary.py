@@ -52,6 +52,8 @@ def summarise(config: "RunConfig", rows: list[dict[str, Any]], model: Any) -> di
         tower: float = row["images"] * tower_flops(model.config.vision_config)
         return tower + prefill_flops(text, row["text_tokens"], per_layer)
 
+    pruner = config.variant.build(config.seed)
+    papers = [pruner.papers_count(full, row["layer_tokens"]) for row in seen]
     itemsize = model.dtype.itemsize
     times = {
         key: float(np.median([row["time_ms"][key] for row in rows])) for key in rows[0]["time_ms"]
@@ -66,6 +68,7 @@ def summarise(config: "RunConfig", rows: list[dict[str, Any]], model: Any) -> di
         "model": config.model,
         "method": config.variant.method,
         "budget": config.variant.budget,
+        "definition": pruner.definition(full),
         "seed": config.seed,
         "config": asdict(config),
         "versions": versions(),
@@ -82,6 +85,7 @@ def summarise(config: "RunConfig", rows: list[dict[str, Any]], model: Any) -> di
             "full": full,
             "kept": mean([row["layer_tokens"][-1] for row in seen]),
             "layer_mean": mean([mean(row["layer_tokens"]) for row in seen]),
+            "papers": None if None in papers else mean(papers),
         },
         "time_ms": times,
         "speedup": {

@@ -5,6 +5,8 @@ from typing import Any
 from rich.console import Console, Group
 from rich.table import Table
 
+THREE_WAYS = "kept / per layer / paper's count"
+
 
 def percent(value: float) -> str:
     return f"{100 * value:.1f}"
@@ -15,10 +17,23 @@ def with_interval(entry: dict[str, Any]) -> str:
     return f"{percent(entry['retained'])} [{percent(low)}, {percent(high)}]"
 
 
+def three_ways(tokens: dict[str, Any]) -> str:
+    """Image tokens left after the last cut, the mean that layers compute, and the paper's count."""
+    papers = tokens.get("papers")
+    counted = "–" if papers is None else f"{papers:.1f}"
+    return f"{tokens['kept']:.0f} / {tokens['layer_mean']:.1f} / {counted}"
+
+
+def method_name(results: dict[str, Any]) -> str:
+    """The method, with what it stands for where it is a name for something else."""
+    definition = results.get("definition")
+    return f"{results['method']} (= {definition})" if definition else str(results["method"])
+
+
 def run_table(results: dict[str, Any]) -> Group:
     """One run: accuracy by task, then time, operations and memory."""
-    title = f"{results['method']}, budget {results['budget']}, model {results['model']}"
-    columns = ("task", "n", "unpruned %", "pruned %", "% retained [95 %]", "tokens kept")
+    title = f"{method_name(results)}, budget {results['budget']}, model {results['model']}"
+    columns = ("task", "n", "unpruned %", "pruned %", "% retained [95 %]", "tokens per layer")
     table = Table(*columns, title=title)
     for name, task in results["tasks"].items():
         accuracies = (percent(task[key]) for key in ("baseline_accuracy", "accuracy"))
@@ -37,10 +52,7 @@ def cost_lines(results: dict[str, Any]) -> list[str]:
     tokens, time, speed = results["tokens"], results["time_ms"], results["speedup"]
     flops, kv = results["flops"], results["kv_bytes"]
     return [
-        (
-            f"tokens per image   {tokens['full']} -> {tokens['kept']:.0f} kept, "
-            f"{tokens['layer_mean']:.1f} per layer"
-        ),
+        f"tokens per image   {tokens['full']} -> {three_ways(tokens)} ({THREE_WAYS})",
         (
             f"ms per question    vision {time['vision']:.1f}  selection {time['selection']:.2f}  "
             f"prefill {time['prefill']:.1f} (unpruned {time['baseline_prefill']:.1f})  "
@@ -64,7 +76,7 @@ def comparison(runs: list[dict[str, Any]]) -> list[list[str]]:
     header = [
         "method",
         "budget",
-        "tokens per layer",
+        f"tokens {THREE_WAYS}",
         *names,
         "mean",
         "% retained [95 %]",
@@ -76,9 +88,9 @@ def comparison(runs: list[dict[str, Any]]) -> list[list[str]]:
     for run in runs:
         accuracies = [percent(run["tasks"][name]["accuracy"]) for name in names]
         accuracies.append(percent(run["overall"]["accuracy"]))
-        tokens, speed = f"{run['tokens']['layer_mean']:.1f}", f"{run['speedup']['prefill']:.2f}x"
+        tokens, speed = three_ways(run["tokens"]), f"{run['speedup']['prefill']:.2f}x"
         retained = with_interval(run["overall"])
-        rows.append([run["method"], str(run["budget"]), tokens, *accuracies, retained, speed])
+        rows.append([method_name(run), str(run["budget"]), tokens, *accuracies, retained, speed])
     return rows
 
 

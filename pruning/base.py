@@ -26,6 +26,7 @@ from vlm_prune.vlm.tokens import (
 )
 
 Stage = Literal["input", "encoder", "projector", "decoder"]
+Counted = Literal["computed", "at the cut", "kept"]
 
 
 @dataclass(kw_only=True)
@@ -75,6 +76,18 @@ class Pruner(ABC):
     def check(self, tokens: int, layers: int) -> None:
         """Raises `InputError` when the budget cannot be met on such a model."""
         tokens_for(self.budget, tokens)
+
+    def papers_count(self, tokens: int, layer_tokens: list[float]) -> float | None:
+        """Tokens per image as the method's paper would count them.
+
+        `layer_tokens` are those that each layer computes of an image of `tokens`. Where all layers
+        compute the same there is one way to count; None where there is no paper to ask.
+        """
+        return layer_tokens[-1] if len(set(layer_tokens)) == 1 else None
+
+    def definition(self, tokens: int) -> str:
+        """What it stands for on such an image, for a name that stands for another method."""
+        return ""
 
 
 @dataclass
@@ -130,6 +143,7 @@ class DecoderPruner(Pruner):
 
     stage: ClassVar[Stage] = "decoder"
     reads: ClassVar[Side] = "before"
+    counted: ClassVar[Counted] = "computed"
     presets: ClassVar[Registry[tuple[float, ...]]] = Registry("preset")
     compact = staticmethod(compact_tokens)
 
@@ -173,6 +187,16 @@ class DecoderPruner(Pruner):
 
     def check(self, tokens: int, layers: int) -> None:
         self.cuts(tokens, layers)
+
+    def papers_count(self, tokens: int, layer_tokens: list[float]) -> float | None:
+        """By `counted`: the mean that layers compute, the mean with the layer before each cut
+        already counted as pruned, or what is left after the last cut.
+        """
+        if self.counted == "kept":
+            return layer_tokens[-1]
+        if self.counted == "at the cut":
+            layer_tokens = [*layer_tokens[1:], layer_tokens[-1]]
+        return sum(layer_tokens) / len(layer_tokens)
 
     def __call__(
         self, model: Any, vision: VisionTokens | None = None

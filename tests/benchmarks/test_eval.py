@@ -28,7 +28,7 @@ def test_eval_writes_the_promised_results(run, checkpoint, tmp_path):
     for task in content["tasks"].values():
         assert {"n", "accuracy", "baseline_accuracy", "retained", "ci"} <= set(task)
     assert {"accuracy", "baseline_accuracy", "retained", "ci"} <= set(content["overall"])
-    assert content["tokens"] == {"full": 576, "kept": 64, "layer_mean": 64}
+    assert content["tokens"] == {"full": 576, "kept": 64, "layer_mean": 64, "papers": 64}
     assert {
         "vision",
         "selection",

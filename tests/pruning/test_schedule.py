@@ -90,3 +90,26 @@ def test_files_that_hold_no_schedule_are_refused(tmp_path, content):
     (tmp_path / "schedule.json").write_text(content)
     with pytest.raises(InputError, match="holds no schedule"):
         Schedule.read(tmp_path / "schedule.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "computed_mean", "papers"),
+    [
+        ("adaptinfer", "64", 82.9, 65.0),
+        ("adaptinfer", "128", 146.25, 128.8),
+        ("sparsevlm", "64", 82.25, 61.7),
+        ("pyramiddrop", "paper", 270.0, 270.0),
+        ("fastv", "r50", 306.0, 306.0),
+    ],
+)
+def test_papers_count_their_tokens_their_own_way(name, preset, computed_mean, papers):
+    method = METHODS[name](preset=preset)
+    layers = [float(count) for count in computed(method.cuts(576, 32), 32)]
+    assert sum(layers) / 32 == pytest.approx(computed_mean, abs=0.05)
+    assert method.papers_count(576, layers) == pytest.approx(papers, abs=0.05)
+
+
+def test_counts_without_a_paper_are_given_where_they_are_plain():
+    assert METHODS["dart"]().papers_count(576, [576.0, 64.0, 64.0]) == 64
+    assert METHODS["random"]().papers_count(576, [64.0, 64.0]) == 64
+    assert METHODS["cascade"]().papers_count(576, [128.0, 64.0]) is None
