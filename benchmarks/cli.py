@@ -31,7 +31,7 @@ from vlm_prune.benchmarks.terminal import progress, quiet
 from vlm_prune.vlm.errors import InputError
 
 if TYPE_CHECKING:
-    from vlm_prune.benchmarks.run import RunConfig, Variant
+    from vlm_prune.benchmarks.run import RunConfig, RunFolder, Variant
 
 app = typer.Typer(
     add_completion=False,
@@ -40,7 +40,9 @@ app = typer.Typer(
 )
 
 
-def _execute(configs: "list[RunConfig]", folders: list[Path]) -> list[dict[str, Any]]:
+def _execute(
+    configs: "list[RunConfig]", folders: list[Path]
+) -> "tuple[list[dict[str, Any]], list[RunFolder]]":
     """Run with a progress bar; without a folder of its own a run leaves nothing behind."""
     from vlm_prune.benchmarks.run import RunFolder, evaluate
     from vlm_prune.vlm.load import load
@@ -52,7 +54,7 @@ def _execute(configs: "list[RunConfig]", folders: list[Path]) -> list[dict[str, 
     runs = [RunFolder(path, config) for path, config in zip(folders, configs, strict=True)]
     model, processor = load(first.model, first.device, first.dtype)
     with progress(first.limit) as advance:
-        return evaluate(model, processor, runs, advance)
+        return evaluate(model, processor, runs, advance), runs
 
 
 def _in_folder(output: Path | None, configs: "list[RunConfig]", names: list[str]) -> Any:
@@ -97,11 +99,12 @@ def evaluate_one(
     from vlm_prune.benchmarks.table import run_table, show
 
     variant = Variant(method, parse_budget(budget), positions, parse_arguments(method_args))
+    variants = with_schedule([variant], schedule)
     configs = _configs(
-        with_schedule([variant], schedule), split, tasks, model=model, limit=limit, batch_size=batch_size, device=device,
+        variants, split, tasks, model=model, limit=limit, batch_size=batch_size, device=device,
         dtype=dtype, seed=seed,
     )  # fmt: skip
-    (results,) = _in_folder(output, configs, [""])
+    (results,), _ = _in_folder(output, configs, [""])
     show(run_table(results))
 
 
@@ -118,29 +121,38 @@ def compare(
     seed: Seed = 0,
     positions: Positions = "auto",
     schedule: ScheduleFile = None,
+    rival: Annotated[
+        str, typer.Option("--against", help="A method to test against each other one, in pairs.")
+    ] = "",
     split: Split = "test",
     output: Output = None,
 ) -> None:
     """Methods and budgets side by side; images and unpruned answers are computed once."""
     from vlm_prune.benchmarks.run import Variant, write_text
-    from vlm_prune.benchmarks.table import as_markdown, as_table, comparison, show
+    from vlm_prune.benchmarks.table import against, as_markdown, as_table, comparison, show
     from vlm_prune.vlm.wrapper import methods
 
     known = [name for name in methods() if name != "none"]
     chosen = known if method == "all" else [name for name in method.split(",") if name]
+    if rival and rival not in chosen:
+        raise InputError(f"--against {rival} is not among the methods; add it to --method")
     variants = [
         Variant(name, parse_budget(b), positions) for b in budget.split(",") for name in chosen
     ]
+    variants = with_schedule(variants, schedule)
     configs = _configs(
-        with_schedule(variants, schedule), split, tasks, model=model, limit=limit, batch_size=batch_size, device=device,
+        variants, split, tasks, model=model, limit=limit, batch_size=batch_size, device=device,
         dtype=dtype, seed=seed,
     )  # fmt: skip
     names = [f"{variant.method}-{variant.budget}" for variant in variants]
-    runs = _in_folder(output, configs, names)
-    lines = comparison(runs)
-    show(as_table(lines))
+    runs, folders = _in_folder(output, configs, names)
+    tables = [comparison(runs)]
+    if rival:
+        tables.append(against(rival, runs, [folder.scores() for folder in folders]))
+    for lines in tables:
+        show(as_table(lines))
     if output is not None:
-        write_text(output / "compare.md", as_markdown(lines))
+        write_text(output / "compare.md", "\n".join(map(as_markdown, tables)))
 
 
 @app.command()

@@ -8,7 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vlm_prune.benchmarks.latency import Phases, timed_generate
@@ -125,6 +127,14 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         self.rows |= {row["id"]: row for row in new}
+
+    def scores(self) -> dict[str, NDArray[np.float64]]:
+        """Scores of the pruned model by task, in the order of the questions."""
+        rows = [self.rows[name] for name in sorted(self.rows)]
+        return {
+            task: np.array([row["score"] for row in rows if row["task"] == task], float)
+            for task in self.config.tasks
+        }
 
 
 def write_text(path: Path, content: str) -> None:

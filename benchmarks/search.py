@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from vlm_prune.benchmarks.environment import command, versions
 from vlm_prune.benchmarks.metrics.paired import difference, mcnemar
 from vlm_prune.benchmarks.run import RunConfig, RunFolder, Variant, evaluate, write_json, write_text
-from vlm_prune.benchmarks.table import as_markdown, percent
+from vlm_prune.benchmarks.table import as_gain, as_markdown, percent
 from vlm_prune.pruning import DecoderPruner, VisionPruner
 from vlm_prune.pruning.best import described
 from vlm_prune.vlm.families import family_of
@@ -122,13 +122,7 @@ class Search:
         ]
         with self.watch(name, limit) as advance:
             results = evaluate(self.model, self.processor, folders, advance)
-        scores = [
-            {
-                task: np.array([r["score"] for r in folder.rows.values() if r["task"] == task])
-                for task in self.common.tasks
-            }
-            for folder in folders
-        ]
+        scores = [folder.scores() for folder in folders]
         return Round(scores, [run["tokens"]["layer_mean"] for run in results])
 
     def winners(self, budgets: list[int]) -> dict[int, Variant]:
@@ -212,10 +206,8 @@ def lines(entry: dict[str, Any]) -> list[list[str]]:
     own = percent(entry["combination_accuracy"])
     rows.append([entry["combination"], f"{entry['layer_mean']:.1f}", own, "", ""])
     for other in sorted(entry["against"], key=lambda other: -other["accuracy"]):
-        low, high = other["ci"]
-        gain = f"{percent(other['difference'])} [{percent(low)}, {percent(high)}]"
-        accuracy = percent(other["accuracy"])
-        computed = f"{other['layer_mean']:.1f}"
+        accuracy, computed = percent(other["accuracy"]), f"{other['layer_mean']:.1f}"
+        gain = as_gain(other["difference"], other["ci"])
         rows.append([other["method"], computed, accuracy, gain, f"{other['p']:.3f}"])
     return rows
 

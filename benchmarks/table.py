@@ -5,6 +5,8 @@ from typing import Any
 from rich.console import Console, Group
 from rich.table import Table
 
+from vlm_prune.benchmarks.metrics.paired import Scores, difference, mcnemar
+
 THREE_WAYS = "kept / per layer / paper's count"
 
 
@@ -91,6 +93,23 @@ def comparison(runs: list[dict[str, Any]]) -> list[list[str]]:
         tokens, speed = three_ways(run["tokens"]), f"{run['speedup']['prefill']:.2f}x"
         retained = with_interval(run["overall"])
         rows.append([method_name(run), str(run["budget"]), tokens, *accuracies, retained, speed])
+    return rows
+
+
+def as_gain(point: float, interval: list[float]) -> str:
+    """A difference of accuracies in points, with its interval."""
+    return f"{100 * point:+.1f} [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
+
+
+def against(name: str, runs: list[dict[str, Any]], scores: list[Scores]) -> list[list[str]]:
+    """Header and rows: method `name` less every other one of its budget, on the same questions."""
+    rows = [["budget", f"{name} minus", "accuracy in points [95 %]", "McNemar p"]]
+    own = {run["budget"]: number for number, run in enumerate(runs) if run["method"] == name}
+    for run, theirs in zip(runs, scores, strict=True):
+        if run["method"] != name and run["budget"] in own:
+            ours = scores[own[run["budget"]]]
+            gain, p = as_gain(*difference(ours, theirs)), f"{mcnemar(ours, theirs):.3f}"
+            rows.append([str(run["budget"]), run["method"], gain, p])
     return rows
 
 
