@@ -27,9 +27,12 @@ def three_ways(tokens: dict[str, Any]) -> str:
 
 
 def method_name(results: dict[str, Any]) -> str:
-    """The method, with what it stands for where it is a name for something else."""
-    definition = results.get("definition")
-    return f"{results['method']} (= {definition})" if definition else str(results["method"])
+    """The method, what it stands for if it is a name for another, and whether a file cuts it."""
+    name, definition = str(results["method"]), results.get("definition")
+    if definition:
+        name += f" (= {definition})"
+    arguments = results["config"]["variant"]["arguments"]
+    return f"{name} by schedule" if {"schedule", "inside.schedule"} & set(arguments) else name
 
 
 def run_table(results: dict[str, Any]) -> Group:

@@ -51,11 +51,12 @@ def test_the_command_proposes_from_tasks_or_a_file(run, checkpoint, tmp_path, im
 
 @pytest.mark.parametrize("method", ["adaptinfer", "divprune+fastv"])
 def test_eval_cuts_where_the_file_says(run, checkpoint, analysed, tmp_path, method):
-    code, _, err = run(
+    code, out, err = run(
         "eval", "--model", checkpoint, "--method", method, "--budget", "400", "--output", tmp_path,
         "--schedule", analysed / "schedule.json", *FAST,
     )  # fmt: skip
     assert code == 0, err
+    assert f"{method} by schedule" in out
     found = json.loads((analysed / "schedule.json").read_text())
     row = json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[0])
     layers = row["layer_tokens"]
