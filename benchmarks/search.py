@@ -47,7 +47,8 @@ class Round:
     computed: list[float]
 
     def accuracy(self, number: int) -> float:
-        return float(np.mean([values.mean() for values in self.scores[number].values()]))
+        """Mean over tasks, rounded so that equal ones are equal."""
+        return round(float(np.mean([v.mean() for v in self.scores[number].values()])), 9)
 
 
 def singles() -> list[str]:

@@ -183,7 +183,9 @@ class DecoderPruner(Pruner):
         else:
             budget = tokens_for(self.budget, tokens)
             places, counts = fit(budget, tokens, layers, places, shares)
-        return [Cut(p, min(n, tokens)) for p, n in zip(places, counts, strict=True) if p < layers]
+        # in a shallow model two cuts may fall on one place; the later one decides
+        at = dict(zip(places, counts, strict=True))
+        return [Cut(place, min(keep, tokens)) for place, keep in at.items() if place < layers]
 
     def check(self, tokens: int, layers: int) -> None:
         self.cuts(tokens, layers)

@@ -113,3 +113,8 @@ def test_counts_without_a_paper_are_given_where_they_are_plain():
     assert METHODS["dart"]().papers_count(576, [576.0, 64.0, 64.0]) == 64
     assert METHODS["random"]().papers_count(576, [64.0, 64.0]) == 64
     assert METHODS["cascade"]().papers_count(576, [128.0, 64.0]) is None
+
+
+def test_cuts_that_fall_on_one_place_are_one_cut():
+    cuts = METHODS["sparsevlm"](budget=300).cuts(576, 6)
+    assert [cut.layer for cut in cuts] == [1, 3]
