@@ -1,19 +1,40 @@
 """The `vlm-prune` command; nothing heavy is imported before a command needs it."""
 
 import errno
-import json
 import os
 import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vlm_prune.benchmarks import catalogue
+from vlm_prune.benchmarks.arguments import (
+    BatchSize,
+    DataRoot,
+    Device,
+    Dtype,
+    Limit,
+    Method,
+    Model,
+    Output,
+    Positions,
+    ScheduleFile,
+    Seed,
+    Split,
+    Tasks,
+    Wings,
+    parse_arguments,
+    parse_budget,
+    parse_tasks,
+    with_schedule,
+)
+from vlm_prune.benchmarks.choosing import find_schedule, search
+from vlm_prune.benchmarks.terminal import progress, quiet
 from vlm_prune.vlm.errors import InputError
 
 if TYPE_CHECKING:
-    from vlm_prune.benchmarks.run import RunConfig, Variant
+    from vlm_prune.benchmarks.run import RunConfig, RunFolder, Variant
 
 app = typer.Typer(
     add_completion=False,
@@ -21,112 +42,31 @@ app = typer.Typer(
     help="Vision-token pruning for unmodified Hugging Face vision-language models.",
 )
 
-Model = Annotated[str, typer.Option(help="'tiny' (embedded), a checkpoint folder, or a hub name.")]
-Method = Annotated[str, typer.Option(help="See 'vlm-prune methods'; two joined by + cascade.")]
-Tasks = Annotated[
-    str,
-    typer.Option(help="Names, comma-separated, lmms-eval's included, or 'visual' or 'all'."),
-]
-Limit = Annotated[int, typer.Option(min=1, help="Questions in all, spread evenly over the tasks.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Questions answered together.")]
-Device = Annotated[str, typer.Option(help="A torch device: cpu, cuda, cuda:1, mps.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")]
-Seed = Annotated[int, typer.Option(min=0, help="Decides questions and random draws.")]
-Positions = Annotated[
-    str, typer.Option(help="Positions of kept tokens: auto, contiguous, original.")
-]
-Output = Annotated[
-    Path | None, typer.Option(help="Folder for results; a killed run resumes there.")
-]
-Wings = Annotated[str | None, typer.Option(help="Folder or hub name of a Wings adapter.")]
-Split = Annotated[str, typer.Option(help="val for choosing, test for reporting.")]
-DataRoot = Annotated[
-    Path | None,
-    typer.Option(envvar="VLM_PRUNE_DATA", help="Folder of data sets, for lmms-eval's tasks."),
-]
-
-
-def parse_budget(text: str) -> int | float:
-    """`64` is a count, `0.11` a fraction."""
-    from vlm_prune.vlm.tokens import check_budget
-
-    try:
-        budget: int | float = int(text)
-    except ValueError:
-        try:
-            budget = float(text)
-        except ValueError:
-            raise InputError(
-                f"budget {text!r} is not a number; give tokens per image (64) or a fraction (0.11)"
-            ) from None
-    check_budget(budget)
-    return budget
-
-
-def parse_arguments(text: str) -> dict[str, Any]:
-    """`strategy=row,directions=16` as a dictionary; values are JSON where they can be."""
-    arguments: dict[str, Any] = {}
-    for part in filter(None, text.split(",")):
-        key, equals, value = part.partition("=")
-        if not equals or not key:
-            raise InputError(f"method argument {part!r} is not of the form name=value")
-        try:
-            arguments[key] = json.loads(value)
-        except json.JSONDecodeError:
-            arguments[key] = value
-    return arguments
-
-
-def parse_tasks(text: str) -> tuple[str, ...]:
-    from vlm_prune.benchmarks.lmms import check_tasks
-    from vlm_prune.benchmarks.tasks import TASKS, VISUAL
-
-    groups = {"visual": VISUAL, "all": tuple(TASKS)}
-    names = groups.get(text) or tuple(name for name in text.split(",") if name)
-    if not names:
-        raise InputError(f"no task given; known: {', '.join(TASKS)}")
-    if len(set(names)) < len(names):
-        raise InputError(f"a task is named twice in {text!r}")
-    if others := [name for name in names if name not in TASKS]:
-        check_tasks(others, list(TASKS))
-    return names
-
 
 def _execute(
     configs: "list[RunConfig]", folders: list[Path], data_root: Path | None
-) -> list[dict[str, Any]]:
+) -> "tuple[list[dict[str, Any]], list[RunFolder]]":
     """Run with a progress bar; without a folder of its own a run leaves nothing behind."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
-
     from vlm_prune.benchmarks import lmms
     from vlm_prune.benchmarks.run import RunFolder, evaluate
     from vlm_prune.vlm.load import load
 
-    _quiet()
+    quiet()
     first = configs[0]
     for config in configs:
         config.variant.build(config.seed)
     runs = [RunFolder(path, config) for path, config in zip(folders, configs, strict=True)]
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task("questions", total=first.limit)
-        advance = partial(bar.advance, task)
+    with progress(first.limit) as advance:
         if lmms.needed(first.tasks):
             from vlm_prune.benchmarks.lmms.run import evaluate as evaluate_lmms
 
-            return evaluate_lmms(runs, data_root, advance)
+            return evaluate_lmms(runs, data_root, advance), runs
         model, processor = load(first.model, first.device, first.dtype)
         if first.wings is not None:
             from vlm_prune.learners import from_pretrained
 
             from_pretrained(model, first.wings)
-        return evaluate(model, processor, runs, advance)
-
-
-def _quiet() -> None:
-    from vlm_prune.benchmarks.environment import quiet
-
-    quiet()
+        return evaluate(model, processor, runs, advance), runs
 
 
 def _in_folder(
@@ -166,6 +106,7 @@ def evaluate_one(
     seed: Seed = 0,
     positions: Positions = "auto",
     method_args: Annotated[str, typer.Option(help="Hyperparameters, name=value,...")] = "",
+    schedule: ScheduleFile = None,
     wings: Wings = None,
     split: Split = "test",
     data_root: DataRoot = None,
@@ -176,11 +117,12 @@ def evaluate_one(
     from vlm_prune.benchmarks.table import run_table, show
 
     variant = Variant(method, parse_budget(budget), positions, parse_arguments(method_args))
+    variants = with_schedule([variant], schedule)
     configs = _configs(
-        [variant], split, tasks, model=model, limit=limit, batch_size=batch_size, device=device,
+        variants, split, tasks, model=model, limit=limit, batch_size=batch_size, device=device,
         dtype=dtype, seed=seed, wings=wings,
     )  # fmt: skip
-    (results,) = _in_folder(output, configs, [""], data_root)
+    (results,), _ = _in_folder(output, configs, [""], data_root)
     show(run_table(results))
 
 
@@ -196,31 +138,41 @@ def compare(
     dtype: Dtype = "auto",
     seed: Seed = 0,
     positions: Positions = "auto",
+    schedule: ScheduleFile = None,
+    rival: Annotated[
+        str, typer.Option("--against", help="A method to test against each other one, in pairs.")
+    ] = "",
     split: Split = "test",
     data_root: DataRoot = None,
     output: Output = None,
 ) -> None:
     """Methods and budgets side by side; images and unpruned answers are computed once."""
     from vlm_prune.benchmarks.run import Variant
-    from vlm_prune.benchmarks.table import as_markdown, as_table, comparison, show
+    from vlm_prune.benchmarks.table import against, as_markdown, as_table, comparison, show
     from vlm_prune.vlm.files import write_text
     from vlm_prune.vlm.wrapper import methods
 
     known = [name for name in methods() if name != "none"]
     chosen = known if method == "all" else [name for name in method.split(",") if name]
+    if rival and rival not in chosen:
+        raise InputError(f"--against {rival} is not among the methods; add it to --method")
     variants = [
         Variant(name, parse_budget(b), positions) for b in budget.split(",") for name in chosen
     ]
+    variants = with_schedule(variants, schedule)
     configs = _configs(
         variants, split, tasks, model=model, limit=limit, batch_size=batch_size, device=device,
         dtype=dtype, seed=seed,
     )  # fmt: skip
     names = [f"{variant.method}-{variant.budget}" for variant in variants]
-    runs = _in_folder(output, configs, names, data_root)
-    lines = comparison(runs)
-    show(as_table(lines))
+    runs, folders = _in_folder(output, configs, names, data_root)
+    tables = [comparison(runs)]
+    if rival:
+        tables.append(against(rival, runs, [folder.scores() for folder in folders]))
+    for lines in tables:
+        show(as_table(lines))
     if output is not None:
-        write_text(output / "compare.md", as_markdown(lines))
+        write_text(output / "compare.md", "\n".join(map(as_markdown, tables)))
 
 
 @app.command()
@@ -236,6 +188,7 @@ def bench(
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
     method_args: Annotated[str, typer.Option(help="Hyperparameters, name=value,...")] = "",
+    schedule: ScheduleFile = None,
     wings: Annotated[
         int | None, typer.Option(min=1, help="Time Wings' learners of this rank, not a method.")
     ] = None,
@@ -249,8 +202,9 @@ def bench(
     from vlm_prune.benchmarks.wings_cost import about_wings, bench_wings, wings_rows
     from vlm_prune.vlm.files import write_json, write_text
 
-    _quiet()
+    quiet()
     variant = Variant(method, parse_budget(budget), arguments=parse_arguments(method_args))
+    (variant,) = with_schedule([variant], schedule)
     config = BenchConfig(
         model_shape, variant, batch=batch, repeats=repeats, new_tokens=new_tokens,
         device=device, dtype=dtype,
@@ -300,63 +254,26 @@ def ask(
     from vlm_prune.vlm.images import open_image
     from vlm_prune.vlm.wrapper import PrunedVLM
 
-    _quiet()
+    quiet()
     picture = open_image(image)
     vlm = PrunedVLM.from_pretrained(model, method, parse_budget(budget), device, dtype)
     print(vlm.answer(picture, question))
 
 
-@app.command("methods")
-def list_methods() -> None:
-    """List pruning methods."""
-    from rich.table import Table
-
-    from vlm_prune.benchmarks.table import show
-    from vlm_prune.vlm.wrapper import methods
-
-    table = Table("method", "acts at", "what", "paper")
-    for name, pruner in methods().items():
-        what = (pruner.__doc__ or "").strip().split("\n\n")[0]
-        table.add_row(name, pruner.stage, " ".join(what.split()), pruner.paper)
-    show(table)
-
-
-@app.command("tasks")
-def list_tasks() -> None:
-    """List evaluation tasks."""
-    from importlib import import_module
-
-    from rich.table import Table
-
-    from vlm_prune.benchmarks.table import show
-    from vlm_prune.benchmarks.tasks import TASKS
-
-    table = Table("task", "image", "what", "for example")
-    for name, task in TASKS.items():
-        doc = (import_module(f"vlm_prune.benchmarks.tasks.{name}").__doc__ or "").strip()
-        sample = task.sample(0)
-        example = f"{sample.turns[-1].text} -> {sample.answer}"
-        table.add_row(name, "yes" if task.visual else "no", doc.split("\n\n")[0], example)
-    show(table)
-
-
-@app.command("models")
-def list_models() -> None:
-    """List model families, and the embedded model."""
-    from rich.table import Table
-
-    from vlm_prune.benchmarks.table import show
-    from vlm_prune.vlm.families import FAMILIES
-
-    table = Table("model", "what")
-    table.add_row("tiny", "the embedded LLaVA; needs no download")
-    for name, family in FAMILIES.items():
-        table.add_row(name, (sys.modules[family.__module__].__doc__ or "").strip())
-    show(table)
+for name, listing in (
+    ("methods", catalogue.methods),
+    ("tasks", catalogue.tasks),
+    ("models", catalogue.models),
+):
+    app.command(name)(listing)
+app.command("schedule")(find_schedule)
+app.command("search")(search)
 
 
 def main() -> None:
     """Entry point: one line and exit code 2 for wrong input, 130 for Ctrl-C."""
+    import os
+
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         if len(sys.argv) == 1:

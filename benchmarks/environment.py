@@ -41,11 +41,3 @@ def environment(device: torch.device) -> dict[str, str]:
         driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
     about = {"device": device_name(device), "driver": driver, **versions("triton")}
     return about | {"command": command()}
-
-
-def quiet() -> None:
-    """Leave the terminal to our own progress bar and messages."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, get_args
 from torch import Tensor
 
 from vlm_prune.kernels.compact_tokens import compact_tokens
-from vlm_prune.pruning.schedule import fit, scaled
+from vlm_prune.pruning.schedule import Schedule, fit, scaled
 from vlm_prune.vlm import midstack, session
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
@@ -26,6 +26,7 @@ from vlm_prune.vlm.tokens import (
 )
 
 Stage = Literal["input", "encoder", "projector", "decoder"]
+Counted = Literal["computed", "at the cut", "kept"]
 
 
 @dataclass(kw_only=True)
@@ -76,6 +77,18 @@ class Pruner(ABC):
         """Raises `InputError` when the budget cannot be met on such a model."""
         tokens_for(self.budget, tokens)
 
+    def papers_count(self, tokens: int, layer_tokens: list[float]) -> float | None:
+        """Tokens per image as the method's paper would count them.
+
+        `layer_tokens` are those that each layer computes of an image of `tokens`. Where all layers
+        compute the same there is one way to count; None where there is no paper to ask.
+        """
+        return layer_tokens[-1] if len(set(layer_tokens)) == 1 else None
+
+    def definition(self, tokens: int) -> str:
+        """What it stands for on such an image, for a name that stands for another method."""
+        return ""
+
 
 @dataclass
 class VisionPruner(Pruner):
@@ -121,19 +134,27 @@ class DecoderPruner(Pruner):
 
     Args:
         preset: the authors' own token counts by name, instead of counts solved from `budget`.
+        schedule: where to cut and in which proportions, instead of the method's own pattern; a
+            `Schedule` or its fields as a dictionary.
     """
 
     preset: str = ""
+    schedule: Schedule | dict[str, Any] | None = None
 
     stage: ClassVar[Stage] = "decoder"
     reads: ClassVar[Side] = "before"
+    counted: ClassVar[Counted] = "computed"
     presets: ClassVar[Registry[tuple[float, ...]]] = Registry("preset")
     compact = staticmethod(compact_tokens)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.schedule, dict):
+            self.schedule = Schedule(**self.schedule)
         if self.preset:
             self.presets[str(self.preset)]
+            if self.schedule is not None:
+                raise InputError("a preset says where to cut and so does a schedule; give one")
 
     @abstractmethod
     def pattern(self) -> list[tuple[int, float]]:
@@ -149,8 +170,11 @@ class DecoderPruner(Pruner):
 
     def cuts(self, tokens: int, layers: int) -> list[Cut]:
         """Where to cut, and to how many tokens, for images of `tokens` in `layers` layers."""
-        depths, shares = map(list, zip(*self.pattern(), strict=True))
-        places = scaled(depths, layers)
+        if isinstance(self.schedule, Schedule):
+            places, shares = self.schedule.scaled(layers), list(self.schedule.shares)
+        else:
+            depths, shares = map(list, zip(*self.pattern(), strict=True))
+            places = scaled(depths, layers)
         if self.preset:
             counts = [
                 count if isinstance(count, int) else round(count * tokens)
@@ -159,10 +183,22 @@ class DecoderPruner(Pruner):
         else:
             budget = tokens_for(self.budget, tokens)
             places, counts = fit(budget, tokens, layers, places, shares)
-        return [Cut(p, min(n, tokens)) for p, n in zip(places, counts, strict=True) if p < layers]
+        # in a shallow model two cuts may fall on one place; the later one decides
+        at = dict(zip(places, counts, strict=True))
+        return [Cut(place, min(keep, tokens)) for place, keep in at.items() if place < layers]
 
     def check(self, tokens: int, layers: int) -> None:
         self.cuts(tokens, layers)
+
+    def papers_count(self, tokens: int, layer_tokens: list[float]) -> float | None:
+        """By `counted`: the mean that layers compute, the mean with the layer before each cut
+        already counted as pruned, or what is left after the last cut.
+        """
+        if self.counted == "kept":
+            return layer_tokens[-1]
+        if self.counted == "at the cut":
+            layer_tokens = [*layer_tokens[1:], layer_tokens[-1]]
+        return sum(layer_tokens) / len(layer_tokens)
 
     def __call__(
         self, model: Any, vision: VisionTokens | None = None

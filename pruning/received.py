@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vlm_prune.kernels.attention_received import attention_received
-from vlm_prune.vlm.tokens import DecoderTokens, VisionTokens
+from vlm_prune.vlm.tokens import DecoderTokens, QuestionRows, VisionTokens
 
 Queries = Literal["all", "patches", "cls"]
 
@@ -22,6 +22,10 @@ def in_tower(vision: VisionTokens, queries: Queries) -> Tensor:
 def in_decoder(tokens: DecoderTokens, readers: Tensor) -> Tensor:
     """Mean over heads and the question places where `readers` (M, T) is true; (M, n)."""
     rows = tokens.rows(slice(-readers.shape[1], None))
-    at = torch.where(readers, rows.columns, -1)
-    scores = attention_received(rows.query, rows.key, at, rows.key_positions, rows.scale)
+    return from_rows(rows, torch.where(readers, rows.columns, -1))
+
+
+def from_rows(rows: QuestionRows, columns: Tensor) -> Tensor:
+    """Mean over heads and the queries that stand at `columns` (M, T), -1 for none; (M, n)."""
+    scores = attention_received(rows.query, rows.key, columns, rows.key_positions, rows.scale)
     return scores.gather(1, rows.image)

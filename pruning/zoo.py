@@ -1,10 +1,12 @@
 """ZOO-Prune: keep tokens to which the projector is sensitive, and that differ from each other."""
 
-from dataclasses import dataclass, field
+import weakref
+from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from vlm_prune.kernels.token_sensitivity import closed_form, monte_carlo, weight_kernel
 from vlm_prune.pruning.base import Stage, VisionPruner
@@ -71,22 +73,24 @@ class ZooExact(Zoo):
     """
 
     paper: ClassVar[str] = ""
-    _made: tuple[tuple[Tensor, Tensor], tuple[int, ...], Tensor] | None = field(
-        default=None, init=False, repr=False, compare=False
-    )
 
     def sensitivity(self, vision: VisionTokens) -> Tensor:
         w = vision.projector
-        return closed_form(vision.features, w.w1, w.b1, w.act, self._kernel_of(w))
+        return closed_form(vision.features, w.w1, w.b1, w.act, kernel_of(w))
 
-    def _kernel_of(self, projector: Projector) -> Tensor:
-        """K of the projector, made again only when its weights are others or have changed."""
-        weights = (projector.w1, projector.w2)
-        versions = tuple(0 if w.is_inference() else w._version for w in weights)
-        if (
-            self._made is None
-            or versions != self._made[1]
-            or not all(ours is theirs for ours, theirs in zip(weights, self._made[0], strict=True))
-        ):
-            self._made = (weights, versions, weight_kernel(*weights))
-        return self._made[2]
+
+_MADE = WeakIdKeyDictionary()
+
+
+def kernel_of(projector: Projector) -> Tensor:
+    """K of the projector, made again only when its weights are others or have changed.
+
+    It outlives the method, which a cascade makes anew for each prompt, but not the weights.
+    """
+    one, two = projector.w1, projector.w2
+    versions = [0 if weight.is_inference() else weight._version for weight in (one, two)]
+    made = _MADE.get(two)
+    if made is None or made[0]() is not one or made[1] != versions:
+        made = _MADE[two] = (weakref.ref(one), versions, weight_kernel(one, two))
+    kernel: Tensor = made[2]
+    return kernel

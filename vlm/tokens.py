@@ -182,7 +182,9 @@ def top(scores: Tensor, k: int) -> Tensor:
 
 
 def compact(keep: Tensor, right_padded: bool = False) -> tuple[Tensor, Tensor]:
-    """Gather indices that close the gaps of a boolean mask.
+    """Gather indices that close the gaps of a boolean mask, for what is indexed rather than moved.
+
+    Hidden states are moved by the reducer's own `compact`, which may be one fused launch.
 
     Shapes: keep (B, L) -> index (B, L'), valid (B, L') with L' the longest row; shorter rows are
     padded on the left (or right), where `valid` is False and `index` points anywhere.

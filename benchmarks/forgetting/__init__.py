@@ -29,9 +29,9 @@ def choose_experiment(
     """Learners: train them, merge models, or run an experiment."""
     if context.invoked_subcommand is not None:
         return
-    from vlm_prune.benchmarks.environment import quiet
     from vlm_prune.benchmarks.forgetting.arms import QUICK, Plan
     from vlm_prune.benchmarks.forgetting.experiment import run
+    from vlm_prune.benchmarks.terminal import quiet
     from vlm_prune.vlm.errors import InputError
     from vlm_prune.vlm.registry import unknown
 

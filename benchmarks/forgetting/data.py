@@ -13,7 +13,7 @@ from vlm_prune.benchmarks.forgetting.arms import Plan
 from vlm_prune.benchmarks.tasks import VISUAL, iit, text
 from vlm_prune.benchmarks.tasks.base import SPLITS, Split
 from vlm_prune.benchmarks.tasks.curriculum import (
-    MIXTURE,
+    LESSONS,
     block,
     history,
     pixels_of,
@@ -63,7 +63,9 @@ def training_rows(shown: Shown, plan: Plan, replay: bool, rng: np.random.Generat
     """One step's rows: questions about images, and `plan.replay` of them about text."""
     rows = []
     for k in rng.integers(len(shown.scenes), size=plan.images):
-        rows.append(visual_row(rng, shown.scenes[k], some(shown, k, plan, rng), plan.questions))
+        rows.append(
+            visual_row(rng, shown.scenes[k], some(shown, k, plan, rng), plan.questions, "all")
+        )
     if replay:
         wanted = max(1, round(plan.images * plan.questions * plan.replay / (1 - plan.replay)))
         row = text_row(rng, wanted)
@@ -93,7 +95,7 @@ def held_out_rows(shown: Shown, plan: Plan, rng: np.random.Generator) -> list[tu
             (name, question)
             for name in VISUAL
             for _ in range(TASK_QUESTIONS)
-            if (question := MIXTURE[name][0](rng, scene)) is not None
+            if (question := LESSONS["all"][name][0](rng, scene)) is not None
         ]
         rows.append(("visual", Row("<s>USER: ", [block(k, q) for k, q in asked], features)))
         for setting in ("V", "T,V", "T,T,V"):

@@ -20,6 +20,7 @@ from vlm_prune.benchmarks.lmms.chat import Chat, chat_of, rounds_of, shared_opti
 from vlm_prune.benchmarks.lmms.forced import Forced
 from vlm_prune.benchmarks.prompts import make_prompts
 from vlm_prune.benchmarks.run import Variant
+from vlm_prune.learners import from_pretrained
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.load import load
@@ -53,6 +54,7 @@ class PrunedChat(lmms):  # type: ignore[misc]
         dtype: float32, bfloat16, float16, or auto.
         positions: positions of kept tokens: auto, contiguous, original.
         seed: for methods that draw random numbers.
+        wings: folder or hub name of a Wings adapter.
         hyperparameters: the method's own.
 
     `throughput` of the results then holds `avg_kept_visual_tokens`, `avg_layer_visual_tokens` (the

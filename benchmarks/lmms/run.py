@@ -20,7 +20,8 @@ from vlm_prune.benchmarks.lmms.catalog import catalog, leaves
 from vlm_prune.benchmarks.lmms.load import load_task
 from vlm_prune.benchmarks.lmms.model import PADDING, PrunedChat
 from vlm_prune.benchmarks.lmms.score import reply_of, score_of
-from vlm_prune.benchmarks.run import RunConfig, RunFolder, summarise
+from vlm_prune.benchmarks.run import RunConfig, RunFolder
+from vlm_prune.benchmarks.summary import summarise
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.files import write_json
@@ -141,14 +142,18 @@ def _leaves(config: RunConfig, skipped: dict[str, str]) -> list[Leaf]:
 
 
 def _unpruned(leaf: Leaf, model: PrunedChat, config: RunConfig) -> Answers:
-    about = source(model.model, config.model)
+    about = source(model.model, config.model) | {"wings": config.wings}
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     return Answers(cache_folder() / "unpruned" / key / leaf.name, about)
 
 
 def _pruned(leaf: Leaf, model: PrunedChat, folder: RunFolder) -> Answers:
     about = source(model.model, folder.config.model)
-    about |= {"variant": asdict(folder.config.variant), "seed": folder.config.seed}
+    about |= {
+        "wings": folder.config.wings,
+        "variant": asdict(folder.config.variant),
+        "seed": folder.config.seed,
+    }
     return Answers(folder.path / "answers" / leaf.name, about)
 
 

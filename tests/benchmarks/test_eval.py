@@ -28,7 +28,7 @@ def test_eval_writes_the_promised_results(run, checkpoint, tmp_path):
     for task in content["tasks"].values():
         assert {"n", "accuracy", "baseline_accuracy", "retained", "ci"} <= set(task)
     assert {"accuracy", "baseline_accuracy", "retained", "ci"} <= set(content["overall"])
-    assert content["tokens"] == {"full": 576, "kept": 64, "layer_mean": 64}
+    assert content["tokens"] == {"full": 576, "kept": 64, "layer_mean": 64, "papers": 64}
     assert {
         "vision",
         "selection",
@@ -82,10 +82,15 @@ def test_the_tower_runs_once_for_baseline_and_all_methods(run, checkpoint, tmp_p
     run(
         "compare", "--model", checkpoint, "--method", "random,zoo-exact,adaptinfer", "--budget",
         "64,32", "--output", tmp_path, "--limit", "4", "--batch-size", "4", "--tasks", "exist",
+        "--against", "zoo-exact",
     )  # fmt: skip
     assert calls == [1, 4]  # one question to warm up, then the batch
     assert len(list(tmp_path.glob("*/results.json"))) == 6
-    assert len((tmp_path / "compare.md").read_text().splitlines()) == 2 + 1 + 6
+    table, pairs = (tmp_path / "compare.md").read_text().split("\n\n")
+    assert len(table.splitlines()) == 2 + 1 + 6
+    assert [line.split(" | ")[:2] for line in pairs.splitlines()[2:]] == [
+        ["| 64", "random"], ["| 64", "adaptinfer"], ["| 32", "random"], ["| 32", "adaptinfer"],
+    ]  # fmt: skip
 
 
 def test_limit_is_spread_evenly():

@@ -25,6 +25,7 @@ CASES = [
     ("cdpruner", {}),
     ("cascade", {}),
     ("merge", {}),
+    ("best", {}),
 ]
 
 
