@@ -18,10 +18,11 @@ from vlm_prune.benchmarks.latency import Phases, timed_generate
 from vlm_prune.benchmarks.metrics.bootstrap import accuracy_interval, retained
 from vlm_prune.benchmarks.tasks import TASKS, Sample
 from vlm_prune.vlm.cost import key_value_bytes, prefill_flops, tower_flops
+from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.session import now
-from vlm_prune.vlm.tokens import Trace, VisionTokens
+from vlm_prune.vlm.tokens import Trace
 from vlm_prune.vlm.wrapper import build
 
 MAX_NEW_TOKENS = 16
@@ -146,10 +147,9 @@ def evaluate(
     """
     config = folders[0].config
     samples = samples_of(config.tasks, config.limit, config.seed, config.split)
-    family = family_of(model)
     pruners = [folder.config.variant.build(config.seed) for folder in folders]
     for pruner in pruners:
-        pruner.check(family.tokens_per_image, len(family.decoder.layers))
+        pruner.admit(model)
     warm = False
     for start in range(0, len(samples), config.batch_size):
         batch = samples[start : start + config.batch_size]
@@ -232,7 +232,7 @@ def _generate(
     model: Any,
     processor: Any,
     prompt: dict[str, Any],
-    vision: VisionTokens | None,
+    vision: Images | None,
     pruner: Any | None = None,
     pixel_values: Tensor | None = None,
 ) -> tuple[list[str], Phases, Trace]:
