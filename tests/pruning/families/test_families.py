@@ -1,0 +1,165 @@
+"""What every method keeps on every family; see CONTRIBUTING.md."""
+
+import copy
+
+import pytest
+import torch
+from transformers import TextStreamer
+
+from vlm_prune.pruning import METHODS
+from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.wrapper import build
+
+QUESTION, LONG = "Is there a 7?", "What color is the star and is there a 7?"
+ALONE = [[([0], QUESTION)]]
+RAGGED = [
+    [([0], QUESTION)],
+    [([], "What is red?")],
+    [([1, 2], LONG)],
+    [([], QUESTION), ([], "yes"), ([2], LONG)],
+]
+EVERY = [name for name in METHODS if name not in ("cascade", "merge")] + [
+    "divprune+adaptinfer", "zoo-exact+fastv", "divprune+merge",
+]  # fmt: skip
+STAGES = ["visionzip", "pool", "sparsevlm", "divprune+adaptinfer", "divprune+merge", "dart"]
+BUDGET = 6
+
+
+def on(name, tiny, budget=BUDGET, **more):
+    """The method, or the test ends here: it must then be refused in one line."""
+    method = build(name, budget=budget, **more)
+    lacking = method.needs & family_of(tiny.model).lacks
+    if lacking:
+        with pytest.raises(InputError, match="give one of none, random, .*divprune") as refusal:
+            method.admit(tiny.model)
+        assert "\n" not in str(refusal.value)
+        pytest.skip(f"needs {', '.join(lacking)}")
+    return method
+
+
+@torch.inference_mode()
+def greedy(tiny, inputs, steps=3, **more):
+    return tiny.model.generate(
+        **inputs, max_new_tokens=steps, min_new_tokens=steps, return_dict_in_generate=True,
+        output_logits=True, **more,
+    )  # fmt: skip
+
+
+def assert_close(ours, theirs, atol=2e-5):
+    torch.testing.assert_close(ours, theirs, atol=atol, rtol=1e-4)
+
+
+def named(methods):
+    """The methods that run by default, and all others behind `slow`."""
+    marks = [pytest.param(name, marks=pytest.mark.slow) for name in EVERY if name not in methods]
+    return pytest.mark.parametrize("name", [*methods, *marks])
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_keeping_all_equals_the_unpruned_model(name, tiny):
+    method = on(name, tiny, budget=1.0)
+    inputs = tiny.inputs(RAGGED)
+    expected = greedy(tiny, inputs)
+    with method(tiny.model) as trace:
+        out = greedy(tiny, inputs)
+    assert torch.equal(out.sequences, expected.sequences)
+    for ours, theirs in zip(out.logits, expected.logits, strict=True):
+        assert_close(ours, theirs, atol=1e-5)
+    assert [len(places) for places in trace.kept] == trace.available
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_budget_is_met_and_the_model_is_untouched_afterwards(name, tiny):
+    method = on(name, tiny)
+    inputs = tiny.inputs(ALONE)
+    greedy(tiny, inputs, output_hidden_states=True)  # transformers installs its own hooks lazily
+    before = snapshot(tiny.model)
+    with method(tiny.model) as trace:
+        during = snapshot(tiny.model)
+        greedy(tiny, inputs)
+    assert snapshot(tiny.model) == before != during
+    mean = sum(trace.layer_tokens) / len(trace.layer_tokens)
+    enough = {"none": trace.available[0]}.get(name, BUDGET)
+    assert enough * (0.7 if name == "downsample" else 0.9) < mean <= enough
+    with pytest.raises(RuntimeError, match="inside"), method(tiny.model):
+        raise RuntimeError("inside")
+    assert snapshot(tiny.model) == before
+
+
+def snapshot(model):
+    return (
+        {
+            name: (list(module._forward_pre_hooks), list(module._forward_hooks), sorted(vars(module)))
+            for name, module in model.named_modules()
+        },
+        copy.deepcopy(model.config.to_dict()),
+        copy.deepcopy(vars(model.generation_config)),
+    )  # fmt: skip
+
+
+@named(STAGES)
+def test_each_row_equals_its_solo_run(name, tiny):
+    method = on(name, tiny)
+    with method(tiny.model):
+        batch = greedy(tiny, tiny.inputs(RAGGED))
+        for row, turns in enumerate(RAGGED):
+            solo = greedy(tiny, tiny.inputs([turns]))
+            for step, logits in enumerate(batch.logits):
+                assert_close(logits[row], solo.logits[step][0])
+
+
+@named(STAGES)
+def test_right_padded_rows_equal_left_padded_ones(name, tiny):
+    method = on(name, tiny)
+    with method(tiny.model), torch.inference_mode():
+        left, right = (tiny.model(**tiny.inputs(RAGGED, side)).logits for side in ("left", "right"))
+        for row, turns in enumerate(RAGGED):
+            solo = tiny.model(**tiny.inputs([turns])).logits[0]
+            assert_close(left[row, -len(solo) :], solo)
+            assert_close(right[row, : len(solo)], solo)
+
+
+@named(STAGES)
+def test_cached_decoding_equals_decoding_without_a_cache(name, tiny):
+    method = on(name, tiny)
+    inputs = tiny.inputs([[([1, 2], LONG)]])
+    with method(tiny.model):
+        cached = greedy(tiny, inputs)
+        first = {"use_cache": False}
+        fresh = greedy(tiny, inputs, **first) if method.stage != "decoder" else None
+    if fresh is None:
+        pytest.skip("without a cache, methods inside the decoder score anew with the answer so far")
+    for ours, theirs in zip(cached.logits, fresh.logits, strict=True):
+        assert_close(ours, theirs)
+
+
+@named(STAGES)
+def test_eager_equals_sdpa(name, tiny):
+    method = on(name, tiny)
+    inputs = tiny.inputs(RAGGED)
+    with method(tiny.model):
+        sdpa = greedy(tiny, inputs)
+        tiny.model.set_attn_implementation("eager")
+        try:
+            eager = greedy(tiny, inputs)
+        finally:
+            tiny.model.set_attn_implementation("sdpa")
+    assert_close(eager.logits[-1], sdpa.logits[-1])
+
+
+@named(STAGES)
+def test_beam_search_and_streaming(name, tiny, capsys):
+    method = on(name, tiny)
+    steps = {"max_new_tokens": 4, "min_new_tokens": 4}
+    inputs, pair = tiny.inputs(ALONE), tiny.inputs([RAGGED[2], ALONE[0]])
+    with method(tiny.model), torch.inference_mode():
+        alone = tiny.model.generate(**inputs, num_beams=3, **steps)
+        both = tiny.model.generate(**pair, num_beams=3, **steps)
+        streamer = TextStreamer(tiny.processor.tokenizer, skip_prompt=True)
+        streamed = tiny.model.generate(**inputs, streamer=streamer, **steps)
+    assert torch.equal(alone[0, -4:], both[1, -4:])
+    prompt = inputs["input_ids"].shape[1]
+    assert torch.equal(streamed[:, :prompt], inputs["input_ids"])
+    printed = capsys.readouterr().out.strip()
+    assert printed == tiny.processor.tokenizer.decode(streamed[0, prompt:]).strip()
