@@ -55,18 +55,20 @@ def image_runs(is_image: Tensor) -> list[tuple[int, int, int]]:
     return runs
 
 
-def expanded(per_image: list[Tensor], is_image: Tensor) -> list[Tensor]:
-    """Entries of each image, repeated as beam search repeats a prompt's rows with their images.
+def repeated(counts: Sequence[int], is_image: Tensor) -> list[int]:
+    """Indices of images, repeated as beam search repeats a prompt's rows with their images.
 
-    Entries are as long as their image has placeholders in `is_image` (B, L), after the repetition.
+    `counts` says how many placeholders each has; `is_image` (B, L) is the repeated prompt's.
     """
     totals = is_image.sum(1).tolist()
-    beams = sum(totals) // max(1, sum(map(len, per_image)))
-    out, images = [], iter(per_image)
-    for total in totals[:: max(1, beams)]:
-        row: list[Tensor] = []
-        while sum(map(len, row)) < total:
-            row.append(next(images))
+    beams = max(1, sum(totals) // max(1, sum(counts)))
+    out, image = [], 0
+    for total in totals[::beams]:
+        row = []
+        while total > 0:
+            row.append(image)
+            total -= counts[image]
+            image += 1
         out += row * beams
     return out
 

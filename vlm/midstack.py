@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import create_causal_mask
 
 from vlm_prune.vlm.attention import decoder_keys, decoder_query_key
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
-from vlm_prune.vlm.layout import alike, expanded, image_ordinals, image_places, question_places
+from vlm_prune.vlm.layout import alike, image_ordinals, image_places, question_places, repeated
+from vlm_prune.vlm.segment import Segment
 from vlm_prune.vlm.session import Positions, keeps_positions, now
 from vlm_prune.vlm.tokens import (
     DecoderTokens,
@@ -62,28 +62,6 @@ class Reducer(Protocol):
         """Close the gaps of a mask (B, L) in tensors (B, L, ...): validity (B, L'), and them."""
 
 
-@runtime_checkable
-class PerToken(Protocol):
-    """An argument of decoder layers that holds something for every token so far."""
-
-    def select_tokens(self, columns: Tensor, valid: Tensor, positions: Tensor) -> Self:
-        """The part that layers after a cut get: tokens `columns`, all shapes (B, L')."""
-
-
-@dataclass
-class _Segment:
-    """What the layers after a cut see; tensors (B, L'), `dropped` (B, 1).
-
-    `columns` says which of the model's tokens they are.
-    """
-
-    valid: Tensor
-    dropped: Tensor
-    columns: Tensor
-    positions: Tensor
-    kwargs: dict[str, Any]
-
-
 class _MidStack:
     def __init__(
         self,
@@ -99,7 +77,7 @@ class _MidStack:
         self.trace = trace or Trace()
         self.due: dict[int, dict[int, int]] = {}
         self.deepstack: list[Tensor] = []
-        self.segments: dict[int, _Segment] = {}
+        self.segments: dict[int, Segment] = {}
         self.prefill = False
         self.seen = 0
 
@@ -129,13 +107,9 @@ class _MidStack:
         is_image = ids == self.family.image_token
         every = torch.arange(self.seen, device=ids.device)
         if self.trace.entered:
-            self.trace.kept = expanded(self.trace.entered, is_image)
-            had = expanded(
-                [kept.new_full(kept.shape, n) for kept, n in zip(
-                    self.trace.entered, self.trace.available, strict=True
-                )], is_image,
-            )  # fmt: skip
-            available = [int(own[0]) for own in had]
+            order = repeated([len(places) for places in self.trace.entered], is_image)
+            available = [self.trace.available[image] for image in order]
+            self.trace.kept = [self.trace.entered[image] for image in order]
         else:
             available = self.family.counts(ids, kwargs)
             self.trace.kept = [every[:count] for count in available]
@@ -261,8 +235,9 @@ class _MidStack:
             dropped = dropped + self.segments[previous].dropped
         positions = (valid.cumsum(1) - 1 if self.contiguous else old) * valid
         self.valid, self.ordinal = valid, torch.where(valid, ordinal, -1)
-        self.segments[number] = _Segment(valid, dropped, self.columns, positions, {})
-        self._rebuild(number, hidden, positions, kwargs, tuple(rotary))
+        segment = Segment(valid, dropped, self.columns, positions)
+        segment.rebuild(self.family.decoder, number, hidden, positions, kwargs, tuple(rotary))
+        self.segments[number] = segment
         self.trace.kept, self.left = kept, [len(places) for places in kept]
         self.trace.cuts.append(kept)
         mean = sum(map(len, kept)) / len(kept)
@@ -272,47 +247,19 @@ class _MidStack:
         return hidden
 
     def _extend(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        segment = self.segments[number]
-        segment.valid = torch.cat([segment.valid, self.incoming], 1)
-        if kwargs.get("position_ids") is None or self.family.mrope:
-            positions = (segment.valid.cumsum(1) - 1)[:, -hidden.shape[1] :]
-        else:
+        segment, length = self.segments[number], hidden.shape[1]
+        new = torch.arange(self.seen - length, self.seen, device=hidden.device)
+        valid = torch.cat([segment.valid, self.incoming], 1)
+        positions = (valid.cumsum(1) - 1)[:, -length:]
+        if kwargs.get("position_ids") is not None and not self.family.mrope:
             positions = kwargs["position_ids"].expand(len(hidden), -1)
         rotary = kwargs["position_embeddings"]
         if self.contiguous:
             positions, rotary = positions - segment.dropped, ()
-        new = torch.arange(self.seen - hidden.shape[1], self.seen, device=hidden.device)
+        segment.valid = valid
         segment.columns = torch.cat([segment.columns, new.expand(len(hidden), -1)], 1)
         segment.positions = torch.cat([segment.positions, positions], 1)
-        self._rebuild(number, hidden, positions, kwargs, rotary)
-
-    def _rebuild(
-        self,
-        number: int,
-        hidden: Tensor,
-        positions: Tensor,
-        kwargs: dict[str, Any],
-        rotary: tuple[Tensor, ...],
-    ) -> None:
-        """Mask and positions of a segment; `rotary` where tokens keep the positions they had."""
-        decoder, segment = self.family.decoder, self.segments[number]
-        segment.kwargs = {
-            "position_ids": positions,
-            "position_embeddings": rotary or decoder.rotary_emb(hidden, position_ids=positions),
-            "attention_mask": create_causal_mask(
-                config=decoder.config,
-                inputs_embeds=hidden,
-                attention_mask=segment.valid,
-                past_key_values=kwargs.get("past_key_values"),
-                position_ids=positions,
-                layer_idx=number,
-            ),
-        }
-        segment.kwargs |= {
-            name: value.select_tokens(segment.columns, segment.valid, segment.positions)
-            for name, value in kwargs.items()
-            if isinstance(value, PerToken)
-        }
+        segment.rebuild(self.family.decoder, number, hidden, positions, kwargs, rotary)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from vlm_prune.vlm.encoded import Group, Images
 from vlm_prune.vlm.families.base import Need, seed_of
@@ -32,6 +31,8 @@ class LlavaNext(Llava):
 
     def tiles(self, inputs: Mapping[str, Any]) -> list[int]:
         """Tiles of each image, the overview among them."""
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
         config = self.model.config
         side = config.vision_config.image_size
         return [

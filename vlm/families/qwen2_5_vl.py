@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_window_index
 
 from vlm_prune.vlm.encoded import Group, Images
@@ -120,6 +119,8 @@ class Qwen25VL(Family):
     @torch.no_grad()
     def query_key(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Of the last layer, after rotation, given its input (M, S, d)."""
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+
         block = self.tower_layers[-1]
         qkv = block.attn.qkv(block.norm1(hidden)).unflatten(-1, (3, block.attn.num_heads, -1))
         query, key, _ = qkv.unbind(2)

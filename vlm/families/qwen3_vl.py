@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import gelu
-from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from vlm_prune.vlm.families.qwen2_5_vl import Qwen25VL
 from vlm_prune.vlm.tokens import Projector
@@ -35,6 +34,10 @@ class Qwen3VL(Qwen25VL):
     def output(
         self, features: Sequence[Tensor], deepstack: Sequence[list[Tensor]] = ()
     ) -> dict[str, Any]:
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import (
+            BaseModelOutputWithDeepstackFeatures,
+        )
+
         return {
             "image": BaseModelOutputWithDeepstackFeatures(
                 pooler_output=list(features), deepstack_features=[list(own) for own in deepstack]

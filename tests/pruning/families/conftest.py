@@ -130,7 +130,7 @@ def qwen_ids(tokenizer):
 
 
 def qwen_pixels(patch):
-    size = {"shortest_edge": 28 * 28, "longest_edge": 140 * 140}
+    size = {"shortest_edge": 112 * 112, "longest_edge": 168 * 168}
     return {"size": size, "patch_size": patch, "merge_size": 2, "temporal_patch_size": 2}
 
 
