@@ -229,6 +229,7 @@ class Tiny:
     """A model, its processor, and prompts with pictures of several sizes."""
 
     def __init__(self, name):
+        self.name = name
         torch.manual_seed(0)
         self.model, self.processor = MAKERS[name]()
         self.nested = name in ("llava_onevision", "smolvlm")  # whose processors count them by row

@@ -220,9 +220,11 @@ def test_beam_search_and_streaming(name, tiny, capsys):
     inputs, pair = tiny.inputs(ALONE), tiny.inputs([RAGGED[2], ALONE[0]])
     with method(tiny.model), torch.inference_mode():
         alone = tiny.model.generate(**inputs, num_beams=3, **steps)
+        two = tiny.model.generate(**tiny.inputs([RAGGED[2]]), num_beams=3, **steps)
         both = tiny.model.generate(**pair, num_beams=3, **steps)
         streamer = TextStreamer(tiny.processor.tokenizer, skip_prompt=True)
         streamed = tiny.model.generate(**inputs, streamer=streamer, **steps)
+    assert torch.equal(two[0, -4:], both[0, -4:])
     assert torch.equal(alone[0, -4:], both[1, -4:])
     prompt = inputs["input_ids"].shape[1]
     assert torch.equal(streamed[:, :prompt], inputs["input_ids"])
