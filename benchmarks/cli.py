@@ -267,13 +267,22 @@ def ask(
 
 
 @app.command("methods")
-def list_methods() -> None:
+def list_methods(
+    families: Annotated[
+        bool,
+        typer.Option("--families", help="Print as Markdown on which model families each works."),
+    ] = False,
+) -> None:
     """List pruning methods."""
     from rich.table import Table
 
+    from vlm_prune.benchmarks.support import markdown
     from vlm_prune.benchmarks.table import show
     from vlm_prune.vlm.wrapper import methods
 
+    if families:
+        typer.echo(markdown(), nl=False)
+        return
     table = Table("method", "acts at", "what", "paper")
     for name, pruner in methods().items():
         what = (pruner.__doc__ or "").strip().split("\n\n")[0]
@@ -311,7 +320,8 @@ def list_models() -> None:
     table = Table("model", "what")
     table.add_row("tiny", "the embedded LLaVA; needs no download")
     for name, family in FAMILIES.items():
-        table.add_row(name, (sys.modules[family.__module__].__doc__ or "").strip())
+        what = (sys.modules[family.__module__].__doc__ or "").strip().split("\n\n")[0]
+        table.add_row(name, " ".join(what.split()))
     show(table)
 
 

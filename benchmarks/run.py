@@ -148,6 +148,11 @@ def evaluate(
     config = folders[0].config
     samples = samples_of(config.tasks, config.limit, config.seed, config.split)
     pruners = [folder.config.variant.build(config.seed) for folder in folders]
+    if not family_of(model).fixed_size:
+        raise InputError(
+            f"eval and compare know models of one image size, such as llava; prune "
+            f"{model.config.model_type} with PrunedVLM or a `with` block around generate"
+        )
     for pruner in pruners:
         pruner.admit(model)
     warm = False

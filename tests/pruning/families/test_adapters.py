@@ -7,11 +7,12 @@ import torch
 from torch.nn.functional import avg_pool2d
 from transformers import BlipConfig
 
-from vlm_prune.pruning import Random
+from vlm_prune.pruning import NoPruning, Random
 from vlm_prune.pruning.received import in_tower
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import FAMILIES, family_of
 from vlm_prune.vlm.load import load
+from vlm_prune.vlm.wrapper import PrunedVLM
 
 
 def encode(tiny, rows):
@@ -103,3 +104,10 @@ def test_videos_are_refused(tiny):
     inputs = tiny.inputs([[([0], "red?")]])
     with Random(budget=4)(tiny.model), pytest.raises(InputError, match="frames as images"):
         tiny.model.generate(**inputs, pixel_values_videos=inputs["pixel_values"])
+
+
+def test_the_wrapper_answers_as_the_unpruned_model(tiny):
+    vlm = PrunedVLM(tiny.model, tiny.processor, NoPruning())
+    unpruned = PrunedVLM(tiny.model, tiny.processor)
+    picture, asked = tiny.pictures[2], {"max_new_tokens": 5}
+    assert vlm.answer(picture, "red?", **asked) == unpruned.answer(picture, "red?", **asked)

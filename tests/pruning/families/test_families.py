@@ -19,10 +19,8 @@ RAGGED = [
     [([1, 2], LONG)],
     [([], QUESTION), ([], "yes"), ([2], LONG)],
 ]
-EVERY = [name for name in METHODS if name not in ("cascade", "merge")] + [
-    "divprune+adaptinfer", "zoo-exact+fastv", "divprune+merge",
-]  # fmt: skip
-STAGES = ["visionzip", "pool", "sparsevlm", "divprune+adaptinfer", "divprune+merge", "dart"]
+EVERY = [*METHODS, "divprune+adaptinfer"]
+STAGES = ["visionzip", "pool", "sparsevlm", "divprune+adaptinfer", "merge", "dart"]
 BUDGET = 6
 
 
