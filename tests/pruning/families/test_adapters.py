@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import avg_pool2d
 from transformers import BlipConfig
 
-from vlm_prune.pruning import NoPruning, Random
+from vlm_prune.pruning import DivPrune, NoPruning, Random
 from vlm_prune.pruning.received import in_tower
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import FAMILIES, family_of
@@ -111,3 +111,26 @@ def test_the_wrapper_answers_as_the_unpruned_model(tiny):
     unpruned = PrunedVLM(tiny.model, tiny.processor)
     picture, asked = tiny.pictures[2], {"max_new_tokens": 5}
     assert vlm.answer(picture, "red?", **asked) == unpruned.answer(picture, "red?", **asked)
+
+
+@torch.inference_mode()
+def test_images_encoded_beforehand_and_prompts_without_any(tiny):
+    """Both inside one block; the first equals pixels, the second the unpruned model."""
+    inputs, images = encode(tiny, [[([0], "red?")], [([1, 2], "blue?")]])
+    family, pruner = family_of(tiny.model), DivPrune(budget=4)
+    prompt = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    text = {
+        name: value
+        for name, value in tiny.inputs([[([], "What is red?")]]).items()
+        if name in prompt
+    }
+    steps = {"max_new_tokens": 3, "min_new_tokens": 3}
+    unpruned = tiny.model.generate(**text, **steps)
+    with pruner(tiny.model):
+        pixels = tiny.model.generate(**inputs, **steps)
+        assert torch.equal(tiny.model.generate(**text, **steps), unpruned)
+    with pruner(tiny.model, images) as trace:
+        output = family.output(images.projected, images.deepstack)
+        before = tiny.model.generate(**prompt, mm_encoder_outputs=output, **steps)
+    assert torch.equal(before, pixels)
+    assert [len(places) for places in trace.kept] == [4, 4, 4]
