@@ -196,8 +196,6 @@ def internvl():
 
 
 def smolvlm():
-    if find_spec("num2words") is None:
-        pytest.skip("SmolVLM's processor needs num2words")
     markers = {f"row_{r}_col_{c}": f"<row_{r}_col_{c}>" for r in (1, 2, 3) for c in (1, 2, 3)}
     tokenizer = tokenizer_with(
         image_token="<image>", fake_image_token="<fake_token_around_image>",
@@ -223,6 +221,15 @@ MAKERS = {
         llava, llava_next, llava_onevision, qwen2_5_vl, qwen3_vl, internvl, smolvlm
     )
 }  # fmt: skip
+
+
+NEEDS = {
+    "llava_onevision": ("torchvision",),
+    "qwen2_5_vl": ("torchvision",),
+    "qwen3_vl": ("torchvision",),
+    "internvl": ("torchvision",),
+    "smolvlm": ("torchvision", "num2words"),
+}
 
 
 class Tiny:
@@ -273,4 +280,7 @@ class Tiny:
 
 @pytest.fixture(scope="session", params=list(FAMILIES))
 def tiny(request):
+    for package in NEEDS.get(request.param, ()):
+        if find_spec(package) is None:
+            pytest.skip(f"the processor of {request.param} needs {package}")
     return Tiny(request.param)
