@@ -75,7 +75,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     pruner = config.variant.build(config.seed)
     model = random_model(config)
     family = family_of(model)
-    pruner.check(family.tokens_per_image, len(family.decoder.layers))
+    pruner.admit(model)
     prompt, pixels = random_prompt(config, model)
     ceilings = measured_ceilings(
         model.device, model.dtype, 8192 if model.device.type == "cuda" else 512

@@ -1,9 +1,17 @@
 """Commands that list what there is."""
 
 import sys
+from typing import Annotated
+
+import typer
 
 
-def methods() -> None:
+def methods(
+    families: Annotated[
+        bool,
+        typer.Option("--families", help="Print as Markdown on which model families each works."),
+    ] = False,
+) -> None:
     """List pruning methods."""
     from rich.table import Table
 
@@ -11,6 +19,11 @@ def methods() -> None:
     from vlm_prune.pruning.best import PACKAGED, definitions, described
     from vlm_prune.vlm import wrapper
 
+    if families:
+        from vlm_prune.benchmarks.support import markdown
+
+        typer.echo(markdown(), nl=False)
+        return
     table = Table("method", "acts at", "what", "paper")
     for name, pruner in wrapper.methods().items():
         what = (pruner.__doc__ or "").strip().split("\n\n")[0]

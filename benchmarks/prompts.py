@@ -6,9 +6,10 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from vlm_prune.vlm.encoded import Images
+from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.session import now
-from vlm_prune.vlm.tokens import VisionTokens
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,20 @@ class Prompts:
     """
 
     tensors: dict[str, Tensor]
-    vision: VisionTokens | None
+    vision: Images | None
     pixel_values: Tensor | None
     images: list[int]
     text_tokens: list[int]
     vision_s: float
+
+
+def check_family(model: Any) -> None:
+    """Raises `InputError` unless all images of the model's family have one size."""
+    if not family_of(model).fixed_size:
+        raise InputError(
+            f"eval and compare know models of one image size, such as llava; prune "
+            f"{model.config.model_type} with PrunedVLM or a `with` block around generate"
+        )
 
 
 def make_prompts(

@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlm_prune.benchmarks.latency import Phases, timed_generate
-from vlm_prune.benchmarks.prompts import make_prompts
+from vlm_prune.benchmarks.prompts import check_family, make_prompts
 from vlm_prune.benchmarks.summary import summarise
 from vlm_prune.benchmarks.tasks import TASKS, Sample
 from vlm_prune.pruning import DecoderPruner
 from vlm_prune.pruning.schedule import Schedule
+from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.files import write_json
-from vlm_prune.vlm.tokens import Trace, VisionTokens
+from vlm_prune.vlm.tokens import Trace
 from vlm_prune.vlm.wrapper import build
 
 MAX_NEW_TOKENS = 16
@@ -179,10 +179,10 @@ def evaluate(
     """
     config = folders[0].config
     samples = samples_of(config.tasks, config.limit, config.seed, config.split)
-    family = family_of(model)
     pruners = [folder.config.variant.build(config.seed) for folder in folders]
+    check_family(model)
     for pruner in pruners:
-        pruner.check(family.tokens_per_image, len(family.decoder.layers))
+        pruner.admit(model)
     warm = False
     for start in range(0, len(samples), config.batch_size):
         batch = samples[start : start + config.batch_size]
@@ -257,7 +257,7 @@ def _generate(
     model: Any,
     processor: Any,
     prompt: dict[str, Any],
-    vision: VisionTokens | None,
+    vision: Images | None,
     pruner: Any | None = None,
     pixel_values: Tensor | None = None,
 ) -> tuple[list[str], Phases, Trace]:

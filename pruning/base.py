@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
@@ -10,8 +11,9 @@ from torch import Tensor
 from vlm_prune.kernels.compact_tokens import compact_tokens
 from vlm_prune.pruning.schedule import Schedule, fit, scaled
 from vlm_prune.vlm import midstack, session
+from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.families import Family, Need, family_of
 from vlm_prune.vlm.midstack import Cut, Side
 from vlm_prune.vlm.registry import Registry, unknown
 from vlm_prune.vlm.session import Positions
@@ -21,9 +23,11 @@ from vlm_prune.vlm.tokens import (
     Trace,
     VisionTokens,
     check_budget,
+    check_fits,
     tokens_for,
     top,
 )
+from vlm_prune.vlm.wrapper import methods
 
 Stage = Literal["input", "encoder", "projector", "decoder"]
 Counted = Literal["computed", "at the cut", "kept"]
@@ -64,9 +68,7 @@ class Pruner(ABC):
             raise InputError(unknown(name, str(getattr(self, name)), allowed))
 
     @abstractmethod
-    def __call__(
-        self, model: Any, vision: VisionTokens | None = None
-    ) -> AbstractContextManager[Trace]:
+    def __call__(self, model: Any, vision: Images | None = None) -> AbstractContextManager[Trace]:
         """Prune `model` inside a `with` block.
 
         `vision` holds the prompt's images where they were encoded beforehand; `generate` then gets
@@ -75,7 +77,29 @@ class Pruner(ABC):
 
     def check(self, tokens: int, layers: int) -> None:
         """Raises `InputError` when the budget cannot be met on such a model."""
-        tokens_for(self.budget, tokens)
+        check_fits(self.budget, tokens)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What a model must have for this method."""
+        return frozenset()
+
+    def admit(self, model: Any) -> Family:
+        """The model's adapter.
+
+        Raises:
+            InputError: when this method or its budget does not go with the model.
+        """
+        family = family_of(model)
+        for need in sorted(self.needs & family.lacks):
+            works = [n for n, method in methods().items() if not method().needs & family.lacks]
+            raise InputError(
+                f"{type(self).__name__} needs {need}, which {model.config.model_type} models lack; "
+                f"give one of {', '.join(works)}"
+            )
+        if family.fixed_size:
+            self.check(family.tokens_per_image, len(family.decoder.layers))
+        return family
 
     def papers_count(self, tokens: int, layer_tokens: list[float]) -> float | None:
         """Tokens per image as the method's paper would count them.
@@ -103,13 +127,16 @@ class VisionPruner(Pruner):
         return pixel_values
 
     def count(self, vision: VisionTokens) -> int:
-        """Tokens to keep of each image."""
-        return tokens_for(self.budget, vision.projected.shape[1])
+        """Tokens to keep of each image; newlines come with all N of them, never with fewer."""
+        tokens, wanted = vision.projected.shape[1], tokens_for(self.budget, vision.available)
+        if wanted == vision.available:
+            return tokens
+        return min(wanted, tokens - (vision.available > tokens))
 
-    def __call__(
-        self, model: Any, vision: VisionTokens | None = None
-    ) -> AbstractContextManager[Trace]:
-        return session.pruned(model, self.reduce, self.positions, self.pixels, vision)
+    def __call__(self, model: Any, vision: Images | None = None) -> AbstractContextManager[Trace]:
+        self.admit(model)
+        pixels = self.pixels if self.stage == "input" else None
+        return session.pruned(model, self.reduce, self.positions, pixels, vision)
 
 
 @dataclass
@@ -188,7 +215,8 @@ class DecoderPruner(Pruner):
         return [Cut(place, min(keep, tokens)) for place, keep in at.items() if place < layers]
 
     def check(self, tokens: int, layers: int) -> None:
-        self.cuts(tokens, layers)
+        if not self.preset:
+            check_fits(self.budget, tokens)
 
     def papers_count(self, tokens: int, layer_tokens: list[float]) -> float | None:
         """By `counted`: the mean that layers compute, the mean with the layer before each cut
@@ -200,12 +228,9 @@ class DecoderPruner(Pruner):
             layer_tokens = [*layer_tokens[1:], layer_tokens[-1]]
         return sum(layer_tokens) / len(layer_tokens)
 
-    def __call__(
-        self, model: Any, vision: VisionTokens | None = None
-    ) -> AbstractContextManager[Trace]:
-        family = family_of(model)
-        cuts = self.cuts(family.tokens_per_image, len(family.decoder.layers))
-        return midstack.pruned(model, cuts, self, self.positions)
+    def __call__(self, model: Any, vision: Images | None = None) -> AbstractContextManager[Trace]:
+        layers = len(self.admit(model).decoder.layers)
+        return midstack.pruned(model, partial(self.cuts, layers=layers), self, self.positions)
 
 
 @dataclass

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vlm_prune.pruning.base import Pruner, Stage
+from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.families import family_of
-from vlm_prune.vlm.tokens import Trace, VisionTokens, tokens_for
+from vlm_prune.vlm.families import Need, family_of
+from vlm_prune.vlm.tokens import Trace, tokens_for
 from vlm_prune.vlm.wrapper import build
 
 PACKAGED = Path(__file__).with_name("best.json")
@@ -43,6 +44,11 @@ class Best(Pruner):
         )  # fmt: skip
         return built
 
+    @property
+    def needs(self) -> frozenset[Need]:
+        entries = definitions(self.definitions)[1].values()
+        return frozenset().union(*(build(name, **more).needs for name, more in entries))
+
     def definition(self, tokens: int) -> str:
         return described(*self._entry(tokens))
 
@@ -52,9 +58,7 @@ class Best(Pruner):
     def check(self, tokens: int, layers: int) -> None:
         self.chosen(tokens).check(tokens, layers)
 
-    def __call__(
-        self, model: Any, vision: VisionTokens | None = None
-    ) -> AbstractContextManager[Trace]:
+    def __call__(self, model: Any, vision: Images | None = None) -> AbstractContextManager[Trace]:
         return self.chosen(family_of(model).tokens_per_image)(model, vision)
 
 

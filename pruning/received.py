@@ -12,11 +12,16 @@ Queries = Literal["all", "patches", "cls"]
 
 
 def in_tower(vision: VisionTokens, queries: Queries) -> Tensor:
-    """Mean over heads and the given queries, in the layer whose output is `features`; (M, N)."""
+    """Mean over heads and the given queries, in the layer whose output is `features`; (M, N).
+
+    In a tower without a CLS token `cls` means all tokens, as VisionZip's authors do for Qwen2.5-VL.
+    A tile's tokens receive attention from that tile alone.
+    """
     query, key = vision.query_key()
-    first = key.shape[2] - vision.features.shape[1]
-    rows = {"all": slice(None), "patches": slice(1, None), "cls": slice(0, 1)}[queries]
-    return attention_received(query[:, :, rows], key)[:, first:]
+    first = int(vision.has_cls)
+    rows = {"all": slice(None), "patches": slice(first, None), "cls": slice(0, first or None)}
+    received = attention_received(query[:, :, rows[queries]], key)[:, first:]
+    return vision.pool(received[..., None])[..., 0]
 
 
 def in_decoder(tokens: DecoderTokens, readers: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from vlm_prune.kernels.token_sensitivity import closed_form, monte_carlo, weight
 from vlm_prune.pruning.base import Stage, VisionPruner
 from vlm_prune.pruning.select import diverse, min_max
 from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.families import Need
 from vlm_prune.vlm.tokens import Kept, Projector, VisionTokens, top
 
 Combine = Literal["product", "sensitivity", "diversity"]
@@ -44,13 +45,17 @@ class Zoo(VisionPruner):
         if self.directions < 1 or self.step <= 0:
             raise InputError("directions must be at least 1 and step above 0")
 
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"a two-layer projector"} if self.combine != "diversity" else ())
+
     def sensitivity(self, vision: VisionTokens) -> Tensor:
         """(M, N), the mean change of the output along random directions."""
         width = vision.features.shape[-1]
         generator = torch.Generator().manual_seed(self.seed)
         bank = torch.randn(self.directions, width, generator=generator)
         bank = (bank / bank.norm(dim=1, keepdim=True)).to(vision.features.device)
-        w = vision.projector
+        w = two_layers(vision)
         return monte_carlo(vision.features, w.w1, w.b1, w.act, w.w2, bank, self.step)
 
     def reduce(self, vision: VisionTokens) -> Kept:
@@ -61,6 +66,17 @@ class Zoo(VisionPruner):
         if self.combine == "sensitivity":
             return Kept.at(vision.projected, top(scores, k))
         return Kept.at(vision.projected, diverse(scores, vision.projected, k))
+
+
+def two_layers(vision: VisionTokens) -> Projector:
+    """The projector's weights; a linear one would make all tokens equally sensitive.
+
+    Raises:
+        InputError: when it has no two layers.
+    """
+    if not isinstance(vision.projector, Projector):
+        raise InputError("the sensitivity of tokens needs a projector of two layers; try divprune")
+    return vision.projector
 
 
 @dataclass
@@ -75,7 +91,7 @@ class ZooExact(Zoo):
     paper: ClassVar[str] = ""
 
     def sensitivity(self, vision: VisionTokens) -> Tensor:
-        w = vision.projector
+        w = two_layers(vision)
         return closed_form(vision.features, w.w1, w.b1, w.act, kernel_of(w))
 
 

@@ -7,14 +7,10 @@ import torch
 from torch import Tensor
 
 from vlm_prune.vlm.attention import decoder_query_key
+from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
-from vlm_prune.vlm.tokens import (
-    QuestionRows,
-    compact,
-    image_ordinals,
-    image_places,
-    question_places,
-)
+from vlm_prune.vlm.layout import image_ordinals, image_places, question_places
+from vlm_prune.vlm.tokens import QuestionRows, compact
 
 
 @torch.inference_mode()
@@ -23,8 +19,14 @@ def question_rows(model: Any, inputs: dict[str, Tensor]) -> Iterator[QuestionRow
 
     Args:
         inputs: what the processor gives for prompts of one image each, `input_ids` (B, L).
+
+    Raises:
+        InputError: when the images differ in their number of tokens.
     """
     family, ids = family_of(model), inputs["input_ids"]
+    counts = family.counts(ids, inputs)
+    if len(set(counts)) > 1:
+        raise InputError("images differ in size; give images of one size, or one at a time")
     valid = inputs["attention_mask"].bool()
     position_ids = (valid.cumsum(1) - 1).clamp_min(0)
     states = model(
@@ -32,9 +34,8 @@ def question_rows(model: Any, inputs: dict[str, Tensor]) -> Iterator[QuestionRow
         logits_to_keep=1,
     ).hidden_states  # fmt: skip
     is_image = ids == family.image_token
-    images = len(inputs["pixel_values"])
-    rows, at = image_places(image_ordinals(is_image, images), images)
-    row = rows[:, 0]
+    row, columns_of = image_places(image_ordinals(is_image, counts), counts)
+    at = torch.stack(columns_of)
     index, asked = compact(question_places(is_image, valid))
     columns = torch.where(asked, index, -1)[row]
     rotary = family.decoder.rotary_emb(states[0], position_ids=position_ids)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlm_prune.benchmarks.forgetting.train import answer_logits
 from vlm_prune.learners.laws import laws
-from vlm_prune.vlm.session import image_output
+from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.tiny.language import IGNORE, Row, pack, projected
 
 Hits = dict[str, dict[str, list[list[int]]]]
@@ -97,7 +97,7 @@ def shift_curves(model: Any, processor: Any, rows: list[Row], first_token: bool)
         inputs = {
             "input_ids": batch.ids,
             "attention_mask": valid.long(),
-            "mm_encoder_outputs": image_output(list(tokens)),
+            "mm_encoder_outputs": family_of(model).output(tokens),
         }
         curves.append(laws(model, inputs, batch.labels != IGNORE, first_token))  # type: ignore[arg-type]
     return torch.cat(curves)

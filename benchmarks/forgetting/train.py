@@ -20,8 +20,8 @@ from vlm_prune.learners.recipe import Group
 from vlm_prune.learners.store import adapter_state, load_adapter_state
 from vlm_prune.learners.train import Run, make_optimizer, prepare
 from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.files import whole
-from vlm_prune.vlm.session import image_output
 from vlm_prune.vlm.tiny.language import IGNORE, Row, pack, projected
 
 Parameters = dict[Group, list[torch.nn.Parameter]]
@@ -45,7 +45,7 @@ def answer_logits(
     shown = {}
     if images:
         tokens = projected(model)(images).split([len(image) for image in images])
-        shown["mm_encoder_outputs"] = image_output(list(tokens))
+        shown["mm_encoder_outputs"] = family_of(model).output(tokens)
     hidden = model.model(
         input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions,
         use_cache=False, **shown,

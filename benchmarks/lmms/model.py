@@ -18,7 +18,7 @@ from vlm_prune.benchmarks.latency import timed_generate
 from vlm_prune.benchmarks.lmms.answers import Answers, fingerprint
 from vlm_prune.benchmarks.lmms.chat import Chat, chat_of, rounds_of, shared_options
 from vlm_prune.benchmarks.lmms.forced import Forced
-from vlm_prune.benchmarks.prompts import make_prompts
+from vlm_prune.benchmarks.prompts import check_family, make_prompts
 from vlm_prune.benchmarks.run import Variant
 from vlm_prune.learners import from_pretrained
 from vlm_prune.vlm.errors import InputError
@@ -93,8 +93,8 @@ class PrunedChat(lmms):  # type: ignore[misc]
         self.model, self.processor = load(pretrained, self._place(device), dtype)
         if wings is not None:
             from_pretrained(self.model, wings)
-        family = family_of(self.model)
-        self.pruner.check(family.tokens_per_image, len(family.decoder.layers))
+        check_family(self.model)
+        self.pruner.admit(self.model)
         self.journal: Answers | None = None
         self.keep_loaded = False
         self.tick: Callable[[int], None] = lambda answered: None

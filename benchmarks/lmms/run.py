@@ -23,7 +23,6 @@ from vlm_prune.benchmarks.lmms.score import reply_of, score_of
 from vlm_prune.benchmarks.run import RunConfig, RunFolder
 from vlm_prune.benchmarks.summary import summarise
 from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.files import write_json
 
 
@@ -70,10 +69,9 @@ def evaluate(
         dtype=config.dtype, seed=config.seed, wings=config.wings,
     )  # fmt: skip
     model.keep_loaded = True
-    family = family_of(model.model)
     pruners = [folder.config.variant.build(config.seed) for folder in folders]
     for pruner in pruners:
-        pruner.check(family.tokens_per_image, len(family.decoder.layers))
+        pruner.admit(model.model)
     model.tick = lambda answered: progress(answered / (1 + len(folders)))
     skipped: dict[str, str] = {}
     metrics: list[dict[str, Any]] = [{} for _ in folders]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.session import image_output
+from vlm_prune.vlm.families import family_of
 
 IMAGE, TOKENS = 5, 16
 
@@ -47,15 +47,17 @@ def test_a_packed_question_has_the_logits_it_has_alone(options, boolean, packed,
     if boolean:
         inputs["attention_mask"] = inputs["attention_mask"] == 0
     with torch.no_grad():
-        together = model(**inputs, mm_encoder_outputs=image_output([features])).logits[0]
+        together = model(**inputs, mm_encoder_outputs=family_of(model).output([features])).logits[0]
         for row, place in zip(rows, places, strict=True):
-            alone = model(input_ids=row[None], mm_encoder_outputs=image_output([features])).logits
+            alone = model(
+                input_ids=row[None], mm_encoder_outputs=family_of(model).output([features])
+            ).logits
             torch.testing.assert_close(together[place], alone[0, start:], atol=2e-4, rtol=1e-4)
 
 
 def test_packed_rows_need_positions_and_no_cache(packed, winged):
     model, inputs = winged(), packed[0]
-    features = image_output([torch.zeros(TOKENS, 32)])
+    features = family_of(model).output([torch.zeros(TOKENS, 32)])
     with pytest.raises(InputError, match="need position_ids"):
         model(**inputs | {"position_ids": None}, mm_encoder_outputs=features)
     with pytest.raises(InputError, match="2D attention mask"):

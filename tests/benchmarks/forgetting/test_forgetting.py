@@ -16,9 +16,9 @@ from vlm_prune.benchmarks.forgetting.train import prepared
 from vlm_prune.learners import WingsConfig, attach
 from vlm_prune.learners.model import wings_layers
 from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.load import load
 from vlm_prune.vlm.registry import Registry
-from vlm_prune.vlm.session import image_output
 
 # peft asks for a name that transformers has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -54,7 +54,7 @@ def test_packed_answers_are_right_exactly_when_greedy_decoding_gives_them(embedd
             if row.image is not None:
                 with torch.no_grad():
                     tokens = model.model.multi_modal_projector(row.image.float())
-                more = {"mm_encoder_outputs": image_output([tokens])}
+                more = {"mm_encoder_outputs": family_of(model).output([tokens])}
             with torch.no_grad():
                 output = model.generate(ids, do_sample=False, max_new_tokens=8, **more)
             said = output[0, ids.shape[1] :].tolist()
