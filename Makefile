@@ -1,6 +1,6 @@
 # Each target does all of its own set-up in .venv.
 PYTHON ?= python3
-TORCH ?= torch>=2.6
+TORCH ?= "torch>=2.6"
 VENV := .venv
 RUN := $(VENV)/bin
 
@@ -21,6 +21,6 @@ style: $(VENV)/ready
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV) || { apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv $(VENV); }
 	$(RUN)/python -m pip install --quiet --upgrade pip
-	$(RUN)/pip install --quiet "$(TORCH)"
-	$(RUN)/pip install --quiet --editable . --group dev
+	$(RUN)/pip install --quiet $(TORCH) --editable ".[eval]" --group dev
+	$(RUN)/pip install --quiet --no-deps lmms_eval==0.7.3
 	touch $@

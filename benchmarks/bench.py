@@ -13,6 +13,7 @@ from vlm_prune.benchmarks.latency import timed_generate
 from vlm_prune.benchmarks.roofline import Ceilings, Timing, measured_ceilings
 from vlm_prune.benchmarks.run import Variant
 from vlm_prune.benchmarks.shapes import SHAPES
+from vlm_prune.benchmarks.table import THREE_WAYS, method_name, percent, three_ways
 from vlm_prune.vlm.cost import key_value_bytes, prefill_flops, tower_flops
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
@@ -74,7 +75,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     pruner = config.variant.build(config.seed)
     model = random_model(config)
     family = family_of(model)
-    pruner.check(family.tokens_per_image, len(family.decoder.layers))
+    pruner.admit(model)
     prompt, pixels = random_prompt(config, model)
     ceilings = measured_ceilings(
         model.device, model.dtype, 8192 if model.device.type == "cuda" else 512
@@ -100,7 +101,14 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         name: {
             "times_ms": {p: asdict(Timing.of([row[p] for row in rows[1:]])) for p in PHASES},
             "floors_ms": floors(model, config, layer_tokens[name], ceilings),
-            "layer_tokens": sum(layer_tokens[name]) / len(layer_tokens[name]),
+            "tokens": {
+                "kept": layer_tokens[name][-1],
+                "layer_mean": sum(layer_tokens[name]) / len(layer_tokens[name]),
+                "papers": pruner.papers_count(family.tokens_per_image, layer_tokens[name]),
+            },
+            "prefill_flops": prefill_flops(
+                model.config.get_text_config(), config.text, layer_tokens[name]
+            ),
             "peak_memory_bytes": peak[name],
         }
         for name, rows in samples.items()
@@ -109,6 +117,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         "config": asdict(config),
         "environment": environment(model.device),
         "ceilings": asdict(ceilings),
+        "method": config.variant.method,
+        "definition": pruner.definition(family.tokens_per_image),
         **runs,
         "speedup": speedup(runs),
     }
@@ -148,7 +158,12 @@ def floors(
 
 
 def speedup(runs: dict[str, Any]) -> dict[str, float]:
-    """Unpruned over pruned medians: prefill with selection, and to the first token."""
+    """Unpruned over pruned medians: prefill with selection, to the first token, and decode.
+
+    `prefill_alone` leaves selection out and `promised` is the ratio of the prefills' FLOPs, so that
+    their quotient says how much of the promise the device keeps; `selection_share` is selection as
+    a share of the unpruned prefill.
+    """
 
     def total(name: str, *phases: str) -> float:
         return float(sum(runs[name]["times_ms"][phase]["median"] for phase in phases))
@@ -158,6 +173,9 @@ def speedup(runs: dict[str, Any]) -> dict[str, float]:
         "first_token": total("unpruned", "vision", "prefill")
         / total("pruned", "vision", "selection", "prefill"),
         "decode": total("unpruned", "decode") / total("pruned", "decode"),
+        "prefill_alone": total("unpruned", "prefill") / total("pruned", "prefill"),
+        "promised": runs["unpruned"]["prefill_flops"] / runs["pruned"]["prefill_flops"],
+        "selection_share": total("pruned", "selection") / total("unpruned", "prefill"),
     }
 
 
@@ -182,9 +200,9 @@ def about(results: dict[str, Any]) -> list[str]:
     return [
         (
             f"{config['shape']}, batch {config['batch']}, {config['dtype']}: "
-            f"{config['variant']['method']} at budget {config['variant']['budget']}, "
-            f"{results['unpruned']['layer_tokens']:.0f} -> "
-            f"{results['pruned']['layer_tokens']:.1f} image tokens per layer"
+            f"{method_name(results)} at budget {config['variant']['budget']}, "
+            f"{results['unpruned']['tokens']['kept']:.0f} -> "
+            f"{three_ways(results['pruned']['tokens'])} image tokens ({THREE_WAYS})"
         ),
         machine,
         (
@@ -194,5 +212,10 @@ def about(results: dict[str, Any]) -> list[str]:
         (
             f"speed-up: prefill with selection {speed['prefill']:.2f}x, to the first token "
             f"{speed['first_token']:.2f}x, decode {speed['decode']:.2f}x"
+        ),
+        (
+            f"prefill alone {speed['prefill_alone']:.2f}x of the {speed['promised']:.2f}x that its "
+            f"FLOPs promise ({percent(speed['prefill_alone'] / speed['promised'])} %); selection "
+            f"{percent(speed['selection_share'])} % of the unpruned prefill"
         ),
     ]

@@ -1,17 +1,40 @@
 """The `vlm-prune` command; nothing heavy is imported before a command needs it."""
 
 import errno
-import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vlm_prune.benchmarks import catalogue
+from vlm_prune.benchmarks.arguments import (
+    BatchSize,
+    DataRoot,
+    Device,
+    Dtype,
+    Limit,
+    Method,
+    Model,
+    Output,
+    Positions,
+    ScheduleFile,
+    Seed,
+    Split,
+    Tasks,
+    Wings,
+    parse_arguments,
+    parse_budget,
+    parse_tasks,
+    with_schedule,
+)
+from vlm_prune.benchmarks.choosing import find_schedule, search
+from vlm_prune.benchmarks.terminal import progress, quiet
 from vlm_prune.vlm.errors import InputError
 
 if TYPE_CHECKING:
-    from vlm_prune.benchmarks.run import RunConfig, Variant
+    from vlm_prune.benchmarks.run import RunConfig, RunFolder, Variant
 
 app = typer.Typer(
     add_completion=False,
@@ -19,100 +42,44 @@ app = typer.Typer(
     help="Vision-token pruning for unmodified Hugging Face vision-language models.",
 )
 
-Model = Annotated[str, typer.Option(help="'tiny' (embedded), a checkpoint folder, or a hub name.")]
-Method = Annotated[str, typer.Option(help="See 'vlm-prune methods'; two joined by + cascade.")]
-Tasks = Annotated[str, typer.Option(help="Task names, comma-separated, or 'visual' or 'all'.")]
-Limit = Annotated[int, typer.Option(min=1, help="Questions in all, spread evenly over the tasks.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Questions answered together.")]
-Device = Annotated[str, typer.Option(help="A torch device: cpu, cuda, cuda:1, mps.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")]
-Seed = Annotated[int, typer.Option(min=0, help="Decides questions and random draws.")]
-Positions = Annotated[
-    str, typer.Option(help="Positions of kept tokens: auto, contiguous, original.")
-]
-Output = Annotated[
-    Path | None, typer.Option(help="Folder for results; a killed run resumes there.")
-]
-Split = Annotated[str, typer.Option(help="val for choosing, test for reporting.")]
 
-
-def parse_budget(text: str) -> int | float:
-    """`64` is a count, `0.11` a fraction."""
-    from vlm_prune.vlm.tokens import check_budget
-
-    try:
-        budget: int | float = int(text)
-    except ValueError:
-        try:
-            budget = float(text)
-        except ValueError:
-            raise InputError(
-                f"budget {text!r} is not a number; give tokens per image (64) or a fraction (0.11)"
-            ) from None
-    check_budget(budget)
-    return budget
-
-
-def parse_arguments(text: str) -> dict[str, Any]:
-    """`strategy=row,directions=16` as a dictionary; values are JSON where they can be."""
-    arguments: dict[str, Any] = {}
-    for part in filter(None, text.split(",")):
-        key, equals, value = part.partition("=")
-        if not equals or not key:
-            raise InputError(f"method argument {part!r} is not of the form name=value")
-        try:
-            arguments[key] = json.loads(value)
-        except json.JSONDecodeError:
-            arguments[key] = value
-    return arguments
-
-
-def parse_tasks(text: str) -> tuple[str, ...]:
-    from vlm_prune.benchmarks.tasks import TASKS, VISUAL
-
-    groups = {"visual": VISUAL, "all": tuple(TASKS)}
-    names = groups.get(text) or tuple(name for name in text.split(",") if name)
-    if not names:
-        raise InputError(f"no task given; known: {', '.join(TASKS)}")
-    if len(set(names)) < len(names):
-        raise InputError(f"a task is named twice in {text!r}")
-    return tuple(TASKS[name].name for name in names)
-
-
-def _execute(configs: "list[RunConfig]", folders: list[Path]) -> list[dict[str, Any]]:
+def _execute(
+    configs: "list[RunConfig]", folders: list[Path], data_root: Path | None
+) -> "tuple[list[dict[str, Any]], list[RunFolder]]":
     """Run with a progress bar; without a folder of its own a run leaves nothing behind."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
-
+    from vlm_prune.benchmarks import lmms
     from vlm_prune.benchmarks.run import RunFolder, evaluate
     from vlm_prune.vlm.load import load
 
-    _quiet()
+    quiet()
     first = configs[0]
     for config in configs:
         config.variant.build(config.seed)
     runs = [RunFolder(path, config) for path, config in zip(folders, configs, strict=True)]
-    model, processor = load(first.model, first.device, first.dtype)
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task("questions", total=first.limit)
-        return evaluate(model, processor, runs, lambda done: bar.advance(task, done))
+    with progress(first.limit) as advance:
+        if lmms.needed(first.tasks):
+            from vlm_prune.benchmarks.lmms.run import evaluate as evaluate_lmms
+
+            return evaluate_lmms(runs, data_root, advance), runs
+        model, processor = load(first.model, first.device, first.dtype)
+        if first.wings is not None:
+            from vlm_prune.learners import from_pretrained
+
+            from_pretrained(model, first.wings)
+        return evaluate(model, processor, runs, advance), runs
 
 
-def _quiet() -> None:
-    """Leave the terminal to our own progress bar and messages."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def _in_folder(output: Path | None, configs: "list[RunConfig]", names: list[str]) -> Any:
+def _in_folder(
+    output: Path | None, configs: "list[RunConfig]", names: list[str], data_root: Path | None
+) -> Any:
     from tempfile import TemporaryDirectory
 
     if output is not None:
-        return _execute(configs, [output / name for name in names])
+        return _execute(configs, [output / name for name in names], data_root)
+    if "RANK" in os.environ:
+        raise InputError("several processes need --output, a folder that they share")
     with TemporaryDirectory(prefix="vlm-prune-") as folder:
-        return _execute(configs, [Path(folder) / (name or "run") for name in names])
+        return _execute(configs, [Path(folder) / (name or "run") for name in names], data_root)
 
 
 def _configs(variants: "list[Variant]", split: str, tasks: str, **common: Any) -> "list[RunConfig]":
@@ -139,7 +106,10 @@ def evaluate_one(
     seed: Seed = 0,
     positions: Positions = "auto",
     method_args: Annotated[str, typer.Option(help="Hyperparameters, name=value,...")] = "",
+    schedule: ScheduleFile = None,
+    wings: Wings = None,
     split: Split = "test",
+    data_root: DataRoot = None,
     output: Output = None,
 ) -> None:
     """Compare one pruned model with the unpruned one."""
@@ -147,11 +117,12 @@ def evaluate_one(
     from vlm_prune.benchmarks.table import run_table, show
 
     variant = Variant(method, parse_budget(budget), positions, parse_arguments(method_args))
+    variants = with_schedule([variant], schedule)
     configs = _configs(
-        [variant], split, tasks, model=model, limit=limit, batch_size=batch_size, device=device,
-        dtype=dtype, seed=seed,
+        variants, split, tasks, model=model, limit=limit, batch_size=batch_size, device=device,
+        dtype=dtype, seed=seed, wings=wings,
     )  # fmt: skip
-    (results,) = _in_folder(output, configs, [""])
+    (results,), _ = _in_folder(output, configs, [""], data_root)
     show(run_table(results))
 
 
@@ -167,29 +138,41 @@ def compare(
     dtype: Dtype = "auto",
     seed: Seed = 0,
     positions: Positions = "auto",
+    schedule: ScheduleFile = None,
+    rival: Annotated[
+        str, typer.Option("--against", help="A method to test against each other one, in pairs.")
+    ] = "",
     split: Split = "test",
+    data_root: DataRoot = None,
     output: Output = None,
 ) -> None:
     """Methods and budgets side by side; images and unpruned answers are computed once."""
-    from vlm_prune.benchmarks.run import Variant, write_text
-    from vlm_prune.benchmarks.table import as_markdown, as_table, comparison, show
+    from vlm_prune.benchmarks.run import Variant
+    from vlm_prune.benchmarks.table import against, as_markdown, as_table, comparison, show
+    from vlm_prune.vlm.files import write_text
     from vlm_prune.vlm.wrapper import methods
 
     known = [name for name in methods() if name != "none"]
     chosen = known if method == "all" else [name for name in method.split(",") if name]
+    if rival and rival not in chosen:
+        raise InputError(f"--against {rival} is not among the methods; add it to --method")
     variants = [
         Variant(name, parse_budget(b), positions) for b in budget.split(",") for name in chosen
     ]
+    variants = with_schedule(variants, schedule)
     configs = _configs(
         variants, split, tasks, model=model, limit=limit, batch_size=batch_size, device=device,
         dtype=dtype, seed=seed,
     )  # fmt: skip
     names = [f"{variant.method}-{variant.budget}" for variant in variants]
-    runs = _in_folder(output, configs, names)
-    lines = comparison(runs)
-    show(as_table(lines))
+    runs, folders = _in_folder(output, configs, names, data_root)
+    tables = [comparison(runs)]
+    if rival:
+        tables.append(against(rival, runs, [folder.scores() for folder in folders]))
+    for lines in tables:
+        show(as_table(lines))
     if output is not None:
-        write_text(output / "compare.md", as_markdown(lines))
+        write_text(output / "compare.md", "\n".join(map(as_markdown, tables)))
 
 
 @app.command()
@@ -205,30 +188,41 @@ def bench(
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
     method_args: Annotated[str, typer.Option(help="Hyperparameters, name=value,...")] = "",
+    schedule: ScheduleFile = None,
+    wings: Annotated[
+        int | None, typer.Option(min=1, help="Time Wings' learners of this rank, not a method.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for bench.json, bench.md.")] = None,
 ) -> None:
     """Time a pruned and the unpruned architecture on random weights, phase by phase."""
     from vlm_prune.benchmarks.bench import BenchConfig, about, rows
     from vlm_prune.benchmarks.bench import bench as measure
-    from vlm_prune.benchmarks.run import Variant, write_json, write_text
+    from vlm_prune.benchmarks.run import Variant
     from vlm_prune.benchmarks.table import as_markdown, as_table, show
+    from vlm_prune.benchmarks.wings_cost import about_wings, bench_wings, wings_rows
+    from vlm_prune.vlm.files import write_json, write_text
 
-    _quiet()
+    quiet()
     variant = Variant(method, parse_budget(budget), arguments=parse_arguments(method_args))
-    results = measure(
-        BenchConfig(
-            model_shape, variant, batch=batch, repeats=repeats, new_tokens=new_tokens,
-            device=device, dtype=dtype,
-        )
+    (variant,) = with_schedule([variant], schedule)
+    config = BenchConfig(
+        model_shape, variant, batch=batch, repeats=repeats, new_tokens=new_tokens,
+        device=device, dtype=dtype,
     )  # fmt: skip
-    for line in about(results):
+    if wings is None:
+        results = measure(config)
+        lines, table = about(results), rows(results)
+    else:
+        results = bench_wings(config, wings)
+        lines, table = about_wings(results), wings_rows(results)
+    for line in lines:
         print(line)
-    show(as_table(rows(results)))
+    show(as_table(table))
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "bench.json", results)
-        intro = "".join(f"- {line}\n" for line in about(results))
-        write_text(output / "bench.md", f"{intro}\n{as_markdown(rows(results))}")
+        intro = "".join(f"- {line}\n" for line in lines)
+        write_text(output / "bench.md", f"{intro}\n{as_markdown(table)}")
 
 
 @app.command()
@@ -260,59 +254,20 @@ def ask(
     from vlm_prune.vlm.images import open_image
     from vlm_prune.vlm.wrapper import PrunedVLM
 
-    _quiet()
+    quiet()
     picture = open_image(image)
     vlm = PrunedVLM.from_pretrained(model, method, parse_budget(budget), device, dtype)
     print(vlm.answer(picture, question))
 
 
-@app.command("methods")
-def list_methods() -> None:
-    """List pruning methods."""
-    from rich.table import Table
-
-    from vlm_prune.benchmarks.table import show
-    from vlm_prune.vlm.wrapper import methods
-
-    table = Table("method", "acts at", "what", "paper")
-    for name, pruner in methods().items():
-        what = (pruner.__doc__ or "").strip().split("\n\n")[0]
-        table.add_row(name, pruner.stage, " ".join(what.split()), pruner.paper)
-    show(table)
-
-
-@app.command("tasks")
-def list_tasks() -> None:
-    """List evaluation tasks."""
-    from importlib import import_module
-
-    from rich.table import Table
-
-    from vlm_prune.benchmarks.table import show
-    from vlm_prune.benchmarks.tasks import TASKS
-
-    table = Table("task", "image", "what", "for example")
-    for name, task in TASKS.items():
-        doc = (import_module(f"vlm_prune.benchmarks.tasks.{name}").__doc__ or "").strip()
-        sample = task.sample(0)
-        example = f"{sample.turns[-1].text} -> {sample.answer}"
-        table.add_row(name, "yes" if task.visual else "no", doc.split("\n\n")[0], example)
-    show(table)
-
-
-@app.command("models")
-def list_models() -> None:
-    """List model families, and the embedded model."""
-    from rich.table import Table
-
-    from vlm_prune.benchmarks.table import show
-    from vlm_prune.vlm.families import FAMILIES
-
-    table = Table("model", "what")
-    table.add_row("tiny", "the embedded LLaVA; needs no download")
-    for name, family in FAMILIES.items():
-        table.add_row(name, (sys.modules[family.__module__].__doc__ or "").strip())
-    show(table)
+for name, listing in (
+    ("methods", catalogue.methods),
+    ("tasks", catalogue.tasks),
+    ("models", catalogue.models),
+):
+    app.command(name)(listing)
+app.command("schedule")(find_schedule)
+app.command("search")(search)
 
 
 def main() -> None:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.families import family_of
-from vlm_prune.vlm.session import image_output, now
-from vlm_prune.vlm.tokens import Trace, VisionTokens
+from vlm_prune.vlm.session import now
+from vlm_prune.vlm.tokens import Trace
 
 
 class PhaseClock(StoppingCriteria):  # type: ignore[misc]
@@ -48,12 +49,12 @@ class Phases:
 def timed_generate(
     model: Any,
     prompt: dict[str, Tensor],
-    vision: VisionTokens | None,
+    vision: Images | None,
     pruner: Any | None = None,
     pixel_values: Tensor | None = None,
     **generation: Any,
 ) -> tuple[Tensor, Phases, Trace]:
-    """One greedy `generate`: tokens, phases, and what was pruned.
+    """One `generate`, greedy unless `generation` says otherwise: tokens, phases, and what was pruned.
 
     `vision` holds the images encoded beforehand, None for a text prompt, which nothing prunes. A
     pruner that changes the images encodes `pixel_values` itself.
@@ -68,13 +69,13 @@ def timed_generate(
         if changes_pixels:
             arguments["pixel_values"] = pixel_values
         else:
-            arguments["mm_encoder_outputs"] = image_output(list(vision.projected))
+            arguments["mm_encoder_outputs"] = family.output(vision.projected, vision.deepstack)
         if pruner is not None:
             block = pruner(model, None if changes_pixels else vision)
     with block as trace:
         clock = PhaseClock(model.device)
         output = model.generate(
-            **arguments, do_sample=False, stopping_criteria=clock.criteria(), **generation
+            **arguments, stopping_criteria=clock.criteria(), **{"do_sample": False} | generation
         )
         first, rest = clock.phases()
     prefill = first - trace.selection_s - trace.vision_s

@@ -2,26 +2,28 @@
 
 import json
 import os
-import resource
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 from torch import Tensor
 
-from vlm_prune.benchmarks.environment import command, device_name, versions
 from vlm_prune.benchmarks.latency import Phases, timed_generate
-from vlm_prune.benchmarks.metrics.bootstrap import accuracy_interval, retained
+from vlm_prune.benchmarks.prompts import check_family, make_prompts
+from vlm_prune.benchmarks.summary import summarise
 from vlm_prune.benchmarks.tasks import TASKS, Sample
-from vlm_prune.vlm.cost import key_value_bytes, prefill_flops, tower_flops
+from vlm_prune.pruning import DecoderPruner
+from vlm_prune.pruning.schedule import Schedule
+from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.families import family_of
-from vlm_prune.vlm.session import now
-from vlm_prune.vlm.tokens import Trace, VisionTokens
+from vlm_prune.vlm.files import write_json
+from vlm_prune.vlm.tokens import Trace
 from vlm_prune.vlm.wrapper import build
 
 MAX_NEW_TOKENS = 16
@@ -46,10 +48,24 @@ class Variant:
         except TypeError as error:
             raise InputError(f"method {self.method!r}: {error}") from error
 
+    def scheduled(self, schedule: Schedule) -> "Variant | None":
+        """The variant that cuts by `schedule`; None for a method that makes no cuts."""
+        pruner = self.build(0)
+        for part, key in (
+            (pruner, "schedule"),
+            (getattr(pruner, "inside", None), "inside.schedule"),
+        ):
+            if isinstance(part, DecoderPruner):
+                return replace(self, arguments=self.arguments | {key: asdict(schedule)})
+        return None
+
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What decides a run's results; a folder holds the results of one."""
+    """What decides a run's results; a folder holds the results of one.
+
+    `wings` is an adapter that the pruned and the unpruned model both have.
+    """
 
     model: str
     variant: Variant
@@ -60,6 +76,7 @@ class RunConfig:
     dtype: str = "auto"
     seed: int = 0
     split: str = "test"
+    wings: str | None = None
 
 
 def samples_of(tasks: tuple[str, ...], limit: int, seed: int, split: str) -> list[Sample]:
@@ -73,14 +90,34 @@ def samples_of(tasks: tuple[str, ...], limit: int, seed: int, split: str) -> lis
 
 
 class RunFolder:
-    """`config.json`, one row per question in `samples.jsonl`, `results.json` at the end."""
+    """`config.json`, one row per question in `samples.jsonl`, `results.json` at the end.
+
+    One run writes to a folder at a time; of several processes of a run it is the first.
+    """
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path, self.config = path, config
         path.mkdir(parents=True, exist_ok=True)
+        self.rows: dict[str, dict[str, Any]] = {}
+        if int(os.environ.get("RANK", "0")) > 0:
+            return
+        self.lock = FileLock(path / ".lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(
+                f"another run writes to {path}; wait for it, or give another --output"
+            ) from None
         wanted, stored = json.loads(json.dumps(asdict(config))), path / "config.json"
         if stored.is_file():
-            found = json.loads(stored.read_text())
+            try:
+                found = json.loads(stored.read_text())
+            except ValueError:
+                found = {}
+            if set(found) != set(wanted):
+                raise InputError(
+                    f"{path} holds a run of another version; give another --output or remove it"
+                )
             changed = [key for key in wanted if found.get(key) != wanted[key]]
             if changed:
                 raise InputError(
@@ -106,8 +143,11 @@ class RunFolder:
         if len(whole) < len(text):
             with self.log.open("r+b") as file:
                 file.truncate(len(whole))
-        rows = [json.loads(line) for line in whole.splitlines()]
-        return {row["id"]: row for row in rows}
+        try:
+            rows = [json.loads(line) for line in whole.splitlines()]
+            return {row["id"]: row for row in rows}
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self.log} is damaged ({error}); remove {self.path}") from error
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         new = [row for row in rows if row["id"] not in self.rows]
@@ -117,20 +157,13 @@ class RunFolder:
             os.fsync(file.fileno())
         self.rows |= {row["id"]: row for row in new}
 
-
-def write_text(path: Path, content: str) -> None:
-    """Write all of the file or none of it."""
-    partial = path.with_suffix(path.suffix + ".partial")
-    try:
-        partial.write_text(content, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write all of the file or none of it."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    def scores(self) -> dict[str, NDArray[np.float64]]:
+        """Scores of the pruned model by task, in the order of the questions."""
+        rows = [self.rows[name] for name in sorted(self.rows)]
+        return {
+            task: np.array([row["score"] for row in rows if row["task"] == task], float)
+            for task in dict.fromkeys(row["task"] for row in rows)
+        }
 
 
 def evaluate(
@@ -146,10 +179,10 @@ def evaluate(
     """
     config = folders[0].config
     samples = samples_of(config.tasks, config.limit, config.seed, config.split)
-    family = family_of(model)
     pruners = [folder.config.variant.build(config.seed) for folder in folders]
+    check_family(model)
     for pruner in pruners:
-        pruner.check(family.tokens_per_image, len(family.decoder.layers))
+        pruner.admit(model)
     warm = False
     for start in range(0, len(samples), config.batch_size):
         batch = samples[start : start + config.batch_size]
@@ -179,20 +212,13 @@ def _answer(
     model: Any, processor: Any, batch: list[Sample], pruners: list[Any]
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows of one batch for each pruner."""
-    family, device = family_of(model), model.device
     texts = [processor.apply_chat_template(s.messages(), add_generation_prompt=True) for s in batch]
-    images = [image for sample in batch for image in sample.images]
-    inputs = processor(
-        text=texts, images=images or None, padding=True, padding_side="left", return_tensors="pt"
-    ).to(device)
-    prompt = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-    start = now(device)
-    vision = family.encode(inputs["pixel_values"]) if images else None
-    encoding = now(device) - start
+    prompts = make_prompts(model, processor, texts, [list(sample.images) for sample in batch])
+    prompt, vision, encoding = prompts.tensors, prompts.vision, prompts.vision_s
     baseline, before, _ = _generate(model, processor, prompt, vision)
     for pruner in pruners:
         ours, after, trace = _generate(
-            model, processor, prompt, vision, pruner, inputs.get("pixel_values")
+            model, processor, prompt, vision, pruner, prompts.pixel_values
         )
         times = {
             "vision": after.vision or encoding,
@@ -206,7 +232,6 @@ def _answer(
         rows, places = [], iter(trace.kept)
         for number, sample in enumerate(batch):
             task = TASKS[sample.id.split("/")[0]]
-            length = int(prompt["attention_mask"][number].sum())
             rows.append(
                 {
                     "id": sample.id,
@@ -219,7 +244,7 @@ def _answer(
                     "baseline_score": task.score(baseline[number], sample.answer),
                     "score": task.score(ours[number], sample.answer),
                     "images": len(sample.images),
-                    "text_tokens": length - len(sample.images) * family.tokens_per_image,
+                    "text_tokens": prompts.text_tokens[number],
                     "layer_tokens": trace.layer_tokens,
                     "kept": [kept.tolist() for kept in islice(places, len(sample.images))],
                     "time_ms": {key: 1e3 * t / len(batch) for key, t in times.items()},
@@ -232,7 +257,7 @@ def _generate(
     model: Any,
     processor: Any,
     prompt: dict[str, Any],
-    vision: VisionTokens | None,
+    vision: Images | None,
     pruner: Any | None = None,
     pixel_values: Tensor | None = None,
 ) -> tuple[list[str], Phases, Trace]:
@@ -244,94 +269,3 @@ def _generate(
         output[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True
     )
     return [reply.strip() for reply in replies], phases, trace
-
-
-def summarise(config: RunConfig, rows: list[dict[str, Any]], model: Any) -> dict[str, Any]:
-    """The content of `results.json`."""
-    family = family_of(model)
-
-    def mean(values: list[float]) -> float:
-        return float(np.mean(values)) if values else 0.0
-
-    scores = {
-        name: tuple(
-            np.array([row[key] for row in rows if row["task"] == name], float)
-            for key in ("baseline_score", "score")
-        )
-        for name in config.tasks
-    }
-    tasks = {}
-    for name, (base, ours) in scores.items():
-        point, interval = retained({name: (base, ours)})
-        tasks[name] = {
-            "n": len(base), "accuracy": ours.mean(), "baseline_accuracy": base.mean(),
-            "accuracy_ci": accuracy_interval(ours), "retained": point, "ci": interval,
-            "kept": mean([
-                mean(row["layer_tokens"]) for row in rows if row["task"] == name and row["images"]
-            ]),
-        }  # fmt: skip
-    point, interval = retained(scores)  # type: ignore[arg-type]
-    seen = [row for row in rows if row["images"]] or rows
-    full, layers = family.tokens_per_image, len(family.decoder.layers)
-    text = model.config.get_text_config()
-
-    def image_tokens(row: dict[str, Any]) -> list[float]:
-        return [row["images"] * tokens for tokens in row["layer_tokens"]]
-
-    def total(row: dict[str, Any], per_layer: list[float]) -> float:
-        tower: float = row["images"] * tower_flops(model.config.vision_config)
-        return tower + prefill_flops(text, row["text_tokens"], per_layer)
-
-    itemsize = model.dtype.itemsize
-    times = {
-        key: float(np.median([row["time_ms"][key] for row in rows])) for key in rows[0]["time_ms"]
-    }
-    before = times["baseline_prefill"]
-    after = times["selection"] + times["prefill"]
-    whole = times["baseline_vision"] + before + times["baseline_decode"]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if model.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(model.device)
-    return {
-        "model": config.model,
-        "method": config.variant.method,
-        "budget": config.variant.budget,
-        "seed": config.seed,
-        "config": asdict(config),
-        "versions": versions(),
-        "device": device_name(model.device),
-        "command": command(),
-        "tasks": tasks,
-        "overall": {
-            "accuracy": mean([task["accuracy"] for task in tasks.values()]),
-            "baseline_accuracy": mean([task["baseline_accuracy"] for task in tasks.values()]),
-            "retained": point,
-            "ci": interval,
-        },
-        "tokens": {
-            "full": full,
-            "kept": mean([row["layer_tokens"][-1] for row in seen]),
-            "layer_mean": mean([mean(row["layer_tokens"]) for row in seen]),
-        },
-        "time_ms": times,
-        "speedup": {
-            "prefill": before / after,
-            "end_to_end": whole / (times["vision"] + after + times["decode"]),
-        },
-        "flops": {
-            "baseline": mean([total(r, [r["images"] * float(full)] * layers) for r in rows]),
-            "pruned": mean([total(r, image_tokens(r)) for r in rows]),
-        },
-        "kv_bytes": {
-            "baseline": mean(
-                [
-                    key_value_bytes(text, r["text_tokens"], [r["images"] * full] * layers, itemsize)
-                    for r in rows
-                ]
-            ),
-            "pruned": mean(
-                [key_value_bytes(text, r["text_tokens"], image_tokens(r), itemsize) for r in rows]
-            ),
-        },
-        "peak_memory_bytes": peak,
-    }

@@ -5,6 +5,10 @@ from typing import Any
 from rich.console import Console, Group
 from rich.table import Table
 
+from vlm_prune.benchmarks.metrics.paired import Scores, difference, mcnemar
+
+THREE_WAYS = "kept / per layer / paper's count"
+
 
 def percent(value: float) -> str:
     return f"{100 * value:.1f}"
@@ -15,10 +19,26 @@ def with_interval(entry: dict[str, Any]) -> str:
     return f"{percent(entry['retained'])} [{percent(low)}, {percent(high)}]"
 
 
+def three_ways(tokens: dict[str, Any]) -> str:
+    """Image tokens left after the last cut, the mean that layers compute, and the paper's count."""
+    papers = tokens.get("papers")
+    counted = "–" if papers is None else f"{papers:.1f}"
+    return f"{tokens['kept']:.0f} / {tokens['layer_mean']:.1f} / {counted}"
+
+
+def method_name(results: dict[str, Any]) -> str:
+    """The method, what it stands for if it is a name for another, and whether a file cuts it."""
+    name, definition = str(results["method"]), results.get("definition")
+    if definition:
+        name += f" (= {definition})"
+    arguments = results["config"]["variant"]["arguments"]
+    return f"{name} by schedule" if {"schedule", "inside.schedule"} & set(arguments) else name
+
+
 def run_table(results: dict[str, Any]) -> Group:
     """One run: accuracy by task, then time, operations and memory."""
-    title = f"{results['method']}, budget {results['budget']}, model {results['model']}"
-    columns = ("task", "n", "unpruned %", "pruned %", "% retained [95 %]", "tokens kept")
+    title = f"{method_name(results)}, budget {results['budget']}, model {results['model']}"
+    columns = ("task", "n", "unpruned %", "pruned %", "% retained [95 %]", "tokens per layer")
     table = Table(*columns, title=title)
     for name, task in results["tasks"].items():
         accuracies = (percent(task[key]) for key in ("baseline_accuracy", "accuracy"))
@@ -37,10 +57,7 @@ def cost_lines(results: dict[str, Any]) -> list[str]:
     tokens, time, speed = results["tokens"], results["time_ms"], results["speedup"]
     flops, kv = results["flops"], results["kv_bytes"]
     return [
-        (
-            f"tokens per image   {tokens['full']} -> {tokens['kept']:.0f} kept, "
-            f"{tokens['layer_mean']:.1f} per layer"
-        ),
+        f"tokens per image   {tokens['full']} -> {three_ways(tokens)} ({THREE_WAYS})",
         (
             f"ms per question    vision {time['vision']:.1f}  selection {time['selection']:.2f}  "
             f"prefill {time['prefill']:.1f} (unpruned {time['baseline_prefill']:.1f})  "
@@ -64,7 +81,7 @@ def comparison(runs: list[dict[str, Any]]) -> list[list[str]]:
     header = [
         "method",
         "budget",
-        "tokens per layer",
+        f"tokens {THREE_WAYS}",
         *names,
         "mean",
         "% retained [95 %]",
@@ -76,9 +93,26 @@ def comparison(runs: list[dict[str, Any]]) -> list[list[str]]:
     for run in runs:
         accuracies = [percent(run["tasks"][name]["accuracy"]) for name in names]
         accuracies.append(percent(run["overall"]["accuracy"]))
-        tokens, speed = f"{run['tokens']['layer_mean']:.1f}", f"{run['speedup']['prefill']:.2f}x"
+        tokens, speed = three_ways(run["tokens"]), f"{run['speedup']['prefill']:.2f}x"
         retained = with_interval(run["overall"])
-        rows.append([run["method"], str(run["budget"]), tokens, *accuracies, retained, speed])
+        rows.append([method_name(run), str(run["budget"]), tokens, *accuracies, retained, speed])
+    return rows
+
+
+def as_gain(point: float, interval: list[float]) -> str:
+    """A difference of accuracies in points, with its interval."""
+    return f"{100 * point:+.1f} [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
+
+
+def against(name: str, runs: list[dict[str, Any]], scores: list[Scores]) -> list[list[str]]:
+    """Header and rows: method `name` less every other one of its budget, on the same questions."""
+    rows = [["budget", f"{name} minus", "accuracy in points [95 %]", "McNemar p"]]
+    own = {run["budget"]: number for number, run in enumerate(runs) if run["method"] == name}
+    for run, theirs in zip(runs, scores, strict=True):
+        if run["method"] != name and run["budget"] in own:
+            ours = scores[own[run["budget"]]]
+            gain, p = as_gain(*difference(ours, theirs)), f"{mcnemar(ours, theirs):.3f}"
+            rows.append([str(run["budget"]), run["method"], gain, p])
     return rows
 
 

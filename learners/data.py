@@ -27,37 +27,61 @@ class Example:
 
 
 def read_llava(path: str | Path, images: str | Path = ".") -> list[Example]:
-    """Read a list of `{"id", "image" (optional, one or a list), "conversations"}`.
+    """Read `{"id", "image" (optional, one or a list), "conversations"}`, one JSON list or JSON lines.
 
     Args:
-        path: the JSON file.
+        path: a file that holds a list, or one entry a line if it ends in `.jsonl`.
         images: folder that image names are relative to.
 
     Raises:
-        InputError: if the file or an entry of it is not in this format.
+        InputError: if the file or an entry of it is not in this format, or an image is missing.
     """
+    path = Path(path)
+    lines = path.suffix == ".jsonl"
     try:
-        entries = json.loads(Path(path).read_text())
+        text = path.read_text(encoding="utf-8")
+        entries = None if lines else json.loads(text)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
+    if lines:
+        numbered = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        return [
+            _example(_entry(path, n, line), f"{path}:{n}", Path(images)) for n, line in numbered
+        ]
     if not isinstance(entries, list):
         raise InputError(f"{path} must hold a JSON list of conversations")
     return [_example(entry, f"{path}[{n}]", Path(images)) for n, entry in enumerate(entries)]
 
 
+def _entry(path: Path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{path}:{number} is no JSON: {error}") from None
+
+
 def _example(entry: Any, where: str, images: Path) -> Example:
+    if isinstance(entry, dict) and "id" in entry:
+        where = f"{where} (id {entry['id']!r})"
     try:
         turns = [(turn["from"], turn["value"]) for turn in entry["conversations"]]
         named = entry.get("image") or []
     except (TypeError, KeyError, AttributeError):
         raise InputError(f"{where} needs 'conversations', a list of {{'from', 'value'}}") from None
-    if len(turns) % 2 or [who for who, _ in turns] != ["human", "gpt"] * (len(turns) // 2):
+    if not turns or [who for who, _ in turns] != ["human", "gpt"] * (len(turns) // 2):
         raise InputError(f"{where}: turns must alternate 'human', 'gpt'")
+    if not all(isinstance(text, str) for _, text in turns):
+        raise InputError(f"{where}: every 'value' must be a text")
     files = [named] if isinstance(named, str) else named
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        raise InputError(f"{where}: 'image' must be a file name or a list of them")
     pairs = tuple((turns[n][1], turns[n + 1][1]) for n in range(0, len(turns), 2))
     shown = sum(asked.count(PLACEHOLDER) for asked, _ in pairs)
     if shown != len(files):
         raise InputError(f"{where}: {shown} {PLACEHOLDER} placeholders for {len(files)} images")
+    missing = [images / file for file in files if not (images / file).is_file()]
+    if missing:
+        raise InputError(f"{where}: there is no image file {missing[0]}")
     return Example(where, tuple(images / file for file in files), pairs)
 
 
@@ -171,7 +195,10 @@ class Conversations(Dataset[dict[str, Tensor]]):
         ids, labels = encode(example, self.processor, *self.layout)
         row = {"input_ids": ids, "labels": labels}
         if example.images:
-            opened = [open_image(path) for path in example.images]
+            try:
+                opened = [open_image(path) for path in example.images]
+            except InputError as error:
+                raise InputError(f"{example.name}: {error}") from error
             row |= self.processor.image_processor(images=opened, return_tensors="pt")
         return row
 

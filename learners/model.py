@@ -175,22 +175,30 @@ def _note_tokens(
     if is_image is None:
         raise InputError("Wings works in the whole model's forward, not the language model's alone")
     mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    use_cache = kwargs.get("use_cache")
+    caches = bool(decoder.config.use_cache if use_cache is None else use_cache)
+    seen = None
+    if isinstance(mask, Tensor) and mask.ndim == 4 and cache is None and not caches:
+        seen, mask = (mask if mask.dtype == torch.bool else mask == 0)[:, 0], None
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         raise InputError("Wings needs a 2D attention mask (batch, length) and a dynamic cache")
-    use_cache = kwargs.get("use_cache")
-    if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
+    if cache is None and caches:
         cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
     batch, length = is_image.shape
     past = 0 if cache is None else cache.get_seq_length()
     positions = kwargs.get("position_ids")
+    if seen is not None and positions is None:
+        raise InputError("packed rows, with a 4D attention mask, need position_ids")
     if positions is None:
         positions = torch.arange(past, past + length, device=features.device)[None]
     valid = torch.ones_like(is_image) if mask is None else mask[:, -length:]
     facts = torch.stack([is_image.long(), valid.long(), positions.expand(batch, -1)], -1)
+    made = None
     if cache is not None:
-        features, facts = remember(cache, len(decoder.layers), features, facts)
+        features, facts, made = remember(cache, len(decoder.layers), features, facts)
     is_image, valid, positions = facts[..., 0].bool(), facts[..., 1].bool(), facts[..., 2]
-    tokens = Tokens(features, is_image, valid, positions, length, decoder.rotary_emb, config)
+    rotary = decoder.rotary_emb
+    tokens = Tokens(features, is_image, valid, positions, length, rotary, config, seen, made)
     if config.routed and int(tokens.ranks.max()) >= config.max_positions:
         raise InputError(
             f"{int(tokens.ranks.max()) + 1} tokens are more than the router's "

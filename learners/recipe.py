@@ -7,8 +7,10 @@ from torch import nn
 
 from vlm_prune.learners.config import MODALITIES, Modality, WingsConfig
 from vlm_prune.learners.model import wings_layers
+from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.registry import Registry
+from vlm_prune.vlm.tokens import Projector
 
 Group = Literal["projector", "learners", "language"]
 
@@ -116,6 +118,8 @@ def open_parameters(model: Any, method: Method, stage: int) -> dict[Group, list[
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     projector = family.projector
+    if not isinstance(projector, Projector):
+        raise InputError("training needs a projector of two layers, as LLaVA has")
     groups: dict[Group, list[nn.Parameter]] = {
         "projector": [
             weight

@@ -15,6 +15,7 @@ from vlm_prune.learners.config import WingsConfig
 from vlm_prune.learners.model import attach, attached, detach, wings_layers
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.files import whole, write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -38,9 +39,10 @@ def save_pretrained(model: Any, folder: str | Path) -> None:
         "base": _base(model),
         "wings": asdict(attached(model).config),
     }
-    (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
     tensors = {name: tensor.contiguous() for name, tensor in adapter_state(model).items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with whole(folder / WEIGHTS) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
+    write_json(folder / CONFIG, described)
 
 
 def from_pretrained(model: Any, name: str | Path) -> None:
@@ -48,6 +50,21 @@ def from_pretrained(model: Any, name: str | Path) -> None:
 
     Raises:
         InputError: if there are none, they are damaged, or they belong to another model.
+    """
+    config, weights = read_adapter(model, name)
+    attach(model, config)
+    try:
+        load_adapter_state(model, weights)
+    except InputError:
+        detach(model)
+        raise
+
+
+def read_adapter(model: Any, name: str | Path) -> tuple[WingsConfig, dict[str, Tensor]]:
+    """The options and weights of an adapter for `model`, in a folder or under a hub name.
+
+    Raises:
+        InputError: if there is none, it is damaged, or it belongs to another model.
     """
     try:
         described = json.loads(Path(cached_file(str(name), CONFIG)).read_text())
@@ -60,12 +77,7 @@ def from_pretrained(model: Any, name: str | Path) -> None:
         raise InputError(f"cannot read a Wings adapter from {str(name)!r}: {reason}") from error
     if base != _base(model):
         raise InputError(f"this adapter is for {_words(base)}; the model is {_words(_base(model))}")
-    attach(model, config)
-    try:
-        load_adapter_state(model, weights)
-    except InputError:
-        detach(model)
-        raise
+    return config, weights
 
 
 def load_adapter_state(model: Any, weights: dict[str, Tensor], strict: bool = True) -> None:

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from vlm_prune.learners.config import Modality, WingsConfig
@@ -13,15 +14,40 @@ from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.tokens import compact
 
 
+@dataclass
+class Made:
+    """Keys and values (B, H, M, head_dim) that each learner made of the tokens at `index` (B, M).
+
+    Decoding appends to them instead of making all of them anew for every token.
+    """
+
+    index: Tensor
+    by_learner: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class Run(NamedTuple):
+    """Neighbouring queries `start` to `stop`, which see `before` keys, and each other if `own`."""
+
+    start: int
+    stop: int
+    before: int
+    own: bool
+
+
 class Keys(NamedTuple):
     """One modality's M tokens, for S queries.
 
-    Shapes: features (B, M, D), rotary cos and sin (B, M, head_dim), visible (B, S, M).
+    Shapes: features (B, M, D), rotary cos and sin (B, M, head_dim), visible (B, S, M). `runs` says
+    the same as `visible` where that is alike in all rows. Of the first `known` tokens keys and
+    values may be in `made` already.
     """
 
     features: Tensor
     rotary: tuple[Tensor, Tensor]
     visible: Tensor
+    runs: tuple[Run, ...] | None = None
+    made: Made | None = None
+    known: int = 0
 
 
 def keys_of(is_image: Tensor, valid: Tensor, config: WingsConfig) -> dict[Modality, Tensor]:
@@ -41,7 +67,9 @@ class Tokens:
     """All tokens so far, of which the last `queries` are new; tensors (B, N) and `features` (B, N, D).
 
     `rotary(features, positions)` gives the decoder's cos and sin tables; `keys` holds what each
-    learner attends to, the same for all layers.
+    learner attends to, the same for all layers. `seen` (B, N, N) is what the main attention sees
+    where that is not simply what comes before: rows packed from several questions. `made` is what
+    learners made of earlier tokens, kept with a cache.
     """
 
     features: Tensor
@@ -51,38 +79,75 @@ class Tokens:
     queries: int
     rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     config: WingsConfig
+    seen: Tensor | None = None
+    made: dict[Modality, Made] | None = None
     keys: dict[Modality, Keys] = field(init=False)
 
     def __post_init__(self) -> None:
         # at once, not on demand: a checkpointed layer must not do more work than its recomputation
         self.keys = {
-            modality: self._gather(
-                chosen, modality == "textual" or self.config.visual_mask == "causal"
-            )
+            modality: self._gather(modality, chosen)
             for modality, chosen in keys_of(self.is_image, self.valid, self.config).items()
             if modality in self.config.modalities
         }
 
     @property
     def ranks(self) -> Tensor:
-        """Each token's place among the valid ones of its row, (B, N); padding does not shift it."""
+        """Each token's place among the valid ones of its row, (B, N); padding does not shift it.
+
+        In packed rows it is the place in the token's own sequence, which its position says.
+        """
+        if self.seen is not None:
+            return self.positions
         return (self.valid.cumsum(1) - 1).clamp(min=0)
 
-    def _gather(self, chosen: Tensor, causal: bool) -> Keys:
+    def _gather(self, modality: Modality, chosen: Tensor) -> Keys:
+        causal = modality == "textual" or self.config.visual_mask == "causal"
         index, present = compact(chosen)
         if not index.shape[1]:
             # a hidden key keeps every weight in the graph, as data-parallel training wants it
             index, present = index.new_zeros(len(index), 1), present.new_zeros(len(index), 1)
         features = self.features.gather(1, index[..., None].expand(-1, -1, self.features.shape[-1]))
         visible = present[:, None].expand(-1, self.queries, -1)
-        if causal:
+        if causal and self.seen is not None:
+            visible = visible & self.seen.gather(2, index[:, None].expand_as(visible))
+        elif causal:
             length = self.features.shape[1]
             query = torch.arange(length - self.queries, length, device=index.device)
             visible = visible & (index[:, None] <= query[:, None])
-        return Keys(features, self.rotary(features, self.positions.gather(1, index)), visible)
+        rotary = self.rotary(features, self.positions.gather(1, index))
+        runs = self._runs(chosen) if causal else None
+        if self.made is None:
+            return Keys(features, rotary, visible, runs)
+        earlier = self.made.get(modality)
+        known = 0 if earlier is None else earlier.index.shape[1]
+        if earlier is None or not torch.equal(earlier.index, index[:, :known]):
+            earlier, known = Made(index), 0
+        earlier.index = index
+        self.made[modality] = earlier
+        return Keys(features, rotary, visible, runs, earlier, known)
+
+    def _runs(self, chosen: Tensor) -> tuple[Run, ...] | None:
+        """Runs of queries when all rows are alike; on a CPU, since looking makes a GPU wait."""
+        alike = chosen.device.type == "cpu" and self.seen is None
+        if not alike or not self.valid.all() or (chosen != chosen[:1]).any():
+            return None
+        first = chosen.shape[1] - self.queries
+        own, counts = chosen[0].tolist(), [0, *chosen[0].cumsum(0).tolist()]
+        cuts = [n for n in range(first + 1, len(own)) if own[n] != own[n - 1]]
+        edges = [first, *cuts, len(own)]
+        return tuple(
+            Run(a - first, b - first, counts[a], own[a]) for a, b in pairwise(edges) if a < b
+        )
 
     def select_tokens(self, columns: Tensor, valid: Tensor, positions: Tensor) -> "Tokens":
-        """The tokens that layers after a cut see; `columns` (B, L) point into these N."""
+        """The tokens that layers after a cut see; `columns` (B, L) point into these N.
+
+        Raises:
+            InputError: for packed rows.
+        """
+        if self.seen is not None:
+            raise InputError("packed rows cannot be pruned in the stack; give a 2D attention mask")
         wide = columns[..., None].expand(-1, -1, self.features.shape[-1])
         return Tokens(
             self.features.gather(1, wide),
@@ -98,18 +163,45 @@ class Tokens:
 class _Stored(DynamicLayer):  # type: ignore[misc]
     """An extra layer of a model's cache: features (B, 1, N, D), and image flag, validity, position.
 
-    As a cache layer it follows beam search, cropping and batch selection.
+    As a cache layer it follows beam search, cropping and batch selection; each of these drops what
+    the learners made, since rows or tokens are others then.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.made: dict[Modality, Made] = {}
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.made.clear()
+        super().reorder_cache(beam_idx)
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        self.made.clear()
+        super().crop(*args, **kwargs)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.made.clear()
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.made.clear()
+        super().batch_select_indices(indices)
+
+    def reset(self) -> None:
+        self.made.clear()
+        super().reset()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         self.values = value_states.new_empty(0)
 
 
-def remember(cache: Any, depth: int, features: Tensor, facts: Tensor) -> tuple[Tensor, Tensor]:
+def remember(
+    cache: Any, depth: int, features: Tensor, facts: Tensor
+) -> tuple[Tensor, Tensor, dict[Modality, Made] | None]:
     """Append new tokens' features (B, S, D) and facts (B, S, 3) to a cache; returns all so far.
 
-    One full-width tensor serves all `depth` layers, instead of keys and values in each.
+    With them comes what the learners made of earlier tokens, where no gradient needs it anew.
 
     Raises:
         InputError: when the cache was filled without the learners.
@@ -123,4 +215,4 @@ def remember(cache: Any, depth: int, features: Tensor, facts: Tensor) -> tuple[T
         stored = _Stored()
         cache.layers.append(stored)
     keys, values = stored.update(features[:, None], facts[:, None])
-    return keys[:, 0], values[:, 0]
+    return keys[:, 0], values[:, 0], None if torch.is_grad_enabled() else stored.made

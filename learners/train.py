@@ -7,6 +7,7 @@ adapter, if the method has learners. The next stage starts from that folder.
 
 import importlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
@@ -25,9 +25,10 @@ from vlm_prune.learners.config import WingsConfig
 from vlm_prune.learners.data import IGNORED, Conversations, Example, collate, order
 from vlm_prune.learners.model import attach, detach
 from vlm_prune.learners.recipe import METHODS, Group, Recipe, open_parameters
-from vlm_prune.learners.store import WEIGHTS, load_adapter_state, save_pretrained
+from vlm_prune.learners.store import load_adapter_state, read_adapter, save_pretrained
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.files import write_text
 from vlm_prune.vlm.load import load
 
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
@@ -92,15 +93,39 @@ def prepare(run: Run) -> tuple[Any, Any, dict[Group, list[torch.nn.Parameter]], 
     if learners is not None:
         attach(model, learners, seed=run.recipe.seed)
         if finished and (before / "wings").is_dir():
-            load_adapter_state(model, load_file(before / "wings" / WEIGHTS), strict=False)
+            earlier, weights = read_adapter(model, before / "wings")
+            if (earlier.rank, earlier.layers) != (learners.rank, learners.layers):
+                raise InputError(
+                    f"{before} has learners of rank {earlier.rank} in layers "
+                    f"{earlier.layers or 'all'}; give the same"
+                )
+            load_adapter_state(model, weights, strict=False)
     return model, processor, open_parameters(model, method, stage), lora
+
+
+def make_optimizer(
+    groups: dict[Group, list[torch.nn.Parameter]], recipe: Recipe, steps: int
+) -> tuple[torch.optim.AdamW, Any]:
+    """AdamW with each group's own rate, and a cosine schedule over `steps`."""
+    rates = {
+        "projector": recipe.projector_lr,
+        "learners": recipe.learner_lr,
+        "language": recipe.language_lr,
+    }
+    optimizer = torch.optim.AdamW(
+        [{"params": p, "lr": rates[name]} for name, p in groups.items() if p],
+        weight_decay=recipe.weight_decay,
+    )
+    warmup = round(recipe.warmup * steps)
+    return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup, steps)
 
 
 def train(run: Run, examples: list[Example]) -> None:
     """Train, or finish training.
 
     Raises:
-        InputError: if the data cannot be used or `run.output` holds another run.
+        InputError: if the data cannot be used, `run.output` holds another run, memory runs out or
+            the loss is no number; the last checkpoint is whole, and the same call goes on from it.
     """
     accelerate, output, recipe = _extra("accelerate"), run.output, run.recipe
     _claim(run)
@@ -118,16 +143,7 @@ def train(run: Run, examples: list[Example]) -> None:
     ratio = METHODS[run.method].text_ratio if run.text_ratio is None else run.text_ratio
     drawn = order([bool(e.images) for e in examples], ratio, recipe.epochs, recipe.seed)
     steps = -(-len(drawn) // recipe.batch)
-    rates = {
-        "projector": recipe.projector_lr,
-        "learners": recipe.learner_lr,
-        "language": recipe.language_lr,
-    }
-    optimizer = torch.optim.AdamW(
-        [{"params": p, "lr": rates[name]} for name, p in groups.items() if p],
-        weight_decay=recipe.weight_decay,
-    )
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(recipe.warmup * steps), steps)
+    optimizer, schedule = make_optimizer(groups, recipe, steps)
     accelerator.register_for_checkpointing(schedule)
     wrapped, optimizer = accelerator.prepare(model.train(), optimizer)
     done = _resume(accelerator, output)
@@ -135,8 +151,11 @@ def train(run: Run, examples: list[Example]) -> None:
     layout = family.image_token, family.tokens_per_image, recipe.max_length
     data = Conversations(examples, processor, *layout)
     share = drawn[done * recipe.batch :]
-    for step, batches in enumerate(_steps(data, share, run, accelerator), done + 1):
-        loss = _step(accelerator, wrapped, optimizer, batches, recipe.clip)
+    for step, (names, batches) in enumerate(_steps(data, share, run, accelerator), done + 1):
+        try:
+            loss = _step(accelerator, wrapped, optimizer, batches, recipe.clip)
+        except (_NotFinite, MemoryError, RuntimeError) as error:
+            raise _stopped(error, step, names, output) from error
         entry = {"step": step, "loss": loss, "rates": schedule.get_last_lr()}
         schedule.step()
         if accelerator.is_main_process:
@@ -149,31 +168,64 @@ def train(run: Run, examples: list[Example]) -> None:
         _finish(model, processor, lora, output)
 
 
+class _NotFinite(Exception):
+    """Loss or gradient is no number, in the process's micro-batch of that index, if in one."""
+
+
+def _stopped(error: Exception, step: int, names: list[list[str]], output: Path) -> Exception:
+    """What a user can do about a step that failed; an error of another kind as it is."""
+    kept = next((path.name for path in output.glob("checkpoint-*")), None)
+    rest = f"{kept} is kept" if kept else "there is no checkpoint yet"
+    if isinstance(error, _NotFinite):
+        (bad,) = error.args
+        where = ", ".join(n for micro in (names if bad is None else [names[bad]]) for n in micro)
+        return InputError(
+            f"step {step}: the loss or its gradient is not finite at {where}; "
+            f"lower the learning rate or mend the sample ({rest})"
+        )
+    text = str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in text:
+        return InputError(
+            f"step {step}: out of memory at {names[0][0]}; lower micro_batch or max_length ({rest})"
+        )
+    return error
+
+
 def _step(
     accelerator: Any, model: Any, optimizer: Any, batches: list[dict[str, Tensor]], clip: float
 ) -> float:
-    """One update; the loss is the mean over the answer tokens of the whole batch."""
+    """One update; the loss is the mean over the answer tokens of the whole batch.
+
+    Raises:
+        _NotFinite: before the weights change, in all processes.
+    """
     batches = [{name: t.to(accelerator.device) for name, t in b.items()} for b in batches]
     counted = torch.stack([(b["labels"][:, 1:] != IGNORED).sum() for b in batches]).sum()
     tokens = accelerator.reduce(counted, "sum").clamp(min=1)
-    total = torch.zeros((), device=accelerator.device)
+    losses = []
     for number, batch in enumerate(batches):
         last = number == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
             loss = model(**batch, num_items_in_batch=tokens, use_cache=False).loss
             # data parallel training averages gradients, and this sum must not be
             accelerator.backward(loss * accelerator.num_processes)
-        total += loss.detach()
-    accelerator.clip_grad_norm_(model.parameters(), clip)
+        losses.append(loss.detach())
+    local = torch.stack(losses)
+    total = float(accelerator.reduce(local.sum(), "sum"))
+    norm = accelerator.clip_grad_norm_(model.parameters(), clip)
+    # averaged gradients have the same norm in every process, and so all of them stop together
+    if not (math.isfinite(total) and math.isfinite(float(norm or 0))):
+        wrong = (~local.isfinite()).nonzero()
+        raise _NotFinite(int(wrong[0]) if len(wrong) else None)
     optimizer.step()
     optimizer.zero_grad()
-    return float(accelerator.reduce(total, "sum"))
+    return total
 
 
 def _steps(
     data: Conversations, share: list[int], run: Run, accelerator: Any
-) -> Iterator[list[dict[str, Tensor]]]:
-    """This process's micro-batches of each optimizer step."""
+) -> Iterator[tuple[list[list[str]], list[dict[str, Tensor]]]]:
+    """This process's micro-batches of each optimizer step, and the names of their samples."""
     rank, world = accelerator.process_index, accelerator.num_processes
     plan: list[list[list[int]]] = []
     for start in range(0, len(share), run.recipe.batch):
@@ -184,7 +236,14 @@ def _steps(
     flat = [micro for step in plan for micro in step]
     loader = iter(DataLoader(data, batch_sampler=flat, collate_fn=collate, num_workers=run.workers))
     for step in plan:
-        yield [next(loader) for _ in step]
+        names = [[data.examples[index].name for index in micro] for micro in step]
+        try:
+            batches = [next(loader) for _ in step]
+        except InputError as error:
+            # a worker's error arrives with its traceback
+            line = str(error).strip().splitlines()[-1].split("InputError: ")[-1]
+            raise InputError(line) from error
+        yield names, batches
 
 
 def _claim(run: Run) -> None:
@@ -195,7 +254,7 @@ def _claim(run: Run) -> None:
     if path.is_file() and path.read_text() != text:
         raise InputError(f"{run.output} holds another run; give an empty folder, or its settings")
     run.output.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    write_text(path, text)
 
 
 def _checkpoint(accelerator: Any, output: Path, step: int) -> None:
@@ -222,7 +281,7 @@ def _resume(accelerator: Any, output: Path) -> int:
         accelerator.load_state(str(output / f"checkpoint-{done}"))
     log = output / "log.jsonl"
     if log.is_file() and accelerator.is_main_process:
-        log.write_text("".join(log.read_text().splitlines(keepends=True)[:done]))
+        write_text(log, "".join(log.read_text().splitlines(keepends=True)[:done]))
     return done
 
 
@@ -238,26 +297,3 @@ def _finish(model: Any, processor: Any, lora: Any, output: Path) -> None:
     os.replace(partial, output / "model")
     for old in output.glob("checkpoint-*"):
         shutil.rmtree(old)
-
-
-@torch.no_grad()
-def merge(base: Any, tuned: Any, alpha: float) -> None:
-    """Move the tuned language model back towards its base, in place: base + alpha (tuned - base).
-
-    Needs no training, and rescues a model that has been tuned already; sweep `alpha` over [0, 1].
-
-    Raises:
-        InputError: if the two language models differ in shape.
-    """
-    ours, theirs = (
-        dict(family_of(model).decoder.named_parameters())
-        | {f"head.{n}": p for n, p in model.get_output_embeddings().named_parameters()}
-        for model in (tuned, base)
-    )
-    if {n: p.shape for n, p in ours.items()} != {n: p.shape for n, p in theirs.items()}:
-        raise InputError("the two models' language models differ; merge a model with its own base")
-    moved: set[int] = set()
-    for name, parameter in ours.items():
-        if parameter.data_ptr() not in moved:
-            parameter.copy_(theirs[name].lerp(parameter, alpha))
-            moved.add(parameter.data_ptr())

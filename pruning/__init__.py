@@ -8,6 +8,7 @@ from vlm_prune.pruning.base import (
     ScorePruner,
     VisionPruner,
 )
+from vlm_prune.pruning.best import Best
 from vlm_prune.pruning.cdpruner import CDPruner
 from vlm_prune.pruning.compose import Cascade, Merge
 from vlm_prune.pruning.dart import Dart
@@ -46,12 +47,14 @@ METHODS: Registry[type[Pruner]] = Registry(
         "cdpruner": CDPruner,
         "cascade": Cascade,
         "merge": Merge,
+        "best": Best,
     },
 )
 
 __all__ = [
     "METHODS",
     "AdaptInfer",
+    "Best",
     "CDPruner",
     "Cascade",
     "Dart",

@@ -3,15 +3,17 @@
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
 from vlm_prune.kernels.compact_tokens import compact_tokens
-from vlm_prune.pruning.schedule import fit, scaled
+from vlm_prune.pruning.schedule import Schedule, fit, scaled
 from vlm_prune.vlm import midstack, session
+from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.families import Family, Need, family_of
 from vlm_prune.vlm.midstack import Cut, Side
 from vlm_prune.vlm.registry import Registry, unknown
 from vlm_prune.vlm.session import Positions
@@ -21,11 +23,14 @@ from vlm_prune.vlm.tokens import (
     Trace,
     VisionTokens,
     check_budget,
+    check_fits,
     tokens_for,
     top,
 )
+from vlm_prune.vlm.wrapper import methods
 
 Stage = Literal["input", "encoder", "projector", "decoder"]
+Counted = Literal["computed", "at the cut", "kept"]
 
 
 @dataclass(kw_only=True)
@@ -63,9 +68,7 @@ class Pruner(ABC):
             raise InputError(unknown(name, str(getattr(self, name)), allowed))
 
     @abstractmethod
-    def __call__(
-        self, model: Any, vision: VisionTokens | None = None
-    ) -> AbstractContextManager[Trace]:
+    def __call__(self, model: Any, vision: Images | None = None) -> AbstractContextManager[Trace]:
         """Prune `model` inside a `with` block.
 
         `vision` holds the prompt's images where they were encoded beforehand; `generate` then gets
@@ -74,7 +77,41 @@ class Pruner(ABC):
 
     def check(self, tokens: int, layers: int) -> None:
         """Raises `InputError` when the budget cannot be met on such a model."""
-        tokens_for(self.budget, tokens)
+        check_fits(self.budget, tokens)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What a model must have for this method."""
+        return frozenset()
+
+    def admit(self, model: Any) -> Family:
+        """The model's adapter.
+
+        Raises:
+            InputError: when this method or its budget does not go with the model.
+        """
+        family = family_of(model)
+        for need in sorted(self.needs & family.lacks):
+            works = [n for n, method in methods().items() if not method().needs & family.lacks]
+            raise InputError(
+                f"{type(self).__name__} needs {need}, which {model.config.model_type} models lack; "
+                f"give one of {', '.join(works)}"
+            )
+        if family.fixed_size:
+            self.check(family.tokens_per_image, len(family.decoder.layers))
+        return family
+
+    def papers_count(self, tokens: int, layer_tokens: list[float]) -> float | None:
+        """Tokens per image as the method's paper would count them.
+
+        `layer_tokens` are those that each layer computes of an image of `tokens`. Where all layers
+        compute the same there is one way to count; None where there is no paper to ask.
+        """
+        return layer_tokens[-1] if len(set(layer_tokens)) == 1 else None
+
+    def definition(self, tokens: int) -> str:
+        """What it stands for on such an image, for a name that stands for another method."""
+        return ""
 
 
 @dataclass
@@ -90,13 +127,16 @@ class VisionPruner(Pruner):
         return pixel_values
 
     def count(self, vision: VisionTokens) -> int:
-        """Tokens to keep of each image."""
-        return tokens_for(self.budget, vision.projected.shape[1])
+        """Tokens to keep of each image; newlines come with all N of them, never with fewer."""
+        tokens, wanted = vision.projected.shape[1], tokens_for(self.budget, vision.available)
+        if wanted == vision.available:
+            return tokens
+        return min(wanted, tokens - (vision.available > tokens))
 
-    def __call__(
-        self, model: Any, vision: VisionTokens | None = None
-    ) -> AbstractContextManager[Trace]:
-        return session.pruned(model, self.reduce, self.positions, self.pixels, vision)
+    def __call__(self, model: Any, vision: Images | None = None) -> AbstractContextManager[Trace]:
+        self.admit(model)
+        pixels = self.pixels if self.stage == "input" else None
+        return session.pruned(model, self.reduce, self.positions, pixels, vision)
 
 
 @dataclass
@@ -121,19 +161,27 @@ class DecoderPruner(Pruner):
 
     Args:
         preset: the authors' own token counts by name, instead of counts solved from `budget`.
+        schedule: where to cut and in which proportions, instead of the method's own pattern; a
+            `Schedule` or its fields as a dictionary.
     """
 
     preset: str = ""
+    schedule: Schedule | dict[str, Any] | None = None
 
     stage: ClassVar[Stage] = "decoder"
     reads: ClassVar[Side] = "before"
+    counted: ClassVar[Counted] = "computed"
     presets: ClassVar[Registry[tuple[float, ...]]] = Registry("preset")
     compact = staticmethod(compact_tokens)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.schedule, dict):
+            self.schedule = Schedule(**self.schedule)
         if self.preset:
             self.presets[str(self.preset)]
+            if self.schedule is not None:
+                raise InputError("a preset says where to cut and so does a schedule; give one")
 
     @abstractmethod
     def pattern(self) -> list[tuple[int, float]]:
@@ -149,8 +197,11 @@ class DecoderPruner(Pruner):
 
     def cuts(self, tokens: int, layers: int) -> list[Cut]:
         """Where to cut, and to how many tokens, for images of `tokens` in `layers` layers."""
-        depths, shares = map(list, zip(*self.pattern(), strict=True))
-        places = scaled(depths, layers)
+        if isinstance(self.schedule, Schedule):
+            places, shares = self.schedule.scaled(layers), list(self.schedule.shares)
+        else:
+            depths, shares = map(list, zip(*self.pattern(), strict=True))
+            places = scaled(depths, layers)
         if self.preset:
             counts = [
                 count if isinstance(count, int) else round(count * tokens)
@@ -159,17 +210,27 @@ class DecoderPruner(Pruner):
         else:
             budget = tokens_for(self.budget, tokens)
             places, counts = fit(budget, tokens, layers, places, shares)
-        return [Cut(p, min(n, tokens)) for p, n in zip(places, counts, strict=True) if p < layers]
+        # in a shallow model two cuts may fall on one place; the later one decides
+        at = dict(zip(places, counts, strict=True))
+        return [Cut(place, min(keep, tokens)) for place, keep in at.items() if place < layers]
 
     def check(self, tokens: int, layers: int) -> None:
-        self.cuts(tokens, layers)
+        if not self.preset:
+            check_fits(self.budget, tokens)
 
-    def __call__(
-        self, model: Any, vision: VisionTokens | None = None
-    ) -> AbstractContextManager[Trace]:
-        family = family_of(model)
-        cuts = self.cuts(family.tokens_per_image, len(family.decoder.layers))
-        return midstack.pruned(model, cuts, self, self.positions)
+    def papers_count(self, tokens: int, layer_tokens: list[float]) -> float | None:
+        """By `counted`: the mean that layers compute, the mean with the layer before each cut
+        already counted as pruned, or what is left after the last cut.
+        """
+        if self.counted == "kept":
+            return layer_tokens[-1]
+        if self.counted == "at the cut":
+            layer_tokens = [*layer_tokens[1:], layer_tokens[-1]]
+        return sum(layer_tokens) / len(layer_tokens)
+
+    def __call__(self, model: Any, vision: Images | None = None) -> AbstractContextManager[Trace]:
+        layers = len(self.admit(model).decoder.layers)
+        return midstack.pruned(model, partial(self.cuts, layers=layers), self, self.positions)
 
 
 @dataclass

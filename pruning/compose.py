@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,8 +14,9 @@ from vlm_prune.pruning.divprune import DivPrune
 from vlm_prune.pruning.select import averaged, cosine, others
 from vlm_prune.pruning.zoo import ZooExact
 from vlm_prune.vlm import midstack
+from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.families import Need
 from vlm_prune.vlm.midstack import Cut
 from vlm_prune.vlm.tokens import Kept, Trace, VisionTokens, take, tokens_for
 
@@ -65,17 +67,20 @@ class Cascade(Pruner):
         inside = replace(self.inside, budget=tokens_for(self.budget, tokens))
         return inside.cuts(self.entering(tokens), layers)
 
-    def check(self, tokens: int, layers: int) -> None:
-        self.cuts(tokens, layers)
+    @property
+    def needs(self) -> frozenset[Need]:
+        return self.pre.needs | self.inside.needs
 
     @contextmanager
-    def __call__(self, model: Any, vision: VisionTokens | None = None) -> Iterator[Trace]:
-        family = family_of(model)
-        tokens = family.tokens_per_image
-        cuts = self.cuts(tokens, len(family.decoder.layers))
-        pre = replace(
-            self.pre, budget=self.entering(tokens), positions=self.positions, seed=self.seed
-        )
+    def __call__(self, model: Any, vision: Images | None = None) -> Iterator[Trace]:
+        family = self.admit(model)
+        cuts = partial(self.cuts, layers=len(family.decoder.layers))
+        entering = min(1.0, self.widening * self.budget)
+        if isinstance(self.budget, int):
+            entering = round(self.widening * self.budget)
+            if family.fixed_size:
+                entering = min(family.tokens_per_image, entering)
+        pre = replace(self.pre, budget=entering, positions=self.positions, seed=self.seed)
         inside = replace(self.inside, positions=self.positions, seed=self.seed)
         with (
             pre(model, vision) as trace,
@@ -101,6 +106,10 @@ class Merge(VisionPruner):
     def __post_init__(self) -> None:
         super().__post_init__()
         _before_the_model(self.method)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return self.method.needs
 
     def reduce(self, vision: VisionTokens) -> Kept:
         method = replace(self.method, budget=self.budget, positions=self.positions, seed=self.seed)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vlm_prune.pruning.base import DecoderPruner
+from vlm_prune.pruning.base import Counted, DecoderPruner
 from vlm_prune.pruning.schedule import check_layer
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.tokens import DecoderTokens, Kept, top
@@ -32,6 +32,7 @@ class Dart(DecoderPruner):
     layer: int = 2
     image_pivots: int = 4
     text_pivots: int = 4
+    counted: ClassVar[Counted] = "kept"
     paper: ClassVar[str] = "https://arxiv.org/abs/2502.11494"
 
     def __post_init__(self) -> None:

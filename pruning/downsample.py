@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from vlm_prune.pruning.base import Stage, VisionPruner
+from vlm_prune.vlm.families import Need
 from vlm_prune.vlm.tokens import Kept, VisionTokens, tokens_for
 
 
@@ -32,6 +33,10 @@ class Downsample(VisionPruner):
 
     patch: int = 14
     stage: ClassVar[Stage] = "input"
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"a fixed image size"})
 
     def pixels(self, pixel_values: Tensor) -> Tensor:
         rows, columns = (side // self.patch for side in pixel_values.shape[-2:])

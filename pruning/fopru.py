@@ -45,17 +45,24 @@ class FoPru(ScorePruner):
     def reduce(self, vision: VisionTokens) -> Kept:
         scores, k = self.score(vision), self.count(vision)
         if self.strategy == "row":
-            scores = row_scores(scores, vision.grid)
+            scores = row_scores(scores, vision.grids)
         return Kept.at(vision.projected, top(scores, k))
 
 
-def row_scores(scores: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Scores whose order takes rows of the grid one after the other, each row's best tokens first.
+def row_scores(scores: Tensor, grids: tuple[tuple[int, int], ...]) -> Tensor:
+    """Scores whose order takes rows of the grids one after the other, each row's best tokens first.
 
-    Shapes: (M, N) -> (M, N).
+    Rows are ranked by their means, which order rows of one grid as their sums do.
+
+    Shapes: (M, N) -> (M, N), N the tokens of all grids.
     """
-    rows = scores.unflatten(1, grid)
-    rank_of_row = rows.sum(2).argsort(dim=1, descending=True, stable=True).argsort(1)
-    rank_in_row = rows.argsort(dim=2, descending=True, stable=True).argsort(2)
-    order: Tensor = -(rank_of_row[..., None] * grid[1] + rank_in_row).flatten(1).to(torch.float32)
-    return order
+    sizes = [rows * columns for rows, columns in grids]
+    views = [v.unflatten(1, grid) for v, grid in zip(scores.split(sizes, 1), grids, strict=True)]
+    means = torch.cat([view.mean(2) for view in views], 1)
+    ranks = means.argsort(dim=1, descending=True, stable=True).argsort(1)
+    widest = max(columns for _, columns in grids)
+    order = [
+        (rank[..., None] * widest + view.argsort(dim=2, descending=True, stable=True).argsort(2))
+        for rank, view in zip(ranks.split([rows for rows, _ in grids], 1), views, strict=True)
+    ]
+    return -torch.cat([part.flatten(1) for part in order], 1).to(torch.float32)

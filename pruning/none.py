@@ -15,6 +15,9 @@ class NoPruning(VisionPruner):
 
     stage: ClassVar[Stage] = "projector"
 
+    def check(self, tokens: int, layers: int) -> None:
+        """Nothing can be wrong with a budget that is not used."""
+
     def reduce(self, vision: VisionTokens) -> Kept:
         count, tokens = vision.projected.shape[:2]
         every = torch.arange(tokens, device=vision.projected.device)

@@ -29,19 +29,24 @@ def regions(k: int, rows: int, columns: int) -> list[tuple[slice, slice]]:
 class Pool(VisionPruner):
     """Average the projected tokens of rectangles, exactly as many as the budget.
 
-    Each average stands at the place of its rectangle's middle token.
+    Each average stands at the place of its rectangle's middle token. Several views of an image
+    share the budget by their numbers of tokens.
     """
 
     stage: ClassVar[Stage] = "projector"
 
     def reduce(self, vision: VisionTokens) -> Kept:
-        rows, columns = vision.grid
-        grid = vision.projected.unflatten(1, vision.grid)
-        boxes = regions(self.count(vision), rows, columns)
-        means = torch.stack([grid[:, r, c].mean(dim=(1, 2)) for r, c in boxes], 1)
-        middles = [
-            (r.start + r.stop - 1) // 2 * columns + (c.start + c.stop - 1) // 2 for r, c in boxes
-        ]
-        places = torch.tensor(middles, device=means.device)
+        k, tokens, start = self.count(vision), vision.projected.shape[1], 0
+        means, middles = [], []
+        for rows, columns in vision.grids:
+            end = start + rows * columns
+            grid = vision.projected[:, start:end].unflatten(1, (rows, columns))
+            share = k * end // tokens - k * start // tokens
+            for r, c in regions(share, rows, columns) if share else []:
+                means.append(grid[:, r, c].mean(dim=(1, 2)))
+                row, column = (r.start + r.stop - 1) // 2, (c.start + c.stop - 1) // 2
+                middles.append(start + row * columns + column)
+            start = end
+        places = torch.tensor(middles, device=vision.projected.device)
         order = places.argsort()
-        return Kept([places[order]] * len(means), list(means[:, order]))
+        return Kept([places[order]] * len(vision.projected), list(torch.stack(means, 1)[:, order]))

@@ -6,22 +6,31 @@ import torch
 from torch import Tensor
 
 from vlm_prune.kernels.attention_received import attention_received
-from vlm_prune.vlm.tokens import DecoderTokens, VisionTokens
+from vlm_prune.vlm.tokens import DecoderTokens, QuestionRows, VisionTokens
 
 Queries = Literal["all", "patches", "cls"]
 
 
 def in_tower(vision: VisionTokens, queries: Queries) -> Tensor:
-    """Mean over heads and the given queries, in the layer whose output is `features`; (M, N)."""
+    """Mean over heads and the given queries, in the layer whose output is `features`; (M, N).
+
+    In a tower without a CLS token `cls` means all tokens, as VisionZip's authors do for Qwen2.5-VL.
+    A tile's tokens receive attention from that tile alone.
+    """
     query, key = vision.query_key()
-    first = key.shape[2] - vision.features.shape[1]
-    rows = {"all": slice(None), "patches": slice(1, None), "cls": slice(0, 1)}[queries]
-    return attention_received(query[:, :, rows], key)[:, first:]
+    first = int(vision.has_cls)
+    rows = {"all": slice(None), "patches": slice(first, None), "cls": slice(0, first or None)}
+    received = attention_received(query[:, :, rows[queries]], key)[:, first:]
+    return vision.pool(received[..., None])[..., 0]
 
 
 def in_decoder(tokens: DecoderTokens, readers: Tensor) -> Tensor:
     """Mean over heads and the question places where `readers` (M, T) is true; (M, n)."""
     rows = tokens.rows(slice(-readers.shape[1], None))
-    at = torch.where(readers, rows.columns, -1)
-    scores = attention_received(rows.query, rows.key, at, rows.key_positions, rows.scale)
+    return from_rows(rows, torch.where(readers, rows.columns, -1))
+
+
+def from_rows(rows: QuestionRows, columns: Tensor) -> Tensor:
+    """Mean over heads and the queries that stand at `columns` (M, T), -1 for none; (M, n)."""
+    scores = attention_received(rows.query, rows.key, columns, rows.key_positions, rows.scale)
     return scores.gather(1, rows.image)

@@ -1,8 +1,62 @@
 """Where a method cuts inside the language model, and to how many tokens, to spend a budget."""
 
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
 from vlm_prune.vlm.errors import InputError
 
 DEPTH = 32
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Cuts found on a model, instead of those of a method's paper.
+
+    Args:
+        layers: decoder layers of that model.
+        places: how many of them have run at each cut, ascending.
+        shares: relative number of tokens after each cut, not rising.
+
+    Raises:
+        InputError: if these do not go together.
+    """
+
+    layers: int
+    places: tuple[int, ...]
+    shares: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "places", tuple(self.places))
+        object.__setattr__(self, "shares", tuple(self.shares))
+        if not (
+            len(self.places) == len(self.shares) > 0
+            and list(self.places) == sorted(set(self.places))
+            and 0 <= self.places[0]
+            and self.places[-1] < self.layers
+            and list(self.shares) == sorted(self.shares, reverse=True)
+            and self.shares[-1] > 0
+        ):
+            raise InputError(
+                f"a schedule needs rising places below its {self.layers} layers and as many shares "
+                f"above 0 that do not rise, not {list(self.places)} and {list(self.shares)}"
+            )
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Schedule":
+        """The schedule in a JSON file that `vlm-prune schedule` wrote; raises `InputError`."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(*(content[key] for key in ("layers", "places", "shares")))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path} holds no schedule ({type(error).__name__}: {error}); "
+                "give the schedule.json of vlm-prune schedule"
+            ) from error
+
+    def scaled(self, layers: int) -> list[int]:
+        """Its places in a model of another depth."""
+        return [round(place * layers / self.layers) for place in self.places]
 
 
 def check_layer(layer: int) -> None:

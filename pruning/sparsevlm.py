@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from vlm_prune.pruning.base import DecoderScorePruner
+from vlm_prune.pruning.base import Counted, DecoderScorePruner
 from vlm_prune.pruning.received import in_decoder
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.midstack import Cut
@@ -38,6 +38,7 @@ class SparseVLM(DecoderScorePruner):
     recycle: float = 0.3
     clusters: float = 0.1
     neighbours: int = 5
+    counted: ClassVar[Counted] = "at the cut"
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.04417"
     presets: ClassVar[Registry[tuple[float, ...]]] = Registry(
         "preset",
@@ -70,6 +71,20 @@ class SparseVLM(DecoderScorePruner):
         recycled = int(self.recycle * dropped)
         return min(recycled, int(self.clusters * recycled) + 1) if self.clusters else 0
 
+    def whole(self, count: int, keep: int) -> int:
+        """Tokens that stay as they are where `count` become `keep`, made ones included."""
+        return next((k for k in range(keep, 0, -1) if k + self.made(count - k) <= keep), 0)
+
+    def papers_count(self, tokens: int, layer_tokens: list[float]) -> float | None:
+        """The authors leave recycled tokens out."""
+        counts, before, now = [], tokens, tokens
+        for computed in map(round, layer_tokens):
+            if computed < before:
+                now = self.whole(before, computed)
+            counts.append(float(now))
+            before = computed
+        return super().papers_count(tokens, counts)
+
     def readers(self, tokens: DecoderTokens) -> Tensor:
         return raters(tokens.features, tokens.question, tokens.asked)
 
@@ -78,7 +93,7 @@ class SparseVLM(DecoderScorePruner):
 
     def reduce(self, tokens: DecoderTokens, keep: int) -> Kept:
         scores, count = self.score(tokens), tokens.features.shape[1]
-        whole = next((k for k in range(keep, 0, -1) if k + self.made(count - k) <= keep), 0)
+        whole = self.whole(count, keep)
         places, features = [], []
         for score, own in zip(scores, tokens.features, strict=True):
             order = score.argsort(descending=True, stable=True)

@@ -1,15 +1,18 @@
 """ZOO-Prune: keep tokens to which the projector is sensitive, and that differ from each other."""
 
-from dataclasses import dataclass, field
+import weakref
+from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from vlm_prune.kernels.token_sensitivity import closed_form, monte_carlo, weight_kernel
 from vlm_prune.pruning.base import Stage, VisionPruner
 from vlm_prune.pruning.select import diverse, min_max
 from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.families import Need
 from vlm_prune.vlm.tokens import Kept, Projector, VisionTokens, top
 
 Combine = Literal["product", "sensitivity", "diversity"]
@@ -42,13 +45,17 @@ class Zoo(VisionPruner):
         if self.directions < 1 or self.step <= 0:
             raise InputError("directions must be at least 1 and step above 0")
 
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"a two-layer projector"} if self.combine != "diversity" else ())
+
     def sensitivity(self, vision: VisionTokens) -> Tensor:
         """(M, N), the mean change of the output along random directions."""
         width = vision.features.shape[-1]
         generator = torch.Generator().manual_seed(self.seed)
         bank = torch.randn(self.directions, width, generator=generator)
         bank = (bank / bank.norm(dim=1, keepdim=True)).to(vision.features.device)
-        w = vision.projector
+        w = two_layers(vision)
         return monte_carlo(vision.features, w.w1, w.b1, w.act, w.w2, bank, self.step)
 
     def reduce(self, vision: VisionTokens) -> Kept:
@@ -61,6 +68,17 @@ class Zoo(VisionPruner):
         return Kept.at(vision.projected, diverse(scores, vision.projected, k))
 
 
+def two_layers(vision: VisionTokens) -> Projector:
+    """The projector's weights; a linear one would make all tokens equally sensitive.
+
+    Raises:
+        InputError: when it has no two layers.
+    """
+    if not isinstance(vision.projector, Projector):
+        raise InputError("the sensitivity of tokens needs a projector of two layers; try divprune")
+    return vision.projector
+
+
 @dataclass
 class ZooExact(Zoo):
     """ZOO-Prune with the sensitivity in closed form: no sampling, one matrix product per image.
@@ -71,22 +89,24 @@ class ZooExact(Zoo):
     """
 
     paper: ClassVar[str] = ""
-    _made: tuple[tuple[Tensor, Tensor], tuple[int, ...], Tensor] | None = field(
-        default=None, init=False, repr=False, compare=False
-    )
 
     def sensitivity(self, vision: VisionTokens) -> Tensor:
-        w = vision.projector
-        return closed_form(vision.features, w.w1, w.b1, w.act, self._kernel_of(w))
+        w = two_layers(vision)
+        return closed_form(vision.features, w.w1, w.b1, w.act, kernel_of(w))
 
-    def _kernel_of(self, projector: Projector) -> Tensor:
-        """K of the projector, made again only when its weights are others or have changed."""
-        weights = (projector.w1, projector.w2)
-        versions = tuple(0 if w.is_inference() else w._version for w in weights)
-        if (
-            self._made is None
-            or versions != self._made[1]
-            or not all(ours is theirs for ours, theirs in zip(weights, self._made[0], strict=True))
-        ):
-            self._made = (weights, versions, weight_kernel(*weights))
-        return self._made[2]
+
+_MADE = WeakIdKeyDictionary()
+
+
+def kernel_of(projector: Projector) -> Tensor:
+    """K of the projector, made again only when its weights are others or have changed.
+
+    It outlives the method, which a cascade makes anew for each prompt, but not the weights.
+    """
+    one, two = projector.w1, projector.w2
+    versions = [0 if weight.is_inference() else weight._version for weight in (one, two)]
+    made = _MADE.get(two)
+    if made is None or made[0]() is not one or made[1] != versions:
+        made = _MADE[two] = (weakref.ref(one), versions, weight_kernel(one, two))
+    kernel: Tensor = made[2]
+    return kernel

@@ -22,7 +22,7 @@ def load(name: str = EMBEDDED, device: str = "cpu", dtype: str = "auto") -> tupl
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    from vlm_prune.vlm.families import FAMILIES
+    from vlm_prune.vlm.families import check_supported
 
     path = str(checkpoint_path()) if name == EMBEDDED else name
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
@@ -32,11 +32,7 @@ def load(name: str = EMBEDDED, device: str = "cpu", dtype: str = "auto") -> tupl
     try:
         target = torch.device(device)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if config.model_type not in FAMILIES:
-            raise InputError(
-                f"model type {config.model_type!r} is not supported; "
-                f"supported: {', '.join(FAMILIES)}"
-            )
+        check_supported(config.model_type)
         model = AutoModelForImageTextToText.from_pretrained(
             path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )

@@ -4,34 +4,33 @@ Layers before a cut keep all keys and values, layers after it only the kept ones
 differ between layers; masks and positions are rebuilt for each segment.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import create_causal_mask
 
 from vlm_prune.vlm.attention import decoder_keys, decoder_query_key
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
-from vlm_prune.vlm.session import Positions, now
+from vlm_prune.vlm.layout import alike, image_ordinals, image_places, question_places, repeated
+from vlm_prune.vlm.segment import Segment
+from vlm_prune.vlm.session import Positions, keeps_positions, now
 from vlm_prune.vlm.tokens import (
     DecoderTokens,
     Kept,
     QuestionRows,
     Trace,
     compact,
-    expanded,
-    image_ordinals,
-    image_places,
     is_right_padded,
-    question_places,
+    take,
 )
 
 Side = Literal["before", "after"]
+CutsFor = Callable[[int], list["Cut"]]
 
 
 @dataclass(frozen=True)
@@ -63,48 +62,29 @@ class Reducer(Protocol):
         """Close the gaps of a mask (B, L) in tensors (B, L, ...): validity (B, L'), and them."""
 
 
-@runtime_checkable
-class PerToken(Protocol):
-    """An argument of decoder layers that holds something for every token so far."""
-
-    def select_tokens(self, columns: Tensor, valid: Tensor, positions: Tensor) -> Self:
-        """The part that layers after a cut get: tokens `columns`, all shapes (B, L')."""
-
-
-@dataclass
-class _Segment:
-    """What the layers after a cut see; tensors (B, L'), `dropped` (B, 1).
-
-    `columns` says which of the model's tokens they are.
-    """
-
-    valid: Tensor
-    dropped: Tensor
-    columns: Tensor
-    positions: Tensor
-    kwargs: dict[str, Any]
-
-
 class _MidStack:
     def __init__(
         self,
         model: Any,
-        cuts: list[Cut],
+        cuts: CutsFor,
         reducer: Reducer,
-        contiguous: bool,
+        positions: Positions,
         trace: Trace | None,
     ) -> None:
         self.family = family_of(model)
-        self.cuts = {cut.layer: cut.keep for cut in cuts}
-        self.reducer, self.contiguous = reducer, contiguous
+        self.cuts_for, self.reducer = cuts, reducer
+        self.contiguous = not keeps_positions(self.family, positions)
         self.trace = trace or Trace()
-        self.segments: dict[int, _Segment] = {}
+        self.due: dict[int, dict[int, int]] = {}
+        self.deepstack: list[Tensor] = []
+        self.segments: dict[int, Segment] = {}
         self.prefill = False
         self.seen = 0
 
     def before_model(self, _: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Note what the prompt looks like, and whether this is a prefill."""
-        ids, past = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        ids = args[0] if args else kwargs.get("input_ids")
+        past = kwargs.get("past_key_values")
         if ids is None:
             raise InputError("pruning inside the language model needs input_ids, not inputs_embeds")
         mask = kwargs.get("attention_mask")
@@ -115,7 +95,7 @@ class _MidStack:
                 if mask is None
                 else mask[:, -ids.shape[1] :].bool()
             )
-            if kwargs.get("position_ids") is None:
+            if kwargs.get("position_ids") is None and not self.family.mrope:
                 step = torch.arange(ids.shape[1], device=ids.device)
                 ends = self.seen + step if mask is None else (mask.cumsum(1) - 1)[:, -len(step) :]
                 kwargs["position_ids"] = ends.expand(len(ids), -1)
@@ -124,24 +104,40 @@ class _MidStack:
         self.seen = ids.shape[1]
         self.valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         self.right_padded = is_right_padded(self.valid)
-        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        pixels = kwargs.get("pixel_values")
-        images = 0 if pixels is None else len(pixels)
-        images = images if encoded is None else len(encoded.pooler_output)
         is_image = ids == self.family.image_token
-        self.ordinal = image_ordinals(is_image, images)
-        rows, _ = image_places(self.ordinal, images)
-        each = rows.shape[1]
-        self.row = rows[:, 0] if images else rows
-        self.trace.kept = [torch.arange(each, device=ids.device)] * images
-        if self.trace.entered and images:
-            self.trace.kept = expanded(self.trace.entered, self.row, images)
-        self.columns = torch.arange(self.seen, device=ids.device).expand(len(ids), -1)
+        every = torch.arange(self.seen, device=ids.device)
+        if self.trace.entered:
+            order = repeated([len(places) for places in self.trace.entered], is_image)
+            available = [self.trace.available[image] for image in order]
+            self.trace.kept = [self.trace.entered[image] for image in order]
+        else:
+            available = self.family.counts(ids, kwargs)
+            self.trace.kept = [every[:count] for count in available]
+            self.trace.available = available
+        self.left = [len(kept) for kept in self.trace.kept]
+        self.ordinal = image_ordinals(is_image, self.left)
+        self.columns = every.expand(len(ids), -1)
         self.place = torch.zeros_like(ids)
         self.place[self.ordinal >= 0] = torch.cat([ids.new_empty(0), *self.trace.kept])
         self.text = question_places(is_image, self.valid)
-        self.segments, self.trace.cuts, self.images = {}, [], images
-        self.trace.layer_tokens = [float(each)] * len(self.family.decoder.layers)
+        self.segments, self.trace.cuts, self.due, self.deepstack = {}, [], {}, []
+        for image, count in enumerate(available):
+            for cut in self.cuts_for(count):
+                self.due.setdefault(cut.layer, {})[image] = cut.keep
+        mean = sum(self.left) / max(1, len(self.left))
+        self.trace.layer_tokens = [mean] * len(self.family.decoder.layers)
+        return args, kwargs
+
+    def before_decoder(self, _: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Take features that the decoder would add to image tokens at places of the full prompt."""
+        layers = kwargs.get("deepstack_visual_embeds")
+        if self.prefill and self.due and layers is not None:
+            at = kwargs["visual_pos_masks"]
+            for features in layers:
+                whole = features.new_zeros(*at.shape, features.shape[-1])
+                whole[at] = features
+                self.deepstack.append(whole)
+            kwargs = kwargs | {"deepstack_visual_embeds": None, "visual_pos_masks": None}
         return args, kwargs
 
     def before_layer(
@@ -149,17 +145,21 @@ class _MidStack:
     ) -> tuple[Any, Any] | None:
         """Cut if one is due; give the layer its segment's mask and positions."""
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        if number == 0 and self.prefill and self.images:
+        if self.prefill and 0 < number <= len(self.deepstack):
+            hidden = hidden + take(self.deepstack[number - 1], self.columns) * self.valid[..., None]
+        if number == 0 and self.prefill and self.left:
             start = now(hidden.device)
-            self.readers = self.reducer.readers(self._tokens(0, layer, hidden, kwargs))
+            self.readers = self.text.new_zeros(len(self.left), compact(self.text)[0].shape[1])
+            for group in alike(self.left):
+                tokens = self._tokens(0, layer, hidden, kwargs, group)
+                self.readers[group] = self.reducer.readers(tokens)
             self.trace.selection_s += now(hidden.device) - start
-        if number in self.cuts:
-            if self.prefill and self.images:
-                hidden = self._cut(number, layer, hidden, kwargs)
-            elif number in self.segments:
-                self._extend(number, hidden, kwargs)
+        if self.prefill and number in self.due:
+            hidden = self._cut(number, layer, hidden, kwargs)
+        elif number in self.segments:
+            self._extend(number, hidden, kwargs)
         kwargs = self._seen_by(number, kwargs)
-        if self.prefill and number + 1 in self.cuts:
+        if self.prefill and number + 1 in self.due:
             self.stash = (layer, hidden, kwargs["position_embeddings"])
         return (hidden,), kwargs
 
@@ -169,16 +169,20 @@ class _MidStack:
         return kwargs | self.segments[max(starts)].kwargs if starts else kwargs
 
     def _tokens(
-        self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
+        self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any], images: list[int]
     ) -> DecoderTokens:
-        """What the method sees before layer `number`; `kwargs` are those of the layer before."""
+        """What the method sees before layer `number` of images with equally many tokens.
+
+        `kwargs` are those of the layer before.
+        """
         source, before, rotary = layer, hidden, kwargs["position_embeddings"]
         if number and self.reducer.reads == "before":
             source, before, rotary = self.stash
         index, real = compact(self.text)
-        row, valid = self.row, self.valid
+        rows_of, columns_of = image_places(self.ordinal, self.left)
+        row, valid = rows_of[images], self.valid
         texts, asked = index[row], real[row]
-        at = image_places(self.ordinal, self.images)
+        at = (row[:, None], torch.stack([columns_of[image] for image in images]))
         text_at = (row[:, None], texts)
 
         def rows(queries: slice) -> QuestionRows:
@@ -196,25 +200,33 @@ class _MidStack:
     def _cut(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         start = now(hidden.device)
         seen = self._seen_by(number - 1, kwargs)
-        wanted = self.cuts[number]
-        tokens = replace(self._tokens(number, layer, hidden, seen), readers=self.readers)
-        left = torch.arange(tokens.features.shape[1], device=hidden.device)
-        reduced = (
-            self.reducer.reduce(tokens, wanted)
-            if wanted < len(left)
-            else Kept.at(tokens.features, left.expand(self.images, -1))
-        )
-        keep, hidden = self.valid & (self.ordinal < 0), hidden.clone()
-        rows, columns = image_places(self.ordinal, self.images)
-        kept: list[Tensor] = []
-        for image, places in enumerate(reduced.places):
-            at = (rows[image, places], columns[image, places])
-            keep[at], hidden[at] = True, reduced.features[image]
-            kept.append(self.place[at])
-        old = seen["position_ids"].expand(len(hidden), -1)
-        valid, (hidden, old, self.text, ordinal, self.place, self.columns) = self.reducer.compact(
+        due = [min(n, self.due[number].get(i, n)) for i, n in enumerate(self.left)]
+        rows, columns = image_places(self.ordinal, self.left)
+        keep, changed = self.valid & (self.ordinal < 0), hidden.clone()
+        kept: list[Tensor] = list(self.trace.kept)
+        for group in alike(list(zip(self.left, due, strict=True))):
+            count, wanted = self.left[group[0]], due[group[0]]
+            every = torch.arange(count, device=hidden.device)
+            reduced = Kept([every] * len(group), [])
+            if wanted < count:
+                tokens = self._tokens(number, layer, hidden, seen, group)
+                reduced = self.reducer.reduce(replace(tokens, readers=self.readers[group]), wanted)
+            for place, image in enumerate(group):
+                at = (rows[image], columns[image][reduced.places[place]])
+                keep[at] = True
+                if reduced.features:
+                    changed[at] = reduced.features[place]
+                kept[image] = self.place[at]
+        hidden = changed
+        cos, sin = (table.expand(len(hidden), -1, -1) for table in seen["position_embeddings"])
+        old = self.valid.cumsum(1) - 1
+        if seen.get("position_ids") is not None and not self.family.mrope:
+            old = seen["position_ids"].expand(len(hidden), -1)
+        valid, (
+            hidden, old, self.text, ordinal, self.place, self.columns, *rotary
+        ) = self.reducer.compact(
             keep, hidden, old, self.text, self.ordinal, self.place, self.columns,
-            right_padded=self.right_padded,
+            *(() if self.contiguous else (cos, sin)), right_padded=self.right_padded,
         )  # fmt: skip
         old_length, new_length = self.valid.sum(1, keepdim=True), valid.sum(1, keepdim=True)
         previous = max((s for s in self.segments), default=None)
@@ -223,9 +235,10 @@ class _MidStack:
             dropped = dropped + self.segments[previous].dropped
         positions = (valid.cumsum(1) - 1 if self.contiguous else old) * valid
         self.valid, self.ordinal = valid, torch.where(valid, ordinal, -1)
-        self.segments[number] = _Segment(valid, dropped, self.columns, positions, {})
-        self._rebuild(number, hidden, positions, kwargs)
-        self.trace.kept = kept
+        segment = Segment(valid, dropped, self.columns, positions)
+        segment.rebuild(self.family.decoder, number, hidden, positions, kwargs, tuple(rotary))
+        self.segments[number] = segment
+        self.trace.kept, self.left = kept, [len(places) for places in kept]
         self.trace.cuts.append(kept)
         mean = sum(map(len, kept)) / len(kept)
         layers = len(self.trace.layer_tokens)
@@ -234,57 +247,41 @@ class _MidStack:
         return hidden
 
     def _extend(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        segment = self.segments[number]
-        segment.valid = torch.cat([segment.valid, self.incoming], 1)
-        positions = kwargs["position_ids"].expand(len(hidden), -1)
+        segment, length = self.segments[number], hidden.shape[1]
+        new = torch.arange(self.seen - length, self.seen, device=hidden.device)
+        valid = torch.cat([segment.valid, self.incoming], 1)
+        positions = (valid.cumsum(1) - 1)[:, -length:]
+        if kwargs.get("position_ids") is not None and not self.family.mrope:
+            positions = kwargs["position_ids"].expand(len(hidden), -1)
+        rotary = kwargs["position_embeddings"]
         if self.contiguous:
-            positions = positions - segment.dropped
-        new = torch.arange(self.seen - hidden.shape[1], self.seen, device=hidden.device)
+            positions, rotary = positions - segment.dropped, ()
+        segment.valid = valid
         segment.columns = torch.cat([segment.columns, new.expand(len(hidden), -1)], 1)
         segment.positions = torch.cat([segment.positions, positions], 1)
-        self._rebuild(number, hidden, positions, kwargs)
-
-    def _rebuild(
-        self, number: int, hidden: Tensor, positions: Tensor, kwargs: dict[str, Any]
-    ) -> None:
-        decoder, segment = self.family.decoder, self.segments[number]
-        segment.kwargs = {
-            "position_ids": positions,
-            "position_embeddings": decoder.rotary_emb(hidden, position_ids=positions),
-            "attention_mask": create_causal_mask(
-                config=decoder.config,
-                inputs_embeds=hidden,
-                attention_mask=segment.valid,
-                past_key_values=kwargs.get("past_key_values"),
-                position_ids=positions,
-                layer_idx=number,
-            ),
-        }
-        segment.kwargs |= {
-            name: value.select_tokens(segment.columns, segment.valid, segment.positions)
-            for name, value in kwargs.items()
-            if isinstance(value, PerToken)
-        }
+        segment.rebuild(self.family.decoder, number, hidden, positions, kwargs, rotary)
 
 
 @contextmanager
 def pruned(
     model: Any,
-    cuts: list[Cut],
+    cuts: CutsFor,
     reducer: Reducer,
     positions: Positions,
     trace: Trace | None = None,
 ) -> Iterator[Trace]:
     """Let `reducer` reduce the image tokens at `cuts` while the block is open.
 
-    Without a cache each forward scores anew with the text so far. Where the prompt is shortened
+    `cuts` gives those of an image by its number of tokens before any pruning. Without a cache each forward scores anew with the text so far. Where the prompt is shortened
     first, `trace` is that of the shortening, and goes on here.
     """
-    stack = _MidStack(model, cuts, reducer, positions != "original", trace)
+    stack = _MidStack(model, cuts, reducer, positions, trace)
+    family = stack.family
     hooks = [
-        stack.family.multimodal.register_forward_pre_hook(stack.before_model, with_kwargs=True)
+        family.multimodal.register_forward_pre_hook(stack.before_model, with_kwargs=True),
+        family.decoder.register_forward_pre_hook(stack.before_decoder, with_kwargs=True),
     ]
-    for number, layer in enumerate(stack.family.decoder.layers):
+    for number, layer in enumerate(family.decoder.layers):
         hook = partial(stack.before_layer, number)
         hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
     try:

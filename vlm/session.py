@@ -9,19 +9,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlm_prune.vlm.families import family_of
-from vlm_prune.vlm.tokens import (
-    Kept,
-    Trace,
-    VisionTokens,
-    compact,
-    image_ordinals,
-    image_places,
-    is_right_padded,
-    question_places,
-)
+from vlm_prune.vlm.encoded import Group, Images
+from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.families import Family, family_of
+from vlm_prune.vlm.layout import image_ordinals, image_places, question_places
+from vlm_prune.vlm.tokens import Kept, Trace, VisionTokens, compact, is_right_padded
 
 Positions = Literal["auto", "contiguous", "original"]
 
@@ -33,9 +26,18 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def image_output(features: list[Tensor]) -> dict[str, BaseModelOutputWithPooling]:
-    """Encoded images as `generate(mm_encoder_outputs=...)` takes them; made anew for each call."""
-    return {"image": BaseModelOutputWithPooling(pooler_output=list(features))}
+def keeps_positions(family: Family, positions: Positions) -> bool:
+    """Whether kept tokens keep the positions that they had in the full prompt.
+
+    Raises:
+        InputError: when the family's positions cannot be renumbered.
+    """
+    if positions == "contiguous" and family.mrope:
+        raise InputError(
+            "positions 'contiguous' would lose the rows and columns of this model's positions; "
+            "give 'auto' or 'original'"
+        )
+    return positions == "original" or family.mrope
 
 
 @dataclass(frozen=True)
@@ -45,50 +47,35 @@ class Prompt:
     input_ids: Tensor
     attention_mask: Tensor
     position_ids: Tensor
-    features: list[Tensor]
-
-    def arguments(self) -> dict[str, Any]:
-        kwargs = {
-            "input_ids": self.input_ids,
-            "attention_mask": self.attention_mask,
-            "position_ids": self.position_ids,
-        }
-        return kwargs | {"mm_encoder_outputs": image_output(self.features)}
 
 
 def shorten(
-    input_ids: Tensor, attention_mask: Tensor | None, image_token: int, kept: Kept, original: bool
+    input_ids: Tensor,
+    valid: Tensor,
+    ordinal: Tensor,
+    counts: list[int],
+    places: list[Tensor],
+    full: Tensor | None,
 ) -> Prompt:
     """Drop the placeholders of dropped image tokens.
 
-    Shapes: input_ids and attention_mask (B, L). `original` keeps the position that each token had
-    in the full prompt; otherwise positions are renumbered without gaps.
-
-    Raises:
-        InputError: when the prompt's placeholders do not fit the images.
+    Shapes: input_ids, valid and ordinal (B, L); `full` (B, L) or (4, B, L) holds the positions in
+    the full prompt, which stay; without it positions are renumbered without gaps.
     """
-    valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    is_image = input_ids == image_token
-    rows, columns = image_places(image_ordinals(is_image, len(kept.places)), len(kept.places))
-    keep = valid.bool() & ~is_image
-    for row, column, places in zip(rows, columns, kept.places, strict=True):
-        keep[row[places], column[places]] = True
+    rows, columns = image_places(ordinal, counts)
+    keep = valid.bool() & (ordinal < 0)
+    for row, column, kept in zip(rows, columns, places, strict=True):
+        keep[row, column[kept]] = True
     index, mask = compact(keep, is_right_padded(valid))
-    positions = ((valid.cumsum(1) - 1).gather(1, index) if original else mask.cumsum(1) - 1) * mask
+    positions = mask.cumsum(1) - 1
+    if full is not None and full.ndim == 3:
+        # the row of the text only orders tokens: gaps in it would read as packed sequences
+        spatial = full[1:].gather(2, index.expand(len(full) - 1, -1, -1))
+        positions = torch.cat([positions[None], spatial])
+    elif full is not None:
+        positions = full.gather(1, index)
     ids = torch.where(mask, input_ids.gather(1, index), 0)
-    return Prompt(ids, mask.long(), positions, kept.features)
-
-
-def question_embeddings(
-    model: Any, input_ids: Tensor, attention_mask: Tensor | None, image_token: int, images: int
-) -> tuple[Tensor, ...]:
-    """For each image the embeddings (T, d_l) of the text after the last image of its row."""
-    is_image = input_ids == image_token
-    valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    rows, _ = image_places(image_ordinals(is_image, images), images)
-    asked = question_places(is_image, valid)
-    embed = model.get_input_embeddings()
-    return tuple(embed(input_ids[row][asked[row]]) for row in rows[:, 0])
+    return Prompt(ids, mask.long(), positions * mask)
 
 
 @contextmanager
@@ -96,63 +83,84 @@ def pruned(
     model: Any,
     reduce: Callable[[VisionTokens], Kept],
     positions: Positions,
-    pixels: Callable[[Tensor], Tensor],
-    vision: VisionTokens | None,
+    pixels: Callable[[Tensor], Tensor] | None,
+    vision: Images | None,
 ) -> Iterator[Trace]:
     """Make `model.generate` and `model(...)` see only the image tokens that `reduce` keeps.
 
     `generate` returns the layout it returns without the block, full prompt included. Logits of a
-    direct forward have the short length. Images encoded beforehand are passed as `vision`.
+    direct forward have the short length. Images encoded beforehand are passed as `vision`; `pixels`
+    changes them before they are.
     """
     family = family_of(model)
+    original = keeps_positions(family, positions)
+    described = ("pixel_values", "mm_token_type_ids", *family.image_inputs)
     trace = Trace()
 
     @torch.no_grad()
-    def prompt(input_ids: Tensor, mask: Tensor | None, pixel_values: Tensor | None) -> Prompt:
-        tokens = vision
-        if pixel_values is not None:
+    def arguments(input_ids: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Those of the short prompt; takes the full one's out of `kwargs`."""
+        mask = kwargs.pop("attention_mask", None)
+        valid = torch.ones_like(input_ids) if mask is None else mask
+        inputs = {name: kwargs.pop(name, None) for name in described}
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        images = vision
+        if "pixel_values" in inputs:
             start = now(model.device)
-            tokens = family.encode(pixels(pixel_values))
+            seen = inputs["pixel_values"] if pixels is None else pixels(inputs["pixel_values"])
+            images = family.encode(**(inputs | {"pixel_values": seen, "input_ids": input_ids}))
             trace.vision_s += now(model.device) - start
-        assert tokens is not None
-        asked = partial(
-            question_embeddings, model, input_ids, mask, family.image_token, len(tokens.projected)
-        )
-        tokens = replace(tokens, question=asked)
+        assert images is not None
+        is_image = input_ids == family.image_token
+        counts = images.counts if pixels is None else family.sizes(input_ids, inputs)
+        ordinal = image_ordinals(is_image, counts)
+        rows, _ = image_places(ordinal, counts)
+        asked = question_places(is_image, valid)
+
+        def questions(members: list[int]) -> tuple[Tensor, ...]:
+            embed = model.get_input_embeddings()
+            return tuple(embed(input_ids[row][asked[row]]) for row in rows[members])
+
+        def reduced(group: Group) -> Kept:
+            return reduce(replace(group.tokens, question=partial(questions, group.members)))
+
         start = now(model.device)
-        kept = reduce(tokens)
+        kept, deepstack = images.reduce(reduced)
         trace.selection_s += now(model.device) - start
         trace.kept = trace.entered = kept.places
+        trace.available = counts
         mean = sum(len(places) for places in kept.places) / max(1, len(kept.places))
         trace.layer_tokens = [mean] * len(family.decoder.layers)
-        return shorten(input_ids, mask, family.image_token, kept, positions == "original")
-
-    def prunes(kwargs: dict[str, Any]) -> bool:
-        return kwargs.get("pixel_values") is not None or vision is not None
+        full = family.positions(input_ids, valid, images.inputs) if original else None
+        short = shorten(input_ids, valid, ordinal, counts, kept.places, full)
+        return vars(short) | {"mm_encoder_outputs": family.output(kept.features, deepstack)}
 
     def before_forward(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         past = kwargs.get("past_key_values")
+        _refuse_videos(kwargs)
         if kwargs.get("pixel_values") is None or (past is not None and past.get_seq_length()):
             return args, kwargs
-        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        short = prompt(ids, kwargs.get("attention_mask"), kwargs.pop("pixel_values"))
-        return (), kwargs | short.arguments()
+        kwargs = dict(kwargs)
+        ids = kwargs.pop("input_ids") if "input_ids" in kwargs else args[0]
+        short = arguments(ids, kwargs)
+        return (), kwargs | short
 
     generate = model.generate
 
     def pruned_generate(inputs: Tensor | None = None, **kwargs: Any) -> Any:
         ids = kwargs.pop("input_ids", inputs)
-        if ids is None or not prunes(kwargs):
+        _refuse_videos(kwargs)
+        if ids is None or (kwargs.get("pixel_values") is None and vision is None):
             return generate(ids, **kwargs)
-        short = prompt(ids, kwargs.pop("attention_mask", None), kwargs.pop("pixel_values", None))
         for replaced in ("position_ids", "mm_encoder_outputs"):
             kwargs.pop(replaced, None)
+        short = arguments(ids, kwargs)
         if "max_length" in kwargs and "max_new_tokens" not in kwargs:
             kwargs["max_new_tokens"] = kwargs.pop("max_length") - ids.shape[1]
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = _PromptStreamer(kwargs["streamer"], ids)
-        output = generate(**kwargs, **short.arguments())
-        return _with_prompt(output, ids, short.input_ids.shape[1])
+        output = generate(**kwargs, **short)
+        return _with_prompt(output, ids, short["input_ids"].shape[1])
 
     hook = model.register_forward_pre_hook(before_forward, with_kwargs=True)
     model.generate = pruned_generate
@@ -161,6 +169,11 @@ def pruned(
     finally:
         hook.remove()
         del model.generate
+
+
+def _refuse_videos(kwargs: dict[str, Any]) -> None:
+    if kwargs.get("pixel_values_videos") is not None:
+        raise InputError("videos are not pruned; give their frames as images")
 
 
 def _with_prompt(output: Any, ids: Tensor, short: int) -> Any:

@@ -26,32 +26,64 @@ class Projector:
         return linear(self.act(linear(features, self.w1, self.b1)), self.w2, self.b2)
 
 
+def as_is(values: Tensor) -> Tensor:
+    """The tower's patches are the image's tokens."""
+    return values
+
+
 @dataclass(frozen=True)
 class VisionTokens:
     """The tokens of M images of N tokens each, after the vision tower.
 
     Args:
-        features: tower output that the projector reads, (M, N, d_v).
+        features: what the projector's first layer reads, (M, N, d_v).
         projected: the projector's output, (M, N, d_l).
-        grid: rows and columns of the token grid.
+        grids: rows and columns of each view of the image, whose tokens follow one another: one
+            for most models, an overview and tiles for others.
         seeds: one number per image that depends on its pixels alone, so that random draws are
             the same in any batch.
-        projector: the weights between the two.
+        projector: the map between the two, a `Projector` where it has two layers.
         query_key: queries and keys of the tower layer whose output is `features`, with the CLS
-            token in front where there is one, (M, H, S, d) each.
-        keys: those keys of the N tokens, heads side by side, (M, N, d_v).
+            token in front where there is one, (M T, H, S, d) each; T tiles per image.
         question: for each image the embeddings (T, d_l) of the text that follows the last image
             of its prompt; empty before a prompt is known.
+        has_cls: whether the first of the S places is a CLS token.
+        pool: what the tower says about its patches, (M T, S, c) without the CLS token, for image
+            tokens, (M, N, c): the average where a token is made of several patches.
+        available: placeholders of each image in the prompt: N, and newlines where there are some.
     """
 
     features: Tensor
     projected: Tensor
-    grid: tuple[int, int]
+    grids: tuple[tuple[int, int], ...]
     seeds: tuple[int, ...]
-    projector: Projector
+    projector: Callable[[Tensor], Tensor]
     query_key: Callable[[], tuple[Tensor, Tensor]] = field(repr=False)
-    keys: Callable[[], Tensor] = field(repr=False)
     question: Callable[[], tuple[Tensor, ...]] = field(default=tuple, repr=False)
+    has_cls: bool = True
+    pool: Callable[[Tensor], Tensor] = field(default=as_is, repr=False)
+    available: int = -1
+
+    def __post_init__(self) -> None:
+        if self.available < 0:
+            object.__setattr__(self, "available", self.projected.shape[1])
+
+    def keys(self) -> Tensor:
+        """The tower's keys of the N tokens, heads side by side, (M, N, H d)."""
+        return self.pool(self.query_key()[1].transpose(1, 2).flatten(2)[:, int(self.has_cls) :])
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns, for methods that know one grid per image.
+
+        Raises:
+            InputError: when the tokens are those of several views.
+        """
+        if len(self.grids) > 1:
+            raise InputError(
+                f"this method needs images of one grid of tokens, and these have {len(self.grids)}"
+            )
+        return self.grids[0]
 
 
 @dataclass(frozen=True)
@@ -129,13 +161,14 @@ class Trace:
 
     `kept` holds the places kept of each image (after the last cut, for methods that prune inside
     the language model), `entered` those that entered a language model whose prompt was shortened,
-    `layer_tokens` the mean number of image tokens per image that each
+    `available` how many tokens each image had before, `layer_tokens` the mean number of image tokens per image that each
     decoder layer computes, `cuts` the places kept at each cut, and `selection_s` / `vision_s`
     seconds spent selecting and encoding.
     """
 
     kept: list[Tensor] = field(default_factory=list)
     entered: list[Tensor] = field(default_factory=list)
+    available: list[int] = field(default_factory=list)
     cuts: list[list[Tensor]] = field(default_factory=list)
     layer_tokens: list[float] = field(default_factory=list)
     selection_s: float = 0.0
@@ -143,19 +176,19 @@ class Trace:
 
 
 def tokens_for(budget: float, available: int) -> int:
-    """Tokens per image that a budget means: a count, or a fraction in (0, 1].
-
-    Raises:
-        InputError: when a count is above `available`.
-    """
+    """Tokens that a budget means for an image: a count, at most all, or a fraction in (0, 1]."""
     if isinstance(budget, int):
-        if budget > available:
-            raise InputError(
-                f"budget {budget} is above the {available} tokens of an image; "
-                f"give 1 to {available}, or a fraction such as 0.11"
-            )
-        return budget
+        return min(budget, available)
     return max(1, round(budget * available))
+
+
+def check_fits(budget: float, available: int) -> None:
+    """Raises `InputError` when a count is above the tokens that every image has."""
+    if isinstance(budget, int) and budget > available:
+        raise InputError(
+            f"budget {budget} is above the {available} tokens of an image; "
+            f"give 1 to {available}, or a fraction such as 0.11"
+        )
 
 
 def check_budget(budget: float) -> None:
@@ -182,7 +215,9 @@ def top(scores: Tensor, k: int) -> Tensor:
 
 
 def compact(keep: Tensor, right_padded: bool = False) -> tuple[Tensor, Tensor]:
-    """Gather indices that close the gaps of a boolean mask.
+    """Gather indices that close the gaps of a boolean mask, for what is indexed rather than moved.
+
+    Hidden states are moved by the reducer's own `compact`, which may be one fused launch.
 
     Shapes: keep (B, L) -> index (B, L'), valid (B, L') with L' the longest row; shorter rows are
     padded on the left (or right), where `valid` is False and `index` points anywhere.
@@ -196,46 +231,3 @@ def compact(keep: Tensor, right_padded: bool = False) -> tuple[Tensor, Tensor]:
 def is_right_padded(mask: Tensor) -> bool:
     """Whether any row of a (B, L) validity mask ends in padding."""
     return bool((~mask[:, -1].bool()).any())
-
-
-def image_ordinals(is_image: Tensor, images: int) -> Tensor:
-    """For each prompt position the index of the image it belongs to, -1 for text; (B, L).
-
-    Images have equally many placeholders each and come in row order.
-
-    Raises:
-        InputError: when the placeholders do not fit the images.
-    """
-    if images == 0:
-        return torch.full_like(is_image, -1, dtype=torch.long)
-    each, rest = divmod(int(is_image.sum()), images)
-    if rest or not each:
-        raise InputError(f"{int(is_image.sum())} image placeholders do not fit {images} images")
-    order = is_image.flatten().cumsum(0) - 1
-    ordinal = torch.div(order, each, rounding_mode="floor").view_as(is_image)
-    return torch.where(is_image, ordinal, torch.full_like(ordinal, -1))
-
-
-def image_places(ordinal: Tensor, images: int) -> tuple[Tensor, Tensor]:
-    """Rows and columns (M, n) of each image's tokens, given (B, L) ordinals."""
-    rows, columns = (ordinal >= 0).nonzero(as_tuple=True)
-    shape = (images, len(rows) // max(images, 1))
-    return rows.view(shape), columns.view(shape)
-
-
-def expanded(per_image: list[Tensor], rows: Tensor, images: int) -> list[Tensor]:
-    """Entries of each image, repeated as beam search repeats a prompt's rows with their images.
-
-    Shapes: `rows` (images,) the row of each image after the repetition.
-    """
-    beams, start, out = images // len(per_image), 0, []
-    for count in rows.unique_consecutive(return_counts=True)[1][::beams].tolist():
-        out += per_image[start : start + count] * beams
-        start += count
-    return out
-
-
-def question_places(is_image: Tensor, valid: Tensor) -> Tensor:
-    """The text after the last image of each row that has one; (B, L) masks."""
-    after = is_image.flip(1).cumsum(1).flip(1) == 0
-    return after & valid.bool() & is_image.any(1, keepdim=True)

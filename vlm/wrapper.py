@@ -1,6 +1,6 @@
 """`PrunedVLM`: model, processor and pruner in one object."""
 
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.images import open_image
 from vlm_prune.vlm.load import load
 from vlm_prune.vlm.registry import Registry
@@ -26,20 +27,34 @@ def build(name: str, **hyperparameters: Any) -> Any:
     """A pruner by its registered name, or several joined by `+`.
 
     `a+b` is the cascade of a, before the language model, and b, inside it; `a+merge` averages what
-    a drops into what it keeps. Hyperparameters are those of the whole.
+    a drops into what it keeps. Hyperparameters are those of the whole; those of a part are named
+    after it, `inside.layer` (parts of a cascade are `pre` and `inside`, that of a merge `method`).
 
     Raises:
         InputError: if a name is unknown or two methods do not go together.
     """
     table = methods()
     first, *more = name.split("+")
-    if not more:
+    if not more and not any("." in key for key in hyperparameters):
         return table[first](**hyperparameters)
     pruner = table[first]()
     for part in more:
         joined = table[part]
         pruner = joined(pruner) if part == "merge" else table["cascade"](pruner, joined())
-    return replace(pruner, **hyperparameters)
+    return _replaced(pruner, hyperparameters)
+
+
+def _replaced(pruner: Any, hyperparameters: dict[str, Any]) -> Any:
+    own = {key: value for key, value in hyperparameters.items() if "." not in key}
+    inner: dict[str, dict[str, Any]] = {}
+    for key in hyperparameters.keys() - own.keys():
+        part, _, rest = key.partition(".")
+        inner.setdefault(part, {})[rest] = hyperparameters[key]
+    for part, values in inner.items():
+        if not is_dataclass(getattr(pruner, part, None)):
+            raise InputError(f"{type(pruner).__name__} has no part {part!r}")
+        own[part] = _replaced(getattr(pruner, part), values)
+    return replace(pruner, **own)
 
 
 class PrunedVLM:

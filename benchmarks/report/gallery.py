@@ -24,7 +24,7 @@ def chosen(runs: list[Run], most: int) -> list[str]:
     turns: dict[str, count[int]] = {}
     ranked = []
     for row in runs[0].rows:
-        if TASKS[row.task].visual:
+        if row.task in TASKS and TASKS[row.task].visual:  # other tasks' images are not ours
             turn = next(turns.setdefault(row.task, count()))
             ranked.append((row.id not in changed, turn, row.id))
     return [name for _, _, name in sorted(ranked, key=lambda entry: entry[:2])[:most]]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm_prune.benchmarks.table import method_name
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.tokens import tokens_for
 
@@ -120,12 +121,15 @@ def load_run(path: Path) -> Run:
         arguments = variant["arguments"]
         if variant["positions"] != "auto":
             arguments = arguments | {"positions": variant["positions"]}
-        named = ", ".join(f"{key}={value}" for key, value in arguments.items())
+        named = ", ".join(
+            f"{key}={value}" for key, value in arguments.items() if not key.endswith("schedule")
+        )
+        name = method_name(results)
         rows = [_row(line) for line in lines]
         _check(results, rows)
         return Run(
             path,
-            f"{variant['method']} ({named})" if named else str(variant["method"]),
+            f"{name} ({named})" if named else name,
             str(variant["method"]),
             budget,
             tokens_for(budget, int(results["tokens"]["full"])),

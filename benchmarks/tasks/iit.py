@@ -8,10 +8,16 @@ last turn is measured alone.
 import numpy as np
 
 from vlm_prune.benchmarks.tasks import attribute, count, exist, ocr, text
-from vlm_prune.benchmarks.tasks.base import Sample, Split, Task, Turn
-from vlm_prune.benchmarks.tasks.scenes import make_scene
+from vlm_prune.benchmarks.tasks.base import Question, Sample, Split, Task, Turn
+from vlm_prune.benchmarks.tasks.scenes import Scene, make_scene
 
 SETTINGS = ("T", "T,T", "T,T,T", "T,T,V", "T,V", "V")
+
+
+def about(rng: np.random.Generator, scene: Scene) -> Question:
+    """A question of one of the tasks that a visual turn may ask."""
+    makers = (attribute.ask, count.ask, exist.ask, ocr.ask)
+    return makers[int(rng.integers(len(makers)))](rng, scene) or exist.ask(rng, scene)
 
 
 def _turn(rng: np.random.Generator, split: Split, visual: bool) -> tuple[Turn, str]:
@@ -19,8 +25,7 @@ def _turn(rng: np.random.Generator, split: Split, visual: bool) -> tuple[Turn, s
         question = text.ask(rng)
         return Turn(question.text), question.answer
     scene = make_scene(rng, split)
-    makers = (attribute.ask, count.ask, exist.ask, ocr.ask)
-    asked = makers[int(rng.integers(len(makers)))](rng, scene) or exist.ask(rng, scene)
+    asked = about(rng, scene)
     return Turn(asked.text, (scene.image,)), asked.answer
 
 

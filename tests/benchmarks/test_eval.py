@@ -28,7 +28,7 @@ def test_eval_writes_the_promised_results(run, checkpoint, tmp_path):
     for task in content["tasks"].values():
         assert {"n", "accuracy", "baseline_accuracy", "retained", "ci"} <= set(task)
     assert {"accuracy", "baseline_accuracy", "retained", "ci"} <= set(content["overall"])
-    assert content["tokens"] == {"full": 576, "kept": 64, "layer_mean": 64}
+    assert content["tokens"] == {"full": 576, "kept": 64, "layer_mean": 64, "papers": 64}
     assert {
         "vision",
         "selection",
@@ -82,10 +82,15 @@ def test_the_tower_runs_once_for_baseline_and_all_methods(run, checkpoint, tmp_p
     run(
         "compare", "--model", checkpoint, "--method", "random,zoo-exact,adaptinfer", "--budget",
         "64,32", "--output", tmp_path, "--limit", "4", "--batch-size", "4", "--tasks", "exist",
+        "--against", "zoo-exact",
     )  # fmt: skip
     assert calls == [1, 4]  # one question to warm up, then the batch
     assert len(list(tmp_path.glob("*/results.json"))) == 6
-    assert len((tmp_path / "compare.md").read_text().splitlines()) == 2 + 1 + 6
+    table, pairs = (tmp_path / "compare.md").read_text().split("\n\n")
+    assert len(table.splitlines()) == 2 + 1 + 6
+    assert [line.split(" | ")[:2] for line in pairs.splitlines()[2:]] == [
+        ["| 64", "random"], ["| 64", "adaptinfer"], ["| 32", "random"], ["| 32", "adaptinfer"],
+    ]  # fmt: skip
 
 
 def test_limit_is_spread_evenly():
@@ -93,3 +98,34 @@ def test_limit_is_spread_evenly():
     assert [sample.id.split("/")[0] for sample in drawn] == ["text"] * 3 + ["iit"] * 3 + [
         "exist"
     ] * 4
+
+
+def test_a_wings_adapter_is_attached_for_every_task_and_method(
+    run, checkpoint, llava, processor, tmp_path
+):
+    import torch
+
+    from vlm_prune.learners import WingsConfig, attach, detach, save_pretrained
+    from vlm_prune.learners.model import wings_layers
+
+    attach(llava, WingsConfig(rank=4, max_positions=1024))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in wings_layers(llava).values():
+            for parameter in layer.parameters():
+                parameter.normal_(0, 1, generator=generator)
+    save_pretrained(llava, tmp_path / "wings")
+    detach(llava)
+    common = ["eval", "--model", checkpoint, "--limit", "6", "--tasks", "exist,text,iit"]
+    plain, winged = tmp_path / "plain", tmp_path / "winged"
+    assert run(*common, "--output", plain)[0] == 0
+    code, _, err = run(*common, "--output", winged, "--wings", tmp_path / "wings")
+    assert code == 0, err
+    (without, before), (content, after) = results(plain), results(winged)
+    assert content["config"]["wings"] == str(tmp_path / "wings")
+    assert {row["task"] for row in after} == {"exist", "text", "iit"}
+    for key in ("baseline", "prediction"):
+        assert any(a[key] != b[key] for a, b in zip(before, after, strict=True)), key
+    assert content["flops"]["pruned"] > without["flops"]["pruned"]
+    code, _, err = run(*common, "--wings", tmp_path / "nothing")
+    assert code == 2 and "cannot read a Wings adapter" in err

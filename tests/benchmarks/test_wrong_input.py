@@ -48,6 +48,11 @@ def test_wrong_options(run, checkpoint, tmp_path, name):
     assert not list(tmp_path.rglob("results.json")) and not list(tmp_path.rglob("*.jsonl"))
 
 
+def test_a_rival_must_be_compared(run, checkpoint):
+    code, _, err = run("compare", "--model", checkpoint, "--method", "zoo", "--against", "best")
+    assert code == 2 and "add it to --method" in err
+
+
 def test_damaged_checkpoints(run, checkpoint, tmp_path):
     import shutil
 

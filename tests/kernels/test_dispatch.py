@@ -54,8 +54,8 @@ def vision(make):
     features = make(2, 12, 16)
     projector = Projector(w1, b1, gelu, w2, None)
     return VisionTokens(
-        features, projector(features), (3, 4), (0, 1), projector,
-        query_key=lambda: (query, key), keys=lambda: key.transpose(1, 2).flatten(2)[:, 1:],
+        features, projector(features), ((3, 4),), (0, 1), projector,
+        query_key=lambda: (query, key),
     )  # fmt: skip
 
 

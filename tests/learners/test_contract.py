@@ -94,8 +94,8 @@ def test_that_test_catches_a_mask_indexed_by_key_column(winged, prompts, monkeyp
     """Column j of the causal mask is not the position of text key j once an image stands before it."""
     model = winged()
 
-    def by_column(self, chosen, causal):
-        keys = honest(self, chosen, causal)
+    def by_column(self, modality, chosen):
+        keys = honest(self, modality, chosen)
         column = torch.arange(keys.visible.shape[2])
         query = torch.arange(keys.visible.shape[1])[:, None]
         return Keys(keys.features, keys.rotary, (column <= query).expand_as(keys.visible))
@@ -229,3 +229,55 @@ def test_only_the_output_map_learns_at_the_first_step(llava, prompts):
     for layer in wings_layers(llava).values():
         for name, parameter in layer.named_parameters():
             assert bool(parameter.grad.any()) == name.endswith("output.up.weight"), name
+
+
+@pytest.mark.parametrize("rows", [[(1, 5)], [(1, 5), (1, 5)], [(0, 9)]], ids=str)
+def test_decoding_makes_keys_of_new_tokens_alone(rows, winged, prompts):
+    model, inputs = winged(), prompts(rows)
+    made = {"visual": [], "textual": []}
+    for name, learner in wings_layers(model)[0].learners.items():
+        learner.key.down.register_forward_pre_hook(
+            lambda _, args, lengths=made[name]: lengths.append(args[0].shape[1])
+        )
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        output = model(**inputs, use_cache=True)
+        for step in range(3):
+            new = torch.full((len(rows), 1), 7 + step)
+            ids = torch.cat([ids, new], 1)
+            output = model(input_ids=new, past_key_values=output.past_key_values)
+        lengths = {name: list(made[name]) for name in made}
+        whole = model(**inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    torch.testing.assert_close(output.logits[:, -1], whole.logits[:, -1], atol=2e-4, rtol=1e-4)
+    images, text = rows[0]
+    assert lengths["textual"] == [(images + 1) * text, 1, 1, 1]
+    assert lengths["visual"] == [16 if images else 1]
+
+
+def test_a_cropped_or_reordered_cache_makes_keys_anew(winged, prompts):
+    model, inputs = winged(), prompts([(1, 5), (1, 5)])
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        new = torch.tensor([[7], [8]])
+        cache.reorder_cache(torch.tensor([1, 0]))
+        reordered = model(input_ids=new, past_key_values=cache).logits[:, -1]
+        ids = torch.cat([inputs["input_ids"].flip(0), new], 1)
+        pixels = inputs["pixel_values"].flip(0)
+        whole = model(input_ids=ids, pixel_values=pixels).logits[:, -1]
+        torch.testing.assert_close(reordered, whole, atol=2e-4, rtol=1e-4)
+        cache.crop(-1)
+        other = torch.tensor([[9], [10]])
+        cropped = model(input_ids=other, past_key_values=cache).logits[:, -1]
+        ids = torch.cat([inputs["input_ids"].flip(0), other], 1)
+        whole = model(input_ids=ids, pixel_values=pixels).logits[:, -1]
+    torch.testing.assert_close(cropped, whole, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", CAUSAL, ids=str)
+@pytest.mark.parametrize("rows", [[(1, 5)], [(2, 4), (2, 4)], [(0, 6)]], ids=str)
+def test_runs_of_queries_give_what_the_mask_gives(options, rows, winged, prompts, monkeypatch):
+    model, inputs = winged(**options), prompts(rows)
+    by_runs, again = logits(model, inputs), greedy(model, inputs).logits
+    monkeypatch.setattr(tokens_module.Tokens, "_runs", lambda *_: None)
+    torch.testing.assert_close(by_runs, logits(model, inputs), **CLOSE)
+    torch.testing.assert_close(again, greedy(model, inputs).logits, **CLOSE)

@@ -111,3 +111,43 @@ def test_a_template_that_rewrites_its_prompt_is_refused(processor_56, monkeypatc
     )
     with pytest.raises(InputError, match="chat template"):
         encode(Example("x", (), (("a", "b"),)), processor_56, 5, 16, 64)
+
+
+CHAT = [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("no json", r"data.jsonl:2 is no JSON"),
+        ('"text"', r"data.jsonl:2 needs 'conversations'"),
+        (json.dumps({"id": "a7", "conversations": []}), r"data.jsonl:2 \(id 'a7'\): turns must"),
+        (json.dumps({"id": 7, "conversations": CHAT, "image": [3]}), "'image' must be a file name"),
+        (
+            json.dumps({"id": 7, "conversations": [CHAT[0], {"from": "gpt", "value": None}]}),
+            r"\(id 7\): every 'value' must be a text",
+        ),
+        (
+            json.dumps({"conversations": [{"from": "human", "value": "<image> x"}, CHAT[1]]}),
+            "1 <image> placeholders for 0 images",
+        ),
+        (
+            json.dumps(
+                {
+                    "id": "b",
+                    "image": "gone.png",
+                    "conversations": [{"from": "human", "value": "<image> x"}, CHAT[1]],
+                }
+            ),
+            r"\(id 'b'\): there is no image file .*gone.png",
+        ),
+    ],
+)
+def test_a_line_that_is_no_conversation_is_named(line, message, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"conversations": CHAT}) + "\n" + line + "\n")
+    with pytest.raises(InputError, match=message) as caught:
+        read_llava(path, tmp_path)
+    assert "\n" not in str(caught.value)
+    path.write_text(json.dumps({"conversations": CHAT}) + "\n\n")
+    assert [example.turns for example in read_llava(path)] == [(("x", "y"),)]

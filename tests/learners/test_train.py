@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from vlm_prune.learners import WingsConfig, from_pretrained
 from vlm_prune.learners import train as train_module
 from vlm_prune.learners.data import read_llava
+from vlm_prune.learners.merge import merge
 from vlm_prune.learners.model import wings_layers
 from vlm_prune.learners.recipe import METHODS, PRESETS
-from vlm_prune.learners.train import Run, merge, prepare, train
+from vlm_prune.learners.train import Run, prepare, train
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.load import load
 
@@ -228,13 +229,84 @@ def test_merging_interpolates_the_language_model_alone(build):
         merge(build("llama"), tuned, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (None, r"step 2: .* not finite at .*data.json\[.*lower the learning rate"),
+        (MemoryError(), r"step 2: out of memory at .*data.json\[.*lower micro_batch"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "step 2: out of memory"),
+    ],
+    ids=str,
+)
+def test_a_step_that_fails_keeps_the_last_good_checkpoint(
+    error, message, make_run, examples, monkeypatch
+):
+    run = make_run("full", 2, save_every=1)
+    honest, losses = torch.nn.functional.cross_entropy, []
+
+    def broken(*arguments, **options):
+        losses.append(1)
+        loss = honest(*arguments, **options)
+        if len(losses) <= 4:
+            return loss
+        if error is not None:
+            raise error
+        return loss * torch.nan
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", broken)
+    with pytest.raises(InputError, match=message) as caught:
+        train(run, examples)
+    assert "checkpoint-1 is kept" in str(caught.value) and "\n" not in str(caught.value)
+    assert [path.name for path in run.output.glob("checkpoint-*")] == ["checkpoint-1"]
+    kept = load_file(run.output / "checkpoint-1" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in kept.values())
+    monkeypatch.undo()
+    AcceleratorState._reset_state(True)
+    train(run, examples)
+    assert len((run.output / "log.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_truncated_image_is_named_with_its_sample(workers, make_run, examples, tmp_path):
+    broken = tmp_path / "cut.png"
+    whole = examples[0].images[0].read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+    bad = replace(examples[0], images=(broken,))
+    with pytest.raises(InputError, match=r"^\S+data.json\[0\] \(id '0'\): .*cut.png") as caught:
+        train(make_run("full", 1, workers=workers), [bad])
+    assert "\n" not in str(caught.value)
+
+
+def test_learners_of_another_model_or_rank_are_refused(make_run, examples):
+    one = make_run("wings", 1, "one")
+    train(one, examples)
+    other = WingsConfig(rank=2, max_positions=128)
+    with pytest.raises(InputError, match="has learners of rank 4 in layers all; give the same"):
+        prepare(make_run("wings", 2, "two", model=one.output, wings=other))
+    described = one.output / "wings" / "adapter_config.json"
+    described.write_text(described.read_text().replace('"hidden_size": 32', '"hidden_size": 64'))
+    with pytest.raises(InputError, match="adapter is for .*hidden_size 64.*the model is"):
+        prepare(make_run("wings", 2, "two", model=one.output))
+
+
 @pytest.mark.slow
-def test_the_script_reports_wrong_input_in_one_line(conversations, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--preset", "paper-3"], "error: unknown preset 'paper-3'"),
+        (["--rank", "0"], "error: rank 0 is out of range"),
+        (["--rank", "257"], "error: rank 257 is above the model's width; give 1 to 256"),
+        (["--layers", "6"], "error: layers [6] are outside the stack; give 0 to 5"),
+    ],
+)
+def test_the_script_reports_wrong_input_in_one_line(options, message, conversations, tmp_path):
     script = Path(__file__).parents[2] / "scripts" / "train_wings.py"
     arguments = ["--data", str(conversations / "data.json"), "--output", str(tmp_path / "out")]
+    arguments += ["--images", str(conversations)]
     out = subprocess.run(
-        [sys.executable, str(script), "train", *arguments, "--preset", "paper-3"],
+        [sys.executable, str(script), "train", *arguments, *options],
         check=False, capture_output=True, text=True,
     )  # fmt: skip
     assert out.returncode == 2
-    assert out.stderr.startswith("error: unknown preset 'paper-3'")
+    assert out.stderr.startswith(message)
+    assert len(out.stderr.strip().splitlines()) == 1

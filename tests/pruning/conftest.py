@@ -25,6 +25,7 @@ CASES = [
     ("cdpruner", {}),
     ("cascade", {}),
     ("merge", {}),
+    ("best", {}),
 ]
 
 
@@ -36,7 +37,8 @@ def case(request):
 @pytest.fixture(scope="session")
 def vision(llava, images, make_inputs):
     """The encoded tokens of two images."""
-    return family_of(llava).encode(make_inputs([(2, "Is there a 7?")], images)["pixel_values"])
+    pixels = make_inputs([(2, "Is there a 7?")], images)["pixel_values"]
+    return family_of(llava).encode(pixels).groups[0].tokens
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 import pytest
 
 from vlm_prune.pruning import METHODS, DecoderPruner
+from vlm_prune.pruning.schedule import Schedule
+from vlm_prune.vlm.errors import InputError
 
 INSIDE = [name for name, method in METHODS.items() if issubclass(method, DecoderPruner)]
 
@@ -39,3 +41,80 @@ def test_the_mean_over_layers_is_the_budget(name, layers, budget):
 def test_presets_are_the_papers(name, preset, expected):
     cuts = METHODS[name](preset=preset).cuts(576, 32)
     assert [(cut.layer, cut.keep) for cut in cuts] == expected
+
+
+@pytest.mark.parametrize("name", INSIDE)
+@pytest.mark.parametrize(("layers", "places"), [(8, [4, 6]), (16, [8, 12])])
+def test_a_schedule_replaces_the_pattern_at_any_depth(name, layers, places):
+    found = Schedule(layers=8, places=[4, 6], shares=[2, 1])
+    cuts = METHODS[name](budget=400, schedule=found).cuts(576, layers)
+    assert [cut.layer for cut in cuts] == places
+    assert 399 < sum(computed(cuts, layers)) / layers <= 400
+    assert cuts[0].keep == pytest.approx(2 * cuts[1].keep, abs=2)
+
+
+def test_a_schedule_may_be_its_fields():
+    fields = {"layers": 8, "places": [4], "shares": [1]}
+    given, made = (
+        METHODS["adaptinfer"](budget=400, schedule=schedule).cuts(576, 8)
+        for schedule in (fields, Schedule(**fields))
+    )
+    assert given == made
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"places": [4, 4]},
+        {"places": [6, 4]},
+        {"places": [4, 8]},
+        {"places": [-1, 4]},
+        {"shares": [1, 2]},
+        {"shares": [1, 0]},
+        {"shares": [1]},
+        {"places": [], "shares": []},
+    ],
+)
+def test_schedules_that_cannot_be_are_refused(fields):
+    with pytest.raises(InputError, match="a schedule needs"):
+        Schedule(**{"layers": 8, "places": [4, 6], "shares": [2, 1]} | fields)
+
+
+def test_a_preset_and_a_schedule_contradict():
+    with pytest.raises(InputError, match="give one"):
+        METHODS["adaptinfer"](preset="64", schedule=Schedule(8, (4,), (1,)))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"layers": "a", "places": 1, "shares": 2}'])
+def test_files_that_hold_no_schedule_are_refused(tmp_path, content):
+    (tmp_path / "schedule.json").write_text(content)
+    with pytest.raises(InputError, match="holds no schedule"):
+        Schedule.read(tmp_path / "schedule.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "computed_mean", "papers"),
+    [
+        ("adaptinfer", "64", 82.9, 65.0),
+        ("adaptinfer", "128", 146.25, 128.8),
+        ("sparsevlm", "64", 82.25, 61.7),
+        ("pyramiddrop", "paper", 270.0, 270.0),
+        ("fastv", "r50", 306.0, 306.0),
+    ],
+)
+def test_papers_count_their_tokens_their_own_way(name, preset, computed_mean, papers):
+    method = METHODS[name](preset=preset)
+    layers = [float(count) for count in computed(method.cuts(576, 32), 32)]
+    assert sum(layers) / 32 == pytest.approx(computed_mean, abs=0.05)
+    assert method.papers_count(576, layers) == pytest.approx(papers, abs=0.05)
+
+
+def test_counts_without_a_paper_are_given_where_they_are_plain():
+    assert METHODS["dart"]().papers_count(576, [576.0, 64.0, 64.0]) == 64
+    assert METHODS["random"]().papers_count(576, [64.0, 64.0]) == 64
+    assert METHODS["cascade"]().papers_count(576, [128.0, 64.0]) is None
+
+
+def test_cuts_that_fall_on_one_place_are_one_cut():
+    cuts = METHODS["sparsevlm"](budget=300).cuts(576, 6)
+    assert [cut.layer for cut in cuts] == [1, 3]

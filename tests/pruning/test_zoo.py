@@ -50,8 +50,8 @@ def test_the_closed_form_follows_weights_that_change():
 
     def vision():
         return VisionTokens(
-            features=torch.ones(1, 3, 4), projected=torch.ones(1, 3, 6), grid=(1, 3), seeds=(0,),
-            projector=Projector(w1, None, gelu, w2, None), query_key=None, keys=None,
+            features=torch.ones(1, 3, 4), projected=torch.ones(1, 3, 6), grids=((1, 3),), seeds=(0,),
+            projector=Projector(w1, None, gelu, w2, None), query_key=None,
         )  # fmt: skip
 
     pruner = ZooExact(budget=1)

@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlm_prune.vlm.cost import key_value_bytes, prefill_flops, tower_flops
+from vlm_prune.vlm.wrapper import build
 
 
 def test_prefill_and_tower_flops(llava, images, make_inputs):
@@ -40,3 +41,30 @@ def test_key_value_bytes_are_those_of_the_cache(llava, images, make_inputs):
         text, inputs["input_ids"].shape[1] - 576, [576.0] * text.num_hidden_layers, 4
     )
     assert counted == held
+
+
+@pytest.mark.parametrize("name", ["divprune", "adaptinfer", "sparsevlm", "fastv", "divprune+fastv"])
+def test_pruned_costs_are_those_of_the_pruned_forward(name, llava, images, make_inputs):
+    """Layers and logits alone: what a method computes to select is its own time, not the prefill's."""
+    inputs = make_inputs([(1, "Is there a 7?")], images)
+    llava.set_attn_implementation("eager")
+    try:
+        with (
+            build(name, budget=96)(llava) as trace,
+            FlopCounterMode(display=False) as counter,
+            torch.no_grad(),
+        ):
+            cache = llava(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+    finally:
+        llava.set_attn_implementation("sdpa")
+    counts = {module: sum(ops.values()) for module, ops in counter.get_flop_counts().items()}
+    spent = sum(
+        flops
+        for module, flops in counts.items()
+        if module.endswith(("lm_head", ".self_attn", ".mlp")) and "vision_tower" not in module
+    )
+    text, question = llava.config.text_config, inputs["input_ids"].shape[1] - 576
+    assert 90 < sum(trace.layer_tokens) / 6 <= 96
+    assert prefill_flops(text, question, trace.layer_tokens) == pytest.approx(spent, rel=0.01)
+    held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    assert key_value_bytes(text, question, trace.layer_tokens, 4) == held

@@ -3,19 +3,44 @@
 from typing import Any
 
 from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.families.base import Family, Need
+from vlm_prune.vlm.families.internvl import InternVL
 from vlm_prune.vlm.families.llava import Llava
+from vlm_prune.vlm.families.llava_next import LlavaNext
+from vlm_prune.vlm.families.llava_onevision import LlavaOneVision
+from vlm_prune.vlm.families.qwen2_5_vl import Qwen25VL
+from vlm_prune.vlm.families.qwen3_vl import Qwen3VL
+from vlm_prune.vlm.families.smolvlm import SmolVLM
 from vlm_prune.vlm.registry import Registry
 
-FAMILIES: Registry[type[Llava]] = Registry("model family", {"llava": Llava})
+FAMILIES: Registry[type[Family]] = Registry(
+    "model family",
+    {
+        "llava": Llava,
+        "llava_next": LlavaNext,
+        "llava_onevision": LlavaOneVision,
+        "qwen2_5_vl": Qwen25VL,
+        "qwen3_vl": Qwen3VL,
+        "internvl": InternVL,
+        "smolvlm": SmolVLM,
+    },
+)
+
+__all__ = ["FAMILIES", "Family", "Need", "check_supported", "family_of"]
 
 
-def family_of(model: Any) -> Llava:
+def check_supported(kind: str) -> None:
+    """Raises `InputError` unless models whose config says `kind` have an adapter."""
+    if kind not in FAMILIES:
+        raise InputError(f"model type {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
+
+
+def family_of(model: Any) -> Family:
     """The adapter of a loaded model, recognised by its config.
 
     Raises:
         InputError: when the model is no supported vision-language model.
     """
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if kind not in FAMILIES:
-        raise InputError(f"model type {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
+    check_supported(kind)
     return FAMILIES[kind](model)

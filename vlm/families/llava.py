@@ -1,25 +1,21 @@
 """LLaVA-1.5 in transformers: a CLIP tower, a two-layer projector, a Llama-style decoder."""
 
-import zlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlm_prune.vlm.attention import encoder_query_key
+from vlm_prune.vlm.encoded import Group, Images
+from vlm_prune.vlm.families.base import Family, seed_of
 from vlm_prune.vlm.tokens import Projector, VisionTokens
 
 
 @dataclass(frozen=True)
-class Llava:
+class Llava(Family):
     """Paths into a `LlavaForConditionalGeneration`."""
-
-    model: Any
-
-    @property
-    def image_token(self) -> int:
-        return int(self.model.config.image_token_id)
 
     @property
     def tokens_per_image(self) -> int:
@@ -27,23 +23,17 @@ class Llava:
         return int((vision.image_size // vision.patch_size) ** 2)
 
     @property
-    def multimodal(self) -> nn.Module:
-        """The module that merges image features into the embeddings."""
-        module: nn.Module = self.model.model
-        return module
-
-    @property
-    def decoder(self) -> Any:
-        """The language model: `.layers`, `.rotary_emb`, `.config`."""
-        return self.model.model.language_model
-
-    @property
     def tower_layers(self) -> Any:
         tower = self.model.model.vision_tower
         return getattr(tower, "vision_model", tower).encoder.layers
 
+    @property
+    def prefix(self) -> int:
+        """Tokens of the tower in front of the patches: the CLS token."""
+        return 1 if self.model.config.vision_feature_select_strategy == "default" else 0
+
     @torch.no_grad()
-    def encode(self, pixel_values: Tensor) -> VisionTokens:
+    def encode(self, pixel_values: Tensor, **inputs: Tensor) -> Images:
         """Run tower and projector on (M, 3, H, W) pixels.
 
         Sizes other than the trained one interpolate the position embeddings.
@@ -57,24 +47,26 @@ class Llava:
             return_dict=True,
             **({"interpolate_pos_encoding": True} if resized else {}),
         )
-        layer = config.vision_feature_layer
-        first = 1 if config.vision_feature_select_strategy == "default" else 0
-        states = output.hidden_states
-
-        @torch.no_grad()
-        def query_key() -> tuple[Tensor, Tensor]:
-            index = layer if layer >= 0 else len(states) + layer
-            return encoder_query_key(self.tower_layers[index - 1], states[index - 1])
-
-        return VisionTokens(
-            features=states[layer][:, first:],
+        states, first = output.hidden_states, self.prefix
+        tokens = VisionTokens(
+            features=states[config.vision_feature_layer][:, first:],
             projected=torch.stack(list(output.pooler_output)),
-            grid=(pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch),
-            seeds=tuple(zlib.crc32(p.float().cpu().numpy().tobytes()) for p in pixel_values),
+            grids=((pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch),),
+            seeds=tuple(map(seed_of, pixel_values)),
             projector=self.projector,
-            query_key=query_key,
-            keys=lambda: query_key()[1].transpose(1, 2).flatten(2)[:, first:],
+            query_key=partial(self.query_key, states),
+            has_cls=first > 0,
         )
+        return Images([Group(list(range(len(pixel_values))), tokens)])
+
+    @torch.no_grad()
+    def query_key(
+        self, states: tuple[Tensor, ...], rows: slice | list[int] = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys of the layer whose output the projector gets, given all states."""
+        layer = self.model.config.vision_feature_layer
+        before = (layer if layer >= 0 else len(states) + layer) - 1
+        return encoder_query_key(self.tower_layers[before], states[before][rows])
 
     @property
     def projector(self) -> Projector:

@@ -1,0 +1,120 @@
+"""What the experiment compares, and with which settings."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from vlm_prune.learners import WingsConfig
+from vlm_prune.learners.recipe import METHODS, Recipe
+from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.registry import Registry
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes and rates. The defaults are meant to end within 40 minutes on two CPU cores.
+
+    Args:
+        seeds: of projector, learners, data order and questions; each arm runs once for each.
+        train_scenes, val_scenes, test_scenes: images of each split; val only chooses `alphas`.
+        align_steps: fitting a random projector to word embeddings, before stage 1.
+        stage1_steps, stage2_steps: optimizer steps.
+        images, questions: rows per step, and questions about each.
+        patches: image tokens shown, in training and test: those of all objects and random others
+            up to this number. A ninth of the 576 makes reading an image learnable in this time.
+        shift_rows: prompts for the attention shift; 72 in each of three seeds are over 200.
+        rank: of the learners; LoRA's follows from it by equal parameters.
+        stock_lr: full tuning's usual rate, at which it forgets; also that of stage 1, of learners,
+            projector and LoRA, so that they differ between arms in nothing but what is trained.
+        wings_lr: the language model's rate in Wings, a tenth as in the authors' scripts.
+        replay: share of text-only questions of the replay arm.
+        alphas: what post-hoc merging tries.
+    """
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    train_scenes: int = 240
+    val_scenes: int = 12
+    test_scenes: int = 36
+    align_steps: int = 300
+    stage1_steps: int = 40
+    stage2_steps: int = 240
+    images: int = 4
+    questions: int = 12
+    patches: int = 64
+    shift_rows: int = 72
+    rank: int = 16
+    stock_lr: float = 1e-3
+    wings_lr: float = 1e-4
+    replay: float = 0.1
+    alphas: tuple[float, ...] = (0.25, 0.5, 0.75)
+
+    def __post_init__(self) -> None:
+        for field, least in (("seeds", 1), ("alphas", 1)):
+            if len(getattr(self, field)) < least:
+                raise InputError(f"{field} is empty; give {least} or more")
+        for field in ("train_scenes", "val_scenes", "test_scenes", "images", "questions", "rank"):
+            if getattr(self, field) < 1:
+                raise InputError(f"{field} {getattr(self, field)} is out of range; give 1 or more")
+
+    @property
+    def wings(self) -> WingsConfig:
+        return WingsConfig(rank=self.rank, max_positions=2048)
+
+    def recipe(self, arm: "Arm", stage: Literal[1, 2], seed: int, lora_rank: int = 1) -> Recipe:
+        """Hyperparameters of one stage; `batch` counts rows."""
+        return Recipe(
+            stage,
+            language_lr=self.stock_lr if arm.stock else self.wings_lr,
+            projector_lr=self.stock_lr,
+            learner_lr=self.stock_lr,
+            batch=self.images,
+            weight_decay=0.0,
+            seed=seed,
+            lora_rank=lora_rank,
+        )
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of teaching the language model to see.
+
+    Args:
+        title: in tables.
+        method: which parameters train, from `METHODS`; None trains nothing.
+        stock: whether the language model has the stock rate, or Wings'.
+        replay: whether text-only questions are mixed in.
+        merged: made from the trained weights of `full` and the base, without training.
+    """
+
+    title: str
+    method: str | None
+    stock: bool = True
+    replay: bool = False
+    merged: bool = False
+
+    @property
+    def sees_in_stage_1(self) -> bool:
+        """Whether there is a visual learner to train beside the projector."""
+        return self.method is not None and "visual" in METHODS[self.method].modalities
+
+
+ARMS: Registry[Arm] = Registry(
+    "arm",
+    {
+        "base": Arm("base LLM", None),
+        "full": Arm("full tuning, stock LR", "full"),
+        "full-low": Arm("full tuning, Wings' LR", "full", stock=False),
+        "lora": Arm("LoRA, matched parameters", "lora"),
+        "replay": Arm("10 % text replay", "full", replay=True),
+        "frozen-llm": Arm("frozen LLM + visual learner", "frozen-llm"),
+        "merge": Arm("post-hoc merge", None, merged=True),
+        "wings": Arm("Wings", "wings", stock=False),
+        "wings-visual": Arm("Wings without textual learner", "wings-visual", stock=False),
+        "wings-textual": Arm("Wings without visual learner", "wings-textual", stock=False),
+        "wings-no-router": Arm("Wings without router", "wings-no-router", stock=False),
+    },
+)
+
+QUICK = replace(
+    Plan(), seeds=(0, 1), train_scenes=6, val_scenes=1, test_scenes=2, align_steps=20, stage1_steps=1,
+    stage2_steps=2, images=1, questions=4, patches=40, shift_rows=2, rank=4, alphas=(0.5,),
+)  # fmt: skip

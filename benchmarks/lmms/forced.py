@@ -1,0 +1,73 @@
+"""How likely given texts are as answers, found by generating exactly them."""
+
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+
+@dataclass
+class Forced(LogitsProcessor):  # type: ignore[misc]
+    """Makes `generate` say given tokens, and adds up what they cost.
+
+    So the text to score stays out of the prompt, and no method's selection can see it.
+
+    Args:
+        tokens: what each row is made to say.
+    """
+
+    tokens: list[list[int]]
+    device: torch.device
+    step: int = 0
+    nll: list[Tensor] = field(init=False)
+    greedy: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        rows = len(self.tokens)
+        self.nll = list(torch.zeros(rows, dtype=torch.float64, device=self.device))
+        self.greedy = list(torch.ones(rows, dtype=torch.bool, device=self.device))
+
+    @classmethod
+    def of(cls, tokenizer: Any, prompts: list[str], texts: list[str], device: torch.device) -> Self:
+        """The tokens that each text adds to its prompt."""
+        tokens = []
+        for prompt, text in zip(prompts, texts, strict=True):
+            before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            whole = tokenizer(prompt + text, add_special_tokens=False)["input_ids"]
+            if whole[: len(before)] != before:  # prompt and text share a token
+                whole = before + tokenizer(text, add_special_tokens=False)["input_ids"]
+            tokens.append(whole[len(before) :])
+        return cls(tokens, device)
+
+    def options(self) -> dict[str, Any]:
+        length = max(1, *map(len, self.tokens)) if self.tokens else 1
+        return {
+            "max_new_tokens": length,
+            "repetition_penalty": 1.0,
+            "logits_processor": LogitsProcessorList([self]),
+        }
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (B, V) that allow one token each."""
+        forced = torch.full_like(scores, -torch.inf)
+        for row, tokens in enumerate(self.tokens):
+            if self.step < len(tokens):
+                token = tokens[self.step]
+                likely = scores[row].double().log_softmax(-1)
+                self.nll[row] = self.nll[row] - likely[token]
+                self.greedy[row] = self.greedy[row] & (likely.argmax() == token)
+            else:
+                token = tokens[-1] if tokens else 0
+            forced[row, token] = 0
+        self.step += 1
+        return forced
+
+    def row(self, number: int) -> dict[str, Any]:
+        """Cost of a row's text in nats, a sum over its tokens, and whether it is the greedy one."""
+        return {
+            "nll": float(self.nll[number]),
+            "greedy": bool(self.greedy[number]),
+            "output_tokens": len(self.tokens[number]),
+        }

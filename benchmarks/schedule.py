@@ -1,0 +1,126 @@
+"""Find where a model's text-to-vision attention shifts, and propose where to cut."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vlm_prune.benchmarks.environment import command, versions
+from vlm_prune.benchmarks.run import samples_of
+from vlm_prune.learners.data import messages, read_llava
+from vlm_prune.pruning import AdaptInfer
+from vlm_prune.pruning.received import from_rows
+from vlm_prune.pruning.schedule import Schedule
+from vlm_prune.pruning.shift import change_points, histogram, propose
+from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.files import write_json
+from vlm_prune.vlm.images import open_image
+from vlm_prune.vlm.probe import question_rows
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation in the chat-template format that ends with a question about its images."""
+
+    messages: list[dict[str, Any]]
+    images: list[Image.Image]
+
+
+def prompts_of_tasks(tasks: tuple[str, ...], limit: int, seed: int) -> list[Prompt]:
+    """Questions of the embedded tasks' validation split."""
+    samples = samples_of(tasks, limit, seed, "val")
+    return [Prompt(s.messages(), list(s.images)) for s in samples if s.images]
+
+
+def prompts_of_file(path: Path, images: Path, limit: int) -> list[Prompt]:
+    """The first questions of conversations in LLaVA's JSON format, those with images."""
+    shown = [example for example in read_llava(path, images) if "<image>" in example.turns[0][0]]
+    return [
+        Prompt(
+            messages(e)[:1],
+            [open_image(image) for image in e.images[: e.turns[0][0].count("<image>")]],
+        )
+        for e in shown[:limit]
+    ]
+
+
+def points_of(
+    model: Any,
+    processor: Any,
+    prompts: list[Prompt],
+    batch_size: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[int]:
+    """The change points of all images of all prompts."""
+    points: list[int] = []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        inputs = processor(
+            text=[processor.apply_chat_template(p.messages, add_generation_prompt=True) for p in batch],
+            images=[image for prompt in batch for image in prompt.images],
+            padding=True, padding_side="left", return_tensors="pt",
+        ).to(model.device)  # fmt: skip
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        layers = [from_rows(rows, rows.columns).cpu() for rows in question_rows(model, inputs)]
+        for attention in torch.stack(layers, 1):
+            points += change_points(attention)
+        progress(len(batch))
+    return points
+
+
+def proposal(model: Any, points: list[int], budget: int, cuts: int) -> dict[str, Any]:
+    """What `Schedule.read` reads, the evidence for it, and the cuts that it means for `budget`.
+
+    Raises:
+        InputError: if attention never shifts where a cut could stand, or the budget is too large.
+    """
+    family, pattern = family_of(model), AdaptInfer().pattern()
+    layers, tokens = len(family.decoder.layers), family.tokens_per_image
+    counts = histogram(points, layers)
+    places = propose(counts, min(cuts, len(pattern)))
+    if not places:
+        raise InputError("no layer stands out, so there is nothing to propose; give more --limit")
+    schedule = Schedule(layers, tuple(places), tuple(share for _, share in pattern[: len(places)]))
+    method = AdaptInfer(budget=budget, schedule=schedule)
+    return {
+        **asdict(schedule),
+        "histogram": counts,
+        "change_points": len(points),
+        "budget": budget,
+        "cuts": [asdict(cut) for cut in method.cuts(tokens, layers)],
+        "versions": versions(),
+        "command": command(),
+    }
+
+
+def draw(content: dict[str, Any], path: Path) -> None:
+    """The histogram of change points with the proposed cuts, as a picture."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError(
+            "the picture needs matplotlib: pip install 'vlm-prune[schedule]'"
+        ) from None
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(range(content["layers"]), content["histogram"], color="#8aa4c8")
+    for number, place in enumerate(content["places"]):
+        label = "proposed cuts" if number == 0 else None
+        axes.axvline(place - 0.5, color="#b3261e", linestyle="--", label=label)
+    axes.set(
+        xlabel="decoder layer where text-to-vision attention changes", ylabel="image tokens",
+        title=f"{content['change_points']} change points",
+    )  # fmt: skip
+    axes.legend()
+    figure.savefig(path)
+
+
+def save(content: dict[str, Any], folder: Path) -> None:
+    """`schedule.json` and `schedule.png`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw(content, folder / "schedule.png")
+    write_json(folder / "schedule.json", content)

@@ -1,0 +1,102 @@
+"""What Wings' learners cost: FLOPs from the shape, prefill and decode times with and without them."""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from vlm_prune.benchmarks.bench import BenchConfig, random_model, random_prompt
+from vlm_prune.benchmarks.environment import environment
+from vlm_prune.benchmarks.latency import timed_generate
+from vlm_prune.benchmarks.roofline import Timing
+from vlm_prune.benchmarks.shapes import SHAPES
+from vlm_prune.learners import WingsConfig, attach, detach
+from vlm_prune.learners.cost import learner_flops, router_flops
+from vlm_prune.vlm.cost import prefill_flops
+from vlm_prune.vlm.families import family_of
+
+TOKENS, IMAGE = 1000, 729
+PHASES = ("prefill", "decode")
+
+
+def extra_flops(shape: str, rank: int) -> dict[str, float]:
+    """Share of the prefill's FLOPs at 1,000 tokens, 729 of them of an image, that each part adds."""
+    text = SHAPES[shape]().get_text_config()
+    layers = [float(IMAGE)] * text.num_hidden_layers
+    counted = TOKENS - IMAGE, layers
+    whole, config = prefill_flops(text, *counted), WingsConfig(rank)
+    return {
+        "learners": learner_flops(text, config, *counted) / whole,
+        "router": router_flops(text, config, *counted) / whole,
+    }
+
+
+@torch.inference_mode()
+def bench_wings(config: BenchConfig, rank: int) -> dict[str, Any]:
+    """Time a model with and without learners in turn, after one warm-up each.
+
+    The prompt has 1,000 tokens, one image among them; images are encoded beforehand. Learners are
+    untrained, which takes as long. Times are milliseconds per call, `decode` per token.
+    """
+    flops = {
+        name: extra_flops(name, rank) for name in dict.fromkeys((config.shape, "llava-1.5-7b"))
+    }
+    wings, model = WingsConfig(rank), random_model(config)
+    family = family_of(model)
+    config = replace(config, text=TOKENS - family.tokens_per_image)
+    prompt, pixels = random_prompt(config, model)
+    vision = family.encode(pixels)
+    samples: dict[str, list[dict[str, float]]] = {"plain": [], "wings": []}
+    for _ in range(config.repeats + 1):
+        for name, rows in samples.items():
+            if name == "wings":
+                attach(model, wings)
+            _, phases, _ = timed_generate(
+                model, prompt, vision,
+                max_new_tokens=config.new_tokens, min_new_tokens=config.new_tokens,
+            )  # fmt: skip
+            if name == "wings":
+                detach(model)
+            decode = phases.decode / max(1, config.new_tokens - 1)
+            rows.append({"prefill": 1e3 * phases.prefill, "decode": 1e3 * decode})
+    times = {
+        name: {p: asdict(Timing.of([row[p] for row in rows[1:]])) for p in PHASES}
+        for name, rows in samples.items()
+    }
+    return {
+        "config": asdict(config) | {"rank": rank},
+        "environment": environment(model.device),
+        "extra_flops": flops,
+        "times_ms": times,
+        "overhead": {
+            p: times["wings"][p]["median"] / times["plain"][p]["median"] - 1 for p in PHASES
+        },
+    }
+
+
+def wings_rows(results: dict[str, Any]) -> list[list[str]]:
+    """Header and one row per phase: median [quartiles] without and with learners, in ms."""
+    lines = [["phase", "plain ms", "Wings ms", "overhead %"]]
+    for phase in PHASES:
+        times = (str(Timing(**results["times_ms"][name][phase])) for name in ("plain", "wings"))
+        label = "decode per token" if phase == "decode" else phase
+        lines.append([label, *times, f"{100 * results['overhead'][phase]:.1f}"])
+    return lines
+
+
+def about_wings(results: dict[str, Any]) -> list[str]:
+    """Lines that say what was measured, and the computed FLOPs."""
+    config = results["config"]
+    machine = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
+    return [
+        (
+            f"{config['shape']}, batch {config['batch']}, {config['dtype']}: learners of rank "
+            f"{config['rank']} in every layer, a prompt of {TOKENS} tokens with one image"
+        ),
+        machine,
+        *(
+            f"computed for {name}, {IMAGE} of {TOKENS} tokens of an image: learners "
+            f"+{100 * share['learners']:.1f} %, reading the router +{100 * share['router']:.1f} %"
+            for name, share in results["extra_flops"].items()
+        ),
+    ]

@@ -1,0 +1,48 @@
+"""What learners add to the cost of a prefill, from the configurations alone."""
+
+from typing import Any
+
+from vlm_prune.learners.config import WingsConfig
+
+_MULTIPLY_ADD = 2
+
+
+def learner_flops(
+    text_config: Any, config: WingsConfig, text: float, image_per_layer: list[float]
+) -> float:
+    """Matrix-product FLOPs that the learners add to one prefill.
+
+    All products of queries and keys are counted, masked ones too, as `prefill_flops` counts the
+    main attention's.
+
+    Args:
+        text_config: the language model's config.
+        config: the learners.
+        text: tokens that are not image tokens.
+        image_per_layer: image tokens each layer computes.
+    """
+    width, total = text_config.hidden_size, 0.0
+    for layer in config.layers_of(len(image_per_layer)):
+        image = image_per_layer[layer]
+        tokens, seen = text + image, {"visual": image, "textual": text}
+        for keys in (seen[modality] for modality in config.modalities):
+            # low-rank maps of queries and outputs, of keys and values; scores and their values
+            total += 4 * width * config.rank * (tokens + keys) + 2 * tokens * keys * width
+    return _MULTIPLY_ADD * total
+
+
+def router_flops(
+    text_config: Any, config: WingsConfig, text: float, image_per_layer: list[float]
+) -> float:
+    """FLOPs of the router's reading: a second pass over the main attention, as `columns` does it.
+
+    A kernel in which its columns ride along would need next to none, but would round the main
+    attention differently.
+    """
+    if not config.routed:
+        return 0.0
+    heads = text_config.num_attention_heads
+    head = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    layers = config.layers_of(len(image_per_layer))
+    squares = sum((text + image_per_layer[layer]) ** 2 for layer in layers)
+    return float(_MULTIPLY_ADD * 2 * squares * heads * head)

@@ -1,0 +1,155 @@
+"""`vlm-prune eval` over lmms-eval's tasks: real schemas, one layout, resuming, cached baseline."""
+
+import json
+
+import pytest
+
+FAST = ["--batch-size", "2", "--budget", "16"]
+VISUAL = {
+    "gqa": ("exact_match,none", 4),
+    "pope": ("pope_accuracy,none", 4),
+    "textvqa_val": ("exact_match,none", 3),
+    "vqav2_val": ("exact_match,none", 3),
+    "mmbench_en_dev_static": ("gpt_eval_score,none", 4),
+    "scienceqa_img": ("exact_match,none", 3),
+    "mme": ("mme_perception_score,none", 4),
+    "mmmu_val": ("mmmu_acc,none", 2),
+}
+TEXT = {
+    "hellaswag": ("acc,none", 3),
+    "gsm8k": ("exact_match,strict-match", 3),
+    "mmlu_anatomy": ("acc,none", 2),
+    "ifeval": ("prompt_level_strict_acc,none", 2),
+}
+
+
+def read(folder):
+    results = json.loads((folder / "results.json").read_text())
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return results, rows
+
+
+def untimed(rows):
+    return [{key: row[key] for key in row if key != "time_ms"} for row in rows]
+
+
+def test_real_schemas(run, data_root, tmp_path):
+    tasks = VISUAL | TEXT
+    code, _, err = run(
+        "eval", "--tasks", ",".join(tasks), "--data-root", data_root, "--limit", 4 * len(tasks),
+        "--output", tmp_path / "out", *FAST,
+    )  # fmt: skip
+    assert code == 0 and not err, err
+    results, rows = read(tmp_path / "out")
+    assert list(results["tasks"]) == list(tasks) and results["skipped"] == {}
+    for name, (metric, count) in tasks.items():
+        task = results["tasks"][name]
+        assert task["n"] == count
+        assert {"accuracy", "baseline_accuracy", "accuracy_ci", "retained", "ci"} <= set(task)
+        assert metric in task["metrics"] and metric in task["baseline_metrics"]
+        if name not in ("mmbench_en_dev_static", "mme"):  # in per cent, and a sum
+            assert task["metrics"][metric] == pytest.approx(task["accuracy"])
+        own = [row for row in rows if row["task"] == name]
+        assert [len(kept) for row in own for kept in row["kept"]] == [16] * (
+            count * (name in VISUAL)
+        )
+        assert task["kept"] == (16 if name in VISUAL else 0)
+    assert {row["id"] for row in rows if row["task"] == "gqa"} == {f"gqa/{i:06d}" for i in range(4)}
+    assert results["time_ms"]["baseline_prefill"] > 0 and results["flops"]["pruned"] > 0
+    code, _, err = run("report", tmp_path / "out")
+    assert code == 0, err
+
+
+def test_json_copies_are_read(run, checkpoint, tmp_path):
+    from PIL import Image
+
+    image = Image.new("RGB", (40, 30), "red")
+    for name in ("GQA/images", "pope/pictures"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(2):
+            image.save(tmp_path / "data" / name / f"n{number}.jpg")
+    questions = {
+        f"2{i}": {"imageId": f"n{i}", "question": "Is it red?", "answer": "yes"} for i in range(2)
+    }
+    instructions = tmp_path / "data" / "GQA" / "testdev_balanced_instructions.json"
+    instructions.write_text(json.dumps(questions))
+    rows = [
+        {
+            "question_id": i,
+            "question": "Is it red?",
+            "answer": "yes",
+            "category": "popular",
+            "image": f"pictures/n{i}.jpg",
+        }
+        for i in range(2)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "data" / "pope" / "test.jsonl").write_text(lines)
+    code, _, err = run(
+        "eval", "--model", checkpoint, "--tasks", "gqa,pope", "--data-root", tmp_path / "data",
+        "--limit", "4", "--output", tmp_path / "out", *FAST,
+    )  # fmt: skip
+    assert code == 0, err
+    _, rows = read(tmp_path / "out")
+    assert [(row["id"], row["subset"], row["answer"]) for row in rows] == [
+        ("gqa/000000", "", "yes"), ("gqa/000001", "", "yes"),
+        ("pope/000000", "popular", "yes"), ("pope/000001", "popular", "yes"),
+    ]  # fmt: skip
+
+
+def test_a_killed_run_resumes_and_the_baseline_is_cached(
+    run, checkpoint, data_root, cache, tmp_path, monkeypatch
+):
+    from vlm_prune.benchmarks.lmms import model
+
+    answered = []
+    answer = model.PrunedChat._answer
+
+    def counted(self, batch):
+        answered.extend((self.pruner is None, ask.id) for ask in batch)
+        return answer(self, batch)
+
+    monkeypatch.setattr(model.PrunedChat, "_answer", counted)
+    asked = [
+        "eval", "--model", checkpoint, "--tasks", "pope,exist,hellaswag", "--data-root", data_root,
+        "--limit", "12", *FAST,
+    ]  # fmt: skip
+    assert run(*asked, "--output", tmp_path / "whole")[0] == 0
+    assert len(answered) == 2 * (4 + 4 + 3 * 4)
+    answered.clear()
+    killed = tmp_path / "killed"
+    assert run(*asked, "--output", killed)[0] == 0
+    assert not any(unpruned for unpruned, _ in answered) and len(answered) == 4 + 4 + 3 * 4
+    answered.clear()
+    log = killed / "answers" / "pope" / "answers.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(lines[:2]) + lines[2][:30])
+    for name in ("samples.jsonl", "results.json"):
+        (killed / name).unlink()
+    assert run(*asked, "--output", killed)[0] == 0
+    assert answered == [(False, "pope/000002"), (False, "pope/000003")]
+    (first, first_rows), (second, second_rows) = read(tmp_path / "whole"), read(killed)
+    assert untimed(first_rows) == untimed(second_rows)
+    assert first["tasks"] == second["tasks"] and first["overall"] == second["overall"]
+
+
+def test_methods_side_by_side(run, checkpoint, data_root, tmp_path):
+    code, _, err = run(
+        "compare", "--model", checkpoint, "--method", "random,fastv", "--budget", "16", "--tasks",
+        "pope", "--data-root", data_root, "--limit", "4", "--output", tmp_path,
+    )  # fmt: skip
+    assert code == 0, err
+    assert len((tmp_path / "compare.md").read_text().splitlines()) == 2 + 1 + 2
+    assert read(tmp_path / "fastv-16")[0]["method"] == "fastv"
+
+
+def test_a_group_stands_for_its_tasks(run, checkpoint, tmp_path):
+    code, _, err = run(
+        "eval", "--model", checkpoint, "--tasks", "vlm_prune_visual,text", "--limit", "12",
+        "--output", tmp_path, *FAST,
+    )  # fmt: skip
+    assert code == 0, err
+    results, _ = read(tmp_path)
+    counts = {name: task["n"] for name, task in results["tasks"].items()}
+    visual = ("exist", "attribute", "ocr", "count", "relation", "choice")
+    assert counts == dict.fromkeys(visual, 1) | {"text": 6}

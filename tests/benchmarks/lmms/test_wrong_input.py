@@ -1,0 +1,149 @@
+"""What cannot work: one clear line each, and the rest of the run is kept."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+FAST = ["--limit", "4", "--budget", "16", "--batch-size", "4"]
+
+
+def shard(folder, name="test-00000-of-00001.parquet"):
+    return folder / "POPE" / "data" / name
+
+
+@pytest.fixture
+def copy(data_root, tmp_path):
+    shutil.copytree(data_root / "POPE", tmp_path / "data" / "POPE")
+    shutil.copytree(data_root / "ScienceQA", tmp_path / "data" / "ScienceQA")
+    return tmp_path / "data"
+
+
+def halved(folder):
+    content = shard(folder).read_bytes()
+    shard(folder).write_bytes(content[: len(content) // 2])
+
+
+def one_of_three(folder):
+    shard(folder).rename(shard(folder, "test-00000-of-00003.parquet"))
+
+
+def absent(folder):
+    shard(folder).unlink()
+
+
+def without_answers(folder):
+    import datasets
+
+    table = datasets.Dataset.from_parquet(str(shard(folder))).remove_columns("answer")
+    table.to_parquet(str(shard(folder)))
+
+
+DAMAGE = {
+    "half a file": (halved, "damaged or half downloaded"),
+    "one of three files": (one_of_three, "holds 1 of 3 files, number 00001 is missing"),
+    "no file": (absent, "holds no split 'test': expected test-*.parquet"),
+    "another schema": (without_answers, "answer"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_data(run, checkpoint, copy, tmp_path, name):
+    damage, message = DAMAGE[name]
+    damage(copy)
+    code, out, err = run(
+        "eval", "--model", checkpoint, "--tasks", "pope,scienceqa_img", "--data-root", copy,
+        "--output", tmp_path / "out", *FAST,
+    )  # fmt: skip
+    assert code == 0 and "scienceqa_img" in out
+    assert err.startswith("pope skipped: ") and message in err
+    assert len(err.strip().splitlines()) == 1
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(results["tasks"]) == ["scienceqa_img"] and list(results["skipped"]) == ["pope"]
+
+
+def test_tasks_that_cannot_be_run(run, checkpoint, copy, tmp_path):
+    names = "mmbench_en_dev,vqav2_val,mmvet,scienceqa_img"
+    code, _, err = run(
+        "eval", "--model", checkpoint, "--tasks", names, "--data-root", copy, "--output",
+        tmp_path / "out", *FAST,
+    )  # fmt: skip
+    assert code == 0, err
+    lines = dict(line.split(" skipped: ") for line in err.strip().splitlines())
+    assert set(lines) == {"mmbench_en_dev", "vqav2_val", "mmvet"}
+    assert "judge model" in lines["mmbench_en_dev"]
+    assert "run mmbench_en_dev_static" in lines["mmbench_en_dev"]
+    assert "judge" in lines["mmvet"] or "needs the package" in lines["mmvet"]
+    assert "'lmms-lab-encoder/VQAv2'" in lines["vqav2_val"]
+    assert "--data-root FOLDER with a copy in FOLDER/VQAv2" in lines["vqav2_val"]
+
+
+def test_nothing_to_run(run, checkpoint, tmp_path):
+    code, _, err = run("eval", "--model", checkpoint, "--tasks", "pope", *FAST)
+    assert code == 2
+    assert "no connection, or offline mode" in err and "no task could be run" in err
+    code, _, err = run(
+        "eval", "--model", checkpoint, "--tasks", "pope", "--data-root", "/no", *FAST
+    )
+    assert code == 2 and "--data-root /no is no folder" in err
+
+
+def test_unknown_task(run, checkpoint):
+    code, _, err = run("eval", "--model", checkpoint, "--tasks", "scienceqa_imgs", *FAST)
+    assert (
+        code == 2 and err == "Error: unknown task 'scienceqa_imgs'; did you mean 'scienceqa_img'?\n"
+    )
+
+
+def test_without_lmms_eval(run, checkpoint, monkeypatch):
+    from vlm_prune.benchmarks import lmms
+
+    monkeypatch.setattr(lmms, "installed", lambda: False)
+    code, _, err = run("eval", "--model", checkpoint, "--tasks", "gqa", *FAST)
+    assert code == 2 and "vlm-prune[eval]" in err and len(err.strip().splitlines()) == 1
+
+
+def test_gated_data(monkeypatch):
+    from datasets.exceptions import DatasetNotFoundError
+    from lmms_eval.api import task
+
+    from vlm_prune.benchmarks.lmms.load import load_task
+    from vlm_prune.vlm.errors import InputError
+
+    def gated(*args, **kwargs):
+        assert "token" not in kwargs
+        raise DatasetNotFoundError("Dataset 'lmms-lab-encoder/POPE' is a gated dataset on the Hub.")
+
+    monkeypatch.setattr(task.datasets, "load_dataset", gated)
+    with pytest.raises(InputError, match="'lmms-lab-encoder/POPE' of task 'pope' is gated"):
+        load_task("pope", None)
+
+
+def test_a_folder_of_another_version(run, checkpoint, copy, tmp_path):
+    asked = ["eval", "--model", checkpoint, "--tasks", "pope", "--data-root", copy, *FAST]
+    out = tmp_path / "out"
+    out.mkdir()
+    for content in ('{"model": "tiny", "methods": ["zoo"]}', "{"):
+        (out / "config.json").write_text(content)
+        code, _, err = run(*asked, "--output", out)
+        assert code == 2 and "another version" in err and len(err.strip().splitlines()) == 1
+
+
+def test_two_runs_in_one_folder(run, checkpoint, copy, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    code = "import sys; from filelock import FileLock\nwith FileLock(sys.argv[1]): input(print())"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, out / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    holder.stdout.readline()
+    asked = ["eval", "--model", checkpoint, "--tasks", "pope", "--data-root", copy, *FAST]
+    code, _, err = run(*asked, "--output", out)
+    assert code == 2 and f"another run writes to {out}" in err
+    holder.communicate(b"\n")
+    assert holder.returncode == 0
+    assert run(*asked, "--output", out)[0] == 0
+    assert os.listdir(out / "answers") == ["pope"]

@@ -1,0 +1,16 @@
+"""The matrix of methods and model families in the documentation is the one the code gives."""
+
+from pathlib import Path
+
+from vlm_prune.benchmarks.support import markdown, support
+from vlm_prune.pruning import METHODS
+from vlm_prune.vlm.families import FAMILIES
+
+
+def test_contributing_shows_the_matrix_of_the_registries(run):
+    code, printed, _ = run("methods", "--families")
+    assert (code, printed) == (0, markdown())
+    assert printed in (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    assert list(support()) == list(METHODS)
+    assert all(list(works) == list(FAMILIES) for works in support().values())
+    assert not support()["zoo"]["smolvlm"] and not support()["downsample"]["qwen3_vl"]

@@ -1,0 +1,286 @@
+"""A tiny random model and its processor for each family, from the real classes."""
+
+from importlib.util import find_spec
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from PIL import Image
+
+from vlm_prune.vlm.families import FAMILIES
+from vlm_prune.vlm.tiny.config import CHAT_TEMPLATE, SPECIAL, make_processor
+
+WIDTH, LAYERS = 32, 4
+CORPUS = ["USER: What color is the star? ASSISTANT: red", "Is there a 7? yes no green blue"]
+PICTURES = [(84, 84), (42, 84), (126, 60), (84, 84)]  # width, height
+
+
+def tokenizer_with(**tokens):
+    base = make_processor(CORPUS, 300).tokenizer
+    base.add_special_tokens({"additional_special_tokens": list(tokens.values())})
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=base.backend_tokenizer, padding_side="left",
+        extra_special_tokens=tokens, **SPECIAL,
+    )  # fmt: skip
+
+
+def template(image):
+    return CHAT_TEMPLATE.replace("<image>", image)
+
+
+def text_of(tokenizer, **more):
+    return dict(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=48,
+        num_hidden_layers=LAYERS, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=1024, tie_word_embeddings=False,
+        **{f"{k}_token_id": tokenizer.convert_tokens_to_ids(SPECIAL[f"{k}_token"])
+           for k in ("bos", "eos", "pad")}, **more,
+    )  # fmt: skip
+
+
+def vit(**more):
+    return dict(
+        hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, **more
+    )
+
+
+def token_id(tokenizer, token):
+    return tokenizer.convert_tokens_to_ids(token)
+
+
+def llava():
+    tokenizer = tokenizer_with(image_token="<image>")
+    config = hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**vit(image_size=70, patch_size=14)),
+        text_config=hf.LlamaConfig(**text_of(tokenizer)),
+        image_token_index=token_id(tokenizer, "<image>"), image_seq_length=25,
+    )  # fmt: skip
+    processor = hf.LlavaProcessor(
+        hf.CLIPImageProcessor(size={"shortest_edge": 70}, crop_size={"height": 70, "width": 70}),
+        tokenizer, patch_size=14, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=template("<image>"),
+    )  # fmt: skip
+    return hf.LlavaForConditionalGeneration(config), processor
+
+
+TILES = {
+    "size": {"shortest_edge": 42}, "crop_size": {"height": 42, "width": 42},
+    "image_grid_pinpoints": [[42, 84], [84, 42], [84, 84]],
+}  # fmt: skip
+
+
+def llava_next():
+    tokenizer = tokenizer_with(image_token="<image>")
+    config = hf.LlavaNextConfig(
+        vision_config=hf.CLIPVisionConfig(**vit(image_size=42, patch_size=14)),
+        text_config=hf.LlamaConfig(**text_of(tokenizer)),
+        image_token_index=token_id(tokenizer, "<image>"),
+        image_grid_pinpoints=TILES["image_grid_pinpoints"],
+    )
+    processor = hf.LlavaNextProcessor(
+        hf.LlavaNextImageProcessor(**TILES), tokenizer, patch_size=14,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=template("<image>"),
+    )  # fmt: skip
+    return hf.LlavaNextForConditionalGeneration(config), processor
+
+
+def llava_onevision():
+    tokenizer = tokenizer_with(image_token="<image>", video_token="<video>")
+    config = hf.LlavaOnevisionConfig(
+        vision_config=hf.SiglipVisionConfig(
+            **vit(image_size=42, patch_size=14, vision_use_head=False)
+        ),
+        text_config=hf.Qwen2Config(**text_of(tokenizer)),
+        image_token_index=token_id(tokenizer, "<image>"),
+        video_token_index=token_id(tokenizer, "<video>"),
+        image_grid_pinpoints=TILES["image_grid_pinpoints"],
+        vision_aspect_ratio="anyres_max_2",
+    )
+    processor = hf.LlavaOnevisionProcessor(
+        hf.LlavaOnevisionImageProcessor(
+            size={"height": 42, "width": 42}, image_grid_pinpoints=TILES["image_grid_pinpoints"]
+        ),
+        tokenizer, hf.LlavaOnevisionVideoProcessor(), num_image_tokens=9,
+        vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_2",
+        chat_template=template("<image>"),
+    )  # fmt: skip
+    return hf.LlavaOnevisionForConditionalGeneration(config), processor
+
+
+def qwen_tokenizer():
+    return tokenizer_with(
+        image_token="<|image_pad|>", video_token="<|video_pad|>",
+        vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>",
+    )  # fmt: skip
+
+
+QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+def qwen_ids(tokenizer):
+    return {
+        "image_token_id": token_id(tokenizer, "<|image_pad|>"),
+        "video_token_id": token_id(tokenizer, "<|video_pad|>"),
+        "vision_start_token_id": token_id(tokenizer, "<|vision_start|>"),
+        "vision_end_token_id": token_id(tokenizer, "<|vision_end|>"),
+    }
+
+
+def qwen_pixels(patch):
+    size = {"shortest_edge": 112 * 112, "longest_edge": 168 * 168}
+    return {"size": size, "patch_size": patch, "merge_size": 2, "temporal_patch_size": 2}
+
+
+def qwen2_5_vl():
+    tokenizer = qwen_tokenizer()
+    config = hf.Qwen2_5_VLConfig(
+        vision_config={
+            "depth": 3, "hidden_size": WIDTH, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": WIDTH,
+            "patch_size": 14, "window_size": 56, "fullatt_block_indexes": [2],
+        },
+        text_config=text_of(
+            tokenizer,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+        ),
+        tie_word_embeddings=False, **qwen_ids(tokenizer),
+    )  # fmt: skip
+    processor = hf.Qwen2_5_VLProcessor(
+        hf.Qwen2VLImageProcessor(**qwen_pixels(14)), tokenizer, hf.Qwen2VLVideoProcessor(),
+        chat_template=template(QWEN_IMAGE),
+    )  # fmt: skip
+    return hf.Qwen2_5_VLForConditionalGeneration(config), processor
+
+
+def qwen3_vl():
+    tokenizer = qwen_tokenizer()
+    config = hf.Qwen3VLConfig(
+        vision_config={
+            "depth": 3, "hidden_size": WIDTH, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": WIDTH,
+            "patch_size": 14, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
+        },
+        text_config=text_of(
+            tokenizer, head_dim=16,
+            rope_parameters={
+                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3],
+                "mrope_interleaved": True,
+            },
+        ),
+        tie_word_embeddings=False, **qwen_ids(tokenizer),
+    )  # fmt: skip
+    processor = hf.Qwen3VLProcessor(
+        hf.Qwen2VLImageProcessor(**qwen_pixels(14)), tokenizer, hf.Qwen3VLVideoProcessor(),
+        chat_template=template(QWEN_IMAGE),
+    )  # fmt: skip
+    return hf.Qwen3VLForConditionalGeneration(config), processor
+
+
+def internvl():
+    tokenizer = tokenizer_with(
+        start_image_token="<img>", end_image_token="</img>",
+        context_image_token="<IMG_CONTEXT>", video_token="<video>",
+    )  # fmt: skip
+    config = hf.InternVLConfig(
+        vision_config=vit(image_size=[84, 84], patch_size=[14, 14], norm_type="layer_norm"),
+        text_config=hf.Qwen2Config(**text_of(tokenizer)),
+        image_token_id=token_id(tokenizer, "<IMG_CONTEXT>"), image_seq_length=9,
+    )  # fmt: skip
+    processor = hf.InternVLProcessor(
+        hf.GotOcr2ImageProcessor(size={"height": 84, "width": 84}, min_patches=1, max_patches=2),
+        tokenizer, hf.InternVLVideoProcessor(), image_seq_length=9,
+        chat_template=template("<IMG_CONTEXT>"),
+    )  # fmt: skip
+    return hf.InternVLForConditionalGeneration(config), processor
+
+
+def smolvlm():
+    markers = {f"row_{r}_col_{c}": f"<row_{r}_col_{c}>" for r in (1, 2, 3) for c in (1, 2, 3)}
+    tokenizer = tokenizer_with(
+        image_token="<image>", fake_image_token="<fake_token_around_image>",
+        global_image_token="<global-img>", end_of_utterance_token="<end_of_utterance>",
+        video_token="<video>", **markers,
+    )  # fmt: skip
+    config = hf.SmolVLMConfig(
+        vision_config=vit(image_size=48, patch_size=8),
+        text_config=hf.LlamaConfig(**text_of(tokenizer)), scale_factor=2,
+        image_token_id=token_id(tokenizer, "<image>"), tie_word_embeddings=False,
+        pad_token_id=token_id(tokenizer, "<pad>"),
+    )  # fmt: skip
+    processor = hf.SmolVLMProcessor(
+        hf.SmolVLMImageProcessor(size={"longest_edge": 96}, max_image_size={"longest_edge": 48}),
+        tokenizer, hf.SmolVLMVideoProcessor(), image_seq_len=9, chat_template=template("<image>"),
+    )  # fmt: skip
+    return hf.SmolVLMForConditionalGeneration(config), processor
+
+
+MAKERS = {
+    maker.__name__: maker
+    for maker in (
+        llava, llava_next, llava_onevision, qwen2_5_vl, qwen3_vl, internvl, smolvlm
+    )
+}  # fmt: skip
+
+
+NEEDS = {
+    "llava_onevision": ("torchvision",),
+    "qwen2_5_vl": ("torchvision",),
+    "qwen3_vl": ("torchvision",),
+    "internvl": ("torchvision",),
+    "smolvlm": ("torchvision", "num2words"),
+}
+
+
+class Tiny:
+    """A model, its processor, and prompts with pictures of several sizes."""
+
+    def __init__(self, name):
+        self.name = name
+        torch.manual_seed(0)
+        self.model, self.processor = MAKERS[name]()
+        self.nested = name in ("llava_onevision", "smolvlm")  # whose processors count them by row
+        self.model.eval()
+        with torch.no_grad():  # sharp enough that tokens matter
+            for parameter in self.model.parameters():
+                parameter.copy_(torch.randn_like(parameter) * (0.2 if parameter.ndim > 1 else 0.02))
+                if parameter.ndim == 1:
+                    parameter.add_(1)
+        tokenizer = self.processor.tokenizer
+        self.model.generation_config.update(
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            do_sample=False,
+        )  # fmt: skip
+        draw = np.random.default_rng(0)
+        self.pictures = [
+            Image.fromarray(draw.integers(0, 256, (6, 6, 3), np.uint8)).resize(size, 0)
+            for size in PICTURES
+        ]
+
+    def inputs(self, rows, side="left"):
+        """Rows are lists of turns; a turn is pictures by number, and text."""
+        texts, images = [], []
+        for turns in rows:
+            chat = []
+            for number, (pictures, text) in enumerate(turns):
+                content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": text}]
+                chat.append({"role": "assistant" if number % 2 else "user", "content": content})
+            texts.append(self.processor.apply_chat_template(chat, add_generation_prompt=True))
+            images.append([self.pictures[p] for pictures, _ in turns for p in pictures])
+        if not self.nested:
+            images = list(chain.from_iterable(images))
+        images = images if any(images) else None
+        self.processor.tokenizer.padding_side = side
+        out = self.processor(
+            text=texts, images=images, padding=True, padding_side=side, return_tensors="pt"
+        )
+        self.processor.tokenizer.padding_side = "left"
+        return out
+
+
+@pytest.fixture(scope="session", params=list(FAMILIES))
+def tiny(request):
+    for package in NEEDS.get(request.param, ()):
+        if find_spec(package) is None:
+            pytest.skip(f"the processor of {request.param} needs {package}")
+    return Tiny(request.param)

@@ -1,0 +1,136 @@
+"""What each adapter says about its tower and projector, against the model itself."""
+
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import avg_pool2d
+from transformers import BlipConfig
+
+from vlm_prune.pruning import DivPrune, NoPruning, Random
+from vlm_prune.pruning.received import in_tower
+from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.families import FAMILIES, family_of
+from vlm_prune.vlm.load import load
+from vlm_prune.vlm.wrapper import PrunedVLM
+
+
+def encode(tiny, rows):
+    inputs, family = tiny.inputs(rows), family_of(tiny.model)
+    names = ("pixel_values", "input_ids", *family.image_inputs)
+    return inputs, family.encode(**{name: inputs[name] for name in names if name in inputs})
+
+
+def test_features_projected_are_what_the_language_model_gets(tiny):
+    inputs, images = encode(tiny, [[([0], "red?")], [([1, 2], "blue?")]])
+    family, seen = family_of(tiny.model), []
+    hook = family.decoder.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        tiny.model(**inputs)
+    hook.remove()
+    is_image = inputs["input_ids"] == family.image_token
+    torch.testing.assert_close(torch.cat(images.projected), seen[0][is_image])
+    for group in images.groups:
+        tokens = group.tokens
+        assert group.size == sum(rows * columns for rows, columns in tokens.grids)
+        if (4, 4) not in tokens.grids or tiny.name != "llava_onevision":  # shrunk behind it
+            torch.testing.assert_close(tokens.projector(tokens.features), tokens.projected)
+
+
+def test_attention_received_is_that_of_the_towers_maps(tiny, monkeypatch):
+    """In an image's first tile; a token of several patches takes their mean."""
+    layer = family_of(tiny.model).tower_layers[-2 if tiny.name in ("llava", "llava_next") else -1]
+    attention = next(
+        getattr(layer, n) for n in ("self_attn", "attention", "attn") if hasattr(layer, n)
+    )
+    module, maps = sys.modules[type(attention).__module__], []
+
+    def record(owner, *args, eager=module.eager_attention_forward, **kwargs):
+        out = eager(owner, *args, **kwargs)
+        if owner is attention:
+            maps.append(out[1])
+        return out
+
+    monkeypatch.setattr(module, "eager_attention_forward", record)
+    tiny.model.set_attn_implementation("eager")
+    try:
+        _, images = encode(tiny, [[([0], "red?")]])
+    finally:
+        tiny.model.set_attn_implementation("sdpa")
+    (group,) = images.groups
+    rows, columns = group.tokens.grids[0]
+    ours = in_tower(group.tokens, "all")[0, : rows * columns]
+    patches = maps[0][0].mean((0, 1))[int(group.tokens.has_cls) :]
+    if "qwen" in tiny.name:  # four patches follow one another, tokens in the order of windows
+        assert len(ours) * 4 == len(patches)
+        theirs = patches.view(-1, 4).mean(1)
+        ours, theirs = ours.sort().values, theirs.sort().values
+    else:
+        side = round(len(patches) ** 0.5)
+        theirs = avg_pool2d(patches.view(1, side, side), side // rows).flatten()
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_checkpoint_is_recognised_by_its_config(tiny, tmp_path):
+    tiny.model.save_pretrained(tmp_path)
+    tiny.processor.save_pretrained(tmp_path)
+    model, processor = load(str(tmp_path))
+    assert type(family_of(model)) is FAMILIES[tiny.name]
+    assert type(processor) is type(tiny.processor)
+
+
+def test_an_unsupported_model_is_told_what_is_supported():
+    class Other:
+        config = BlipConfig()
+
+    with pytest.raises(InputError) as refusal:
+        family_of(Other())
+    assert (
+        str(refusal.value)
+        == f"model type 'blip' is not supported; supported: {', '.join(FAMILIES)}"
+    )
+
+
+def test_positions_of_three_rows_are_not_renumbered(tiny):
+    if not family_of(tiny.model).mrope:
+        pytest.skip("positions of one row can be")
+    with pytest.raises(InputError, match="give 'auto' or 'original'"):
+        Random(budget=4, positions="contiguous")(tiny.model).__enter__()
+
+
+def test_videos_are_refused(tiny):
+    inputs = tiny.inputs([[([0], "red?")]])
+    with Random(budget=4)(tiny.model), pytest.raises(InputError, match="frames as images"):
+        tiny.model.generate(**inputs, pixel_values_videos=inputs["pixel_values"])
+
+
+def test_the_wrapper_answers_as_the_unpruned_model(tiny):
+    vlm = PrunedVLM(tiny.model, tiny.processor, NoPruning())
+    unpruned = PrunedVLM(tiny.model, tiny.processor)
+    picture, asked = tiny.pictures[2], {"max_new_tokens": 5}
+    assert vlm.answer(picture, "red?", **asked) == unpruned.answer(picture, "red?", **asked)
+
+
+@torch.inference_mode()
+def test_images_encoded_beforehand_and_prompts_without_any(tiny):
+    """Both inside one block; the first equals pixels, the second the unpruned model."""
+    inputs, images = encode(tiny, [[([0], "red?")], [([1, 2], "blue?")]])
+    family, pruner = family_of(tiny.model), DivPrune(budget=4)
+    prompt = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    text = {
+        name: value
+        for name, value in tiny.inputs([[([], "What is red?")]]).items()
+        if name in prompt
+    }
+    steps = {"max_new_tokens": 3, "min_new_tokens": 3}
+    unpruned = tiny.model.generate(**text, **steps)
+    with pruner(tiny.model):
+        pixels = tiny.model.generate(**inputs, **steps)
+        assert torch.equal(tiny.model.generate(**text, **steps), unpruned)
+    with pruner(tiny.model, images) as trace:
+        output = family.output(images.projected, images.deepstack)
+        before = tiny.model.generate(**prompt, mm_encoder_outputs=output, **steps)
+    assert torch.equal(before, pixels)
+    assert [len(places) for places in trace.kept] == [4, 4, 4]

@@ -1,0 +1,230 @@
+"""What every method keeps on every family; see CONTRIBUTING.md."""
+
+import copy
+
+import pytest
+import torch
+from transformers import TextStreamer
+
+from vlm_prune.pruning import METHODS, DecoderPruner
+from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.wrapper import build
+
+QUESTION, LONG = "Is there a 7?", "What color is the star and is there a 7?"
+ALONE = [[([0], QUESTION)]]
+RAGGED = [
+    [([0], QUESTION)],
+    [([], "What is red?")],
+    [([1, 2], LONG)],
+    [([], QUESTION), ([], "yes"), ([2], LONG)],
+]
+EVERY = [*METHODS, "divprune+adaptinfer"]
+STAGES = ["visionzip", "pool", "sparsevlm", "divprune+adaptinfer", "merge", "dart"]
+BUDGET = 6
+
+
+def on(name, tiny, budget=BUDGET, **more):
+    """The method, or the test ends here: it must then be refused in one line."""
+    method = build(name, budget=budget, **more)
+    lacking = method.needs & family_of(tiny.model).lacks
+    if lacking:
+        with pytest.raises(InputError, match="give one of none, random, .*divprune") as refusal:
+            method.admit(tiny.model)
+        assert "\n" not in str(refusal.value)
+        pytest.skip(f"needs {', '.join(lacking)}")
+    return method
+
+
+@torch.inference_mode()
+def greedy(tiny, inputs, steps=3, **more):
+    return tiny.model.generate(
+        **inputs, max_new_tokens=steps, min_new_tokens=steps, return_dict_in_generate=True,
+        output_logits=True, **more,
+    )  # fmt: skip
+
+
+def assert_close(ours, theirs, atol=2e-5):
+    torch.testing.assert_close(ours, theirs, atol=atol, rtol=1e-4)
+
+
+def named(methods):
+    """The methods that run by default, and all others behind `slow`."""
+    marks = [pytest.param(name, marks=pytest.mark.slow) for name in EVERY if name not in methods]
+    return pytest.mark.parametrize("name", [*methods, *marks])
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_keeping_all_equals_the_unpruned_model(name, tiny):
+    method = on(name, tiny, budget=1.0)
+    inputs = tiny.inputs(RAGGED)
+    expected = greedy(tiny, inputs)
+    with method(tiny.model) as trace:
+        out = greedy(tiny, inputs)
+    assert torch.equal(out.sequences, expected.sequences)
+    for ours, theirs in zip(out.logits, expected.logits, strict=True):
+        assert_close(ours, theirs, atol=1e-5)
+    assert [len(places) for places in trace.kept] == trace.available
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_budget_is_met_and_the_model_is_untouched_afterwards(name, tiny):
+    method = on(name, tiny)
+    inputs = tiny.inputs(ALONE)
+    greedy(tiny, inputs, output_hidden_states=True)  # transformers installs its own hooks lazily
+    before = snapshot(tiny.model)
+    with method(tiny.model) as trace:
+        during = snapshot(tiny.model)
+        greedy(tiny, inputs)
+    assert snapshot(tiny.model) == before != during
+    mean = sum(trace.layer_tokens) / len(trace.layer_tokens)
+    enough = {"none": trace.available[0]}.get(name, BUDGET)
+    assert enough * (0.7 if name == "downsample" else 0.9) < mean <= enough
+    with pytest.raises(RuntimeError, match="inside"), method(tiny.model):
+        raise RuntimeError("inside")
+    assert snapshot(tiny.model) == before
+
+
+def snapshot(model):
+    return (
+        {
+            name: (list(module._forward_pre_hooks), list(module._forward_hooks), sorted(vars(module)))
+            for name, module in model.named_modules()
+        },
+        copy.deepcopy(model.config.to_dict()),
+        copy.deepcopy(vars(model.generation_config)),
+    )  # fmt: skip
+
+
+@named(STAGES)
+def test_each_row_equals_its_solo_run(name, tiny):
+    method = on(name, tiny)
+    with method(tiny.model):
+        batch = greedy(tiny, tiny.inputs(RAGGED))
+        for row, turns in enumerate(RAGGED):
+            solo = greedy(tiny, tiny.inputs([turns]))
+            for step, logits in enumerate(batch.logits):
+                assert_close(logits[row], solo.logits[step][0])
+
+
+@named(STAGES)
+def test_right_padded_rows_equal_left_padded_ones(name, tiny):
+    method = on(name, tiny)
+    with method(tiny.model), torch.inference_mode():
+        left, right = (tiny.model(**tiny.inputs(RAGGED, side)).logits for side in ("left", "right"))
+        for row, turns in enumerate(RAGGED):
+            solo = tiny.model(**tiny.inputs([turns])).logits[0]
+            assert_close(left[row, -len(solo) :], solo)
+            assert_close(right[row, : len(solo)], solo)
+
+
+@named(STAGES)
+def test_cached_decoding_equals_a_full_forward(name, tiny, monkeypatch):
+    """The reference walks the layers itself: one pass over prompt and answer, no cache, no hooks."""
+    method, reduced = on(name, tiny), {"pre": [], "inside": []}
+    if method.stage == "input":
+        pytest.skip("its features come from another image; the pre-LLM road is the same as pool's")
+    for where, features in reduced.items():
+        part = type(getattr(method, where, method))
+        if issubclass(part, DecoderPruner) == (where == "inside"):
+
+            def recorded(*given, reduce=part.reduce, to=features):
+                kept = reduce(*given)
+                to.extend(kept.features)
+                return kept
+
+            monkeypatch.setattr(part, "reduce", recorded)
+    inputs = tiny.inputs([[([1, 2], LONG)]])  # pictures of different sizes
+    with method(tiny.model) as trace:
+        out = greedy(tiny, inputs)
+    logits = full_forward(tiny, inputs, out.sequences, method, trace, reduced)
+    for step, ours in enumerate(out.logits):
+        assert_close(ours[0], logits[len(logits) - len(out.logits) - 1 + step])
+
+
+@torch.no_grad()
+def full_forward(tiny, inputs, sequences, method, trace, reduced):
+    """Logits of one row where `trace` drops tokens, with the features that the method gave."""
+    model, family = tiny.model, family_of(tiny.model)
+    prompt, ids = inputs["input_ids"], sequences[0]
+    encoded = family.encode(
+        **{n: inputs[n] for n in ("input_ids", "pixel_values", *family.image_inputs) if n in inputs}
+    )
+    is_image = torch.zeros_like(ids, dtype=torch.bool)
+    is_image[: prompt.shape[1]] = prompt[0] == family.image_token
+    images = list(is_image.nonzero()[:, 0].split(encoded.counts))
+    hidden = model.get_input_embeddings()(ids).clone()
+    hidden[is_image] = torch.cat(encoded.projected)
+    deep = [torch.zeros_like(hidden) for _ in encoded.deepstack]
+    for whole, layer in zip(deep, encoded.deepstack, strict=True):
+        whole[is_image] = torch.cat(layer)
+    places = family.positions(prompt, torch.ones_like(prompt), encoded.inputs)
+    more = torch.arange(1, 1 + len(ids) - prompt.shape[1])
+    places = torch.cat([places, places[..., -1:] + more], -1)
+    here, left = torch.arange(len(ids)), [torch.arange(len(image)) for image in images]
+
+    def drop(kept, features, always=False):
+        nonlocal hidden, here, left
+        gone, new = torch.zeros_like(ids, dtype=torch.bool), {}
+        for image, before, after in zip(images, left, kept, strict=True):
+            given = features.pop(0) if always or len(after) < len(before) else None
+            if len(after) < len(before):
+                gone[image] = True
+                gone[image[after]] = False
+                new |= dict(zip(image[after].tolist(), given, strict=True))
+        keep = ~gone[here]
+        hidden, here, left = hidden[keep].clone(), here[keep], kept
+        for row, column in enumerate(here.tolist()):
+            hidden[row] = new.get(column, hidden[row])
+
+    if trace.entered:
+        drop(trace.entered, reduced["pre"], always=True)
+    cuts = set()
+    if method.stage == "decoder":
+        layers = len(family.decoder.layers)
+        cuts = {cut.layer for count in encoded.counts for cut in method.cuts(count, layers)}
+    kept = iter(trace.cuts)
+    for number, layer in enumerate(family.decoder.layers):
+        if number in cuts:
+            drop(next(kept), reduced["inside"])
+        at = places[1:, :, here] if family.mrope else torch.arange(len(here))[None]
+        mask = torch.full((len(here), len(here)), float("-inf")).triu(1)[None, None]
+        rotary = family.decoder.rotary_emb(hidden[None], position_ids=at)
+        hidden = layer(hidden[None], attention_mask=mask, position_embeddings=rotary)[0]
+        if number < len(deep):
+            hidden = hidden + deep[number][here]
+    assert next(kept, None) is None and not any(reduced.values())
+    return model.lm_head(family.decoder.norm(hidden))
+
+
+@named(STAGES)
+def test_eager_equals_sdpa(name, tiny):
+    method = on(name, tiny)
+    inputs = tiny.inputs(RAGGED)
+    with method(tiny.model):
+        sdpa = greedy(tiny, inputs)
+        tiny.model.set_attn_implementation("eager")
+        try:
+            eager = greedy(tiny, inputs)
+        finally:
+            tiny.model.set_attn_implementation("sdpa")
+    assert_close(eager.logits[-1], sdpa.logits[-1])
+
+
+@named(STAGES)
+def test_beam_search_and_streaming(name, tiny, capsys):
+    method = on(name, tiny)
+    steps = {"max_new_tokens": 4, "min_new_tokens": 4}
+    inputs, pair = tiny.inputs(ALONE), tiny.inputs([RAGGED[2], ALONE[0]])
+    with method(tiny.model), torch.inference_mode():
+        alone = tiny.model.generate(**inputs, num_beams=3, **steps)
+        two = tiny.model.generate(**tiny.inputs([RAGGED[2]]), num_beams=3, **steps)
+        both = tiny.model.generate(**pair, num_beams=3, **steps)
+        streamer = TextStreamer(tiny.processor.tokenizer, skip_prompt=True)
+        streamed = tiny.model.generate(**inputs, streamer=streamer, **steps)
+    assert torch.equal(two[0, -4:], both[0, -4:])
+    assert torch.equal(alone[0, -4:], both[1, -4:])
+    prompt = inputs["input_ids"].shape[1]
+    assert torch.equal(streamed[:, :prompt], inputs["input_ids"])
+    printed = capsys.readouterr().out.strip()
+    assert printed == tiny.processor.tokenizer.decode(streamed[0, prompt:]).strip()

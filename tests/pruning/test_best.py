@@ -1,0 +1,58 @@
+"""`best` stands for what the search found at the nearest budget."""
+
+import json
+
+import pytest
+
+from vlm_prune.pruning import Best, Cascade, DivPrune, FoPru, Merge
+from vlm_prune.vlm.errors import InputError
+
+
+@pytest.fixture
+def found(tmp_path):
+    entries = {
+        "32": {"method": "fopru", "arguments": {"strategy": "row"}},
+        "128": {
+            "method": "divprune+merge+fastv",
+            "arguments": {"widening": 3, "inside.layer": 4},
+        },
+    }
+    path = tmp_path / "best.json"
+    path.write_text(json.dumps({"tokens": 576, "budgets": entries}))
+    return str(path)
+
+
+@pytest.mark.parametrize("budget", [1, 16, 63, 0.1])
+def test_small_budgets_take_the_smaller_definition(found, budget):
+    chosen = Best(budget=budget, definitions=found, seed=4).chosen(576)
+    assert isinstance(chosen, FoPru) and chosen.strategy == "row"
+    assert (chosen.budget, chosen.seed) == (58 if budget == 0.1 else budget, 4)
+
+
+@pytest.mark.parametrize(("budget", "tokens"), [(65, 576), (576, 576), (0.2, 2880), (512, 2304)])
+def test_larger_ones_the_larger_by_share_of_the_image(found, budget, tokens):
+    best = Best(budget=budget, definitions=found, positions="original")
+    chosen = best.chosen(tokens)
+    assert isinstance(chosen, Cascade) and isinstance(chosen.pre, Merge)
+    assert isinstance(chosen.pre.method, DivPrune) and chosen.inside.layer == 4
+    assert (chosen.widening, chosen.positions) == (3, "original")
+    assert best.definition(tokens) == "divprune+merge+fastv, widening=3, inside.layer=4"
+
+
+def test_its_count_is_that_of_what_it_stands_for(found):
+    assert Best(budget=32, definitions=found).papers_count(576, [32.0] * 6) == 32
+    assert Best(budget=64 * 3, definitions=found).papers_count(576, [576.0, 64.0]) is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"tokens": 576, "budgets": {}}', '{"budgets": 1}'])
+def test_files_that_define_nothing_are_refused(tmp_path, content):
+    (tmp_path / "best.json").write_text(content)
+    with pytest.raises(InputError, match="defines no method"):
+        Best(definitions=str(tmp_path / "best.json")).chosen(576)
+
+
+def test_the_packaged_definitions_meet_their_budgets():
+    for budget in (32, 64, 128):
+        best = Best(budget=budget)
+        best.check(576, 6)
+        assert best.chosen(576).budget == budget and best.definition(576)

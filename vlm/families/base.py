@@ -1,0 +1,98 @@
+"""What an adapter says about a model family: where its parts are, and what it lacks."""
+
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from vlm_prune.vlm.encoded import Images
+
+Need = Literal["a two-layer projector", "a fixed image size"]
+
+
+def seed_of(pixels: Tensor) -> int:
+    """A number that depends on the pixels of one image alone."""
+    return zlib.crc32(pixels.float().cpu().numpy().tobytes())
+
+
+@dataclass(frozen=True)
+class Family(ABC):
+    """Paths into a model of one family.
+
+    `lacks` names what some methods need and the family has not; `image_inputs` the arguments of a
+    prompt, next to `pixel_values`, that describe its images; `mrope` whether positions have rows
+    for time, height and width, which leave gaps when tokens go.
+    """
+
+    model: Any
+
+    lacks: ClassVar[frozenset[Need]] = frozenset()
+    image_inputs: ClassVar[tuple[str, ...]] = ()
+    mrope: ClassVar[bool] = False
+
+    @property
+    def fixed_size(self) -> bool:
+        """Whether every image has the same number of tokens."""
+        return "a fixed image size" not in self.lacks
+
+    @property
+    def image_token(self) -> int:
+        return int(self.model.config.image_token_id)
+
+    @property
+    @abstractmethod
+    def tokens_per_image(self) -> int:
+        """Of an image of the tower's own size, or of one tile where images have several."""
+
+    @property
+    def multimodal(self) -> nn.Module:
+        """The module that merges image features into the embeddings."""
+        module: nn.Module = self.model.model
+        return module
+
+    @property
+    def decoder(self) -> Any:
+        """The language model: `.layers`, `.rotary_emb`, `.config`."""
+        return self.model.model.language_model
+
+    @property
+    @abstractmethod
+    def tower_layers(self) -> Any:
+        """The vision tower's layers."""
+
+    @property
+    @abstractmethod
+    def projector(self) -> Callable[[Tensor], Tensor]:
+        """From `VisionTokens.features` to `.projected`."""
+
+    @abstractmethod
+    def encode(self, pixel_values: Tensor, **inputs: Tensor) -> Images:
+        """Run tower and projector; `inputs` are those of `image_inputs`, and `input_ids`."""
+
+    def counts(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> list[int]:
+        """Placeholders of each image of an unpruned prompt, from what its forward is given."""
+        encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is not None:
+            return [len(features) for features in encoded.pooler_output]
+        if inputs.get("pixel_values") is None:
+            return []
+        return self.sizes(input_ids, inputs)
+
+    def sizes(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> list[int]:
+        """The same from pixels; by default all images have equally many."""
+        images = len(inputs["pixel_values"])
+        return [int((input_ids == self.image_token).sum()) // images] * images
+
+    def positions(self, input_ids: Tensor, valid: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Positions in the full prompt, (B, L), or (4, B, L) with those of the text first."""
+        return valid.cumsum(1) - 1
+
+    def output(
+        self, features: Sequence[Tensor], deepstack: Sequence[list[Tensor]] = ()
+    ) -> dict[str, Any]:
+        """Encoded images as `generate(mm_encoder_outputs=...)` takes them; new for each call."""
+        return {"image": BaseModelOutputWithPooling(pooler_output=list(features))}

@@ -1,0 +1,82 @@
+"""InternVL in transformers (the `-hf` checkpoints): tiles of 2 x 2 patches per token, with a CLS.
+
+An image is one run of placeholders: its tiles and then its overview. The projector's norm counts
+as the tower's, so that two layers remain.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from vlm_prune.vlm.encoded import Images
+from vlm_prune.vlm.families.tiled import Tiled
+from vlm_prune.vlm.layout import image_runs
+from vlm_prune.vlm.tokens import Projector
+
+
+@dataclass(frozen=True)
+class InternVL(Tiled):
+    """Paths into an `InternVLForConditionalGeneration`."""
+
+    @property
+    def tower_layers(self) -> Any:
+        return self.model.model.vision_tower.encoder.layer
+
+    @property
+    def tokens_per_image(self) -> int:
+        patches = self.model.model.vision_tower.embeddings.patch_embeddings.num_patches
+        return int(patches * self.model.config.downsample_ratio**2)
+
+    @property
+    def projector(self) -> Projector:
+        module = self.model.model.multi_modal_projector
+        one, two = module.linear_1, module.linear_2
+        return Projector(one.weight, one.bias, module.act, two.weight, two.bias)
+
+    def sizes(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> list[int]:
+        return [length for _, _, length in image_runs(input_ids == self.image_token)]
+
+    def patches(self, values: Tensor) -> Tensor:
+        grid = values.unflatten(1, (round(values.shape[1] ** 0.5), -1))
+        ratio = self.model.config.downsample_ratio
+        shuffled: Tensor = self.model.model.pixel_shuffle(grid.contiguous(), ratio)
+        return shuffled.flatten(1, 2)
+
+    @torch.no_grad()
+    def encode(self, pixel_values: Tensor, **inputs: Tensor) -> Images:
+        """Run tower and projector on (T, 3, H, W) tiles; needs `input_ids`."""
+        config, model = self.model.config, self.model.model
+        output = model.get_image_features(
+            pixel_values.to(self.model.device), output_hidden_states=True, return_dict=True
+        )
+        states, layer = output.hidden_states, config.vision_feature_layer
+        first = 1 if config.vision_feature_select_strategy == "default" else 0
+        last = output.last_hidden_state if layer == -1 else states[layer]
+        before = (layer if layer >= 0 else len(states) + layer) - 1
+
+        def query_key(rows: list[int]) -> tuple[Tensor, Tensor]:
+            return self.query_key(self.tower_layers[before], states[before][rows])
+
+        features = model.multi_modal_projector.layer_norm(self.patches(last[:, first:]))
+        projected = output.pooler_output
+        return self.images(inputs, pixel_values, features, projected, query_key, first > 0)
+
+    @torch.no_grad()
+    def query_key(self, layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys (T, H, S, d) of a tower layer given its input (T, S, D)."""
+        attention, normed = layer.attention, layer.layernorm_before(hidden)
+        query = attention.q_norm(attention.q_proj(normed))
+        key = attention.k_norm(attention.k_proj(normed))
+        heads = (attention.num_heads, attention.head_dim)
+        return query.unflatten(-1, heads).transpose(1, 2), key.unflatten(-1, heads).transpose(1, 2)
+
+    def output(
+        self, features: Sequence[Tensor], deepstack: Sequence[list[Tensor]] = ()
+    ) -> dict[str, Any]:
+        """One tensor, whose first dimension beam search can cut anywhere."""
+        together = torch.cat(list(features))[:, None]
+        return {"image": BaseModelOutputWithPooling(pooler_output=together)}

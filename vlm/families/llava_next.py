@@ -1,0 +1,117 @@
+"""LLaVA-NeXT in transformers: LLaVA over an overview and tiles of each image (AnyRes).
+
+An image's tokens are those of the overview and of the tiles, stitched together and unpadded, with
+a newline token behind each row. Newlines show nothing, so pruners do not see them: they are kept
+when all other tokens are, and are otherwise the first to go.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vlm_prune.vlm.encoded import Group, Images
+from vlm_prune.vlm.families.base import Need, seed_of
+from vlm_prune.vlm.families.llava import Llava
+from vlm_prune.vlm.layout import alike
+from vlm_prune.vlm.tokens import VisionTokens
+
+Packing = Callable[[Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class LlavaNext(Llava):
+    """Paths into a `LlavaNextForConditionalGeneration`."""
+
+    lacks: ClassVar[frozenset[Need]] = frozenset({"a fixed image size"})
+    image_inputs: ClassVar[tuple[str, ...]] = ("image_sizes",)
+
+    def tiles(self, inputs: Mapping[str, Any]) -> list[int]:
+        """Tiles of each image, the overview among them."""
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        config = self.model.config
+        side = config.vision_config.image_size
+        return [
+            image_size_to_num_patches(size, config.image_grid_pinpoints, side)
+            for size in inputs["image_sizes"]
+        ]
+
+    def features(self, pixels: Tensor, inputs: Mapping[str, Any]) -> Any:
+        """Output of tower and projector, all states included."""
+        return self.model.model.get_image_features(
+            pixels, image_sizes=inputs["image_sizes"], output_hidden_states=True, return_dict=True
+        )
+
+    def pack(self, size: Tensor, values: Tensor, newline: Tensor | None) -> Tensor:
+        """Stitch (T, S, c) of the tiles of an image of `size` into (n, c), as the model does."""
+        packed, _ = self.model.model.pack_image_features(
+            [values],
+            [size],
+            vision_feature_select_strategy=self.model.config.vision_feature_select_strategy,
+            image_newline=newline,
+        )
+        tokens: Tensor = packed[0]
+        return tokens
+
+    def is_newline(self, packing: Packing, tiles: int) -> Tensor:
+        """Which placeholders of an image of that many tiles are newlines, (n,)."""
+        patches = torch.zeros(tiles, self.tokens_per_image, 1, device=self.model.device)
+        return packing(patches, patches.new_ones(1))[:, 0] > 0
+
+    def sizes(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> list[int]:
+        packings = [partial(self.pack, size) for size in inputs["image_sizes"]]
+        return [
+            len(self.is_newline(p, t)) for p, t in zip(packings, self.tiles(inputs), strict=True)
+        ]
+
+    @torch.no_grad()
+    def encode(self, pixel_values: Tensor, **inputs: Tensor) -> Images:
+        """Run tower and projector on (M, T, 3, H, W) tiles, padded to the longest image.
+
+        Bilinear shrinking, where the model does it, is applied to features and attention alike.
+        """
+        tiles, sizes = self.tiles(inputs), inputs["image_sizes"]
+        pixels = pixel_values.to(self.model.device, self.model.dtype)
+        output = self.features(pixels, inputs)
+        states, first = output.hidden_states, self.prefix
+        layer = states[self.model.config.vision_feature_layer][:, first:].split(tiles)
+        starts = [sum(tiles[:image]) for image in range(len(tiles))]
+        groups = []
+        for members in alike([(*map(int, s), t) for s, t in zip(sizes, tiles, strict=True)]):
+            count = tiles[members[0]]
+            packing = partial(self.pack, sizes[members[0]])
+            rows = [starts[i] + t for i in members for t in range(count)]
+            newline = self.is_newline(packing, count)
+            whole = torch.stack([output.pooler_output[i] for i in members])
+
+            pool = partial(self.pool, packing, count)
+            tokens = VisionTokens(
+                features=pool(torch.cat([layer[i] for i in members])),
+                projected=whole[:, ~newline],
+                grids=self.grids(newline, count),
+                seeds=tuple(seed_of(pixel_values[i, :count]) for i in members),
+                projector=self.projector,
+                query_key=partial(self.query_key, states, rows),
+                has_cls=first > 0,
+                pool=pool,
+                available=len(newline),
+            )
+            places = (~newline).nonzero()[:, 0]
+            groups.append(Group(members, tokens, places, whole[:, newline]))
+        return Images(groups)
+
+    def pool(self, packing: Packing, tiles: int, values: Tensor) -> Tensor:
+        """(M T, S, c) -> (M, N, c), newlines left out."""
+        return torch.stack([packing(own, None) for own in values.split(tiles)])
+
+    def grids(self, newline: Tensor, tiles: int) -> tuple[tuple[int, int], ...]:
+        """Of the overview, and of the tiles where there are some."""
+        side = round(self.tokens_per_image**0.5)
+        if tiles == 1:
+            return ((side, side),)
+        rows = int(newline.sum())
+        return (side, side), (rows, (len(newline) - rows - side**2) // rows)

@@ -1,0 +1,47 @@
+"""LLaVA-OneVision in transformers: LLaVA-NeXT's tiles over a SigLIP tower without a CLS token.
+
+A prompt's only image is tiled; where a prompt has several, each is one tile.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from vlm_prune.vlm.families.llava_next import LlavaNext
+
+
+@dataclass(frozen=True)
+class LlavaOneVision(LlavaNext):
+    """Paths into a `LlavaOnevisionForConditionalGeneration`."""
+
+    image_inputs: ClassVar[tuple[str, ...]] = (
+        "image_sizes", "batch_num_images", "vision_aspect_ratio",
+    )  # fmt: skip
+
+    def tiles(self, inputs: Mapping[str, Any]) -> list[int]:
+        tiled, in_row = super().tiles(inputs), inputs.get("batch_num_images")
+        if in_row is None:
+            return tiled
+        alone = [int(images) == 1 for images in in_row for _ in range(int(images))]
+        return [count if single else 1 for count, single in zip(tiled, alone, strict=True)]
+
+    def features(self, pixels: Tensor, inputs: Mapping[str, Any]) -> Any:
+        return self.model.model.get_image_features(
+            pixels,
+            image_sizes=inputs["image_sizes"],
+            batch_num_images=inputs.get("batch_num_images"),
+            output_hidden_states=True,
+            return_dict=True,
+        )
+
+    def pack(self, size: Tensor, values: Tensor, newline: Tensor | None) -> Tensor:
+        packed, _ = self.model.model.pack_image_features(
+            [values],
+            [size],
+            image_newline=newline,
+            vision_aspect_ratio=self.model.config.vision_aspect_ratio,
+        )
+        tokens: Tensor = packed[0]
+        return tokens

@@ -1,0 +1,140 @@
+"""Qwen2.5-VL in transformers: images of any size, 2 x 2 patches per token, three-row positions.
+
+The projector is the merger: its norm counts as the tower's, so that two layers remain, and its
+features are the four patches of a token side by side. A token receives the mean attention of its
+patches in the tower's last layer, which sees the whole image in every released checkpoint; where a
+config makes it windowed, attention is read as if it were not.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu
+from transformers.vision_utils import get_vision_window_index
+
+from vlm_prune.vlm.encoded import Group, Images
+from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.families.base import Family, Need, seed_of
+from vlm_prune.vlm.layout import alike
+from vlm_prune.vlm.tokens import Projector, VisionTokens
+
+
+@dataclass(frozen=True)
+class Qwen25VL(Family):
+    """Paths into a `Qwen2_5_VLForConditionalGeneration`."""
+
+    lacks: ClassVar[frozenset[Need]] = frozenset({"a fixed image size"})
+    image_inputs: ClassVar[tuple[str, ...]] = ("image_grid_thw",)
+    mrope: ClassVar[bool] = True
+
+    @property
+    def tower(self) -> Any:
+        return self.model.model.visual
+
+    @property
+    def tower_layers(self) -> Any:
+        return self.tower.blocks
+
+    @property
+    def merged(self) -> int:
+        """Patches of a token."""
+        return int(self.tower.spatial_merge_size) ** 2
+
+    @property
+    def tokens_per_image(self) -> int:
+        raise InputError("images of this model have as many tokens as their size asks for")
+
+    @property
+    def projector(self) -> Projector:
+        one, _, two = self.tower.merger.mlp
+        return Projector(one.weight, one.bias, gelu, two.weight, two.bias)
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What the projector reads of the last layer's output."""
+        normed: Tensor = self.tower.merger.ln_q(hidden)
+        return normed
+
+    def in_rows(self, values: Tensor, grid: Tensor) -> Tensor:
+        """The tower's order undone: tokens in reading order, (P, ...) -> (P / 4, 4, ...)."""
+        order, _ = get_vision_window_index(
+            grid, self.tower.spatial_merge_size, self.tower.window_size, self.tower.patch_size
+        )
+        tokens: Tensor = values.unflatten(0, (-1, self.merged))
+        return tokens[order.argsort().to(values.device)]
+
+    @torch.no_grad()
+    def encode(self, pixel_values: Tensor, **inputs: Tensor) -> Images:
+        """Run tower and merger on flattened patches (P, c) of images `image_grid_thw` (M, 3)."""
+        grid = inputs["image_grid_thw"].to(self.model.device)
+        seen: dict[str, Any] = {}
+
+        def note(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            seen.update(hidden=args[0], rotary=kwargs["position_embeddings"])
+
+        hook = self.tower_layers[-1].register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            output = self.model.model.get_image_features(
+                pixel_values.to(self.model.device), image_grid_thw=grid, return_dict=True
+            )
+        finally:
+            hook.remove()
+        patches = grid.prod(1).tolist()
+        counts = [count // self.merged for count in patches]
+        features = self.in_rows(self.normed(output.last_hidden_state), grid).flatten(1)
+        before, cos, sin = (
+            self.in_rows(value, grid).split(counts) for value in (seen["hidden"], *seen["rotary"])
+        )
+        own, pixels = features.split(counts), pixel_values.split(patches)
+        deepstack = getattr(output, "deepstack_features", None) or []
+        side = self.tower.spatial_merge_size
+        groups = []
+        for members in alike([tuple(row) for row in grid.tolist()]):
+            first = members[0]
+            time, rows, columns = grid[first].tolist()
+            rotary = (cos[first].flatten(0, 1), sin[first].flatten(0, 1))
+            hidden = torch.stack([before[i].flatten(0, 1) for i in members])
+            tokens = VisionTokens(
+                features=torch.stack([own[i] for i in members]),
+                projected=torch.stack([output.pooler_output[i] for i in members]),
+                grids=((rows // side, columns // side),) * time,
+                seeds=tuple(seed_of(pixels[i]) for i in members),
+                projector=self.projector,
+                query_key=partial(self.query_key, hidden, *rotary),
+                has_cls=False,
+                pool=self.pool,
+            )
+            layers = [torch.stack([layer[i] for i in members]) for layer in deepstack]
+            groups.append(Group(members, tokens, deepstack=layers))
+        return Images(groups, {"image_grid_thw": grid})
+
+    def pool(self, values: Tensor) -> Tensor:
+        """(M, S, c) -> (M, N, c), the mean over a token's patches."""
+        mean: Tensor = values.unflatten(1, (-1, self.merged)).mean(2)
+        return mean
+
+    @torch.no_grad()
+    def query_key(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the last layer, after rotation, given its input (M, S, d)."""
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+
+        block = self.tower_layers[-1]
+        qkv = block.attn.qkv(block.norm1(hidden)).unflatten(-1, (3, block.attn.num_heads, -1))
+        query, key, _ = qkv.unbind(2)
+        query, key = apply_rotary_pos_emb_vision(query, key, cos, sin)
+        return query.transpose(1, 2), key.transpose(1, 2)
+
+    def sizes(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> list[int]:
+        return [int(count) // self.merged for count in inputs["image_grid_thw"].prod(1)]
+
+    def positions(self, input_ids: Tensor, valid: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        spatial, _ = self.model.model.get_rope_index(
+            input_ids,
+            mm_token_type_ids=(input_ids == self.image_token).int(),
+            image_grid_thw=inputs["image_grid_thw"],
+            attention_mask=valid,
+        )
+        return torch.cat([(valid.cumsum(1) - 1)[None], spatial])

@@ -1,0 +1,45 @@
+"""Qwen3-VL in transformers: Qwen2.5-VL without windows, with features for early decoder layers.
+
+Those deepstack features go with their tokens: the same places are kept of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import gelu
+
+from vlm_prune.vlm.families.qwen2_5_vl import Qwen25VL
+from vlm_prune.vlm.tokens import Projector
+
+
+@dataclass(frozen=True)
+class Qwen3VL(Qwen25VL):
+    """Paths into a `Qwen3VLForConditionalGeneration`."""
+
+    @property
+    def projector(self) -> Projector:
+        one, two = self.tower.merger.linear_fc1, self.tower.merger.linear_fc2
+        return Projector(one.weight, one.bias, gelu, two.weight, two.bias)
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        normed: Tensor = self.tower.merger.norm(hidden)
+        return normed
+
+    def in_rows(self, values: Tensor, grid: Tensor) -> Tensor:
+        tokens: Tensor = values.unflatten(0, (-1, self.merged))
+        return tokens
+
+    def output(
+        self, features: Sequence[Tensor], deepstack: Sequence[list[Tensor]] = ()
+    ) -> dict[str, Any]:
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import (
+            BaseModelOutputWithDeepstackFeatures,
+        )
+
+        return {
+            "image": BaseModelOutputWithDeepstackFeatures(
+                pooler_output=list(features), deepstack_features=[list(own) for own in deepstack]
+            )
+        }

@@ -1,0 +1,84 @@
+"""SmolVLM in transformers: tiles between text markers, 3 x 3 or 4 x 4 patches per token.
+
+An image is several runs of placeholders, each behind a marker that names the tile; its overview
+comes last, so the marker in front of a prompt's last run tells where images end. The projector is
+one linear map, under which every token is equally sensitive.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vlm_prune.vlm.attention import encoder_query_key
+from vlm_prune.vlm.encoded import Images
+from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.families.base import Need
+from vlm_prune.vlm.families.tiled import Tiled
+from vlm_prune.vlm.layout import image_runs
+
+
+@dataclass(frozen=True)
+class SmolVLM(Tiled):
+    """Paths into a `SmolVLMForConditionalGeneration`."""
+
+    lacks: ClassVar[frozenset[Need]] = Tiled.lacks | {"a two-layer projector"}
+    image_inputs: ClassVar[tuple[str, ...]] = ("pixel_attention_mask",)
+
+    @property
+    def decoder(self) -> Any:
+        return self.model.model.text_model
+
+    @property
+    def tower_layers(self) -> Any:
+        return self.model.model.vision_model.encoder.layers
+
+    @property
+    def tokens_per_image(self) -> int:
+        return int(self.model.model.image_seq_len)
+
+    @property
+    def projector(self) -> Callable[[Tensor], Tensor]:
+        module: Callable[[Tensor], Tensor] = self.model.model.connector.modality_projection
+        return module
+
+    def sizes(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> list[int]:
+        runs = image_runs(input_ids == self.image_token)
+        if any(column == 0 for _, column, _ in runs):
+            raise InputError("image placeholders must stand behind the processor's tile markers")
+        markers = [int(input_ids[row, column - 1]) for row, column, _ in runs]
+        sizes, ended = [], True
+        for (_, _, length), marker in zip(runs, markers, strict=True):
+            if ended:
+                sizes.append(0)
+            sizes[-1] += length
+            ended = marker == markers[-1]
+        return sizes
+
+    def patches(self, values: Tensor) -> Tensor:
+        connector = self.model.model.connector
+        shuffled: Tensor = connector.pixel_shuffle(values.contiguous(), connector.scale_factor)
+        return shuffled
+
+    @torch.no_grad()
+    def encode(self, pixel_values: Tensor, **inputs: Tensor) -> Images:
+        """Run tower and connector on (B, T, 3, H, W), rows padded with zeros; needs `input_ids`."""
+        output = self.model.model.get_image_features(
+            pixel_values.to(self.model.device),
+            pixel_attention_mask=inputs.get("pixel_attention_mask"),
+            output_hidden_states=True,
+            return_dict=True,
+        )
+        before = output.hidden_states[-2]
+
+        def query_key(rows: list[int]) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                return encoder_query_key(self.tower_layers[-1], before[rows])
+
+        features = self.patches(output.last_hidden_state)
+        projected = torch.cat(list(output.pooler_output)).unflatten(0, (len(features), -1))
+        pixels = pixel_values.flatten(0, 1)
+        pixels = pixels[pixels.flatten(1).any(1)]
+        return self.images(inputs, pixels, features, projected, query_key, has_cls=False)

@@ -1,0 +1,79 @@
+"""Where the images of a prompt are, and which of them can be handled together."""
+
+from collections.abc import Hashable, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from vlm_prune.vlm.errors import InputError
+
+
+def alike(keys: Sequence[Hashable]) -> list[list[int]]:
+    """Indices of equal keys, in order of first appearance: images that share a tensor."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    return list(groups.values())
+
+
+def image_ordinals(is_image: Tensor, counts: Sequence[int]) -> Tensor:
+    """For each prompt position the index of the image it belongs to, -1 for text; (B, L).
+
+    Images come in row order; `counts` says how many placeholders each has.
+
+    Raises:
+        InputError: when the placeholders do not fit the images.
+    """
+    ordinal = torch.full_like(is_image, -1, dtype=torch.long)
+    if not counts:
+        return ordinal
+    found = int(is_image.sum())
+    if found != sum(counts) or min(counts) == 0:
+        raise InputError(f"{found} image placeholders do not fit {len(counts)} images")
+    sizes = torch.tensor(counts, device=is_image.device)
+    ordinal[is_image] = torch.arange(len(counts), device=is_image.device).repeat_interleave(sizes)
+    return ordinal
+
+
+def image_places(ordinal: Tensor, counts: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """Row (M,) and columns (n_i,) of each image's tokens, given (B, L) ordinals."""
+    rows, columns = (ordinal >= 0).nonzero(as_tuple=True)
+    starts = torch.tensor([0, *counts[:-1]] if counts else [], dtype=torch.long).cumsum(0)
+    return rows[starts.to(rows.device)], list(columns.split(list(counts)))
+
+
+def image_runs(is_image: Tensor) -> list[tuple[int, int, int]]:
+    """Row, first column and length of every unbroken run of placeholders, in row order."""
+    runs = []
+    for row, line in enumerate(is_image.tolist()):
+        column = 0
+        for image, run in groupby(line):
+            length = len(list(run))
+            runs += [(row, column, length)] if image else []
+            column += length
+    return runs
+
+
+def repeated(counts: Sequence[int], is_image: Tensor) -> list[int]:
+    """Indices of images, repeated as beam search repeats a prompt's rows with their images.
+
+    `counts` says how many placeholders each has; `is_image` (B, L) is the repeated prompt's.
+    """
+    totals = is_image.sum(1).tolist()
+    beams = max(1, sum(totals) // max(1, sum(counts)))
+    out, image = [], 0
+    for total in totals[::beams]:
+        row = []
+        while total > 0:
+            row.append(image)
+            total -= counts[image]
+            image += 1
+        out += row * beams
+    return out
+
+
+def question_places(is_image: Tensor, valid: Tensor) -> Tensor:
+    """The text after the last image of each row that has one; (B, L) masks."""
+    after = is_image.flip(1).cumsum(1).flip(1) == 0
+    return after & valid.bool() & is_image.any(1, keepdim=True)
