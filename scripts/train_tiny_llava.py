@@ -4,7 +4,6 @@ The result is written to `<folder>/checkpoint`; `--install` also puts it into th
 """
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +12,7 @@ import typer
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vlm_prune.benchmarks.tasks.curriculum import SceneSource, corpus
+from vlm_prune.vlm.files import write_text
 from vlm_prune.vlm.tiny import checkpoint_path
 from vlm_prune.vlm.tiny.config import make_model, make_processor
 from vlm_prune.vlm.tiny.store import save_checkpoint
@@ -44,8 +44,10 @@ def main(
     stages = {"all": MORE_STAGES, "tower": STAGES[STAGES.index("symbols") :], None: STAGES}[keep]
     trainer.run(tuple(stage) if stage else stages)
     if install:
-        save_checkpoint(trainer.model, processor, checkpoint_path())
-        shutil.copyfile(folder / "log.jsonl", checkpoint_path() / "training_log.jsonl")
+        save_checkpoint(trainer.model, processor, packaged)
+        log = packaged / "training_log.jsonl"
+        before = log.read_text() if keep else ""
+        write_text(log, before + (folder / "log.jsonl").read_text())
 
 
 if __name__ == "__main__":

@@ -120,6 +120,13 @@ LESSONS: dict[Lesson, dict[str, tuple[Maker, int]]] = {
         "side": (side, 4),
         "relation": (relation.ask, 2),
     },
+    "options": {
+        "choice": (choice.ask, 6),
+        "attribute": (attribute.ask, 1),
+        "exist": (exist.ask, 1),
+        "count": (count.ask, 1),
+        "relation": (relation.ask, 1),
+    },
     "all": {
         "exist": (exist.ask, 1),
         "attribute": (attribute.ask, 1),

@@ -19,7 +19,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 from vlm_prune.vlm.tiny.tower import Say, optimizers, set_rate, tower_features
 
 IGNORE = -100
-Lesson = Literal["lookups", "places", "all"]
+Lesson = Literal["lookups", "places", "options", "all"]
 Encoder = Callable[[list[Tensor]], Tensor]
 Whispers = tuple[Tensor, Tensor, Tensor]
 

@@ -68,7 +68,7 @@ class Recipe:
     symbols: int = 2400
     align: int = 400
     language: int = 2000
-    whispers: int = 600
+    whispers: int = 420
     together: int = 100
     scenes: int = 4000
     seed: int = 0
@@ -219,13 +219,15 @@ class Trainer:
             return row, listener, speaker
 
         def rows(level: int) -> list[Row]:
-            extra, written, texts = ((60, 18, 3), (576, 30, 1))[level]
-            more = [self.source.text(written, self._seed()) for _ in range(texts)]
-            return [*self._rows(3, 32, extra, features=True, written=written), *more]
+            if level == 3:
+                return self._rows(4, 32, 576, features=True, written=30)
+            more = [self.source.text(26, self._seed()) for _ in range(2)]
+            rows = self._rows(4, 32, 12, features=True, written=26, lesson="options")
+            return [*rows, *more]
 
         train_language(
             self.model, tokenizer, rows, self.recipe.whispers, 1e-3, projected(self.model), modules,
-            self.say("whispers"), levels=2, promote=1.0, whispers=some,
+            self.say("whispers"), levels=4, promote=1.0, whispers=some,
         )  # fmt: skip
 
     def _together(self) -> None:
