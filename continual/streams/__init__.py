@@ -1,0 +1,1 @@
+"""Streams of image classification tasks."""

@@ -1,0 +1,278 @@
+"""Training a CLIP on a stream of tasks: one loop for all methods, on accelerate.
+
+A run lives in one folder and goes on where it was killed, to the same matrix. When it is done the
+folder holds `results.json`, `deltas`, `correct` (which test image was right after which task) and
+`model`, a plain checkpoint of the model's own library with exactly the keys that it began with.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vlm_prune.continual import checkpoint
+from vlm_prune.continual.clip import Clip, extra
+from vlm_prune.continual.config import Recipe, above
+from vlm_prune.continual.data import check, facts, plan, prompts, test_batches, train_batches
+from vlm_prune.continual.evaluate import evaluate
+from vlm_prune.continual.methods import Context, Method
+from vlm_prune.continual.parallel import average_gradients, gather
+from vlm_prune.continual.streams.base import Task
+from vlm_prune.vlm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method on one stream.
+
+    Args:
+        output: folder of this run.
+        method: what learns; the run works on a fresh copy of it.
+        recipe: how it is trained.
+        save_every: steps between checkpoints within a task; 0 for none but those between tasks.
+        workers: processes that load images.
+        bf16: compute in bfloat16; weights, gates and optimizer stay in float32.
+        cpu: stay off the GPU.
+
+    Raises:
+        InputError: for a value out of range.
+    """
+
+    output: Path
+    method: Method
+    recipe: Recipe = field(default_factory=Recipe)
+    save_every: int = 0
+    workers: int = 0
+    bf16: bool = False
+    cpu: bool = False
+
+    def __post_init__(self) -> None:
+        above("save_every", self.save_every, 0)
+        above("workers", self.workers, 0)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Top-1 accuracy in percent: before any task (N,), and after task t on task i (N, N).
+
+    `trainable` (N,) counts the parameters trained in each task, `norms` the Frobenius norm of each
+    task's change for methods that give it as factors.
+    """
+
+    tasks: list[str]
+    zero_shot: NDArray[np.float64]
+    matrix: NDArray[np.float64]
+    trainable: list[int]
+    norms: list[float | None]
+
+
+def train(run: Run, clip: Clip, tasks: Sequence[Task]) -> Results:
+    """Train, or finish training; the CLIP is changed in place.
+
+    Raises:
+        InputError: if the tasks cannot be used, `run.output` holds another run, or training fails.
+    """
+    check(tasks)
+    accelerate = extra("accelerate")
+    accelerator = accelerate.Accelerator(mixed_precision="bf16" if run.bf16 else "no", cpu=run.cpu)
+    clip.model.to(accelerator.device)
+    trainer = _Trainer(run, clip, tasks, accelerator)
+    trainer.run_all()
+    record = trainer.record
+    rows = record["zero_shot"], record["matrix"]
+    zero_shot, matrix = (np.array(row, dtype=np.float64) for row in rows)
+    names = [task.name for task in tasks]
+    return Results(names, zero_shot, matrix, record["trainable"], record["norms"])
+
+
+class _Trainer:
+    def __init__(self, run: Run, clip: Clip, tasks: Sequence[Task], accelerator: Any) -> None:
+        self.run, self.clip, self.tasks, self.accelerator = run, clip, tasks, accelerator
+        self.output, self.recipe = run.output, run.recipe
+        self.method: Method = replace(run.method)
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.main: bool = accelerator.is_main_process
+        self._claim()
+        path = self.output / "results.json"
+        empty: dict[str, Any] = {"zero_shot": None, "matrix": [], "trainable": [], "norms": []}
+        self.record = json.loads(path.read_text()) if path.is_file() else empty
+        accelerator.wait_for_everyone()
+
+    def run_all(self) -> None:
+        if (self.output / "model").is_dir():
+            return
+        if self.record["zero_shot"] is None:
+            self.record["zero_shot"] = self._row("zero-shot", None)
+            self._write()
+        done, weights, state = checkpoint.load_state(self.output)
+        if done:
+            self.clip.model.load_state_dict(weights)
+            self.method.load_state(state)
+        for number in range(done, len(self.tasks)):
+            if len(self.record["matrix"]) < number:
+                self._finish_row(number - 1)
+            self._learn(number)
+            if self.main:
+                state = self.method.state()
+                model = self.clip.model.state_dict()
+                checkpoint.save_state(self.output, number + 1, model, state)
+            self.accelerator.wait_for_everyone()
+            self._finish_row(number)
+        if len(self.record["matrix"]) < len(self.tasks):
+            self._finish_row(len(self.tasks) - 1)
+        if self.main:
+            checkpoint.write_folder(self.output / "model", self.clip.save)
+            for old in [*self.output.glob("state-*"), *self.output.glob("step-*")]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _learn(self, number: int) -> None:
+        """Train one task, from its last checkpoint if there is one."""
+        recipe, method, model = self.recipe, self.method, self.clip.model
+        context = self._context(number)
+        groups = method.begin_task(context)
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        parameters = list(trained.values())
+        if groups:
+            optimizer = torch.optim.AdamW(
+                groups, betas=recipe.betas, weight_decay=recipe.weight_decay
+            )
+            rates = [group["lr"] for group in groups]
+            data = {n: p.detach() for n, p in trained.items()}
+            first, state = checkpoint.load_step(self.output, number, data, optimizer)
+            if first:
+                method.load_state(state)
+            self._cut_log(number, first)
+            key = [recipe.seed, number]
+            batches = plan(len(self.tasks[number].train), recipe.batch, recipe.steps, key)
+            shares = train_batches(
+                self.tasks[number], self.clip, batches, first, key,
+                self.rank, self.world, self.run.workers,
+            )  # fmt: skip
+            model.train()
+            for step, (pixels, labels) in enumerate(shares, first):
+                factor = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * factor
+                torch.manual_seed(context.generator(4, step, self.rank).initial_seed())
+                with self.accelerator.autocast():
+                    loss = method.loss(pixels, labels, step)
+                self._note(number, step, float(loss))
+                loss.backward()  # type: ignore[no-untyped-call]
+                average_gradients(parameters)
+                if recipe.clip_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
+                optimizer.step()
+                method.after_step(step)
+                optimizer.zero_grad()
+                taken = step + 1
+                if self.run.save_every and taken % self.run.save_every == 0 < recipe.steps - taken:
+                    self._save_step(number, taken, data, optimizer)
+            model.eval()
+        delta = method.end_task()
+        self.record["trainable"][number:] = [sum(p.numel() for p in parameters)]
+        self.record["norms"][number:] = [None if delta is None else delta.norm()]
+        if self.main:
+            if delta is not None:
+                delta.facts["name"] = self.tasks[number].name
+                delta.save(self.output / "deltas" / f"task-{number}.safetensors")
+            self._write()
+
+    def _context(self, number: int) -> Context:
+        task, earlier = self.tasks[number], self.tasks[:number]
+        ids = self.clip.tokenize(prompts(task))
+        before = [self.clip.tokenize(prompts(other)) for other in earlier]
+        return Context(
+            self.clip,
+            self.recipe,
+            number,
+            ids,
+            torch.cat(before) if before else ids[:0],
+            lambda: test_batches(task.train, self.clip, self.recipe.eval_batch),
+            gather,
+        )
+
+    def _save_step(self, number: int, step: int, trained: dict[str, Tensor], opt: Any) -> None:
+        if self.main:
+            checkpoint.save_step(self.output, number, step, trained, opt, self.method.state())
+        self.accelerator.wait_for_everyone()
+
+    def _finish_row(self, number: int) -> None:
+        row = self._row(f"task-{number}", self.method)
+        self.record["matrix"][number:] = [row]
+        self._write()
+
+    def _row(self, name: str, method: Method | None) -> list[float]:
+        """Accuracy on every task in percent; writes which images were right."""
+        arguments = self.clip, self.tasks, self.recipe, method, self.rank, self.world
+        right = [
+            self.accelerator.reduce(hits.to(self.accelerator.device), "sum").cpu()
+            for hits in evaluate(*arguments, self.run.workers)
+        ]
+        if self.main:
+            folder = self.output / "correct"
+            folder.mkdir(exist_ok=True)
+            named = {task.name: hits for task, hits in zip(self.tasks, right, strict=True)}
+            checkpoint.save_tensors(folder / f"{name}.safetensors", named)
+        return [100 * float(hits.double().mean()) for hits in right]
+
+    def _write(self) -> None:
+        if self.main:
+            named = {"method": self.method.name, "tasks": [task.name for task in self.tasks]}
+            checkpoint.write_json(self.output / "results.json", named | self.record)
+
+    def _note(self, number: int, step: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise InputError(f"the loss is {loss} at step {step} of task {number}; lower the lr")
+        if self.main:
+            with (self.output / "log.jsonl").open("a") as file:
+                file.write(json.dumps({"task": number, "step": step, "loss": loss}) + "\n")
+
+    def _cut_log(self, number: int, step: int) -> None:
+        """Drop the lines of steps that will be taken again."""
+        path = self.output / "log.jsonl"
+        if self.main and path.is_file():
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            kept = [e for e in lines if (e["task"], e["step"]) < (number, step)]
+            checkpoint.write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+    def _claim(self) -> None:
+        """Mark the folder as this run's, so that another one cannot go on from its checkpoints."""
+        ours = {
+            "method": self.method.name,
+            "options": self.method.options(),
+            "recipe": self.recipe,
+            "bf16": self.run.bf16,
+            "weights": _fingerprint(self.clip.model),
+            "tasks": [facts(task) for task in self.tasks],
+        }
+        text = json.dumps(ours, indent=2, default=_plain) + "\n"
+        path = self.output / "run.json"
+        if path.is_file() and path.read_text() != text:
+            raise InputError(
+                f"{self.output} holds another run; give an empty folder, or its settings and model"
+            )
+        if self.main:
+            self.output.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_text(path, text)
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
+
+
+def _fingerprint(model: Any) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

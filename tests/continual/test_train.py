@@ -1,0 +1,233 @@
+"""The loop: losses, order of data, resuming, several processes, and wrong input."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vlm_prune.continual import checkpoint, losses
+from vlm_prune.continual.clip import load_clip
+from vlm_prune.continual.config import Placement, Recipe
+from vlm_prune.continual.data import plan
+from vlm_prune.continual.methods import Context, make_method
+from vlm_prune.continual.methods.codyra import CoDyRA
+from vlm_prune.continual.train import Run, train
+from vlm_prune.vlm.errors import InputError
+
+RECIPE = Recipe(steps=6, batch=4, lr=1e-2)
+
+
+def test_text_to_image_is_the_soft_target_form_with_both_denominators():
+    logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 2, 2, 0, 3])
+    targets = F.one_hot(labels, 4).float().T  # rows are classes, columns images
+    rows = F.cross_entropy(logits.T, targets, reduction="none")
+    everything = losses.text_to_image(logits, labels, "all", earlier=3)
+    torch.testing.assert_close(everything, rows.sum() / 7)
+    torch.testing.assert_close(losses.text_to_image(logits, labels, "present"), rows.sum() / 3)
+    assert losses.text_to_image(logits, labels, "none") == 0
+
+
+def test_distillation_is_least_for_the_teachers_logits():
+    teacher = torch.randn(3, 6)
+    student = teacher.clone().requires_grad_()
+    losses.distil(student, teacher, 2.0).backward()
+    torch.testing.assert_close(student.grad, torch.zeros(3, 6), atol=1e-6, rtol=0)
+
+
+def test_the_batchs_own_prompts_are_always_kept():
+    kept = losses.chosen_prompts(torch.tensor([7, 3, 7]), 10, 4, torch.Generator().manual_seed(0))
+    assert len(kept) == 4 and {3, 7} <= set(kept.tolist())
+    assert len(losses.chosen_prompts(torch.arange(6), 10, 4, torch.Generator())) == 6
+
+
+def test_a_subset_of_prompts_drops_the_others_from_the_softmax(clip):
+    ids = clip.tokenize(["a red.", "a green.", "a blue."])
+    pixels, labels = torch.randn(4, 3, 32, 32), torch.tensor([2, 0, 2, 0])
+    method = make_method("lora", rank=2)
+    method.begin_task(Context(clip, replace(RECIPE, prompts=2), 0, ids, ids[:0]))
+    loss = method.loss(pixels, labels, 0)
+    method.end_task()
+    method.begin_task(Context(clip, RECIPE, 0, ids[[0, 2]], ids[:0]))
+    renamed = torch.tensor([1, 0, 1, 0])
+    torch.testing.assert_close(loss, method.loss(pixels, renamed, 0))
+
+
+def test_a_frozen_text_tower_is_encoded_once_per_task(clip, monkeypatch):
+    ids = clip.tokenize(["a red.", "a green."])
+    pixels, labels = torch.randn(2, 3, 32, 32), torch.tensor([1, 0])
+    calls = []
+    encode = clip.encode_text
+    monkeypatch.setattr(clip, "encode_text", lambda part: calls.append(1) or encode(part))
+    for encoder, expected in (("vision", 1), ("all", 3)):
+        method = make_method("lora", rank=2, placement=Placement(encoder))
+        method.begin_task(Context(clip, RECIPE, 0, ids, ids[:0]))
+        calls.clear()
+        for step in range(3):
+            method.loss(pixels, labels, step).backward()
+        assert len(calls) == expected
+        method.end_task()
+
+
+def test_batches_cover_every_image_in_each_pass():
+    batches = plan(10, 4, 7, (8, 0))
+    assert [len(batch) for batch in batches] == [4, 4, 2, 4, 4, 2, 4]
+    assert sorted(sum(batches[:3], [])) == sorted(sum(batches[3:6], [])) == list(range(10))
+    assert batches[:3] != batches[3:6]
+    assert batches == plan(10, 4, 7, (8, 0)) != plan(10, 4, 7, (8, 1))
+
+
+def outcome(folder):
+    record = json.loads((folder / "results.json").read_text())
+    return record, (folder / "log.jsonl").read_text()
+
+
+class Killed(Exception):
+    pass
+
+
+RESUMED = {
+    "codyra": {"rank": 2, "freeze_pruned": True},
+    "codyra-plus": {"rank": 2, "budget": 1, "importance": "taylor"},
+    "o-lora": {"rank": 2},
+    "adalora": {"rank": 3, "target_rank": 1, "every": 2},
+    "wise-ft": {"anchor": "initial"},
+    "lwf": {},
+    "rail": {"width": 32},
+    "zscl": {"captions": ["a bar"], "average_every": 2},
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_killed_run_ends_in_the_same_matrix(
+    name, make_clip, tasks, references, tmp_path, monkeypatch
+):
+    options = RESUMED[name] | ({"images": references} if name == "zscl" else {})
+
+    def run(folder):
+        method = make_method(name, **options)
+        train(Run(tmp_path / folder, method, RECIPE, save_every=2, cpu=True), make_clip(), tasks)
+
+    run("whole")
+    calls = []
+    kind = type(make_method(name, **options))
+    for where, when in (("loss", (4, 9)), ("end_task", (2,)), ("scores", (3, 4))):
+        original = getattr(kind, where)
+
+        def count(self, *arguments, where=where, when=when, original=original):
+            calls.append(where)
+            if calls.count(where) in when:
+                raise Killed
+            return original(self, *arguments)
+
+        monkeypatch.setattr(kind, where, count)
+    kills = 0
+    while not (tmp_path / "cut" / "model").is_dir():
+        try:
+            run("cut")
+        except Killed:
+            kills += 1
+    assert kills == (3 if name == "rail" else 5)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole") if name != "rail" else True
+    whole, cut = (load_clip(str(tmp_path / n / "model")).model for n in ("whole", "cut"))
+    for key, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, cut.state_dict()[key])
+    assert not list((tmp_path / "cut").glob("st*"))
+
+
+def test_a_half_written_folder_is_never_read(tmp_path):
+    checkpoint.save_state(tmp_path, 1, {"w": torch.ones(2)}, {})
+    (tmp_path / "state-2.partial").mkdir()
+    done, model, method = checkpoint.load_state(tmp_path)
+    assert done == 1 and torch.equal(model["w"], torch.ones(2)) and not method
+
+
+def test_a_folder_of_another_run_is_refused(clip, make_clip, tasks, tmp_path):
+    train(Run(tmp_path / "a", make_method("zero-shot"), RECIPE, cpu=True), clip, tasks)
+    again = train(Run(tmp_path / "a", make_method("zero-shot"), RECIPE, cpu=True), clip, tasks)
+    assert again.matrix.shape == (2, 2)
+    for changed in (
+        Run(tmp_path / "a", make_method("full"), RECIPE, cpu=True),
+        Run(tmp_path / "a", make_method("zero-shot"), replace(RECIPE, seed=1), cpu=True),
+    ):
+        with pytest.raises(InputError, match="holds another run"):
+            train(changed, make_clip(), tasks)
+
+
+def test_task_wise_and_joint_scoring_differ(make_clip, tasks, tmp_path):
+    joint, own = (
+        train(Run(tmp_path / n, make_method("zero-shot"), recipe, cpu=True), make_clip(), tasks)
+        for n, recipe in (("joint", RECIPE), ("own", replace(RECIPE, joint=False, ensemble=True)))
+    )
+    assert (own.zero_shot >= joint.zero_shot).all()
+    assert not np.array_equal(own.zero_shot, joint.zero_shot)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(clip, tasks, tmp_path):
+    with pytest.raises(InputError, match="lower the lr"):
+        train(Run(tmp_path, make_method("full"), replace(RECIPE, lr=1e30), cpu=True), clip, tasks)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": ()}, "has no classes"),
+        ({"train": []}, "has no train"),
+        ({"templates": ("a photo",)}, "needs one {}"),
+        ({"name": "shapes"}, "name of its own"),
+    ],
+)
+def test_wrong_tasks_are_refused(change, message, clip, tasks, tmp_path):
+    with pytest.raises(InputError, match=message):
+        run = Run(tmp_path, make_method("zero-shot"), RECIPE, cpu=True)
+        train(run, clip, [replace(tasks[0], **change), tasks[1]])
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one(clip, tasks, tmp_path):
+    method = CoDyRA(rank=4, total=0.65)
+    recipe = replace(RECIPE, batch=3)
+    one = train(Run(tmp_path / "one", method, recipe, cpu=True), clip, tasks)
+    folder = Path(__file__).parent
+    code = f"""
+import sys, torch
+sys.path.insert(0, {str(folder)!r})
+from dataclasses import replace
+from conftest import make_open_clip, make_task
+from vlm_prune.continual.config import Recipe
+from vlm_prune.continual.methods.codyra import CoDyRA
+from vlm_prune.continual.train import Run, train
+import torch.distributed as dist
+tasks = [make_task("colours", ("red", "green", "blue"), 0), make_task("shapes", ("disc", "bar", "ring"), 1)]
+seen = []
+class Watched(CoDyRA):
+    def after_step(self, step):
+        super().after_step(step)
+        gates = torch.cat(self.gates()).detach()
+        both = [torch.empty_like(gates) for _ in range(2)]
+        dist.all_gather(both, gates)
+        assert torch.equal(*both), step
+        seen.append(step)
+run = Run({str(tmp_path / "two")!r}, Watched(rank=4, total=0.65), Recipe(steps=6, batch=3, lr=1e-2), cpu=True)
+run = replace(run, output=__import__("pathlib").Path(run.output))
+train(run, make_open_clip(), tasks)
+assert seen == [*range(6)] * 2
+"""
+    script = tmp_path / "two.py"
+    script.write_text(code)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    out = subprocess.run([*launch, str(script)], check=False, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr[-3000:]
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    np.testing.assert_allclose(two["matrix"], one.matrix)
+    assert two["norms"] == pytest.approx(one.norms, rel=1e-3)
+    first, second = (load_clip(str(tmp_path / n / "model")).model for n in ("one", "two"))
+    for key, tensor in first.state_dict().items():
+        torch.testing.assert_close(second.state_dict()[key], tensor, atol=1e-4, rtol=1e-3)
