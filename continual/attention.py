@@ -25,7 +25,7 @@ PARTS: dict[str, Module] = {
     "attn.proj": "o",
     **{f"mlp.{name}": "in" for name in ("c_fc", "fc1")},
     **{f"mlp.{name}": "out" for name in ("c_proj", "fc2")},
-}  # type: ignore[dict-item]
+}
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,8 @@ def load_state(output: Path) -> tuple[int, Tensors, Tensors]:
     if not found:
         return 0, {}, {}
     folder = output / f"state-{max(found)}"
-    return max(found), *(load_file(folder / f"{n}.safetensors") for n in ("model", "method"))
+    model, method = (load_file(folder / f"{name}.safetensors") for name in ("model", "method"))
+    return max(found), model, method
 
 
 def save_step(

@@ -160,20 +160,15 @@ def check_activation(name: str, pretrained: str) -> None:
     points of accuracy, and only warns.
 
     Raises:
-        InputError: on a mismatch; it names the build that fits.
+        InputError: if QuickGELU is needed and missing; it names the build that has it.
     """
     open_clip = extra("open_clip")
-    config = open_clip.get_model_config(name)
+    config = open_clip.get_model_config(name) or {}
     tag = open_clip.pretrained.get_pretrained_cfg(name, pretrained)
-    if config is None or not tag:
-        return
-    ours, theirs = config.get("quick_gelu", False), tag.get("quick_gelu", False)
-    if ours != theirs:
-        base = name.removesuffix("-quickgelu")
-        fit = f"{base}-quickgelu" if theirs else base
-        kinds = ("QuickGELU", "plain GELU") if theirs else ("plain GELU", "QuickGELU")
+    if tag.get("quick_gelu", False) and not config.get("quick_gelu", False):
         raise InputError(
-            f"the {pretrained!r} weights need {kinds[0]}, but {name!r} has {kinds[1]}; use {fit!r}"
+            f"the {pretrained!r} weights need QuickGELU, but {name!r} has plain GELU; "
+            f"use '{name}-quickgelu'"
         )
 
 

@@ -75,7 +75,7 @@ class Delta:
         """
         grouped: dict[str, dict[str, Tensor]] = {}
         try:
-            with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+            with safe_open(path, "pt") as file:
                 facts = json.loads((file.metadata() or {})["facts"])
                 for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                     site, _, name = key.rpartition("|")

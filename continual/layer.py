@@ -53,7 +53,7 @@ class GatedLoRA(nn.Module):
         return output
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         """The base's, whose type open_clip looks up."""
         return self.base.weight
 
@@ -64,7 +64,8 @@ class GatedLoRA(nn.Module):
 
     def sizes(self) -> Tensor:
         """|B_i| |A_i| of each component (r,): what one unit of its gate adds to the weight."""
-        return self.B.norm(dim=0) * self.A.norm(dim=1)
+        sizes: Tensor = self.B.norm(dim=0) * self.A.norm(dim=1)
+        return sizes
 
 
 def product(a: Tensor, b: Tensor, gate: Tensor) -> Tensor:

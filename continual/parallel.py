@@ -33,7 +33,7 @@ def gather(rows: Tensor) -> Tensor:
     """Rows (m, ...) of all w processes, (w m, ...), differentiable; all must have m rows."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return rows
-    joined: Tensor = _Gather.apply(rows)  # type: ignore[no-untyped-call]
+    joined: Tensor = _Gather.apply(rows)
     return joined
 
 

@@ -166,8 +166,8 @@ class _Trainer:
                 torch.manual_seed(context.generator(4, step, self.rank).initial_seed())
                 with self.accelerator.autocast():
                     loss = method.loss(pixels, labels, step)
-                self._note(number, step, float(loss))
-                loss.backward()  # type: ignore[no-untyped-call]
+                self._note(number, step, loss.item())
+                loss.backward()
                 average_gradients(parameters)
                 if recipe.clip_norm is not None:
                     torch.nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)

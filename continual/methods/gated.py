@@ -46,7 +46,7 @@ class LowRank(Method):
         """The initial gate of one site (r,); None for plain LoRA."""
         return None
 
-    def gates(self) -> list[nn.Parameter]:
+    def gates(self) -> list[Tensor]:
         return [layer.gate for layer in self.layers.values() if layer.gate is not None]
 
     def end_task(self) -> Delta | None:
@@ -94,7 +94,7 @@ class Gated(LowRank):
 
 
 @torch.no_grad()
-def assign(gates: list[nn.Parameter], values: Tensor) -> None:
+def assign(gates: list[Tensor], values: Tensor) -> None:
     """Write a flat tensor of values (total components,) back into the gates."""
     for gate, value in zip(gates, values.split([len(g) for g in gates]), strict=True):
         gate.copy_(value)

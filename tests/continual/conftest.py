@@ -59,7 +59,7 @@ def make_timm():
     }
     config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": dict(TEXT)}
     model = shake(CustomTextCLIP(**copy.deepcopy(config)))
-    return from_open_clip(model, TOKENIZE, config)
+    return from_open_clip(model, TOKENIZE, config | {"custom_text": True})
 
 
 def make_hugging_face():
