@@ -78,6 +78,8 @@ class Results:
 def train(run: Run, clip: Clip, tasks: Sequence[Task]) -> Results:
     """Train, or finish training; the CLIP is changed in place.
 
+    Pass the CLIP that the run began with; of a finished run only the results are read.
+
     Raises:
         InputError: if the tasks cannot be used, `run.output` holds another run, or training fails.
     """

@@ -57,7 +57,9 @@ class LwF(FullFineTune):
         with torch.no_grad():
             before = context.gather(self._teacher.encode_image(pixels))
             before = before[context.gather(labels) >= 0]
-        texts = context.clip.encode_text(context.earlier.to(context.clip.device))
+        texts = self._targets
+        if context.clip.trains("text"):
+            texts = context.clip.encode_text(context.earlier.to(context.clip.device))
         ours, theirs = scale * images @ texts.T, scale * before @ self._targets.T
         return loss + self.weight * distil(ours, theirs, self.temperature)
 

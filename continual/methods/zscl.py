@@ -96,10 +96,15 @@ class ZSCL(FullFineTune):
         assert self._ids is not None
         chosen = torch.randperm(len(self._sources), generator=drawn)[: self.reference_batch]
         words = torch.randperm(len(self._ids), generator=drawn)[: self.reference_batch]
-        images = clip.encode_image(self._pixels(chosen.tolist()))
-        ours = clip.scale * images @ clip.encode_text(self._ids[words].to(clip.device)).T
-        seen, known = (self._teacher[name].to(clip.device) for name in ("images", "texts"))
-        theirs = clip.scale * seen[chosen] @ known[words].T
+        seen = self._teacher["images"].to(clip.device)[chosen]
+        known = self._teacher["texts"].to(clip.device)[words]
+        # a tower that is not trained still says what the initial one said
+        images, texts = seen, known
+        if clip.trains("vision"):
+            images = clip.encode_image(self._pixels(chosen.tolist()))
+        if clip.trains("text"):
+            texts = clip.encode_text(self._ids[words].to(clip.device))
+        ours, theirs = clip.scale * images @ texts.T, clip.scale * seen @ known.T
         pairs = (ours, theirs), (ours.T, theirs.T)
         distilled = torch.stack([distil(a, b, self.temperature) for a, b in pairs]).sum()
         return loss + self.weight * distilled

@@ -77,6 +77,20 @@ def test_a_frozen_text_tower_is_encoded_once_per_task(clip, monkeypatch):
         method.end_task()
 
 
+def test_the_text_to_image_term_needs_a_trained_vision_tower(clip):
+    ids = clip.tokenize(["a red.", "a green."])
+    pixels, labels = torch.randn(4, 3, 32, 32), torch.tensor([1, 0, 0, 0])
+    values = {}
+    for encoder in ("text", "all"):
+        for term in ("all", "none"):
+            method = make_method("lora", rank=2, placement=Placement(encoder))
+            method.begin_task(Context(clip, replace(RECIPE, text_term=term), 0, ids, ids[:0]))
+            values[encoder, term] = method.loss(pixels, labels, 0).item()
+            method.end_task()
+    assert values["text", "all"] == values["text", "none"] == values["all", "none"]
+    assert values["all", "all"] > values["all", "none"]
+
+
 def test_batches_cover_every_image_in_each_pass():
     batches = plan(10, 4, 7, (8, 0))
     assert [len(batch) for batch in batches] == [4, 4, 2, 4, 4, 2, 4]
@@ -182,6 +196,28 @@ def test_scoring_within_the_task_is_easier_and_templates_are_averaged(make_clip,
     assert not torch.allclose(both, class_features(clip, tasks[0], ensemble=False)[0])
 
 
+def test_every_make_of_clip_goes_through_the_loop(any_clip, tasks, tmp_path):
+    keys = list(any_clip.model.state_dict())
+    recipe = Recipe(steps=2, batch=2, lr=1e-3)
+    for name in ("codyra", "dora"):
+        train(Run(tmp_path / name, make_method(name, rank=2), recipe, cpu=True), any_clip, tasks)
+        loaded = load_clip(str(tmp_path / name / "model"))
+        assert list(loaded.model.state_dict()) == keys
+
+
+def test_bfloat16_keeps_gates_and_weights_in_float32(clip, tasks, tmp_path, monkeypatch):
+    seen = set()
+
+    def watch(self, step, original=CoDyRA.after_step):
+        original(self, step)
+        seen.update(tensor.dtype for tensor in [*self.gates(), *clip.parameters().values()])
+
+    monkeypatch.setattr(CoDyRA, "after_step", watch)
+    recipe = Recipe(steps=3, batch=2)
+    results = train(Run(tmp_path, CoDyRA(rank=2), recipe, bf16=True, cpu=True), clip, tasks)
+    assert seen == {torch.float32} and results.norms[0] > 0
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(clip, tasks, tmp_path):
     with pytest.raises(InputError, match="lower the lr"):
         train(Run(tmp_path, make_method("full"), replace(RECIPE, lr=1e30), cpu=True), clip, tasks)
@@ -234,8 +270,7 @@ assert seen == [*range(6)] * 2
 """
     script = tmp_path / "two.py"
     script.write_text(code)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     out = subprocess.run([*launch, str(script)], check=False, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-3000:]
     two = json.loads((tmp_path / "two" / "results.json").read_text())
