@@ -173,12 +173,13 @@ def check_activation(name: str, pretrained: str) -> None:
 
 
 def load_clip(name: str = DEFAULT[0], pretrained: str | None = DEFAULT[1]) -> Clip:
-    """A CLIP by open_clip's name and weights, or from a folder of either library.
+    """A CLIP by open_clip's name and weights, by Hugging Face's, or from a folder of either.
 
     Args:
-        name: a model of open_clip, or a folder with `open_clip_config.json` or `config.json`.
-        pretrained: open_clip's tag or a safetensors file; None for random weights; unused with a
-            folder.
+        name: a model of open_clip, a hub name "owner/model" of a Hugging Face CLIP, or a folder
+            with `open_clip_config.json` or `config.json`.
+        pretrained: open_clip's tag or a safetensors file; None for random weights; only for a
+            model of open_clip.
 
     Raises:
         InputError: if there is no such model, the weights are not safetensors or need another
@@ -186,20 +187,20 @@ def load_clip(name: str = DEFAULT[0], pretrained: str | None = DEFAULT[1]) -> Cl
     """
     folder = Path(name)
     try:
-        if (folder / "config.json").is_file():
-            return _load_hugging_face(folder)
+        if (folder / "config.json").is_file() or ("/" in name and not folder.exists()):
+            return _load_hugging_face(name)
         return _load_open_clip(name, pretrained)
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"cannot load CLIP {name!r} with {pretrained!r}: {first}") from error
+        raise InputError(f"cannot load CLIP {name!r}: {first}") from error
 
 
-def _load_hugging_face(folder: Path) -> Clip:
+def _load_hugging_face(name: str) -> Clip:
     transformers = extra("transformers")
-    model = transformers.CLIPModel.from_pretrained(folder, use_safetensors=True)
-    return from_hugging_face(model.float(), transformers.CLIPProcessor.from_pretrained(folder))
+    model = transformers.CLIPModel.from_pretrained(name, use_safetensors=True)
+    return from_hugging_face(model.float(), transformers.CLIPProcessor.from_pretrained(name))
 
 
 def _load_open_clip(name: str, pretrained: str | None) -> Clip:

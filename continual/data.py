@@ -54,6 +54,9 @@ def train_batches(
     """This process's share of each step from `first` on: pixels (m, 3, H, W), labels (m,).
 
     All processes get as many rows; those that only pad have the label -1.
+
+    Raises:
+        InputError: if a label is none of the task's classes.
     """
     mine: list[list[Draw]] = []
     for step, batch in enumerate(batches[first:], first):
@@ -65,6 +68,9 @@ def train_batches(
     sound = [[(index, max(seed, 0)) for index, seed in draws] for draws in mine]
     loader = DataLoader(data, batch_sampler=sound, collate_fn=_collate, num_workers=workers)
     for draws, (pixels, labels) in zip(mine, loader, strict=True):
+        if not 0 <= int(labels.min()) <= int(labels.max()) < len(task.classes):
+            known = f"0 to {len(task.classes) - 1}"
+            raise InputError(f"{task.name!r} has a label outside its classes; give {known}")
         real = torch.tensor([seed != PADDING for _, seed in draws])
         yield pixels.to(clip.device), labels.where(real, PADDING).to(clip.device)
 

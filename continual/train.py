@@ -25,6 +25,7 @@ from vlm_prune.continual.config import Recipe, above
 from vlm_prune.continual.data import check, facts, plan, prompts, test_batches, train_batches
 from vlm_prune.continual.evaluate import evaluate
 from vlm_prune.continual.methods import Context, Method
+from vlm_prune.continual.methods.base import Group
 from vlm_prune.continual.parallel import average_gradients, gather
 from vlm_prune.continual.streams.base import Task
 from vlm_prune.vlm.errors import InputError
@@ -138,56 +139,59 @@ class _Trainer:
         self.accelerator.wait_for_everyone()
 
     def _learn(self, number: int) -> None:
-        """Train one task, from its last checkpoint if there is one."""
-        recipe, method, model = self.recipe, self.method, self.clip.model
-        context = self._context(number)
-        groups = method.begin_task(context)
-        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        parameters = list(trained.values())
+        """Train one task and leave the model plain."""
+        groups = self.method.begin_task(self._context(number))
+        named = self.clip.model.named_parameters()
+        trained = {name: parameter for name, parameter in named if parameter.requires_grad}
         if groups:
-            optimizer = torch.optim.AdamW(
-                groups, betas=recipe.betas, weight_decay=recipe.weight_decay
-            )
-            rates = [group["lr"] for group in groups]
-            data = {n: p.detach() for n, p in trained.items()}
-            first, state = checkpoint.load_step(self.output, number, data, optimizer)
-            if first:
-                method.load_state(state)
-            self._cut_log(number, first)
-            key = [recipe.seed, number]
-            batches = plan(len(self.tasks[number].train), recipe.batch, recipe.steps, key)
-            shares = train_batches(
-                self.tasks[number], self.clip, batches, first, key,
-                self.rank, self.world, self.run.workers,
-            )  # fmt: skip
-            model.train()
-            for step, (pixels, labels) in enumerate(shares, first):
-                factor = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * factor
-                torch.manual_seed(context.generator(4, step, self.rank).initial_seed())
-                with self.accelerator.autocast():
-                    loss = method.loss(pixels, labels, step)
-                self._note(number, step, loss.item())
-                loss.backward()
-                average_gradients(parameters)
-                if recipe.clip_norm is not None:
-                    torch.nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
-                optimizer.step()
-                method.after_step(step)
-                optimizer.zero_grad()
-                taken = step + 1
-                if self.run.save_every and taken % self.run.save_every == 0 < recipe.steps - taken:
-                    self._save_step(number, taken, data, optimizer)
-            model.eval()
-        delta = method.end_task()
-        self.record["trainable"][number:] = [sum(p.numel() for p in parameters)]
+            self.clip.model.train()
+            self._fit(number, groups, trained)
+            self.clip.model.eval()
+        delta = self.method.end_task()
+        self.record["trainable"][number:] = [sum(p.numel() for p in trained.values())]
         self.record["norms"][number:] = [None if delta is None else delta.norm()]
         if self.main:
             if delta is not None:
                 delta.facts["name"] = self.tasks[number].name
                 delta.save(self.output / "deltas" / f"task-{number}.safetensors")
             self._write()
+
+    def _fit(
+        self, number: int, groups: list[Group], trained: dict[str, torch.nn.Parameter]
+    ) -> None:
+        """Take the steps of one task, from its last checkpoint on if there is one."""
+        recipe, method, parameters = self.recipe, self.method, list(trained.values())
+        optimizer = torch.optim.AdamW(groups, betas=recipe.betas, weight_decay=recipe.weight_decay)
+        rates = [group["lr"] for group in groups]
+        data = {name: parameter.detach() for name, parameter in trained.items()}
+        first, state = checkpoint.load_step(self.output, number, data, optimizer)
+        if first:
+            method.load_state(state)
+        self._cut_log(number, first)
+        key = [recipe.seed, number]
+        batches = plan(len(self.tasks[number].train), recipe.batch, recipe.steps, key)
+        shares = train_batches(
+            self.tasks[number], self.clip, batches, first, key,
+            self.rank, self.world, self.run.workers,
+        )  # fmt: skip
+        for step, (pixels, labels) in enumerate(shares, first):
+            factor = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+            torch.manual_seed(method.context.generator(4, step, self.rank).initial_seed())
+            with self.accelerator.autocast():
+                loss = method.loss(pixels, labels, step)
+            self._note(number, step, loss.item())
+            loss.backward()
+            average_gradients(parameters)
+            if recipe.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
+            optimizer.step()
+            method.after_step(step)
+            optimizer.zero_grad()
+            taken = step + 1
+            if self.run.save_every and taken % self.run.save_every == 0 < recipe.steps - taken:
+                self._save_step(number, taken, data, optimizer)
 
     def _context(self, number: int) -> Context:
         task, earlier = self.tasks[number], self.tasks[:number]
@@ -243,8 +247,10 @@ class _Trainer:
         """Drop the lines of steps that will be taken again."""
         path = self.output / "log.jsonl"
         if self.main and path.is_file():
-            lines = [json.loads(line) for line in path.read_text().splitlines()]
-            kept = [e for e in lines if (e["task"], e["step"]) < (number, step)]
+            lines = path.read_text().splitlines(keepends=True)
+            # the last line may be torn
+            entries = [json.loads(line) for line in lines if line.endswith("\n")]
+            kept = [e for e in entries if (e["task"], e["step"]) < (number, step)]
             checkpoint.write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def _claim(self) -> None:

@@ -19,8 +19,9 @@ class CoDyRA(Gated):
     https://arxiv.org/abs/2412.01004
 
     With the published schedule an untrained gate survives when it starts above 0.65 in size, which
-    AdamW can hardly change, so the kept ranks mostly follow the random initial gates; see
-    `diagnostics.survival`. The options from `gate_init` to `freeze_pruned` are ours, to study this.
+    AdamW can hardly change, so the kept ranks mostly follow the random initial gates: on tiny CLIPs
+    of random weights these alone tell 97 to 99 % of the components that stay (`diagnostics.survival`,
+    slow test). Other options than the schedule and the operator are ours, to study this.
 
     Args:
         dense: share of the steps before pruning starts.

@@ -5,8 +5,12 @@ import pytest
 import torch
 
 from vlm_prune.continual.attention import sites, split
+from vlm_prune.continual.config import Recipe
 from vlm_prune.continual.delta import Delta, Factors
 from vlm_prune.continual.diagnostics import draw_ranks, null_ranks, ranks, survival, update_norms
+from vlm_prune.continual.methods import make_method
+from vlm_prune.continual.prox import total_shrinkage
+from vlm_prune.continual.train import Run, train
 
 NAME = "visual.transformer.resblocks.1.attn.q_proj"
 
@@ -30,6 +34,16 @@ def test_survival_that_does_not():
     found = survival(delta([2, 3]), 0.65)
     assert found.agreement == 0 and found.correlation < -0.9
     assert np.isnan(survival(delta([0, 1, 2, 3]), 0.65).correlation)
+
+
+@pytest.mark.slow
+def test_the_published_schedule_keeps_what_started_large(clip, tasks, tmp_path):
+    method = make_method("codyra", rank=16)
+    train(Run(tmp_path, method, Recipe(batch=9), cpu=True), clip, tasks[:1])
+    path = tmp_path / "deltas" / "task-0.safetensors"
+    found = survival(Delta.load(path), total_shrinkage(500, 0.5, 0.005))
+    assert found.agreement > 0.95 and found.correlation > 0.7
+    assert 7 < 16 * found.mean_rank_share < 10
 
 
 def test_rank_map_and_picture(clip, tmp_path):

@@ -140,6 +140,8 @@ def test_weights_that_are_no_safetensors_are_refused(tmp_path):
 def test_unknown_models_are_refused():
     with pytest.raises(InputError, match="no model 'ViT-B-61'"):
         load_clip("ViT-B-61")
+    with pytest.raises(InputError, match="cannot load CLIP 'no/such-model'"):
+        load_clip("no/such-model")
 
 
 def test_a_saved_model_loads_in_its_own_library(any_clip, batch, tmp_path):

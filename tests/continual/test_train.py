@@ -151,6 +151,9 @@ def test_a_killed_run_ends_in_the_same_matrix(
             run("cut")
         except Killed:
             kills += 1
+            if calls[-1] == "loss":
+                with (tmp_path / "cut" / "log.jsonl").open("a") as log:
+                    log.write('{"task": 1, "st')  # a torn line
     assert kills == (3 if name == "rail" else 5)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
     whole, cut = (load_clip(str(tmp_path / n / "model")).model for n in ("whole", "cut"))
@@ -221,6 +224,12 @@ def test_bfloat16_keeps_gates_and_weights_in_float32(clip, tasks, tmp_path, monk
 def test_a_loss_that_is_not_finite_stops_the_run(clip, tasks, tmp_path):
     with pytest.raises(InputError, match="lower the lr"):
         train(Run(tmp_path, make_method("full"), replace(RECIPE, lr=1e30), cpu=True), clip, tasks)
+
+
+def test_a_label_outside_the_classes_is_named(clip, tasks, tmp_path):
+    wrong = replace(tasks[0], train=[(tasks[0].train[0][0], 3)])
+    with pytest.raises(InputError, match="'colours' has a label outside its classes; give 0 to 2"):
+        train(Run(tmp_path, make_method("lora", rank=2), RECIPE, cpu=True), clip, [wrong])
 
 
 @pytest.mark.parametrize(
