@@ -22,5 +22,5 @@ $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV) || { apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv $(VENV); }
 	$(RUN)/python -m pip install --quiet --upgrade pip
 	$(RUN)/pip install --quiet "$(TORCH)"
-	$(RUN)/pip install --quiet --editable . --group dev
+	$(RUN)/pip install --quiet "$(TORCH)" --editable . --group dev
 	touch $@

@@ -47,15 +47,19 @@ def insert(
             the width.
     """
     split(clip.model)
+    try:
+        names = placed(clip, placement)
+        layers = {n: make(clip.model.get_submodule(n), k) for k, n in enumerate(names)}
+        for name, layer in layers.items():
+            rank, most = len(layer.A), min(layer.base.weight.shape)
+            if rank > most:
+                raise InputError(f"rank {rank} is above the width of {name}; give 1 to {most}")
+    except InputError:
+        fuse(clip.model)
+        raise
     clip.model.requires_grad_(False)
-    layers = {}
-    for number, name in enumerate(placed(clip, placement)):
-        base = clip.model.get_submodule(name)
-        layers[name] = make(base, number)
-        rank, most = len(layers[name].A), min(base.weight.shape)
-        if rank > most:
-            raise InputError(f"rank {rank} is above the width of {name}; give 1 to {most}")
-        _replace(clip.model, name, layers[name])
+    for name, layer in layers.items():
+        _replace(clip.model, name, layer)
     return layers
 
 

@@ -158,3 +158,4 @@ def test_a_placement_without_sites_is_refused(clip):
         Placement(modules=())
     with pytest.raises(InputError, match="rank 99"):
         insert(clip, Placement(), lambda base, n: GatedLoRA(base, 99, None, torch.Generator()))
+    assert not any("q_proj" in name for name in clip.model.state_dict())
