@@ -102,7 +102,8 @@ class Clip:
         """Write a plain checkpoint of the model's own library, safetensors only.
 
         A Hugging Face model is read with `CLIPModel.from_pretrained(folder)`, an open_clip one
-        with `open_clip.create_model(f"local-dir:{folder}")` if `config` is known.
+        with `open_clip.create_model(f"local-dir:{folder}")` if `config` is known. A tokenizer that
+        is not open_clip's built-in one is stored beside it.
         """
         if self.hugging_face:
             self.model.save_pretrained(folder)
@@ -115,6 +116,8 @@ class Clip:
         safetensors.save_file(tensors, folder / "open_clip_model.safetensors")
         preprocess = getattr(self.model.visual, "preprocess_cfg", {})
         config = {"model_cfg": self.config, "preprocess_cfg": preprocess}
+        if hasattr(self.tokenize, "save_pretrained"):
+            self.tokenize.save_pretrained(folder)
         if self.config is not None:
             (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
 from torch import Tensor
 
 from vlm_prune.continual import checkpoint
@@ -63,15 +64,23 @@ class Run:
 
 @dataclass(frozen=True)
 class Results:
-    """Top-1 accuracy in percent: before any task (N,), and after task t on task i (N, N).
+    """Top-1 accuracy in [0, 1], and which test images were right.
 
-    `trainable` (N,) counts the parameters trained in each task, `norms` the Frobenius norm of each
-    task's change for methods that give it as factors.
+    Args:
+        tasks: names of the N tasks.
+        zero_shot: (N,) before any task.
+        matrix: (N, N) after task t (row) on task i (column).
+        zero_shot_hits: for each task's test set (n,) of 0 and 1.
+        hits: for each task's test set (N, n), row t after task t.
+        trainable: parameters trained in each task.
+        norms: Frobenius norm of each task's change; None for methods without factors.
     """
 
     tasks: list[str]
     zero_shot: NDArray[np.float64]
     matrix: NDArray[np.float64]
+    zero_shot_hits: list[NDArray[np.uint8]]
+    hits: list[NDArray[np.uint8]]
     trainable: list[int]
     norms: list[float | None]
 
@@ -94,7 +103,10 @@ def train(run: Run, clip: Clip, tasks: Sequence[Task]) -> Results:
     rows = record["zero_shot"], record["matrix"]
     zero_shot, matrix = (np.array(row, dtype=np.float64) for row in rows)
     names = [task.name for task in tasks]
-    return Results(names, zero_shot, matrix, record["trainable"], record["norms"])
+    before, *after = trainer.right()
+    hits = [np.stack([row[name] for row in after]) for name in names]
+    first = [before[name] for name in names]
+    return Results(names, zero_shot, matrix, first, hits, record["trainable"], record["norms"])
 
 
 class _Trainer:
@@ -218,7 +230,7 @@ class _Trainer:
         self._write()
 
     def _row(self, name: str, method: Method | None) -> list[float]:
-        """Accuracy on every task in percent; writes which images were right."""
+        """Accuracy on every task; writes which images were right."""
         arguments = self.clip, self.tasks, self.recipe, method, self.rank, self.world
         right = [
             self.accelerator.reduce(hits.to(self.accelerator.device), "sum").cpu()
@@ -229,7 +241,12 @@ class _Trainer:
             folder.mkdir(exist_ok=True)
             named = {task.name: hits for task, hits in zip(self.tasks, right, strict=True)}
             checkpoint.save_tensors(folder / f"{name}.safetensors", named)
-        return [100 * float(hits.double().mean()) for hits in right]
+        return [float(hits.double().mean()) for hits in right]
+
+    def right(self) -> list[dict[str, NDArray[np.uint8]]]:
+        """Which images were right, by task: before the first task, then after each."""
+        rows = ["zero-shot", *(f"task-{number}" for number in range(len(self.tasks)))]
+        return [load_file(self.output / "correct" / f"{row}.safetensors") for row in rows]
 
     def _write(self) -> None:
         if self.main:

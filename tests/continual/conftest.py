@@ -62,21 +62,25 @@ def make_timm():
     return from_open_clip(model, TOKENIZE, config | {"custom_text": True})
 
 
-def make_hugging_face():
-    torch.manual_seed(0)
+def make_word_tokenizer():
     vocabulary = {word: n for n, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
-    fast = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
+
+
+def make_hugging_face():
+    torch.manual_seed(0)
+    fast = make_word_tokenizer()
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     size |= {"num_attention_heads": 2}
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    text = size | ids | {"vocab_size": len(vocabulary), "max_position_embeddings": 16}
+    text = size | ids | {"vocab_size": len(fast), "max_position_embeddings": 16}
     vision = size | {"image_size": 32, "patch_size": 8}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=32))
     pictures = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
@@ -131,6 +135,11 @@ def tasks():
 @pytest.fixture(scope="session")
 def references():
     return [image for image, _ in pictures(("x", "y", "z"), 6, 9)]
+
+
+@pytest.fixture
+def word_tokenizer():
+    return make_word_tokenizer()
 
 
 @pytest.fixture

@@ -151,6 +151,17 @@ def test_a_saved_model_loads_in_its_own_library(any_clip, batch, tmp_path):
     assert list(loaded.model.state_dict()) == list(any_clip.model.state_dict())
 
 
+def test_a_tokenizer_of_its_own_is_saved_with_the_model(clip, word_tokenizer, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    clip.config["text_cfg"]["hf_tokenizer_name"] = "tokenizer.json"
+    word_tokenizer.save_pretrained(first)
+    clip.save(first)
+    load_clip(str(first)).save(second)
+    tokens = load_clip(str(second)).tokenize(["a red disc."])
+    assert tokens[0, :6].tolist() == word_tokenizer("a red disc.")["input_ids"]
+    assert tokens.shape == (1, 16)
+
+
 def test_a_placement_without_sites_is_refused(clip):
     with pytest.raises(InputError, match="did you mean 'vision'"):
         Placement("vison")

@@ -173,6 +173,9 @@ def test_a_folder_of_another_run_is_refused(clip, make_clip, tasks, tmp_path):
     train(Run(tmp_path / "a", make_method("zero-shot"), RECIPE, cpu=True), clip, tasks)
     again = train(Run(tmp_path / "a", make_method("zero-shot"), RECIPE, cpu=True), clip, tasks)
     assert again.matrix.shape == (2, 2)
+    for number, hits in enumerate(again.hits):
+        assert (hits.mean(1) == again.matrix[:, number]).all()
+        assert again.zero_shot_hits[number].mean() == again.zero_shot[number]
     for changed in (
         Run(tmp_path / "a", make_method("full"), RECIPE, cpu=True),
         Run(tmp_path / "a", make_method("zero-shot"), replace(RECIPE, seed=1), cpu=True),
@@ -235,9 +238,8 @@ def test_a_label_outside_the_classes_is_named(clip, tasks, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"classes": ()}, "has no classes"),
-        ({"train": []}, "has no train"),
-        ({"templates": ("a photo",)}, "needs one {}"),
+        ({"train": []}, "no images in its train split"),
+        ({"test": []}, "no images in its test split"),
         ({"name": "shapes"}, "name of its own"),
     ],
 )
