@@ -75,7 +75,7 @@ def train_batches(
         yield pixels.to(clip.device), labels.where(real, PADDING).to(clip.device)
 
 
-def test_batches(
+def eval_batches(
     split: Sequence[tuple[Image.Image, int]], clip: Clip, batch: int,
     rank: int = 0, world: int = 1, workers: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vlm_prune.continual.clip import Clip
 from vlm_prune.continual.config import Recipe
-from vlm_prune.continual.data import prompts, test_batches
+from vlm_prune.continual.data import eval_batches, prompts
 from vlm_prune.continual.methods import Method, Space
 from vlm_prune.continual.streams.base import Task
 
@@ -42,7 +42,7 @@ def evaluate(
         bank = torch.cat([texts[n] for n in columns])
         space = Space(*(torch.cat([part[n] for n in columns]) for part in (owner, label)))
         hits = []
-        batches = test_batches(task.test, clip, recipe.eval_batch, rank, world, workers)
+        batches = eval_batches(task.test, clip, recipe.eval_batch, rank, world, workers)
         for pixels, labels in batches:
             features = clip.encode_image(pixels)
             scores = clip.scale * features @ bank.T

@@ -23,7 +23,7 @@ from torch import Tensor
 from vlm_prune.continual import checkpoint
 from vlm_prune.continual.clip import Clip, extra
 from vlm_prune.continual.config import Recipe, above
-from vlm_prune.continual.data import check, facts, plan, prompts, test_batches, train_batches
+from vlm_prune.continual.data import check, eval_batches, facts, plan, prompts, train_batches
 from vlm_prune.continual.evaluate import evaluate
 from vlm_prune.continual.methods import Context, Method
 from vlm_prune.continual.methods.base import Group
@@ -215,7 +215,7 @@ class _Trainer:
             number,
             ids,
             torch.cat(before) if before else ids[:0],
-            lambda: test_batches(task.train, self.clip, self.recipe.eval_batch),
+            lambda: eval_batches(task.train, self.clip, self.recipe.eval_batch),
             gather,
         )
 

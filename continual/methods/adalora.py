@@ -52,7 +52,7 @@ class AdaLoRA(PeftAdapter):
         steps = self.context.recipe.steps
         first, last = int(self.warmup * steps), int(self.final * steps)
         if first >= steps - last - 1:
-            raise InputError(f"{steps} steps are too few for adalora; give more steps")
+            raise InputError(f"steps {steps} is too few for adalora; give more")
         return peft.AdaLoraConfig(
             init_r=self.rank,
             target_r=self.target_rank,

@@ -43,20 +43,20 @@ class PeftAdapter(Method):
         self.start(context)
         peft, model = extra("peft"), context.clip.model
         split(model)
+        try:
+            names = list(placed(context.clip, self.placement))
+            # peft matches a list of names by their endings: a text site would match vision's too
+            settings = self.config(peft, "|".join(re.escape(name) for name in names), names)
+        except InputError:
+            fuse(model)
+            raise
         model.requires_grad_(False)
-        names = list(placed(context.clip, self.placement))
         self._before = {n: model.get_submodule(n).weight.detach().cpu().clone() for n in names}
-        # peft matches a list of names by their endings, so a text site would match vision's too
-        targets = "|".join(re.escape(name) for name in names)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # peft warns that a model that is not from transformers has no config
             warnings.simplefilter("ignore")
             torch.manual_seed(context.generator(0).initial_seed())
-            try:
-                settings = self.config(peft, targets, names)
-                self._wrapper = peft.get_peft_model(model, settings)
-            except ValueError as error:
-                raise InputError(f"peft cannot build {self.name}: {error}") from error
+            self._wrapper = peft.get_peft_model(model, settings)
         adapted = set(self._wrapper.base_model.targeted_module_names)
         if adapted != set(names):
             raise InputError(f"peft adapted {len(adapted)} of {len(names)} sites for {self.name}")

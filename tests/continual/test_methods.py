@@ -198,6 +198,11 @@ def test_silent_no_ops_of_peft_are_errors(begin):
         method.end_task()
 
 
+def test_adalora_says_when_a_task_is_too_short(begin):
+    with pytest.raises(InputError, match="steps 1 is too few for adalora"):
+        begin("adalora", recipe=Recipe(steps=1))
+
+
 def test_adalora_without_allocation_is_an_error(learn, monkeypatch):
     monkeypatch.setattr(AdaLoRA, "after_step", lambda self, step: None)
     with pytest.raises(InputError, match="above its budget"):
