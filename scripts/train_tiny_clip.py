@@ -8,6 +8,7 @@ import torch
 import typer
 
 from vlm_prune.continual.tiny import checkpoint_path
+from vlm_prune.continual.tiny.card import write_card
 from vlm_prune.continual.tiny.train import STATE, Pretraining, Recipe
 from vlm_prune.vlm.errors import InputError
 
@@ -19,6 +20,7 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(threads)
     Pretraining(folder, Recipe(steps=steps, seed=seed)).run()
+    write_card(folder)
     if install:
         keep = shutil.ignore_patterns(f"{STATE}*")
         shutil.copytree(folder, checkpoint_path(), ignore=keep, dirs_exist_ok=True)

@@ -37,7 +37,9 @@ class Task:
     def __post_init__(self) -> None:
         check_classes(self.name, self.classes)
         if not self.templates:
-            raise InputError(f"{self.name} has no prompt template; give one such as 'a photo of a {{}}.'")
+            raise InputError(
+                f"{self.name} has no prompt template; give one such as 'a photo of a {{}}.'"
+            )
         for template in self.templates:
             if template.count("{}") != 1:
                 raise InputError(f"template {template!r} of {self.name} needs exactly one {{}}")

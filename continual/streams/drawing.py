@@ -14,17 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from vlm_prune.continual.streams.patterns import SIDE, SUPERSAMPLE, TEXTURES, shape_mask
 from vlm_prune.vlm.errors import InputError
 
-SIDE = 48
-SUPERSAMPLE = 4
 Style = Literal["plain", "varied"]
 Draw = Callable[[str, np.random.Generator, Style], Image.Image]
 
-SHAPES = (
-    "circle", "square", "triangle", "pentagon", "star",
-    "cross", "ring", "crescent", "heart", "arrow",
-)  # fmt: skip
 COLOURS = {
     "red": (214, 32, 32),
     "green": (28, 150, 44),
@@ -69,14 +64,14 @@ def shape(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
     """A filled shape, upright; varied ones are turned, and half of them are outlines."""
     outline = style == "varied" and rng.random() < 0.5
     turn = float(rng.uniform(-180, 180)) if style == "varied" else 0.0
-    mask = _shape_mask(name, round(SIDE * SUPERSAMPLE * rng.uniform(0.45, 0.75)), outline)
+    mask = shape_mask(name, round(SIDE * SUPERSAMPLE * rng.uniform(0.45, 0.75)), outline)
     return _on_paper(mask.rotate(turn, Image.Resampling.BILINEAR), rng, style)
 
 
 def scene(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
     """A shape in a colour, such as `red circle`, filled and upright."""
     colour, kind = name.split(" ")
-    mask = _shape_mask(kind, round(SIDE * SUPERSAMPLE * rng.uniform(0.45, 0.75)), False)
+    mask = shape_mask(kind, round(SIDE * SUPERSAMPLE * rng.uniform(0.45, 0.75)), False)
     ink = np.array(COLOURS[colour]) + rng.normal(0, 10, 3)
     return _on_paper(mask, rng, style, ink=ink, light=True)
 
@@ -122,7 +117,9 @@ def texture(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
     return _finish(paper + (ink - paper) * tone[..., None], rng, 6)
 
 
-def digit_image(drawing: NDArray[np.float64], rng: np.random.Generator, style: Style) -> Image.Image:
+def digit_image(
+    drawing: NDArray[np.float64], rng: np.random.Generator, style: Style
+) -> Image.Image:
     """An 8 x 8 drawing of scikit-learn's, enlarged; plain ones are white on black."""
     size = int(rng.integers(34, 47))
     mask = Image.fromarray((drawing * (255 / 16)).astype(np.uint8)).resize((size, size), 3)
@@ -132,9 +129,7 @@ def digit_image(drawing: NDArray[np.float64], rng: np.random.Generator, style: S
     return _on_paper(mask, rng, style, ink=np.full(3, 240.0), light=False)
 
 
-def crop(
-    name: str, cell: tuple[int, int], rng: np.random.Generator, grid: int = 4
-) -> Image.Image:
+def crop(name: str, cell: tuple[int, int], rng: np.random.Generator, grid: int = 4) -> Image.Image:
     """A random part of one cell of a photograph cut into `grid` x `grid` cells."""
     photograph = _photograph(name)
     width, height = photograph.width / grid, photograph.height / grid
@@ -232,97 +227,3 @@ def _smooth(rng: np.random.Generator, low: float, high: float) -> NDArray[np.flo
 def _finish(pixels: NDArray[np.float64], rng: np.random.Generator, noise: float) -> Image.Image:
     noisy = pixels + rng.normal(0, noise, (SIDE, SIDE, 1))
     return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
-
-
-def _shape_mask(name: str, size: int, outline: bool) -> Image.Image:
-    """Opacity of a shape `size` wide on a supersampled canvas."""
-    side = SIDE * SUPERSAMPLE
-    canvas = Image.new("L", (side, side))
-    draw = ImageDraw.Draw(canvas)
-    width = max(2, size // 12)
-
-    def polygon(points: NDArray[np.float64]) -> None:
-        corners = [(float(x), float(y)) for x, y in side / 2 + points * size / 2]
-        if outline:
-            draw.line([*corners, corners[0], corners[1]], 255, width, joint="curve")
-        else:
-            draw.polygon(corners, 255)
-
-    def disc(x: float, radius: float, ink: int, edge: bool = outline) -> None:
-        centre, reach = side / 2 + x * size / 2, radius * size / 2
-        box = (centre - reach, side / 2 - reach, centre + reach, side / 2 + reach)
-        draw.ellipse(box, None if edge else ink, ink if edge else None, width)
-
-    if name == "circle":
-        disc(0, 1, 255)
-    elif name == "ring":
-        disc(0, 1, 255)
-        disc(0, 0.55, 255 if outline else 0)
-    elif name == "crescent":
-        turn = np.linspace(0.35, 2 * np.pi - 0.35, 40)
-        outer = np.stack([np.cos(turn), np.sin(turn)], 1)
-        inner = outer[::-1] * [0.72, 0.72] + [0.35, 0]
-        polygon(np.concatenate([outer, inner]) - [0.1, 0])
-    else:
-        polygon(OUTLINES[name])
-    return canvas
-
-
-def _regular(corners: int, inner: float = 1.0) -> NDArray[np.float64]:
-    turn = 2 * np.pi * np.arange(corners) / corners - np.pi / 2
-    radius = np.where(np.arange(corners) % 2 == 0, 1.0, inner)[:, None]
-    return radius * np.stack([np.cos(turn), np.sin(turn)], 1)
-
-
-def _heart() -> NDArray[np.float64]:
-    t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
-    x = 16 * np.sin(t) ** 3
-    y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
-    return np.stack([x, y], 1) / 16
-
-
-_STEPS = [(1, 3), (1, 1), (3, 1), (3, -1), (1, -1), (1, -3)]
-OUTLINES: dict[str, NDArray[np.float64]] = {
-    "square": np.array([(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)]),
-    "triangle": _regular(3),
-    "pentagon": _regular(5),
-    "star": _regular(10, 0.4),
-    "cross": np.array(_STEPS + [(-x, -y) for x, y in _STEPS]) / 3,
-    "heart": _heart(),
-    "arrow": np.array(
-        [(-1, -0.25), (0.1, -0.25), (0.1, -0.7), (1, 0), (0.1, 0.7), (0.1, 0.25), (-1, 0.25)]
-    ),
-}
-
-Tone = Callable[
-    [NDArray[np.float64], NDArray[np.float64], float, np.random.Generator], NDArray[np.float64]
-]
-
-
-def _bricks(y: NDArray[np.float64], x: NDArray[np.float64], p: float) -> NDArray[np.float64]:
-    course = np.floor(y / p)
-    joint = (y % p < 0.22 * p) | ((x + course % 2 * p) % (2 * p) < 0.22 * p)
-    return joint.astype(np.float64)
-
-
-def _spots(y: NDArray[np.float64], x: NDArray[np.float64], p: float) -> NDArray[np.float64]:
-    return (np.hypot(y % p - p / 2, x % p - p / 2) < 0.32 * p).astype(np.float64)
-
-
-def _speckles(p: float, rng: np.random.Generator) -> NDArray[np.float64]:
-    share = rng.uniform(0.15, 0.3)
-    return (rng.random((SIDE // 2, SIDE // 2)) < share).repeat(2, 0).repeat(2, 1).astype(np.float64)
-
-
-TEXTURES: dict[str, Tone] = {
-    "horizontal stripes": lambda y, x, p, _: (y % p < p / 2).astype(np.float64),
-    "vertical stripes": lambda y, x, p, _: (x % p < p / 2).astype(np.float64),
-    "checkerboard": lambda y, x, p, _: (np.floor(y / p) + np.floor(x / p)) % 2,
-    "polka dots": lambda y, x, p, _: _spots(y, x, p),
-    "rings": lambda y, x, p, _: (np.hypot(y - y.mean(), x - x.mean()) % p < p / 2) * 1.0,
-    "zigzag": lambda y, x, p, _: ((y + np.abs(x % (2 * p) - p)) % p < p / 2) * 1.0,
-    "bricks": lambda y, x, p, _: _bricks(y, x, p),
-    "mesh": lambda y, x, p, _: ((y % p < 0.2 * p) | (x % p < 0.2 * p)) * 1.0,
-    "waves": lambda y, x, p, _: 0.5 + 0.5 * np.sin(2 * np.pi * (y + 3 * np.sin(x / 3)) / p),
-    "speckles": lambda y, x, p, rng: _speckles(p, rng),
-}

@@ -14,7 +14,7 @@ from typing import Literal, overload
 import numpy as np
 from PIL import Image
 
-from vlm_prune.continual.streams import drawing
+from vlm_prune.continual.streams import drawing, patterns
 from vlm_prune.continual.streams.base import Labelled, Task
 from vlm_prune.continual.streams.drawing import Style
 from vlm_prune.vlm.registry import Registry
@@ -65,9 +65,15 @@ class Domain:
 class Drawn(Sequence[Labelled]):
     """Pictures of some classes of a domain, class after class in turn, drawn when asked for."""
 
-    def __init__(self, domain: Domain, split: Split, classes: tuple[str, ...], style: Style) -> None:
+    def __init__(
+        self, domain: Domain, split: Split, classes: tuple[str, ...], style: Style
+    ) -> None:
         self.domain, self.split, self.classes, self.style = domain, split, classes, style
         self.number = list(DOMAINS).index(domain.name)
+
+    @property
+    def labels(self) -> list[int]:
+        return [index % len(self.classes) for index in range(len(self))]
 
     def __len__(self) -> int:
         return PER_CLASS[self.split] * len(self.classes)
@@ -109,7 +115,9 @@ def task(name: str) -> Task:
     return Task(name, domain.classes, domain.templates, train, val, test)
 
 
-def _drawn(draw: drawing.Draw) -> Callable[[str, Split, int, np.random.Generator, Style], Image.Image]:
+def _drawn(
+    draw: drawing.Draw,
+) -> Callable[[str, Split, int, np.random.Generator, Style], Image.Image]:
     return lambda name, _, __, rng, style: draw(name, rng, style)
 
 
@@ -134,9 +142,7 @@ def _photograph(
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WORDS = ("sun", "key", "hat", "box", "pen", "map", "cup", "bed")
 SCENES = tuple(
-    f"{colour} {shape}"
-    for colour in tuple(drawing.COLOURS)[:6]
-    for shape in drawing.SHAPES[:6]
+    f"{colour} {shape}" for colour in tuple(drawing.COLOURS)[:6] for shape in patterns.SHAPES[:6]
 )
 DOMAINS: Registry[Domain] = Registry(
     "domain",
@@ -160,7 +166,7 @@ DOMAINS: Registry[Domain] = Registry(
                 ("the mathematical symbol {}.", "a printed {} sign."), _drawn(drawing.symbol),
             ),
             Domain(
-                "shapes", drawing.SHAPES, drawing.SHAPES[:6],
+                "shapes", patterns.SHAPES, patterns.SHAPES[:6],
                 ("a drawing of a {}.", "the shape of a {}."), _drawn(drawing.shape),
             ),
             Domain(
@@ -168,7 +174,7 @@ DOMAINS: Registry[Domain] = Registry(
                 ("a {} surface.", "the colour {}."), _drawn(drawing.colour),
             ),
             Domain(
-                "textures", tuple(drawing.TEXTURES), tuple(drawing.TEXTURES)[:6],
+                "textures", tuple(patterns.TEXTURES), tuple(patterns.TEXTURES)[:6],
                 ("a pattern of {}.", "a surface with {}."), _drawn(drawing.texture),
             ),
             Domain(

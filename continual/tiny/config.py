@@ -35,7 +35,7 @@ def make_tokenizer(corpus: Iterable[str], vocabulary: int = 512) -> PreTrainedTo
     )
 
 
-def model_config(vocabulary: int, width: int = 128, layers: int = 5) -> dict[str, Any]:
+def model_config(vocabulary: int, width: int = 128, layers: int = 4) -> dict[str, Any]:
     """An open_clip model config: 48 px images in patches of 8, and texts of 20 tokens."""
     return {
         "embed_dim": width,
@@ -57,7 +57,7 @@ def model_config(vocabulary: int, width: int = 128, layers: int = 5) -> dict[str
     }
 
 
-def write_folder(folder: Path, corpus: Iterable[str], width: int = 128, layers: int = 5) -> None:
+def write_folder(folder: Path, corpus: Iterable[str], width: int = 128, layers: int = 4) -> None:
     """Config and tokenizer in the layout of open_clip's `local-dir:`."""
     tokenizer = make_tokenizer(corpus)
     tokenizer.save_pretrained(folder)

@@ -34,7 +34,7 @@ STATE = "state.safetensors"
 class Recipe:
     """Hyperparameters; `width` and `layers` are the vision tower's."""
 
-    steps: int = 2400
+    steps: int = 1800
     batch: int = 128
     rate: float = 1.5e-3
     warmup: int = 100
@@ -42,7 +42,7 @@ class Recipe:
     shift: int = 3
     per_class: int = PER_CLASS["pretraining"]
     width: int = 128
-    layers: int = 5
+    layers: int = 4
     seed: int = 0
     save_every: int = 100
 
@@ -89,7 +89,10 @@ class Pretraining:
         torch.manual_seed(recipe.seed)
         self.model: Any = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-        mean, std = self.model.visual.preprocess_cfg["mean"], self.model.visual.preprocess_cfg["std"]
+        mean, std = (
+            self.model.visual.preprocess_cfg["mean"],
+            self.model.visual.preprocess_cfg["std"],
+        )
         self.mean, self.std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
         self.tokens: Tensor = tokenizer(list(self.data.texts))
         decayed = [p for p in self.model.parameters() if p.ndim >= 2]
@@ -134,7 +137,9 @@ class Pretraining:
         wide = pad(pixels, (reach,) * 4, mode="replicate")
         side = pixels.shape[-1]
         corners = rng.integers(2 * reach + 1, size=(self.recipe.batch, 2)).tolist()
-        shifted = [p[:, y : y + side, x : x + side] for p, (y, x) in zip(wide, corners, strict=True)]
+        shifted = [
+            p[:, y : y + side, x : x + side] for p, (y, x) in zip(wide, corners, strict=True)
+        ]
         return torch.stack(shifted), torch.from_numpy(self.data.captions[chosen, template])
 
     def normalised(self, chosen: NDArray[np.int64]) -> Tensor:
