@@ -8,6 +8,7 @@ scikit-learn's. Every function takes the class, a generator and a `Style` and re
 from collections.abc import Callable
 from functools import cache, lru_cache
 from importlib.resources import files
+from io import BytesIO
 from typing import Literal
 
 import numpy as np
@@ -163,8 +164,7 @@ def _font(face: str, size: int) -> ImageFont.FreeTypeFont:
         folder = files("matplotlib").joinpath("mpl-data/fonts/ttf")
     except ModuleNotFoundError:
         raise InputError("the packaged stream needs fonts: pip install 'vlm-prune[clip]'") from None
-    with folder.joinpath(f"{face}.ttf").open("rb") as file:
-        return ImageFont.truetype(file, size)
+    return ImageFont.truetype(BytesIO(folder.joinpath(f"{face}.ttf").read_bytes()), size)
 
 
 def _printed(

@@ -1,6 +1,7 @@
 """Shapes and textures of the packaged stream, as masks and tones without colour."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +52,8 @@ def shape_mask(name: str, size: int, outline: bool) -> Image.Image:
 def _regular(corners: int, inner: float = 1.0) -> NDArray[np.float64]:
     turn = 2 * np.pi * np.arange(corners) / corners - np.pi / 2
     radius = np.where(np.arange(corners) % 2 == 0, 1.0, inner)[:, None]
-    return radius * np.stack([np.cos(turn), np.sin(turn)], 1)
+    corners_at: NDArray[np.float64] = radius * np.stack([np.cos(turn), np.sin(turn)], 1)
+    return corners_at
 
 
 def _heart() -> NDArray[np.float64]:
@@ -74,9 +76,8 @@ OUTLINES: dict[str, NDArray[np.float64]] = {
     ),
 }
 
-Tone = Callable[
-    [NDArray[np.float64], NDArray[np.float64], float, np.random.Generator], NDArray[np.float64]
-]
+Array = NDArray[np.floating[Any]]
+Tone = Callable[[NDArray[np.float64], NDArray[np.float64], float, np.random.Generator], Array]
 
 
 def _bricks(y: NDArray[np.float64], x: NDArray[np.float64], p: float) -> NDArray[np.float64]:

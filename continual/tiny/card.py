@@ -1,6 +1,5 @@
 """The embedded CLIP's model card: zero-shot and linear-probe accuracy of every domain."""
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch.nn.functional import normalize
 from vlm_prune.continual.metrics import accuracy
 from vlm_prune.continual.streams.base import Labelled, Task
 from vlm_prune.continual.streams.packaged import DOMAINS, packaged, task
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.continual.tiny.config import open_clip
 
 STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
 Figure = tuple[float, float, float]
@@ -48,12 +47,8 @@ class Figures:
 
 def load(folder: Path) -> tuple[Any, Any, Any]:
     """Model in evaluation mode, preprocessing and tokenizer, of an open_clip folder."""
-    try:
-        open_clip = importlib.import_module("open_clip")
-    except ImportError:
-        raise InputError("this needs open_clip: pip install 'vlm-prune[clip]'") from None
-    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-    return model.eval(), preprocess, open_clip.get_tokenizer(f"local-dir:{folder}")
+    model, _, preprocess = open_clip().create_model_and_transforms(f"local-dir:{folder}")
+    return model.eval(), preprocess, open_clip().get_tokenizer(f"local-dir:{folder}")
 
 
 @torch.no_grad()

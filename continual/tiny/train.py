@@ -4,7 +4,6 @@ A run lives in one folder and goes on where it was killed. Batches and shifts de
 and the step alone, so that a killed run ends where one without a break ends.
 """
 
-import importlib
 import json
 import logging
 import math
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax, normalize, pad
 
 from vlm_prune.continual.streams.packaged import DOMAINS, PER_CLASS, Drawn
-from vlm_prune.continual.tiny.config import WEIGHTS, write_folder
+from vlm_prune.continual.tiny.config import WEIGHTS, open_clip, write_folder
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.tiny.initial import waves, whitened
 
@@ -85,10 +84,9 @@ class Pretraining:
         self._claim()
         self.data = pairs(recipe.per_class) if data is None else data
         write_folder(folder, corpus(), recipe.width, recipe.layers)
-        open_clip = _open_clip()
         torch.manual_seed(recipe.seed)
-        self.model: Any = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
-        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+        self.model: Any = open_clip().create_model(f"local-dir:{folder}", load_weights=False)
+        tokenizer = open_clip().get_tokenizer(f"local-dir:{folder}")
         mean, std = (
             self.model.visual.preprocess_cfg["mean"],
             self.model.visual.preprocess_cfg["std"],
@@ -243,10 +241,3 @@ def _schedule(step: int, recipe: Recipe) -> float:
         return (step + 1) / recipe.warmup
     share = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
     return 0.5 * (1 + math.cos(math.pi * share))
-
-
-def _open_clip() -> Any:
-    try:
-        return importlib.import_module("open_clip")
-    except ImportError:
-        raise InputError("this needs open_clip: pip install 'vlm-prune[clip]'") from None
