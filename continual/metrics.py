@@ -38,7 +38,8 @@ def transfer(matrix: ArrayLike) -> Array:
 
 def average(matrix: ArrayLike) -> Array:
     """Mean accuracy on each task over all steps, also those before it is learned, (..., T)."""
-    return _square(matrix).mean(-2)
+    means: Array = _square(matrix).mean(-2)
+    return means
 
 
 def last(matrix: ArrayLike) -> Array:
@@ -55,7 +56,8 @@ def forgetting(matrix: ArrayLike) -> Array:
 def forgetting_from_best(matrix: ArrayLike) -> Array:
     """The same from the best accuracy of any step before the last, (..., T - 1)."""
     a = _square(matrix)
-    return a[..., :-1, :-1].max(-2) - a[..., -1, :-1]
+    lost: Array = a[..., :-1, :-1].max(-2) - a[..., -1, :-1]
+    return lost
 
 
 def summary(matrix: ArrayLike) -> dict[str, Array]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from vlm_prune.continual.streams.coop import coop_task
 from vlm_prune.continual.streams.stream import Stream, few_shot
 from vlm_prune.continual.streams.torchvision_sets import torchvision_task
+from vlm_prune.vlm.errors import InputError
 
 ORDER_1 = (
     "aircraft", "caltech101", "cifar100", "dtd", "eurosat", "flowers",
@@ -31,6 +32,8 @@ def mtil(root: Path, order: int = 1, shots: int | None = None, seed: int = 0) ->
             to training.
         seed: of the shots.
     """
+    if order not in (1, 2):
+        raise InputError(f"MTIL has the orders 1 and 2, not {order}")
     tasks = tuple(torchvision_task(key, root) for key in (ORDER_1, ORDER_2)[order - 1])
     if shots is not None:
         tasks = tuple(few_shot(task, shots, seed) for task in tasks)

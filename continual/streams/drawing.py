@@ -133,12 +133,14 @@ def digit_image(
 def crop(name: str, cell: tuple[int, int], rng: np.random.Generator, grid: int = 4) -> Image.Image:
     """A random part of one cell of a photograph cut into `grid` x `grid` cells."""
     photograph = _photograph(name)
-    width, height = photograph.width / grid, photograph.height / grid
+    width, height = photograph.width // grid, photograph.height // grid
+    corner = (cell[0] * width, cell[1] * height)
+    # cut first: resampling a box of the whole would read pixels of the neighbours
+    alone = photograph.crop((*corner, corner[0] + width, corner[1] + height))
     side = float(rng.uniform(0.6, 1.0)) * min(width, height)
-    left = cell[0] * width + float(rng.uniform(0, width - side))
-    top = cell[1] * height + float(rng.uniform(0, height - side))
+    left, top = float(rng.uniform(0, width - side)), float(rng.uniform(0, height - side))
     box = (left, top, left + side, top + side)
-    cut = photograph.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box)
+    cut = alone.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box)
     return cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else cut
 
 

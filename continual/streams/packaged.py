@@ -3,7 +3,9 @@
 Pictures are drawn from seeds or cut from what PyPI packages bring along, 48 x 48. The splits of a
 domain share no seed; those of `digits` share no handwritten drawing, and those of `photographs`,
 which has one photograph per class, no pixel of it. Of every domain the embedded CLIP has seen
-some classes, in the plain style only; the stream's own splits are in the varied style.
+some classes, in the plain style only; the stream's own splits are in the varied style, but for
+photographs, which have one style. Another version of Pillow may draw the edges of glyphs a little
+differently.
 """
 
 from collections.abc import Callable, Sequence

@@ -49,7 +49,9 @@ class Stream:
 
     def ambiguous(self) -> list[str]:
         """First-template prompts that two tasks share, which a joint test cannot tell apart."""
-        prompts = [task.templates[0].format(name) for task in self.tasks for name in task.classes]
+        prompts = [
+            task.templates[0].replace("{}", name) for task in self.tasks for name in task.classes
+        ]
         return sorted({prompt for prompt in prompts if prompts.count(prompt) > 1})
 
 

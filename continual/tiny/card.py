@@ -66,7 +66,7 @@ def image_features(model: Any, preprocess: Any, split: Sequence[Labelled]) -> tu
 @torch.no_grad()
 def class_features(model: Any, tokenizer: Any, one: Task) -> Tensor:
     """Unit features of the first template's prompts (C, d)."""
-    prompts = [one.templates[0].format(name) for name in one.classes]
+    prompts = [one.templates[0].replace("{}", name) for name in one.classes]
     return normalize(model.encode_text(tokenizer(prompts)), dim=-1)
 
 

@@ -83,12 +83,12 @@ def test_a_folder_holds_one_run(tmp_path, data):
 
 
 def test_training_learns(tmp_path, data):
-    recipe = Recipe(steps=60, batch=64, warmup=5, per_class=1, width=32, layers=1, shift=0)
+    recipe = Recipe(steps=25, batch=32, warmup=2, per_class=1, width=32, layers=1, shift=0)
     Pretraining(tmp_path, recipe, data).run()
     losses = [
         json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()
     ]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < losses[0] - 0.3
 
 
 def test_card_of_a_model_just_trained(tmp_path, data):
