@@ -75,8 +75,8 @@ def measure(model: Any, preprocess: Any, tokenizer: Any, one: Task) -> Figures:
     test, labels = image_features(model, preprocess, one.test)
     hits = (test @ class_features(model, tokenizer, one).T).argmax(1) == labels
     known = torch.tensor([name in DOMAINS[one.name].known for name in one.classes])
-    parts = (image_features(model, preprocess, split) for split in (one.train, one.val))
-    probe = _probe(*parts, (test, labels))
+    train, val = (image_features(model, preprocess, split) for split in (one.train, one.val))
+    probe = _probe(train, val, (test, labels))
     seen = hits[known[labels]]
     return Figures(accuracy(hits.numpy()), accuracy(seen.numpy()), accuracy(probe))
 
