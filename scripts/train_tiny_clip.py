@@ -13,13 +13,11 @@ from vlm_prune.continual.tiny.train import STATE, Pretraining, Recipe
 from vlm_prune.vlm.errors import InputError
 
 
-def main(
-    folder: Path, steps: int = Recipe.steps, seed: int = 0, threads: int = 2, install: bool = False
-) -> None:
+def main(folder: Path, seed: int = 0, threads: int = 2, install: bool = False) -> None:
     """Train in `folder`; a run that was killed goes on from its last checkpoint."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(threads)
-    Pretraining(folder, Recipe(steps=steps, seed=seed)).run()
+    Pretraining(folder, Recipe(seed=seed)).run()
     write_card(folder)
     if install:
         keep = shutil.ignore_patterns(f"{STATE}*")

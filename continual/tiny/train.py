@@ -31,9 +31,14 @@ STATE = "state.safetensors"
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyperparameters; `width` and `layers` are the vision tower's."""
+    """Hyperparameters; `width` and `layers` are the vision tower's.
+
+    `steps` is the length of the learning-rate schedule; training ends after `stop` of them, where
+    the rate is at 8 % of its peak.
+    """
 
     steps: int = 1800
+    stop: int = 1500
     batch: int = 128
     rate: float = 1.5e-3
     warmup: int = 100
@@ -113,15 +118,15 @@ class Pretraining:
     def run(self, until: int | None = None) -> None:
         """Train to the end, or to step `until`; at the end the folder holds half-precision weights."""
         recipe, begin = self.recipe, time.monotonic()
-        for step in range(self.done, recipe.steps if until is None else until):
+        for step in range(self.done, recipe.stop if until is None else until):
             loss, accuracy = self._step(step)
-            if step % 20 == 0 or step == recipe.steps - 1:
+            if step % 20 == 0 or step == recipe.stop - 1:
                 seconds = round(time.monotonic() - begin, 1)
                 self._log(step=step, seconds=seconds, loss=loss, batch_accuracy=accuracy)
             self.done = step + 1
             if self.done % recipe.save_every == 0:
                 self._save()
-        if self.done == recipe.steps:
+        if self.done == recipe.stop:
             half = {name: t.half().contiguous() for name, t in self.model.state_dict().items()}
             save_file(half, self.folder / WEIGHTS)
 

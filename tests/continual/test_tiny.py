@@ -14,7 +14,7 @@ from vlm_prune.continual.tiny.config import CONTEXT, WEIGHTS
 from vlm_prune.continual.tiny.train import Pretraining, Recipe, contrastive, corpus, pairs
 from vlm_prune.vlm.errors import InputError
 
-SMALL = Recipe(steps=6, batch=16, warmup=2, per_class=1, width=32, layers=1, save_every=3)
+SMALL = Recipe(steps=6, stop=6, batch=16, warmup=2, per_class=1, width=32, layers=1, save_every=3)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_a_folder_holds_one_run(tmp_path, data):
 
 
 def test_training_learns(tmp_path, data):
-    recipe = Recipe(steps=25, batch=32, warmup=2, per_class=1, width=32, layers=1, shift=0)
+    recipe = Recipe(steps=25, stop=25, batch=32, warmup=2, per_class=1, width=32, layers=1, shift=0)
     Pretraining(tmp_path, recipe, data).run()
     losses = [
         json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()
