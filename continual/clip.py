@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vlm_prune.continual.config import Tower
+from vlm_prune.continual.tiny import checkpoint_path
 from vlm_prune.vlm.errors import InputError
 
 DEFAULT = ("ViT-B-16-quickgelu", "openai")
@@ -179,7 +180,7 @@ def load_clip(name: str = DEFAULT[0], pretrained: str | None = DEFAULT[1]) -> Cl
     """A CLIP by open_clip's name and weights, by Hugging Face's, or from a folder of either.
 
     Args:
-        name: a model of open_clip, a hub name "owner/model" of a Hugging Face CLIP, or a folder
+        name: `tiny` for the embedded CLIP, a model of open_clip, a hub name "owner/model" of a Hugging Face CLIP, or a folder
             with `open_clip_config.json` or `config.json`.
         pretrained: open_clip's tag or a safetensors file; None for random weights; only for a
             model of open_clip.
@@ -188,11 +189,11 @@ def load_clip(name: str = DEFAULT[0], pretrained: str | None = DEFAULT[1]) -> Cl
         InputError: if there is no such model, the weights are not safetensors or need another
             activation.
     """
-    folder = Path(name)
+    folder = checkpoint_path() if name == "tiny" else Path(name)
     try:
         if (folder / "config.json").is_file() or ("/" in name and not folder.exists()):
             return _load_hugging_face(name)
-        return _load_open_clip(name, pretrained)
+        return _load_open_clip(str(folder) if folder.is_dir() else name, pretrained)
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError) as error:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlm_prune.continual.clip import Clip, Transform
-from vlm_prune.continual.streams.base import Task
+from vlm_prune.continual.streams.base import Task, check_names
 from vlm_prune.vlm.errors import InputError
 
 PADDING = -1
@@ -94,9 +94,7 @@ def check(tasks: Sequence[Task]) -> None:
     Raises:
         InputError: for no task, names that are given twice, or a task without images.
     """
-    names = [task.name for task in tasks]
-    if not tasks or len(set(names)) < len(names):
-        raise InputError(f"give at least one task, each under a name of its own; got {names}")
+    check_names(tasks)
     for task in tasks:
         for split in ("train", "test"):
             if not len(getattr(task, split)):

@@ -5,8 +5,6 @@ explicitly, so that an accuracy of exactly 0 counts like any other. The zero-sho
 apart: it is measured before the first task, under the same prompts.
 """
 
-import importlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from rich.table import Table
 
+from vlm_prune.continual.checkpoint import write_json
+from vlm_prune.continual.clip import extra
 from vlm_prune.vlm.errors import InputError
 
 Array = NDArray[np.float64]
@@ -142,9 +142,7 @@ class AccuracyMatrix:
 
     def write(self, path: Path) -> None:
         """Write `to_json()`, whole or not at all."""
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self.to_json(), indent=2) + "\n")
-        os.replace(partial, path)
+        write_json(path, self.to_json())
 
     def table(self) -> Table:
         """For a terminal: zero-shot, one row per learned task, and the metrics, in per cent."""
@@ -167,10 +165,7 @@ class AccuracyMatrix:
         Raises:
             InputError: if matplotlib is missing.
         """
-        try:
-            figures = importlib.import_module("matplotlib.figure")
-        except ImportError:
-            raise InputError("this needs matplotlib: pip install 'vlm-prune[plot]'") from None
+        figures = extra("matplotlib.figure")
         zero = self.zero_shot_values
         values = self.values if zero is None else np.vstack([zero, self.values])
         rows = list(self.names) if zero is None else ["zero-shot", *self.names]

@@ -45,6 +45,16 @@ class Task:
                 raise InputError(f"template {template!r} of {self.name} needs exactly one {{}}")
 
 
+def check_names(tasks: Sequence[Task]) -> None:
+    """Raise `InputError` unless there are tasks, no two of them with one name."""
+    names = [task.name for task in tasks]
+    if not names:
+        raise InputError("there are no tasks; give at least one")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"two tasks are named {twice!r}; rename one")
+
+
 def check_classes(name: str, classes: Sequence[str]) -> None:
     """Raise `InputError` unless there are class names, none of them blank or used twice."""
     if not classes:

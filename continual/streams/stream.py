@@ -1,7 +1,5 @@
 """A stream of tasks, its few-shot variants, and the indices that were drawn."""
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +8,8 @@ from zlib import crc32
 
 import numpy as np
 
-from vlm_prune.continual.streams.base import Labelled, Task
+from vlm_prune.continual.checkpoint import write_json
+from vlm_prune.continual.streams.base import Labelled, Task, check_names
 from vlm_prune.vlm.errors import InputError
 
 
@@ -35,12 +34,7 @@ class Stream:
     ensemble: bool
 
     def __post_init__(self) -> None:
-        names = [task.name for task in self.tasks]
-        if not names:
-            raise InputError(f"stream {self.name} has no tasks; give at least one")
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise InputError(f"stream {self.name} has two tasks named {twice!r}; rename one")
+        check_names(self.tasks)
 
     @property
     def classes(self) -> int:
@@ -122,6 +116,4 @@ def write_indices(stream: Stream, path: Path) -> None:
     drawn = {t.name: list(t.train.indices) for t in stream.tasks if isinstance(t.train, Subset)}
     if not drawn:
         raise InputError(f"stream {stream.name} draws no shots, so there are no indices to write")
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps({"stream": stream.name, "train": drawn}) + "\n")
-    os.replace(partial, path)
+    write_json(path, {"stream": stream.name, "train": drawn})

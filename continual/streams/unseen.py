@@ -7,11 +7,11 @@ Each is a task whose `train` and `val` are empty, scored against its own classes
 from dataclasses import replace
 from pathlib import Path
 
+from vlm_prune.continual.clip import extra
 from vlm_prune.continual.streams.base import Task
 from vlm_prune.continual.streams.files import PHOTO, folder_split, list_classes
 from vlm_prune.continual.streams.packaged import task as packaged_task
 from vlm_prune.continual.streams.torchvision_sets import Held, torchvision_class, torchvision_task
-from vlm_prune.continual.tiny.config import open_clip
 from vlm_prune.vlm.errors import InputError
 
 
@@ -72,6 +72,6 @@ def imagenet(root: Path, skip_bad: bool = False) -> Task:
 
 def imagenet_names() -> tuple[str, ...]:
     """1,000 different names in the order of the WordNet ids."""
-    names = list(open_clip().IMAGENET_CLASSNAMES)
+    names = list(extra("open_clip").IMAGENET_CLASSNAMES)
     names[744], names[836] = "projectile", "sunglass"
     return tuple(names)

@@ -3,18 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import normalize
 
+from vlm_prune.continual.clip import Clip, load_clip
+from vlm_prune.continual.data import eval_batches
+from vlm_prune.continual.evaluate import class_features
 from vlm_prune.continual.metrics import accuracy
 from vlm_prune.continual.streams.base import Labelled, Task
 from vlm_prune.continual.streams.packaged import DOMAINS, packaged, task
-from vlm_prune.continual.tiny.config import open_clip
 
 STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
 Figure = tuple[float, float, float]
@@ -45,37 +45,20 @@ class Figures:
     probe: Figure
 
 
-def load(folder: Path) -> tuple[Any, Any, Any]:
-    """Model in evaluation mode, preprocessing and tokenizer, of an open_clip folder."""
-    model, _, preprocess = open_clip().create_model_and_transforms(f"local-dir:{folder}")
-    return model.eval(), preprocess, open_clip().get_tokenizer(f"local-dir:{folder}")
-
-
 @torch.no_grad()
-def image_features(model: Any, preprocess: Any, split: Sequence[Labelled]) -> tuple[Tensor, Tensor]:
+def image_features(clip: Clip, split: Sequence[Labelled]) -> tuple[Tensor, Tensor]:
     """Unit features (n, d) and labels (n,) of a split."""
-    features, labels = [], []
-    for start in range(0, len(split), 128):
-        items = [split[k] for k in range(start, min(start + 128, len(split)))]
-        pixels = torch.stack([preprocess(image) for image, _ in items])
-        features.append(normalize(model.encode_image(pixels), dim=-1))
-        labels += [label for _, label in items]
-    return torch.cat(features), torch.tensor(labels)
+    batches = list(eval_batches(split, clip, 128))
+    features = [clip.encode_image(pixels) for pixels, _ in batches]
+    return torch.cat(features), torch.cat([labels for _, labels in batches])
 
 
-@torch.no_grad()
-def class_features(model: Any, tokenizer: Any, one: Task) -> Tensor:
-    """Unit features of the first template's prompts (C, d)."""
-    prompts = [one.templates[0].replace("{}", name) for name in one.classes]
-    return normalize(model.encode_text(tokenizer(prompts)), dim=-1)
-
-
-def measure(model: Any, preprocess: Any, tokenizer: Any, one: Task) -> Figures:
+def measure(clip: Clip, one: Task) -> Figures:
     """Zero-shot and linear-probe accuracy of one domain."""
-    test, labels = image_features(model, preprocess, one.test)
-    hits = (test @ class_features(model, tokenizer, one).T).argmax(1) == labels
+    test, labels = image_features(clip, one.test)
+    hits = (test @ class_features(clip, one, ensemble=False).T).argmax(1) == labels
     known = torch.tensor([name in DOMAINS[one.name].known for name in one.classes])
-    train, val = (image_features(model, preprocess, split) for split in (one.train, one.val))
+    train, val = (image_features(clip, split) for split in (one.train, one.val))
     probe = _probe(train, val, (test, labels))
     seen = hits[known[labels]]
     return Figures(accuracy(hits.numpy()), accuracy(seen.numpy()), accuracy(probe))
@@ -83,13 +66,13 @@ def measure(model: Any, preprocess: Any, tokenizer: Any, one: Task) -> Figures:
 
 def write_card(folder: Path, figures: dict[str, Figures] | None = None) -> None:
     """Measure every domain with the weights in `folder` and write `README.md` there."""
-    model, preprocess, tokenizer = load(folder)
+    clip = load_clip(str(folder))
     tasks = [*packaged(), task("scenes")]
     if figures is None:
-        figures = {one.name: measure(model, preprocess, tokenizer, one) for one in tasks}
+        figures = {one.name: measure(clip, one) for one in tasks}
     stream = packaged()
     head = HEAD.format(
-        parameters=sum(p.numel() for p in model.parameters()) / 1e6,
+        parameters=sum(p.numel() for p in clip.model.parameters()) / 1e6,
         known=sum(len(DOMAINS[one.name].known) for one in stream),
         classes=sum(len(one.classes) for one in stream),
         train=len(stream[0].train) // len(stream[0].classes),

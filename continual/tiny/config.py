@@ -1,6 +1,5 @@
 """The embedded CLIP's architecture and tokenizer: an open_clip folder with a config and no weights."""
 
-import importlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from vlm_prune.vlm.errors import InputError
 
 CONTEXT = 20
 CONFIG = "open_clip_config.json"
@@ -69,11 +67,3 @@ def write_folder(folder: Path, corpus: Iterable[str], width: int = 128, layers: 
         "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.3, 0.3, 0.3]},
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-
-
-def open_clip() -> Any:
-    """The module, or an `InputError` that says how to get it."""
-    try:
-        return importlib.import_module("open_clip")
-    except ImportError:
-        raise InputError("this needs open_clip: pip install 'vlm-prune[clip]'") from None

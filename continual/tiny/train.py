@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax, normalize, pad
 
+from vlm_prune.continual.clip import extra
 from vlm_prune.continual.streams.packaged import DOMAINS, PER_CLASS, Drawn
-from vlm_prune.continual.tiny.config import WEIGHTS, open_clip, write_folder
+from vlm_prune.continual.tiny.config import WEIGHTS, write_folder
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.tiny.initial import waves, whitened
 
@@ -90,8 +91,9 @@ class Pretraining:
         self.data = pairs(recipe.per_class) if data is None else data
         write_folder(folder, corpus(), recipe.width, recipe.layers)
         torch.manual_seed(recipe.seed)
-        self.model: Any = open_clip().create_model(f"local-dir:{folder}", load_weights=False)
-        tokenizer = open_clip().get_tokenizer(f"local-dir:{folder}")
+        open_clip = extra("open_clip")
+        self.model: Any = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
         mean, std = (
             self.model.visual.preprocess_cfg["mean"],
             self.model.visual.preprocess_cfg["std"],

@@ -6,10 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vlm_prune.continual.clip import load_clip
+from vlm_prune.continual.evaluate import class_features
 from vlm_prune.continual.metrics import accuracy
 from vlm_prune.continual.streams.packaged import task
 from vlm_prune.continual.tiny import checkpoint_path
-from vlm_prune.continual.tiny.card import class_features, image_features, load, measure, write_card
+from vlm_prune.continual.tiny.card import image_features, measure, write_card
 from vlm_prune.continual.tiny.config import CONTEXT, WEIGHTS
 from vlm_prune.continual.tiny.train import Pretraining, Recipe, contrastive, corpus, pairs
 from vlm_prune.vlm.errors import InputError
@@ -19,8 +21,7 @@ SMALL = Recipe(steps=6, stop=6, batch=16, warmup=2, per_class=1, width=32, layer
 
 @pytest.fixture(scope="module")
 def packaged():
-    torch.manual_seed(0)
-    return load(checkpoint_path())
+    return load_clip("tiny")
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +32,13 @@ def data():
 def test_packaged_weights_are_small_and_in_half_precision(packaged):
     weights = load_file(checkpoint_path() / WEIGHTS)
     assert {t.dtype for t in weights.values()} == {torch.float16}
-    assert sum(p.numel() for p in packaged[0].parameters()) < 8e6
+    assert sum(p.numel() for p in packaged.model.parameters()) < 8e6
     assert sum(f.stat().st_size for f in checkpoint_path().iterdir()) < 16e6
     assert (checkpoint_path() / "log.jsonl").read_text().count("\n") > 50
 
 
 def test_no_prompt_is_cut_and_each_ends_with_the_highest_token(packaged):
-    tokens = packaged[2](corpus())
+    tokens = packaged.tokenize(corpus())
     assert tokens.shape[1] == CONTEXT
     assert (tokens.max(1).values == tokens.max()).all() and (tokens[:, -1] == 0).all()
     assert len({tuple(row) for row in tokens.tolist()}) == len(set(corpus()))
@@ -45,10 +46,9 @@ def test_no_prompt_is_cut_and_each_ends_with_the_highest_token(packaged):
 
 @pytest.mark.parametrize(("name", "least"), [("colours", 0.3), ("symbols", 0.3), ("scenes", 0.85)])
 def test_zero_shot_is_above_chance(packaged, name, least):
-    model, preprocess, tokenizer = packaged
     one = task(name)
-    features, labels = image_features(model, preprocess, [one.test[k] for k in range(96)])
-    hits = (features @ class_features(model, tokenizer, one).T).argmax(1) == labels
+    features, labels = image_features(packaged, [one.test[k] for k in range(96)])
+    hits = (features @ class_features(packaged, one, False).T).argmax(1) == labels
     assert accuracy(hits.numpy())[1] > least
 
 
@@ -56,7 +56,7 @@ def test_zero_shot_is_above_chance(packaged, name, least):
 def test_card_says_what_is_measured(packaged):
     card = (checkpoint_path() / "README.md").read_text()
     for name in ("shapes", "colours"):
-        found = measure(*packaged, task(name))
+        found = measure(packaged, task(name))
         row = next(line for line in card.splitlines() if line.startswith(f"| {name} |"))
         shown = [float(cell.split()[0]) for cell in row.split("|")[4:7]]
         wanted = [100 * f[0] for f in (found.zero_shot, found.known, found.probe)]
@@ -93,8 +93,7 @@ def test_training_learns(tmp_path, data):
 
 def test_card_of_a_model_just_trained(tmp_path, data):
     Pretraining(tmp_path, SMALL, data).run()
-    model, preprocess, tokenizer = load(tmp_path)
-    figures = measure(model, preprocess, tokenizer, task("words"))
+    figures = measure(load_clip(str(tmp_path)), task("words"))
     names = "digits letters words symbols shapes colours textures photographs scenes"
     write_card(tmp_path, dict.fromkeys(names.split(), figures))
     card = (tmp_path / "README.md").read_text()
