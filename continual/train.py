@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
 from safetensors.numpy import load_file
 from torch import Tensor
 
@@ -44,6 +46,7 @@ class Run:
         workers: processes that load images.
         bf16: compute in bfloat16; weights, gates and optimizer stay in float32.
         cpu: stay off the GPU.
+        progress: show a bar for each task on the error stream.
 
     Raises:
         InputError: for a value out of range.
@@ -56,6 +59,7 @@ class Run:
     workers: int = 0
     bf16: bool = False
     cpu: bool = False
+    progress: bool = False
 
     def __post_init__(self) -> None:
         above("save_every", self.save_every, 0)
@@ -73,6 +77,7 @@ class Results:
         zero_shot_hits: for each task's test set (n,) of 0 and 1.
         hits: for each task's test set (N, n), row t after task t.
         trainable: parameters trained in each task.
+        added: parameters that answering needs beside the model's own, after each task.
         norms: Frobenius norm of each task's change; None for methods without factors.
     """
 
@@ -82,6 +87,7 @@ class Results:
     zero_shot_hits: list[NDArray[np.uint8]]
     hits: list[NDArray[np.uint8]]
     trainable: list[int]
+    added: list[int]
     norms: list[float | None]
 
 
@@ -99,14 +105,19 @@ def train(run: Run, clip: Clip, tasks: Sequence[Task]) -> Results:
     clip.model.to(accelerator.device)
     trainer = _Trainer(run, clip, tasks, accelerator)
     trainer.run_all()
-    record = trainer.record
-    rows = record["zero_shot"], record["matrix"]
-    zero_shot, matrix = (np.array(row, dtype=np.float64) for row in rows)
-    names = [task.name for task in tasks]
-    before, *after = trainer.right()
+    return read_results(run.output)
+
+
+def read_results(output: Path) -> Results:
+    """What a finished run wrote into its folder."""
+    record = json.loads((output / "results.json").read_text())
+    names, matrix = record["tasks"], np.array(record["matrix"], dtype=np.float64)
+    rows = ["zero-shot", *(f"task-{number}" for number in range(len(names)))]
+    before, *after = [load_file(output / "correct" / f"{row}.safetensors") for row in rows]
     hits = [np.stack([row[name] for row in after]) for name in names]
-    first = [before[name] for name in names]
-    return Results(names, zero_shot, matrix, first, hits, record["trainable"], record["norms"])
+    zero_shot, first = np.array(record["zero_shot"]), [before[name] for name in names]
+    counts = record["trainable"], record["added"], record["norms"]
+    return Results(names, zero_shot, matrix, first, hits, *counts)
 
 
 class _Trainer:
@@ -118,7 +129,8 @@ class _Trainer:
         self.main: bool = accelerator.is_main_process
         self._claim()
         path = self.output / "results.json"
-        empty: dict[str, Any] = {"zero_shot": None, "matrix": [], "trainable": [], "norms": []}
+        empty: dict[str, Any] = {"zero_shot": None, "matrix": []}
+        empty |= {"trainable": [], "added": [], "norms": []}
         self.record = json.loads(path.read_text()) if path.is_file() else empty
         accelerator.wait_for_everyone()
 
@@ -161,6 +173,7 @@ class _Trainer:
             self.clip.model.eval()
         delta = self.method.end_task()
         self.record["trainable"][number:] = [sum(p.numel() for p in trained.values())]
+        self.record["added"][number:] = [self.method.added_parameters()]
         self.record["norms"][number:] = [None if delta is None else delta.norm()]
         if self.main:
             if delta is not None:
@@ -186,7 +199,11 @@ class _Trainer:
             self.tasks[number], self.clip, batches, first, key,
             self.rank, self.world, self.run.workers,
         )  # fmt: skip
-        for step, (pixels, labels) in enumerate(shares, first):
+        shown = track(
+            shares, self.tasks[number].name, recipe.steps, first,
+            console=Console(stderr=True), disable=not (self.run.progress and self.main),
+        )  # fmt: skip
+        for step, (pixels, labels) in enumerate(shown, first):
             factor = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
@@ -242,11 +259,6 @@ class _Trainer:
             named = {task.name: hits for task, hits in zip(self.tasks, right, strict=True)}
             checkpoint.save_tensors(folder / f"{name}.safetensors", named)
         return [float(hits.double().mean()) for hits in right]
-
-    def right(self) -> list[dict[str, NDArray[np.uint8]]]:
-        """Which images were right, by task: before the first task, then after each."""
-        rows = ["zero-shot", *(f"task-{number}" for number in range(len(self.tasks)))]
-        return [load_file(self.output / "correct" / f"{row}.safetensors") for row in rows]
 
     def _write(self) -> None:
         if self.main:

@@ -92,6 +92,10 @@ class Method(ABC):
     def end_task(self) -> Delta | None:
         """Write what was learned into the model and make it plain; returns it as factors if any."""
 
+    def added_parameters(self) -> int:
+        """Parameters that answering needs beside the model's own; none where all is merged."""
+        return 0
+
     def state(self) -> dict[str, Tensor]:
         """What a run needs to go on, beside the model and the trained parameters."""
         return {}

@@ -69,6 +69,11 @@ class RAIL(Method):
     def end_task(self) -> Delta | None:
         return None
 
+    def added_parameters(self) -> int:
+        """The random map's and the regression's weights."""
+        inputs = self.context.encode(self.context.ids[:1]).shape[1]
+        return self.width * (inputs + sum(cross.shape[1] for cross in self._cross))
+
     def expand(self, features: Tensor) -> Tensor:
         """relu of a fixed random map: (M, d) to (M, width), float64."""
         generator = torch.Generator().manual_seed(self._seed)

@@ -8,7 +8,6 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-
 CONTEXT = 20
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
