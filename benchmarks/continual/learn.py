@@ -102,6 +102,7 @@ def method_of(stream: Stream, name: str, options: dict[str, Any]) -> Method:
         domain = DOMAINS["scenes"]
         drawn = Drawn(domain, "pretraining", domain.known, "plain")
         defaults["images"] = [drawn[k][0] for k in range(256)]
+        defaults["average_every"] = 5  # its default is longer than these tasks
         defaults["captions"] = [domain.templates[0].format(c) for c in domain.classes]
     return make_method(name, **(defaults | options))
 
