@@ -56,6 +56,12 @@ class Delta:
         """Frobenius norm of the change over all sites together."""
         return float(sum(f.matrix().square().sum().double() for f in self.factors.values()) ** 0.5)
 
+    def scale_to(self, norm: float) -> None:
+        """Scale the change, in place, so that `norm()` is this."""
+        ratio = norm / max(self.norm(), 1e-12)
+        for factors in self.factors.values():
+            factors.gate *= ratio
+
     def save(self, path: Path) -> None:
         """Write safetensors, `site|factor` to tensor."""
         tensors = {

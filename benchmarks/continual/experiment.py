@@ -43,6 +43,9 @@ ARMS = {
     "codyra": Arm("codyra", "codyra"),
     "lora": Arm("lora", "lora"),
     "random-rank, codyra's counts": Arm("random-rank", "codyra", follows="like"),
+    "random-rank, codyra's counts and norms": Arm(
+        "random-rank", "codyra", {"match_norm": True}, follows="like"
+    ),
     "lora, codyra's norms": Arm("lora", "lora", follows="match"),
     "codyra-plus": Arm("codyra-plus", "codyra-plus"),
     "zero-shot": Arm("zero-shot", ""),

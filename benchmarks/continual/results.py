@@ -35,6 +35,8 @@ QUESTIONS = (
     ("What does CoDyRA gain over LoRA of the same rank?", "codyra", "lora"),
     ("Does it matter which ranks survive? Against as many at random",
      "codyra", "random-rank, codyra's counts"),
+    ("The same, at equal norms too",
+     "codyra", "random-rank, codyra's counts and norms"),
     ("Is a smaller update enough? LoRA with CoDyRA's norms against LoRA",
      "lora, codyra's norms", "lora"),
     ("What is left of the gain at equal norms?", "codyra", "lora, codyra's norms"),

@@ -26,7 +26,5 @@ class LoRA(LowRank):
 
     def finish(self, delta: Delta) -> Delta:
         if self.match is not None:
-            ratio = reference(self.match, self.context.number).norm() / max(delta.norm(), 1e-12)
-            for factors in delta.factors.values():
-                factors.gate *= ratio
+            delta.scale_to(reference(self.match, self.context.number).norm())
         return delta

@@ -29,20 +29,28 @@ class RandomRank(Gated):
     """Train gated LoRA without pruning, then drop components at random, site by site.
 
     Separates *which* components CoDyRA keeps from *how many*. As gates are not shrunk, updates are
-    larger than CoDyRA's; `lora` with `match` controls for that.
+    larger than CoDyRA's unless `match_norm` is on.
 
     Args:
         like: folder of a run whose ranks are matched, task by task and site by site.
+        match_norm: scale each task's change to the Frobenius norm, over all sites together, of the
+            change in the run `like`.
         keep: share of the components kept where `like` is None.
+
+    Raises:
+        InputError: for a value out of range, or `match_norm` without `like`.
     """
 
     name: ClassVar[str] = "random-rank"
     like: Path | str | None = None
+    match_norm: bool = False
     keep: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
         within("keep", self.keep)
+        if self.match_norm and self.like is None:
+            raise InputError("match_norm needs a run to match; give its folder as like")
 
     def finish(self, delta: Delta) -> Delta:
         other = None if self.like is None else reference(self.like, self.context.number)
@@ -57,4 +65,6 @@ class RandomRank(Gated):
             pick = drawn[:left].sort().values
             factors.A, factors.B = factors.A[pick], factors.B[:, pick]
             factors.gate, factors.kept = factors.gate[pick], factors.kept[pick]
+        if other is not None and self.match_norm:
+            delta.scale_to(other.norm())
         return delta

@@ -132,7 +132,7 @@ def test_differences_use_common_seeds():
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
-    arms = ("codyra", "lora", "random-rank, codyra's counts", "lora, codyra's norms", "zero-shot")
+    arms = (*list(ARMS)[:5], "zero-shot")
     small = {"steps": 2, "batch": 4, "test_per_class": 1, "search_tasks": 1, "tasks": 2}
     found = Experiment(tmp_path_factory.mktemp("experiment"), seeds=1, arms=arms, **small)
     run_all(found)
@@ -151,13 +151,15 @@ def test_the_search_sees_validation_images_alone(experiment):
 
 def test_controls_follow_codyra(experiment):
     for number in range(2):
-        one, ranks, norms = (
+        one, ranks, both, norms = (
             Delta.load(experiment.folder(label, 0) / "deltas" / f"task-{number}.safetensors")
-            for label in ("codyra", "random-rank, codyra's counts", "lora, codyra's norms")
+            for label in ("codyra", *list(ARMS)[2:5])
         )
         kept = {name: factors.rank for name, factors in one.factors.items()}
         assert kept == {name: factors.rank for name, factors in ranks.factors.items()}
-        assert norms.norm() == pytest.approx(one.norm(), rel=1e-4)
+        assert kept == {name: factors.rank for name, factors in both.factors.items()}
+        for other in (both, norms):
+            assert other.norm() == pytest.approx(one.norm(), rel=1e-4)
 
 
 def test_a_finished_experiment_trains_nothing(experiment):
@@ -172,14 +174,14 @@ def test_results_are_written(experiment, tmp_path):
     write(experiment, tmp_path)
     found = json.loads((tmp_path / "results.json").read_text())
     assert found == json.loads(json.dumps(collect(experiment)))
-    assert found["finished"] == found["planned"] == 5
+    assert found["finished"] == found["planned"] == 6
     assert found["methods"]["zero-shot"]["metrics"]["forgetting"]["value"] == 0
-    assert [one["of"] for one in found["differences"]].count("codyra") == 3
+    assert [one["of"] for one in found["differences"]].count("codyra") == 4
     page = (tmp_path / "README.md").read_text()
     assert all(f"| {label} |" in page for label in experiment.arms)
     assert (tmp_path / "methods.png").read_bytes().startswith(b"\x89PNG")
     partial = collect(replace(experiment, seeds=2))
-    assert (partial["finished"], partial["planned"]) == (5, 10)
+    assert (partial["finished"], partial["planned"]) == (6, 12)
 
 
 def test_every_method_is_compared_and_can_be_built():
@@ -187,7 +189,8 @@ def test_every_method_is_compared_and_can_be_built():
     assert {arm.rate for arm in ARMS.values()} - {""} == set(CANDIDATES)
     stream = open_stream("packaged")
     for arm in ARMS.values():
-        assert method_of(stream, arm.method, dict(arm.options)).name == arm.method
+        follows = {arm.follows: "a run"} if arm.follows else {}
+        assert method_of(stream, arm.method, {**arm.options, **follows}).name == arm.method
     for candidates in CANDIDATES.values():
         for candidate in candidates:
             assert recipe_of(stream, {"lr": candidate["lr"]}, 0).lr == candidate["lr"]
