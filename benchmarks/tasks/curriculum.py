@@ -14,11 +14,12 @@ from vlm_prune.benchmarks.tasks.scenes import (
     NAMES,
     PATCH,
     SHARES,
+    SIDE,
     Scene,
     Shares,
     make_scene,
 )
-from vlm_prune.vlm.tiny.language import Block, Row
+from vlm_prune.vlm.tiny.language import Block, Lesson, Row
 from vlm_prune.vlm.tiny.tower import PatchBatch
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -84,31 +85,58 @@ def whole(seed: int, batch: int) -> Iterator[PatchBatch]:
         )
 
 
-def where(rng: np.random.Generator, scene: Scene) -> Question:
-    """A training-only question that teaches the model to read locations: eighths of the side."""
+def where(rng: np.random.Generator, scene: Scene) -> Question | None:
+    """A training-only question that teaches the model to read places, asked as colours are, so
+    that what finds a thing by its name is there already; None for a thing near the middle."""
     thing = scene.things[int(rng.integers(len(scene.things)))]
-    axis, place = ("column", thing.x) if rng.random() < 0.5 else ("row", thing.y)
-    return Question(f"In which {axis} is the {thing.noun}?", str(int(place // (3 * PATCH))))
+    across = bool(rng.random() < 0.5)
+    off = (thing.x if across else thing.y) - SIDE / 2
+    if abs(off) < 2 * PATCH:
+        return None
+    axis, (before, after) = ("column", ("left", "right")) if across else ("row", ("above", "below"))
+    return Question(f"What {axis} is the {thing.noun}?", before if off < 0 else after)
+
+
+def side(rng: np.random.Generator, scene: Scene) -> Question | None:
+    """A training-only question whose answer grows out of the difference of two places; from
+    there the yes and no of `relation` is one step."""
+    asked = relation.ask(rng, scene)
+    if asked is None:
+        return None
+    before, after = ("left", "right") if asked.subset == "horizontal" else ("above", "below")
+    first, second = (before, after) if f" {before} " in asked.text else (after, before)
+    of = " of" if asked.subset == "horizontal" else ""
+    both = asked.text.replace(f" {first}{of} ", f" {before} or {after}{of} ")
+    return Question(both, first if asked.answer == "yes" else second)
 
 
 Maker = Callable[[np.random.Generator, Scene], Question | None]
-LOOKUPS: dict[str, tuple[Maker, int]] = {"attribute": (attribute.ask, 2), "ocr": (ocr.ask, 1)}
-MIXTURE: dict[str, tuple[Maker, int]] = {
-    "exist": (exist.ask, 1),
-    "attribute": (attribute.ask, 1),
-    "ocr": (ocr.ask, 1),
-    "count": (count.ask, 2),
-    "choice": (choice.ask, 2),
-    "relation": (relation.ask, 3),
-    "where": (where, 2),
+LESSONS: dict[Lesson, dict[str, tuple[Maker, int]]] = {
+    "lookups": {"attribute": (attribute.ask, 2), "ocr": (ocr.ask, 1), "where": (where, 5)},
+    "places": {
+        "attribute": (attribute.ask, 1),
+        "where": (where, 2),
+        "side": (side, 4),
+        "relation": (relation.ask, 2),
+    },
+    "all": {
+        "exist": (exist.ask, 1),
+        "attribute": (attribute.ask, 1),
+        "ocr": (ocr.ask, 1),
+        "count": (count.ask, 2),
+        "choice": (choice.ask, 3),
+        "relation": (relation.ask, 3),
+        "where": (where, 1),
+        "side": (side, 2),
+    },
 }
 
 
 def visual_questions(
-    rng: np.random.Generator, scene: Scene, number: int, lookups: bool = False
+    rng: np.random.Generator, scene: Scene, number: int, lesson: Lesson = "all"
 ) -> list[tuple[str, Question]]:
-    """Kind and question, about one scene: of all tasks, the harder ones more often, or lookups."""
-    makers = LOOKUPS if lookups else MIXTURE
+    """Kind and question, about one scene; all tasks in the end, the harder ones more often."""
+    makers = LESSONS[lesson]
     drawn = [kind for kind, (_, share) in makers.items() for _ in range(share)]
     asked: list[tuple[str, Question]] = []
     while len(asked) < number:
@@ -131,22 +159,24 @@ def history(rng: np.random.Generator, turns: int) -> str:
 
 
 def text_row(rng: np.random.Generator, number: int) -> Row:
-    """Text-only questions, after up to two earlier turns; every other row is about one story."""
+    """Text-only questions, half of them lookups, after up to two earlier turns."""
     before = "<s>" + history(rng, int(rng.integers(0, 3)) if rng.random() < 0.5 else 0)
-    if rng.random() < 0.5:
-        story, asked = text.story(rng, int(rng.integers(2, len(COLORS) + 1)))
-        return Row(f"{before}USER: {story}", [block("lookup", q, " ") for q in asked])
-    questions = [text.ask(rng) for _ in range(number)]
+    questions = [
+        text.lookup(rng, int(rng.integers(2, 5)), alike=rng.random() < 0.5)
+        if rng.random() < 0.5
+        else text.ask(rng)
+        for _ in range(number)
+    ]
     return Row(before, [block(q.subset, q, "USER: ") for q in questions])
 
 
 def visual_row(
-    rng: np.random.Generator, scene: Scene, image: Tensor, number: int, lookups: bool = False
+    rng: np.random.Generator, scene: Scene, image: Tensor, number: int, lesson: Lesson
 ) -> Row:
     """Questions about one image, after text turns in one row out of five."""
     turns = int(rng.integers(1, 3)) if rng.random() < 0.2 else 0
     before = f"<s>{history(rng, turns)}USER: "
-    asked = visual_questions(rng, scene, number, lookups)
+    asked = visual_questions(rng, scene, number, lesson)
     return Row(before, [block(kind, q) for kind, q in asked], image)
 
 
@@ -179,9 +209,9 @@ class SceneExample:
         labels = (self.scene.patch_names.ravel(), self.scene.patch_colors.ravel())
         return torch.from_numpy(np.stack([*labels, np.arange(GRID * GRID)], 1))
 
-    def row(self, image: Tensor, questions: int, lookups: bool, seed: int) -> Row:
+    def row(self, image: Tensor, questions: int, lesson: Lesson, seed: int) -> Row:
         rng = np.random.default_rng([TRAIN_SEED, seed])
-        return visual_row(rng, self.scene, image, questions, lookups)
+        return visual_row(rng, self.scene, image, questions, lesson)
 
 
 class SceneSource:

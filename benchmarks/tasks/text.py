@@ -1,11 +1,9 @@
 """Text-only skills: arithmetic, comparison, ordering, and lookup in a written scene."""
 
-from dataclasses import replace
-
 import numpy as np
 
 from vlm_prune.benchmarks.tasks.base import Question, Sample, Split, Task, Turn
-from vlm_prune.benchmarks.tasks.scenes import COLORS, NAMES, noun
+from vlm_prune.benchmarks.tasks.scenes import COLORS, KINDS, NAMES, noun
 
 
 def arithmetic(rng: np.random.Generator) -> Question:
@@ -27,22 +25,14 @@ def ordering(rng: np.random.Generator) -> Question:
     return Question(f"Sort {listed}.", " ".join(map(str, sorted(values))), "ordering")
 
 
-def story(rng: np.random.Generator, facts: int) -> tuple[str, list[Question]]:
-    """Facts about things of different colours, and a question about each, in order."""
-    names = [str(n) for n in rng.choice(NAMES, facts, replace=False)]
+def lookup(rng: np.random.Generator, facts: int = 3, alike: bool = False) -> Question:
+    """`alike`: all things are of one kind, so that only their very names tell them apart."""
+    pool = list(KINDS.values())[int(rng.integers(len(KINDS)))] if alike else NAMES
+    names = [str(n) for n in rng.choice(pool, facts, replace=False)]
     colors = [str(c) for c in rng.choice(list(COLORS), facts, replace=False)]
-    told = " ".join(f"The {noun(n)} is {c}." for n, c in zip(names, colors, strict=True))
-    asked = [
-        Question(f"What color is the {noun(name)}?", color, "lookup")
-        for name, color in zip(names, colors, strict=True)
-    ]
-    return told, asked
-
-
-def lookup(rng: np.random.Generator) -> Question:
-    told, asked = story(rng, 3)
-    question = asked[int(rng.integers(3))]
-    return replace(question, text=f"{told} {question.text}")
+    story = " ".join(f"The {noun(n)} is {c}." for n, c in zip(names, colors, strict=True))
+    asked = int(rng.integers(facts))
+    return Question(f"{story} What color is the {noun(names[asked])}?", colors[asked], "lookup")
 
 
 def ask(rng: np.random.Generator) -> Question:

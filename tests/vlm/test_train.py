@@ -47,7 +47,7 @@ def test_a_question_in_a_packed_row_is_answered_as_it_is_alone(processor):
     """Blocks do not see each other: the loss of a row is the mean over its questions alone."""
     model = make_model(processor).eval()
     example = SceneSource(0).examples(1, None)[0]
-    row = example.row(example.pixels, 3, lookups=False, seed=0)
+    row = example.row(example.pixels, 3, lesson="all", seed=0)
     tokenizer, image_token = processor.tokenizer, model.config.image_token_id
 
     def loss(rows):

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 from vlm_prune.vlm.tiny.tower import Say, optimizers, set_rate, tower_features
 
 IGNORE = -100
+Lesson = Literal["lookups", "places", "all"]
 Encoder = Callable[[list[Tensor]], Tensor]
 
 

@@ -44,8 +44,11 @@ class Symbols(nn.Module):
         table = self.words[0].weight
         shown = table[self.names[(name - 1).clamp(min=0)]] + table[self.colors[color.clamp(min=0)]]
         what = torch.where((name > 0)[:, None], shown, self.background)
-        where = self.rows[place // self.grid] + self.columns[place % self.grid]
-        return what + where
+        return what + self.place(place)
+
+    def place(self, place: Tensor) -> Tensor:
+        """Patch indices -> (tokens, width)."""
+        return self.rows[place // self.grid] + self.columns[place % self.grid]
 
 
 def word_ids(tokenizer: PreTrainedTokenizerFast, words: Sequence[str]) -> Tensor:

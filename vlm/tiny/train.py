@@ -4,6 +4,7 @@ Each stage leaves a file in the working folder and is skipped when that file is 
 that was stopped goes on where it was.
 """
 
+import copy
 import json
 import logging
 import time
@@ -19,13 +20,14 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from vlm_prune.vlm.tiny.config import make_model
 from vlm_prune.vlm.tiny.initial import initialise_embeddings
-from vlm_prune.vlm.tiny.language import Row, clip, projected, train_language
+from vlm_prune.vlm.tiny.language import Lesson, Row, clip, projected, train_language
 from vlm_prune.vlm.tiny.store import save_checkpoint
 from vlm_prune.vlm.tiny.symbols import Symbols, align_projector, word_ids
 from vlm_prune.vlm.tiny.tower import PatchBatch, PatchHeads, Say, tower_features, train_tower
 
 logger = logging.getLogger(__name__)
-STAGES = ("tower", "reading", "text", "symbols", "projector", "language", "together")
+STAGES = ("tower", "reading", "symbols", "projector", "language", "together")
+MORE_STAGES = ("places", "language", "together")
 
 
 class Example(Protocol):
@@ -35,7 +37,7 @@ class Example(Protocol):
     def pixels(self) -> Tensor: ...
     @property
     def triples(self) -> Tensor: ...
-    def row(self, image: Tensor, questions: int, lookups: bool, seed: int) -> Row: ...
+    def row(self, image: Tensor, questions: int, lesson: Lesson, seed: int) -> Row: ...
 
 
 class Source(Protocol):
@@ -58,10 +60,9 @@ class Recipe:
     whole: int = 700
     written: int = 2000
     again: int = 200
-    text: int = 1000
     symbols: int = 2400
     align: int = 400
-    language: int = 1500
+    language: int = 2000
     together: int = 100
     scenes: int = 4000
     seed: int = 0
@@ -101,7 +102,7 @@ class Trainer:
                 load_model(self.parts, kept)
                 continue
             torch.manual_seed(self.recipe.seed)
-            self.generator.manual_seed(self.recipe.seed + STAGES.index(stage))
+            self.generator.manual_seed(self.recipe.seed + (*STAGES, *MORE_STAGES).index(stage))
             getattr(self, f"_{stage}")()
             save_model(self.parts, str(kept))
         save_checkpoint(self.model, self.processor, self.folder / "checkpoint")
@@ -139,15 +140,6 @@ class Trainer:
         whole = self.source.whole(12, 1)
         train_tower(tower, self.heads, whole, recipe.again, 1.5e-3, self.say("again"))
 
-    def _text(self) -> None:
-        """Text skills first, as in every LLaVA: looking up what a text says, most of all."""
-
-        def rows(_: int) -> list[Row]:
-            return [self.source.text(10, self._seed()) for _ in range(24)]
-
-        modules: list[nn.Module] = [self.model.model.language_model]
-        self._train("text", self.recipe.text, 2e-3, projected(self.model), modules, rows, 1)
-
     def _symbols(self) -> None:
         """Text skills, and answering from scenes written as symbols."""
         self._draw()
@@ -161,14 +153,32 @@ class Trainer:
 
     def _projector(self) -> None:
         """Fit the projector to the symbols."""
+        self._align("projector", lambda _, triples: self.symbols(triples))
+
+    def _places(self) -> None:
+        """Fit the projector to the tokens that it gives already, with places as loud as words.
+
+        For weights whose projector kept places too quiet to be compared.
+        """
+        projector = copy.deepcopy(self.model.model.multi_modal_projector)
+
+        def targets(features: Tensor, triples: Tensor) -> Tensor:
+            tokens, place = projector(features.float()), self.symbols.place(triples[:, 2])
+            spread = tokens[triples[:, 0] > 0].var(0).sum() / place.var(0).sum()
+            louder: Tensor = tokens + place * (0.4 * spread).sqrt()
+            return louder
+
+        self._align("places", targets)
+
+    def _align(self, stage: str, targets: Callable[[Tensor, Tensor], Tensor]) -> None:
         self._draw()
         first = range(min(400, len(self.many)))
         triples = torch.cat([self.many[k].triples for k in first])
+        features = torch.cat(self._encoded(first))
         with torch.no_grad():
-            targets = self.symbols(triples)
-        projector, features = self.model.model.multi_modal_projector, self._encoded(first)
-        steps, say = self.recipe.align, self.say("projector")
-        align_projector(projector, torch.cat(features), targets, triples[:, 0] > 0, steps, say)
+            wanted = targets(features, triples)
+        projector, shown = self.model.model.multi_modal_projector, triples[:, 0] > 0
+        align_projector(projector, features, wanted, shown, self.recipe.align, self.say(stage))
 
     def _language(self) -> None:
         """Projector and language model on the frozen tower, all 576 tokens in the end."""
@@ -176,16 +186,25 @@ class Trainer:
         inner = self.model.model
         modules: list[nn.Module] = [inner.language_model, inner.multi_modal_projector]
 
-        def rows(level: int) -> list[Row]:
-            return self._rows(*((4, 20, 60), (4, 24, 200), (4, 24, 576))[level], features=True)
+        levels: tuple[tuple[int, int, Lesson], ...] = (
+            (12, 10, "lookups"), (12, 10, "places"), (60, 12, "all"), (200, 18, "all"),
+            (576, 30, "all"),
+        )  # fmt: skip
 
-        steps = self.recipe.language
-        self._train("language", steps, 1e-3, projected(self.model), modules, rows, 3)
+        def rows(level: int) -> list[Row]:
+            extra, written, lesson = levels[level]
+            return self._rows(4, 32, extra, features=True, written=written, lesson=lesson)
+
+        steps, encode = self.recipe.language, projected(self.model)
+        self._train("language", steps, 1.5e-3, encode, modules, rows, len(levels))
 
     def _together(self) -> None:
         """Everything end to end from pixels."""
         self._draw()
-        steps, rows = self.recipe.together, lambda _: self._rows(4, 24, 576, pixels=True)
+        steps, rows = (
+            self.recipe.together,
+            lambda _: self._rows(4, 24, 576, pixels=True, written=30),
+        )
         self._train("together", steps, 5e-4, projected(self.model), [self.model], rows, 1)
 
     def _train(
@@ -221,7 +240,7 @@ class Trainer:
         """Lookups among two, three and four objects and in whole scenes; then every task."""
         if level < 4:
             pool = [*self.few, self.many][level]
-            return self._rows(4, 12, 4, pool=pool, lookups=True)
+            return self._rows(4, 12, 4, pool=pool, lesson="lookups")
         return self._rows(4, 16, 12)
 
     def _rows(
@@ -233,9 +252,10 @@ class Trainer:
         features: bool = False,
         pixels: bool = False,
         pool: list[Example] | None = None,
-        lookups: bool = False,
+        lesson: Lesson = "all",
+        written: int = 10,
     ) -> list[Row]:
-        """Rows about `images` images and a quarter as many of text.
+        """Rows about `images` images and a quarter as many of `written` questions about text.
 
         An image is given as pixels, or as the features or the symbols of all object patches and
         of `extra` others.
@@ -252,9 +272,9 @@ class Trainer:
                 triples = example.triples
                 keep = _some(triples[:, 0] > 0, extra, self.generator)
                 image = (encoded[place] if features else triples)[keep]
-            rows.append(example.row(image, questions, lookups, self._seed()))
+            rows.append(example.row(image, questions, lesson, self._seed()))
         texts = max(1, images // 4)
-        return [*rows, *(self.source.text(10, self._seed()) for _ in range(texts))]
+        return [*rows, *(self.source.text(written, self._seed()) for _ in range(texts))]
 
     def _seed(self) -> int:
         return int(torch.randint(2**62, (), generator=self.generator))
