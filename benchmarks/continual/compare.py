@@ -75,7 +75,7 @@ def cell(figure: Mapping[str, float], sign: str = "") -> str:
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
+    lines: list[Sequence[Any]] = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(str(c) for c in line)} |\n" for line in lines)
 
 

@@ -142,11 +142,14 @@ def run_one(
     folder = experiment.folder(label, seed)
     if (folder / "report.json").is_file():
         return
-    arm, candidate = ARMS[label], {}
+    arm = ARMS[label]
+    candidate: dict[str, Any] = {}
     if arm.rate:
         own = arm.rate == label
         candidate = dict(chosen[arm.rate]) if own else {"lr": chosen[arm.rate]["lr"]}
-    follows = {arm.follows: experiment.folder("codyra", seed)} if arm.follows else {}
+    follows: dict[str, Any] = (
+        {arm.follows: experiment.folder("codyra", seed)} if arm.follows else {}
+    )
     method, changes = _built(experiment, stream, label, candidate | follows)
     run = Run(folder, method, recipe_of(stream, changes, seed))
     report = learn_tasks(run, load_clip("tiny"), tasks, outside)
@@ -157,7 +160,8 @@ def _built(
     experiment: Experiment, stream: Stream, label: str, candidate: Mapping[str, Any]
 ) -> tuple[Method, dict[str, Any]]:
     """The method of an arm, and what changes in the recipe, for a candidate."""
-    options, changes = dict(candidate), {"steps": experiment.steps, "batch": experiment.batch}
+    options = dict(candidate)
+    changes: dict[str, Any] = {"steps": experiment.steps, "batch": experiment.batch}
     if "lr" in options:
         changes["lr"] = options.pop("lr")
     arm = ARMS[label]

@@ -1,6 +1,6 @@
 """One method on one stream: train, then write what it did as a table, a picture and JSON."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from vlm_prune.continual.methods import Method, make_method
 from vlm_prune.continual.metrics import AccuracyMatrix, drift, retention
 from vlm_prune.continual.prox import total_shrinkage
 from vlm_prune.continual.streams import Stream, Task, open_stream, write_indices
-from vlm_prune.continual.streams.base import Labelled
 from vlm_prune.continual.streams.packaged import DOMAINS, Drawn
 from vlm_prune.continual.streams.stream import Subset, labels_of
 from vlm_prune.continual.streams.unseen import cifar100, imagenet, scenes
@@ -116,15 +115,15 @@ def learn(settings: Learning) -> dict[str, Any]:
         InputError: if a name is unknown, data are missing, or the folder holds another run.
     """
     stream = open_stream(settings.stream, settings.data_root, settings.seed)
+    recipe = recipe_of(stream, settings.recipe, settings.seed)
+    method = method_of(stream, settings.method, settings.options)
+    clip = load_clip(settings.model, settings.pretrained)
     tasks = tuple(prepared(task, settings.test_per_class) for task in stream.tasks)
     try:
         outside = prepared(OUTSIDE[settings.stream](settings.data_root), settings.test_per_class)
         missing = None
     except InputError as error:
         outside, missing = None, {"missing": str(error)}
-    recipe = recipe_of(stream, settings.recipe, settings.seed)
-    method = method_of(stream, settings.method, settings.options)
-    clip = load_clip(settings.model, settings.pretrained)
     run = Run(settings.output, method, recipe, save_every=settings.save_every, progress=True)
     report = {"retention": missing} | learn_tasks(run, clip, tasks, outside)
     if any(isinstance(task.train, Subset) for task in stream.tasks):
@@ -138,14 +137,14 @@ def learn(settings: Learning) -> dict[str, Any]:
 
 def prepared(task: Task, test_per_class: int | None = None) -> Task:
     """The task with the first test images of each class; drawn images are drawn once and kept."""
-    splits: dict[str, Sequence[Labelled]] = {n: getattr(task, n) for n in ("train", "val", "test")}
+    test = task.test
     if test_per_class is not None:
-        labels = np.array(labels_of(task.test))
+        labels = np.array(labels_of(test))
         first = [np.flatnonzero(labels == k)[:test_per_class] for k in range(len(task.classes))]
-        splits["test"] = Subset(task.test, np.sort(np.concatenate(first)).tolist())
-    if isinstance(task.test, Drawn):
-        splits = {name: list(split) for name, split in splits.items()}
-    return replace(task, **splits)
+        test = Subset(test, np.sort(np.concatenate(first)).tolist())
+    if not isinstance(task.test, Drawn):
+        return replace(task, test=test)
+    return replace(task, train=list(task.train), val=list(task.val), test=list(test))
 
 
 def learn_tasks(
@@ -160,7 +159,7 @@ def learn_tasks(
     results = train(run, clip, tasks)
     final = load_clip(str(run.output / "model"))
     final.model.to(clip.device)
-    report = {
+    report: dict[str, Any] = {
         "method": run.method.name,
         "seed": run.recipe.seed,
         "recipe": asdict(run.recipe),
@@ -168,7 +167,7 @@ def learn_tasks(
         "trainable_parameters": results.trainable,
         "added_parameters": results.added,
         "update_norms": results.norms,
-        "drift": drift(initial, final.model.cpu().state_dict()),
+        "drift": drift(initial, {n: t.cpu() for n, t in final.model.state_dict().items()}),
     }
     if outside is not None and before is not None:
         after = hits_of(final, outside, run.recipe)

@@ -73,7 +73,7 @@ def collect(experiment: Experiment) -> dict[str, Any]:
         for text, one, other in QUESTIONS
         if one in runs and other in runs
     ]
-    recorded = {}
+    recorded: dict[str, Any] = {}
     for name in ("search", "step_ms"):
         path = experiment.output / f"{name}.json"
         recorded[name] = json.loads(path.read_text()) if path.is_file() else {}
@@ -100,7 +100,7 @@ def initial_gates(experiment: Experiment) -> dict[str, float]:
         return {}
     return {
         "agreement": float(np.mean([one.agreement for one in found])),
-        "correlation": float(np.nanmean([one.correlation for one in found])),
+        "correlation": float(np.mean([one.correlation for one in found])),
         "kept_share": float(np.mean([one.mean_rank_share for one in found])),
     }
 

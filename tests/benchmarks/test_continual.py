@@ -133,7 +133,7 @@ def test_differences_use_common_seeds():
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
     arms = (*list(ARMS)[:5], "zero-shot")
-    small = {"steps": 2, "batch": 4, "test_per_class": 1, "search_tasks": 1, "tasks": 2}
+    small = {"steps": 4, "batch": 4, "test_per_class": 1, "search_tasks": 1, "tasks": 2}
     found = Experiment(tmp_path_factory.mktemp("experiment"), seeds=1, arms=arms, **small)
     run_all(found)
     return found
