@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from vlm_prune.benchmarks.environment import command, versions
 from vlm_prune.continual.checkpoint import write_json
-from vlm_prune.continual.clip import Clip, load_clip
+from vlm_prune.continual.clip import DEFAULT, Clip, load_clip
 from vlm_prune.continual.config import Recipe, above
 from vlm_prune.continual.evaluate import evaluate
 from vlm_prune.continual.methods import Method, make_method
@@ -42,7 +42,8 @@ class Learning:
         output: folder of the run; a killed run goes on there.
         stream: name of a stream.
         data_root: folder of its data sets; the packaged stream needs none.
-        model: what `load_clip` reads, with `pretrained`.
+        model: what `load_clip` reads, with `pretrained`; None is the embedded CLIP for the packaged
+            stream, and OpenAI's ViT-B/16 for the others.
         method: name of a continual learner, with its `options`.
         recipe: fields of `Recipe` that differ from the stream's default.
         seed: of the shots, batches and initial weights.
@@ -56,7 +57,7 @@ class Learning:
     output: Path
     stream: str = "packaged"
     data_root: Path = Path(".")
-    model: str = "tiny"
+    model: str | None = None
     pretrained: str | None = None
     method: str = "codyra"
     options: dict[str, Any] = field(default_factory=dict)
@@ -66,11 +67,18 @@ class Learning:
     test_per_class: int | None = None
 
     def __post_init__(self) -> None:
-        known = self.model == "tiny" or "/" in self.model or Path(self.model).is_dir()
-        if self.pretrained is None and not known:
-            raise InputError(f"model {self.model!r} needs weights; give pretrained, such as openai")
+        name, weights = self.clip
+        if weights is None and not (name == "tiny" or "/" in name or Path(name).is_dir()):
+            raise InputError(f"model {name!r} needs weights; give pretrained, such as openai")
         if self.test_per_class is not None:
             above("test_per_class", self.test_per_class, 1)
+
+    @property
+    def clip(self) -> tuple[str, str | None]:
+        """Names of the model and of its weights."""
+        if self.model is not None:
+            return self.model, self.pretrained
+        return ("tiny", None) if self.stream == "packaged" else DEFAULT
 
 
 def recipe_of(stream: Stream, changes: dict[str, Any], seed: int) -> Recipe:
@@ -117,18 +125,19 @@ def learn(settings: Learning) -> dict[str, Any]:
     stream = open_stream(settings.stream, settings.data_root, settings.seed)
     recipe = recipe_of(stream, settings.recipe, settings.seed)
     method = method_of(stream, settings.method, settings.options)
-    clip = load_clip(settings.model, settings.pretrained)
+    clip = load_clip(*settings.clip)
     tasks = tuple(prepared(task, settings.test_per_class) for task in stream.tasks)
+    outside: Task | None = None
+    left: dict[str, Any] = {}
     try:
         outside = prepared(OUTSIDE[settings.stream](settings.data_root), settings.test_per_class)
-        missing = None
     except InputError as error:
-        outside, missing = None, {"missing": str(error)}
+        left = {"retention": {"missing": str(error)}}
     run = Run(settings.output, method, recipe, save_every=settings.save_every, progress=True)
-    report = {"retention": missing} | learn_tasks(run, clip, tasks, outside)
+    report = left | learn_tasks(run, clip, tasks, outside)
     if any(isinstance(task.train, Subset) for task in stream.tasks):
         write_indices(stream, settings.output / "indices.json")
-    about = {"stream": stream.name, "model": settings.model, "command": command()}
+    about = {"stream": stream.name, "model": settings.clip[0], "command": command()}
     report = about | report | {"versions": versions("open_clip_torch", "timm", "peft")}
     write_json(settings.output / "report.json", report)
     accuracy_matrix(read_results(run.output)).heat_map(settings.output / "matrix.png")
