@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from vlm_prune.benchmarks.cli import parse_arguments
-from vlm_prune.benchmarks.continual.learn import Learning, accuracy_matrix, learn
+from vlm_prune.benchmarks.continual.learn import Learning, accuracy_matrix, learn, retained
 from vlm_prune.continual.methods import METHODS
 from vlm_prune.continual.streams import STREAMS
 from vlm_prune.continual.train import read_results
@@ -24,9 +24,7 @@ def main(
     stream: Annotated[str, typer.Option(help=", ".join(STREAMS))] = "packaged",
     method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "codyra",
     data_root: Annotated[Path, typer.Option(help="folder of the data sets")] = Path("."),
-    model: Annotated[
-        str, typer.Option(help="'tiny', open_clip's or a hub name, a folder")
-    ] = "tiny",
+    model: Annotated[str | None, typer.Option(help="'tiny', a name or a folder")] = None,
     pretrained: Annotated[str | None, typer.Option(help="open_clip's tag of the weights")] = None,
     options: Annotated[str, typer.Option(help="the method's, as rank=8,gate_init=ones")] = "",
     recipe: Annotated[str, typer.Option(help="the training's, as steps=100,lr=0.001")] = "",
@@ -43,13 +41,7 @@ def main(
     report = learn(settings)
     console = Console()
     console.print(accuracy_matrix(read_results(folder)).table())
-    left = report["retention"]
-    if "missing" in left:
-        console.print(f"retention was not measured: {left['missing']}")
-    else:
-        before, after, low, high = (100 * v for v in (left["before"], left["after"], *left["ci"]))
-        change = f"{after - before:+.1f} [{low:+.1f}, {high:+.1f}]"
-        console.print(f"retention on {left['task']}: {before:.1f} -> {after:.1f} ({change})")
+    console.print(retained(report["retention"]))
     console.print(f"{folder}: report.json, matrix.png, and the final model in model/")
 
 

@@ -195,3 +195,12 @@ def accuracy_matrix(results: Results) -> AccuracyMatrix:
     """The results with their metrics."""
     hits = tuple(results.hits), tuple(results.zero_shot_hits)
     return AccuracyMatrix(tuple(results.tasks), *hits)
+
+
+def retained(left: Mapping[str, Any]) -> str:
+    """A report's retention as a line of text, in per cent."""
+    if "missing" in left:
+        return f"retention was not measured: {left['missing']}"
+    before, after, low, high = (100 * v for v in (left["before"], left["after"], *left["ci"]))
+    change = f"{after - before:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return f"retention on {left['task']}: {before:.1f} -> {after:.1f} ({change})"
