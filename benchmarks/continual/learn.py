@@ -1,6 +1,6 @@
 """One method on one stream: train, then write what it did as a table, a picture and JSON."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
