@@ -20,8 +20,8 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "continual"
 def main(
     output: Annotated[Path, typer.Argument(help="folder of the runs; resumes there")],
     seeds: Annotated[int, typer.Option(min=1)] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="per task")] = 30,
-    test_per_class: Annotated[int, typer.Option(min=1, help="test images")] = 24,
+    steps: Annotated[int, typer.Option(min=1, help="per task")] = 20,
+    test_per_class: Annotated[int, typer.Option(min=1, help="test images")] = 12,
     arms: Annotated[str, typer.Option(help="; ".join(ARMS))] = ";".join(ARMS),
     results: Annotated[Path, typer.Option(help="folder of the results")] = RESULTS,
     threads: int = 1,

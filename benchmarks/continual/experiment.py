@@ -86,9 +86,9 @@ class Experiment:
 
     output: Path
     seeds: int = 3
-    steps: int = 30
+    steps: int = 20
     batch: int = 32
-    test_per_class: int = 24
+    test_per_class: int = 12
     search_tasks: int = 3
     tasks: int | None = None
     arms: tuple[str, ...] = tuple(ARMS)
