@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vlm_prune.benchmarks.continual.learn import learn_tasks, method_of, prepared, recipe_of
+from vlm_prune.benchmarks.continual.learn import fewer, learn_tasks, method_of, recipe_of
 from vlm_prune.continual.checkpoint import write_json
 from vlm_prune.continual.clip import load_clip
 from vlm_prune.continual.methods import Method
@@ -101,9 +101,9 @@ class Experiment:
 def run_all(experiment: Experiment, tell: Callable[[str], None] = print) -> None:
     """Search, then run every arm, seed by seed; `tell` hears which one begins."""
     stream = open_stream("packaged")
-    tasks = tuple(prepared(task, experiment.test_per_class) for task in stream.tasks)
-    tasks = tasks[: experiment.tasks]
-    outside = prepared(scenes(), experiment.test_per_class)
+    used = stream.tasks[: experiment.tasks]
+    tasks = tuple(fewer(task, experiment.test_per_class) for task in used)
+    outside = fewer(scenes(), experiment.test_per_class)
     chosen = search(experiment, stream, tasks)
     for seed in range(experiment.seeds):
         for label in experiment.arms:

@@ -126,11 +126,11 @@ def learn(settings: Learning) -> dict[str, Any]:
     recipe = recipe_of(stream, settings.recipe, settings.seed)
     method = method_of(stream, settings.method, settings.options)
     clip = load_clip(*settings.clip)
-    tasks = tuple(prepared(task, settings.test_per_class) for task in stream.tasks)
+    tasks = tuple(fewer(task, settings.test_per_class) for task in stream.tasks)
     outside: Task | None = None
     left: dict[str, Any] = {}
     try:
-        outside = prepared(OUTSIDE[settings.stream](settings.data_root), settings.test_per_class)
+        outside = fewer(OUTSIDE[settings.stream](settings.data_root), settings.test_per_class)
     except InputError as error:
         left = {"retention": {"missing": str(error)}}
     run = Run(settings.output, method, recipe, save_every=settings.save_every, progress=True)
@@ -144,16 +144,13 @@ def learn(settings: Learning) -> dict[str, Any]:
     return report
 
 
-def prepared(task: Task, test_per_class: int | None = None) -> Task:
-    """The task with the first test images of each class; drawn images are drawn once and kept."""
-    test = task.test
-    if test_per_class is not None:
-        labels = np.array(labels_of(test))
-        first = [np.flatnonzero(labels == k)[:test_per_class] for k in range(len(task.classes))]
-        test = Subset(test, np.sort(np.concatenate(first)).tolist())
-    if not isinstance(task.test, Drawn):
-        return replace(task, test=test)
-    return replace(task, train=list(task.train), val=list(task.val), test=list(test))
+def fewer(task: Task, test_per_class: int | None) -> Task:
+    """The task with the first test images of each class; None for all of them."""
+    if test_per_class is None:
+        return task
+    labels = np.array(labels_of(task.test))
+    first = [np.flatnonzero(labels == k)[:test_per_class] for k in range(len(task.classes))]
+    return replace(task, test=Subset(task.test, np.sort(np.concatenate(first)).tolist()))
 
 
 def learn_tasks(

@@ -65,13 +65,14 @@ class Domain:
 
 
 class Drawn(Sequence[Labelled]):
-    """Pictures of some classes of a domain, class after class in turn, drawn when asked for."""
+    """Pictures of some classes of a domain, class after class in turn; drawn once, when asked for."""
 
     def __init__(
         self, domain: Domain, split: Split, classes: tuple[str, ...], style: Style
     ) -> None:
         self.domain, self.split, self.classes, self.style = domain, split, classes, style
         self.number = list(DOMAINS).index(domain.name)
+        self._drawn: dict[int, Labelled] = {}
 
     @property
     def labels(self) -> list[int]:
@@ -89,7 +90,13 @@ class Drawn(Sequence[Labelled]):
             return [self[k] for k in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        count, label = divmod(index % len(self), len(self.classes))
+        index %= len(self)
+        if index not in self._drawn:
+            self._drawn[index] = self._draw(index)
+        return self._drawn[index]
+
+    def _draw(self, index: int) -> Labelled:
+        count, label = divmod(index, len(self.classes))
         name = self.classes[label]
         place = (self.number, self.domain.classes.index(name), SPLITS.index(self.split), count)
         rng = np.random.default_rng((SEED, *place))

@@ -14,7 +14,7 @@ import torch
 
 from vlm_prune.benchmarks.continual.compare import difference, figures
 from vlm_prune.benchmarks.continual.experiment import ARMS, CANDIDATES, Experiment, run_all
-from vlm_prune.benchmarks.continual.learn import Learning, learn, method_of, prepared, recipe_of
+from vlm_prune.benchmarks.continual.learn import Learning, fewer, learn, method_of, recipe_of
 from vlm_prune.benchmarks.continual.results import collect, write
 from vlm_prune.benchmarks.continual.timing import step_times
 from vlm_prune.continual.clip import load_clip
@@ -93,9 +93,9 @@ def test_wrong_settings(changes, message, tmp_path):
 
 def test_a_class_keeps_its_first_test_images():
     task = open_stream("packaged").tasks[0]
-    labels = [label for _, label in prepared(task, 2).test]
+    labels = [label for _, label in fewer(task, 2).test]
     assert sorted(labels) == sorted([*range(10)] * 2)
-    assert len(prepared(task).test) == len(task.test)
+    assert fewer(task, None) is task
 
 
 def matrices(seeds, shift=0.0, images=60):
