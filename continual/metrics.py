@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from vlm_prune.continual.checkpoint import write_json
@@ -153,7 +154,10 @@ class AccuracyMatrix:
             f"[{100 * limits[name][0]:.1f}, {100 * limits[name][1]:.1f}]"
             for name, value in summary(values).items()
         ]
-        table = Table("after", *self.names, "mean", title="accuracy %", caption="\n".join(lines))
+        table = Table(title="accuracy %", caption="\n".join(lines), box=SIMPLE_HEAD)
+        table.add_column("after", no_wrap=True)
+        for name in (*self.names, "mean"):
+            table.add_column(name, overflow="fold", min_width=5)
         rows = [] if zero is None else [("zero-shot", zero)]
         for label, row in [*rows, *zip(self.names, values, strict=True)]:
             table.add_row(label, *(f"{100 * v:.1f}" for v in row), f"{100 * row.mean():.1f}")

@@ -22,7 +22,8 @@ HEAD = """# Tiny CLIP
 
 An open_clip model for tests and examples of continual learning: 48 px images, {parameters:.2f} M
 parameters, pre-trained on a CPU by `scripts/train_tiny_clip.py` (`recipe.json`,
-`log.jsonl`) on captions of drawn pictures. It has seen {known} of the packaged stream's {classes}
+`log.jsonl`) on captions of drawn pictures. Training takes the recipe's first `stop` steps of a
+schedule of `steps`. It has seen {known} of the packaged stream's {classes}
 classes, in the plain style only; the stream's images are in the varied style (other fonts, turned,
 tinted). It knows nothing else, and is of no use on photographs of the world.
 
