@@ -201,3 +201,8 @@ def test_a_step_of_each_method_is_timed():
     pixels, labels = torch.randn(2, 3, 48, 48), torch.tensor([0, 1])
     times = step_times(methods, lambda: load_clip("tiny"), ["a red.", "a blue."], pixels, labels, 2)
     assert times.keys() == {"codyra", "full"} and min(times.values()) > 0
+
+
+def test_norms_are_matched_to_a_run_alone():
+    with pytest.raises(InputError, match="give its folder as like"):
+        make_method("random-rank", match_norm=True)

@@ -240,7 +240,7 @@ def test_a_label_outside_the_classes_is_named(clip, tasks, tmp_path):
     [
         ({"train": []}, "no images in its train split"),
         ({"test": []}, "no images in its test split"),
-        ({"name": "shapes"}, "name of its own"),
+        ({"name": "shapes"}, "two tasks are named 'shapes'"),
     ],
 )
 def test_wrong_tasks_are_refused(change, message, clip, tasks, tmp_path):

@@ -139,7 +139,7 @@ def test_a_stream_counts_its_classes_and_finds_equal_prompts():
     one, two = labelled([1, 1]), replace(labelled([1, 1, 1], "two"), classes=("c1", "x", "y"))
     stream = Stream("s", (one, two), joint=True, ensemble=False)
     assert stream.classes == 5 and stream.ambiguous() == ["c1"]
-    with pytest.raises(InputError, match="two tasks named 'mine'"):
+    with pytest.raises(InputError, match="two tasks are named 'mine'"):
         Stream("s", (one, one), True, False)
     with pytest.raises(InputError, match="no tasks"):
         Stream("s", (), True, False)
