@@ -19,7 +19,7 @@ from vlm_prune.continual.streams import Stream, Task, open_stream
 from vlm_prune.continual.streams.unseen import scenes
 from vlm_prune.continual.train import Run
 
-ADAPTER_RATES, FULL_RATES = (1e-3, 3e-3, 1e-2), (3e-5, 1e-4, 3e-4)
+ADAPTER_RATES, FULL_RATES = (3e-4, 1e-3, 3e-3, 1e-2), (3e-5, 1e-4, 3e-4)
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ def experiment(tmp_path_factory):
 
 def test_the_search_sees_validation_images_alone(experiment):
     record = json.loads((experiment.output / "search.json").read_text())
-    assert {name: len(scores) for name, scores in record.items()} == {"codyra": 3, "lora": 3}
+    assert {name: len(scores) for name, scores in record.items()} == {"codyra": 4, "lora": 4}
     run = json.loads((experiment.folder("search-lora-0", 0) / "run.json").read_text())
     assert [task["test"] for task in run["tasks"]] == [80]  # 8 of each of 10 classes
     task = open_stream("packaged").tasks[0]
