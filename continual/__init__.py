@@ -1,0 +1,1 @@
+"""Continual learning of CLIP: absorb new domains, keep zero-shot."""

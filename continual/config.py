@@ -1,0 +1,117 @@
+"""Where a CLIP is adapted, and how it is trained on each task."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.registry import unknown
+
+Encoder = Literal["vision", "text", "all"]
+Tower = Literal["vision", "text"]
+Module = Literal["q", "k", "v", "o", "in", "out"]
+MODULES: tuple[Module, ...] = get_args(Module)
+TextTerm = Literal["all", "present", "none"]
+
+
+def above(field: str, value: float, least: float, strict: bool = False) -> None:
+    """Raise `InputError` unless `value` is at least (or, if strict, above) `least`."""
+    if not (value > least if strict else value >= least):
+        bound = f"above {least:g}" if strict else f"{least:g} or more"
+        raise InputError(f"{field} {value} is out of range; give {bound}")
+
+
+def within(field: str, value: float, low: float = 0.0, high: float = 1.0) -> None:
+    """Raise `InputError` unless `value` lies in [low, high]."""
+    if not low <= value <= high:
+        raise InputError(f"{field} {value} is out of range; give {low:g} to {high:g}")
+
+
+def one_of(field: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise `InputError`, with a suggestion, unless `value` is `known`."""
+    if value not in known:
+        raise InputError(unknown(field, value, known))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The linear maps that get an adapter.
+
+    Args:
+        encoder: `vision`, `text` or `all` for both.
+        modules: per block, attention's q, k, v, o and the MLP's in and out.
+
+    Raises:
+        InputError: for an unknown name, or no module at all.
+    """
+
+    encoder: Encoder = "all"
+    modules: tuple[Module, ...] = MODULES
+
+    def __post_init__(self) -> None:
+        one_of("encoder", self.encoder, get_args(Encoder))
+        for module in self.modules:
+            one_of("module", module, MODULES)
+        if not self.modules or len(set(self.modules)) < len(self.modules):
+            raise InputError(f"modules {self.modules} must name each module once")
+
+    @property
+    def towers(self) -> tuple[Tower, ...]:
+        return ("vision", "text") if self.encoder == "all" else (self.encoder,)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Training of one task; the defaults are those of CoDyRA's X-TAIL runs.
+
+    https://arxiv.org/abs/2412.01004
+
+    Args:
+        steps: optimizer steps per task.
+        batch: images per step, over all processes together.
+        lr: AdamW's learning rate; cosine to 0, no warm-up.
+        weight_decay: AdamW's.
+        betas: AdamW's. The second, 0.9999, belongs to the pruning thresholds.
+        clip_norm: largest gradient norm; None does not clip.
+        label_smoothing: of the image-to-text cross-entropy.
+        text_term: the text-to-image cross-entropy, a mean over `all` classes seen so far (as the
+            authors' code has it: earlier classes contribute nothing and only dilute it), over those
+            `present` in the batch, or `none`.
+        prompts: most class prompts per step that text gradients are computed for, those of the
+            batch first; None is all of them. Others are left out of the step's softmax.
+        joint: test over the classes of all tasks together (X-TAIL) and not over the task's own.
+        ensemble: test with the mean over all of a task's templates; training uses the first.
+        eval_batch: images per forward when testing.
+        seed: for batches, augmentation and initial weights.
+
+    Raises:
+        InputError: for a value out of range.
+    """
+
+    steps: int = 500
+    batch: int = 64
+    lr: float = 5e-4
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.9999)
+    clip_norm: float | None = None
+    label_smoothing: float = 0.0
+    text_term: TextTerm = "all"
+    prompts: int | None = None
+    joint: bool = True
+    ensemble: bool = False
+    eval_batch: int = 64
+    seed: int = 8
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "batch", "eval_batch"):
+            above(field, getattr(self, field), 1)
+        above("lr", self.lr, 0, strict=True)
+        above("weight_decay", self.weight_decay, 0)
+        above("seed", self.seed, 0)
+        for beta in self.betas:
+            within("betas", beta)
+        within("label_smoothing", self.label_smoothing)
+        one_of("text_term", self.text_term, get_args(TextTerm))
+        if self.prompts is not None:
+            above("prompts", self.prompts, 1)
+        if self.clip_norm is not None:
+            above("clip_norm", self.clip_norm, 0, strict=True)

@@ -1,0 +1,116 @@
+"""Batches of a task: which images, in which order, augmented how; all a function of the seed."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vlm_prune.continual.clip import Clip, Transform
+from vlm_prune.continual.streams.base import Task, check_names
+from vlm_prune.vlm.errors import InputError
+
+PADDING = -1
+Draw = tuple[int, int]  # index of an image, seed of its augmentation
+
+
+def plan(images: int, batch: int, steps: int, key: Sequence[int]) -> list[list[int]]:
+    """Indices of each step's images: reshuffled passes, of which the last batch may be smaller."""
+    generator, batches = np.random.default_rng(list(key)), list[list[int]]()
+    while len(batches) < steps:
+        order = generator.permutation(images).tolist()
+        batches += [order[at : at + batch] for at in range(0, images, batch)]
+    return batches[:steps]
+
+
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """Pixels and label of a split's images; a draw with a seed is augmented by that seed."""
+
+    def __init__(self, split: Sequence[tuple[Image.Image, int]], transform: Transform) -> None:
+        self.split, self.transform = split, transform
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, int]:
+        index, seed = draw
+        image, label = self.split[index]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.transform(image), label
+
+
+def _collate(rows: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    return torch.stack([pixels for pixels, _ in rows]), torch.tensor([label for _, label in rows])
+
+
+def train_batches(
+    task: Task, clip: Clip, batches: list[list[int]], first: int, key: Sequence[int],
+    rank: int = 0, world: int = 1, workers: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    """This process's share of each step from `first` on: pixels (m, 3, H, W), labels (m,).
+
+    All processes get as many rows; those that only pad have the label -1.
+
+    Raises:
+        InputError: if a label is none of the task's classes.
+    """
+    mine: list[list[Draw]] = []
+    for step, batch in enumerate(batches[first:], first):
+        seeds = np.random.SeedSequence([*key, step]).generate_state(len(batch)).tolist()
+        draws = list(zip(batch, seeds, strict=True))[rank::world]
+        lacking = -(-len(batch) // world) - len(draws)
+        mine.append(draws + [(batch[0], PADDING)] * lacking)
+    data = Pictures(task.train, clip.train_transform)
+    sound = [[(index, max(seed, 0)) for index, seed in draws] for draws in mine]
+    loader = DataLoader(data, batch_sampler=sound, collate_fn=_collate, num_workers=workers)
+    for draws, (pixels, labels) in zip(mine, loader, strict=True):
+        if not 0 <= int(labels.min()) <= int(labels.max()) < len(task.classes):
+            known = f"0 to {len(task.classes) - 1}"
+            raise InputError(f"{task.name!r} has a label outside its classes; give {known}")
+        real = torch.tensor([seed != PADDING for _, seed in draws])
+        yield pixels.to(clip.device), labels.where(real, PADDING).to(clip.device)
+
+
+def eval_batches(
+    split: Sequence[tuple[Image.Image, int]], clip: Clip, batch: int,
+    rank: int = 0, world: int = 1, workers: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    """Every world-th image of a split in order, not augmented."""
+    draws = [(index, 0) for index in range(len(split))][rank::world]
+    parts = [draws[at : at + batch] for at in range(0, len(draws), batch)]
+    data = Pictures(split, clip.eval_transform)
+    loader = DataLoader(data, batch_sampler=parts, collate_fn=_collate, num_workers=workers)
+    for pixels, labels in loader:
+        yield pixels.to(clip.device), labels.to(clip.device)
+
+
+def check(tasks: Sequence[Task]) -> None:
+    """Refuse tasks that cannot be trained and tested.
+
+    Raises:
+        InputError: for no task, names that are given twice, or a task without images.
+    """
+    check_names(tasks)
+    for task in tasks:
+        for split in ("train", "test"):
+            if not len(getattr(task, split)):
+                raise InputError(f"task {task.name!r} has no images in its {split} split")
+
+
+def prompts(task: Task, template: int = 0) -> list[str]:
+    """The class prompts of a task, from one of its templates."""
+    return [task.templates[template].replace("{}", name) for name in task.classes]
+
+
+def facts(task: Task) -> dict[str, Any]:
+    """What identifies a task in the record of a run."""
+    sizes = {"train": len(task.train), "test": len(task.test)}
+    return {
+        "name": task.name,
+        "classes": len(task.classes),
+        "templates": task.templates[:1],
+    } | sizes

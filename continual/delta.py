@@ -1,0 +1,117 @@
+"""What one task changed in the weights, as low-rank factors in a file."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vlm_prune.continual.attention import fuse, sites, split
+from vlm_prune.continual.layer import GatedLoRA, product
+from vlm_prune.vlm.errors import InputError
+
+
+@dataclass
+class Factors:
+    """The kept components of one site: A (k, d_in), B (d_out, k), gate (k,).
+
+    `start` (r,) are the initial gates of all r components and `kept` (k,) the indices of those
+    that stayed, for `diagnostics`.
+    """
+
+    A: Tensor
+    B: Tensor
+    gate: Tensor
+    start: Tensor
+    kept: Tensor
+
+    @classmethod
+    def of(cls, layer: GatedLoRA, start: Tensor) -> "Factors":
+        """The components of a layer whose gate is not 0."""
+        kept = layer.weights.detach().nonzero().flatten()
+        a, b, gate = layer.A[kept], layer.B[:, kept], layer.weights[kept]
+        return cls(*(t.detach().cpu().clone() for t in (a, b, gate, start, kept)))
+
+    @property
+    def rank(self) -> int:
+        return len(self.gate)
+
+    def matrix(self) -> Tensor:
+        """The change of the weight in float32, (d_out, d_in)."""
+        return product(self.A, self.B, self.gate)
+
+
+@dataclass
+class Delta:
+    """The change of each site by its name, and facts such as the method's and the task's name."""
+
+    factors: dict[str, Factors]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def norm(self) -> float:
+        """Frobenius norm of the change over all sites together."""
+        return float(sum(f.matrix().square().sum().double() for f in self.factors.values()) ** 0.5)
+
+    def scale_to(self, norm: float) -> None:
+        """Scale the change, in place, so that `norm()` is this."""
+        ratio = norm / max(self.norm(), 1e-12)
+        for factors in self.factors.values():
+            factors.gate *= ratio
+
+    def save(self, path: Path) -> None:
+        """Write safetensors, `site|factor` to tensor."""
+        tensors = {
+            f"{site}|{name}": tensor.contiguous()
+            for site, factors in self.factors.items()
+            for name, tensor in vars(factors).items()
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path, metadata={"facts": json.dumps(self.facts)})
+
+    @classmethod
+    def load(cls, path: Path) -> "Delta":
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: if the file is missing or holds something else.
+        """
+        grouped: dict[str, dict[str, Tensor]] = {}
+        try:
+            with safe_open(path, "pt") as file:
+                facts = json.loads((file.metadata() or {})["facts"])
+                for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    site, _, name = key.rpartition("|")
+                    grouped.setdefault(site, {})[name] = file.get_tensor(key)
+            return cls({site: Factors(**parts) for site, parts in grouped.items()}, facts)
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise InputError(f"{path} is no readable delta of a task: {error}") from error
+
+    def apply(self, model: nn.Module, sign: float = 1.0) -> None:
+        """Add the change to a plain CLIP, in place; `sign=-1` takes it away again (unmerge).
+
+        Sums are taken in float32, so a weight comes back to float32 rounding, not bit for bit.
+
+        Raises:
+            InputError: if the model lacks a site or has it in another size.
+        """
+        split(model)
+        try:
+            known = sites(model)
+            for name, factors in self.factors.items():
+                weight = model.get_submodule(name).weight if name in known else None
+                change = sign * factors.matrix()
+                if weight is None or weight.shape != change.shape:
+                    raise InputError(f"this delta is of another model: {name} does not fit")
+                add(weight, change)
+        finally:
+            fuse(model)
+
+
+@torch.no_grad()
+def add(weight: Any, change: Tensor) -> None:
+    """Add to a weight in float32 whatever its own type is, in place."""
+    weight.copy_(weight.float() + change.to(weight.device))

@@ -1,0 +1,57 @@
+"""Accuracy of a CLIP on every task of a stream."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlm_prune.continual.clip import Clip
+from vlm_prune.continual.config import Recipe
+from vlm_prune.continual.data import eval_batches, prompts
+from vlm_prune.continual.methods import Method, Space
+from vlm_prune.continual.streams.base import Task
+
+
+@torch.no_grad()
+def class_features(clip: Clip, task: Task, ensemble: bool) -> Tensor:
+    """Unit features of a task's classes (C, d); with `ensemble`, means over its templates."""
+    used = range(len(task.templates) if ensemble else 1)
+    features = [clip.encode_texts(prompts(task, number)) for number in used]
+    return F.normalize(torch.stack(features).mean(0), dim=-1)
+
+
+@torch.no_grad()
+def evaluate(
+    clip: Clip, tasks: Sequence[Task], recipe: Recipe, method: Method | None = None,
+    rank: int = 0, world: int = 1, workers: int = 0,
+) -> list[Tensor]:  # fmt: skip
+    """For each task which of its test images are classified right, (n,) of 0 and 1.
+
+    The sum over processes is the whole; each fills in every `world`-th image.
+
+    With `recipe.joint` an image is scored against the classes of all tasks, seen or not, and
+    otherwise against its own task's. A method that adds something to zero-shot scores does so.
+    """
+    texts = [class_features(clip, task, recipe.ensemble) for task in tasks]
+    owner = [torch.full((len(t),), n, device=clip.device) for n, t in enumerate(texts)]
+    label = [torch.arange(len(t), device=clip.device) for t in texts]
+    right = []
+    for number, task in enumerate(tasks):
+        columns = range(len(tasks)) if recipe.joint else [number]
+        bank = torch.cat([texts[n] for n in columns])
+        space = Space(*(torch.cat([part[n] for n in columns]) for part in (owner, label)))
+        hits = []
+        batches = eval_batches(task.test, clip, recipe.eval_batch, rank, world, workers)
+        for pixels, labels in batches:
+            features = clip.encode_image(pixels)
+            scores = clip.scale * features @ bank.T
+            if method is not None:
+                scores = method.scores(features, scores, space)
+            best = scores.argmax(1)
+            hits.append(((space.task[best] == number) & (space.label[best] == labels)).cpu())
+        whole = torch.zeros(len(task.test), dtype=torch.uint8)
+        if hits:
+            whole[rank::world] = torch.cat(hits).to(torch.uint8)
+        right.append(whole)
+    return right

@@ -1,0 +1,45 @@
+"""Continual learners by name: CoDyRA, its controls, and its rivals."""
+
+from typing import Any
+
+from vlm_prune.continual.methods.adalora import AdaLoRA
+from vlm_prune.continual.methods.base import Context, Method, Space
+from vlm_prune.continual.methods.codyra import CoDyRA
+from vlm_prune.continual.methods.codyra_plus import CoDyRAPlus
+from vlm_prune.continual.methods.dora import DoRA
+from vlm_prune.continual.methods.full import FullFineTune
+from vlm_prune.continual.methods.lora import LoRA
+from vlm_prune.continual.methods.lwf import LwF
+from vlm_prune.continual.methods.olora import OLoRA
+from vlm_prune.continual.methods.rail import RAIL
+from vlm_prune.continual.methods.randlora import RandLoRA
+from vlm_prune.continual.methods.random_rank import RandomRank
+from vlm_prune.continual.methods.wise_ft import WiseFT
+from vlm_prune.continual.methods.zero_shot import ZeroShot
+from vlm_prune.continual.methods.zscl import ZSCL
+from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.registry import Registry, unknown
+
+METHODS: Registry[type[Method]] = Registry("continual method")
+for _method in (
+    ZeroShot, CoDyRA, CoDyRAPlus, RandomRank, LoRA, OLoRA, DoRA, RandLoRA, AdaLoRA,
+    FullFineTune, WiseFT, LwF, ZSCL, RAIL,
+):  # fmt: skip
+    METHODS.register(_method.name, _method)
+
+
+def make_method(name: str, **options: Any) -> Method:
+    """A method by its name.
+
+    Raises:
+        InputError: for an unknown name or option, or a value out of range.
+    """
+    kind = METHODS[name]
+    known = [f.name for f in kind.__dataclass_fields__.values() if f.init]
+    for option in options:
+        if option not in known:
+            raise InputError(unknown(f"option of {name}", option, known))
+    return kind(**options)
+
+
+__all__ = ["METHODS", "Context", "Method", "Space", "make_method"]

@@ -1,0 +1,69 @@
+"""What every stream consists of: named classification data sets in an order."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from vlm_prune.vlm.errors import InputError
+
+Labelled = tuple[Image.Image, int]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named classification data set: class names, prompt templates, and three splits.
+
+    Args:
+        name: of the data set.
+        classes: names by label.
+        templates: prompts with one `{}` each; the first is the training prompt.
+        train: map-style, images are read when an item is asked for; so are the other two.
+        val: for choosing hyperparameters.
+        test: for the accuracy matrix.
+
+    Raises:
+        InputError: if there are no classes, if one is empty or named twice, or if a template has
+            not exactly one `{}`.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    templates: tuple[str, ...]
+    train: Sequence[Labelled]
+    val: Sequence[Labelled]
+    test: Sequence[Labelled]
+
+    def __post_init__(self) -> None:
+        check_classes(self.name, self.classes)
+        if not self.templates:
+            raise InputError(
+                f"{self.name} has no prompt template; give one such as 'a photo of a {{}}.'"
+            )
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise InputError(f"template {template!r} of {self.name} needs exactly one {{}}")
+
+
+def check_names(tasks: Sequence[Task]) -> None:
+    """Raise `InputError` unless there are tasks, no two of them with one name."""
+    names = [task.name for task in tasks]
+    if not names:
+        raise InputError("there are no tasks; give at least one")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"two tasks are named {twice!r}; rename one")
+
+
+def check_classes(name: str, classes: Sequence[str]) -> None:
+    """Raise `InputError` unless there are class names, none of them blank or used twice."""
+    if not classes:
+        raise InputError(f"{name} has no classes; give at least one class name")
+    seen: dict[str, int] = {}
+    for label, text in enumerate(classes):
+        if not text.strip():
+            raise InputError(f"class {label} of {name} has an empty name; give every class a name")
+        if text in seen:
+            both = f"{seen[text]} and {label}"
+            raise InputError(f"classes {both} of {name} are both named {text!r}; rename one")
+        seen[text] = label

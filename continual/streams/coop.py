@@ -1,0 +1,125 @@
+"""Data sets with CoOp's splits: a folder with images and `split_zhou_<Name>.json`.
+
+The file holds {train, val, test: [[path, label, class name], ...]}; class names are the file's
+own, with `_` read as a space, and their number is checked against the packaged table.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vlm_prune.continual.streams.base import Task
+from vlm_prune.continual.streams.files import Files
+from vlm_prune.continual.streams.names import table
+from vlm_prune.continual.streams.torchvision_sets import torchvision_task
+from vlm_prune.vlm.errors import InputError
+
+# folder names in use, the split file, and the folder of the images
+LAYOUT: dict[str, tuple[tuple[str, ...], str, str]] = {
+    "caltech101": (
+        ("caltech-101", "caltech101"), "split_zhou_Caltech101.json", "101_ObjectCategories",
+    ),
+    "dtd": (("dtd",), "split_zhou_DescribableTextures.json", "images"),
+    "eurosat": (("eurosat",), "split_zhou_EuroSAT.json", "2750"),
+    "flowers": (("oxford_flowers", "flowers-102"), "split_zhou_OxfordFlowers.json", "jpg"),
+    "food101": (("food-101", "food101"), "split_zhou_Food101.json", "images"),
+    "pets": (("oxford_pets", "oxford-iiit-pet"), "split_zhou_OxfordPets.json", "images"),
+    "cars": (("stanford_cars",), "split_zhou_StanfordCars.json", "."),
+    "sun397": (("sun397", "SUN397"), "split_zhou_SUN397.json", "SUN397"),
+}  # fmt: skip
+AIRCRAFT = ("fgvc_aircraft", "fgvc-aircraft-2013b/data")
+
+
+def x_tail_classes(key: str) -> int:
+    """Classes of a data set in X-TAIL, where Caltech101 has one kind of face, not two."""
+    return len(table()[key].classes) - (key == "caltech101")
+
+
+def coop_task(key: str, root: Path, skip_bad: bool = False) -> Task:
+    """One of X-TAIL's ten data sets, with its one template.
+
+    Aircraft uses its official text files, MNIST torchvision's full test set and no `val`; the
+    others CoOp's JSON.
+
+    Raises:
+        InputError: if the data set is unknown, not under `root`, or has another number of classes.
+    """
+    template = (table()[key].x_tail,)
+    if key == "mnist":
+        digits = torchvision_task("mnist", root)
+        return Task(key, digits.classes, template, digits.train, digits.val, digits.test)
+    if key == "aircraft":
+        task = _aircraft(root, template, skip_bad)
+    else:
+        if key not in LAYOUT:
+            raise InputError(f"{key} has no CoOp split; it is no part of X-TAIL")
+        folders, file, images = LAYOUT[key]
+        folder = _first(root, folders, file, key)
+        inner = folder / images if (folder / images).is_dir() else folder
+        task = read_coop_split(folder / file, inner, key, template, skip_bad)
+    if len(task.classes) != x_tail_classes(key):
+        raise InputError(
+            f"{key} has {x_tail_classes(key)} classes in X-TAIL but {len(task.classes)} here; "
+            "get the published split file"
+        )
+    return task
+
+
+def read_coop_split(
+    file: Path, images: Path, name: str, templates: tuple[str, ...], skip_bad: bool = False
+) -> Task:
+    """A task from any JSON file in CoOp's format.
+
+    Raises:
+        InputError: if the file is missing or not in that format, or a label has two names.
+    """
+    if not file.is_file():
+        raise InputError(f"{file} is missing; put CoOp's split file there")
+    try:
+        rows: dict[str, list[Any]] = json.loads(file.read_text(encoding="utf-8"))
+        named: dict[int, str] = {}
+        for path, label, text in (row for part in ("train", "val", "test") for row in rows[part]):
+            clean = str(text).replace("_", " ")
+            if named.setdefault(int(label), clean) != clean:
+                raise InputError(f"{file}: label {label} is both {named[label]!r} and {clean!r}")
+            str(path)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{file} is not a CoOp split; it needs train, val, test: [[path, label, class], ...]"
+        ) from error
+    if sorted(named) != list(range(len(named))):
+        raise InputError(f"{file}: labels must be 0 to {len(named) - 1} without a gap")
+    splits = [
+        Files([images / r[0] for r in rows[part]], [int(r[1]) for r in rows[part]], skip_bad)
+        for part in ("train", "val", "test")
+    ]
+    return Task(name, tuple(named[label] for label in range(len(named))), templates, *splits)
+
+
+def _aircraft(root: Path, templates: tuple[str, ...], skip_bad: bool) -> Task:
+    folder = _first(root, AIRCRAFT, "variants.txt", "aircraft")
+    classes = tuple(line.strip() for line in (folder / "variants.txt").read_text().splitlines())
+    numbers = {name: label for label, name in enumerate(classes)}
+    splits = []
+    for part in ("train", "val", "test"):
+        file = folder / f"images_variant_{part}.txt"
+        if not file.is_file():
+            raise InputError(f"{file} is missing; put FGVC-Aircraft's official files there")
+        lines = [line.split(" ", 1) for line in file.read_text().splitlines() if line.strip()]
+        paths = [folder / "images" / f"{number}.jpg" for number, _ in lines]
+        labels = [numbers[name.strip()] for _, name in lines]
+        splits.append(Files(paths, labels, skip_bad))
+    return Task("aircraft", classes, templates, *splits)
+
+
+def _first(root: Path, folders: tuple[str, ...], file: str, key: str) -> Path:
+    """The first of the folders in use that holds `file`."""
+    for folder in folders:
+        if (root / folder / file).is_file():
+            return root / folder
+    raise InputError(
+        f"{key} is not under {root}: put its images and {file} into {root / folders[0]} "
+        "(nothing is downloaded)"
+    )

@@ -1,0 +1,160 @@
+"""Splits whose images lie in files: opened when asked for, so that a split costs only its paths."""
+
+import csv
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import overload
+
+from vlm_prune.continual.streams.base import Labelled, Task
+from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.images import open_image
+
+logger = logging.getLogger(__name__)
+SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+PHOTO = ("a photo of a {}.",)
+
+
+class Files(Sequence[Labelled]):
+    """Image files with labels.
+
+    Args:
+        paths: of the images.
+        labels: one per path.
+        skip_bad: open every image now and leave out those that cannot be read, each named in a
+            warning. Otherwise asking for such an image raises `InputError` with its name.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], labels: Sequence[int], skip_bad: bool = False
+    ) -> None:
+        self.paths, self.labels = list(paths), list(labels)
+        if skip_bad:
+            good = [k for k, path in enumerate(self.paths) if _readable(path)]
+            self.paths = [self.paths[k] for k in good]
+            self.labels = [self.labels[k] for k in good]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @overload
+    def __getitem__(self, index: int) -> Labelled: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Labelled]: ...
+    def __getitem__(self, index: int | slice) -> Labelled | list[Labelled]:
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(len(self)))]
+        return open_image(self.paths[index]), self.labels[index]
+
+
+def image_folder(
+    root: Path,
+    name: str,
+    templates: tuple[str, ...] = PHOTO,
+    classes: Sequence[str] | None = None,
+    skip_bad: bool = False,
+) -> Task:
+    """`root/{train,val,test}/<class>/*.jpg`; classes are folder names, `_` read as a space.
+
+    `val` may be missing, and is then empty. `classes` replaces the names, in the order of the
+    sorted folders.
+
+    Raises:
+        InputError: if `root`, `train` or `test` is missing, the splits' classes differ, a class
+            has no image, or two folders give one name.
+    """
+    missing = [part for part in ("train", "test") if not (root / part).is_dir()]
+    if missing:
+        raise InputError(
+            f"{root / missing[0]} is not a folder; put images at {root}/{{train,val,test}}/<class>/"
+        )
+    folders = {part: list_classes(root / part) for part in ("train", "val", "test")}
+    own = folders["train"]
+    for part, names in folders.items():
+        if names != own and (root / part).is_dir():
+            odd = min(set(names) ^ set(own))
+            raise InputError(f"class {odd!r} of {name} is not in both train and {part}; give both")
+    splits = [
+        folder_split(root / part, own, skip_bad) if (root / part).is_dir() else Files([], [])
+        for part in folders
+    ]
+    chosen = tuple(classes) if classes else tuple(folder.replace("_", " ") for folder in own)
+    if len(chosen) != len(own):
+        raise InputError(
+            f"{name} has {len(own)} folders but {len(chosen)} class names; give as many"
+        )
+    return Task(name, chosen, templates, *splits)
+
+
+def list_classes(folder: Path) -> list[str]:
+    """Names of the class folders, sorted."""
+    return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+
+
+def folder_split(folder: Path, classes: Sequence[str], skip_bad: bool = False) -> Files:
+    """The images of one split's class folders, sorted.
+
+    Raises:
+        InputError: if a class has no image.
+    """
+    paths, labels = list[Path](), list[int]()
+    for label, name in enumerate(classes):
+        found = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES)
+        if not found:
+            raise InputError(f"class folder {folder / name} has no image; add some or remove it")
+        paths += found
+        labels += [label] * len(found)
+    return Files(paths, labels, skip_bad)
+
+
+def csv_manifest(
+    manifest: Path,
+    name: str,
+    templates: tuple[str, ...] = PHOTO,
+    root: Path | None = None,
+    skip_bad: bool = False,
+) -> Task:
+    """A CSV file with the columns `path`, `class` and `split` (train, val or test).
+
+    Paths are relative to `root`, by default the manifest's folder; classes are labelled in sorted
+    order.
+
+    Raises:
+        InputError: if the file or a column is missing, a row has an empty class or an unknown
+            split, or a file of the list is not there.
+    """
+    if not manifest.is_file():
+        raise InputError(f"{manifest} is not a file; give a CSV with columns path,class,split")
+    with manifest.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        lacking = {"path", "class", "split"} - set(reader.fieldnames or ())
+        if lacking:
+            raise InputError(
+                f"{manifest} has no column {min(lacking)!r}; it needs path,class,split"
+            )
+        rows = list(reader)
+    base = manifest.parent if root is None else root
+    classes = tuple(sorted({row["class"] or "" for row in rows}))
+    numbers = {text: label for label, text in enumerate(classes)}
+    parts: dict[str, tuple[list[Path], list[int]]] = {p: ([], []) for p in ("train", "val", "test")}
+    for line, row in enumerate(rows, 2):
+        if row["split"] not in parts:
+            raise InputError(f"{manifest}:{line}: split {row['split']!r}; use train, val or test")
+        if not (row["class"] or "").strip():
+            raise InputError(f"{manifest}:{line}: the class is empty; give every row a class")
+        path = base / row["path"]
+        if not path.is_file():
+            raise InputError(f"{manifest}:{line}: {path} is not a file; mend the path or the root")
+        parts[row["split"]][0].append(path)
+        parts[row["split"]][1].append(numbers[row["class"]])
+    train, val, test = (Files(*parts[part], skip_bad) for part in ("train", "val", "test"))
+    return Task(name, classes, templates, train, val, test)
+
+
+def _readable(path: Path) -> bool:
+    try:
+        open_image(path)
+    except InputError as error:
+        logger.warning("left out: %s", error)
+        return False
+    return True

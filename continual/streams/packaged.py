@@ -1,0 +1,199 @@
+"""An embedded stream of eight domains and 100 classes; nothing is downloaded.
+
+Pictures are drawn from seeds or cut from what PyPI packages bring along, 48 x 48. The splits of a
+domain share no seed; those of `digits` share no handwritten drawing, and those of `photographs`,
+which has one photograph per class, no pixel of it. Of every domain the embedded CLIP has seen
+some classes, in the plain style only; the stream's own splits are in the varied style, but for
+photographs, which have one style. Another version of Pillow may draw the edges of glyphs a little
+differently.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from string import ascii_uppercase
+from typing import Literal, overload
+
+import numpy as np
+from PIL import Image
+
+from vlm_prune.continual.streams import drawing, patterns
+from vlm_prune.continual.streams.base import Labelled, Task
+from vlm_prune.continual.streams.drawing import Style
+from vlm_prune.vlm.registry import Registry
+
+Split = Literal["pretraining", "train", "val", "test"]
+SEED = 20260
+PER_CLASS: dict[Split, int] = {"pretraining": 200, "train": 32, "val": 8, "test": 24}
+SPLITS: tuple[Split, ...] = ("pretraining", "train", "val", "test")
+
+PHOTOGRAPHS = {
+    "astronaut": "astronaut.png",
+    "brick wall": "brick.png",
+    "cat": "chelsea.png",
+    "coins": "coins.png",
+    "coffee cup": "coffee.png",
+    "grass": "grass.png",
+    "gravel": "gravel.png",
+    "galaxies": "hubble_deep_field.jpg",
+    "stained tissue": "ihc.png",
+    "moon surface": "moon.png",
+    "retina": "retina.jpg",
+    "motorcycle": "motorcycle_left.png",
+    "temple": "china.jpg",
+    "dahlia": "flower.jpg",
+}
+_GRID = 4
+_CELLS: dict[Split, slice] = {
+    "pretraining": slice(0, 5),
+    "train": slice(5, 10),
+    "val": slice(10, 12),
+    "test": slice(12, 16),
+}
+# numbers of a digit's drawings, of which there are 174 or more
+_DRAWINGS: dict[Split, int] = {"pretraining": 0, "train": 110, "val": 142, "test": 150}
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One domain: how a class is drawn, and which classes the embedded CLIP has seen."""
+
+    name: str
+    classes: tuple[str, ...]
+    known: tuple[str, ...]
+    templates: tuple[str, ...]
+    draw: Callable[[str, Split, int, np.random.Generator, Style], Image.Image]
+
+
+class Drawn(Sequence[Labelled]):
+    """Pictures of some classes of a domain, class after class in turn; drawn once, when asked for."""
+
+    def __init__(
+        self, domain: Domain, split: Split, classes: tuple[str, ...], style: Style
+    ) -> None:
+        self.domain, self.split, self.classes, self.style = domain, split, classes, style
+        self.number = list(DOMAINS).index(domain.name)
+        self._drawn: dict[int, Labelled] = {}
+
+    @property
+    def labels(self) -> list[int]:
+        return [index % len(self.classes) for index in range(len(self))]
+
+    def __len__(self) -> int:
+        return PER_CLASS[self.split] * len(self.classes)
+
+    @overload
+    def __getitem__(self, index: int) -> Labelled: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Labelled]: ...
+    def __getitem__(self, index: int | slice) -> Labelled | list[Labelled]:
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        if index not in self._drawn:
+            self._drawn[index] = self._draw(index)
+        return self._drawn[index]
+
+    def _draw(self, index: int) -> Labelled:
+        count, label = divmod(index, len(self.classes))
+        name = self.classes[label]
+        place = (self.number, self.domain.classes.index(name), SPLITS.index(self.split), count)
+        rng = np.random.default_rng((SEED, *place))
+        return self.domain.draw(name, self.split, count, rng, self.style), label
+
+
+def packaged() -> tuple[Task, ...]:
+    """The eight tasks in the stream's order; `scenes` is not one of them."""
+    return tuple(task(name) for name in DOMAINS if name != "scenes")
+
+
+def task(name: str) -> Task:
+    """One domain as a task, its splits in the varied style.
+
+    `scenes` (coloured shapes, all seen in pre-training) belongs to no stream; it is there to
+    measure what a stream makes the embedded CLIP forget.
+
+    Raises:
+        InputError: if there is no such domain.
+    """
+    domain = DOMAINS[name]
+    train, val, test = (
+        Drawn(domain, split, domain.classes, "varied") for split in SPLITS if split != "pretraining"
+    )
+    return Task(name, domain.classes, domain.templates, train, val, test)
+
+
+def _drawn(
+    draw: drawing.Draw,
+) -> Callable[[str, Split, int, np.random.Generator, Style], Image.Image]:
+    return lambda name, _, __, rng, style: draw(name, rng, style)
+
+
+def _digit(
+    name: str, split: Split, count: int, rng: np.random.Generator, style: Style
+) -> Image.Image:
+    images, target = drawing.handwritten()
+    own = images[target == DIGITS.index(name)]
+    size = 110 if split == "pretraining" else PER_CLASS[split]
+    return drawing.digit_image(own[_DRAWINGS[split] + count % size], rng, style)
+
+
+def _photograph(
+    name: str, split: Split, count: int, rng: np.random.Generator, style: Style
+) -> Image.Image:
+    order = np.random.default_rng((SEED, list(PHOTOGRAPHS).index(name))).permutation(_GRID**2)
+    cells = order[_CELLS[split]]
+    row, column = divmod(int(cells[count % len(cells)]), _GRID)
+    return drawing.crop(PHOTOGRAPHS[name], (column, row), rng, _GRID)
+
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+WORDS = ("sun", "key", "hat", "box", "pen", "map", "cup", "bed")
+SCENES = tuple(
+    f"{colour} {shape}" for colour in tuple(drawing.COLOURS)[:6] for shape in patterns.SHAPES[:6]
+)
+DOMAINS: Registry[Domain] = Registry(
+    "domain",
+    {
+        domain.name: domain
+        for domain in (
+            Domain(
+                "digits", DIGITS, DIGITS[:6],
+                ("a handwritten {}.", "the digit {}, written by hand."), _digit,
+            ),
+            Domain(
+                "letters", tuple(ascii_uppercase), tuple("ABDEGHJKMNPRSTUXYZ"),
+                ("the letter {}.", "a printed capital {}."), _drawn(drawing.letter),
+            ),
+            Domain(
+                "words", WORDS, WORDS[:5],
+                ('the word "{}".', 'a printed word that says "{}".'), _drawn(drawing.word),
+            ),
+            Domain(
+                "symbols", tuple(drawing.SYMBOLS), tuple(drawing.SYMBOLS)[:8],
+                ("the mathematical symbol {}.", "a printed {} sign."), _drawn(drawing.symbol),
+            ),
+            Domain(
+                "shapes", patterns.SHAPES, patterns.SHAPES[:6],
+                ("a drawing of a {}.", "the shape of a {}."), _drawn(drawing.shape),
+            ),
+            Domain(
+                "colours", tuple(drawing.COLOURS), tuple(drawing.COLOURS)[:6],
+                ("a {} surface.", "the colour {}."), _drawn(drawing.colour),
+            ),
+            Domain(
+                "textures", tuple(patterns.TEXTURES), tuple(patterns.TEXTURES)[:6],
+                ("a pattern of {}.", "a surface with {}."), _drawn(drawing.texture),
+            ),
+            Domain(
+                "photographs", tuple(PHOTOGRAPHS), tuple(PHOTOGRAPHS)[:8],
+                ("a photo of {}.", "a close-up photo of {}."), _photograph,
+            ),
+            Domain(
+                "scenes", SCENES, SCENES,
+                ("a {}.", "a picture of a {}."), _drawn(drawing.scene),
+            ),
+        )
+    },
+)  # fmt: skip

@@ -1,0 +1,133 @@
+"""Data sets in torchvision's folder layout, with the packaged class names; nothing is downloaded."""
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+
+from vlm_prune.continual.streams.base import Labelled, Task
+from vlm_prune.continual.streams.names import in_own_order, table
+from vlm_prune.continual.streams.stream import Subset
+from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.images import open_image
+
+# class in torchvision.datasets, what must be there under the root, and each split's arguments
+SETS: dict[str, tuple[str, str, dict[str, dict[str, Any]]]] = {
+    "aircraft": (
+        "FGVCAircraft", "fgvc-aircraft-2013b/data",
+        {part: {"split": part} for part in ("train", "val", "test")},
+    ),
+    "caltech101": ("Caltech101", "caltech101/101_ObjectCategories", {"all": {}}),
+    "cifar100": (
+        "CIFAR100", "cifar-100-python", {"train": {"train": True}, "test": {"train": False}},
+    ),
+    "dtd": ("DTD", "dtd/dtd/images", {part: {"split": part} for part in ("train", "val", "test")}),
+    "eurosat": ("EuroSAT", "eurosat/2750", {"all": {}}),
+    "flowers": (
+        "Flowers102", "flowers-102/jpg",
+        {part: {"split": part} for part in ("train", "val", "test")},
+    ),
+    "food101": (
+        "Food101", "food-101/images", {part: {"split": part} for part in ("train", "test")},
+    ),
+    "mnist": ("MNIST", "MNIST/raw", {"train": {"train": True}, "test": {"train": False}}),
+    "pets": (
+        "OxfordIIITPet", "oxford-iiit-pet/images",
+        {"train": {"split": "trainval"}, "test": {"split": "test"}},
+    ),
+    "cars": (
+        "StanfordCars", "stanford_cars/devkit",
+        {part: {"split": part} for part in ("train", "test")},
+    ),
+    "sun397": ("SUN397", "SUN397/ClassName.txt", {"all": {}}),
+}  # fmt: skip
+SPLIT_SEED = 42
+TRAIN_SHARE = 0.8
+
+
+class Held(Sequence[Labelled]):
+    """A torchvision data set as a sequence of RGB images and labels."""
+
+    def __init__(self, data: Any, name: str) -> None:
+        self.data, self.name = data, name
+
+    @property
+    def labels(self) -> list[int]:
+        """Labels without opening an image, wherever torchvision keeps them."""
+        for attribute in ("targets", "_labels", "y"):
+            if hasattr(self.data, attribute):
+                return [int(label) for label in getattr(self.data, attribute)]
+        if hasattr(self.data, "_samples"):
+            return [int(label) for _, label in self.data._samples]
+        return [label for _, label in self]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @overload
+    def __getitem__(self, index: int) -> Labelled: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Labelled]: ...
+    def __getitem__(self, index: int | slice) -> Labelled | list[Labelled]:
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(len(self)))]
+        try:
+            image, label = self.data[index]
+        except (OSError, SyntaxError) as error:
+            raise InputError(f"image {index} of {self.name} cannot be read: {error}") from error
+        return open_image(image), int(label)
+
+
+def torchvision_task(key: str, root: Path) -> Task:
+    """One of MTIL's eleven data sets as ZSCL splits it.
+
+    Official splits where there are any; `train` without `val` for aircraft, dtd and flowers, and
+    `trainval` for pets. Caltech101, EuroSAT and SUN397 have none and are cut 80 : 20 by a
+    generator of seed 42. `val` is empty where there is no official one. CIFAR-100's own files are
+    pickles, which torchvision reads after checking their sums.
+
+    Raises:
+        InputError: if `key` is unknown, the data are not under `root`, or the classes differ from
+            the packaged table.
+    """
+    names = table()[key]
+    splits = {part: Held(data, key) for part, data in _open(key, root).items()}
+    some = next(iter(splits.values())).data
+    own = getattr(some, "categories", None) or getattr(some, "classes", None) or names.classes
+    classes = in_own_order(key, own)
+    if "all" in splits:
+        whole = splits["all"]
+        generator = torch.Generator().manual_seed(SPLIT_SEED)
+        order = torch.randperm(len(whole), generator=generator).tolist()
+        cut = int(TRAIN_SHARE * len(whole))
+        return Task(key, classes, names.templates, Subset(whole, order[:cut]), (),
+                    Subset(whole, order[cut:]))  # fmt: skip
+    val = splits.get("val", ())
+    return Task(key, classes, names.templates, splits["train"], val, splits["test"])
+
+
+def torchvision_class(name: str) -> Any:
+    """A class of `torchvision.datasets`."""
+    try:
+        return getattr(importlib.import_module("torchvision.datasets"), name)
+    except ImportError:
+        raise InputError("this needs torchvision: pip install 'vlm-prune[clip]'") from None
+
+
+def _open(key: str, root: Path) -> dict[str, Any]:
+    kind, needed, parts = SETS[key]
+    if not (root / needed).exists():
+        raise InputError(
+            f"{key} is not under {root}: {root / needed} is missing; put torchvision's {kind} "
+            "layout there (nothing is downloaded)"
+        )
+    cls = torchvision_class(kind)
+    try:
+        return {part: cls(str(root), **options) for part, options in parts.items()}
+    except (RuntimeError, OSError) as error:
+        reason = str(error).split(".")[0].strip()
+        raise InputError(
+            f"{key} under {root} is incomplete for torchvision's {kind}: {reason}"
+        ) from error

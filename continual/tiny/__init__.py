@@ -1,0 +1,8 @@
+"""The embedded CLIP: small enough for two CPU cores, and partly ignorant of each embedded domain."""
+
+from pathlib import Path
+
+
+def checkpoint_path() -> Path:
+    """The packaged checkpoint; `open_clip.create_model_and_transforms(f"local-dir:{...}")` reads it."""
+    return Path(__file__).parent / "checkpoint"

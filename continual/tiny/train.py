@@ -1,0 +1,250 @@
+"""Contrastive pre-training of the embedded CLIP on captions of what each domain lets it see.
+
+A run lives in one folder and goes on where it was killed. Batches and shifts depend on the seed
+and the step alone, so that a killed run ends where one without a break ends.
+"""
+
+import json
+import logging
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax, normalize, pad
+
+from vlm_prune.continual.clip import extra
+from vlm_prune.continual.streams.packaged import DOMAINS, PER_CLASS, Drawn
+from vlm_prune.continual.tiny.config import WEIGHTS, write_folder
+from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.tiny.initial import waves, whitened
+
+logger = logging.getLogger(__name__)
+STATE = "state.safetensors"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hyperparameters; `width` and `layers` are the vision tower's.
+
+    `steps` is the length of the learning-rate schedule; training ends after `stop` of them, where
+    the rate is at 8 % of its peak.
+    """
+
+    steps: int = 1800
+    stop: int = 1500
+    batch: int = 128
+    rate: float = 1.5e-3
+    warmup: int = 100
+    weight_decay: float = 0.05
+    shift: int = 3
+    per_class: int = PER_CLASS["pretraining"]
+    width: int = 128
+    layers: int = 4
+    seed: int = 0
+    save_every: int = 100
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pictures (N, 48, 48, 3) uint8 and for each the numbers of its captions (N, templates)."""
+
+    pixels: NDArray[np.uint8]
+    captions: NDArray[np.int64]
+    texts: tuple[str, ...]
+
+
+def pairs(per_class: int) -> Pairs:
+    """The known classes of every domain in the plain style; every caption of a class in turn."""
+    pixels, captions, texts = [], [], list[str]()
+    for domain in DOMAINS.values():
+        drawn = Drawn(domain, "pretraining", domain.known, "plain")
+        # scenes are many and easy: a third of the pictures
+        count = per_class // 3 if domain.name == "scenes" else per_class
+        for index in range(count * len(domain.known)):
+            image, label = drawn[index]
+            pixels.append(np.asarray(image))
+            first = len(texts) + label * len(domain.templates)
+            captions.append([first + k for k in range(len(domain.templates))])
+        texts += [t.format(name) for name in domain.known for t in domain.templates]
+    return Pairs(np.stack(pixels), np.array(captions), tuple(texts))
+
+
+def corpus() -> list[str]:
+    """Every prompt of every domain: the tokenizer may know words that the model never saw."""
+    return [t.format(c) for d in DOMAINS.values() for c in d.classes for t in d.templates]
+
+
+class Pretraining:
+    """Trains in `folder`, or finishes training that was killed."""
+
+    def __init__(self, folder: Path, recipe: Recipe, data: Pairs | None = None) -> None:
+        self.folder, self.recipe = folder, recipe
+        self._claim()
+        self.data = pairs(recipe.per_class) if data is None else data
+        write_folder(folder, corpus(), recipe.width, recipe.layers)
+        torch.manual_seed(recipe.seed)
+        open_clip = extra("open_clip")
+        self.model: Any = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+        mean, std = (
+            self.model.visual.preprocess_cfg["mean"],
+            self.model.visual.preprocess_cfg["std"],
+        )
+        self.mean, self.std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
+        self.tokens: Tensor = tokenizer(list(self.data.texts))
+        decayed = [p for p in self.model.parameters() if p.ndim >= 2]
+        others = [p for p in self.model.parameters() if p.ndim < 2]
+        self.parameters = decayed + others
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": recipe.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=recipe.rate,
+            betas=(0.9, 0.98),
+        )
+        self.done = 0
+        if (folder / STATE).is_file():
+            self._load()
+        else:
+            self._initialise()
+
+    def run(self, until: int | None = None) -> None:
+        """Train to the end, or to step `until`; at the end the folder holds half-precision weights."""
+        recipe, begin = self.recipe, time.monotonic()
+        for step in range(self.done, recipe.stop if until is None else until):
+            loss, accuracy = self._step(step)
+            if step % 20 == 0 or step == recipe.stop - 1:
+                seconds = round(time.monotonic() - begin, 1)
+                self._log(step=step, seconds=seconds, loss=loss, batch_accuracy=accuracy)
+            self.done = step + 1
+            if self.done % recipe.save_every == 0:
+                self._save()
+        if self.done == recipe.stop:
+            half = {name: t.half().contiguous() for name, t in self.model.state_dict().items()}
+            save_file(half, self.folder / WEIGHTS)
+
+    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Normalised pixels (B, 3, 48, 48), each shifted a little, and their captions (B,)."""
+        rng = np.random.default_rng((self.recipe.seed, step))
+        chosen = rng.integers(len(self.data.pixels), size=self.recipe.batch)
+        template = rng.integers(self.data.captions.shape[1], size=self.recipe.batch)
+        pixels = self.normalised(chosen)
+        reach = self.recipe.shift
+        wide = pad(pixels, (reach,) * 4, mode="replicate")
+        side = pixels.shape[-1]
+        corners = rng.integers(2 * reach + 1, size=(self.recipe.batch, 2)).tolist()
+        shifted = [
+            p[:, y : y + side, x : x + side] for p, (y, x) in zip(wide, corners, strict=True)
+        ]
+        return torch.stack(shifted), torch.from_numpy(self.data.captions[chosen, template])
+
+    def normalised(self, chosen: NDArray[np.int64]) -> Tensor:
+        """Pictures of these numbers as the model reads them, (B, 3, 48, 48)."""
+        pixels = torch.from_numpy(self.data.pixels[chosen]).permute(0, 3, 1, 2).float() / 255
+        return (pixels - self.mean) / self.std
+
+    def _step(self, step: int) -> tuple[float, float]:
+        pixels, captions = self._batch(step)
+        texts, own = captions.unique(return_inverse=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.rate * _schedule(step, self.recipe)
+        self.model.train()
+        with torch.autocast("cpu", torch.bfloat16):
+            image = self.model.encode_image(pixels)
+            text = self.model.encode_text(self.tokens[texts])
+        scale = self.model.logit_scale.exp()
+        logits = scale * normalize(image.float(), dim=-1) @ normalize(text.float(), dim=-1).T
+        loss = contrastive(logits, own)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(0, math.log(100))
+        return float(loss.detach()), float((logits.argmax(1) == own).float().mean())
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Patch filters that are whitened components, and positions that are waves, as in `vlm.tiny`."""
+        visual = self.model.visual
+        generator = torch.Generator().manual_seed(self.recipe.seed)
+        rng = np.random.default_rng(self.recipe.seed)
+        some = self.normalised(rng.integers(len(self.data.pixels), size=600))
+        size = visual.conv1.kernel_size[0]
+        cut = some.unfold(2, size, size).unfold(3, size, size).permute(0, 2, 3, 1, 4, 5).flatten(3)
+        patches = cut.flatten(0, 2)
+        patches = patches[patches.std(-1) > 0.3]
+        kernel = visual.conv1.weight
+        kernel.copy_(0.5 * whitened(patches, len(kernel), generator).reshape(kernel.shape))
+        table = visual.positional_embedding
+        table[1:] = 0.4 * waves(table.shape[1], visual.grid_size[0])
+
+    def _claim(self) -> None:
+        """Mark the folder as this run's, so that another recipe cannot go on from its state."""
+        text, path = json.dumps(asdict(self.recipe), indent=2) + "\n", self.folder / "recipe.json"
+        if path.is_file() and path.read_text() != text:
+            raise InputError(f"{self.folder} holds another run; give an empty folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    def _save(self) -> None:
+        """Model and both moments of every parameter; written beside the last state and renamed."""
+        state = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        for number, parameter in enumerate(self.parameters):
+            moments = self.optimizer.state[parameter]
+            state |= {f"{key}.{number}": moments[key] for key in ("exp_avg", "exp_avg_sq")}
+        state["step"] = torch.tensor(self.done)
+        save_file({k: t.contiguous() for k, t in state.items()}, self.folder / f"{STATE}.partial")
+        os.replace(self.folder / f"{STATE}.partial", self.folder / STATE)
+
+    def _load(self) -> None:
+        state = load_file(self.folder / STATE)
+        self.done = int(state["step"])
+        weights = {k.removeprefix("model."): t for k, t in state.items() if k.startswith("model.")}
+        self.model.load_state_dict(weights)
+        for number, parameter in enumerate(self.parameters):
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(self.done)),
+                "exp_avg": state[f"exp_avg.{number}"],
+                "exp_avg_sq": state[f"exp_avg_sq.{number}"],
+            }
+        log = self.folder / "log.jsonl"
+        lines = log.read_text().splitlines(keepends=True) if log.is_file() else []
+        log.write_text("".join(line for line in lines if json.loads(line)["step"] < self.done))
+
+    def _log(self, **figures: float) -> None:
+        line = {key: round(value, 4) for key, value in figures.items()}
+        logger.info(" ".join(f"{key} {value}" for key, value in line.items()))
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def contrastive(logits: Tensor, own: Tensor) -> Tensor:
+    """CLIP's two-way loss where several pictures may share a caption.
+
+    Args:
+        logits: (B, C) of pictures against the batch's distinct captions.
+        own: (B,) the caption of each picture; a caption's pictures share its target evenly.
+    """
+    rows = torch.arange(len(own))
+    to_text = -log_softmax(logits, 1)[rows, own].mean()
+    counts = own.bincount(minlength=logits.shape[1])
+    to_image = -(log_softmax(logits, 0)[rows, own] / counts[own]).sum() / logits.shape[1]
+    return (to_text + to_image) / 2
+
+
+def _schedule(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, then a cosine to zero, as a factor of the rate."""
+    if step < recipe.warmup:
+        return (step + 1) / recipe.warmup
+    share = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return 0.5 * (1 + math.cos(math.pi * share))

@@ -1,0 +1,315 @@
+"""Training a CLIP on a stream of tasks: one loop for all methods, on accelerate.
+
+A run lives in one folder and goes on where it was killed, to the same matrix. When it is done the
+folder holds `results.json`, `deltas`, `correct` (which test image was right after which task) and
+`model`, a plain checkpoint of the model's own library with exactly the keys that it began with.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+from safetensors.numpy import load_file
+from torch import Tensor
+
+from vlm_prune.continual import checkpoint
+from vlm_prune.continual.clip import Clip, extra
+from vlm_prune.continual.config import Recipe, above
+from vlm_prune.continual.data import check, eval_batches, facts, plan, prompts, train_batches
+from vlm_prune.continual.evaluate import evaluate
+from vlm_prune.continual.methods import Context, Method
+from vlm_prune.continual.methods.base import Group
+from vlm_prune.continual.parallel import average_gradients, gather
+from vlm_prune.continual.streams.base import Task
+from vlm_prune.vlm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method on one stream.
+
+    Args:
+        output: folder of this run.
+        method: what learns; the run works on a fresh copy of it.
+        recipe: how it is trained.
+        save_every: steps between checkpoints within a task; 0 for none but those between tasks.
+        workers: processes that load images.
+        bf16: compute in bfloat16; weights, gates and optimizer stay in float32.
+        cpu: stay off the GPU.
+        progress: show a bar for each task on the error stream.
+
+    Raises:
+        InputError: for a value out of range.
+    """
+
+    output: Path
+    method: Method
+    recipe: Recipe = field(default_factory=Recipe)
+    save_every: int = 0
+    workers: int = 0
+    bf16: bool = False
+    cpu: bool = False
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        above("save_every", self.save_every, 0)
+        above("workers", self.workers, 0)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Top-1 accuracy in [0, 1], and which test images were right.
+
+    Args:
+        tasks: names of the N tasks.
+        zero_shot: (N,) before any task.
+        matrix: (N, N) after task t (row) on task i (column).
+        zero_shot_hits: for each task's test set (n,) of 0 and 1.
+        hits: for each task's test set (N, n), row t after task t.
+        trainable: parameters trained in each task.
+        added: parameters that answering needs beside the model's own, after each task.
+        norms: Frobenius norm of each task's change; None for methods without factors.
+    """
+
+    tasks: list[str]
+    zero_shot: NDArray[np.float64]
+    matrix: NDArray[np.float64]
+    zero_shot_hits: list[NDArray[np.uint8]]
+    hits: list[NDArray[np.uint8]]
+    trainable: list[int]
+    added: list[int]
+    norms: list[float | None]
+
+
+def train(run: Run, clip: Clip, tasks: Sequence[Task]) -> Results:
+    """Train, or finish training; the CLIP is changed in place.
+
+    Pass the CLIP that the run began with; of a finished run only the results are read.
+
+    Raises:
+        InputError: if the tasks cannot be used, `run.output` holds another run, or training fails.
+    """
+    check(tasks)
+    accelerate = extra("accelerate")
+    accelerator = accelerate.Accelerator(mixed_precision="bf16" if run.bf16 else "no", cpu=run.cpu)
+    clip.model.to(accelerator.device)
+    trainer = _Trainer(run, clip, tasks, accelerator)
+    trainer.run_all()
+    return read_results(run.output)
+
+
+def read_results(output: Path) -> Results:
+    """What a finished run wrote into its folder."""
+    record = json.loads((output / "results.json").read_text())
+    names, matrix = record["tasks"], np.array(record["matrix"], dtype=np.float64)
+    rows = ["zero-shot", *(f"task-{number}" for number in range(len(names)))]
+    before, *after = [load_file(output / "correct" / f"{row}.safetensors") for row in rows]
+    hits = [np.stack([row[name] for row in after]) for name in names]
+    zero_shot, first = np.array(record["zero_shot"]), [before[name] for name in names]
+    counts = record["trainable"], record["added"], record["norms"]
+    return Results(names, zero_shot, matrix, first, hits, *counts)
+
+
+class _Trainer:
+    def __init__(self, run: Run, clip: Clip, tasks: Sequence[Task], accelerator: Any) -> None:
+        self.run, self.clip, self.tasks, self.accelerator = run, clip, tasks, accelerator
+        self.output, self.recipe = run.output, run.recipe
+        self.method: Method = replace(run.method)
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.main: bool = accelerator.is_main_process
+        self._claim()
+        path = self.output / "results.json"
+        empty: dict[str, Any] = {"zero_shot": None, "matrix": []}
+        empty |= {"trainable": [], "added": [], "norms": []}
+        self.record = json.loads(path.read_text()) if path.is_file() else empty
+        accelerator.wait_for_everyone()
+
+    def run_all(self) -> None:
+        if (self.output / "model").is_dir():
+            return
+        if self.record["zero_shot"] is None:
+            self.record["zero_shot"] = self._row("zero-shot", None)
+            self._write()
+        done, weights, state = checkpoint.load_state(self.output)
+        if done:
+            self.clip.model.load_state_dict(weights)
+            self.method.load_state(state)
+        for number in range(done, len(self.tasks)):
+            if len(self.record["matrix"]) < number:
+                self._finish_row(number - 1)
+            self._learn(number)
+            if self.main:
+                state = self.method.state()
+                model = self.clip.model.state_dict()
+                checkpoint.save_state(self.output, number + 1, model, state)
+            self.accelerator.wait_for_everyone()
+            self._finish_row(number)
+        if len(self.record["matrix"]) < len(self.tasks):
+            self._finish_row(len(self.tasks) - 1)
+        if self.main:
+            checkpoint.write_folder(self.output / "model", self.clip.save)
+            for old in [*self.output.glob("state-*"), *self.output.glob("step-*")]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _learn(self, number: int) -> None:
+        """Train one task and leave the model plain."""
+        groups = self.method.begin_task(self._context(number))
+        named = self.clip.model.named_parameters()
+        trained = {name: parameter for name, parameter in named if parameter.requires_grad}
+        if groups:
+            self.clip.model.train()
+            self._fit(number, groups, trained)
+            self.clip.model.eval()
+        delta = self.method.end_task()
+        self.record["trainable"][number:] = [sum(p.numel() for p in trained.values())]
+        self.record["added"][number:] = [self.method.added_parameters()]
+        self.record["norms"][number:] = [None if delta is None else delta.norm()]
+        if self.main:
+            if delta is not None:
+                delta.facts["name"] = self.tasks[number].name
+                delta.save(self.output / "deltas" / f"task-{number}.safetensors")
+            self._write()
+
+    def _fit(
+        self, number: int, groups: list[Group], trained: dict[str, torch.nn.Parameter]
+    ) -> None:
+        """Take the steps of one task, from its last checkpoint on if there is one."""
+        recipe, method, parameters = self.recipe, self.method, list(trained.values())
+        optimizer = torch.optim.AdamW(groups, betas=recipe.betas, weight_decay=recipe.weight_decay)
+        rates = [group["lr"] for group in groups]
+        data = {name: parameter.detach() for name, parameter in trained.items()}
+        first, state = checkpoint.load_step(self.output, number, data, optimizer)
+        if first:
+            method.load_state(state)
+        self._cut_log(number, first)
+        key = [recipe.seed, number]
+        batches = plan(len(self.tasks[number].train), recipe.batch, recipe.steps, key)
+        shares = train_batches(
+            self.tasks[number], self.clip, batches, first, key,
+            self.rank, self.world, self.run.workers,
+        )  # fmt: skip
+        shown = track(
+            shares, self.tasks[number].name, recipe.steps, first,
+            console=Console(stderr=True), disable=not (self.run.progress and self.main),
+        )  # fmt: skip
+        for step, (pixels, labels) in enumerate(shown, first):
+            factor = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+            torch.manual_seed(method.context.generator(4, step, self.rank).initial_seed())
+            with self.accelerator.autocast():
+                loss = method.loss(pixels, labels, step)
+            self._note(number, step, loss.item())
+            loss.backward()
+            average_gradients(parameters)
+            if recipe.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
+            optimizer.step()
+            method.after_step(step)
+            optimizer.zero_grad()
+            taken = step + 1
+            if self.run.save_every and taken % self.run.save_every == 0 < recipe.steps - taken:
+                self._save_step(number, taken, data, optimizer)
+
+    def _context(self, number: int) -> Context:
+        task, earlier = self.tasks[number], self.tasks[:number]
+        ids = self.clip.tokenize(prompts(task))
+        before = [self.clip.tokenize(prompts(other)) for other in earlier]
+        return Context(
+            self.clip,
+            self.recipe,
+            number,
+            ids,
+            torch.cat(before) if before else ids[:0],
+            lambda: eval_batches(task.train, self.clip, self.recipe.eval_batch),
+            gather,
+        )
+
+    def _save_step(self, number: int, step: int, trained: dict[str, Tensor], opt: Any) -> None:
+        if self.main:
+            checkpoint.save_step(self.output, number, step, trained, opt, self.method.state())
+        self.accelerator.wait_for_everyone()
+
+    def _finish_row(self, number: int) -> None:
+        row = self._row(f"task-{number}", self.method)
+        self.record["matrix"][number:] = [row]
+        self._write()
+
+    def _row(self, name: str, method: Method | None) -> list[float]:
+        """Accuracy on every task; writes which images were right."""
+        arguments = self.clip, self.tasks, self.recipe, method, self.rank, self.world
+        right = [
+            self.accelerator.reduce(hits.to(self.accelerator.device), "sum").cpu()
+            for hits in evaluate(*arguments, self.run.workers)
+        ]
+        if self.main:
+            folder = self.output / "correct"
+            folder.mkdir(exist_ok=True)
+            named = {task.name: hits for task, hits in zip(self.tasks, right, strict=True)}
+            checkpoint.save_tensors(folder / f"{name}.safetensors", named)
+        return [float(hits.double().mean()) for hits in right]
+
+    def _write(self) -> None:
+        if self.main:
+            named = {"method": self.method.name, "tasks": [task.name for task in self.tasks]}
+            checkpoint.write_json(self.output / "results.json", named | self.record)
+
+    def _note(self, number: int, step: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise InputError(f"the loss is {loss} at step {step} of task {number}; lower the lr")
+        if self.main:
+            with (self.output / "log.jsonl").open("a") as file:
+                file.write(json.dumps({"task": number, "step": step, "loss": loss}) + "\n")
+
+    def _cut_log(self, number: int, step: int) -> None:
+        """Drop the lines of steps that will be taken again."""
+        path = self.output / "log.jsonl"
+        if self.main and path.is_file():
+            lines = path.read_text().splitlines(keepends=True)
+            # the last line may be torn
+            entries = [json.loads(line) for line in lines if line.endswith("\n")]
+            kept = [e for e in entries if (e["task"], e["step"]) < (number, step)]
+            checkpoint.write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+    def _claim(self) -> None:
+        """Mark the folder as this run's, so that another one cannot go on from its checkpoints."""
+        ours = {
+            "method": self.method.name,
+            "options": self.method.options(),
+            "recipe": self.recipe,
+            "bf16": self.run.bf16,
+            "weights": _fingerprint(self.clip.model),
+            "tasks": [facts(task) for task in self.tasks],
+        }
+        text = json.dumps(ours, indent=2, default=_plain) + "\n"
+        path = self.output / "run.json"
+        if path.is_file() and path.read_text() != text:
+            raise InputError(
+                f"{self.output} holds another run; give an empty folder, or its settings and model"
+            )
+        if self.main:
+            self.output.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_text(path, text)
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
+
+
+def _fingerprint(model: Any) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

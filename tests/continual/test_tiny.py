@@ -1,0 +1,111 @@
+"""The embedded CLIP: what is packaged, and how it is trained."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vlm_prune.continual.clip import load_clip
+from vlm_prune.continual.evaluate import class_features
+from vlm_prune.continual.metrics import accuracy
+from vlm_prune.continual.streams.packaged import task
+from vlm_prune.continual.tiny import checkpoint_path
+from vlm_prune.continual.tiny.card import image_features, measure, write_card
+from vlm_prune.continual.tiny.config import CONTEXT, WEIGHTS
+from vlm_prune.continual.tiny.train import Pretraining, Recipe, contrastive, corpus, pairs
+from vlm_prune.vlm.errors import InputError
+
+SMALL = Recipe(steps=6, stop=6, batch=16, warmup=2, per_class=1, width=32, layers=1, save_every=3)
+
+
+@pytest.fixture(scope="module")
+def packaged():
+    return load_clip("tiny")
+
+
+@pytest.fixture(scope="module")
+def data():
+    return pairs(1)
+
+
+def test_packaged_weights_are_small_and_in_half_precision(packaged):
+    weights = load_file(checkpoint_path() / WEIGHTS)
+    assert {t.dtype for t in weights.values()} == {torch.float16}
+    assert sum(p.numel() for p in packaged.model.parameters()) < 8e6
+    assert sum(f.stat().st_size for f in checkpoint_path().iterdir()) < 16e6
+    assert (checkpoint_path() / "log.jsonl").read_text().count("\n") > 50
+
+
+def test_no_prompt_is_cut_and_each_ends_with_the_highest_token(packaged):
+    tokens = packaged.tokenize(corpus())
+    assert tokens.shape[1] == CONTEXT
+    assert (tokens.max(1).values == tokens.max()).all() and (tokens[:, -1] == 0).all()
+    assert len({tuple(row) for row in tokens.tolist()}) == len(set(corpus()))
+
+
+@pytest.mark.parametrize(("name", "least"), [("colours", 0.3), ("symbols", 0.3), ("scenes", 0.85)])
+def test_zero_shot_is_above_chance(packaged, name, least):
+    one = task(name)
+    features, labels = image_features(packaged, [one.test[k] for k in range(96)])
+    hits = (features @ class_features(packaged, one, False).T).argmax(1) == labels
+    assert accuracy(hits.numpy())[1] > least
+
+
+@pytest.mark.slow
+def test_card_says_what_is_measured(packaged):
+    card = (checkpoint_path() / "README.md").read_text()
+    for name in ("shapes", "colours"):
+        found = measure(packaged, task(name))
+        row = next(line for line in card.splitlines() if line.startswith(f"| {name} |"))
+        shown = [float(cell.split()[0]) for cell in row.split("|")[4:7]]
+        wanted = [100 * f[0] for f in (found.zero_shot, found.known, found.probe)]
+        assert shown == pytest.approx(wanted, abs=1.5)
+
+
+def test_a_killed_run_ends_like_one_without_a_break(tmp_path, data):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    Pretraining(whole, SMALL, data).run()
+    Pretraining(broken, SMALL, data).run(until=5)  # the state is that of step 3
+    Pretraining(broken, SMALL, data).run()
+    one, two = (load_file(folder / WEIGHTS) for folder in (whole, broken))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=0)
+    steps = [json.loads(line)["step"] for line in (broken / "log.jsonl").read_text().splitlines()]
+    assert steps == [0, 5]
+
+
+def test_a_folder_holds_one_run(tmp_path, data):
+    Pretraining(tmp_path, SMALL, data).run(until=1)
+    with pytest.raises(InputError, match="holds another run"):
+        Pretraining(tmp_path, Recipe(steps=7), data)
+
+
+def test_training_learns(tmp_path, data):
+    recipe = Recipe(steps=25, stop=25, batch=32, warmup=2, per_class=1, width=32, layers=1, shift=0)
+    Pretraining(tmp_path, recipe, data).run()
+    losses = [
+        json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()
+    ]
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_card_of_a_model_just_trained(tmp_path, data):
+    Pretraining(tmp_path, SMALL, data).run()
+    figures = measure(load_clip(str(tmp_path)), task("words"))
+    names = "digits letters words symbols shapes colours textures photographs scenes"
+    write_card(tmp_path, dict.fromkeys(names.split(), figures))
+    card = (tmp_path / "README.md").read_text()
+    assert (
+        sum(line.startswith(f"| {n} |") for n in names.split() for line in card.splitlines()) == 9
+    )
+
+
+def test_contrastive_loss_by_hand():
+    # two pictures share caption 0, one has caption 1
+    logits, own = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 0, 1])
+    rows, columns = logits.log_softmax(1), logits.log_softmax(0)
+    to_text = -(rows[0, 0] + rows[1, 0] + rows[2, 1]) / 3
+    to_image = -((columns[0, 0] + columns[1, 0]) / 2 + columns[2, 1]) / 2
+    torch.testing.assert_close(contrastive(logits, own), (to_text + to_image) / 2)

@@ -1,0 +1,292 @@
+"""The loop: losses, order of data, resuming, several processes, and wrong input."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vlm_prune.continual import checkpoint, losses
+from vlm_prune.continual.clip import load_clip
+from vlm_prune.continual.config import Placement, Recipe
+from vlm_prune.continual.data import plan
+from vlm_prune.continual.evaluate import class_features
+from vlm_prune.continual.methods import Context, make_method
+from vlm_prune.continual.methods.codyra import CoDyRA
+from vlm_prune.continual.train import Run, train
+from vlm_prune.vlm.errors import InputError
+
+RECIPE = Recipe(steps=6, batch=4, lr=1e-2)
+
+
+def test_text_to_image_is_the_soft_target_form_with_both_denominators():
+    logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 2, 2, 0, 3])
+    targets = F.one_hot(labels, 4).float().T  # rows are classes, columns images
+    rows = F.cross_entropy(logits.T, targets, reduction="none")
+    everything = losses.text_to_image(logits, labels, "all", earlier=3)
+    torch.testing.assert_close(everything, rows.sum() / 7)
+    torch.testing.assert_close(losses.text_to_image(logits, labels, "present"), rows.sum() / 3)
+    assert losses.text_to_image(logits, labels, "none") == 0
+
+
+def test_distillation_is_least_for_the_teachers_logits():
+    teacher = torch.randn(3, 6)
+    student = teacher.clone().requires_grad_()
+    losses.distil(student, teacher, 2.0).backward()
+    torch.testing.assert_close(student.grad, torch.zeros(3, 6), atol=1e-6, rtol=0)
+
+
+def test_the_batchs_own_prompts_are_always_kept():
+    kept = losses.chosen_prompts(torch.tensor([7, 3, 7]), 10, 4, torch.Generator().manual_seed(0))
+    assert len(kept) == 4 and {3, 7} <= set(kept.tolist())
+    assert len(losses.chosen_prompts(torch.arange(6), 10, 4, torch.Generator())) == 6
+
+
+def test_a_subset_of_prompts_drops_the_others_from_the_softmax(clip):
+    ids = clip.tokenize(["a red.", "a green.", "a blue."])
+    pixels, labels = torch.randn(4, 3, 32, 32), torch.tensor([2, 0, 2, 0])
+    method = make_method("lora", rank=2)
+    method.begin_task(Context(clip, replace(RECIPE, prompts=2), 0, ids, ids[:0]))
+    loss = method.loss(pixels, labels, 0)
+    method.end_task()
+    method.begin_task(Context(clip, RECIPE, 0, ids[[0, 2]], ids[:0]))
+    renamed = torch.tensor([1, 0, 1, 0])
+    torch.testing.assert_close(loss, method.loss(pixels, renamed, 0))
+
+
+def test_a_frozen_text_tower_is_encoded_once_per_task(clip, monkeypatch):
+    ids = clip.tokenize(["a red.", "a green."])
+    pixels, labels = torch.randn(2, 3, 32, 32), torch.tensor([1, 0])
+    calls = []
+    encode = clip.encode_text
+    monkeypatch.setattr(clip, "encode_text", lambda part: calls.append(1) or encode(part))
+    for encoder, expected in (("vision", 1), ("all", 3)):
+        method = make_method("lora", rank=2, placement=Placement(encoder))
+        method.begin_task(Context(clip, RECIPE, 0, ids, ids[:0]))
+        calls.clear()
+        for step in range(3):
+            method.loss(pixels, labels, step).backward()
+        assert len(calls) == expected
+        method.end_task()
+
+
+def test_the_text_to_image_term_needs_a_trained_vision_tower(clip):
+    ids = clip.tokenize(["a red.", "a green."])
+    pixels, labels = torch.randn(4, 3, 32, 32), torch.tensor([1, 0, 0, 0])
+    values = {}
+    for encoder in ("text", "all"):
+        for term in ("all", "none"):
+            method = make_method("lora", rank=2, placement=Placement(encoder))
+            method.begin_task(Context(clip, replace(RECIPE, text_term=term), 0, ids, ids[:0]))
+            values[encoder, term] = method.loss(pixels, labels, 0).item()
+            method.end_task()
+    assert values["text", "all"] == values["text", "none"] == values["all", "none"]
+    assert values["all", "all"] > values["all", "none"]
+
+
+def test_batches_cover_every_image_in_each_pass():
+    batches = plan(10, 4, 7, (8, 0))
+    assert [len(batch) for batch in batches] == [4, 4, 2, 4, 4, 2, 4]
+    for at in (0, 3):
+        assert sorted(chain(*batches[at : at + 3])) == list(range(10))
+    assert batches[:3] != batches[3:6]
+    assert batches == plan(10, 4, 7, (8, 0)) != plan(10, 4, 7, (8, 1))
+
+
+def outcome(folder):
+    record = json.loads((folder / "results.json").read_text())
+    log = folder / "log.jsonl"
+    return record, log.read_text() if log.is_file() else ""
+
+
+class Killed(Exception):
+    pass
+
+
+RESUMED = {
+    "codyra": {"rank": 2, "freeze_pruned": True},
+    "codyra-plus": {"rank": 2, "budget": 1, "importance": "taylor"},
+    "o-lora": {"rank": 2},
+    "adalora": {"rank": 3, "target_rank": 1, "every": 2},
+    "wise-ft": {"anchor": "initial"},
+    "lwf": {},
+    "rail": {"width": 32},
+    "zscl": {"captions": ["a bar"], "average_every": 2},
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_killed_run_ends_in_the_same_matrix(
+    name, make_clip, tasks, references, tmp_path, monkeypatch
+):
+    options = RESUMED[name] | ({"images": references} if name == "zscl" else {})
+
+    def run(folder):
+        method = make_method(name, **options)
+        train(Run(tmp_path / folder, method, RECIPE, save_every=2, cpu=True), make_clip(), tasks)
+
+    run("whole")
+    calls = []
+    kind = type(make_method(name, **options))
+    for where, when in (("loss", (4, 9)), ("end_task", (2,)), ("scores", (3, 4))):
+        original = getattr(kind, where)
+
+        def count(self, *arguments, where=where, when=when, original=original):
+            calls.append(where)
+            if calls.count(where) in when:
+                raise Killed
+            return original(self, *arguments)
+
+        monkeypatch.setattr(kind, where, count)
+    kills = 0
+    while not (tmp_path / "cut" / "model").is_dir():
+        try:
+            run("cut")
+        except Killed:
+            kills += 1
+            if calls[-1] == "loss":
+                with (tmp_path / "cut" / "log.jsonl").open("a") as log:
+                    log.write('{"task": 1, "st')  # a torn line
+    assert kills == (3 if name == "rail" else 5)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+    whole, cut = (load_clip(str(tmp_path / n / "model")).model for n in ("whole", "cut"))
+    for key, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, cut.state_dict()[key])
+    assert not list((tmp_path / "cut").glob("st*"))
+
+
+def test_a_half_written_folder_is_never_read(tmp_path):
+    checkpoint.save_state(tmp_path, 1, {"w": torch.ones(2)}, {})
+    (tmp_path / "state-2.partial").mkdir()
+    done, model, method = checkpoint.load_state(tmp_path)
+    assert done == 1 and torch.equal(model["w"], torch.ones(2)) and not method
+
+
+def test_a_folder_of_another_run_is_refused(clip, make_clip, tasks, tmp_path):
+    train(Run(tmp_path / "a", make_method("zero-shot"), RECIPE, cpu=True), clip, tasks)
+    again = train(Run(tmp_path / "a", make_method("zero-shot"), RECIPE, cpu=True), clip, tasks)
+    assert again.matrix.shape == (2, 2)
+    for number, hits in enumerate(again.hits):
+        assert (hits.mean(1) == again.matrix[:, number]).all()
+        assert again.zero_shot_hits[number].mean() == again.zero_shot[number]
+    for changed in (
+        Run(tmp_path / "a", make_method("full"), RECIPE, cpu=True),
+        Run(tmp_path / "a", make_method("zero-shot"), replace(RECIPE, seed=1), cpu=True),
+    ):
+        with pytest.raises(InputError, match="holds another run"):
+            train(changed, make_clip(), tasks)
+
+
+def test_scoring_within_the_task_is_easier_and_templates_are_averaged(make_clip, tasks, tmp_path):
+    kinds = {"joint": {}, "own": {"joint": False}}
+    joint, own = (
+        train(
+            Run(tmp_path / name, make_method("zero-shot"), replace(RECIPE, **kind), cpu=True),
+            make_clip(),
+            tasks,
+        ).zero_shot
+        for name, kind in kinds.items()
+    )
+    assert (own >= joint).all() and (own > joint).any()
+    clip = make_clip()
+    one, two = (clip.encode_texts([t.format("red")]) for t in tasks[0].templates)
+    both = class_features(clip, tasks[0], ensemble=True)[0]
+    torch.testing.assert_close(both, F.normalize(one + two)[0])
+    assert not torch.allclose(both, class_features(clip, tasks[0], ensemble=False)[0])
+
+
+def test_every_make_of_clip_goes_through_the_loop(any_clip, tasks, tmp_path):
+    keys = list(any_clip.model.state_dict())
+    recipe = Recipe(steps=2, batch=2, lr=1e-3)
+    for name in ("codyra", "dora"):
+        train(Run(tmp_path / name, make_method(name, rank=2), recipe, cpu=True), any_clip, tasks)
+        loaded = load_clip(str(tmp_path / name / "model"))
+        assert list(loaded.model.state_dict()) == keys
+
+
+def test_bfloat16_keeps_gates_and_weights_in_float32(clip, tasks, tmp_path, monkeypatch):
+    seen = set()
+
+    def watch(self, step, original=CoDyRA.after_step):
+        original(self, step)
+        seen.update(tensor.dtype for tensor in [*self.gates(), *clip.parameters().values()])
+
+    monkeypatch.setattr(CoDyRA, "after_step", watch)
+    recipe = Recipe(steps=3, batch=2)
+    results = train(Run(tmp_path, CoDyRA(rank=2), recipe, bf16=True, cpu=True), clip, tasks)
+    assert seen == {torch.float32} and results.norms[0] > 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(clip, tasks, tmp_path):
+    with pytest.raises(InputError, match="lower the lr"):
+        train(Run(tmp_path, make_method("full"), replace(RECIPE, lr=1e30), cpu=True), clip, tasks)
+
+
+def test_a_label_outside_the_classes_is_named(clip, tasks, tmp_path):
+    wrong = replace(tasks[0], train=[(tasks[0].train[0][0], 3)])
+    with pytest.raises(InputError, match="'colours' has a label outside its classes; give 0 to 2"):
+        train(Run(tmp_path, make_method("lora", rank=2), RECIPE, cpu=True), clip, [wrong])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": []}, "no images in its train split"),
+        ({"test": []}, "no images in its test split"),
+        ({"name": "shapes"}, "two tasks are named 'shapes'"),
+    ],
+)
+def test_wrong_tasks_are_refused(change, message, clip, tasks, tmp_path):
+    with pytest.raises(InputError, match=message):
+        run = Run(tmp_path, make_method("zero-shot"), RECIPE, cpu=True)
+        train(run, clip, [replace(tasks[0], **change), tasks[1]])
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one(clip, tasks, tmp_path):
+    method = CoDyRA(rank=4, total=0.65)
+    recipe = replace(RECIPE, batch=3)
+    one = train(Run(tmp_path / "one", method, recipe, cpu=True), clip, tasks)
+    folder = Path(__file__).parent
+    code = f"""
+import sys, torch
+sys.path.insert(0, {str(folder)!r})
+from dataclasses import replace
+from conftest import make_open_clip, make_task
+from vlm_prune.continual.config import Recipe
+from vlm_prune.continual.methods.codyra import CoDyRA
+from vlm_prune.continual.train import Run, train
+import torch.distributed as dist
+tasks = [make_task("colours", ("red", "green", "blue"), 0), make_task("shapes", ("disc", "bar", "ring"), 1)]
+seen = []
+class Watched(CoDyRA):
+    def after_step(self, step):
+        super().after_step(step)
+        gates = torch.cat(self.gates()).detach()
+        both = [torch.empty_like(gates) for _ in range(2)]
+        dist.all_gather(both, gates)
+        assert torch.equal(*both), step
+        seen.append(step)
+run = Run({str(tmp_path / "two")!r}, Watched(rank=4, total=0.65), Recipe(steps=6, batch=3, lr=1e-2), cpu=True)
+run = replace(run, output=__import__("pathlib").Path(run.output))
+train(run, make_open_clip(), tasks)
+assert seen == [*range(6)] * 2
+"""
+    script = tmp_path / "two.py"
+    script.write_text(code)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    out = subprocess.run([*launch, str(script)], check=False, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr[-3000:]
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    np.testing.assert_allclose(two["matrix"], one.matrix)
+    assert two["norms"] == pytest.approx(one.norms, rel=1e-3)
+    first, second = (load_clip(str(tmp_path / n / "model")).model for n in ("one", "two"))
+    for key, tensor in first.state_dict().items():
+        torch.testing.assert_close(second.state_dict()[key], tensor, atol=1e-4, rtol=1e-3)
