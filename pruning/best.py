@@ -46,8 +46,10 @@ class Best(Pruner):
 
     @property
     def needs(self) -> frozenset[Need]:
+        """Those of what it may stand for; and budgets mean something else where sizes differ."""
         entries = definitions(self.definitions)[1].values()
-        return frozenset().union(*(build(name, **more).needs for name, more in entries))
+        parts = (build(name, **more).needs for name, more in entries)
+        return frozenset[Need]({"a fixed image size"}).union(*parts)
 
     def definition(self, tokens: int) -> str:
         return described(*self._entry(tokens))
