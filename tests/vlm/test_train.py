@@ -7,6 +7,7 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vlm_prune.benchmarks.tasks.curriculum import SceneSource, corpus
+from vlm_prune.vlm.tiny import checkpoint_path
 from vlm_prune.vlm.tiny.config import make_model, make_processor
 from vlm_prune.vlm.tiny.language import loss_of, pack, projected
 from vlm_prune.vlm.tiny.train import MORE_STAGES, STAGES, Recipe, Trainer
@@ -56,8 +57,8 @@ def test_a_stopped_training_ends_with_the_same_weights(processor, tmp_path):
     assert list(dict.fromkeys(stages)) == list(MORE_STAGES)
 
 
-def test_colours_hear_of_things_and_options_of_letters(processor):
-    tokenizer = processor.tokenizer
+def test_colours_hear_of_things_and_options_of_letters():
+    tokenizer = AutoProcessor.from_pretrained(checkpoint_path()).tokenizer
     told = "The digit 7 is red. The star is blue. What color is the star?"
     asked = "What digit is red? A. 7 B. 3 C. 0 D. 1 ASSISTANT:"
     ids = tokenizer(
