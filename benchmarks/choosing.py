@@ -42,7 +42,7 @@ def find_schedule(
     from vlm_prune.benchmarks import schedule as analysis
     from vlm_prune.vlm.families import family_of
     from vlm_prune.vlm.load import load
-    from vlm_prune.vlm.tokens import tokens_for
+    from vlm_prune.vlm.tokens import check_fits, tokens_for
 
     quiet()
     if data.endswith(".json"):
@@ -52,7 +52,9 @@ def find_schedule(
     if not prompts:
         raise InputError(f"{data} holds no question about an image")
     loaded, processor = load(model, device, dtype)
-    wanted = tokens_for(parse_budget(budget), family_of(loaded).tokens_per_image)
+    whole = family_of(loaded).tokens_per_image
+    check_fits(parse_budget(budget), whole)
+    wanted = tokens_for(parse_budget(budget), whole)
     with progress(len(prompts)) as advance:
         points = analysis.points_of(loaded, processor, prompts, batch_size, advance)
     content = analysis.proposal(loaded, points, wanted, cuts)
@@ -89,7 +91,7 @@ def search(
     from vlm_prune.pruning.best import PACKAGED
     from vlm_prune.vlm.families import family_of
     from vlm_prune.vlm.load import load
-    from vlm_prune.vlm.tokens import tokens_for
+    from vlm_prune.vlm.tokens import check_fits, tokens_for
 
     quiet()
     names = parse_tasks(tasks)
@@ -98,6 +100,8 @@ def search(
     wanted = [parse_budget(text) for text in budget.split(",")]
     loaded, processor = load(model, device, dtype)
     whole = family_of(loaded).tokens_per_image
+    for each in wanted:
+        check_fits(each, whole)
     common = RunConfig(
         model, Variant("none", whole), names, limit, batch_size, device, dtype, seed, "val"
     )
