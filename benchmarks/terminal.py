@@ -1,7 +1,10 @@
 """What a command shows on the terminal while it works."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from vlm_prune.vlm.errors import InputError
 
 
 @contextmanager
@@ -21,3 +24,12 @@ def quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def script(run: Callable[[], object]) -> None:
+    """Run a script's command; wrong input is one line and exit code 2."""
+    try:
+        run()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

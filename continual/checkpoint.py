@@ -4,11 +4,8 @@
 after them up to step S. Only the newest of each stays.
 """
 
-import json
-import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vlm_prune.vlm.files import write_folder
+
 Tensors = dict[str, Tensor]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write beside the file, then rename."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a folder beside this one, then rename it; an older one is replaced."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    fill(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
 
 
 def save_tensors(path: Path, tensors: Tensors) -> None:

@@ -5,7 +5,6 @@ explicitly, so that an accuracy of exactly 0 counts like any other. The zero-sho
 apart: it is measured before the first task, under the same prompts.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from vlm_prune.continual.checkpoint import write_json
 from vlm_prune.continual.clip import extra
 from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.files import whole, write_json
 
 Array = NDArray[np.float64]
 METRICS = ("transfer", "average", "last", "forgetting", "forgetting_from_best")
@@ -186,9 +185,8 @@ class AccuracyMatrix:
             label = f"{100 * values[y, x]:.0f}"
             axes.text(x, y, label, ha="center", va="center", color=ink, fontsize=8)
         figure.colorbar(picture, label="accuracy %")
-        partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-        figure.savefig(partial)
-        os.replace(partial, path)
+        with whole(path) as partial:
+            figure.savefig(partial, format=path.suffix[1:])
 
 
 def retention(before: ArrayLike, after: ArrayLike, draws: int = 2000) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from vlm_prune.continual.methods.base import Group
 from vlm_prune.continual.parallel import average_gradients, gather
 from vlm_prune.continual.streams.base import Task
 from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.files import write_folder, write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class _Trainer:
         if len(self.record["matrix"]) < len(self.tasks):
             self._finish_row(len(self.tasks) - 1)
         if self.main:
-            checkpoint.write_folder(self.output / "model", self.clip.save)
+            write_folder(self.output / "model", self.clip.save)
             for old in [*self.output.glob("state-*"), *self.output.glob("step-*")]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
@@ -263,7 +264,7 @@ class _Trainer:
     def _write(self) -> None:
         if self.main:
             named = {"method": self.method.name, "tasks": [task.name for task in self.tasks]}
-            checkpoint.write_json(self.output / "results.json", named | self.record)
+            write_json(self.output / "results.json", named | self.record)
 
     def _note(self, number: int, step: int, loss: float) -> None:
         if not math.isfinite(loss):
@@ -280,7 +281,7 @@ class _Trainer:
             # the last line may be torn
             entries = [json.loads(line) for line in lines if line.endswith("\n")]
             kept = [e for e in entries if (e["task"], e["step"]) < (number, step)]
-            checkpoint.write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+            write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def _claim(self) -> None:
         """Mark the folder as this run's, so that another one cannot go on from its checkpoints."""
@@ -300,7 +301,7 @@ class _Trainer:
             )
         if self.main:
             self.output.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_text(path, text)
+            write_text(path, text)
 
 
 def _plain(value: Any) -> Any:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from vlm_prune.benchmarks.continual.experiment import ARMS, Experiment, run_all
 from vlm_prune.benchmarks.continual.results import time_steps, write
+from vlm_prune.benchmarks.terminal import script
 from vlm_prune.vlm.errors import InputError
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "continual"
@@ -42,8 +43,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except InputError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(2) from None
+    script(lambda: typer.run(main))

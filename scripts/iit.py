@@ -12,8 +12,8 @@ import typer
 from vlm_prune.benchmarks.iit.build import build
 from vlm_prune.benchmarks.iit.evaluate import evaluate
 from vlm_prune.benchmarks.iit.sources import SOURCES
+from vlm_prune.benchmarks.terminal import script
 from vlm_prune.learners import from_pretrained
-from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.load import load
 from vlm_prune.vlm.wrapper import build as build_pruner
 
@@ -57,8 +57,4 @@ def evaluate_command(
 
 
 if __name__ == "__main__":
-    try:
-        app()
-    except InputError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(2) from None
+    script(app)

@@ -13,10 +13,10 @@ from rich.console import Console
 
 from vlm_prune.benchmarks.cli import parse_arguments
 from vlm_prune.benchmarks.continual.learn import Learning, accuracy_matrix, learn, retained
+from vlm_prune.benchmarks.terminal import script
 from vlm_prune.continual.methods import METHODS
 from vlm_prune.continual.streams import STREAMS
 from vlm_prune.continual.train import read_results
-from vlm_prune.vlm.errors import InputError
 
 
 def main(
@@ -46,8 +46,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except InputError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(2) from None
+    script(lambda: typer.run(main))

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 import typer
 
+from vlm_prune.benchmarks.terminal import script
 from vlm_prune.continual.tiny import checkpoint_path
 from vlm_prune.continual.tiny.card import write_card
 from vlm_prune.continual.tiny.train import STATE, Pretraining, Recipe
-from vlm_prune.vlm.errors import InputError
 
 
 def main(folder: Path, seed: int = 0, threads: int = 2, install: bool = False) -> None:
@@ -25,8 +25,4 @@ def main(folder: Path, seed: int = 0, threads: int = 2, install: bool = False) -
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except InputError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(2) from None
+    script(lambda: typer.run(main))

@@ -11,12 +11,12 @@ from typing import Annotated
 import typer
 
 from vlm_prune.benchmarks.forgetting import choose_experiment
+from vlm_prune.benchmarks.terminal import script
 from vlm_prune.learners import WingsConfig
 from vlm_prune.learners.data import read_llava
 from vlm_prune.learners.merge import merge
 from vlm_prune.learners.recipe import METHODS, PRESETS
 from vlm_prune.learners.train import Run, train
-from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.load import load
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -54,8 +54,4 @@ def merge_command(base: str, tuned: str, output: Path, alpha: float = 0.5) -> No
 
 
 if __name__ == "__main__":
-    try:
-        app()
-    except InputError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(2) from None
+    script(app)

@@ -1,7 +1,8 @@
 """Writing files whole or not at all."""
 
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,3 +28,13 @@ def write_text(path: Path, content: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write all of the file or none of it."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a folder beside this one, then rename it; an older one is replaced."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    fill(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.replace(folder)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from vlm_prune.benchmarks.continual.learn import fewer, learn_tasks, method_of, recipe_of
-from vlm_prune.continual.checkpoint import write_json
 from vlm_prune.continual.clip import load_clip
 from vlm_prune.continual.methods import Method
 from vlm_prune.continual.streams import Stream, Task, open_stream
 from vlm_prune.continual.streams.unseen import scenes
 from vlm_prune.continual.train import Run
+from vlm_prune.vlm.files import write_json
 
 ADAPTER_RATES, FULL_RATES = (3e-4, 1e-3, 3e-3, 1e-2), (3e-5, 1e-4, 3e-4)
 

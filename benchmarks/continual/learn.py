@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_prune.benchmarks.environment import command, versions
-from vlm_prune.continual.checkpoint import write_json
 from vlm_prune.continual.clip import DEFAULT, Clip, load_clip
 from vlm_prune.continual.config import Recipe, above
 from vlm_prune.continual.evaluate import evaluate
@@ -22,6 +21,7 @@ from vlm_prune.continual.streams.stream import Subset, labels_of
 from vlm_prune.continual.streams.unseen import cifar100, imagenet, scenes
 from vlm_prune.continual.train import Results, Run, read_results, train
 from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.files import write_json
 
 PACKAGED = Recipe(steps=60, batch=32, lr=3e-3)
 # a data set that is in none of the stream's tasks

@@ -22,7 +22,6 @@ from vlm_prune.benchmarks.continual.experiment import ARMS, Experiment
 from vlm_prune.benchmarks.continual.learn import accuracy_matrix, method_of
 from vlm_prune.benchmarks.continual.timing import step_times
 from vlm_prune.benchmarks.environment import command, device_name, versions
-from vlm_prune.continual import checkpoint
 from vlm_prune.continual.clip import load_clip
 from vlm_prune.continual.data import prompts
 from vlm_prune.continual.delta import Delta
@@ -30,6 +29,7 @@ from vlm_prune.continual.diagnostics import survival
 from vlm_prune.continual.prox import total_shrinkage
 from vlm_prune.continual.streams import open_stream
 from vlm_prune.continual.train import read_results
+from vlm_prune.vlm.files import write_json, write_text
 
 QUESTIONS = (
     ("What does CoDyRA gain over LoRA of the same rank?", "codyra", "lora"),
@@ -121,7 +121,7 @@ def time_steps(experiment: Experiment, rounds: int = 10) -> None:
         if ARMS[label].rate and not ARMS[label].follows
     }
     make, words = (lambda: load_clip("tiny")), prompts(task)
-    checkpoint.write_json(path, step_times(methods, make, words, pixels, labels, rounds))
+    write_json(path, step_times(methods, make, words, pixels, labels, rounds))
 
 
 def page(found: Mapping[str, Any]) -> str:
@@ -192,7 +192,7 @@ def write(experiment: Experiment, folder: Path) -> None:
     """`results.json`, `README.md` and `methods.png` in `folder`."""
     found = collect(experiment)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(folder / "results.json", found)
-    checkpoint.write_text(folder / "README.md", page(found))
+    write_json(folder / "results.json", found)
+    write_text(folder / "README.md", page(found))
     metrics = {label: row["metrics"] for label, row in found["methods"].items()}
     draw(metrics, folder / "methods.png")

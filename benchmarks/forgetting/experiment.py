@@ -24,7 +24,7 @@ from vlm_prune.benchmarks.tasks.scenes import COLORS, NAMES
 from vlm_prune.learners.laws import attention_shift
 from vlm_prune.learners.merge import merge
 from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.files import whole, write_json
+from vlm_prune.vlm.files import whole, write_folder, write_json
 from vlm_prune.vlm.load import load
 from vlm_prune.vlm.tiny import text_language_model
 from vlm_prune.vlm.tiny.symbols import Symbols, align_projector, word_ids
@@ -119,10 +119,12 @@ def aligned(folder: Path, base: Path | None, plan: Plan, shown: Shown, seed: int
     align_projector(
         projector, features, targets, triples[:, 0] > 0, plan.align_steps, lambda step, **_: None
     )
-    partial = folder.with_name("aligned.partial")
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    partial.replace(folder)
+
+    def fill(partial: Path) -> None:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+
+    write_folder(folder, fill)
 
 
 def load_language_model(model: Any, path: Path) -> None:

@@ -1,13 +1,32 @@
 """What every stream consists of: named classification data sets in an order."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 from PIL import Image
 
 from vlm_prune.vlm.errors import InputError
 
 Labelled = tuple[Image.Image, int]
+
+
+class LabelledImages(Sequence[Labelled]):
+    """Images with labels, one made or read at a time; a slice makes all of its own."""
+
+    @abstractmethod
+    def item(self, index: int) -> Labelled:
+        """The image and label at one index."""
+
+    @overload
+    def __getitem__(self, index: int) -> Labelled: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Labelled]: ...
+    def __getitem__(self, index: int | slice) -> Labelled | list[Labelled]:
+        if isinstance(index, slice):
+            return [self.item(k) for k in range(*index.indices(len(self)))]
+        return self.item(index)
 
 
 @dataclass(frozen=True)

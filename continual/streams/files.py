@@ -4,9 +4,8 @@ import csv
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
 
-from vlm_prune.continual.streams.base import Labelled, Task
+from vlm_prune.continual.streams.base import Labelled, LabelledImages, Task
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.images import open_image
 
@@ -15,7 +14,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 PHOTO = ("a photo of a {}.",)
 
 
-class Files(Sequence[Labelled]):
+class Files(LabelledImages):
     """Image files with labels.
 
     Args:
@@ -37,13 +36,7 @@ class Files(Sequence[Labelled]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    @overload
-    def __getitem__(self, index: int) -> Labelled: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Labelled]: ...
-    def __getitem__(self, index: int | slice) -> Labelled | list[Labelled]:
-        if isinstance(index, slice):
-            return [self[k] for k in range(*index.indices(len(self)))]
+    def item(self, index: int) -> Labelled:
         return open_image(self.paths[index]), self.labels[index]
 
 

@@ -8,16 +8,16 @@ photographs, which have one style. Another version of Pillow may draw the edges 
 differently.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from string import ascii_uppercase
-from typing import Literal, overload
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
 from vlm_prune.continual.streams import drawing, patterns
-from vlm_prune.continual.streams.base import Labelled, Task
+from vlm_prune.continual.streams.base import Labelled, LabelledImages, Task
 from vlm_prune.continual.streams.drawing import Style
 from vlm_prune.vlm.registry import Registry
 
@@ -64,7 +64,7 @@ class Domain:
     draw: Callable[[str, Split, int, np.random.Generator, Style], Image.Image]
 
 
-class Drawn(Sequence[Labelled]):
+class Drawn(LabelledImages):
     """Pictures of some classes of a domain, class after class in turn; drawn once, when asked for."""
 
     def __init__(
@@ -81,13 +81,7 @@ class Drawn(Sequence[Labelled]):
     def __len__(self) -> int:
         return PER_CLASS[self.split] * len(self.classes)
 
-    @overload
-    def __getitem__(self, index: int) -> Labelled: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Labelled]: ...
-    def __getitem__(self, index: int | slice) -> Labelled | list[Labelled]:
-        if isinstance(index, slice):
-            return [self[k] for k in range(*index.indices(len(self)))]
+    def item(self, index: int) -> Labelled:
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)

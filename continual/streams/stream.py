@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import overload
 from zlib import crc32
 
 import numpy as np
 
-from vlm_prune.continual.checkpoint import write_json
-from vlm_prune.continual.streams.base import Labelled, Task, check_names
+from vlm_prune.continual.streams.base import Labelled, LabelledImages, Task, check_names
 from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.files import write_json
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Stream:
         return sorted({prompt for prompt in prompts if prompts.count(prompt) > 1})
 
 
-class Subset(Sequence[Labelled]):
+class Subset(LabelledImages):
     """Some items of a split; `indices` says which."""
 
     def __init__(self, split: Sequence[Labelled], indices: Sequence[int]) -> None:
@@ -63,13 +62,7 @@ class Subset(Sequence[Labelled]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    @overload
-    def __getitem__(self, index: int) -> Labelled: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Labelled]: ...
-    def __getitem__(self, index: int | slice) -> Labelled | list[Labelled]:
-        if isinstance(index, slice):
-            return [self.split[k] for k in self.indices[index]]
+    def item(self, index: int) -> Labelled:
         return self.split[self.indices[index]]
 
 

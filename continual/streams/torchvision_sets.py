@@ -1,13 +1,12 @@
 """Data sets in torchvision's folder layout, with the packaged class names; nothing is downloaded."""
 
 import importlib
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 
-from vlm_prune.continual.streams.base import Labelled, Task
+from vlm_prune.continual.streams.base import Labelled, LabelledImages, Task
 from vlm_prune.continual.streams.names import in_own_order, table
 from vlm_prune.continual.streams.stream import Subset
 from vlm_prune.vlm.errors import InputError
@@ -47,7 +46,7 @@ SPLIT_SEED = 42
 TRAIN_SHARE = 0.8
 
 
-class Held(Sequence[Labelled]):
+class Held(LabelledImages):
     """A torchvision data set as a sequence of RGB images and labels."""
 
     def __init__(self, data: Any, name: str) -> None:
@@ -66,13 +65,7 @@ class Held(Sequence[Labelled]):
     def __len__(self) -> int:
         return len(self.data)
 
-    @overload
-    def __getitem__(self, index: int) -> Labelled: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Labelled]: ...
-    def __getitem__(self, index: int | slice) -> Labelled | list[Labelled]:
-        if isinstance(index, slice):
-            return [self[k] for k in range(*index.indices(len(self)))]
+    def item(self, index: int) -> Labelled:
         try:
             image, label = self.data[index]
         except (OSError, SyntaxError) as error:

@@ -7,7 +7,6 @@ and the step alone, so that a killed run ends where one without a break ends.
 import json
 import logging
 import math
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from vlm_prune.continual.clip import extra
 from vlm_prune.continual.streams.packaged import DOMAINS, PER_CLASS, Drawn
 from vlm_prune.continual.tiny.config import WEIGHTS, write_folder
 from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.files import whole
 from vlm_prune.vlm.tiny.initial import waves, whitened
 
 logger = logging.getLogger(__name__)
@@ -203,8 +203,8 @@ class Pretraining:
             moments = self.optimizer.state[parameter]
             state |= {f"{key}.{number}": moments[key] for key in ("exp_avg", "exp_avg_sq")}
         state["step"] = torch.tensor(self.done)
-        save_file({k: t.contiguous() for k, t in state.items()}, self.folder / f"{STATE}.partial")
-        os.replace(self.folder / f"{STATE}.partial", self.folder / STATE)
+        with whole(self.folder / STATE) as partial:
+            save_file({k: t.contiguous() for k, t in state.items()}, partial)
 
     def _load(self) -> None:
         state = load_file(self.folder / STATE)

@@ -219,7 +219,7 @@ class Trainer:
             return row, listener, speaker
 
         def rows(level: int) -> list[Row]:
-            if level == 3:
+            if level == 3:  # the last quarter, when nothing is whispered any more
                 return self._rows(4, 32, 576, features=True, written=30)
             more = [self.source.text(26, self._seed()) for _ in range(2)]
             rows = self._rows(4, 32, 12, features=True, written=26, lesson="options")
