@@ -1,9 +1,11 @@
 """Opening images that strangers made."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from vlm_prune.vlm.errors import InputError
 
@@ -18,7 +20,7 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
             more than 89 million pixels (a decompression bomb).
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _whole_images():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = source if isinstance(source, Image.Image) else Image.open(source)
             if min(image.size) < 1:
@@ -39,6 +41,17 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+@contextmanager
+def _whole_images() -> Iterator[None]:
+    """Refuse truncated images, even where a package (lmms-eval) told Pillow to fill them up."""
+    lenient = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
 
 def _name(source: object) -> str:
