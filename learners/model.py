@@ -17,6 +17,7 @@ from vlm_prune.learners.config import WingsConfig
 from vlm_prune.learners.lorra import LoRRA, Rotary
 from vlm_prune.learners.router import Router
 from vlm_prune.learners.tokens import Tokens, remember
+from vlm_prune.vlm.cache import CACHE, cache_of
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
 
@@ -174,7 +175,7 @@ def _note_tokens(
     features, is_image = kwargs["inputs_embeds"], kwargs.get("wings")
     if is_image is None:
         raise InputError("Wings works in the whole model's forward, not the language model's alone")
-    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    mask, cache = kwargs.get("attention_mask"), cache_of(kwargs)
     use_cache = kwargs.get("use_cache")
     caches = bool(decoder.config.use_cache if use_cache is None else use_cache)
     seen = None
@@ -183,7 +184,7 @@ def _note_tokens(
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         raise InputError("Wings needs a 2D attention mask (batch, length) and a dynamic cache")
     if cache is None and caches:
-        cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
+        cache = kwargs[CACHE] = DynamicCache(config=decoder.config)
     batch, length = is_image.shape
     past = 0 if cache is None else cache.get_seq_length()
     positions = kwargs.get("position_ids")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vlm_prune.vlm.attention import decoder_keys, decoder_query_key
+from vlm_prune.vlm.cache import cache_of
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.layout import alike, image_ordinals, image_places, question_places, repeated
@@ -84,7 +85,7 @@ class _MidStack:
     def before_model(self, _: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Note what the prompt looks like, and whether this is a prefill."""
         ids = args[0] if args else kwargs.get("input_ids")
-        past = kwargs.get("past_key_values")
+        past = cache_of(kwargs)
         if ids is None:
             raise InputError("pruning inside the language model needs input_ids, not inputs_embeds")
         mask = kwargs.get("attention_mask")

@@ -6,6 +6,8 @@ from typing import Any, Protocol, Self, runtime_checkable
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
+from vlm_prune.vlm.cache import CACHE, cache_of
+
 
 @runtime_checkable
 class PerToken(Protocol):
@@ -49,9 +51,9 @@ class Segment:
                 config=decoder.config,
                 inputs_embeds=hidden,
                 attention_mask=self.valid,
-                past_key_values=kwargs.get("past_key_values"),
                 position_ids=positions,
                 layer_idx=number,
+                **{CACHE: cache_of(kwargs)},
             ),
         }
         self.kwargs |= {

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from vlm_prune.vlm.cache import cache_of
 from vlm_prune.vlm.encoded import Group, Images
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import Family, family_of
@@ -136,7 +137,7 @@ def pruned(
         return vars(short) | {"mm_encoder_outputs": family.output(kept.features, deepstack)}
 
     def before_forward(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        past = kwargs.get("past_key_values")
+        past = cache_of(kwargs)
         _refuse_videos(kwargs)
         if kwargs.get("pixel_values") is None or (past is not None and past.get_seq_length()):
             return args, kwargs

@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 
 from vlm_prune.learners import WingsConfig, attach, detach, from_pretrained, save_pretrained
+from vlm_prune.vlm.cache import CACHE
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.load import load
 
@@ -111,7 +112,7 @@ def test_wrong_calls_say_what_would_be_right(winged, prompts):
     detach(model)
     with pytest.raises(InputError, match="no Wings"):
         detach(model)
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = model(**inputs, use_cache=True)[CACHE]
     attach(model, WingsConfig(rank=4))
     with pytest.raises(InputError, match="filled before Wings"):
-        model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache)
+        model(input_ids=inputs["input_ids"][:, -1:], **{CACHE: cache})

@@ -12,6 +12,7 @@ from vlm_prune.learners.tokens import Keys
 from vlm_prune.learners.train import checkpoint_activations
 from vlm_prune.pruning import METHODS
 from vlm_prune.vlm import PrunedVLM
+from vlm_prune.vlm.cache import CACHE
 
 ROWS = [(1, 5), (0, 9), (2, 4), (1, 3)]
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
@@ -245,7 +246,7 @@ def test_decoding_makes_keys_of_new_tokens_alone(rows, winged, prompts):
         for step in range(3):
             new = torch.full((len(rows), 1), 7 + step)
             ids = torch.cat([ids, new], 1)
-            output = model(input_ids=new, past_key_values=output.past_key_values)
+            output = model(input_ids=new, **{CACHE: output[CACHE]})
         lengths = {name: list(made[name]) for name in made}
         whole = model(**inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     torch.testing.assert_close(output.logits[:, -1], whole.logits[:, -1], atol=2e-4, rtol=1e-4)
@@ -257,17 +258,17 @@ def test_decoding_makes_keys_of_new_tokens_alone(rows, winged, prompts):
 def test_a_cropped_or_reordered_cache_makes_keys_anew(winged, prompts):
     model, inputs = winged(), prompts([(1, 5), (1, 5)])
     with torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = model(**inputs, use_cache=True)[CACHE]
         new = torch.tensor([[7], [8]])
         cache.reorder_cache(torch.tensor([1, 0]))
-        reordered = model(input_ids=new, past_key_values=cache).logits[:, -1]
+        reordered = model(input_ids=new, **{CACHE: cache}).logits[:, -1]
         ids = torch.cat([inputs["input_ids"].flip(0), new], 1)
         pixels = inputs["pixel_values"].flip(0)
         whole = model(input_ids=ids, pixel_values=pixels).logits[:, -1]
         torch.testing.assert_close(reordered, whole, atol=2e-4, rtol=1e-4)
         cache.crop(-1)
         other = torch.tensor([[9], [10]])
-        cropped = model(input_ids=other, past_key_values=cache).logits[:, -1]
+        cropped = model(input_ids=other, **{CACHE: cache}).logits[:, -1]
         ids = torch.cat([inputs["input_ids"].flip(0), other], 1)
         whole = model(input_ids=ids, pixel_values=pixels).logits[:, -1]
     torch.testing.assert_close(cropped, whole, atol=2e-4, rtol=1e-4)

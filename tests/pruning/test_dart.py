@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from vlm_prune.pruning.dart import Dart
+from vlm_prune.vlm.cache import CACHE
 from vlm_prune.vlm.errors import InputError
 
 
@@ -43,7 +44,7 @@ def test_key_norms_are_those_of_the_cache(llava, images, make_inputs):
     """The pivots are the four tokens with the longest cached keys of the layer before the cut."""
     inputs = make_inputs([(1, "Is there a 7?")], images)
     with torch.no_grad():
-        cache = llava(**inputs, use_cache=True).past_key_values
+        cache = llava(**inputs, use_cache=True)[CACHE]
     image = (inputs["input_ids"][0] == llava.config.image_token_id).nonzero()[:, 0]
     norms = cache.layers[2].keys[0, :, image].norm(dim=(0, 2))
     with Dart(budget=400, layer=16)(llava) as trace, torch.no_grad():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from vlm_prune.vlm.cache import CACHE
 from vlm_prune.vlm.cost import key_value_bytes, prefill_flops, tower_flops
 from vlm_prune.vlm.wrapper import build
 
@@ -32,7 +33,7 @@ def test_prefill_and_tower_flops(llava, images, make_inputs):
 def test_key_value_bytes_are_those_of_the_cache(llava, images, make_inputs):
     inputs = make_inputs([(1, "Is there a 7?")], images)
     with torch.no_grad():
-        cache = llava(**inputs, use_cache=True).past_key_values
+        cache = llava(**inputs, use_cache=True)[CACHE]
     held = sum(
         t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values)
     )
@@ -54,7 +55,7 @@ def test_pruned_costs_are_those_of_the_pruned_forward(name, llava, images, make_
             FlopCounterMode(display=False) as counter,
             torch.no_grad(),
         ):
-            cache = llava(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+            cache = llava(**inputs, use_cache=True, logits_to_keep=1)[CACHE]
     finally:
         llava.set_attn_implementation("sdpa")
     counts = {module: sum(ops.values()) for module, ops in counter.get_flop_counts().items()}
