@@ -16,7 +16,7 @@ from vlm_prune.vlm.files import write_text
 from vlm_prune.vlm.tiny import checkpoint_path
 from vlm_prune.vlm.tiny.config import make_model, make_processor
 from vlm_prune.vlm.tiny.store import save_checkpoint
-from vlm_prune.vlm.tiny.train import MORE_STAGES, STAGES, Recipe, Trainer
+from vlm_prune.vlm.tiny.train import STAGES, Recipe, Trainer
 
 Keep = Literal["tower", "all"]
 
@@ -41,7 +41,8 @@ def main(
         tower = {name: weight for name, weight in trained.items() if "vision_tower" in name}
         model.load_state_dict(trained if keep == "all" else tower, strict=keep == "all")
     trainer = Trainer(processor, SceneSource(seed), folder, Recipe(seed=seed), model)
-    stages = {"all": MORE_STAGES, "tower": STAGES[STAGES.index("symbols") :], None: STAGES}[keep]
+    begin = {None: "tower", "tower": "stories", "all": "language"}[keep]
+    stages = STAGES[STAGES.index(begin) :]
     trainer.run(tuple(stage) if stage else stages)
     if install:
         save_checkpoint(trainer.model, processor, packaged)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from vlm_prune.benchmarks.tasks.base import Question, Task, about_scene
-from vlm_prune.benchmarks.tasks.scenes import COLORS, KINDS, Scene
+from vlm_prune.benchmarks.tasks.scenes import COLORS, KINDS, Scene, noun
 
 LETTERS = "ABCD"
 
@@ -17,13 +17,18 @@ def options(rng: np.random.Generator, right: str, others: list[str]) -> tuple[st
     return text, LETTERS[place]
 
 
+def about(rng: np.random.Generator, kind: str, name: str, color: str) -> Question:
+    """A question about one thing: its color by its name, or its name by its color."""
+    if rng.random() < 0.5:
+        text, letter = options(rng, color, list(COLORS))
+        return Question(f"What color is the {noun(name)}? {text}", letter, "color")
+    text, letter = options(rng, name, list(KINDS[kind]))
+    return Question(f"What {kind} is {color}? {text}", letter, kind)
+
+
 def ask(rng: np.random.Generator, scene: Scene) -> Question:
     thing = scene.things[int(rng.integers(len(scene.things)))]
-    if rng.random() < 0.5:
-        text, letter = options(rng, thing.color, list(COLORS))
-        return Question(f"What color is the {thing.noun}? {text}", letter, "color")
-    text, letter = options(rng, thing.name, list(KINDS[thing.kind]))
-    return Question(f"What {thing.kind} is {thing.color}? {text}", letter, thing.kind)
+    return about(rng, thing.kind, thing.name, thing.color)
 
 
 TASK = Task("choice", True, about_scene(ask))

@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from vlm_prune.benchmarks.tasks import attribute, choice, count, exist, ocr, relation, text
 from vlm_prune.benchmarks.tasks.base import Question
 from vlm_prune.benchmarks.tasks.scenes import (
     COLORS,
     GRID,
+    KINDS,
     NAMES,
     PATCH,
     SHARES,
@@ -19,8 +19,9 @@ from vlm_prune.benchmarks.tasks.scenes import (
     Scene,
     Shares,
     make_scene,
+    noun,
 )
-from vlm_prune.vlm.tiny.language import Block, Lesson, Row, Whispers
+from vlm_prune.vlm.tiny.language import Block, Lesson, Row
 from vlm_prune.vlm.tiny.tower import PatchBatch
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -120,13 +121,6 @@ LESSONS: dict[Lesson, dict[str, tuple[Maker, int]]] = {
         "side": (side, 4),
         "relation": (relation.ask, 2),
     },
-    "options": {
-        "choice": (choice.ask, 6),
-        "attribute": (attribute.ask, 1),
-        "exist": (exist.ask, 1),
-        "count": (count.ask, 1),
-        "relation": (relation.ask, 1),
-    },
     "all": {
         "exist": (exist.ask, 1),
         "attribute": (attribute.ask, 1),
@@ -167,15 +161,31 @@ def history(rng: np.random.Generator, turns: int) -> str:
 
 
 def text_row(rng: np.random.Generator, number: int) -> Row:
-    """Text-only questions, half of them lookups, after up to two earlier turns."""
+    """Text-only questions, after up to two earlier turns."""
     before = "<s>" + history(rng, int(rng.integers(0, 3)) if rng.random() < 0.5 else 0)
-    questions = [
-        text.lookup(rng, int(rng.integers(2, 5)), alike=rng.random() < 0.5)
-        if rng.random() < 0.5
-        else text.ask(rng)
-        for _ in range(number)
-    ]
+    questions = [text.ask(rng) for _ in range(number)]
     return Row(before, [block(q.subset, q, "USER: ") for q in questions])
+
+
+def story_row(rng: np.random.Generator, number: int) -> Row:
+    """Questions about one scene in words: plain, with four options, and about options alone."""
+    story, names, colors = text.facts(rng, int(rng.integers(2, 5)), alike=rng.random() < 0.5)
+    asked: list[tuple[str, Question]] = []
+    for _ in range(number):
+        k = int(rng.integers(len(names)))
+        name, color = names[k], colors[k]
+        kind = next(kind for kind, pool in KINDS.items() if name in pool)
+        drawn = rng.random()
+        if drawn < 0.3:
+            asked.append(("told", Question(f"What color is the {noun(name)}?", color)))
+        elif drawn < 0.5:
+            pool = (tuple(COLORS), *KINDS.values())[int(rng.integers(1 + len(KINDS)))]
+            right = str(rng.choice(pool))
+            listed, letter = choice.options(rng, right, list(pool))
+            asked.append(("letter", Question(f"What letter is {right}? {listed}", letter)))
+        else:
+            asked.append(("option", choice.about(rng, kind, name, color)))
+    return Row(f"<s>USER: {story}", [block(kind, question, " ") for kind, question in asked])
 
 
 def visual_row(
@@ -247,16 +257,5 @@ class SceneSource:
         return [SceneExample(next(source)) for _ in range(number)]
 
     def text(self, questions: int, seed: int) -> Row:
-        return text_row(np.random.default_rng([TRAIN_SEED, seed]), questions)
-
-    def whispers(self, tokenizer: PreTrainedTokenizerFast, ids: Tensor) -> Whispers:
-        """In a story each colour hears of its thing, among options each word of its letter."""
-        of = tokenizer.convert_tokens_to_ids
-        colors = torch.tensor(of([f"Ġ{color}" for color in COLORS]))
-        letters = torch.tensor(of([f"Ġ{letter}" for letter in choice.LETTERS]))
-        told = (ids[:, 1:-2] == of("Ġis")) & torch.isin(ids[:, 2:-1], colors)
-        row, thing = (told & (ids[:, 3:] == of("."))).nonzero(as_tuple=True)
-        option = torch.isin(ids[:, :-3], letters) & (ids[:, 1:-2] == of("."))
-        at, letter = option.nonzero(as_tuple=True)
-        word = letter + 2 + (ids[at, letter + 2] == of("Ġ")).long()
-        return torch.cat([row, at]), torch.cat([thing + 2, word]), torch.cat([thing, letter])
+        rng = np.random.default_rng([TRAIN_SEED, seed])
+        return (text_row if rng.random() < 0.5 else story_row)(rng, questions)

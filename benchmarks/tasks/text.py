@@ -25,13 +25,23 @@ def ordering(rng: np.random.Generator) -> Question:
     return Question(f"Sort {listed}.", " ".join(map(str, sorted(values))), "ordering")
 
 
-def lookup(rng: np.random.Generator, facts: int = 3, alike: bool = False) -> Question:
-    """`alike`: all things are of one kind, so that only their very names tell them apart."""
+def facts(
+    rng: np.random.Generator, number: int = 3, alike: bool = False
+) -> tuple[str, list[str], list[str]]:
+    """A scene in words: the story, and the names and colors of its things.
+
+    `alike`: all things are of one kind, so that only their very names tell them apart.
+    """
     pool = list(KINDS.values())[int(rng.integers(len(KINDS)))] if alike else NAMES
-    names = [str(n) for n in rng.choice(pool, facts, replace=False)]
-    colors = [str(c) for c in rng.choice(list(COLORS), facts, replace=False)]
+    names = [str(n) for n in rng.choice(pool, number, replace=False)]
+    colors = [str(c) for c in rng.choice(list(COLORS), number, replace=False)]
     story = " ".join(f"The {noun(n)} is {c}." for n, c in zip(names, colors, strict=True))
-    asked = int(rng.integers(facts))
+    return story, names, colors
+
+
+def lookup(rng: np.random.Generator) -> Question:
+    story, names, colors = facts(rng)
+    asked = int(rng.integers(len(names)))
     return Question(f"{story} What color is the {noun(names[asked])}?", colors[asked], "lookup")
 
 

@@ -1,26 +1,26 @@
 """The embedded model's training runs from start to end, and goes on where it was stopped."""
 
 import json
+import re
 
 import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vlm_prune.benchmarks.tasks.curriculum import SceneSource, corpus
-from vlm_prune.vlm.tiny import checkpoint_path
 from vlm_prune.vlm.tiny.config import make_model, make_processor
 from vlm_prune.vlm.tiny.language import loss_of, pack, projected
-from vlm_prune.vlm.tiny.train import MORE_STAGES, STAGES, Recipe, Trainer
+from vlm_prune.vlm.tiny.train import STAGES, Recipe, Trainer
 
 SHORT = Recipe(
     windows=2,
     whole=1,
     written=1,
     again=1,
+    stories=2,
     symbols=3,
     align=2,
     language=3,
-    whispers=3,
     together=1,
     scenes=3,
 )
@@ -51,45 +51,43 @@ def test_a_stopped_training_ends_with_the_same_weights(processor, tmp_path):
     AutoProcessor.from_pretrained(tmp_path / "whole" / "checkpoint")
     half = whole["lm_head.weight"].half().float()
     torch.testing.assert_close(loaded.lm_head.weight.data, half)
-    more = Trainer(processor, SceneSource(0), tmp_path / "more", SHORT, loaded)
-    more.run(MORE_STAGES)
-    stages = [json.loads(line)["stage"] for line in (tmp_path / "more" / "log.jsonl").open()]
-    assert list(dict.fromkeys(stages)) == list(MORE_STAGES)
 
 
-def test_colours_hear_of_things_and_options_of_letters():
-    tokenizer = AutoProcessor.from_pretrained(checkpoint_path()).tokenizer
-    told = "The digit 7 is red. The star is blue. What color is the star?"
-    asked = "What digit is red? A. 7 B. 3 C. 0 D. 1 ASSISTANT:"
-    ids = tokenizer(
-        [told, asked], padding=True, padding_side="right", return_tensors="pt"
-    ).input_ids
-    rows, listeners, speakers = SceneSource(0).whispers(tokenizer, ids)
-    words = [
-        tokenizer.convert_ids_to_tokens(ids[rows, at].tolist()) for at in (listeners, speakers)
-    ]
-    assert rows.tolist() == [0, 0, 1, 1, 1, 1]
-    assert words[0] == ["Ġred", "Ġblue", "7", "3", "0", "1"]
-    assert words[1] == ["7", "Ġstar", "ĠA", "ĠB", "ĠC", "ĠD"]
-
-
-def test_a_whisper_is_the_speakers_embedding_added(processor):
+def test_heads_of_a_new_models_first_layer_look_one_to_four_tokens_back(processor):
     model = make_model(processor).eval()
-    row = SceneSource(0).text(4, 1)
-    batch = pack([row], processor.tokenizer, model.config.image_token_id)
-    heard = (torch.tensor([0]), torch.tensor([3]), torch.tensor([1]))
-    words = model.get_input_embeddings()
-    seen = []
+    ids = processor.tokenizer(corpus_line := next(corpus(20)), return_tensors="pt").input_ids
+    assert ids.shape[1] > 8, corpus_line
+    model.set_attn_implementation("eager")
     with torch.no_grad():
-        hook = model.model.language_model.register_forward_pre_hook(
-            lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
-        )
-        for whispers in (None, heard):
-            loss_of(model, batch, [], projected(model), whispers)
-        hook.remove()
-    changed = seen[1] - seen[0]
-    torch.testing.assert_close(changed[0, 3], words(batch.ids[0, 1]).detach())
-    assert changed.abs().sum(-1).nonzero().tolist() == [[0, 3]]
+        first = model(input_ids=ids, output_attentions=True).attentions[0][0]
+    for head, seen in enumerate(first):
+        back = torch.arange(len(seen)) - seen.argmax(-1)
+        assert (back[4:] == head + 1).all()
+        assert (seen.max(-1).values[4:] > 0.9).all()
+
+
+def test_questions_about_a_story_have_their_answers_in_it():
+    rows = [SceneSource(0).text(12, seed) for seed in range(20)]
+    stories = [row for row in rows if row.before.startswith("<s>USER: The ")]
+    assert 4 < len(stories) < 16
+    kinds = set()
+    for row in stories:
+        facts = row.before.removeprefix("<s>USER: ").rstrip(".").split(". ")
+        told = dict(fact.removeprefix("The ").split(" is ") for fact in facts)
+        for prompt, answer, kind in row.blocks:
+            question, _, listed = prompt.strip().removesuffix(" ASSISTANT:").partition("?")
+            options = dict(part.split(". ") for part in re.split(r" (?=[A-D]\. )", listed) if part)
+            right = options.get(answer.strip(), answer.strip())
+            if kind == "letter":
+                assert question == f"What letter is {right}"
+            elif question.startswith("What color is the "):
+                assert told[question.removeprefix("What color is the ")] == right
+            else:
+                noun, color = question.removeprefix("What ").split(" is ")
+                name = right if noun == "shape" else f"{noun} {right}"
+                assert told[name] == color
+            kinds.add(kind)
+    assert kinds == {"told", "letter", "option"}
 
 
 def test_a_question_in_a_packed_row_is_answered_as_it_is_alone(processor):

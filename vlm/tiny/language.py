@@ -19,9 +19,8 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 from vlm_prune.vlm.tiny.tower import Say, optimizers, set_rate, tower_features
 
 IGNORE = -100
-Lesson = Literal["lookups", "places", "options", "all"]
+Lesson = Literal["lookups", "places", "all"]
 Encoder = Callable[[list[Tensor]], Tensor]
-Whispers = tuple[Tensor, Tensor, Tensor]
 
 
 class Block(NamedTuple):
@@ -108,19 +107,11 @@ def loss_of(
     batch: Packed,
     images: list[Tensor],
     encode: Encoder,
-    whispers: Whispers | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Cross-entropy over answer tokens, and the share that argmax gets right for each kind of
     question, end tokens aside.
-
-    `whispers` are rows, listeners and speakers (W,): each listening token also gets the embedding
-    of its speaker.
     """
-    words = model.get_input_embeddings()
-    embeds = words(batch.ids)
-    if whispers is not None:
-        row, listener, speaker = whispers
-        embeds = embeds.index_put((row, listener), words(batch.ids[row, speaker]), accumulate=True)
+    embeds = model.get_input_embeddings()(batch.ids)
     shown = batch.ids == model.config.image_token_id
     if images:
         embeds = embeds.masked_scatter(shown.unsqueeze(-1), encode(images))
@@ -173,12 +164,8 @@ def train_language(
     say: Say,
     levels: int = 1,
     promote: float = 0.93,
-    whispers: Callable[[Tensor, float], Whispers] | None = None,
 ) -> None:
     """Train `modules` for `steps` batches, the rate falling linearly over the last 40 %.
-
-    `whispers` gives those of token ids (B, L), for a share of the places that falls from 1 to 0
-    over the first 60 % of the steps.
 
     `rows` draws a batch for a level of difficulty; the level rises when the running share of
     right answer tokens, averaged over the kinds of question about images, passes `promote`, and at
@@ -194,9 +181,7 @@ def train_language(
         batch = rows(level)
         images = [row.image for row in batch if row.image is not None]
         packed = pack(batch, tokenizer, model.config.image_token_id)
-        share = 1 - step / (0.6 * steps)
-        heard = whispers(packed.ids, share) if whispers is not None and share > 0 else None
-        loss, right = loss_of(model, packed, images, encode, heard)
+        loss, right = loss_of(model, packed, images, encode)
         loss.backward()
         nn.utils.clip_grad_norm_([p for m in modules for p in m.parameters()], 1.0)
         for stepper in steppers:

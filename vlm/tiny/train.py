@@ -4,7 +4,6 @@ Each stage leaves a file in the working folder and is skipped when that file is 
 that was stopped goes on where it was.
 """
 
-import copy
 import json
 import logging
 import time
@@ -19,19 +18,17 @@ from torch import Tensor, nn
 from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedTokenizerFast,
 )
 
 from vlm_prune.vlm.tiny.config import make_model
 from vlm_prune.vlm.tiny.initial import initialise_embeddings
-from vlm_prune.vlm.tiny.language import Lesson, Row, Whispers, clip, projected, train_language
+from vlm_prune.vlm.tiny.language import Lesson, Row, clip, projected, train_language
 from vlm_prune.vlm.tiny.store import save_checkpoint
 from vlm_prune.vlm.tiny.symbols import Symbols, align_projector, word_ids
 from vlm_prune.vlm.tiny.tower import PatchBatch, PatchHeads, Say, tower_features, train_tower
 
 logger = logging.getLogger(__name__)
-STAGES = ("tower", "reading", "symbols", "projector", "language", "together")
-MORE_STAGES = ("places", "language", "whispers", "together")
+STAGES = ("tower", "reading", "stories", "symbols", "projector", "language", "together")
 
 
 class Example(Protocol):
@@ -54,7 +51,6 @@ class Source(Protocol):
     def whole(self, batch: int, part: int) -> Iterator[PatchBatch]: ...
     def examples(self, number: int, things: int | None) -> list[Example]: ...
     def text(self, questions: int, seed: int) -> Row: ...
-    def whispers(self, tokenizer: PreTrainedTokenizerFast, ids: Tensor) -> Whispers: ...
 
 
 @dataclass(frozen=True)
@@ -65,10 +61,10 @@ class Recipe:
     whole: int = 700
     written: int = 2000
     again: int = 200
+    stories: int = 600
     symbols: int = 2400
     align: int = 400
     language: int = 2000
-    whispers: int = 420
     together: int = 100
     scenes: int = 4000
     seed: int = 0
@@ -108,7 +104,7 @@ class Trainer:
                 load_model(self.parts, kept)
                 continue
             torch.manual_seed(self.recipe.seed)
-            self.generator.manual_seed(self.recipe.seed + (*STAGES, *MORE_STAGES).index(stage))
+            self.generator.manual_seed(self.recipe.seed + STAGES.index(stage))
             getattr(self, f"_{stage}")()
             save_model(self.parts, str(kept))
         save_checkpoint(self.model, self.processor, self.folder / "checkpoint")
@@ -146,8 +142,18 @@ class Trainer:
         whole = self.source.whole(12, 1)
         train_tower(tower, self.heads, whole, recipe.again, 1.5e-3, self.say("again"))
 
+    def _stories(self) -> None:
+        """Text skills alone: a story's facts and the letters of options are found by name, as image
+        tokens will be."""
+
+        def rows(_: int) -> list[Row]:
+            return [self.source.text(16, self._seed()) for _ in range(12)]
+
+        modules: list[nn.Module] = [self.model.model.language_model]
+        self._train("stories", self.recipe.stories, 1e-3, torch.cat, modules, rows, 1)
+
     def _symbols(self) -> None:
-        """Text skills, and answering from scenes written as symbols."""
+        """Answering from scenes written as symbols."""
         self._draw()
         modules: list[nn.Module] = [self.model.model.language_model, self.symbols]
 
@@ -159,32 +165,15 @@ class Trainer:
 
     def _projector(self) -> None:
         """Fit the projector to the symbols."""
-        self._align("projector", lambda _, triples: self.symbols(triples))
-
-    def _places(self) -> None:
-        """Fit the projector to the tokens that it gives already, with places as loud as words.
-
-        For weights whose projector kept places too quiet to be compared.
-        """
-        projector = copy.deepcopy(self.model.model.multi_modal_projector)
-
-        def targets(features: Tensor, triples: Tensor) -> Tensor:
-            tokens, place = projector(features.float()), self.symbols.place(triples[:, 2])
-            spread = tokens[triples[:, 0] > 0].var(0).sum() / place.var(0).sum()
-            louder: Tensor = tokens + place * (0.4 * spread).sqrt()
-            return louder
-
-        self._align("places", targets)
-
-    def _align(self, stage: str, targets: Callable[[Tensor, Tensor], Tensor]) -> None:
         self._draw()
         first = range(min(400, len(self.many)))
         triples = torch.cat([self.many[k].triples for k in first])
         features = torch.cat(self._encoded(first))
         with torch.no_grad():
-            wanted = targets(features, triples)
+            wanted = self.symbols(triples)
         projector, shown = self.model.model.multi_modal_projector, triples[:, 0] > 0
-        align_projector(projector, features, wanted, shown, self.recipe.align, self.say(stage))
+        steps, say = self.recipe.align, self.say("projector")
+        align_projector(projector, features, wanted, shown, steps, say)
 
     def _language(self) -> None:
         """Projector and language model on the frozen tower, all 576 tokens in the end."""
@@ -203,32 +192,6 @@ class Trainer:
 
         steps, encode = self.recipe.language, projected(self.model)
         self._train("language", steps, 1.5e-3, encode, modules, rows, len(levels))
-
-    def _whispers(self) -> None:
-        """Looking up what a text says. A colour in a story, and an option's word, also carries what
-        it belongs to, as an image token does, for fewer and fewer of them: attention learns to
-        carry it instead, while what finds a thing by its name is there already."""
-        self._draw()
-        inner, tokenizer = self.model.model, self.processor.tokenizer
-        modules: list[nn.Module] = [inner.language_model, inner.multi_modal_projector]
-
-        def some(ids: Tensor, share: float) -> Whispers:
-            places = self.source.whispers(tokenizer, ids)
-            chosen = torch.rand(len(places[0]), generator=self.generator) < share
-            row, listener, speaker = (part[chosen] for part in places)
-            return row, listener, speaker
-
-        def rows(level: int) -> list[Row]:
-            if level == 3:  # the last quarter, when nothing is whispered any more
-                return self._rows(4, 32, 576, features=True, written=30)
-            more = [self.source.text(26, self._seed()) for _ in range(2)]
-            rows = self._rows(4, 32, 12, features=True, written=26, lesson="options")
-            return [*rows, *more]
-
-        train_language(
-            self.model, tokenizer, rows, self.recipe.whispers, 1e-3, projected(self.model), modules,
-            self.say("whispers"), levels=4, promote=1.0, whispers=some,
-        )  # fmt: skip
 
     def _together(self) -> None:
         """Everything end to end from pixels."""
@@ -287,7 +250,7 @@ class Trainer:
         lesson: Lesson = "all",
         written: int = 10,
     ) -> list[Row]:
-        """Rows about `images` images and a quarter as many of `written` questions about text.
+        """Rows about `images` images and half as many of `written` questions about text.
 
         An image is given as pixels, or as the features or the symbols of all object patches and
         of `extra` others.
@@ -305,8 +268,8 @@ class Trainer:
                 keep = _some(triples[:, 0] > 0, extra, self.generator)
                 image = (encoded[place] if features else triples)[keep]
             rows.append(example.row(image, questions, lesson, self._seed()))
-        texts = max(1, images // 4)
-        return [*rows, *(self.source.text(written, self._seed()) for _ in range(texts))]
+        texts = (self.source.text(written, self._seed()) for _ in range(images // 2))
+        return [*rows, *texts]
 
     def _seed(self) -> int:
         return int(torch.randint(2**62, (), generator=self.generator))
