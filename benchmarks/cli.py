@@ -123,7 +123,6 @@ def evaluate_one(
 ) -> None:
     """Compare one pruned model with the unpruned one, or unpruned models with each other."""
     from vlm_prune.benchmarks.run import Variant
-    from vlm_prune.benchmarks.suite import run_suite
     from vlm_prune.benchmarks.table import run_table, show
 
     common: dict[str, Any] = {
@@ -132,6 +131,8 @@ def evaluate_one(
     }  # fmt: skip
     given = {name for name in context.params if _is_given(context, name)}
     if suite is not None:
+        from vlm_prune.benchmarks.suite import run_suite
+
         if pruning := sorted(given & PRUNING):
             options = ", ".join(f"--{name.replace('_', '-')}" for name in pruning)
             raise InputError(f"--suite compares unpruned models; leave out {options}")

@@ -18,7 +18,7 @@ from vlm_prune.benchmarks.arguments import parse_budget
 from vlm_prune.benchmarks.bench import PHASES
 from vlm_prune.benchmarks.latency import timed_generate
 from vlm_prune.benchmarks.overlay import kept_overlay
-from vlm_prune.benchmarks.prompts import Prompts, check_family, make_prompts
+from vlm_prune.benchmarks.prompts import Prompts, make_prompts
 from vlm_prune.benchmarks.run import Variant
 from vlm_prune.benchmarks.table import THREE_WAYS, as_markdown, three_ways
 from vlm_prune.benchmarks.tasks import TASKS
@@ -58,7 +58,11 @@ class Comparer:
     """
 
     def __init__(self, model: Any, processor: Any) -> None:
-        check_family(model)
+        if not family_of(model).fixed_size:
+            raise InputError(
+                f"the demo draws on images of one size, which {model.config.model_type} models do "
+                "not have; give a llava"
+            )
         self.model, self.processor = model, processor
         self._warm: set[str] = set()
 

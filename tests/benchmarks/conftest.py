@@ -32,37 +32,6 @@ def checkpoint(llava, processor, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def adapter(llava, tmp_path_factory):
-    """A Wings adapter with random learners, which change the checkpoint's answers."""
-    folder = tmp_path_factory.mktemp("wings")
-    attach(llava, WingsConfig(rank=4, max_positions=1024))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for layer in wings_layers(llava).values():
-            for parameter in layer.parameters():
-                parameter.normal_(0, 1, generator=generator)
-    save_pretrained(llava, folder)
-    detach(llava)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def language(llava, processor, tmp_path_factory):
-    """The checkpoint's language model alone, with a chat template that takes strings."""
-    folder = tmp_path_factory.mktemp("language")
-    alone = LlamaForCausalLM(llava.config.text_config)
-    alone.model.load_state_dict(llava.model.language_model.state_dict())
-    alone.tie_weights()
-    alone.save_pretrained(folder)
-    processor.tokenizer.save_pretrained(folder)
-    (folder / "chat_template.jinja").write_text(
-        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}USER: "
-        "{% else %} ASSISTANT: {% endif %}{{ message['content'] + '' }}{% endfor %} ASSISTANT:"
-    )
-    return folder
-
-
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Run `vlm-prune ...`; returns exit code, output and errors."""
@@ -94,3 +63,34 @@ def browser(tmp_path_factory):
         context.set_default_timeout(PATIENCE_MS)
         yield context
         context.close()
+
+
+@pytest.fixture(scope="session")
+def adapter(llava, tmp_path_factory):
+    """A Wings adapter with random learners, which change the checkpoint's answers."""
+    folder = tmp_path_factory.mktemp("wings")
+    attach(llava, WingsConfig(rank=4, max_positions=1024))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in wings_layers(llava).values():
+            for parameter in layer.parameters():
+                parameter.normal_(0, 1, generator=generator)
+    save_pretrained(llava, folder)
+    detach(llava)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def language(llava, processor, tmp_path_factory):
+    """The checkpoint's language model alone, with a chat template that takes strings."""
+    folder = tmp_path_factory.mktemp("language")
+    alone = LlamaForCausalLM(llava.config.text_config)
+    alone.model.load_state_dict(llava.model.language_model.state_dict())
+    alone.tie_weights()
+    alone.save_pretrained(folder)
+    processor.tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}USER: "
+        "{% else %} ASSISTANT: {% endif %}{{ message['content'] + '' }}{% endfor %} ASSISTANT:"
+    )
+    return folder

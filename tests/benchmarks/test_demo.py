@@ -2,6 +2,7 @@
 
 import socket
 import sys
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -74,6 +75,12 @@ def test_what_cannot_be_asked(compare, scene, change, message):
     given = {"image": scene, "question": "Is it red?", "method": "zoo", "budget": "64"} | change
     with pytest.raises(InputError, match=message):
         compare(**given)
+
+
+def test_images_of_several_sizes_are_refused():
+    of_any_size = SimpleNamespace(config=SimpleNamespace(model_type="qwen2_5_vl"))
+    with pytest.raises(InputError, match="which qwen2_5_vl models do not have"):
+        Comparer(of_any_size, None)
 
 
 def test_an_overlay_follows_its_grid():
