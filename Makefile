@@ -22,5 +22,5 @@ $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV) || { apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv $(VENV); }
 	$(RUN)/python -m pip install --quiet --upgrade pip
 	$(RUN)/pip install --quiet $(TORCH) --editable ".[eval]" --group dev
-	$(RUN)/pip install --quiet --no-deps lmms_eval==0.7.3
+	$(RUN)/pip install --quiet --no-deps lmms_eval==0.7.3 gradio==6.31.0
 	touch $@

@@ -36,6 +36,8 @@ from vlm_prune.vlm.errors import InputError
 if TYPE_CHECKING:
     from vlm_prune.benchmarks.run import RunConfig, RunFolder, Variant
 
+PRUNING = {"method", "budget", "positions", "method_args", "schedule"}
+
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -95,6 +97,7 @@ def _configs(variants: "list[Variant]", split: str, tasks: str, **common: Any) -
 
 @app.command("eval")
 def evaluate_one(
+    context: typer.Context,
     model: Model = "tiny",
     method: Method = "zoo",
     budget: Annotated[str, typer.Option(help="Tokens per image, or a fraction.")] = "64",
@@ -111,19 +114,44 @@ def evaluate_one(
     split: Split = "test",
     data_root: DataRoot = None,
     output: Output = None,
+    suite: Annotated[
+        str | None, typer.Option(help="forgetting: base LLM, VLM and Wings, unpruned; all tasks.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Folder or hub name of a text-only LLM, for the suite.")
+    ] = None,
 ) -> None:
-    """Compare one pruned model with the unpruned one."""
+    """Compare one pruned model with the unpruned one, or unpruned models with each other."""
     from vlm_prune.benchmarks.run import Variant
     from vlm_prune.benchmarks.table import run_table, show
 
+    common: dict[str, Any] = {
+        "model": model, "limit": limit, "batch_size": batch_size, "device": device,
+        "dtype": dtype, "seed": seed, "wings": wings,
+    }  # fmt: skip
+    given = {name for name in context.params if _is_given(context, name)}
+    if suite is not None:
+        from vlm_prune.benchmarks.suite import run_suite
+
+        if pruning := sorted(given & PRUNING):
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in pruning)
+            raise InputError(f"--suite compares unpruned models; leave out {options}")
+        named = tasks if "tasks" in given else "all"
+        (config,) = _configs([Variant("none", 1.0)], split, named, **common)
+        run_suite(suite, config, base, output, data_root)
+        return
+    if base is not None:
+        raise InputError("--base is a model of a suite; add --suite forgetting")
     variant = Variant(method, parse_budget(budget), positions, parse_arguments(method_args))
     variants = with_schedule([variant], schedule)
-    configs = _configs(
-        variants, split, tasks, model=model, limit=limit, batch_size=batch_size, device=device,
-        dtype=dtype, seed=seed, wings=wings,
-    )  # fmt: skip
+    configs = _configs(variants, split, tasks, **common)
     (results,), _ = _in_folder(output, configs, [""], data_root)
     show(run_table(results))
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 @app.command()
@@ -258,6 +286,23 @@ def ask(
     picture = open_image(image)
     vlm = PrunedVLM.from_pretrained(model, method, parse_budget(budget), device, dtype)
     print(vlm.answer(picture, question))
+
+
+@app.command()
+def demo(
+    model: Model = "tiny",
+    host: Annotated[str, typer.Option(help="Address to serve at; others can reach 0.0.0.0.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve at.")] = 7860,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+) -> None:
+    """Serve a page to try methods on: answers, kept tokens and times, pruned and unpruned."""
+    from vlm_prune.benchmarks.demo import serve
+
+    quiet()
+    serve(model, host, port, device, dtype)
 
 
 for name, listing in (

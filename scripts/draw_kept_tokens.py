@@ -3,11 +3,12 @@
 import argparse
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from vlm_prune.benchmarks.overlay import kept_overlay
 from vlm_prune.benchmarks.tasks import TASKS
+from vlm_prune.benchmarks.tasks.scenes import GRID, SIDE
 from vlm_prune.pruning import METHODS
 from vlm_prune.vlm.load import load
 
@@ -22,11 +23,10 @@ def main() -> None:
     arguments = parser.parse_args()
     model, processor = load()
     samples = [TASKS["attribute"].sample(index) for index in (1, 4)]
-    side, cells = 336, 24
-    sheet = Image.new("RGB", (side * (1 + len(SHOWN)), (side + LABEL) * len(samples)), "white")
+    sheet = Image.new("RGB", (SIDE * (1 + len(SHOWN)), (SIDE + LABEL) * len(samples)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
     for row, sample in enumerate(samples):
-        top = row * (side + LABEL)
+        top = row * (SIDE + LABEL)
         prompt = processor.apply_chat_template(sample.messages(), add_generation_prompt=True)
         inputs = processor(text=[prompt], images=list(sample.images), return_tensors="pt")
         sheet.paste(sample.images[0], (0, top + LABEL))
@@ -37,16 +37,12 @@ def main() -> None:
                 output = model.generate(**inputs)
             # methods that cut several times: what the first cut keeps
             kept = trace.cuts[0][0] if trace.cuts else trace.kept[0]
-            mask = np.zeros(cells * cells, bool)
-            mask[kept.numpy()] = True
-            shown = mask.reshape(cells, cells).repeat(14, 0).repeat(14, 1)[..., None]
-            pixels = np.asarray(sample.images[0])
-            faded = np.where(shown, pixels, pixels // 5 + 190).astype(np.uint8)
-            sheet.paste(Image.fromarray(faded), (column * side, top + LABEL))
+            overlay = kept_overlay(sample.images[0], kept, (GRID, GRID))
+            sheet.paste(overlay, (column * SIDE, top + LABEL))
             reply = processor.decode(
                 output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
             )
-            draw.text((column * side + 4, top + 2), f"{name}: {reply.strip()}", "black", font)
+            draw.text((column * SIDE + 4, top + 2), f"{name}: {reply.strip()}", "black", font)
     sheet.resize((sheet.width // 2, sheet.height // 2)).quantize(96).save(arguments.out)
 
 

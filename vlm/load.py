@@ -1,5 +1,7 @@
 """Loading a model and its processor; whatever is wrong with them is said in one line."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +21,64 @@ def load(name: str = EMBEDDED, device: str = "cpu", dtype: str = "auto") -> tupl
         InputError: if there is no such checkpoint, it is damaged, or its family is unsupported.
     """
     import torch
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    if dtype == "auto" and device == "cpu":
+        dtype = "float32"
+    with _readable(name) as path:
+        target = torch.device(device)
+        model = AutoModelForImageTextToText.from_pretrained(
+            path, config=_config(path), dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        return model.to(target).eval(), processor
+
+
+def load_language(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[Any, Any]:
+    """A text-only language model and its tokenizer, from a folder or a hub name.
+
+    Only safetensors are read, and no code from the checkpoint is run; `dtype` as for `load`.
+
+    Raises:
+        InputError: if there is no such checkpoint, it is damaged, or the model sees images.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    if dtype == "auto" and device == "cpu":
+        dtype = "float32"
+    with _readable(name) as path:
+        target = torch.device(device)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if hasattr(config, "vision_config"):
+            raise InputError(f"{name!r} is a model that sees images; give a text-only one")
+        model = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        return model.to(target).eval(), tokenizer
+
+
+def _config(path: str) -> Any:
+    from transformers import AutoConfig
 
     from vlm_prune.vlm.families import check_supported
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    check_supported(config.model_type)
+    return config
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[str]:
+    """Where a checkpoint lies; what goes wrong while it is read becomes one line."""
+    from safetensors import SafetensorError
 
     path = str(checkpoint_path()) if name == EMBEDDED else name
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise InputError(f"{path} holds no config.json, so it is no checkpoint folder")
-    if dtype == "auto" and device == "cpu":
-        dtype = "float32"
     try:
-        target = torch.device(device)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        check_supported(config.model_type)
-        model = AutoModelForImageTextToText.from_pretrained(
-            path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
-        return model.to(target).eval(), processor
+        yield path
     except InputError:
         raise
     except (

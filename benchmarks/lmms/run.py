@@ -75,12 +75,12 @@ def evaluate(
     model.tick = lambda answered: progress(answered / (1 + len(folders)))
     skipped: dict[str, str] = {}
     metrics: list[dict[str, Any]] = [{} for _ in folders]
-    for leaf in _leaves(config, skipped):
+    for leaf in leaves_of(config, skipped):
         try:
             with redirect_stderr(StringIO()):  # progress bars and chatter; our own bar stands
                 _compare(leaf, model, folders, pruners, metrics, data_root)
         except Exception as error:  # noqa: BLE001  a task may raise anything; the others go on
-            skipped[leaf.shown] = _reason(error)
+            skipped[leaf.shown] = in_one_line(error)
     if model.rank != 0:
         raise SystemExit(0)
     for name, reason in skipped.items():
@@ -105,15 +105,15 @@ def _compare(
     config = folders[0].config
     task = load_task(leaf.name, data_root, config.seed, config.split)
     task.args = Namespace(output_path=str(folders[0].path), process_with_media=False)
-    before = _pass(leaf, task, model, None, _unpruned(leaf, model, config))
+    before = one_pass(leaf, task, model, None, unpruned(leaf, model, config))
     for folder, pruner, found in zip(folders, pruners, metrics, strict=True):
-        after = _pass(leaf, task, model, pruner, _pruned(leaf, model, folder))
+        after = one_pass(leaf, task, model, pruner, _pruned(leaf, model, folder))
         if before is not None and after is not None:
             folder.append(_rows(leaf, task, before, after))
             found[leaf.shown] = {"pruned": after.metrics, "baseline": before.metrics}
 
 
-def _reason(error: BaseException) -> str:
+def in_one_line(error: BaseException) -> str:
     """One line; what lmms-eval tried several times is named by what went wrong."""
     if isinstance(error, RetryError):
         error = error.last_attempt.exception() or error
@@ -121,7 +121,7 @@ def _reason(error: BaseException) -> str:
     return first if isinstance(error, InputError) else f"{type(error).__name__}: {first}"
 
 
-def _leaves(config: RunConfig, skipped: dict[str, str]) -> list[Leaf]:
+def leaves_of(config: RunConfig, skipped: dict[str, str]) -> list[Leaf]:
     """The tasks behind the names, each with its share of the questions."""
     found: dict[str, Leaf] = {}
     for number, name in enumerate(config.tasks):
@@ -139,7 +139,7 @@ def _leaves(config: RunConfig, skipped: dict[str, str]) -> list[Leaf]:
     return list(found.values())
 
 
-def _unpruned(leaf: Leaf, model: PrunedChat, config: RunConfig) -> Answers:
+def unpruned(leaf: Leaf, model: PrunedChat, config: RunConfig) -> Answers:
     about = source(model.model, config.model) | {"wings": config.wings}
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     return Answers(cache_folder() / "unpruned" / key / leaf.name, about)
@@ -155,7 +155,7 @@ def _pruned(leaf: Leaf, model: PrunedChat, folder: RunFolder) -> Answers:
     return Answers(folder.path / "answers" / leaf.name, about)
 
 
-def _pass(
+def one_pass(
     leaf: Leaf, task: Any, model: PrunedChat, pruner: Any | None, journal: Answers
 ) -> Pass | None:
     """Run one task; None in all processes but the first."""

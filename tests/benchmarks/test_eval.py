@@ -100,29 +100,14 @@ def test_limit_is_spread_evenly():
     ] * 4
 
 
-def test_a_wings_adapter_is_attached_for_every_task_and_method(
-    run, checkpoint, llava, processor, tmp_path
-):
-    import torch
-
-    from vlm_prune.learners import WingsConfig, attach, detach, save_pretrained
-    from vlm_prune.learners.model import wings_layers
-
-    attach(llava, WingsConfig(rank=4, max_positions=1024))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for layer in wings_layers(llava).values():
-            for parameter in layer.parameters():
-                parameter.normal_(0, 1, generator=generator)
-    save_pretrained(llava, tmp_path / "wings")
-    detach(llava)
+def test_a_wings_adapter_is_attached_for_every_task_and_method(run, checkpoint, adapter, tmp_path):
     common = ["eval", "--model", checkpoint, "--limit", "6", "--tasks", "exist,text,iit"]
     plain, winged = tmp_path / "plain", tmp_path / "winged"
     assert run(*common, "--output", plain)[0] == 0
-    code, _, err = run(*common, "--output", winged, "--wings", tmp_path / "wings")
+    code, _, err = run(*common, "--output", winged, "--wings", adapter)
     assert code == 0, err
     (without, before), (content, after) = results(plain), results(winged)
-    assert content["config"]["wings"] == str(tmp_path / "wings")
+    assert content["config"]["wings"] == str(adapter)
     assert {row["task"] for row in after} == {"exist", "text", "iit"}
     for key in ("baseline", "prediction"):
         assert any(a[key] != b[key] for a, b in zip(before, after, strict=True)), key

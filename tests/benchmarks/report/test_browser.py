@@ -1,27 +1,9 @@
 """The page in a browser, from a file: 504 questions, three budgets, two methods."""
 
-import os
-from pathlib import Path
-
 import pytest
 
 from vlm_prune.benchmarks.report import report
 
-CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
-if not CHROMIUM.exists():
-    pytest.skip(f"no browser at {CHROMIUM}", allow_module_level=True)
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-PATIENCE_MS = 180_000
 DARK = "rgb(22, 24, 27)"
 
 
@@ -39,18 +21,6 @@ def address(make_run, edit, tmp_path_factory):
 
             edit(run / "results.json", change)
     return report([folder])[0].as_uri()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    with playwright.sync_playwright() as play:
-        context = play.chromium.launch_persistent_context(
-            tmp_path_factory.mktemp("profile"), executable_path=CHROMIUM, args=FLAGS,
-            timeout=PATIENCE_MS,
-        )  # fmt: skip
-        context.set_default_timeout(PATIENCE_MS)
-        yield context
-        context.close()
 
 
 @pytest.fixture(scope="module")

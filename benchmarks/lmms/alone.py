@@ -1,0 +1,50 @@
+"""lmms-eval's tasks with one unpruned model, for comparisons between models."""
+
+from argparse import Namespace
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from vlm_prune.benchmarks.lmms.load import load_task
+from vlm_prune.benchmarks.lmms.model import PrunedChat
+from vlm_prune.benchmarks.lmms.run import in_one_line, leaves_of, one_pass, unpruned
+from vlm_prune.benchmarks.lmms.score import reply_of, score_of
+from vlm_prune.benchmarks.run import RunFolder
+
+
+def answer_alone(
+    model: PrunedChat, folder: RunFolder, data_root: Path | None = None
+) -> dict[str, str]:
+    """Fill the folder with a row for each question; returns why tasks were skipped.
+
+    Answers are taken from the cache of unpruned answers, and put there.
+    """
+    datasets.disable_progress_bars()
+    config, skipped = folder.config, dict[str, str]()
+    for leaf in leaves_of(config, skipped):
+        try:
+            with redirect_stderr(StringIO()):
+                task = load_task(leaf.name, data_root, config.seed, config.split)
+                task.args = Namespace(output_path=str(folder.path), process_with_media=False)
+                found = one_pass(leaf, task, model, None, unpruned(leaf, model, config))
+            assert found is not None  # only in other processes, which the suite does not have
+            rows: list[dict[str, Any]] = [
+                {
+                    "id": f"{leaf.shown}/{number:06d}",
+                    "task": leaf.shown,
+                    "subset": str(sample["doc"].get("category") or ""),
+                    "question": found.answers[number][0]["question"],
+                    "answer": str(sample["target"]),
+                    "prediction": reply_of(task, sample),
+                    "score": score_of(task, sample),
+                    "images": found.answers[number][0]["images"],
+                }
+                for number, sample in sorted(found.samples.items())
+            ]
+            folder.append(rows)
+        except Exception as error:  # noqa: BLE001  a task may raise anything; the others go on
+            skipped[leaf.shown] = in_one_line(error)
+    return skipped

@@ -1,0 +1,21 @@
+"""Which tokens a method keeps, drawn on the picture."""
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+
+def kept_overlay(image: Image.Image, places: Tensor, grid: tuple[int, int]) -> Image.Image:
+    """The RGB image with everything pale but the patches of the tokens kept.
+
+    `places` (k,) count the tokens of a grid of rows and columns in reading order; the grid covers
+    the whole image.
+    """
+    rows, columns = grid
+    kept = np.zeros(rows * columns, bool)
+    kept[places.cpu().numpy()] = True
+    pixels = np.asarray(image)
+    height, width = pixels.shape[:2]
+    down, across = np.arange(height) * rows // height, np.arange(width) * columns // width
+    shown = kept.reshape(grid)[down[:, None], across, None]
+    return Image.fromarray(np.where(shown, pixels, pixels // 5 + 190).astype(np.uint8))
