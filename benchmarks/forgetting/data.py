@@ -25,7 +25,7 @@ from vlm_prune.vlm.files import whole
 from vlm_prune.vlm.tiny.language import Row, clip
 from vlm_prune.vlm.tiny.tower import tower_features
 
-KEY = 2_406_03496
+KEY = 2_026_11_24
 TASK_QUESTIONS, SETTING_QUESTIONS, TEXT_QUESTIONS = 2, 4, 12
 
 
