@@ -71,6 +71,11 @@ class Parts:
         for part in self._files():
             self.done[_read(part, ["row"])["row"].to_numpy()] = True
 
+    @property
+    def log(self) -> Path:
+        """For what Ray says about itself."""
+        return self.folder / "ray.log"
+
     def missing(self) -> pa.Table:
         """The images without an answer or an error."""
         return self.images.filter(pa.array(~self.done))

@@ -140,7 +140,7 @@ def map_images(
     parts = Parts(output, wanted, partial(find_images, source, config.prompt, config.limit))
     missing = parts.missing()
     if len(missing):
-        with _ray(cpus), bar(len(parts.images)) as advance:
+        with _stderr_to(parts.log), _ray(cpus), bar(len(parts.images)) as advance:
             advance(len(parts.images) - len(missing))
             device, pool = _pool(config.device, workers)
             _collect(parts, _answers(config, device, pool, missing, batch_size), advance)
@@ -229,14 +229,13 @@ def _pool(device: str, workers: int | None) -> tuple[str, dict[str, Any]]:
 def _ray(cpus: int | None) -> Iterator[None]:
     """Ray on this machine alone: no dashboard, nothing sent anywhere, nothing on the terminal."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
     import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     if ray.is_initialized():
         yield
         return
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     ray.init(
         address="local", num_cpus=cpus or max(2, os.cpu_count() or 1), include_dashboard=False,
         log_to_driver=False, logging_level=logging.CRITICAL,
@@ -245,6 +244,19 @@ def _ray(cpus: int | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _stderr_to(log: Path) -> Iterator[None]:
+    """Ray's core writes notes to file descriptor 2 itself; they are for a log, not for the user."""
+    kept = os.dup(2)
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def counts(output: Path) -> tuple[int, int]:
