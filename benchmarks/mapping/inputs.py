@@ -74,21 +74,21 @@ def _manifest(source: Path, limit: int | None) -> tuple[list[str], list[str | No
     names = ("path", "prompt")
     try:
         if source.suffix.lower() == ".csv":
-            kinds = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
-            table = csv.read_csv(source, convert_options=kinds)
+            texts = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
+            table = csv.read_csv(source, convert_options=texts)
         else:
-            table = parquet.read_table(source)
+            there = parquet.read_schema(source).names
+            table = parquet.read_table(source, columns=[name for name in names if name in there])
         if "path" not in table.column_names:
             raise InputError(f"{source} has no column 'path'")
-        columns = [
-            table[name].cast(pa.string()).slice(0, limit).to_pylist()
-            if name in table.column_names
-            else [None] * len(table)
-            for name in names
-        ]
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {source}: {str(error).splitlines()[0]}") from error
-    return [path or "" for path in columns[0]], columns[1][: len(columns[0])]
+        table = table.slice(0, limit)
+        paths = table["path"].cast(pa.string()).to_pylist()
+        prompts: list[str | None] = [None] * len(paths)
+        if "prompt" in table.column_names:
+            prompts = table["prompt"].cast(pa.string()).to_pylist()
+    except (pa.ArrowException, KeyError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {source}: {one_line(error)}") from error
+    return [path or "" for path in paths], prompts
 
 
 def open_below(root: Path, path: str) -> Image.Image:

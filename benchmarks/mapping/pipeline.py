@@ -1,12 +1,13 @@
 """The Ray Data pipeline: decode on CPUs, answer with a pool of models, write parts.
 
 Ray Data's streaming executor holds decoding back: decoded images may fill half of the object store,
-and no more are made while the models have enough to do. A model has one block in work and one
-waiting; a block is one batch, or a few where there are very many images.
+which is 30 % of the memory, however many there are. A model has one block in work and one waiting;
+a block is one batch, or a few where there are very many images.
 """
 
 import logging
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -140,10 +141,9 @@ def map_images(
     parts = Parts(output, wanted, partial(find_images, source, config.prompt, config.limit))
     missing = parts.missing()
     if len(missing):
-        with _stderr_to(parts.log), _ray(cpus), bar(len(parts.images)) as advance:
+        with _stderr_to(parts.log), local_ray(cpus), bar(len(parts.images)) as advance:
             advance(len(parts.images) - len(missing))
-            device, pool = _pool(config.device, workers)
-            _collect(parts, _answers(config, device, pool, missing, batch_size), advance)
+            _collect(parts, _answers(config, workers, missing, batch_size), advance)
     parts.join()
     return counts(output)
 
@@ -170,12 +170,13 @@ def _collect(parts: Parts, answers: Iterator[pa.Table], advance: Callable[[int],
 
 
 def _answers(
-    config: MapConfig, device: str, pool: dict[str, Any], missing: pa.Table, batch_size: int
+    config: MapConfig, workers: int | None, missing: pa.Table, batch_size: int
 ) -> Iterator[pa.Table]:
     """Answers in the order in which they are made."""
     import ray.data
     import ray.exceptions
 
+    device, models, share = placed(ray.cluster_resources(), config.device, workers)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     rows = batch_size * -(-len(missing) // (batch_size * MOST_BLOCKS))
@@ -194,7 +195,8 @@ def _answers(
             batch_size=batch_size,
             batch_format="pyarrow",
             fn_constructor_kwargs={"config": config, "device": device},
-            **pool,
+            compute=ray.data.ActorPoolStrategy(size=models, max_tasks_in_flight_per_actor=2),
+            **share,
         )
     )
     try:
@@ -203,32 +205,43 @@ def _answers(
         raise InputError(f"Ray stopped ({one_line(error)}); run it again to go on") from error
 
 
-def _pool(device: str, workers: int | None) -> tuple[str, dict[str, Any]]:
-    """The device of the models, and how Ray Data is to place them."""
-    import ray
-    from ray.data import ActorPoolStrategy
+def placed(
+    resources: dict[str, float], device: str, workers: int | None
+) -> tuple[str, int, dict[str, Any]]:
+    """The models' device, how many there are, and what each of them asks Ray for.
 
-    resources = ray.cluster_resources()
+    Raises:
+        InputError: if Ray's `resources` do not suffice.
+    """
     cpus, gpus = int(resources["CPU"]), int(resources.get("GPU", 0))
     if device == "auto":
         device = "cuda" if gpus else "cpu"
     if device.startswith("cuda:"):
         raise InputError("Ray hands out the GPUs; give --device cuda, and --workers for how many")
-    most = gpus if device == "cuda" else cpus - 1  # one CPU is for decoding
-    workers = workers or (gpus if device == "cuda" else 1)
-    if not 1 <= workers <= most:
-        unit = "GPUs" if device == "cuda" else "CPUs beside the one that decodes"
-        raise InputError(f"{workers} workers on {device} need as many {unit}, and there are {most}")
-    share = {"num_gpus": 1, "num_cpus": 0} if device == "cuda" else {"num_cpus": most // workers}
-    return device, share | {
-        "compute": ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2)
-    }
+    if device == "cuda":
+        if not gpus:
+            raise InputError("Ray sees no GPU; give --device cpu")
+        if workers is not None and workers > gpus:
+            raise InputError(f"{workers} workers on cuda need as many GPUs, and there are {gpus}")
+        return device, workers or gpus, {"num_gpus": 1}
+    workers = workers or 1
+    if workers > cpus - 1:
+        raise InputError(
+            f"{workers} workers on {device} need {workers + 1} CPUs, one for decoding, and there "
+            f"are {cpus}; give fewer --workers"
+        )
+    return device, workers, {"num_cpus": (cpus - 1) // workers}
 
 
 @contextmanager
-def _ray(cpus: int | None) -> Iterator[None]:
-    """Ray on this machine alone: no dashboard, nothing sent anywhere, nothing on the terminal."""
+def local_ray(cpus: int | None) -> Iterator[None]:
+    """Ray on this machine alone, unless it runs already: quiet, and it tells nobody anything.
+
+    Ray listens on every network interface and runs what it is sent, so it asks for a secret.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
     import ray.data
 
@@ -236,10 +249,13 @@ def _ray(cpus: int | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    ray.init(
-        address="local", num_cpus=cpus or max(2, os.cpu_count() or 1), include_dashboard=False,
-        log_to_driver=False, logging_level=logging.CRITICAL,
-    )  # fmt: skip
+    try:
+        ray.init(
+            address="local", num_cpus=cpus or max(2, os.cpu_count() or 1), include_dashboard=False,
+            _node_ip_address="127.0.0.1", log_to_driver=False, logging_level=logging.CRITICAL,
+        )  # fmt: skip
+    except Exception as error:  # Ray raises bare ones, as when it starts slowly
+        raise InputError(f"Ray does not start ({one_line(error)}); run it again") from error
     try:
         yield
     finally:

@@ -14,11 +14,11 @@ from pyarrow import parquet
 from vlm_prune.benchmarks.mapping import command
 from vlm_prune.benchmarks.mapping.inputs import find_images, open_below
 from vlm_prune.benchmarks.mapping.output import ANSWERS, Parts, parts_of
+from vlm_prune.benchmarks.mapping.pipeline import local_ray, placed
 from vlm_prune.benchmarks.tasks import TASKS
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.wrapper import PrunedVLM
 
-ray = pytest.importorskip("ray")
 PROMPT = "What color is the star?"
 EAGER = (  # a part after every block, so that a kill finds some
     "from vlm_prune.benchmarks import cli; from vlm_prune.benchmarks.mapping import pipeline; "
@@ -29,9 +29,8 @@ EAGER = (  # a part after every block, so that a kill finds some
 @pytest.fixture(scope="module")
 def cluster():
     """One Ray of two CPUs for all runs of this process."""
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+    with local_ray(2):
+        yield
 
 
 def draw(folder, count):
@@ -187,6 +186,28 @@ def test_wrong_input(run, tmp_path, monkeypatch, name):
     assert code == 2 and message in err
     assert len(err.strip().splitlines()) == 1 and not out
     assert not list(tmp_path.rglob("out.parquet*"))
+
+
+@pytest.mark.parametrize(
+    "resources, device, workers, found",
+    [
+        ({"CPU": 8.0}, "auto", None, ("cpu", 1, {"num_cpus": 7})),
+        ({"CPU": 8.0}, "cpu", 3, ("cpu", 3, {"num_cpus": 2})),
+        ({"CPU": 2.0, "GPU": 4.0}, "auto", None, ("cuda", 4, {"num_gpus": 1})),
+        ({"CPU": 8.0, "GPU": 4.0}, "cuda", 2, ("cuda", 2, {"num_gpus": 1})),
+        ({"CPU": 8.0, "GPU": 4.0}, "cpu", None, ("cpu", 1, {"num_cpus": 7})),
+        ({"CPU": 2.0}, "cpu", 2, "2 workers on cpu need"),
+        ({"CPU": 8.0}, "cuda", None, "sees no GPU"),
+        ({"CPU": 8.0, "GPU": 4.0}, "cuda", 5, "5 workers on cuda need"),
+        ({"CPU": 8.0, "GPU": 4.0}, "cuda:1", None, "Ray hands out the GPUs"),
+    ],
+)
+def test_where_models_run(resources, device, workers, found):
+    if isinstance(found, str):
+        with pytest.raises(InputError, match=found):
+            placed(resources, device, workers)
+    else:
+        assert placed(resources, device, workers) == found
 
 
 def test_without_ray_the_extra_is_named(run, tmp_path, monkeypatch):
