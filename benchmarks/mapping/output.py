@@ -62,7 +62,7 @@ class Parts:
         self.output, self.config, self.folder = output, config, parts_of(output)
         listed = self.folder / "images.parquet"
         found = None if listed.is_file() else find()
-        self.lock = claim(self.folder, config, "part-*.parquet")
+        self.lock = claim(self.folder, config, "*.parquet")
         if not listed.is_file():
             with whole(listed) as partial:
                 parquet.write_table(found, partial)
