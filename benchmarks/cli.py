@@ -30,6 +30,7 @@ from vlm_prune.benchmarks.arguments import (
     with_schedule,
 )
 from vlm_prune.benchmarks.choosing import find_schedule, search
+from vlm_prune.benchmarks.mapping.command import map_command
 from vlm_prune.benchmarks.terminal import progress, quiet
 from vlm_prune.vlm.errors import InputError
 
@@ -313,6 +314,7 @@ for name, listing in (
     app.command(name)(listing)
 app.command("schedule")(find_schedule)
 app.command("search")(search)
+app.command("map")(map_command)
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vlm_prune.benchmarks.claim import claim
 from vlm_prune.benchmarks.latency import Phases, timed_generate
 from vlm_prune.benchmarks.prompts import check_family, make_prompts
 from vlm_prune.benchmarks.summary import summarise
@@ -101,33 +101,7 @@ class RunFolder:
         self.rows: dict[str, dict[str, Any]] = {}
         if int(os.environ.get("RANK", "0")) > 0:
             return
-        self.lock = FileLock(path / ".lock")
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            raise InputError(
-                f"another run writes to {path}; wait for it, or give another --output"
-            ) from None
-        wanted, stored = json.loads(json.dumps(asdict(config))), path / "config.json"
-        if stored.is_file():
-            try:
-                found = json.loads(stored.read_text())
-            except ValueError:
-                found = {}
-            if set(found) != set(wanted):
-                raise InputError(
-                    f"{path} holds a run of another version; give another --output or remove it"
-                )
-            changed = [key for key in wanted if found.get(key) != wanted[key]]
-            if changed:
-                raise InputError(
-                    f"{path} holds a run with another {', '.join(changed)}; "
-                    "give another --output or remove the folder"
-                )
-        elif any(path.glob("*.jsonl")):
-            raise InputError(f"{path} holds samples.jsonl without config.json; remove the folder")
-        else:
-            write_json(stored, wanted)
+        self.lock = claim(path, asdict(config), "*.jsonl")
         self.rows = self._read()
 
     @property

@@ -1,6 +1,8 @@
 """`PrunedVLM`: model, processor and pruner in one object."""
 
-from dataclasses import is_dataclass, replace
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, is_dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -89,17 +91,50 @@ class PrunedVLM:
         Raises:
             InputError: if the image cannot be used.
         """
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        prompt = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
+        return self.replies([image], [question], **generation)[0].text
+
+    def replies(
+        self,
+        images: Sequence[str | Path | Image.Image],
+        questions: Sequence[str],
+        **generation: Any,
+    ) -> list["Reply"]:
+        """The same for several images at once, one question about each.
+
+        Raises:
+            InputError: if an image cannot be used.
+        """
+        prompts = [
+            self.processor.apply_chat_template(
+                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}],
+                add_generation_prompt=True,
+            )
+            for text in questions
+        ]
+        inputs = self.processor(
+            text=prompts, images=[[open_image(image)] for image in images], padding=True,
+            padding_side="left", return_tensors="pt",
+        ).to(self.model.device)  # fmt: skip
+        block = nullcontext() if self.pruner is None else self.pruner(self.model)
+        with torch.inference_mode(), block as trace:
+            output = self.model.generate(**inputs, **generation)
+        texts = self.processor.batch_decode(
+            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )
-        inputs = self.processor(text=[prompt], images=[open_image(image)], return_tensors="pt")
-        inputs = inputs.to(self.model.device)
-        with torch.inference_mode():
-            if self.pruner is None:
-                output = self.model.generate(**inputs, **generation)
-            else:
-                with self.pruner(self.model):
-                    output = self.model.generate(**inputs, **generation)
-        reply = output[0, inputs["input_ids"].shape[1] :]
-        return str(self.processor.decode(reply, skip_special_tokens=True)).strip()
+        counts: list[tuple[int | None, int | None]] = [(None, None)] * len(texts)
+        if trace is not None:
+            counts = list(zip(trace.available, map(len, trace.kept), strict=True))
+        return [Reply(text.strip(), *each) for text, each in zip(texts, counts, strict=True)]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer, how many tokens its image had, and how many were left at the end of pruning.
+
+    For methods that prune inside the language model the latter are those of its last layer, fewer
+    than the budget, which is a mean over layers. Without a pruner both are None.
+    """
+
+    text: str
+    image_tokens: int | None
+    kept_tokens: int | None

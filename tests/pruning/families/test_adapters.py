@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import avg_pool2d
 from transformers import BlipConfig
 
-from vlm_prune.pruning import DivPrune, NoPruning, Random
+from vlm_prune.pruning import DivPrune, FastV, NoPruning, Random
 from vlm_prune.pruning.received import in_tower
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import FAMILIES, family_of
@@ -111,6 +111,20 @@ def test_the_wrapper_answers_as_the_unpruned_model(tiny):
     unpruned = PrunedVLM(tiny.model, tiny.processor)
     picture, asked = tiny.pictures[2], {"max_new_tokens": 5}
     assert vlm.answer(picture, "red?", **asked) == unpruned.answer(picture, "red?", **asked)
+
+
+@pytest.mark.parametrize("pruner", [None, DivPrune(budget=4), FastV(budget=0.5)])
+def test_replies_are_what_the_images_get_alone(tiny, pruner):
+    vlm = PrunedVLM(tiny.model, tiny.processor, pruner)
+    asked = ["red?", "What color is the star and is there a 7?", "7?"]
+    together = vlm.replies(tiny.pictures[:3], asked, max_new_tokens=5)
+    alone = [
+        vlm.replies([p], [q], max_new_tokens=5) for p, q in zip(tiny.pictures, asked, strict=False)
+    ]
+    assert together == [reply for (reply,) in alone]
+    if pruner is not None:
+        for reply in together:
+            assert 0 < reply.kept_tokens < reply.image_tokens
 
 
 @torch.inference_mode()
