@@ -14,7 +14,7 @@ from vlm_prune.benchmarks.roofline import Ceilings, Timing, measured_ceilings
 from vlm_prune.benchmarks.run import Variant
 from vlm_prune.benchmarks.shapes import SHAPES
 from vlm_prune.benchmarks.table import THREE_WAYS, method_name, percent, three_ways
-from vlm_prune.vlm.cost import key_value_bytes, prefill_flops, tower_flops
+from vlm_prune.vlm.cost import key_value_bytes, prefill_flops
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.session import now
@@ -146,7 +146,7 @@ def floors(
 
     language = weights(family.decoder.layers) + text.vocab_size * text.hidden_size * size
     cache = config.batch * key_value_bytes(text, config.text, layer_tokens, size)
-    vision = config.batch * tower_flops(model.config.vision_config)
+    vision = config.batch * family.tower_flops([family.tokens_per_image])
     prefill = config.batch * prefill_flops(text, config.text, layer_tokens)
     token = config.batch * prefill_flops(text, 1, [0.0] * len(layer_tokens))
     return {

@@ -62,9 +62,8 @@ def timed_generate(
     family = family_of(model)
     changes_pixels = pruner is not None and pruner.stage == "input"
     arguments: dict[str, Any] = dict(prompt)
-    block: Any = nullcontext(
-        Trace(layer_tokens=[float(family.tokens_per_image)] * len(family.decoder.layers))
-    )
+    counts = [] if vision is None else vision.counts
+    block: Any = nullcontext(Trace(computed=[counts] * len(family.decoder.layers)))
     if vision is not None:
         if changes_pixels:
             arguments["pixel_values"] = pixel_values

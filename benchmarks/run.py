@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlm_prune.benchmarks.latency import Phases, timed_generate
-from vlm_prune.benchmarks.prompts import check_family, make_prompts
+from vlm_prune.benchmarks.prompts import make_prompts
 from vlm_prune.benchmarks.summary import summarise
 from vlm_prune.benchmarks.tasks import TASKS, Sample
 from vlm_prune.pruning import DecoderPruner
@@ -180,7 +179,6 @@ def evaluate(
     config = folders[0].config
     samples = samples_of(config.tasks, config.limit, config.seed, config.split)
     pruners = [folder.config.variant.build(config.seed) for folder in folders]
-    check_family(model)
     for pruner in pruners:
         pruner.admit(model)
     warm = False
@@ -229,7 +227,7 @@ def _answer(
             "baseline_prefill": before.prefill,
             "baseline_decode": before.decode,
         }
-        rows, places = [], iter(trace.kept)
+        rows = []
         for number, sample in enumerate(batch):
             task = TASKS[sample.id.split("/")[0]]
             rows.append(
@@ -243,10 +241,7 @@ def _answer(
                     "prediction": ours[number],
                     "baseline_score": task.score(baseline[number], sample.answer),
                     "score": task.score(ours[number], sample.answer),
-                    "images": len(sample.images),
-                    "text_tokens": prompts.text_tokens[number],
-                    "layer_tokens": trace.layer_tokens,
-                    "kept": [kept.tolist() for kept in islice(places, len(sample.images))],
+                    **prompts.row(number, trace),
                     "time_ms": {key: 1e3 * t / len(batch) for key, t in times.items()},
                 }
             )
