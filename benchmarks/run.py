@@ -11,15 +11,13 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
-from torch import Tensor
 
 from vlm_prune.benchmarks.latency import Phases, timed_generate
-from vlm_prune.benchmarks.prompts import make_prompts
+from vlm_prune.benchmarks.prompts import Prompts, make_prompts
 from vlm_prune.benchmarks.summary import summarise
 from vlm_prune.benchmarks.tasks import TASKS, Sample
 from vlm_prune.pruning import DecoderPruner
 from vlm_prune.pruning.schedule import Schedule
-from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.files import write_json
 from vlm_prune.vlm.tokens import Trace
@@ -212,12 +210,10 @@ def _answer(
     """The rows of one batch for each pruner."""
     texts = [processor.apply_chat_template(s.messages(), add_generation_prompt=True) for s in batch]
     prompts = make_prompts(model, processor, texts, [list(sample.images) for sample in batch])
-    prompt, vision, encoding = prompts.tensors, prompts.vision, prompts.vision_s
-    baseline, before, _ = _generate(model, processor, prompt, vision)
+    encoding = prompts.vision_s
+    baseline, before, _ = _generate(model, processor, prompts)
     for pruner in pruners:
-        ours, after, trace = _generate(
-            model, processor, prompt, vision, pruner, prompts.pixel_values
-        )
+        ours, after, trace = _generate(model, processor, prompts, pruner)
         times = {
             "vision": after.vision or encoding,
             "selection": after.selection,
@@ -249,18 +245,13 @@ def _answer(
 
 
 def _generate(
-    model: Any,
-    processor: Any,
-    prompt: dict[str, Any],
-    vision: Images | None,
-    pruner: Any | None = None,
-    pixel_values: Tensor | None = None,
+    model: Any, processor: Any, prompts: Prompts, pruner: Any | None = None
 ) -> tuple[list[str], Phases, Trace]:
     """Greedy answers, their phases, and what was pruned."""
     output, phases, trace = timed_generate(
-        model, prompt, vision, pruner, pixel_values, max_new_tokens=MAX_NEW_TOKENS
-    )
-    replies = processor.batch_decode(
-        output[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True
-    )
+        model, prompts.tensors, prompts.vision, pruner, prompts.pixel_values,
+        max_new_tokens=MAX_NEW_TOKENS,
+    )  # fmt: skip
+    length = prompts.tensors["input_ids"].shape[1]
+    replies = processor.batch_decode(output[:, length:], skip_special_tokens=True)
     return [reply.strip() for reply in replies], phases, trace

@@ -108,6 +108,7 @@ def summarise(config: "RunConfig", rows: list[dict[str, Any]], model: Any) -> di
             "retained": point,
             "ci": interval,
         },
+        "fixed_size": family.fixed_size,
         "tokens": {
             "full": round(full) if full == round(full) else full,
             "kept": _per_image(rows, [row["layer_tokens"][-1] for row in rows], full),

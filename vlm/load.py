@@ -1,10 +1,15 @@
 """Loading a model and its processor; whatever is wrong with them is said in one line."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.tiny import checkpoint_path
+
+if TYPE_CHECKING:
+    from vlm_prune.vlm.families import Family
 
 EMBEDDED = "tiny"
 
@@ -19,25 +24,47 @@ def load(name: str = EMBEDDED, device: str = "cpu", dtype: str = "auto") -> tupl
         InputError: if there is no such checkpoint, it is damaged, or its family is unsupported.
     """
     import torch
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    if dtype == "auto" and device == "cpu":
+        dtype = "float32"
+    with _readable(name) as path:
+        target = torch.device(device)
+        model = AutoModelForImageTextToText.from_pretrained(
+            path, config=_config(path), dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        return model.to(target).eval(), processor
+
+
+def family_type(name: str) -> "type[Family]":
+    """The adapter for a checkpoint, from its config alone; `name` and errors as for `load`."""
+    from vlm_prune.vlm.families import FAMILIES
+
+    with _readable(name) as path:
+        return FAMILIES[_config(path).model_type]
+
+
+def _config(path: str) -> Any:
+    from transformers import AutoConfig
 
     from vlm_prune.vlm.families import check_supported
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    check_supported(config.model_type)
+    return config
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[str]:
+    """Where a checkpoint lies; what goes wrong while it is read becomes one line."""
+    from safetensors import SafetensorError
 
     path = str(checkpoint_path()) if name == EMBEDDED else name
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise InputError(f"{path} holds no config.json, so it is no checkpoint folder")
-    if dtype == "auto" and device == "cpu":
-        dtype = "float32"
     try:
-        target = torch.device(device)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        check_supported(config.model_type)
-        model = AutoModelForImageTextToText.from_pretrained(
-            path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
-        return model.to(target).eval(), processor
+        yield path
     except InputError:
         raise
     except (

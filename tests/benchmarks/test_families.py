@@ -9,6 +9,7 @@ import torch
 
 from vlm_prune.benchmarks import run as engine
 from vlm_prune.benchmarks.prompts import make_prompts
+from vlm_prune.benchmarks.support import every_method, support
 from vlm_prune.benchmarks.tasks import TASKS, Sample, Task, Turn
 from vlm_prune.pruning import METHODS
 from vlm_prune.vlm.families import family_of
@@ -59,3 +60,144 @@ def test_eval(run, tiny, folder, tmp_path):
     for cost in ("flops", "kv_bytes"):
         assert 0 < content[cost]["pruned"] < content[cost]["baseline"]
     assert f"{content['tokens']['full']} -> 6 / 6.0" in out
+
+
+def replies(processor, output, prompt):
+    new = processor.batch_decode(output[:, prompt.shape[1] :], skip_special_tokens=True)
+    return [reply.strip() for reply in new]
+
+
+SIZES = [[0], [], [1, 2], [2]]
+
+
+@pytest.fixture
+def mixed(tiny, monkeypatch):
+    """A task whose questions show pictures of several sizes, two, or none."""
+
+    def make(rng, split):
+        shown = SIZES[int(rng.integers(len(SIZES)))]
+        color = str(rng.choice(["red", "blue"]))
+        turn = Turn(f"Is {color} there?", tuple(tiny.pictures[p] for p in shown))
+        return Sample((turn,), "yes")
+
+    monkeypatch.setitem(TASKS._entries, "mixed", Task("mixed", True, make))
+    return [TASKS["mixed"].sample(number) for number in range(8)]
+
+
+@torch.inference_mode()
+def test_images_encoded_beforehand_give_the_model_s_own_answers(tiny, mixed):
+    """In one ragged batch, against `generate` on what the processor gives for each question."""
+    texts = [
+        tiny.processor.apply_chat_template(s.messages(), add_generation_prompt=True) for s in mixed
+    ]
+    pictures = [list(sample.images) for sample in mixed]
+    assert sorted({len(row) for row in pictures}) == [0, 1, 2]
+    prompts = make_prompts(tiny.model, tiny.processor, texts, pictures)
+    ours = engine._generate(tiny.model, tiny.processor, prompts)[0]
+    for text, row, reply in zip(texts, pictures, ours, strict=True):
+        given = [row] if family_of(tiny.model).by_row else row
+        inputs = tiny.processor(text=[text], images=given if row else None, return_tensors="pt")
+        output = tiny.model.generate(**inputs, **NEW)
+        assert replies(tiny.processor, output, inputs["input_ids"]) == [reply]
+    assert len(set(ours)) > 2
+
+
+def test_images_of_several_sizes(run, tiny, folder, mixed, tmp_path, monkeypatch):
+    """All tokens give the unpruned answers; a count keeps all of a smaller image, a share its share."""
+    family, calls = type(family_of(tiny.model)), []
+    encode = family.encode
+
+    def counted(self, pixel_values, **inputs):
+        calls.append(1)
+        return encode(self, pixel_values, **inputs)
+
+    monkeypatch.setattr(family, "encode", counted)
+    code, _, err = run(
+        "compare", "--model", folder, "--method", "divprune,fastv,divprune+fastv", "--budget",
+        "1.0,12,0.4", "--tasks", "mixed", "--limit", "8", "--batch-size", "4", "--output", tmp_path,
+    )  # fmt: skip
+    assert code == 0, err
+    assert len(calls) == 1 + 2  # a question to warm up, then two batches for all nine runs
+    assert len((tmp_path / "compare.md").read_text().splitlines()) == 2 + 1 + 9
+    for name in ("divprune", "fastv", "divprune+fastv"):
+        content, rows = results(tmp_path / f"{name}-1.0")
+        assert all(row["prediction"] == row["baseline"] for row in rows)
+        assert content["flops"]["pruned"] == pytest.approx(content["flops"]["baseline"])
+        for budget in (12, 0.4):
+            content, rows = results(tmp_path / f"{name}-{budget}")
+            for row in rows:
+                full = row["image_tokens"]
+                wanted = [min(budget, n) if budget == 12 else round(budget * n) for n in full]
+                if name == "divprune":
+                    assert [len(set(kept)) for kept in row["kept"]] == wanted
+                assert all(max(k) < n for k, n in zip(row["kept"], full, strict=True))
+                spare = np.mean(wanted or [0]) - np.mean(row["layer_tokens"])
+                assert -1e-9 < spare < 1
+            every = [n for row in rows for n in row["image_tokens"]]
+            assert content["tokens"]["full"] == pytest.approx(np.mean(every))
+            for run_, tokens in (("baseline", full_of), ("pruned", computed_of)):
+                held = [512 * (row["text_tokens"] + tokens(row)) for row in rows]  # 4 layers
+                assert content["kv_bytes"][run_] == pytest.approx(np.mean(held))
+    assert len(set(every)) > (tiny.name != "llava")
+    code, _, err = run("report", tmp_path)
+    assert code == 0, err
+    page = (tmp_path / "report.html").read_text()
+    assert ("they are shown whole" in page) == (tiny.name != "llava")
+
+
+def full_of(row):
+    return sum(row["image_tokens"])
+
+
+def computed_of(row):
+    return row["images"] * np.mean(row["layer_tokens"])
+
+
+def test_a_killed_run_resumes(run, tiny, folder, mixed, tmp_path):
+    asked = ["eval", "--model", folder, "--method", "divprune", "--budget", "7"]
+    asked += ["--tasks", "mixed", "--limit", "6", "--batch-size", "2"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for output in (whole, killed):
+        assert run(*asked, "--output", output)[0] == 0
+    log = killed / "samples.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(lines[:3]) + lines[3][:40])
+    (killed / "results.json").unlink()
+    assert run(*asked, "--output", killed)[0] == 0
+    (first, first_rows), (second, second_rows) = results(whole), results(killed)
+    for rows in (first_rows, second_rows):
+        for row in rows:
+            del row["time_ms"]
+    assert first_rows == second_rows
+    for part in ("tasks", "overall", "tokens", "flops", "kv_bytes"):
+        assert first[part] == second[part]
+
+
+def test_all_methods_are_those_that_the_matrix_allows(tiny, folder, capsys):
+    works = {name for name, families in support().items() if families[tiny.name]}
+    assert {*every_method(str(folder)), "none"} == works
+    said = capsys.readouterr().err.splitlines()
+    assert {line.split(" left out: it needs ")[0] for line in said} == set(METHODS) - works
+
+
+@pytest.mark.slow
+def test_every_method_with_all_tokens_and_with_few(run, tiny, folder, mixed, tmp_path):
+    code, _, err = run(
+        "compare", "--model", folder, "--method", "all", "--budget", "1.0,12", "--tasks",
+        "mixed,exist,text,iit", "--limit", "24", "--output", tmp_path,
+    )  # fmt: skip
+    assert code == 0, err
+    for name in every_method(str(folder)):
+        _, rows = results(tmp_path / f"{name}-1.0")
+        assert all(row["prediction"] == row["baseline"] for row in rows), name
+        _, rows = results(tmp_path / f"{name}-12")
+        for row in rows:
+            wanted = [min(12, n) for n in row["image_tokens"]]
+            assert np.mean(row["layer_tokens"]) <= np.mean(wanted or [0]) + 1e-9
+
+
+def test_a_report_of_text_alone(run, tiny, folder, tmp_path):
+    asked = ["--method", "random", "--tasks", "text", "--limit", "2", "--budget", "4"]
+    assert run("eval", "--model", folder, *asked, "--output", tmp_path)[0] == 0
+    code, _, err = run("report", tmp_path)
+    assert code == 0, err
