@@ -1,6 +1,7 @@
 """What the rows of one run come to: `results.json`."""
 
 import resource
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ def summarise(config: "RunConfig", rows: list[dict[str, Any]], model: Any) -> di
     """The content of `results.json`."""
     family = family_of(model)
 
-    def mean(values: list[float]) -> float:
+    def mean(values: Sequence[float]) -> float:
         return float(np.mean(values)) if values else 0.0
 
     scores = {

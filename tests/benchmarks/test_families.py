@@ -18,14 +18,6 @@ FAST = ["--limit", "4", "--batch-size", "2", "--tasks", "exist,text,iit"]
 NEW = {"max_new_tokens": engine.MAX_NEW_TOKENS, "do_sample": False}
 
 
-@pytest.fixture(scope="session")
-def folder(tiny, tmp_path_factory):
-    path = tmp_path_factory.mktemp(tiny.name)
-    tiny.model.save_pretrained(path)
-    tiny.processor.save_pretrained(path)
-    return path
-
-
 def results(path):
     content = json.loads((path / "results.json").read_text())
     rows = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
