@@ -193,3 +193,32 @@ def test_a_report_of_text_alone(run, tiny, folder, tmp_path):
     assert run("eval", "--model", folder, *asked, "--output", tmp_path)[0] == 0
     code, _, err = run("report", tmp_path)
     assert code == 0, err
+
+
+def test_a_schedule_is_found_and_followed(run, tiny, folder, mixed, tmp_path):
+    code, out, err = run(
+        "schedule", "--model", folder, "--data", "mixed,iit", "--limit", "16", "--budget", "0.6",
+        "--output", tmp_path,
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads((tmp_path / "schedule.json").read_text())
+    assert found["layers"] == 4 and sum(found["histogram"]) == found["change_points"] > 9
+    assert f"at budget {round(0.6 * found['tokens'])} of {found['tokens']} tokens" in out
+    code, _, err = run(
+        "eval", "--model", folder, "--method", "fastv", "--budget", "0.6", "--tasks", "mixed",
+        "--limit", "4", "--schedule", tmp_path / "schedule.json", "--output", tmp_path / "run",
+    )  # fmt: skip
+    assert code == 0, err
+    shown = [row for row in results(tmp_path / "run")[1] if row["images"]]
+    for row in shown:
+        layers = row["layer_tokens"]
+        drops = [n for n in range(1, 4) if layers[n] < layers[n - 1]]
+        assert set(drops) <= set(found["places"]) and layers[-1] < np.mean(row["image_tokens"])
+    assert shown
+
+
+def test_a_search_is_for_images_of_one_size(run, tiny, folder, tmp_path):
+    asked = ["search", "--model", folder, "--budget", "500", "--output", tmp_path]
+    code, _, err = run(*asked)
+    assert code == 2 and len(err.strip().splitlines()) == 1
+    assert ("takes images of many" if tiny.name != "llava" else "above the 25 tokens") in err
