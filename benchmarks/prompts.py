@@ -1,5 +1,6 @@
 """Conversations as a model takes them: token ids, and images already encoded."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,16 +56,22 @@ def make_prompts(
     model: Any, processor: Any, texts: list[str], images: list[list[Image.Image]]
 ) -> Prompts:
     """Tokenise rendered conversations, and run the tower once over all their images."""
-    family, device = family_of(model), model.device
+    family = family_of(model)
     every = [image for row in images for image in row]
     given: Any = images if family.by_row else every
     inputs = processor(
         text=texts, images=given if every else None, padding=True, padding_side="left",
         return_tensors="pt",
-    ).to(device)  # fmt: skip
+    ).to(model.device)  # fmt: skip
+    return encoded(model, inputs, [len(row) for row in images])
+
+
+def encoded(model: Any, inputs: Mapping[str, Any], images: list[int]) -> Prompts:
+    """What a processor gives for prompts of so many images each, these encoded."""
+    family, device = family_of(model), model.device
     tensors = {key: inputs[key] for key in ("input_ids", "attention_mask")}
     vision, seconds = None, 0.0
-    if every:
+    if any(images):
         names = ("input_ids", "pixel_values", *family.image_inputs)
         start = now(device)
         vision = family.encode(**{name: inputs[name] for name in names if name in inputs})
@@ -73,5 +80,4 @@ def make_prompts(
             mask = tensors["attention_mask"]
             positions = family.positions(tensors["input_ids"], mask, vision.inputs)
             tensors["position_ids"] = positions * mask
-    counts = [len(row) for row in images]
-    return Prompts(tensors, vision, inputs.get("pixel_values"), counts, seconds)
+    return Prompts(tensors, vision, inputs.get("pixel_values"), images, seconds)

@@ -248,10 +248,7 @@ def _generate(
     model: Any, processor: Any, prompts: Prompts, pruner: Any | None = None
 ) -> tuple[list[str], Phases, Trace]:
     """Greedy answers, their phases, and what was pruned."""
-    output, phases, trace = timed_generate(
-        model, prompts.tensors, prompts.vision, pruner, prompts.pixel_values,
-        max_new_tokens=MAX_NEW_TOKENS,
-    )  # fmt: skip
+    output, phases, trace = timed_generate(model, prompts, pruner, max_new_tokens=MAX_NEW_TOKENS)
     length = prompts.tensors["input_ids"].shape[1]
     replies = processor.batch_decode(output[:, length:], skip_special_tokens=True)
     return [reply.strip() for reply in replies], phases, trace

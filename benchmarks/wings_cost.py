@@ -8,6 +8,7 @@ import torch
 from vlm_prune.benchmarks.bench import BenchConfig, random_model, random_prompt
 from vlm_prune.benchmarks.environment import environment
 from vlm_prune.benchmarks.latency import timed_generate
+from vlm_prune.benchmarks.prompts import encoded
 from vlm_prune.benchmarks.roofline import Timing
 from vlm_prune.benchmarks.shapes import SHAPES
 from vlm_prune.learners import WingsConfig, attach, detach
@@ -44,15 +45,14 @@ def bench_wings(config: BenchConfig, rank: int) -> dict[str, Any]:
     wings, model = WingsConfig(rank), random_model(config)
     family = family_of(model)
     config = replace(config, text=TOKENS - family.tokens_per_image)
-    prompt, pixels = random_prompt(config, model)
-    vision = family.encode(pixels)
+    prompts = encoded(model, random_prompt(config, model), [1] * config.batch)
     samples: dict[str, list[dict[str, float]]] = {"plain": [], "wings": []}
     for _ in range(config.repeats + 1):
         for name, rows in samples.items():
             if name == "wings":
                 attach(model, wings)
             _, phases, _ = timed_generate(
-                model, prompt, vision,
+                model, prompts,
                 max_new_tokens=config.new_tokens, min_new_tokens=config.new_tokens,
             )  # fmt: skip
             if name == "wings":

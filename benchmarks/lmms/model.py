@@ -217,10 +217,7 @@ class PrunedChat(lmms):  # type: ignore[misc]
             wanted = [str(ask.forced) for ask in batch]
             forced = Forced.of(tokenizer, texts, wanted, self.device)
             options = forced.options()
-        output, phases, trace = timed_generate(
-            self.model, prompts.tensors, prompts.vision, self.pruner, prompts.pixel_values,
-            **options,
-        )  # fmt: skip
+        output, phases, trace = timed_generate(self.model, prompts, self.pruner, **options)
         new = output[:, prompts.tensors["input_ids"].shape[1] :]
         replies = self.processor.batch_decode(new, skip_special_tokens=True)
         times = {
