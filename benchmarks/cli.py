@@ -178,7 +178,7 @@ def compare(
 @app.command()
 def bench(
     model_shape: Annotated[
-        str, typer.Option(help="Architecture: llava-1.5-7b, llava-0.5b, tiny.")
+        str, typer.Option(help="Architecture: tiny, llava-1.5-7b, qwen2.5-vl-3b or another's.")
     ] = "tiny",
     method: Annotated[str, typer.Option(help="See 'vlm-prune methods'.")] = "zoo",
     budget: Annotated[str, typer.Option(help="Tokens per image, or a fraction.")] = "64",

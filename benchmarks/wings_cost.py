@@ -14,6 +14,7 @@ from vlm_prune.benchmarks.shapes import SHAPES
 from vlm_prune.learners import WingsConfig, attach, detach
 from vlm_prune.learners.cost import learner_flops, router_flops
 from vlm_prune.vlm.cost import prefill_flops
+from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
 
 TOKENS, IMAGE = 1000, 729
@@ -44,6 +45,8 @@ def bench_wings(config: BenchConfig, rank: int) -> dict[str, Any]:
     }
     wings, model = WingsConfig(rank), random_model(config)
     family = family_of(model)
+    if not family.fixed_size:
+        raise InputError(f"learners are timed on shapes of LLaVA-1.5, not {config.shape}")
     config = replace(config, text=TOKENS - family.tokens_per_image)
     prompts = encoded(model, random_prompt(config, model), [1] * config.batch)
     samples: dict[str, list[dict[str, float]]] = {"plain": [], "wings": []}

@@ -110,7 +110,7 @@ def test_learners_of_a_7b_model_cost_what_the_paper_s_equations_say():
     assert shares["router"] == pytest.approx(2 * tokens * width / (layer + head), rel=1e-6)
 
 
-@pytest.mark.parametrize("method", ["divprune", "adaptinfer"])
+@pytest.mark.parametrize("method", ["divprune", pytest.param("adaptinfer", marks=pytest.mark.slow)])
 def test_every_family(run, tiny, tmp_path, monkeypatch, method):
     """Times and floors of a picture that has as many tokens as the family gives one of its size."""
     monkeypatch.setitem(SHAPES._entries, "family", lambda: tiny.model.config)
@@ -127,3 +127,14 @@ def test_every_family(run, tiny, tmp_path, monkeypatch, method):
     assert -0.5 <= spare < 1 and results["speedup"]["promised"] > 1
     for run_ in (before, after):
         assert all(run_["floors_ms"][phase] > 0 for phase in ("vision", "prefill", "decode"))
+
+
+@pytest.mark.parametrize("tiny", ["smolvlm"], indirect=True)
+def test_what_a_family_lacks_is_said(run, tiny, monkeypatch):
+    monkeypatch.setitem(SHAPES._entries, "family", lambda: tiny.model.config)
+    for extra, message in (
+        ([], "Zoo needs a two-layer"),
+        (["--wings", "8"], "shapes of LLaVA-1.5"),
+    ):
+        code, _, err = run("bench", "--model-shape", "family", *extra)
+        assert code == 2 and message in err and len(err.strip().splitlines()) == 1

@@ -145,6 +145,7 @@ def computed_of(row):
     return row["images"] * np.mean(row["layer_tokens"])
 
 
+@pytest.mark.parametrize("tiny", ["qwen2_5_vl"], indirect=True)
 def test_a_killed_run_resumes(run, tiny, folder, mixed, tmp_path):
     asked = ["eval", "--model", folder, "--method", "divprune", "--budget", "7"]
     asked += ["--tasks", "mixed", "--limit", "6", "--batch-size", "2"]
