@@ -140,7 +140,8 @@ def floors(
 ) -> dict[str, float]:
     """The least milliseconds of each phase: every matrix product and every weight once.
 
-    `tower` holds the tower's FLOPs on one image. Selection counts as nothing: it is overhead, whatever the method.
+    `tower` holds the tower's FLOPs on one image. Selection counts as nothing: it is overhead,
+    whatever the method.
     """
     family, text = family_of(model), model.config.get_text_config()
     size = model.dtype.itemsize
