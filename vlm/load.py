@@ -3,13 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.tiny import checkpoint_path
-
-if TYPE_CHECKING:
-    from vlm_prune.vlm.families import Family
 
 EMBEDDED = "tiny"
 
@@ -35,14 +32,6 @@ def load(name: str = EMBEDDED, device: str = "cpu", dtype: str = "auto") -> tupl
         )
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
         return model.to(target).eval(), processor
-
-
-def family_type(name: str) -> "type[Family]":
-    """The adapter for a checkpoint, from its config alone; `name` and errors as for `load`."""
-    from vlm_prune.vlm.families import FAMILIES
-
-    with _readable(name) as path:
-        return FAMILIES[_config(path).model_type]
 
 
 def _config(path: str) -> Any:
@@ -80,3 +69,11 @@ def _readable(name: str) -> Iterator[str]:
         raise InputError(
             f"cannot load model {name!r}: {first} (give 'tiny', a checkpoint folder, or a hub name)"
         ) from error
+
+
+def family_type(name: str) -> Any:
+    """The adapter class for a checkpoint, from its config alone; `name` and errors as for `load`."""
+    from vlm_prune.vlm.families import FAMILIES
+
+    with _readable(name) as path:
+        return FAMILIES[_config(path).model_type]
