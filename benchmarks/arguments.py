@@ -11,7 +11,12 @@ from vlm_prune.vlm.errors import InputError
 if TYPE_CHECKING:
     from vlm_prune.benchmarks.run import Variant
 
-Model = Annotated[str, typer.Option(help="'tiny' (embedded), a checkpoint folder, or a hub name.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        help="'tiny' (embedded), or a checkpoint of a family in 'vlm-prune models': folder or hub name."
+    ),
+]
 Method = Annotated[str, typer.Option(help="See 'vlm-prune methods'; two joined by + cascade.")]
 Tasks = Annotated[
     str,

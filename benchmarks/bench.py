@@ -10,14 +10,15 @@ from transformers import AutoModelForImageTextToText
 
 from vlm_prune.benchmarks.environment import environment
 from vlm_prune.benchmarks.latency import timed_generate
+from vlm_prune.benchmarks.pictures import random_pictures
+from vlm_prune.benchmarks.prompts import encoded
 from vlm_prune.benchmarks.roofline import Ceilings, Timing, measured_ceilings
 from vlm_prune.benchmarks.run import Variant
 from vlm_prune.benchmarks.shapes import SHAPES
 from vlm_prune.benchmarks.table import THREE_WAYS, method_name, percent, three_ways
-from vlm_prune.vlm.cost import key_value_bytes, prefill_flops, tower_flops
+from vlm_prune.vlm.cost import key_value_bytes, prefill_flops
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
-from vlm_prune.vlm.session import now
 
 PHASES = ("vision", "selection", "prefill", "decode")
 
@@ -52,17 +53,21 @@ def random_model(config: BenchConfig) -> Any:
         raise InputError(f"cannot build {config.shape} on {config.device}: {reason}") from error
 
 
-def random_prompt(config: BenchConfig, model: Any) -> tuple[dict[str, Tensor], Tensor]:
-    """Placeholders of one image between random text tokens, and random pixels."""
-    family, vision = family_of(model), model.config.vision_config
+def random_prompt(config: BenchConfig, model: Any) -> dict[str, Tensor]:
+    """Placeholders of one image between random text tokens, and random pixels.
+
+    Markers of an image's tiles count as text.
+    """
     generator = torch.Generator().manual_seed(config.seed)
-    text = torch.randint(5, 200, (config.batch, config.text), generator=generator)
-    image = torch.full((config.batch, family.tokens_per_image), family.image_token)
-    before = config.text // 3
-    ids = torch.cat([text[:, :before], image, text[:, before:]], 1).to(model.device)
-    size = (config.batch, vision.num_channels, vision.image_size, vision.image_size)
-    pixels = torch.randn(size, generator=generator).to(model.device, model.dtype)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, pixels
+    inputs = random_pictures(model, config.batch, generator)
+    image = inputs["input_ids"]
+    markers = int((image[0] != family_of(model).image_token).sum())
+    text = torch.randint(12, 200, (config.batch, config.text - markers), generator=generator)
+    before, after = text.to(model.device).split(
+        [config.text // 3, len(text[0]) - config.text // 3], 1
+    )
+    ids = torch.cat([before, image, after], 1)
+    return inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 @torch.inference_mode()
@@ -74,9 +79,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     """
     pruner = config.variant.build(config.seed)
     model = random_model(config)
-    family = family_of(model)
     pruner.admit(model)
-    prompt, pixels = random_prompt(config, model)
+    inputs, images = random_prompt(config, model), [1] * config.batch
     ceilings = measured_ceilings(
         model.device, model.dtype, 8192 if model.device.type == "cuda" else 512
     )
@@ -86,25 +90,25 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         for name, method in (("unpruned", None), ("pruned", pruner)):
             if model.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(model.device)
-            start = now(model.device)
-            vision = family.encode(pixels)
-            encoding = now(model.device) - start
+            prompts = encoded(model, inputs, images)
             _, phases, trace = timed_generate(
-                model, prompt, vision, method, pixels,
+                model, prompts, method,
                 max_new_tokens=config.new_tokens, min_new_tokens=config.new_tokens,
             )  # fmt: skip
-            times = asdict(phases) | {"vision": phases.vision or encoding}
+            times = asdict(phases) | {"vision": phases.vision or prompts.vision_s}
             times["decode"] /= max(1, config.new_tokens - 1)
             samples[name].append({phase: 1e3 * times[phase] for phase in PHASES})
             layer_tokens[name], peak[name] = trace.layer_tokens, _peak_bytes(model.device)
+    assert prompts.vision is not None
+    tokens, tower = prompts.vision.counts[0], prompts.vision.flops[0]
     runs = {
         name: {
             "times_ms": {p: asdict(Timing.of([row[p] for row in rows[1:]])) for p in PHASES},
-            "floors_ms": floors(model, config, layer_tokens[name], ceilings),
+            "floors_ms": floors(model, config, layer_tokens[name], tower, ceilings),
             "tokens": {
                 "kept": layer_tokens[name][-1],
                 "layer_mean": sum(layer_tokens[name]) / len(layer_tokens[name]),
-                "papers": pruner.papers_count(family.tokens_per_image, layer_tokens[name]),
+                "papers": pruner.papers_count(tokens, layer_tokens[name]),
             },
             "prefill_flops": prefill_flops(
                 model.config.get_text_config(), config.text, layer_tokens[name]
@@ -118,7 +122,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         "environment": environment(model.device),
         "ceilings": asdict(ceilings),
         "method": config.variant.method,
-        "definition": pruner.definition(family.tokens_per_image),
+        "definition": pruner.definition(tokens),
         **runs,
         "speedup": speedup(runs),
     }
@@ -132,11 +136,12 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 def floors(
-    model: Any, config: BenchConfig, layer_tokens: list[float], ceilings: Ceilings
+    model: Any, config: BenchConfig, layer_tokens: list[float], tower: float, ceilings: Ceilings
 ) -> dict[str, float]:
     """The least milliseconds of each phase: every matrix product and every weight once.
 
-    Selection counts as nothing: it is overhead, whatever the method.
+    `tower` holds the tower's FLOPs on one image. Selection counts as nothing: it is overhead,
+    whatever the method.
     """
     family, text = family_of(model), model.config.get_text_config()
     size = model.dtype.itemsize
@@ -146,7 +151,7 @@ def floors(
 
     language = weights(family.decoder.layers) + text.vocab_size * text.hidden_size * size
     cache = config.batch * key_value_bytes(text, config.text, layer_tokens, size)
-    vision = config.batch * tower_flops(model.config.vision_config)
+    vision = config.batch * tower
     prefill = config.batch * prefill_flops(text, config.text, layer_tokens)
     token = config.batch * prefill_flops(text, 1, [0.0] * len(layer_tokens))
     return {

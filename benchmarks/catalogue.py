@@ -52,14 +52,18 @@ def tasks() -> None:
 
 
 def models() -> None:
-    """List model families, and the embedded model."""
+    """List model families, which methods work on each, and the embedded model."""
     from rich.table import Table
 
+    from vlm_prune.benchmarks.support import support
     from vlm_prune.benchmarks.table import show
     from vlm_prune.vlm.families import FAMILIES
 
-    table = Table("model", "what")
-    table.add_row("tiny", "the embedded LLaVA; needs no download")
+    matrix = support()
+    table = Table("model", "what", "methods")
+    table.add_row("tiny", "the embedded LLaVA; needs no download", "all")
     for name, family in FAMILIES.items():
-        table.add_row(name, (sys.modules[family.__module__].__doc__ or "").strip())
+        what = (sys.modules[family.__module__].__doc__ or "").strip()
+        without = [method for method, works in matrix.items() if not works[name]]
+        table.add_row(name, what, f"all but {', '.join(without)}" if without else "all")
     show(table)

@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager
 from pathlib import Path
+from statistics import median_low
 from typing import Annotated, Any
 
 import typer
@@ -52,17 +53,19 @@ def find_schedule(
     if not prompts:
         raise InputError(f"{data} holds no question about an image")
     loaded, processor = load(model, device, dtype)
-    whole = family_of(loaded).tokens_per_image
-    check_fits(parse_budget(budget), whole)
-    wanted = tokens_for(parse_budget(budget), whole)
+    share, family = parse_budget(budget), family_of(loaded)
+    if family.fixed_size:
+        check_fits(share, family.tokens_per_image)
     with progress(len(prompts)) as advance:
-        points = analysis.points_of(loaded, processor, prompts, batch_size, advance)
-    content = analysis.proposal(loaded, points, wanted, cuts)
+        points, sizes = analysis.points_of(loaded, processor, prompts, batch_size, advance)
+    whole = median_low(sizes)
+    wanted = tokens_for(share, whole)
+    content = analysis.proposal(loaded, points, wanted, cuts, whole)
     analysis.save(content, output)
     print(f"change points after 0, 1, ... layers: {content['histogram']}")
     print(f"proposed: cut after {list(content['places'])} of {content['layers']} layers")
     kept = ", ".join(f"{cut['keep']} after layer {cut['layer']}" for cut in content["cuts"])
-    print(f"at budget {wanted}: keep {kept}")
+    print(f"at budget {wanted} of {whole} tokens: keep {kept}")
     print(f"{output / 'schedule.json'}: for --schedule of eval, compare and bench")
 
 
@@ -90,7 +93,7 @@ def search(
     from vlm_prune.benchmarks.table import as_table, show
     from vlm_prune.pruning.best import PACKAGED
     from vlm_prune.vlm.families import family_of
-    from vlm_prune.vlm.load import load
+    from vlm_prune.vlm.load import family_type, load
     from vlm_prune.vlm.tokens import check_fits, tokens_for
 
     quiet()
@@ -98,6 +101,11 @@ def search(
     if limit < len(names):
         raise InputError(f"limit {limit} is below one question for {len(names)} tasks")
     wanted = [parse_budget(text) for text in budget.split(",")]
+    if "a fixed image size" in family_type(model).lacks:
+        raise InputError(
+            f"a search defines 'best', whose budgets are tokens of images of one size, and {model} "
+            "takes images of many; give compare a list of methods"
+        )
     loaded, processor = load(model, device, dtype)
     whole = family_of(loaded).tokens_per_image
     for each in wanted:

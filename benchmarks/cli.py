@@ -177,12 +177,12 @@ def compare(
 ) -> None:
     """Methods and budgets side by side; images and unpruned answers are computed once."""
     from vlm_prune.benchmarks.run import Variant
+    from vlm_prune.benchmarks.support import every_method
     from vlm_prune.benchmarks.table import against, as_markdown, as_table, comparison, show
     from vlm_prune.vlm.files import write_text
-    from vlm_prune.vlm.wrapper import methods
 
-    known = [name for name in methods() if name != "none"]
-    chosen = known if method == "all" else [name for name in method.split(",") if name]
+    quiet()
+    chosen = every_method(model) if method == "all" else [n for n in method.split(",") if n]
     if rival and rival not in chosen:
         raise InputError(f"--against {rival} is not among the methods; add it to --method")
     variants = [
@@ -207,7 +207,7 @@ def compare(
 @app.command()
 def bench(
     model_shape: Annotated[
-        str, typer.Option(help="Architecture: llava-1.5-7b, llava-0.5b, tiny.")
+        str, typer.Option(help="Architecture: tiny, llava-1.5-7b, qwen2.5-vl-3b or another's.")
     ] = "tiny",
     method: Annotated[str, typer.Option(help="See 'vlm-prune methods'.")] = "zoo",
     budget: Annotated[str, typer.Option(help="Tokens per image, or a fraction.")] = "64",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from vlm_prune.vlm.encoded import Images
+from vlm_prune.benchmarks.prompts import Prompts
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.session import now
 from vlm_prune.vlm.tokens import Trace
@@ -48,26 +48,22 @@ class Phases:
 
 def timed_generate(
     model: Any,
-    prompt: dict[str, Tensor],
-    vision: Images | None,
+    prompts: Prompts,
     pruner: Any | None = None,
-    pixel_values: Tensor | None = None,
     **generation: Any,
 ) -> tuple[Tensor, Phases, Trace]:
     """One `generate`, greedy unless `generation` says otherwise: tokens, phases, and what was pruned.
 
-    `vision` holds the images encoded beforehand, None for a text prompt, which nothing prunes. A
-    pruner that changes the images encodes `pixel_values` itself.
+    Nothing prunes prompts without images. A pruner that changes the images encodes them itself.
     """
-    family = family_of(model)
+    family, vision = family_of(model), prompts.vision
     changes_pixels = pruner is not None and pruner.stage == "input"
-    arguments: dict[str, Any] = dict(prompt)
-    block: Any = nullcontext(
-        Trace(layer_tokens=[float(family.tokens_per_image)] * len(family.decoder.layers))
-    )
+    arguments: dict[str, Any] = dict(prompts.tensors)
+    counts = [] if vision is None else vision.counts
+    block: Any = nullcontext(Trace(computed=[counts] * len(family.decoder.layers)))
     if vision is not None:
         if changes_pixels:
-            arguments["pixel_values"] = pixel_values
+            arguments["pixel_values"] = prompts.pixel_values
         else:
             arguments["mm_encoder_outputs"] = family.output(vision.projected, vision.deepstack)
         if pruner is not None:

@@ -4,23 +4,20 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from vlm_prune.benchmarks.claim import claim
 from vlm_prune.benchmarks.latency import Phases, timed_generate
-from vlm_prune.benchmarks.prompts import check_family, make_prompts
+from vlm_prune.benchmarks.prompts import Prompts, make_prompts
 from vlm_prune.benchmarks.summary import summarise
 from vlm_prune.benchmarks.tasks import TASKS, Sample
 from vlm_prune.pruning import DecoderPruner
 from vlm_prune.pruning.schedule import Schedule
-from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.files import write_json
 from vlm_prune.vlm.tokens import Trace
@@ -154,7 +151,6 @@ def evaluate(
     config = folders[0].config
     samples = samples_of(config.tasks, config.limit, config.seed, config.split)
     pruners = [folder.config.variant.build(config.seed) for folder in folders]
-    check_family(model)
     for pruner in pruners:
         pruner.admit(model)
     warm = False
@@ -188,12 +184,10 @@ def _answer(
     """The rows of one batch for each pruner."""
     texts = [processor.apply_chat_template(s.messages(), add_generation_prompt=True) for s in batch]
     prompts = make_prompts(model, processor, texts, [list(sample.images) for sample in batch])
-    prompt, vision, encoding = prompts.tensors, prompts.vision, prompts.vision_s
-    baseline, before, _ = _generate(model, processor, prompt, vision)
+    encoding = prompts.vision_s
+    baseline, before, _ = _generate(model, processor, prompts)
     for pruner in pruners:
-        ours, after, trace = _generate(
-            model, processor, prompt, vision, pruner, prompts.pixel_values
-        )
+        ours, after, trace = _generate(model, processor, prompts, pruner)
         times = {
             "vision": after.vision or encoding,
             "selection": after.selection,
@@ -203,7 +197,7 @@ def _answer(
             "baseline_prefill": before.prefill,
             "baseline_decode": before.decode,
         }
-        rows, places = [], iter(trace.kept)
+        rows = []
         for number, sample in enumerate(batch):
             task = TASKS[sample.id.split("/")[0]]
             rows.append(
@@ -217,10 +211,7 @@ def _answer(
                     "prediction": ours[number],
                     "baseline_score": task.score(baseline[number], sample.answer),
                     "score": task.score(ours[number], sample.answer),
-                    "images": len(sample.images),
-                    "text_tokens": prompts.text_tokens[number],
-                    "layer_tokens": trace.layer_tokens,
-                    "kept": [kept.tolist() for kept in islice(places, len(sample.images))],
+                    **prompts.row(number, trace),
                     "time_ms": {key: 1e3 * t / len(batch) for key, t in times.items()},
                 }
             )
@@ -228,18 +219,10 @@ def _answer(
 
 
 def _generate(
-    model: Any,
-    processor: Any,
-    prompt: dict[str, Any],
-    vision: Images | None,
-    pruner: Any | None = None,
-    pixel_values: Tensor | None = None,
+    model: Any, processor: Any, prompts: Prompts, pruner: Any | None = None
 ) -> tuple[list[str], Phases, Trace]:
     """Greedy answers, their phases, and what was pruned."""
-    output, phases, trace = timed_generate(
-        model, prompt, vision, pruner, pixel_values, max_new_tokens=MAX_NEW_TOKENS
-    )
-    replies = processor.batch_decode(
-        output[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True
-    )
+    output, phases, trace = timed_generate(model, prompts, pruner, max_new_tokens=MAX_NEW_TOKENS)
+    length = prompts.tensors["input_ids"].shape[1]
+    replies = processor.batch_decode(output[:, length:], skip_special_tokens=True)
     return [reply.strip() for reply in replies], phases, trace

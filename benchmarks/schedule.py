@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from vlm_prune.benchmarks.environment import command, versions
+from vlm_prune.benchmarks.prompts import make_prompts
 from vlm_prune.benchmarks.run import samples_of
 from vlm_prune.learners.data import messages, read_llava
 from vlm_prune.pruning import AdaptInfer
@@ -54,32 +55,37 @@ def points_of(
     prompts: list[Prompt],
     batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
-) -> list[int]:
-    """The change points of all images of all prompts."""
-    points: list[int] = []
+) -> tuple[list[int], list[int]]:
+    """The change points of all images of all prompts, and how many tokens each image has."""
+    family, points, sizes = family_of(model), list[int](), list[int]()
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        inputs = processor(
-            text=[processor.apply_chat_template(p.messages, add_generation_prompt=True) for p in batch],
-            images=[image for prompt in batch for image in prompt.images],
-            padding=True, padding_side="left", return_tensors="pt",
-        ).to(model.device)  # fmt: skip
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-        layers = [from_rows(rows, rows.columns).cpu() for rows in question_rows(model, inputs)]
-        for attention in torch.stack(layers, 1):
-            points += change_points(attention)
+        texts = [
+            processor.apply_chat_template(p.messages, add_generation_prompt=True) for p in batch
+        ]
+        asked = make_prompts(model, processor, texts, [prompt.images for prompt in batch])
+        assert asked.vision is not None
+        encoded = family.output(asked.vision.projected, asked.vision.deepstack)
+        layers = [
+            [from_rows(rows, rows.columns).cpu() for rows in groups]
+            for groups in question_rows(model, asked.tensors | {"mm_encoder_outputs": encoded})
+        ]
+        for group in zip(*layers, strict=True):
+            for attention in torch.stack(group, 1):
+                points += change_points(attention)
+        sizes += asked.vision.counts
         progress(len(batch))
-    return points
+    return points, sizes
 
 
-def proposal(model: Any, points: list[int], budget: int, cuts: int) -> dict[str, Any]:
-    """What `Schedule.read` reads, the evidence for it, and the cuts that it means for `budget`.
+def proposal(model: Any, points: list[int], budget: int, cuts: int, tokens: int) -> dict[str, Any]:
+    """What `Schedule.read` reads, the evidence for it, and the cuts that it means for `budget` of
+    an image's `tokens`.
 
     Raises:
         InputError: if attention never shifts where a cut could stand, or the budget is too large.
     """
-    family, pattern = family_of(model), AdaptInfer().pattern()
-    layers, tokens = len(family.decoder.layers), family.tokens_per_image
+    layers, pattern = len(family_of(model).decoder.layers), AdaptInfer().pattern()
     counts = histogram(points, layers)
     places = propose(counts, min(cuts, len(pattern)))
     if not places:
@@ -91,6 +97,7 @@ def proposal(model: Any, points: list[int], budget: int, cuts: int) -> dict[str,
         "histogram": counts,
         "change_points": len(points),
         "budget": budget,
+        "tokens": tokens,
         "cuts": [asdict(cut) for cut in method.cuts(tokens, layers)],
         "versions": versions(),
         "command": command(),

@@ -130,9 +130,7 @@ def _asking(model: Any, processor: Any) -> Ask:
         template = processor.apply_chat_template
         texts = [template(sample.messages(), add_generation_prompt=True) for sample in batch]
         prompts = make_prompts(model, processor, texts, [list(s.images) for s in batch])
-        output, _, _ = timed_generate(
-            model, prompts.tensors, prompts.vision, max_new_tokens=MAX_NEW_TOKENS
-        )
+        output, _, _ = timed_generate(model, prompts, max_new_tokens=MAX_NEW_TOKENS)
         new = output[:, prompts.tensors["input_ids"].shape[1] :]
         return [reply.strip() for reply in processor.batch_decode(new, skip_special_tokens=True)]
 

@@ -1,6 +1,7 @@
 """What the rows of one run come to: `results.json`."""
 
 import resource
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -10,18 +11,35 @@ import torch
 from vlm_prune.benchmarks.environment import command, device_name, versions
 from vlm_prune.benchmarks.metrics.bootstrap import accuracy_interval, retained
 from vlm_prune.learners.cost import learner_flops, router_flops
-from vlm_prune.vlm.cost import key_value_bytes, prefill_flops, tower_flops
-from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.cost import key_value_bytes, prefill_flops
+from vlm_prune.vlm.families import Family, family_of
 
 if TYPE_CHECKING:
     from vlm_prune.benchmarks.run import RunConfig
+
+
+def _seen(row: dict[str, Any], family: Family) -> tuple[list[int], float]:
+    """Tokens of each of a row's images, and the FLOPs of the tower on all of them.
+
+    A row that does not say is of a family whose images have one size.
+    """
+    if "image_tokens" in row:
+        return row["image_tokens"], row["vision_flops"]
+    whole = family.tokens_per_image
+    return [whole] * row["images"], row["images"] * family.tower_flops([whole])
+
+
+def _per_image(rows: list[dict[str, Any]], values: list[float], without: float = 0.0) -> float:
+    """The mean over all images of what rows say about theirs; `without` any, that number."""
+    images = [row["images"] for row in rows]
+    return float(np.average(values, weights=images)) if any(images) else without
 
 
 def summarise(config: "RunConfig", rows: list[dict[str, Any]], model: Any) -> dict[str, Any]:
     """The content of `results.json`."""
     family = family_of(model)
 
-    def mean(values: list[float]) -> float:
+    def mean(values: Sequence[float]) -> float:
         return float(np.mean(values)) if values else 0.0
 
     scores = {
@@ -37,29 +55,34 @@ def summarise(config: "RunConfig", rows: list[dict[str, Any]], model: Any) -> di
         tasks[name] = {
             "n": len(base), "accuracy": ours.mean(), "baseline_accuracy": base.mean(),
             "accuracy_ci": accuracy_interval(ours), "retained": point, "ci": interval,
-            "kept": mean([
-                mean(row["layer_tokens"]) for row in rows if row["task"] == name and row["images"]
-            ]),
+            "kept": _per_image(
+                own := [row for row in rows if row["task"] == name],
+                [mean(row["layer_tokens"]) for row in own],
+            ),
         }  # fmt: skip
     point, interval = retained(scores)  # type: ignore[arg-type]
-    seen = [row for row in rows if row["images"]] or rows
-    full, layers = family.tokens_per_image, len(family.decoder.layers)
-    text = model.config.get_text_config()
+    layers, text = len(family.decoder.layers), model.config.get_text_config()
+    seen = [(row, *_seen(row, family)) for row in rows]
+    full = _per_image(rows, [mean(counts) for _, counts, _ in seen])
+    if family.fixed_size:
+        full = family.tokens_per_image
+    unpruned = [(row, [float(sum(counts))] * layers) for row, counts, _ in seen]
+    pruned = [(row, [row["images"] * tokens for tokens in row["layer_tokens"]]) for row in rows]
+    towers = mean([tower for *_, tower in seen])
 
-    def image_tokens(row: dict[str, Any]) -> list[float]:
-        return [row["images"] * tokens for tokens in row["layer_tokens"]]
-
-    def total(row: dict[str, Any], per_layer: list[float]) -> float:
-        tower: float = row["images"] * tower_flops(model.config.vision_config)
+    def prefill(row: dict[str, Any], per_layer: list[float]) -> float:
         own = prefill_flops(text, row["text_tokens"], per_layer)
         if config.wings is not None:
             added = text, model.wings.config, row["text_tokens"], per_layer
             own += learner_flops(*added) + router_flops(*added)
-        return tower + own
+        return own
+
+    def held(row: dict[str, Any], per_layer: list[float]) -> float:
+        return key_value_bytes(text, row["text_tokens"], per_layer, model.dtype.itemsize)
 
     pruner = config.variant.build(config.seed)
-    papers = [pruner.papers_count(full, row["layer_tokens"]) for row in seen]
-    itemsize = model.dtype.itemsize
+    shown = [row for row in rows if row["images"]]
+    papers = [pruner.papers_count(round(full), row["layer_tokens"]) for row in shown]
     times = {
         key: float(np.median([row["time_ms"][key] for row in rows])) for key in rows[0]["time_ms"]
     }
@@ -73,7 +96,7 @@ def summarise(config: "RunConfig", rows: list[dict[str, Any]], model: Any) -> di
         "model": config.model,
         "method": config.variant.method,
         "budget": config.variant.budget,
-        "definition": pruner.definition(full),
+        "definition": pruner.definition(round(full)),
         "seed": config.seed,
         "config": asdict(config),
         "versions": versions(),
@@ -86,11 +109,12 @@ def summarise(config: "RunConfig", rows: list[dict[str, Any]], model: Any) -> di
             "retained": point,
             "ci": interval,
         },
+        "fixed_size": family.fixed_size,
         "tokens": {
-            "full": full,
-            "kept": mean([row["layer_tokens"][-1] for row in seen]),
-            "layer_mean": mean([mean(row["layer_tokens"]) for row in seen]),
-            "papers": None if None in papers else mean(papers),
+            "full": round(full) if full == round(full) else full,
+            "kept": _per_image(rows, [row["layer_tokens"][-1] for row in rows], full),
+            "layer_mean": _per_image(rows, [mean(row["layer_tokens"]) for row in rows], full),
+            "papers": None if None in papers else _per_image(shown, papers, full),
         },
         "time_ms": times,
         "speedup": {
@@ -98,19 +122,12 @@ def summarise(config: "RunConfig", rows: list[dict[str, Any]], model: Any) -> di
             "end_to_end": whole / (times["vision"] + after + times["decode"]),
         },
         "flops": {
-            "baseline": mean([total(r, [r["images"] * float(full)] * layers) for r in rows]),
-            "pruned": mean([total(r, image_tokens(r)) for r in rows]),
+            name: towers + mean([prefill(*spent) for spent in run])
+            for name, run in (("baseline", unpruned), ("pruned", pruned))
         },
         "kv_bytes": {
-            "baseline": mean(
-                [
-                    key_value_bytes(text, r["text_tokens"], [r["images"] * full] * layers, itemsize)
-                    for r in rows
-                ]
-            ),
-            "pruned": mean(
-                [key_value_bytes(text, r["text_tokens"], image_tokens(r), itemsize) for r in rows]
-            ),
+            name: mean([held(*spent) for spent in run])
+            for name, run in (("baseline", unpruned), ("pruned", pruned))
         },
         "peak_memory_bytes": peak,
     }

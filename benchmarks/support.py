@@ -1,6 +1,9 @@
 """Which method works on which model family, from what the one needs and the other lacks."""
 
+import sys
+
 from vlm_prune.vlm.families import FAMILIES
+from vlm_prune.vlm.load import family_type
 from vlm_prune.vlm.wrapper import methods
 
 
@@ -12,8 +15,20 @@ def support() -> dict[str, dict[str, bool]]:
     }
 
 
+def every_method(model: str) -> list[str]:
+    """All methods but `none` that work on a checkpoint; the others are named on stderr."""
+    family, chosen = family_type(model), []
+    for name, method in methods().items():
+        lacking = sorted(method().needs & family.lacks)
+        if lacking:
+            print(f"{name} left out: it needs {' and '.join(lacking)}", file=sys.stderr)
+        elif name != "none":
+            chosen.append(name)
+    return chosen
+
+
 def markdown() -> str:
-    """The same as a table."""
+    """`support` as a table."""
     rows = [("method", *(f"`{family}`" for family in FAMILIES)), ("---",) * (1 + len(FAMILIES))]
     for name, works in support().items():
         rows.append((f"`{name}`", *("yes" if there else "-" for there in works.values())))

@@ -19,11 +19,16 @@ def with_interval(entry: dict[str, Any]) -> str:
     return f"{percent(entry['retained'])} [{percent(low)}, {percent(high)}]"
 
 
+def count(tokens: float) -> str:
+    """Tokens of an image, a mean where images differ."""
+    return f"{tokens:.1f}".removesuffix(".0")
+
+
 def three_ways(tokens: dict[str, Any]) -> str:
     """Image tokens left after the last cut, the mean that layers compute, and the paper's count."""
     papers = tokens.get("papers")
     counted = "–" if papers is None else f"{papers:.1f}"
-    return f"{tokens['kept']:.0f} / {tokens['layer_mean']:.1f} / {counted}"
+    return f"{count(tokens['kept'])} / {tokens['layer_mean']:.1f} / {counted}"
 
 
 def method_name(results: dict[str, Any]) -> str:
@@ -44,11 +49,11 @@ def run_table(results: dict[str, Any]) -> Group:
         accuracies = (percent(task[key]) for key in ("baseline_accuracy", "accuracy"))
         table.add_row(name, str(task["n"]), *accuracies, with_interval(task), f"{task['kept']:.1f}")
     overall = results["overall"]
-    count = str(sum(task["n"] for task in results["tasks"].values()))
+    asked = str(sum(task["n"] for task in results["tasks"].values()))
     accuracies = (percent(overall[key]) for key in ("baseline_accuracy", "accuracy"))
     table.add_section()
     kept = f"{results['tokens']['layer_mean']:.1f}"
-    table.add_row("mean", count, *accuracies, with_interval(overall), kept)
+    table.add_row("mean", asked, *accuracies, with_interval(overall), kept)
     return Group(table, *cost_lines(results))
 
 
@@ -57,7 +62,7 @@ def cost_lines(results: dict[str, Any]) -> list[str]:
     tokens, time, speed = results["tokens"], results["time_ms"], results["speedup"]
     flops, kv = results["flops"], results["kv_bytes"]
     return [
-        f"tokens per image   {tokens['full']} -> {three_ways(tokens)} ({THREE_WAYS})",
+        f"tokens per image   {count(tokens['full'])} -> {three_ways(tokens)} ({THREE_WAYS})",
         (
             f"ms per question    vision {time['vision']:.1f}  selection {time['selection']:.2f}  "
             f"prefill {time['prefill']:.1f} (unpruned {time['baseline_prefill']:.1f})  "
@@ -89,7 +94,7 @@ def comparison(runs: list[dict[str, Any]]) -> list[list[str]]:
     ]
     unpruned = [percent(first["tasks"][name]["baseline_accuracy"]) for name in names]
     unpruned.append(percent(first["overall"]["baseline_accuracy"]))
-    rows = [header, ["unpruned", "", str(first["tokens"]["full"]), *unpruned, "100", "1.00x"]]
+    rows = [header, ["unpruned", "", count(first["tokens"]["full"]), *unpruned, "100", "1.00x"]]
     for run in runs:
         accuracies = [percent(run["tasks"][name]["accuracy"]) for name in names]
         accuracies.append(percent(run["overall"]["accuracy"]))

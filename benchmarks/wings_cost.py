@@ -8,11 +8,13 @@ import torch
 from vlm_prune.benchmarks.bench import BenchConfig, random_model, random_prompt
 from vlm_prune.benchmarks.environment import environment
 from vlm_prune.benchmarks.latency import timed_generate
+from vlm_prune.benchmarks.prompts import encoded
 from vlm_prune.benchmarks.roofline import Timing
 from vlm_prune.benchmarks.shapes import SHAPES
 from vlm_prune.learners import WingsConfig, attach, detach
 from vlm_prune.learners.cost import learner_flops, router_flops
 from vlm_prune.vlm.cost import prefill_flops
+from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
 
 TOKENS, IMAGE = 1000, 729
@@ -43,16 +45,17 @@ def bench_wings(config: BenchConfig, rank: int) -> dict[str, Any]:
     }
     wings, model = WingsConfig(rank), random_model(config)
     family = family_of(model)
+    if not family.fixed_size:
+        raise InputError(f"learners are timed on shapes of LLaVA-1.5, not {config.shape}")
     config = replace(config, text=TOKENS - family.tokens_per_image)
-    prompt, pixels = random_prompt(config, model)
-    vision = family.encode(pixels)
+    prompts = encoded(model, random_prompt(config, model), [1] * config.batch)
     samples: dict[str, list[dict[str, float]]] = {"plain": [], "wings": []}
     for _ in range(config.repeats + 1):
         for name, rows in samples.items():
             if name == "wings":
                 attach(model, wings)
             _, phases, _ = timed_generate(
-                model, prompt, vision,
+                model, prompts,
                 max_new_tokens=config.new_tokens, min_new_tokens=config.new_tokens,
             )  # fmt: skip
             if name == "wings":

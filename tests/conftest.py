@@ -1,6 +1,7 @@
 """Tiny models built from the real classes; nothing is downloaded."""
 
 import os
+from importlib.util import find_spec
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -12,6 +13,9 @@ from PIL import Image
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by transformers
 
+from tiny_families import NEEDS, Tiny
+
+from vlm_prune.vlm.families import FAMILIES
 from vlm_prune.vlm.tiny.config import make_model, make_processor
 
 
@@ -30,6 +34,15 @@ def llava(processor):
             if parameter.ndim == 2:
                 parameter.mul_(3)
     return model
+
+
+@pytest.fixture(scope="session", params=list(FAMILIES))
+def tiny(request):
+    """A random model of each family, and its processor."""
+    for package in NEEDS.get(request.param, ()):
+        if find_spec(package) is None:
+            pytest.skip(f"the processor of {request.param} needs {package}")
+    return Tiny(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
-"""What a prompt costs: floating-point operations and key-value bytes, from the config alone."""
+"""What a prompt costs: floating-point operations and key-value bytes, from sizes alone."""
 
+from collections.abc import Sequence
 from typing import Any
 
 _MULTIPLY_ADD = 2
@@ -24,14 +25,22 @@ def prefill_flops(config: Any, text: int, image_per_layer: list[float]) -> float
     return float(_MULTIPLY_ADD * total)
 
 
-def tower_flops(config: Any) -> float:
-    """Matrix-product FLOPs of a CLIP vision tower on one image, all layers."""
-    width, inner = config.hidden_size, config.intermediate_size
-    patches = (config.image_size // config.patch_size) ** 2
-    tokens = patches + 1
-    layer = tokens * (4 * width * width + 2 * width * inner) + 2 * tokens * tokens * width
-    stem = patches * width * config.num_channels * config.patch_size**2
-    return float(_MULTIPLY_ADD * (stem + config.num_hidden_layers * layer))
+def tower_flops(
+    width: int, patches: int, embedding: int, layers: Sequence[tuple[int, Sequence[int]]]
+) -> float:
+    """Matrix-product FLOPs of a vision tower on one image.
+
+    Args:
+        width: of its hidden states.
+        patches: of the image, in all its views.
+        embedding: weights that turn a patch into a hidden state.
+        layers: weights of each layer, and the lengths of the sequences that attend to themselves
+            there: views of the image, or windows.
+    """
+    total = patches * embedding
+    for weights, lengths in layers:
+        total += sum(lengths) * weights + 2 * width * sum(length**2 for length in lengths)
+    return float(_MULTIPLY_ADD * total)
 
 
 def key_value_bytes(config: Any, text: int, image_per_layer: list[float], itemsize: int) -> float:

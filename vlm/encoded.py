@@ -24,6 +24,7 @@ class Group:
         spare: features of the other placeholders in their order, (M, R, d_l): newlines, behind
             which there are no pixels. They are the first to go: kept only with all N tokens.
         deepstack: features that decoder layers add to the N tokens, (M, N, d_l) for each layer.
+        flops: what the tower spent on one of the images.
     """
 
     members: list[int]
@@ -31,6 +32,7 @@ class Group:
     places: Tensor | None = None
     spare: Tensor | None = None
     deepstack: list[Tensor] = field(default_factory=list)
+    flops: float = 0.0
 
     @property
     def size(self) -> int:
@@ -72,6 +74,11 @@ class Images:
     def counts(self) -> list[int]:
         """Placeholders of each image."""
         return self._in_order([[g.tokens.available] * len(g.members) for g in self.groups])
+
+    @property
+    def flops(self) -> list[float]:
+        """Matrix-product FLOPs of the tower for each image."""
+        return self._in_order([[g.flops] * len(g.members) for g in self.groups])
 
     @property
     def projected(self) -> list[Tensor]:

@@ -94,3 +94,11 @@ def _readable(name: str) -> Iterator[str]:
         raise InputError(
             f"cannot load model {name!r}: {first} (give 'tiny', a checkpoint folder, or a hub name)"
         ) from error
+
+
+def family_type(name: str) -> Any:
+    """The adapter class for a checkpoint, from its config alone; `name` and errors as for `load`."""
+    from vlm_prune.vlm.families import FAMILIES
+
+    with _readable(name) as path:
+        return FAMILIES[_config(path).model_type]

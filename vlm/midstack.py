@@ -125,8 +125,7 @@ class _MidStack:
         for image, count in enumerate(available):
             for cut in self.cuts_for(count):
                 self.due.setdefault(cut.layer, {})[image] = cut.keep
-        mean = sum(self.left) / max(1, len(self.left))
-        self.trace.layer_tokens = [mean] * len(self.family.decoder.layers)
+        self.trace.computed = [self.left] * len(self.family.decoder.layers)
         return args, kwargs
 
     def before_decoder(self, _: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -241,9 +240,8 @@ class _MidStack:
         self.segments[number] = segment
         self.trace.kept, self.left = kept, [len(places) for places in kept]
         self.trace.cuts.append(kept)
-        mean = sum(map(len, kept)) / len(kept)
-        layers = len(self.trace.layer_tokens)
-        self.trace.layer_tokens[number:] = [mean] * (layers - number)
+        layers = len(self.trace.computed)
+        self.trace.computed[number:] = [self.left] * (layers - number)
         self.trace.selection_s += now(hidden.device) - start
         return hidden
 

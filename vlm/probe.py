@@ -1,45 +1,56 @@
-"""What the question looks at in every decoder layer, without attention maps or hooks."""
+"""What the question looks at in every decoder layer, without attention maps."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlm_prune.vlm.attention import decoder_query_key
-from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
-from vlm_prune.vlm.layout import image_ordinals, image_places, question_places
+from vlm_prune.vlm.layout import alike, image_ordinals, image_places, question_places
 from vlm_prune.vlm.tokens import QuestionRows, compact
 
 
 @torch.inference_mode()
-def question_rows(model: Any, inputs: dict[str, Tensor]) -> Iterator[QuestionRows]:
+def question_rows(model: Any, inputs: Mapping[str, Any]) -> Iterator[list[QuestionRows]]:
     """Queries of each image's question and all keys, layer by layer, of the unpruned model.
 
-    Args:
-        inputs: what the processor gives for prompts of one image each, `input_ids` (B, L).
+    Each layer gives one `QuestionRows` for the images of each number of tokens, in order of first
+    appearance.
 
-    Raises:
-        InputError: when the images differ in their number of tokens.
+    Args:
+        inputs: what the processor gives for prompts, `input_ids` (B, L), or images encoded
+            beforehand as `mm_encoder_outputs`, with `position_ids` where these have rows.
     """
     family, ids = family_of(model), inputs["input_ids"]
     counts = family.counts(ids, inputs)
-    if len(set(counts)) > 1:
-        raise InputError("images differ in size; give images of one size, or one at a time")
     valid = inputs["attention_mask"].bool()
-    position_ids = (valid.cumsum(1) - 1).clamp_min(0)
-    states = model(
-        **inputs, position_ids=position_ids, output_hidden_states=True, use_cache=False,
-        logits_to_keep=1,
-    ).hidden_states  # fmt: skip
+    positions = inputs.get("position_ids")
+    if positions is None:
+        positions = family.positions(ids, valid.long(), inputs) * valid
+    seen: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
+
+    def note(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        seen.append((hidden, kwargs["position_embeddings"]))
+
+    layers = family.decoder.layers
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    try:
+        model(**{**inputs, "position_ids": positions}, use_cache=False, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
     is_image = ids == family.image_token
-    row, columns_of = image_places(image_ordinals(is_image, counts), counts)
-    at = torch.stack(columns_of)
+    rows, columns_of = image_places(image_ordinals(is_image, counts), counts)
     index, asked = compact(question_places(is_image, valid))
-    columns = torch.where(asked, index, -1)[row]
-    rotary = family.decoder.rotary_emb(states[0], position_ids=position_ids)
-    for layer, hidden in zip(family.decoder.layers, states, strict=False):
+    columns = torch.where(asked, index, -1)
+    groups = [(rows[own], torch.stack([columns_of[i] for i in own])) for own in alike(counts)]
+    for layer, (hidden, rotary) in zip(layers, seen, strict=True):
         query, key = decoder_query_key(layer, hidden, rotary, index)
         scale = layer.self_attn.scaling
-        yield QuestionRows(query[row], key[row], columns, valid[row], at, scale)
+        yield [
+            QuestionRows(query[row], key[row], columns[row], valid[row], at, scale)
+            for row, at in groups
+        ]

@@ -130,8 +130,7 @@ def pruned(
         trace.selection_s += now(model.device) - start
         trace.kept = trace.entered = kept.places
         trace.available = counts
-        mean = sum(len(places) for places in kept.places) / max(1, len(kept.places))
-        trace.layer_tokens = [mean] * len(family.decoder.layers)
+        trace.computed = [list(map(len, kept.places))] * len(family.decoder.layers)
         full = family.positions(input_ids, valid, images.inputs) if original else None
         short = shorten(input_ids, valid, ordinal, counts, kept.places, full)
         return vars(short) | {"mm_encoder_outputs": family.output(kept.features, deepstack)}

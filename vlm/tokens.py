@@ -161,18 +161,23 @@ class Trace:
 
     `kept` holds the places kept of each image (after the last cut, for methods that prune inside
     the language model), `entered` those that entered a language model whose prompt was shortened,
-    `available` how many tokens each image had before, `layer_tokens` the mean number of image tokens per image that each
-    decoder layer computes, `cuts` the places kept at each cut, and `selection_s` / `vision_s`
-    seconds spent selecting and encoding.
+    `available` how many tokens each image had before, `computed` for each decoder layer how many
+    tokens of each image it computes, `cuts` the places kept at each cut, and `selection_s` /
+    `vision_s` seconds spent selecting and encoding.
     """
 
     kept: list[Tensor] = field(default_factory=list)
     entered: list[Tensor] = field(default_factory=list)
     available: list[int] = field(default_factory=list)
     cuts: list[list[Tensor]] = field(default_factory=list)
-    layer_tokens: list[float] = field(default_factory=list)
+    computed: list[list[int]] = field(default_factory=list)
     selection_s: float = 0.0
     vision_s: float = 0.0
+
+    @property
+    def layer_tokens(self) -> list[float]:
+        """The mean number of tokens per image that each decoder layer computes."""
+        return [sum(counts) / max(1, len(counts)) for counts in self.computed]
 
 
 def tokens_for(budget: float, available: int) -> int:

@@ -4,7 +4,6 @@ import resource
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,10 @@ from vlm_prune.benchmarks.latency import timed_generate
 from vlm_prune.benchmarks.lmms.answers import Answers, fingerprint
 from vlm_prune.benchmarks.lmms.chat import Chat, chat_of, rounds_of, shared_options
 from vlm_prune.benchmarks.lmms.forced import Forced
-from vlm_prune.benchmarks.prompts import check_family, make_prompts
+from vlm_prune.benchmarks.prompts import make_prompts
 from vlm_prune.benchmarks.run import Variant
 from vlm_prune.learners import from_pretrained
 from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.load import load
 
 PADDING = "padding"
@@ -93,7 +91,6 @@ class PrunedChat(lmms):  # type: ignore[misc]
         self.model, self.processor = load(pretrained, self._place(device), dtype)
         if wings is not None:
             from_pretrained(self.model, wings)
-        check_family(self.model)
         self.pruner.admit(self.model)
         self.journal: Answers | None = None
         self.keep_loaded = False
@@ -220,10 +217,7 @@ class PrunedChat(lmms):  # type: ignore[misc]
             wanted = [str(ask.forced) for ask in batch]
             forced = Forced.of(tokenizer, texts, wanted, self.device)
             options = forced.options()
-        output, phases, trace = timed_generate(
-            self.model, prompts.tensors, prompts.vision, self.pruner, prompts.pixel_values,
-            **options,
-        )  # fmt: skip
+        output, phases, trace = timed_generate(self.model, prompts, self.pruner, **options)
         new = output[:, prompts.tensors["input_ids"].shape[1] :]
         replies = self.processor.batch_decode(new, skip_special_tokens=True)
         times = {
@@ -234,7 +228,6 @@ class PrunedChat(lmms):  # type: ignore[misc]
         }
         ends = self.model.generation_config.eos_token_id
         ends = [ends] if isinstance(ends, int) else ends or []
-        places = iter(trace.kept)
         for number, ask in enumerate(batch):
             reply = replies[number]
             for stop in ask.until:
@@ -244,12 +237,9 @@ class PrunedChat(lmms):  # type: ignore[misc]
                 "question": ask.chat.question,
                 "question_hash": fingerprint(ask, texts[number]),
                 "reply": reply.strip(),
-                "images": prompts.images[number],
-                "text_tokens": prompts.text_tokens[number],
+                **prompts.row(number, trace),
                 "input_tokens": int(prompts.tensors["attention_mask"][number].sum()),
                 "output_tokens": _length(new[number].tolist(), ends),
-                "layer_tokens": trace.layer_tokens,
-                "kept": [kept.tolist() for kept in islice(places, prompts.images[number])],
                 "time_ms": {key: 1e3 * value / len(batch) for key, value in times.items()},
             }
             if forced is not None:
@@ -269,11 +259,13 @@ class PrunedChat(lmms):  # type: ignore[misc]
         extra["text_tokens"] = float(np.mean([row["text_tokens"] for row in rows]))
         seen = [row for row in rows if row["images"]]
         if seen:
-            extra |= {
-                "visual_tokens": float(family_of(self.model).tokens_per_image),
-                "kept_visual_tokens": float(np.mean([row["layer_tokens"][-1] for row in seen])),
-                "layer_visual_tokens": float(np.mean([np.mean(r["layer_tokens"]) for r in seen])),
-            }
+            shown = [row["images"] for row in seen]
+            for name, own in (
+                ("visual_tokens", [np.mean(row["image_tokens"]) for row in seen]),
+                ("kept_visual_tokens", [row["layer_tokens"][-1] for row in seen]),
+                ("layer_visual_tokens", [np.mean(row["layer_tokens"]) for row in seen]),
+            ):
+                extra[name] = float(np.average(own, weights=shown))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device) // 1024

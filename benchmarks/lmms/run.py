@@ -25,6 +25,8 @@ from vlm_prune.benchmarks.summary import summarise
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.files import write_json
 
+SEEN = ("images", "image_tokens", "text_tokens", "vision_flops", "layer_tokens", "kept")
+
 
 @dataclass(frozen=True)
 class Leaf:
@@ -206,7 +208,7 @@ def _rows(leaf: Leaf, task: Any, before: Pass, after: Pass) -> list[dict[str, An
                 "prediction": reply_of(task, sample),
                 "baseline_score": score_of(task, other),
                 "score": score_of(task, sample),
-                **{key: own[0][key] for key in ("images", "text_tokens", "layer_tokens", "kept")},
+                **{key: own[0][key] for key in SEEN if key in own[0]},
                 "time_ms": times,
             }
         )

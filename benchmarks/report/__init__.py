@@ -17,7 +17,7 @@ from vlm_prune.benchmarks.report.gallery import gallery
 from vlm_prune.benchmarks.report.load import Run, load_runs
 from vlm_prune.benchmarks.report.numbers import CONTROLS, PHASES, bars, budgets
 from vlm_prune.benchmarks.report.plot import draw, series_of
-from vlm_prune.benchmarks.table import percent, three_ways, with_interval
+from vlm_prune.benchmarks.table import count, percent, three_ways, with_interval
 from vlm_prune.vlm.files import write_text
 
 HERE = Path(__file__).parent
@@ -47,7 +47,9 @@ def render(runs: list[Run], most: int = 60) -> str:
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"percent": _percent, "retained": _retained, "three_ways": three_ways}
+    environment.filters |= {
+        "count": count, "percent": _percent, "retained": _retained, "three_ways": three_ways
+    }  # fmt: skip
     times = [(group, bars(group)) for group in groups]
     return environment.get_template("page.html.j2").render(
         runs=runs,

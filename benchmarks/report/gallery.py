@@ -37,7 +37,7 @@ def gallery(runs: list[Run], groups: list[Budget], most: int) -> dict[str, Any]:
         InputError: if this version's tasks no longer make the questions of the runs.
     """
     rows = [{row.id: row for row in run.rows} for run in runs]
-    names, tokens = series_of(runs), int(runs[0].results["tokens"]["full"])
+    names, side = series_of(runs), side_of(runs[0])
     images: dict[str, int] = {}
     samples = []
     for name in chosen(runs, most):
@@ -55,11 +55,11 @@ def gallery(runs: list[Run], groups: list[Budget], most: int) -> dict[str, Any]:
                 "baseline": first.baseline,
                 "right": first.baseline_right,
                 "images": pictures,
-                "answers": [_answer(row[name], tokens) if name in row else None for row in rows],
+                "answers": [_answer(row[name], side) if name in row else None for row in rows],
             }
         )
     return {
-        "side": math.isqrt(tokens),
+        "side": side,
         "budgets": [group.label for group in groups],
         "methods": names,
         "runs": [
@@ -72,6 +72,13 @@ def gallery(runs: list[Run], groups: list[Budget], most: int) -> dict[str, Any]:
         "images": list(images),
         "samples": samples,
     }
+
+
+def side_of(run: Run) -> int:
+    """Rows and columns of all images' tokens; 0 where they are no square, or not of one size."""
+    tokens = run.results["tokens"]["full"]
+    side = math.isqrt(int(tokens))
+    return side if side**2 == tokens and run.results.get("fixed_size", True) else 0
 
 
 def _sample(run: Run, row: Row) -> Sample:
@@ -87,10 +94,10 @@ def _sample(run: Run, row: Row) -> Sample:
     )
 
 
-def _answer(row: Row, tokens: int) -> dict[str, Any]:
+def _answer(row: Row, side: int) -> dict[str, Any]:
     kept = None
-    if row.kept is not None and math.isqrt(tokens) ** 2 == tokens:
-        kept = [_bits(places, tokens) for places in row.kept]
+    if row.kept is not None and side:
+        kept = [_bits(places, side**2) for places in row.kept]
     return {
         "text": row.prediction,
         "right": row.right,

@@ -14,8 +14,8 @@ from vlm_prune.vlm.tokens import tokens_for
 class Row:
     """One question with the unpruned and the pruned answer.
 
-    `kept` holds the token places left of each image after the last cut; None in runs that did not
-    note them.
+    `kept` holds the token places left of each image after the last cut, `sizes` how many it had;
+    None in runs that did not note them.
     """
 
     id: str
@@ -27,6 +27,7 @@ class Row:
     baseline_right: bool
     right: bool
     kept: list[list[int]] | None
+    sizes: list[int] | None
 
     @property
     def broken(self) -> bool:
@@ -156,6 +157,7 @@ def _row(line: dict[str, Any]) -> Row:
         baseline_right=float(line["baseline_score"]) >= 0.5,
         right=float(line["score"]) >= 0.5,
         kept=None if kept is None else [[int(place) for place in image] for image in kept],
+        sizes=line.get("image_tokens"),
     )
 
 
@@ -172,10 +174,12 @@ def _check(results: dict[str, Any], rows: list[Row]) -> None:
         ("flops", ("baseline", "pruned")),
     ):
         [float(results[part][key]) for key in keys]
-    full = int(results["tokens"]["full"])
     for row in rows:
-        if any(not 0 <= place < full for image in row.kept or () for place in image):
-            raise ValueError(f"{row.id} keeps a token outside the {full} of an image")
+        kept = row.kept or []
+        sizes = row.sizes if row.sizes is not None else [int(results["tokens"]["full"])] * len(kept)
+        for image, full in zip(kept, sizes if kept else [], strict=True):
+            if any(not 0 <= place < full for place in image):
+                raise ValueError(f"{row.id} keeps a token outside the {full} of an image")
     expected = sum(int(task["n"]) for task in results["tasks"].values())
     if len(rows) != expected:
         raise ValueError(f"{len(rows)} rows for {expected} questions")

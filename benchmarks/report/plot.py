@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from vlm_prune.benchmarks.report.load import Run
 from vlm_prune.benchmarks.report.numbers import CONTROLS
+from vlm_prune.benchmarks.table import count
 
 LEFT, RIGHT, TOP, BOTTOM = 40, 44, 14, 44
 TICK_GAP = 40
@@ -97,7 +98,7 @@ def draw(runs: list[Run], width: int, height: int) -> Plot:
     """Lay the plot out; tokens on a logarithmic axis, methods of one budget side by side."""
     points, names = points_of(runs), series_of(runs)
     unpruned = points[-1]
-    fewest = min(point.tokens for point in points)
+    fewest = max(1.0, min(point.tokens for point in points))  # a run of text alone computes none
     span = math.log(max(unpruned.tokens / fewest, 1.01))
     ends = [y for p in points for y in (p.accuracy, *(p.interval or ()))]
     step = _step(max(ends) - min(ends), height)
@@ -107,7 +108,7 @@ def draw(runs: list[Run], width: int, height: int) -> Plot:
     inset = 16 + dodge * len(names) / 2
 
     def x(tokens: float) -> float:
-        share = math.log(tokens / fewest) / span
+        share = math.log(max(tokens, fewest) / fewest) / span
         return LEFT + inset + share * (width - LEFT - RIGHT - 2 * inset)
 
     def y(accuracy: float) -> float:
@@ -132,7 +133,7 @@ def draw(runs: list[Run], width: int, height: int) -> Plot:
         [[m for m in marks if m.point.series == number] for number in range(len(names))],
         marks[-1],
         [mark(point) for point in pareto(points)],
-        [*x_ticks, (marks[-1].x, f"{unpruned.tokens:g}")],
+        [*x_ticks, (marks[-1].x, count(unpruned.tokens))],
         [(y(a), f"{round(100 * a, 1):g}") for a in _ticks(bottom, min(top, 1.0), height)],
         retained_ticks,
     )

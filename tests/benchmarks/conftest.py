@@ -32,6 +32,15 @@ def checkpoint(llava, processor, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def folder(tiny, tmp_path_factory):
+    """A checkpoint of each model family on disk."""
+    path = tmp_path_factory.mktemp(tiny.name)
+    tiny.model.save_pretrained(path)
+    tiny.processor.save_pretrained(path)
+    return path
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Run `vlm-prune ...`; returns exit code, output and errors."""

@@ -40,27 +40,35 @@ def test_floors_count_weights_once_and_flops_per_prompt():
     config = BenchConfig("tiny", Variant("none", 576), batch=3)
     model = random_model(config)
     layers = [576.0] * 6
-    by_bytes = floors(model, config, layers, Ceilings(flops=1e30, bandwidth=1e3))
+    by_bytes = floors(model, config, layers, 0.0, Ceilings(flops=1e30, bandwidth=1e3))
     text = model.config.get_text_config()
     weights = sum(p.numel() for p in model.model.language_model.layers.parameters())
     weights += text.vocab_size * text.hidden_size
     cache = 3 * (60 + 576) * 2 * text.hidden_size * 6
     assert by_bytes["prefill"] == by_bytes["decode"] == pytest.approx(4 * (weights + cache))
     one, three = (
-        floors(model, BenchConfig("tiny", config.variant, batch=b), layers, Ceilings(1e9, 1e30))
+        floors(
+            model, BenchConfig("tiny", config.variant, batch=b), layers, 0.0, Ceilings(1e9, 1e30)
+        )
         for b in (1, 3)
     )
     assert three["prefill"] == pytest.approx(3 * one["prefill"])
 
 
-@pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-0.5b"])
+BILLIONS = {
+    "llava-1.5-7b": 7.06, "llava-0.5b": 0.77, "llava-next-7b": 7.06, "llava-onevision-0.5b": 0.89,
+    "qwen2.5-vl-3b": 3.75, "qwen3-vl-2b": 2.13, "internvl3-1b": 0.94, "smolvlm-256m": 0.256,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BILLIONS)
 def test_shapes_have_the_released_sizes(name):
     from transformers import AutoModelForImageTextToText
 
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(SHAPES[name]())
     billions = sum(p.numel() for p in model.parameters()) / 1e9
-    assert billions == pytest.approx({"llava-1.5-7b": 7.06, "llava-0.5b": 0.77}[name], abs=0.02)
+    assert billions == pytest.approx(BILLIONS[name], abs=0.02)
 
 
 @pytest.mark.parametrize(
@@ -100,3 +108,33 @@ def test_learners_of_a_7b_model_cost_what_the_paper_s_equations_say():
     assert shares["learners"] == pytest.approx(learners / (layer + head), rel=1e-6)
     assert shares["learners"] <= 0.06
     assert shares["router"] == pytest.approx(2 * tokens * width / (layer + head), rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["divprune", pytest.param("adaptinfer", marks=pytest.mark.slow)])
+def test_every_family(run, tiny, tmp_path, monkeypatch, method):
+    """Times and floors of a picture that has as many tokens as the family gives one of its size."""
+    monkeypatch.setitem(SHAPES._entries, "family", lambda: tiny.model.config)
+    monkeypatch.setattr("vlm_prune.benchmarks.pictures.SIDE", 112)
+    fast = ["--repeats", "1", "--new-tokens", "2", "--batch", "2", "--budget", "0.5"]
+    code, _, err = run(
+        "bench", "--model-shape", "family", "--method", method, *fast, "--output", tmp_path
+    )
+    assert code == 0, err
+    results = json.loads((tmp_path / "bench.json").read_text())
+    before, after = results["unpruned"], results["pruned"]
+    assert before["tokens"]["kept"] > 8
+    spare = before["tokens"]["kept"] / 2 - after["tokens"]["layer_mean"]
+    assert -0.5 <= spare < 1 and results["speedup"]["promised"] > 1
+    for run_ in (before, after):
+        assert all(run_["floors_ms"][phase] > 0 for phase in ("vision", "prefill", "decode"))
+
+
+@pytest.mark.parametrize("tiny", ["smolvlm"], indirect=True)
+def test_what_a_family_lacks_is_said(run, tiny, monkeypatch):
+    monkeypatch.setitem(SHAPES._entries, "family", lambda: tiny.model.config)
+    for extra, message in (
+        ([], "Zoo needs a two-layer"),
+        (["--wings", "8"], "shapes of LLaVA-1.5"),
+    ):
+        code, _, err = run("bench", "--model-shape", "family", *extra)
+        assert code == 2 and message in err and len(err.strip().splitlines()) == 1

@@ -76,9 +76,12 @@ def test_the_tower_runs_once_for_baseline_and_all_methods(run, checkpoint, tmp_p
     from vlm_prune.vlm.families.llava import Llava
 
     calls, encode = [], Llava.encode
-    monkeypatch.setattr(
-        Llava, "encode", lambda self, pixels: calls.append(len(pixels)) or encode(self, pixels)
-    )
+
+    def counted(self, pixel_values, **inputs):
+        calls.append(len(pixel_values))
+        return encode(self, pixel_values, **inputs)
+
+    monkeypatch.setattr(Llava, "encode", counted)
     run(
         "compare", "--model", checkpoint, "--method", "random,zoo-exact,adaptinfer", "--budget",
         "64,32", "--output", tmp_path, "--limit", "4", "--batch-size", "4", "--tasks", "exist",

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from vlm_prune.benchmarks.pictures import LAYOUTS
 from vlm_prune.benchmarks.support import markdown, support
 from vlm_prune.pruning import METHODS
 from vlm_prune.vlm.families import FAMILIES
@@ -14,3 +15,12 @@ def test_contributing_shows_the_matrix_of_the_registries(run):
     assert list(support()) == list(METHODS)
     assert all(list(works) == list(FAMILIES) for works in support().values())
     assert not support()["zoo"]["smolvlm"] and not support()["downsample"]["qwen3_vl"]
+
+
+def test_models_lists_families_and_the_methods_that_each_lacks(run):
+    code, printed, _ = run("models")
+    assert code == 0 and "tiny" in printed
+    assert all(family in printed for family in FAMILIES)
+    assert list(LAYOUTS) == list(FAMILIES)
+    for left in ("all but downsample, best", "all but downsample, zoo, zoo-exact, cascade, best"):
+        assert left in " ".join(printed.replace("│", " ").split()), printed

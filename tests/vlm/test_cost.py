@@ -5,7 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlm_prune.vlm.cache import CACHE
-from vlm_prune.vlm.cost import key_value_bytes, prefill_flops, tower_flops
+from vlm_prune.vlm.cost import key_value_bytes, prefill_flops
+from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.wrapper import build
 
 
@@ -17,7 +18,7 @@ def test_prefill_and_tower_flops(llava, images, make_inputs):
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             llava.model.vision_tower(inputs["pixel_values"])
-        assert tower_flops(llava.config.vision_config) == pytest.approx(
+        assert family_of(llava).tower_flops([576]) == pytest.approx(
             counter.get_total_flops(), rel=0.01
         )
         with FlopCounterMode(display=False) as counter, torch.no_grad():

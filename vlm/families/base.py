@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from vlm_prune.vlm.cost import tower_flops
 from vlm_prune.vlm.encoded import Images
 
 Need = Literal["a two-layer projector", "a fixed image size"]
@@ -19,13 +20,20 @@ def seed_of(pixels: Tensor) -> int:
     return zlib.crc32(pixels.float().cpu().numpy().tobytes())
 
 
+def matrices(module: nn.Module) -> int:
+    """Weights of a module's matrix products."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
+
+
 @dataclass(frozen=True)
 class Family(ABC):
     """Paths into a model of one family.
 
     `lacks` names what some methods need and the family has not; `image_inputs` the arguments of a
     prompt, next to `pixel_values`, that describe its images; `mrope` whether positions have rows
-    for time, height and width, which leave gaps when tokens go.
+    for time, height and width, which leave gaps when tokens go; `by_row` whether the processor
+    takes the images of each prompt apart; `tower_prefix` how many places of the tower's sequence
+    stand in front of a view's patches.
     """
 
     model: Any
@@ -33,6 +41,8 @@ class Family(ABC):
     lacks: ClassVar[frozenset[Need]] = frozenset()
     image_inputs: ClassVar[tuple[str, ...]] = ()
     mrope: ClassVar[bool] = False
+    by_row: ClassVar[bool] = False
+    tower_prefix: ClassVar[int] = 0
 
     @property
     def fixed_size(self) -> bool:
@@ -72,6 +82,19 @@ class Family(ABC):
     @abstractmethod
     def encode(self, pixel_values: Tensor, **inputs: Tensor) -> Images:
         """Run tower and projector; `inputs` are those of `image_inputs`, and `input_ids`."""
+
+    def tower_flops(self, views: Sequence[int]) -> float:
+        """Matrix-product FLOPs of the tower on an image whose views have so many patches."""
+        places = [patches + self.tower_prefix for patches in views]
+        layers = [(matrices(layer), places) for layer in self.tower_layers]
+        width = self.model.config.vision_config.hidden_size
+        return tower_flops(width, sum(views), self.patch_embedding, layers)
+
+    @property
+    def patch_embedding(self) -> int:
+        """Weights that turn a patch into a hidden state: the model's only convolution."""
+        convolutions = nn.Conv2d | nn.Conv3d
+        return next(matrices(m) for m in self.multimodal.modules() if isinstance(m, convolutions))
 
     def counts(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> list[int]:
         """Placeholders of each image of an unpruned prompt, from what its forward is given."""

@@ -6,7 +6,7 @@ as the tower's, so that two layers remain.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from vlm_prune.vlm.tokens import Projector
 @dataclass(frozen=True)
 class InternVL(Tiled):
     """Paths into an `InternVLForConditionalGeneration`."""
+
+    tower_prefix: ClassVar[int] = 1
 
     @property
     def tower_layers(self) -> Any:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from vlm_prune.vlm.tokens import Projector, VisionTokens
 @dataclass(frozen=True)
 class Llava(Family):
     """Paths into a `LlavaForConditionalGeneration`."""
+
+    tower_prefix: ClassVar[int] = 1
 
     @property
     def tokens_per_image(self) -> int:
@@ -57,7 +59,9 @@ class Llava(Family):
             query_key=partial(self.query_key, states),
             has_cls=first > 0,
         )
-        return Images([Group(list(range(len(pixel_values))), tokens)])
+        rows, columns = tokens.grid
+        flops = self.tower_flops([rows * columns])
+        return Images([Group(list(range(len(pixel_values))), tokens, flops=flops)])
 
     @torch.no_grad()
     def query_key(

@@ -101,7 +101,8 @@ class LlavaNext(Llava):
                 available=len(newline),
             )
             places = (~newline).nonzero()[:, 0]
-            groups.append(Group(members, tokens, places, whole[:, newline]))
+            flops = self.tower_flops([self.tokens_per_image] * count)
+            groups.append(Group(members, tokens, places, whole[:, newline], flops=flops))
         return Images(groups)
 
     def pool(self, packing: Packing, tiles: int, values: Tensor) -> Tensor:

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn.functional import gelu
 from transformers.vision_utils import get_vision_window_index
 
+from vlm_prune.vlm.cost import tower_flops
 from vlm_prune.vlm.encoded import Group, Images
 from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.families.base import Family, Need, seed_of
+from vlm_prune.vlm.families.base import Family, Need, matrices, seed_of
 from vlm_prune.vlm.layout import alike
 from vlm_prune.vlm.tokens import Projector, VisionTokens
 
@@ -60,9 +61,7 @@ class Qwen25VL(Family):
 
     def in_rows(self, values: Tensor, grid: Tensor) -> Tensor:
         """The tower's order undone: tokens in reading order, (P, ...) -> (P / 4, 4, ...)."""
-        order, _ = get_vision_window_index(
-            grid, self.tower.spatial_merge_size, self.tower.window_size, self.tower.patch_size
-        )
+        order, _ = self.windows(grid)
         tokens: Tensor = values.unflatten(0, (-1, self.merged))
         return tokens[order.argsort().to(values.device)]
 
@@ -108,8 +107,31 @@ class Qwen25VL(Family):
                 pool=self.pool,
             )
             layers = [torch.stack([layer[i] for i in members]) for layer in deepstack]
-            groups.append(Group(members, tokens, deepstack=layers))
+            groups.append(
+                Group(members, tokens, deepstack=layers, flops=self.grid_flops(grid[first]))
+            )
         return Images(groups, {"image_grid_thw": grid})
+
+    def grid_flops(self, grid: Tensor) -> float:
+        """Matrix-product FLOPs of the tower on an image of that grid, (3,)."""
+        time, rows, columns = grid.tolist()
+        layers = [(matrices(layer), [rows * columns] * time) for layer in self.tower_layers]
+        whole = getattr(self.tower, "fullatt_block_indexes", range(len(layers)))
+        if len(whole) < len(layers):
+            windows = self.windows(grid[None])[1].diff().tolist()
+            layers = [
+                (weights, lengths if number in whole else windows)
+                for number, (weights, lengths) in enumerate(layers)
+            ]
+        width = self.model.config.vision_config.hidden_size
+        return tower_flops(width, time * rows * columns, self.patch_embedding, layers)
+
+    def windows(self, grid: Tensor) -> tuple[Tensor, Tensor]:
+        """The order of tokens in the tower's windows, and where among patches these end."""
+        order, ends = get_vision_window_index(
+            grid, self.tower.spatial_merge_size, self.tower.window_size, self.tower.patch_size
+        )
+        return order, ends
 
     def pool(self, values: Tensor) -> Tensor:
         """(M, S, c) -> (M, N, c), the mean over a token's patches."""

@@ -26,6 +26,7 @@ class SmolVLM(Tiled):
 
     lacks: ClassVar[frozenset[Need]] = Tiled.lacks | {"a two-layer projector"}
     image_inputs: ClassVar[tuple[str, ...]] = ("pixel_attention_mask",)
+    by_row: ClassVar[bool] = True
 
     @property
     def decoder(self) -> Any:

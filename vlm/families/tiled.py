@@ -63,6 +63,7 @@ class Tiled(Family):
                 f"{sum(counts)} image placeholders do not fit {len(features)} tiles of {each}"
             )
         starts = [sum(tiles[:image]) for image in range(len(tiles))]
+        patches = features[0].numel() // self.model.config.vision_config.hidden_size
         groups = []
         for members in alike(tiles):
             count = tiles[members[0]]
@@ -81,5 +82,6 @@ class Tiled(Family):
                 has_cls=has_cls,
                 pool=partial(self.pool, count),
             )
-            groups.append(Group(members, tokens))
+            flops = self.tower_flops([patches] * count)
+            groups.append(Group(members, tokens, flops=flops))
         return Images(groups)

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from torch.nn.functional import avg_pool2d
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import BlipConfig
 
 from vlm_prune.pruning import DivPrune, FastV, NoPruning, Random
@@ -148,3 +149,22 @@ def test_images_encoded_beforehand_and_prompts_without_any(tiny):
         before = tiny.model.generate(**prompt, mm_encoder_outputs=output, **steps)
     assert torch.equal(before, pixels)
     assert [len(places) for places in trace.kept] == [4, 4, 4]
+
+
+def test_the_tower_s_flops_are_those_that_it_spends_on_each_picture(tiny):
+    """Of all its layers and the embedding of patches; the projector is not the tower."""
+    outside = ("merger", "Merger", "Projector", "Connector")
+    tiny.model.set_attn_implementation("eager")
+    try:
+        for picture in range(3):
+            with FlopCounterMode(display=False) as counter:
+                _, images = encode(tiny, [[([picture], "red?")]])
+            counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+            projector = sum(
+                spent for name, spent in counts.items()
+                if any(part in name.split(".")[-1] for part in outside)
+                or "deepstack_merger_list" in name and name.count(".") == 2
+            )  # fmt: skip
+            assert images.flops == [pytest.approx(counts["Global"] - projector, rel=1e-3)]
+    finally:
+        tiny.model.set_attn_implementation("sdpa")

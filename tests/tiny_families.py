@@ -1,15 +1,13 @@
 """A tiny random model and its processor for each family, from the real classes."""
 
-from importlib.util import find_spec
 from itertools import chain
 
 import numpy as np
-import pytest
 import torch
 import transformers as hf
 from PIL import Image
 
-from vlm_prune.vlm.families import FAMILIES
+from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.tiny.config import CHAT_TEMPLATE, SPECIAL, make_processor
 
 WIDTH, LAYERS = 32, 4
@@ -239,7 +237,6 @@ class Tiny:
         self.name = name
         torch.manual_seed(0)
         self.model, self.processor = MAKERS[name]()
-        self.nested = name in ("llava_onevision", "smolvlm")  # whose processors count them by row
         self.model.eval()
         with torch.no_grad():  # sharp enough that tokens matter
             for parameter in self.model.parameters():
@@ -267,7 +264,7 @@ class Tiny:
                 chat.append({"role": "assistant" if number % 2 else "user", "content": content})
             texts.append(self.processor.apply_chat_template(chat, add_generation_prompt=True))
             images.append([self.pictures[p] for pictures, _ in turns for p in pictures])
-        if not self.nested:
+        if not family_of(self.model).by_row:
             images = list(chain.from_iterable(images))
         images = images if any(images) else None
         self.processor.tokenizer.padding_side = side
@@ -276,11 +273,3 @@ class Tiny:
         )
         self.processor.tokenizer.padding_side = "left"
         return out
-
-
-@pytest.fixture(scope="session", params=list(FAMILIES))
-def tiny(request):
-    for package in NEEDS.get(request.param, ()):
-        if find_spec(package) is None:
-            pytest.skip(f"the processor of {request.param} needs {package}")
-    return Tiny(request.param)
