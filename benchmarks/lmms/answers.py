@@ -22,6 +22,18 @@ def fingerprint(ask: Any, text: str) -> str:
     return f"{state:08x}"
 
 
+def answered(ask: Any, text: str, reply: str) -> dict[str, Any]:
+    """The part of a row that says what was asked in `text`, and the reply up to its first stop."""
+    for stop in ask.until:
+        reply = reply.split(stop)[0]
+    return {
+        "id": ask.id,
+        "question": ask.chat.question,
+        "question_hash": fingerprint(ask, text),
+        "reply": reply.strip(),
+    }
+
+
 def source(model: Any, name: str) -> dict[str, Any]:
     """What tells one state of a model's weights and its surroundings from another."""
     path = checkpoint_path() if name == EMBEDDED else Path(name)

@@ -6,7 +6,7 @@ from typing import Any
 from lmms_eval.api.model import lmms
 
 from vlm_prune.benchmarks.language import Language
-from vlm_prune.benchmarks.lmms.answers import fingerprint
+from vlm_prune.benchmarks.lmms.answers import answered
 from vlm_prune.benchmarks.lmms.forced import Forced
 from vlm_prune.benchmarks.lmms.model import Ask, PrunedChat
 from vlm_prune.vlm.errors import InputError
@@ -44,14 +44,7 @@ class LanguageChat(PrunedChat):
         milliseconds = 1e3 * (now(self.device) - start) / len(batch)
         replies = self.language.replies(tokens)
         for number, ask in enumerate(batch):
-            reply = replies[number]
-            for stop in ask.until:
-                reply = reply.split(stop)[0]
-            row = {
-                "id": ask.id,
-                "question": ask.chat.question,
-                "question_hash": fingerprint(ask, texts[number]),
-                "reply": reply.strip(),
+            row = answered(ask, texts[number], replies[number]) | {
                 "images": 0,
                 "text_tokens": lengths[number],
                 "input_tokens": lengths[number],

@@ -14,7 +14,7 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm import tqdm
 
 from vlm_prune.benchmarks.latency import timed_generate
-from vlm_prune.benchmarks.lmms.answers import Answers, fingerprint
+from vlm_prune.benchmarks.lmms.answers import Answers, answered, fingerprint
 from vlm_prune.benchmarks.lmms.chat import Chat, chat_of, rounds_of, shared_options
 from vlm_prune.benchmarks.lmms.forced import Forced
 from vlm_prune.benchmarks.prompts import make_prompts
@@ -229,14 +229,7 @@ class PrunedChat(lmms):  # type: ignore[misc]
         ends = self.model.generation_config.eos_token_id
         ends = [ends] if isinstance(ends, int) else ends or []
         for number, ask in enumerate(batch):
-            reply = replies[number]
-            for stop in ask.until:
-                reply = reply.split(stop)[0]
-            row = {
-                "id": ask.id,
-                "question": ask.chat.question,
-                "question_hash": fingerprint(ask, texts[number]),
-                "reply": reply.strip(),
+            row = answered(ask, texts[number], replies[number]) | {
                 **prompts.row(number, trace),
                 "input_tokens": int(prompts.tensors["attention_mask"][number].sum()),
                 "output_tokens": _length(new[number].tolist(), ends),
