@@ -15,6 +15,7 @@ from vlm_prune.benchmarks.tasks.curriculum import SceneSource, corpus
 from vlm_prune.vlm.files import write_text
 from vlm_prune.vlm.tiny import checkpoint_path
 from vlm_prune.vlm.tiny.config import make_model, make_processor
+from vlm_prune.vlm.tiny.initial import look_back
 from vlm_prune.vlm.tiny.store import save_checkpoint
 from vlm_prune.vlm.tiny.train import STAGES, Recipe, Trainer
 
@@ -36,6 +37,7 @@ def main(
     packaged = checkpoint_path()
     processor = AutoProcessor.from_pretrained(packaged) if keep else make_processor(corpus(), 768)
     model = make_model(processor)
+    look_back(model.model.language_model)
     if keep:
         trained = LlavaForConditionalGeneration.from_pretrained(packaged).state_dict()
         tower = {name: weight for name, weight in trained.items() if "vision_tower" in name}

@@ -28,7 +28,7 @@ def processor():
 def llava(processor):
     """A random 336 px LLaVA with 576 tokens per image, sharp enough that answers differ."""
     torch.manual_seed(0)
-    model = make_model(processor, tower_width=48, width=48).eval()
+    model = make_model(processor, tower_width=48, width=48, layers=6).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

@@ -9,6 +9,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vlm_prune.benchmarks.tasks.curriculum import SceneSource, corpus
 from vlm_prune.vlm.tiny.config import make_model, make_processor
+from vlm_prune.vlm.tiny.initial import look_back
 from vlm_prune.vlm.tiny.language import loss_of, pack, projected
 from vlm_prune.vlm.tiny.train import STAGES, Recipe, Trainer
 
@@ -53,8 +54,9 @@ def test_a_stopped_training_ends_with_the_same_weights(processor, tmp_path):
     torch.testing.assert_close(loaded.lm_head.weight.data, half)
 
 
-def test_heads_of_a_new_models_first_layer_look_one_to_four_tokens_back(processor):
+def test_heads_of_the_first_layer_look_one_to_four_tokens_back(processor):
     model = make_model(processor).eval()
+    look_back(model.model.language_model)
     ids = processor.tokenizer(corpus_line := next(corpus(20)), return_tensors="pt").input_ids
     assert ids.shape[1] > 8, corpus_line
     model.set_attn_implementation("eager")

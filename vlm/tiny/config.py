@@ -13,8 +13,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vlm_prune.vlm.tiny.initial import look_back
-
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}USER: {% else %} ASSISTANT: {% endif %}"
@@ -59,10 +57,9 @@ def make_processor(corpus: Iterable[str], vocabulary: int = 512) -> LlavaProcess
 
 
 def make_model(
-    processor: LlavaProcessor, tower_width: int = 192, width: int = 256
+    processor: LlavaProcessor, tower_width: int = 192, width: int = 256, layers: int = 7
 ) -> LlavaForConditionalGeneration:
-    """LLaVA-1.5's structure at about 9 M parameters, randomly initialised but for the first layer of
-    its language model, which looks back (`look_back`)."""
+    """LLaVA-1.5's structure at about 9 M parameters, randomly initialised."""
     tokenizer = processor.tokenizer
     ids = {
         key: tokenizer.convert_tokens_to_ids(SPECIAL[f"{key}_token"])
@@ -83,7 +80,7 @@ def make_model(
             vocab_size=len(tokenizer),
             hidden_size=width,
             intermediate_size=688,
-            num_hidden_layers=7,
+            num_hidden_layers=layers,
             attention_bias=True,
             num_attention_heads=max(2, width // 64),
             num_key_value_heads=max(2, width // 64),
@@ -102,7 +99,6 @@ def make_model(
         tie_word_embeddings=True,
     )
     model = LlavaForConditionalGeneration(config)
-    look_back(model.model.language_model)
     model.generation_config.update(
         bos_token_id=ids["bos"],
         eos_token_id=ids["eos"],

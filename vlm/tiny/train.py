@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from vlm_prune.vlm.tiny.config import make_model
-from vlm_prune.vlm.tiny.initial import initialise_embeddings
+from vlm_prune.vlm.tiny.initial import initialise_embeddings, look_back
 from vlm_prune.vlm.tiny.language import Lesson, Row, clip, projected, train_language
 from vlm_prune.vlm.tiny.store import save_checkpoint
 from vlm_prune.vlm.tiny.symbols import Symbols, align_projector, word_ids
@@ -83,7 +83,10 @@ class Trainer:
     ) -> None:
         torch.manual_seed(recipe.seed)
         self.processor, self.source, self.folder, self.recipe = processor, source, folder, recipe
-        self.model = make_model(processor) if model is None else model
+        if model is None:
+            model = make_model(processor)
+            look_back(model.model.language_model)
+        self.model = model
         tokenizer = processor.tokenizer
         names, colors = (word_ids(tokenizer, words) for words in (source.names, source.colors))
         self.symbols = Symbols(self.model.get_input_embeddings(), names, colors, grid=24)

@@ -118,7 +118,7 @@ def test_the_course_resumes_and_writes_its_results(few_arms, tmp_path, monkeypat
     content = json.loads((tmp_path / "results" / "forgetting.json").read_text())
     summary = content["summary"]
     assert summary["base"]["trainable"] == 0 < summary["full"]["trainable"]
-    learners = 6 * (16 * 256 * SMALL.rank + 2 * 2048)
+    learners = 7 * (16 * 256 * SMALL.rank + 2 * 2048)
     assert summary["wings"]["trainable"] - summary["full"]["trainable"] == learners
     assert summary["merge"]["alpha"] == [0.5]
     table = (tmp_path / "results" / "forgetting.md").read_text()
