@@ -10,6 +10,10 @@ from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.files import write_json
 
 
+class _Lock(FileLock):
+    """lmms-eval turns `FileLock` itself into one lock per path, which a process may take twice."""
+
+
 def claim(folder: Path, config: dict[str, Any], results: str) -> FileLock:
     """Lock the folder and note `config` in it, or find there the one of an earlier run.
 
@@ -25,7 +29,7 @@ def claim(folder: Path, config: dict[str, Any], results: str) -> FileLock:
         InputError: if another run writes there, or one with another configuration did.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    lock = _Lock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
