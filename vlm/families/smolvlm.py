@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
 from vlm_prune.vlm.attention import encoder_query_key
@@ -27,6 +29,14 @@ class SmolVLM(Tiled):
     lacks: ClassVar[frozenset[Need]] = Tiled.lacks | {"a two-layer projector"}
     image_inputs: ClassVar[tuple[str, ...]] = ("pixel_attention_mask",)
     by_row: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        # before, its forward took whole tiles only
+        if Version(transformers.__version__) < Version("5.21"):
+            raise InputError(
+                f"SmolVLM needs transformers 5.21 or newer, this is {transformers.__version__}; "
+                "pip install -U transformers"
+            )
 
     @property
     def decoder(self) -> Any:

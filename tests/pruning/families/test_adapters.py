@@ -168,3 +168,10 @@ def test_the_tower_s_flops_are_those_that_it_spends_on_each_picture(tiny):
             assert images.flops == [pytest.approx(counts["Global"] - projector, rel=1e-3)]
     finally:
         tiny.model.set_attn_implementation("sdpa")
+
+
+@pytest.mark.parametrize("tiny", ["smolvlm"], indirect=True)
+def test_smolvlm_names_the_transformers_that_it_needs(tiny, monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "5.20.2")
+    with pytest.raises(InputError, match="transformers 5.21 or newer, this is 5.20.2"):
+        family_of(tiny.model)
