@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,7 +60,9 @@ def _execute(
     for config in configs:
         config.variant.build(config.seed)
     runs = [RunFolder(path, config) for path, config in zip(folders, configs, strict=True)]
-    with progress(first.limit) as advance:
+    with progress(first.limit) as advance, ExitStack() as stack:
+        for folder in runs:
+            stack.callback(folder.lock.release)
         if lmms.needed(first.tasks):
             from vlm_prune.benchmarks.lmms.run import evaluate as evaluate_lmms
 
@@ -319,8 +322,6 @@ app.command("map")(map_command)
 
 def main() -> None:
     """Entry point: one line and exit code 2 for wrong input, 130 for Ctrl-C."""
-    import os
-
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         if len(sys.argv) == 1:

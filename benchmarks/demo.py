@@ -117,9 +117,8 @@ class Comparer:
         """New tokens (T,), milliseconds by phase and what was pruned: unpruned, then pruned."""
         found = []
         for method in (None, pruner):
-            output, phases, trace = timed_generate(self.model, prompts, method, max_new_tokens=most)
+            (new,), phases, trace = timed_generate(self.model, prompts, method, max_new_tokens=most)
             seconds = asdict(phases) | {"vision": phases.vision or prompts.vision_s}
-            new = output[0, prompts.tensors["input_ids"].shape[1] :]
             found.append((new, {phase: 1e3 * s for phase, s in seconds.items()}, trace))
         return found
 

@@ -52,7 +52,7 @@ def timed_generate(
     pruner: Any | None = None,
     **generation: Any,
 ) -> tuple[Tensor, Phases, Trace]:
-    """One `generate`, greedy unless `generation` says otherwise: tokens, phases, and what was pruned.
+    """One `generate`, greedy unless `generation` says otherwise: new tokens, phases, what was pruned.
 
     Nothing prunes prompts without images. A pruner that changes the images encodes them itself.
     """
@@ -75,4 +75,5 @@ def timed_generate(
         )
         first, rest = clock.phases()
     prefill = first - trace.selection_s - trace.vision_s
-    return output, Phases(trace.vision_s, trace.selection_s, prefill, rest), trace
+    new = output[:, prompts.tensors["input_ids"].shape[1] :]
+    return new, Phases(trace.vision_s, trace.selection_s, prefill, rest), trace

@@ -182,12 +182,11 @@ def _answer(
     model: Any, processor: Any, batch: list[Sample], pruners: list[Any]
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows of one batch for each pruner."""
-    texts = [processor.apply_chat_template(s.messages(), add_generation_prompt=True) for s in batch]
-    prompts = make_prompts(model, processor, texts, [list(sample.images) for sample in batch])
+    prompts = prompts_of(model, processor, batch)
     encoding = prompts.vision_s
-    baseline, before, _ = _generate(model, processor, prompts)
+    baseline, before, _ = replies_to(model, processor, prompts)
     for pruner in pruners:
-        ours, after, trace = _generate(model, processor, prompts, pruner)
+        ours, after, trace = replies_to(model, processor, prompts, pruner)
         times = {
             "vision": after.vision or encoding,
             "selection": after.selection,
@@ -201,12 +200,8 @@ def _answer(
         for number, sample in enumerate(batch):
             task = TASKS[sample.id.split("/")[0]]
             rows.append(
-                {
-                    "id": sample.id,
-                    "task": task.name,
-                    "subset": sample.subset,
-                    "question": sample.turns[-1].text,
-                    "answer": sample.answer,
+                described(sample)
+                | {
                     "baseline": baseline[number],
                     "prediction": ours[number],
                     "baseline_score": task.score(baseline[number], sample.answer),
@@ -218,11 +213,27 @@ def _answer(
         yield rows
 
 
-def _generate(
+def prompts_of(model: Any, processor: Any, batch: list[Sample]) -> Prompts:
+    """The conversations of samples, their images encoded."""
+    texts = [processor.apply_chat_template(s.messages(), add_generation_prompt=True) for s in batch]
+    return make_prompts(model, processor, texts, [list(sample.images) for sample in batch])
+
+
+def replies_to(
     model: Any, processor: Any, prompts: Prompts, pruner: Any | None = None
 ) -> tuple[list[str], Phases, Trace]:
     """Greedy answers, their phases, and what was pruned."""
-    output, phases, trace = timed_generate(model, prompts, pruner, max_new_tokens=MAX_NEW_TOKENS)
-    length = prompts.tensors["input_ids"].shape[1]
-    replies = processor.batch_decode(output[:, length:], skip_special_tokens=True)
+    new, phases, trace = timed_generate(model, prompts, pruner, max_new_tokens=MAX_NEW_TOKENS)
+    replies = processor.batch_decode(new, skip_special_tokens=True)
     return [reply.strip() for reply in replies], phases, trace
+
+
+def described(sample: Sample) -> dict[str, Any]:
+    """The part of a row that says what was asked."""
+    return {
+        "id": sample.id,
+        "task": TASKS[sample.id.split("/")[0]].name,
+        "subset": sample.subset,
+        "question": sample.turns[-1].text,
+        "answer": sample.answer,
+    }

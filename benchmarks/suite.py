@@ -15,11 +15,17 @@ from numpy.typing import NDArray
 from vlm_prune.benchmarks import lmms
 from vlm_prune.benchmarks.environment import command, device_name, versions
 from vlm_prune.benchmarks.language import Language
-from vlm_prune.benchmarks.latency import timed_generate
 from vlm_prune.benchmarks.metrics.bootstrap import accuracy_interval
 from vlm_prune.benchmarks.metrics.paired import difference
-from vlm_prune.benchmarks.prompts import make_prompts
-from vlm_prune.benchmarks.run import MAX_NEW_TOKENS, RunConfig, RunFolder, samples_of
+from vlm_prune.benchmarks.run import (
+    MAX_NEW_TOKENS,
+    RunConfig,
+    RunFolder,
+    described,
+    prompts_of,
+    replies_to,
+    samples_of,
+)
 from vlm_prune.benchmarks.table import as_gain, as_table, percent, show
 from vlm_prune.benchmarks.tasks import TASKS, Sample
 from vlm_prune.benchmarks.terminal import progress, quiet
@@ -90,11 +96,15 @@ def forgetting(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("a suite runs in one process; start it without accelerate launch")
     folders = {role: RunFolder(output / role, own) for role, own in configs.items()}
-    if lmms.needed(config.tasks):
-        skipped = _through_lmms(folders, data_root, tick)
-    else:
-        skipped = {}
-        _embedded(folders, tick)
+    skipped: dict[str, dict[str, str]] = {}
+    try:
+        if lmms.needed(config.tasks):
+            skipped = _through_lmms(folders, data_root, tick)
+        else:
+            _embedded(folders, tick)
+    finally:
+        for folder in folders.values():
+            folder.lock.release()
     results = summarise(config, folders, skipped)
     if not results["tasks"]:
         raise InputError(f"no task could be run: {next(iter(skipped['vlm'].values()))}")
@@ -127,12 +137,7 @@ def _text(sample: Sample) -> bool:
 def _asking(model: Any, processor: Any) -> Ask:
     @torch.inference_mode()
     def ask(batch: list[Sample]) -> list[str]:
-        template = processor.apply_chat_template
-        texts = [template(sample.messages(), add_generation_prompt=True) for sample in batch]
-        prompts = make_prompts(model, processor, texts, [list(s.images) for s in batch])
-        output, _, _ = timed_generate(model, prompts, max_new_tokens=MAX_NEW_TOKENS)
-        new = output[:, prompts.tensors["input_ids"].shape[1] :]
-        return [reply.strip() for reply in processor.batch_decode(new, skip_special_tokens=True)]
+        return replies_to(model, processor, prompts_of(model, processor, batch))[0]
 
     return ask
 
@@ -158,15 +163,10 @@ def _fill(folder: RunFolder, ask: Ask, samples: list[Sample], tick: Progress) ->
 
 
 def _row(sample: Sample, reply: str) -> dict[str, Any]:
-    task = TASKS[sample.id.split("/")[0]]
-    return {
-        "id": sample.id,
-        "task": task.name,
-        "subset": sample.subset,
-        "question": sample.turns[-1].text,
-        "answer": sample.answer,
+    row = described(sample)
+    return row | {
         "prediction": reply,
-        "score": task.score(reply, sample.answer),
+        "score": TASKS[row["task"]].score(reply, sample.answer),
         "images": len(sample.images),
     }
 

@@ -1,6 +1,6 @@
 """Loading a model and its processor; whatever is wrong with them is said in one line."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,9 @@ def load(name: str = EMBEDDED, device: str = "cpu", dtype: str = "auto") -> tupl
     Raises:
         InputError: if there is no such checkpoint, it is damaged, or its family is unsupported.
     """
-    import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    if dtype == "auto" and device == "cpu":
-        dtype = "float32"
-    with _readable(name) as path:
-        target = torch.device(device)
-        model = AutoModelForImageTextToText.from_pretrained(
-            path, config=_config(path), dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
-        return model.to(target).eval(), processor
+    return _load(name, device, dtype, _config, AutoModelForImageTextToText, AutoProcessor)
 
 
 def load_language(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[Any, Any]:
@@ -42,21 +33,36 @@ def load_language(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[
     Raises:
         InputError: if there is no such checkpoint, it is damaged, or the model sees images.
     """
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    def text_only(path: str) -> Any:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if hasattr(config, "vision_config"):
+            raise InputError(f"{name!r} is a model that sees images; give a text-only one")
+        return config
+
+    return _load(name, device, dtype, text_only, AutoModelForCausalLM, AutoTokenizer)
+
+
+def _load(
+    name: str,
+    device: str,
+    dtype: str,
+    config_of: Callable[[str], Any],
+    model_class: Any,
+    processor_class: Any,
+) -> tuple[Any, Any]:
+    import torch
 
     if dtype == "auto" and device == "cpu":
         dtype = "float32"
     with _readable(name) as path:
         target = torch.device(device)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if hasattr(config, "vision_config"):
-            raise InputError(f"{name!r} is a model that sees images; give a text-only one")
-        model = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        model = model_class.from_pretrained(
+            path, config=config_of(path), dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        return model.to(target).eval(), tokenizer
+        processor = processor_class.from_pretrained(path, trust_remote_code=False)
+        return model.to(target).eval(), processor
 
 
 def _config(path: str) -> Any:

@@ -217,8 +217,7 @@ class PrunedChat(lmms):  # type: ignore[misc]
             wanted = [str(ask.forced) for ask in batch]
             forced = Forced.of(tokenizer, texts, wanted, self.device)
             options = forced.options()
-        output, phases, trace = timed_generate(self.model, prompts, self.pruner, **options)
-        new = output[:, prompts.tensors["input_ids"].shape[1] :]
+        new, phases, trace = timed_generate(self.model, prompts, self.pruner, **options)
         replies = self.processor.batch_decode(new, skip_special_tokens=True)
         times = {
             "vision": phases.vision or prompts.vision_s,

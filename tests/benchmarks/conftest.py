@@ -4,12 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
+from shaken import shake
 from transformers import LlamaForCausalLM
 
 from vlm_prune.benchmarks import cli
 from vlm_prune.learners import WingsConfig, attach, detach, save_pretrained
-from vlm_prune.learners.model import wings_layers
 
 CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
 FLAGS = [
@@ -79,11 +78,7 @@ def adapter(llava, tmp_path_factory):
     """A Wings adapter with random learners, which change the checkpoint's answers."""
     folder = tmp_path_factory.mktemp("wings")
     attach(llava, WingsConfig(rank=4, max_positions=1024))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for layer in wings_layers(llava).values():
-            for parameter in layer.parameters():
-                parameter.normal_(0, 1, generator=generator)
+    shake(llava, deviation=1)
     save_pretrained(llava, folder)
     detach(llava)
     return folder

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from shaken import shake
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -17,7 +18,6 @@ from transformers import (
 )
 
 from vlm_prune.learners import WingsConfig, attach, detach
-from vlm_prune.learners.model import wings_layers
 
 IMAGE, PAD, TOKENS = 5, 0, 16
 SIZES = {
@@ -63,15 +63,6 @@ def make_llava(text, vocabulary=64, image_token=IMAGE):
                 parameter.mul_(5)
     model.generation_config.update(pad_token_id=PAD, suppress_tokens=[image_token])
     return model
-
-
-def shake(model, seed=0):
-    """Give every learner and router weight a random value, as training would."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer in wings_layers(model).values():
-            for parameter in layer.parameters():
-                parameter.normal_(0, 0.3, generator=generator)
 
 
 @pytest.fixture(scope="session")

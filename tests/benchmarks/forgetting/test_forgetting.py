@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from shaken import shake
 
 from vlm_prune.benchmarks.forgetting import choose_experiment, experiment
 from vlm_prune.benchmarks.forgetting.arms import ARMS, QUICK, Plan
@@ -14,7 +15,6 @@ from vlm_prune.benchmarks.forgetting.data import held_out_rows, show, some
 from vlm_prune.benchmarks.forgetting.measure import hits, interval
 from vlm_prune.benchmarks.forgetting.train import prepared
 from vlm_prune.learners import WingsConfig, attach
-from vlm_prune.learners.model import wings_layers
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.load import load
@@ -33,11 +33,7 @@ def embedded():
 def test_packed_answers_are_right_exactly_when_greedy_decoding_gives_them(embedded, tmp_path):
     model, processor = load()
     attach(model, WingsConfig(rank=4, max_positions=512))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for layer in wings_layers(model).values():
-            for parameter in layer.parameters():
-                parameter.normal_(0, 0.02, generator=generator)
+    shake(model, deviation=0.02)
     shown = show(model, "val", 1, tmp_path)
     rows = held_out_rows(shown, SMALL, np.random.default_rng(0))
     rows = [(part, replace(row, blocks=row.blocks[:12])) for part, row in rows[:2] + rows[4:6]]
