@@ -181,7 +181,14 @@ def compare(
     """Methods and budgets side by side; images and unpruned answers are computed once."""
     from vlm_prune.benchmarks.run import Variant
     from vlm_prune.benchmarks.support import every_method
-    from vlm_prune.benchmarks.table import against, as_markdown, as_table, comparison, show
+    from vlm_prune.benchmarks.table import (
+        against,
+        as_markdown,
+        as_table,
+        comparison,
+        overview,
+        show,
+    )
     from vlm_prune.vlm.files import write_text
 
     quiet()
@@ -199,6 +206,8 @@ def compare(
     names = [f"{variant.method}-{variant.budget}" for variant in variants]
     runs, folders = _in_folder(output, configs, names, data_root)
     tables = [comparison(runs)]
+    if len({run["budget"] for run in runs}) > 1:
+        tables.append(overview(runs))
     if rival:
         tables.append(against(rival, runs, [folder.scores() for folder in folders]))
     for lines in tables:

@@ -104,6 +104,19 @@ def comparison(runs: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def overview(runs: list[dict[str, Any]]) -> list[list[str]]:
+    """Header and rows: % of the accuracy retained [95 %] and prefill speed-up, methods x budgets."""
+    methods, budgets = ({str(run[key]): None for run in runs} for key in ("method", "budget"))
+    cells = {
+        (run["method"], str(run["budget"])): (
+            f"{with_interval(run['overall'])} at {run['speedup']['prefill']:.1f}x"
+        )
+        for run in runs
+    }
+    rows = [[name, *(cells.get((name, budget), "–") for budget in budgets)] for name in methods]
+    return [["% retained [95 %] at prefill speed-up", *budgets], *rows]
+
+
 def as_gain(point: float, interval: list[float]) -> str:
     """A difference of accuracies in points, with its interval."""
     return f"{100 * point:+.1f} [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"

@@ -3,6 +3,7 @@
 The result is written to `<folder>/checkpoint`; `--install` also puts it into the package.
 """
 
+import json
 import logging
 from pathlib import Path
 from typing import Annotated, Literal
@@ -28,6 +29,7 @@ def main(
     seed: int = 0,
     threads: int = 2,
     keep: Annotated[Keep | None, typer.Option(help="Start from the packaged weights.")] = None,
+    bf16: Annotated[bool, typer.Option(help="Fast if the CPU has bf16 instructions.")] = False,
     install: bool = False,
 ) -> None:
     """Stages that `folder` already holds are loaded, not repeated."""
@@ -42,15 +44,17 @@ def main(
         trained = LlavaForConditionalGeneration.from_pretrained(packaged).state_dict()
         tower = {name: weight for name, weight in trained.items() if "vision_tower" in name}
         model.load_state_dict(trained if keep == "all" else tower, strict=keep == "all")
-    trainer = Trainer(processor, SceneSource(seed), folder, Recipe(seed=seed), model)
-    begin = {None: "tower", "tower": "stories", "all": "language"}[keep]
+    trainer = Trainer(processor, SceneSource(seed), folder, Recipe(seed=seed, bf16=bf16), model)
+    begin = {None: "tower", "tower": "symbols", "all": "language"}[keep]
     stages = STAGES[STAGES.index(begin) :]
     trainer.run(tuple(stage) if stage else stages)
     if install:
         save_checkpoint(trainer.model, processor, packaged)
         log = packaged / "training_log.jsonl"
-        before = log.read_text() if keep else ""
-        write_text(log, before + (folder / "log.jsonl").read_text())
+        before = log.read_text().splitlines(keepends=True) if keep else []
+        if keep == "tower":  # what the new run did again did not make these weights
+            before = [line for line in before if json.loads(line)["stage"] not in stages]
+        write_text(log, "".join(before) + (folder / "log.jsonl").read_text())
 
 
 if __name__ == "__main__":

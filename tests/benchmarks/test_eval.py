@@ -89,8 +89,15 @@ def test_the_tower_runs_once_for_baseline_and_all_methods(run, checkpoint, tmp_p
     )  # fmt: skip
     assert calls == [1, 4]  # one question to warm up, then the batch
     assert len(list(tmp_path.glob("*/results.json"))) == 6
-    table, pairs = (tmp_path / "compare.md").read_text().split("\n\n")
+    table, overview, pairs = (tmp_path / "compare.md").read_text().split("\n\n")
     assert len(table.splitlines()) == 2 + 1 + 6
+    cut = json.loads((tmp_path / "adaptinfer-32" / "results.json").read_text())
+    header, _, *rows = overview.splitlines()
+    assert header.endswith("| 64 | 32 |")
+    assert rows[2].startswith("| adaptinfer | ")
+    low, high = cut["overall"]["ci"]
+    last = f"{100 * cut['overall']['retained']:.1f} [{100 * low:.1f}, {100 * high:.1f}] at "
+    assert rows[2].split(" | ")[2].startswith(last)
     assert [line.split(" | ")[:2] for line in pairs.splitlines()[2:]] == [
         ["| 64", "random"], ["| 64", "adaptinfer"], ["| 32", "random"], ["| 32", "adaptinfer"],
     ]  # fmt: skip

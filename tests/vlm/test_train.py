@@ -9,8 +9,9 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vlm_prune.benchmarks.tasks.curriculum import SceneSource, corpus
 from vlm_prune.vlm.tiny.config import make_model, make_processor
-from vlm_prune.vlm.tiny.initial import look_back
+from vlm_prune.vlm.tiny.initial import look_back, wake
 from vlm_prune.vlm.tiny.language import loss_of, pack, projected
+from vlm_prune.vlm.tiny.symbols import word_ids
 from vlm_prune.vlm.tiny.train import STAGES, Recipe, Trainer
 
 SHORT = Recipe(
@@ -22,7 +23,7 @@ SHORT = Recipe(
     symbols=3,
     align=2,
     language=3,
-    together=1,
+    practice=1,
     scenes=3,
 )
 
@@ -32,16 +33,18 @@ def processor():
     return make_processor(corpus(200), 320)
 
 
-def trained(processor, folder):
-    trainer = Trainer(processor, SceneSource(0), folder, SHORT)
-    trainer.run()
-    return trainer.model.state_dict()
+def trained(processor, folder, stages=STAGES):
+    torch.manual_seed(0)
+    model = make_model(processor)
+    look_back(model.model.language_model)
+    Trainer(processor, SceneSource(0), folder, SHORT, model).run(stages)
+    return model.state_dict()
 
 
 def test_a_stopped_training_ends_with_the_same_weights(processor, tmp_path):
     """But for the few whose first gradient is rounding noise, which AdamW turns into a full step."""
     whole = trained(processor, tmp_path / "whole")
-    Trainer(processor, SceneSource(0), tmp_path / "parts", SHORT).run(STAGES[:2])
+    trained(processor, tmp_path / "parts", STAGES[:3])
     resumed = trained(processor, tmp_path / "parts")
     for name, weight in whole.items():
         moved = (resumed[name] - weight).abs() > 1e-5
@@ -54,18 +57,27 @@ def test_a_stopped_training_ends_with_the_same_weights(processor, tmp_path):
     torch.testing.assert_close(loaded.lm_head.weight.data, half)
 
 
-def test_heads_of_the_first_layer_look_one_to_four_tokens_back(processor):
+def test_the_first_layer_looks_back_and_adds_nothing_until_it_is_woken(processor):
     model = make_model(processor).eval()
-    look_back(model.model.language_model)
-    ids = processor.tokenizer(corpus_line := next(corpus(20)), return_tensors="pt").input_ids
-    assert ids.shape[1] > 8, corpus_line
+    decoder = model.model.language_model
+    look_back(decoder)
     model.set_attn_implementation("eager")
+    words = word_ids(processor.tokenizer, ["star", "red", "blue"])
+    story = processor.tokenizer("The star is red. The 7 is", return_tensors="pt").input_ids
     with torch.no_grad():
-        first = model(input_ids=ids, output_attentions=True).attentions[0][0]
-    for head, seen in enumerate(first):
+        asleep = model(input_ids=story, output_attentions=True, output_hidden_states=True)
+        wake(decoder, words)
+        awake = model(input_ids=story, output_hidden_states=True)
+    torch.testing.assert_close(asleep.hidden_states[1], asleep.hidden_states[0])
+    for head, seen in enumerate(asleep.attentions[0][0, :2]):
         back = torch.arange(len(seen)) - seen.argmax(-1)
-        assert (back[4:] == head + 1).all()
-        assert (seen.max(-1).values[4:] > 0.9).all()
+        assert (back[2:] == head + 1).all()
+        assert (seen.max(-1).values[2:] > 0.9).all()
+    star, red = (story[0].tolist().index(word) for word in words[:2])
+    heard = (awake.hidden_states[1] - awake.hidden_states[0])[0]
+    said = awake.hidden_states[0][0, star]
+    assert red == star + 2
+    torch.testing.assert_close(heard[red], 0.5 * said, atol=0.1 * float(said.std()), rtol=0.1)
 
 
 def test_questions_about_a_story_have_their_answers_in_it():
@@ -96,7 +108,8 @@ def test_a_question_in_a_packed_row_is_answered_as_it_is_alone(processor):
     """Blocks do not see each other: the loss of a row is the mean over its questions alone."""
     model = make_model(processor).eval()
     example = SceneSource(0).examples(1, None)[0]
-    row = example.row(example.pixels, 3, lesson="all", seed=0)
+    features = torch.randn(576, model.config.vision_config.hidden_size)
+    row = example.row(features, 3, lesson="all", seed=0)
     tokenizer, image_token = processor.tokenizer, model.config.image_token_id
 
     def loss(rows):
@@ -109,3 +122,24 @@ def test_a_question_in_a_packed_row_is_answered_as_it_is_alone(processor):
     lengths = [len(tokenizer(answer).input_ids) + 1 for _, answer, _ in row.blocks]
     expected = sum(n * loss([one]) for n, one in zip(lengths, alone, strict=True)) / sum(lengths)
     assert loss([row]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_attention_over_packed_rows_leaves_out_only_what_the_mask_forbids(processor):
+    """The same loss and gradients as with all pairs, over rows whose questions begin elsewhere."""
+    model = make_model(processor)
+    decoder = model.model.language_model
+    images = [torch.randn(n, model.config.vision_config.hidden_size) for n in (20, 60)]
+    examples = SceneSource(0).examples(2, None)
+    rows = [e.row(image, 40, "all", 0) for e, image in zip(examples, images, strict=True)]
+    batch = pack(rows, processor.tokenizer, model.config.image_token_id)
+    assert len(batch.spans) > 1
+    assert batch.spans[-1].seen > batch.spans[-1].prefix  # pairs are left out
+    found = []
+    for attention in ("sdpa", "packed"):
+        decoder.set_attn_implementation(attention)
+        model.zero_grad()
+        loss, _ = loss_of(model, batch, images, projected(model))
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in decoder.layers.parameters())])
+    for whole, some in zip(*found, strict=True):
+        torch.testing.assert_close(some, whole, atol=1e-6, rtol=1e-4)

@@ -6,13 +6,14 @@ waves give both away from the first step.
 
 A language model looks up what a text says once a head carries a word to the words after it
 (https://arxiv.org/abs/2209.11895); small models wait long for such a head to form. Here the first
-layer begins with them, as in https://arxiv.org/abs/2305.09828 weights begin as trained ones look.
+layer gets one, as in https://arxiv.org/abs/2305.09828 weights begin as trained ones look, once the
+layers behind it look up what image tokens say.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 PATCH_SCALE = 0.5
 POSITION_SCALE = 0.4
@@ -59,26 +60,40 @@ def waves(width: int, grid: int) -> Tensor:
 
 @torch.no_grad()
 def look_back(decoder: Any) -> None:
-    """Let head h of a Llama decoder's first layer attend h + 1 tokens back, in place.
+    """Let the first two heads of a Llama decoder's first layer attend one and two tokens back, in
+    place, and let the layer add nothing until it is `woken`.
 
-    Queries and keys are biases, so that rotary positions alone decide; needs `attention_bias`. Each
-    head reads a part of the token, and the second (in "star is red", the star heard by red) adds it
-    at half the volume of an embedding; the others are silent until trained.
+    Queries and keys are biases, so that rotary positions alone decide; needs `attention_bias`.
     """
-    attention, rates = decoder.layers[0].self_attn, decoder.rotary_emb.inv_freq
-    heads, size = decoder.config.num_attention_heads, attention.head_dim
+    layer, rates = decoder.layers[0], decoder.rotary_emb.inv_freq
+    attention = layer.self_attn
+    size = attention.head_dim
     fast = (torch.arange(len(rates)) < 10) * SHARPNESS**0.5 * size**0.25
-    for head in range(heads):
+    for head in range(2):
         part = slice(head * size, (head + 1) * size)
         turned = -rates * (head + 1)
         attention.q_proj.bias[part] = torch.cat([fast * turned.cos(), fast * turned.sin()])
         attention.k_proj.bias[part] = torch.cat([fast, 0 * fast])
-        attention.v_proj.weight[part] = nn.init.orthogonal_(
-            torch.empty_like(attention.v_proj.weight[part])
-        )
-    for projection in (attention.q_proj, attention.k_proj):
-        projection.weight.mul_(0.1)
+        for projection in (attention.q_proj, attention.k_proj):
+            projection.weight[part] *= 0.1
     attention.o_proj.weight.zero_()
-    second = slice(size, 2 * size)
-    spread = LOUDNESS * decoder.embed_tokens.weight.std()
-    attention.o_proj.weight[:, second] = spread * attention.v_proj.weight[second].T
+    layer.mlp.down_proj.weight.zero_()
+
+
+@torch.no_grad()
+def wake(decoder: Any, words: Tensor) -> None:
+    """Let the second head that looks back (in "star is red", the star heard by red) add what it
+    sees at half the volume of an embedding, in place.
+
+    Args:
+        decoder: a Llama decoder after `look_back`.
+        words: ids of at most `head_dim` words; the head carries what tells them apart.
+    """
+    attention = decoder.layers[0].self_attn
+    table = decoder.embed_tokens.weight[words]
+    second = slice(attention.head_dim, 2 * attention.head_dim)
+    spanned = torch.linalg.svd(table, full_matrices=False).Vh
+    others = torch.randn(table.shape[1], attention.head_dim - len(spanned))
+    basis = torch.linalg.qr(torch.cat([spanned.T, others], 1)).Q
+    attention.v_proj.weight[second] = basis.T
+    attention.o_proj.weight[:, second] = LOUDNESS * table.square().mean().sqrt() * basis

@@ -13,10 +13,14 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from transformers import (
+    AttentionInterface,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 
-from vlm_prune.vlm.tiny.tower import Say, optimizers, set_rate, tower_features
+from vlm_prune.vlm.tiny.tower import Say, optimizers, set_rate
 
 IGNORE = -100
 Lesson = Literal["lookups", "places", "all"]
@@ -36,7 +40,7 @@ class Row:
     """One training sequence.
 
     `before` precedes the image; each block starts where the prefix ends. `image` is
-    (tokens, width) tower features, pixels (3, 336, 336), or None.
+    (tokens, width) tower features, (tokens, 3) symbols, or None.
     """
 
     before: str
@@ -48,7 +52,8 @@ class Row:
 class Packed:
     """Tensors of a batch of rows; shapes (B, L), mask (B, 1, L, L) additive.
 
-    `kinds` has the kind of each labelled token, end tokens included, in reading order.
+    `kinds` has the kind of each labelled token, end tokens included, in reading order. `spans` says
+    for runs of queries, from the first block of any row on, which keys they can see.
     """
 
     ids: Tensor
@@ -56,6 +61,16 @@ class Packed:
     labels: Tensor
     mask: Tensor
     kinds: list[str]
+    spans: list["Span"]
+
+
+class Span(NamedTuple):
+    """Queries `[start, stop)` see no keys but `[0, prefix)` and `[seen, stop)`."""
+
+    start: int
+    stop: int
+    prefix: int
+    seen: int
 
 
 def pack(rows: list[Row], tokenizer: PreTrainedTokenizerFast, image_token: int) -> Packed:
@@ -79,7 +94,43 @@ def pack(rows: list[Row], tokenizer: PreTrainedTokenizerFast, image_token: int) 
         for number, label in zip(layout[2], layout[3], strict=True)
         if label != IGNORE
     ]
-    return Packed(ids, positions, labels, mask[:, None], kinds)
+    return Packed(ids, positions, labels, mask[:, None], kinds, _spans(block))
+
+
+def _spans(block: Tensor, size: int = 256) -> list[Span]:
+    """Cut the block numbers (B, L) of a batch, where 0 is the prefix and -1 padding."""
+    prefixes, spans = (block == 0).sum(1), []
+    longest = int(prefixes.max())
+    for start in range(int(prefixes.min()), block.shape[1], size):
+        begun = (block == block[:, start, None]).int().argmax(1)
+        spans.append(
+            Span(start, min(start + size, block.shape[1]), longest, max(longest, int(begun.min())))
+        )
+    return spans
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor,
+    scaling: float, spans: list[Span], dropout: float = 0.0, **_: object,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Transformers' attention over packed rows, without most of the pairs that the mask forbids."""
+    common = spans[0].start
+    first = [part[:, :, :common] for part in (query, key, value)]
+    heard = [scaled_dot_product_attention(*first, is_causal=True, scale=scaling)]
+    for start, stop, prefix, seen in spans:
+        keys, values, mask = (
+            torch.cat([part[..., :prefix, :], part[..., seen:stop, :]], -2)
+            for part in (key, value, attention_mask[:, :, start:stop].mT)
+        )
+        heard.append(
+            scaled_dot_product_attention(
+                query[:, :, start:stop], keys, values, mask.mT.to(query.dtype), scale=scaling
+            )
+        )
+    return torch.cat(heard, 2).transpose(1, 2), None
+
+
+AttentionInterface.register("packed", attend)
 
 
 def _layout(
@@ -107,6 +158,7 @@ def loss_of(
     batch: Packed,
     images: list[Tensor],
     encode: Encoder,
+    bf16: bool = False,
 ) -> tuple[Tensor, dict[str, float]]:
     """Cross-entropy over answer tokens, and the share that argmax gets right for each kind of
     question, end tokens aside.
@@ -116,12 +168,13 @@ def loss_of(
     if images:
         embeds = embeds.masked_scatter(shown.unsqueeze(-1), encode(images))
     decoder = model.model.language_model
-    hidden = decoder(
-        inputs_embeds=embeds, attention_mask=batch.mask, position_ids=batch.positions,
-        use_cache=False,
-    ).last_hidden_state  # fmt: skip
+    with torch.autocast(embeds.device.type, torch.bfloat16, enabled=bf16):
+        hidden = decoder(
+            inputs_embeds=embeds, attention_mask=batch.mask, position_ids=batch.positions,
+            use_cache=False, spans=batch.spans,
+        ).last_hidden_state  # fmt: skip
     asked = batch.labels != IGNORE
-    logits, labels = model.lm_head(hidden[asked]), batch.labels[asked]
+    logits, labels = model.lm_head(hidden[asked].float()), batch.labels[asked]
     words = labels != model.config.text_config.eos_token_id
     right: dict[str, list[bool]] = defaultdict(list)
     for kind, word, hit in zip(
@@ -133,14 +186,10 @@ def loss_of(
 
 
 def projected(model: LlavaForConditionalGeneration) -> Encoder:
-    """Features through the projector; pixels through tower and projector."""
+    """Tower features through the projector."""
 
     def encode(images: list[Tensor]) -> Tensor:
-        if images[0].ndim == 3:
-            features = tower_features(clip(model), torch.stack(images)).flatten(0, 1)
-        else:
-            features = torch.cat(images).float()
-        tokens: Tensor = model.model.multi_modal_projector(features)
+        tokens: Tensor = model.model.multi_modal_projector(torch.cat(images).float())
         return tokens
 
     return encode
@@ -163,6 +212,7 @@ def train_language(
     modules: list[nn.Module],
     say: Say,
     levels: int = 1,
+    bf16: bool = False,
     promote: float = 0.93,
 ) -> None:
     """Train `modules` for `steps` batches, the rate falling linearly over the last 40 %.
@@ -171,18 +221,18 @@ def train_language(
     right answer tokens, averaged over the kinds of question about images, passes `promote`, and at
     the latest with an equal share of the steps.
     """
-    steppers = optimizers(modules, rate)
+    steppers = optimizers(modules, rate, bf16)
     running: dict[str, float] = {}
     level, entered = 0, 0
+    decoder = model.model.language_model
+    usual = decoder.config._attn_implementation
+    decoder.set_attn_implementation("packed")
     for step in range(steps):
         warm, left = min(1.0, (step + 1) / 20), min(1.0, (steps - step) / (0.4 * steps))
         for stepper, peak in zip(steppers, (rate, rate / 2), strict=True):
             set_rate([stepper], peak * warm * max(0.05, left))
         batch = rows(level)
-        images = [row.image for row in batch if row.image is not None]
-        packed = pack(batch, tokenizer, model.config.image_token_id)
-        loss, right = loss_of(model, packed, images, encode)
-        loss.backward()
+        loss, right = _backward(model, tokenizer, batch, encode, bf16)
         nn.utils.clip_grad_norm_([p for m in modules for p in m.parameters()], 1.0)
         for stepper in steppers:
             stepper.step()
@@ -190,10 +240,34 @@ def train_language(
         for kind, share in right.items():
             running[kind] = running.get(kind, 0.5) + (share - running.get(kind, 0.5)) * 0.04
         if step % 50 == 0 or step == steps - 1:
-            say(step, level=level, loss=loss.item(), **dict(sorted(running.items())))
+            say(step, level=level, loss=loss, **dict(sorted(running.items())))
         if level == levels - 1:
             continue
         seen = {block.kind for row in batch if row.image is not None for block in row.blocks}
         ready = fmean(running[kind] for kind in seen) > promote and step - entered > 60
         if ready or step >= steps * (level + 1) // levels:
             level, entered, running = level + 1, step, {}
+    decoder.set_attn_implementation(usual)
+
+
+def _backward(
+    model: LlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    batch: list[Row],
+    encode: Encoder,
+    bf16: bool,
+) -> tuple[float, dict[str, float]]:
+    """Gradients, loss and shares of a batch; rows without an image are not padded to those with."""
+    pictured = [row for row in batch if row.image is not None]
+    parts = [part for part in (pictured, [row for row in batch if row.image is None]) if part]
+    packs = [pack(part, tokenizer, model.config.image_token_id) for part in parts]
+    counts = [len(packed.kinds) for packed in packs]
+    whole, shares = 0.0, {}
+    for part, packed, count in zip(parts, packs, counts, strict=True):
+        images = [row.image for row in part if row.image is not None]
+        loss, right = loss_of(model, packed, images, encode, bf16)
+        loss = loss * (count / sum(counts))
+        loss.backward()
+        whole += loss.item()
+        shares |= right
+    return whole, shares

@@ -96,7 +96,9 @@ def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:
     return result
 
 
-def optimizers(modules: list[nn.Module], rate: float) -> list[torch.optim.Optimizer]:
+def optimizers(
+    modules: list[nn.Module], rate: float, bf16: bool = False
+) -> list[torch.optim.Optimizer]:
     """Muon for hidden matrices, AdamW for the rest, slow on the tower's prepared embeddings."""
     hidden: list[nn.Parameter] = []
     slow: list[nn.Parameter] = []
@@ -110,8 +112,13 @@ def optimizers(modules: list[nn.Module], rate: float) -> list[torch.optim.Optimi
             else:
                 inner = parameter.ndim == 2 and "embed" not in name and "linear." not in name
                 (hidden if inner else rest).append(parameter)
+    muon = (
+        torch.optim.Muon(hidden, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        if bf16
+        else Muon32(hidden, lr=rate)
+    )
     return [
-        Muon32(hidden, lr=rate),
+        muon,
         torch.optim.AdamW(
             [{"params": rest, "share": 0.5}, {"params": slow, "share": 0.1}],
             lr=rate, weight_decay=0.0, betas=(0.9, 0.98),

@@ -20,15 +20,14 @@ from transformers import (
     LlavaProcessor,
 )
 
-from vlm_prune.vlm.tiny.config import make_model
-from vlm_prune.vlm.tiny.initial import initialise_embeddings, look_back
+from vlm_prune.vlm.tiny.initial import initialise_embeddings, wake
 from vlm_prune.vlm.tiny.language import Lesson, Row, clip, projected, train_language
 from vlm_prune.vlm.tiny.store import save_checkpoint
 from vlm_prune.vlm.tiny.symbols import Symbols, align_projector, word_ids
 from vlm_prune.vlm.tiny.tower import PatchBatch, PatchHeads, Say, tower_features, train_tower
 
 logger = logging.getLogger(__name__)
-STAGES = ("tower", "reading", "stories", "symbols", "projector", "language", "together")
+STAGES = ("tower", "reading", "symbols", "stories", "projector", "language", "practice")
 
 
 class Example(Protocol):
@@ -55,23 +54,28 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Steps of each stage, and the number of scenes that the language model learns from."""
+    """Steps of each stage, and the number of scenes that the language model learns from.
+
+    `bf16` runs the language model in mixed precision: up to twice as fast on a CPU that has bf16
+    instructions (AMX, AVX512-BF16), many times slower on one that has none.
+    """
 
     windows: int = 1600
     whole: int = 700
     written: int = 2000
     again: int = 200
-    stories: int = 600
     symbols: int = 2400
+    stories: int = 400
     align: int = 400
-    language: int = 2000
-    together: int = 100
+    language: int = 2200
+    practice: int = 1300
     scenes: int = 4000
     seed: int = 0
+    bf16: bool = False
 
 
 class Trainer:
-    """Runs the stages of a recipe in a working folder, on `model` or on a random one."""
+    """Runs the stages of a recipe on `model` in a working folder."""
 
     def __init__(
         self,
@@ -79,13 +83,10 @@ class Trainer:
         source: Source,
         folder: Path,
         recipe: Recipe,
-        model: LlavaForConditionalGeneration | None = None,
+        model: LlavaForConditionalGeneration,
     ) -> None:
         torch.manual_seed(recipe.seed)
         self.processor, self.source, self.folder, self.recipe = processor, source, folder, recipe
-        if model is None:
-            model = make_model(processor)
-            look_back(model.model.language_model)
         self.model = model
         tokenizer = processor.tokenizer
         names, colors = (word_ids(tokenizer, words) for words in (source.names, source.colors))
@@ -145,16 +146,6 @@ class Trainer:
         whole = self.source.whole(12, 1)
         train_tower(tower, self.heads, whole, recipe.again, 1.5e-3, self.say("again"))
 
-    def _stories(self) -> None:
-        """Text skills alone: a story's facts and the letters of options are found by name, as image
-        tokens will be."""
-
-        def rows(_: int) -> list[Row]:
-            return [self.source.text(16, self._seed()) for _ in range(12)]
-
-        modules: list[nn.Module] = [self.model.model.language_model]
-        self._train("stories", self.recipe.stories, 1e-3, torch.cat, modules, rows, 1)
-
     def _symbols(self) -> None:
         """Answering from scenes written as symbols."""
         self._draw()
@@ -164,7 +155,20 @@ class Trainer:
             tokens: Tensor = self.symbols(torch.cat(images))
             return tokens
 
-        self._train("symbols", self.recipe.symbols, 2e-3, encode, modules, self._symbol_rows, 5)
+        steps, rows = self.recipe.symbols, self._symbol_rows
+        self._train("symbols", steps, 2e-3, encode, modules, rows, 5, asleep=True)
+
+    def _stories(self) -> None:
+        """Text skills alone: the first layer wakes, and a story's facts and the letters of options
+        are found by name, as symbols are."""
+
+        def rows(_: int) -> list[Row]:
+            return [self.source.text(16, self._seed()) for _ in range(12)]
+
+        decoder, tokenizer = self.model.model.language_model, self.processor.tokenizer
+        wake(decoder, word_ids(tokenizer, [*self.source.names, *self.source.colors, *"ABCD"]))
+        modules: list[nn.Module] = [decoder]
+        self._train("stories", self.recipe.stories, 1e-3, torch.cat, modules, rows, 1)
 
     def _projector(self) -> None:
         """Fit the projector to the symbols."""
@@ -179,14 +183,13 @@ class Trainer:
         align_projector(projector, features, wanted, shown, steps, say)
 
     def _language(self) -> None:
-        """Projector and language model on the frozen tower, all 576 tokens in the end."""
+        """Projector and language model on the frozen tower, with up to 200 tokens beside the objects'."""
         self._draw()
         inner = self.model.model
         modules: list[nn.Module] = [inner.language_model, inner.multi_modal_projector]
 
         levels: tuple[tuple[int, int, Lesson], ...] = (
             (12, 10, "lookups"), (12, 10, "places"), (60, 12, "all"), (200, 18, "all"),
-            (576, 30, "all"),
         )  # fmt: skip
 
         def rows(level: int) -> list[Row]:
@@ -196,14 +199,18 @@ class Trainer:
         steps, encode = self.recipe.language, projected(self.model)
         self._train("language", steps, 1.5e-3, encode, modules, rows, len(levels))
 
-    def _together(self) -> None:
-        """Everything end to end from pixels."""
+    def _practice(self) -> None:
+        """All tasks and all 576 tokens, beside more questions about text."""
         self._draw()
-        steps, rows = (
-            self.recipe.together,
-            lambda _: self._rows(4, 24, 576, pixels=True, written=30),
-        )
-        self._train("together", steps, 5e-4, projected(self.model), [self.model], rows, 1)
+        inner = self.model.model
+        modules: list[nn.Module] = [inner.language_model, inner.multi_modal_projector]
+        extras = (60, 200, 576)
+
+        def rows(level: int) -> list[Row]:
+            return self._rows(4, 32, extras[level], features=True, written=30)
+
+        steps, encode = self.recipe.practice, projected(self.model)
+        self._train("practice", steps, 1.2e-3, encode, modules, rows, len(extras))
 
     def _train(
         self,
@@ -214,9 +221,14 @@ class Trainer:
         modules: list[nn.Module],
         rows: Callable[[int], list[Row]],
         levels: int,
+        *,
+        asleep: bool = False,
     ) -> None:
+        """`asleep` keeps the language model's first layer as it is."""
+        self.model.model.language_model.layers[0].requires_grad_(not asleep)
         tokenizer, say = self.processor.tokenizer, self.say(stage)
-        train_language(self.model, tokenizer, rows, steps, rate, encode, modules, say, levels)
+        bf16 = self.recipe.bf16
+        train_language(self.model, tokenizer, rows, steps, rate, encode, modules, say, levels, bf16)
 
     def _draw(self) -> None:
         if not self.many:
@@ -248,15 +260,13 @@ class Trainer:
         extra: int,
         *,
         features: bool = False,
-        pixels: bool = False,
         pool: list[Example] | None = None,
         lesson: Lesson = "all",
         written: int = 10,
     ) -> list[Row]:
         """Rows about `images` images and half as many of `written` questions about text.
 
-        An image is given as pixels, or as the features or the symbols of all object patches and
-        of `extra` others.
+        An image is given as the features or the symbols of all object patches and of `extra` others.
         """
         drawn = pool or self.many
         chosen = torch.randint(len(drawn), (images,), generator=self.generator).tolist()
@@ -264,12 +274,8 @@ class Trainer:
         rows = []
         for place, k in enumerate(chosen):
             example = drawn[k]
-            if pixels:
-                image = example.pixels
-            else:
-                triples = example.triples
-                keep = _some(triples[:, 0] > 0, extra, self.generator)
-                image = (encoded[place] if features else triples)[keep]
+            keep = _some(example.triples[:, 0] > 0, extra, self.generator)
+            image = (encoded[place] if features else example.triples)[keep]
             rows.append(example.row(image, questions, lesson, self._seed()))
         texts = (self.source.text(written, self._seed()) for _ in range(images // 2))
         return [*rows, *texts]
