@@ -19,7 +19,7 @@ RAGGED = [
     [([1, 2], LONG)],
     [([], QUESTION), ([], "yes"), ([2], LONG)],
 ]
-EVERY = [*METHODS, "divprune+adaptinfer"]
+EVERY = [*METHODS, "divprune+adaptinfer", "fastv+merge"]
 STAGES = ["visionzip", "pool", "sparsevlm", "divprune+adaptinfer", "merge", "dart"]
 BUDGET = 6
 
