@@ -1,8 +1,11 @@
-"""A tiny random model and its processor for each family, from the real classes."""
+"""A tiny random model and its processor for each family, from the real classes, and its state."""
 
+import copy
+from contextlib import contextmanager
 from itertools import chain
 
 import numpy as np
+import pytest
 import torch
 import transformers as hf
 from PIL import Image
@@ -273,3 +276,34 @@ class Tiny:
         )
         self.processor.tokenizer.padding_side = "left"
         return out
+
+
+def snapshot(model):
+    """What a block must leave as it was: hooks, attributes (the very objects), configurations."""
+    return (
+        {
+            name: (
+                list(module._forward_pre_hooks),
+                list(module._forward_hooks),
+                {key: id(value) for key, value in vars(module).items()},
+            )
+            for name, module in model.named_modules()
+        },
+        copy.deepcopy(model.config.to_dict()),
+        copy.deepcopy(vars(model.generation_config)),
+    )
+
+
+@contextmanager
+def failing(module):
+    """A module that fails when it is called, and the error that this raises."""
+
+    def fail(*_):
+        raise RuntimeError("inside")
+
+    hook = module.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(RuntimeError, match="inside"):
+            yield
+    finally:
+        hook.remove()
