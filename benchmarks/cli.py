@@ -59,10 +59,9 @@ def _execute(
     first = configs[0]
     for config in configs:
         config.variant.build(config.seed)
-    runs = [RunFolder(path, config) for path, config in zip(folders, configs, strict=True)]
-    with progress(first.limit) as advance, ExitStack() as stack:
-        for folder in runs:
-            stack.callback(folder.lock.release)
+    with ExitStack() as stack:
+        runs = [stack.enter_context(RunFolder(*own)) for own in zip(folders, configs, strict=True)]
+        advance = stack.enter_context(progress(first.limit))
         if lmms.needed(first.tasks):
             from vlm_prune.benchmarks.lmms.run import evaluate as evaluate_lmms
 
@@ -186,11 +185,15 @@ def compare(
 
     quiet()
     chosen = every_method(model) if method == "all" else [n for n in method.split(",") if n]
+    budgets = [parse_budget(text) for text in budget.split(",")]
+    if not chosen:
+        raise InputError("no method given; see 'vlm-prune methods'")
+    for what, given in (("method", chosen), ("budget", budgets)):
+        if len(set(map(str, given))) < len(given):
+            raise InputError(f"a {what} is named twice in {','.join(map(str, given))}")
     if rival and rival not in chosen:
         raise InputError(f"--against {rival} is not among the methods; add it to --method")
-    variants = [
-        Variant(name, parse_budget(b), positions) for b in budget.split(",") for name in chosen
-    ]
+    variants = [Variant(name, each, positions) for each in budgets for name in chosen]
     variants = with_schedule(variants, schedule)
     configs = _configs(
         variants, split, tasks, model=model, limit=limit, batch_size=batch_size, device=device,

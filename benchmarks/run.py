@@ -5,10 +5,11 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from vlm_prune.benchmarks.claim import claim
@@ -89,8 +90,11 @@ def samples_of(tasks: tuple[str, ...], limit: int, seed: int, split: str) -> lis
 class RunFolder:
     """`config.json`, one row per question in `samples.jsonl`, `results.json` at the end.
 
-    One run writes to a folder at a time; of several processes of a run it is the first.
+    One run writes to a folder at a time; of several processes of a run it is the first. A `with`
+    block lets go of the folder at its end.
     """
+
+    lock: FileLock | None = None
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path, self.config = path, config
@@ -100,6 +104,13 @@ class RunFolder:
             return
         self.lock = claim(path, asdict(config), "*.jsonl")
         self.rows = self._read()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.lock is not None:
+            self.lock.release()
 
     @property
     def log(self) -> Path:

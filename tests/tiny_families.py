@@ -277,15 +277,24 @@ class Tiny:
         self.processor.tokenizer.padding_side = "left"
         return out
 
+    def encode(self, inputs):
+        """The images of these inputs, through tower and projector."""
+        family = family_of(self.model)
+        names = ("pixel_values", "input_ids", *family.image_inputs)
+        return family.encode(**{name: inputs[name] for name in names if name in inputs})
+
 
 def snapshot(model):
-    """What a block must leave as it was: hooks, attributes (the very objects), configurations."""
+    """What a block must leave as it was: hooks, attributes (functions by identity), configurations.
+
+    Values of other attributes are the model's own, such as Qwen's offset of positions.
+    """
     return (
         {
             name: (
                 list(module._forward_pre_hooks),
                 list(module._forward_hooks),
-                {key: id(value) for key, value in vars(module).items()},
+                {key: callable(value) and id(value) for key, value in vars(module).items()},
             )
             for name, module in model.named_modules()
         },

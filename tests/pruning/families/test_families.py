@@ -75,7 +75,8 @@ def test_keeping_all_equals_the_unpruned_model(name, tiny):
 def test_the_budget_is_met_and_the_model_is_untouched_afterwards(name, tiny):
     method = on(name, tiny)
     inputs = tiny.inputs(ALONE)
-    greedy(tiny, inputs, output_hidden_states=True)  # transformers installs its own hooks lazily
+    greedy(tiny, inputs, output_hidden_states=True)  # transformers installs its own hooks lazily,
+    tiny.encode(inputs)  # and those of the tower apart
     before = snapshot(tiny.model)
     with method(tiny.model) as trace:
         during = snapshot(tiny.model)
@@ -140,9 +141,7 @@ def full_forward(tiny, inputs, sequences, method, trace, reduced):
     """Logits of one row where `trace` drops tokens, with the features that the method gave."""
     model, family = tiny.model, family_of(tiny.model)
     prompt, ids = inputs["input_ids"], sequences[0]
-    encoded = family.encode(
-        **{n: inputs[n] for n in ("input_ids", "pixel_values", *family.image_inputs) if n in inputs}
-    )
+    encoded = tiny.encode(inputs)
     is_image = torch.zeros_like(ids, dtype=torch.bool)
     is_image[: prompt.shape[1]] = prompt[0] == family.image_token
     images = list(is_image.nonzero()[:, 0].split(encoded.counts))
