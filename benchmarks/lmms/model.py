@@ -261,7 +261,9 @@ class PrunedChat(lmms):  # type: ignore[misc]
                 extra[name] = float(np.average(own, weights=shown))
             papers = [self._papers(row) for row in seen]
             if None not in papers:
-                extra["papers_visual_tokens"] = float(np.average(papers, weights=shown))
+                extra["papers_visual_tokens"] = float(
+                    np.average(np.array(papers, float), weights=shown)
+                )
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device) // 1024
