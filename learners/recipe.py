@@ -45,6 +45,15 @@ class Recipe:
     seed: int = 42
     lora_rank: int = 128
 
+    def rates(self, method: "Method") -> str:
+        """The peak rates in words: no result can be compared without them."""
+        language = self.language_lr if self.stage == 2 and method.language != "frozen" else 0
+        learners = self.learner_lr if method.config(WingsConfig(), self.stage) else 0
+        return (
+            f"stage {self.stage} with learning rates {language:g} (language model), "
+            f"{self.projector_lr:g} (projector), {learners:g} (learners)"
+        )
+
 
 _PAPER_1 = Recipe(1, 0, 1e-3, 1e-3, batch=32, weight_decay=1e-9)
 _PAPER_2 = Recipe(2, 2e-6, 1e-5, 2e-6, batch=32, weight_decay=1e-8)
