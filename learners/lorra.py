@@ -174,5 +174,5 @@ class LoRRA(nn.Module):
         return (key, inner) if made is None else (made[0].append(key), made[1].append(inner))
 
     def _heads(self, hidden: Tensor, rotary: Rotary | None) -> Tensor:
-        heads = hidden.unflatten(-1, (-1, self.head_dim))
+        heads: Tensor = hidden.unflatten(-1, (-1, self.head_dim))
         return (heads if rotary is None else rotated(heads, rotary)).transpose(1, 2)

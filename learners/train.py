@@ -174,8 +174,8 @@ def train(run: Run, examples: list[Example]) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _finish(model, processor, lora, output)
-    last = json.loads((output / "log.jsonl").read_text().splitlines()[-1])
-    accelerator.print(f"{output}: {run.method}, {recipe.rates(method)}; loss {last['loss']:.4f}")
+        last = json.loads((output / "log.jsonl").read_text().splitlines()[-1])
+        print(f"{output}: {run.method}, {recipe.rates(method)}; loss {last['loss']:.4f}")
 
 
 class _NotFinite(Exception):
