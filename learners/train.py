@@ -136,7 +136,7 @@ def train(run: Run, examples: list[Example]) -> None:
     accelerator = accelerate.Accelerator(
         mixed_precision="bf16" if run.bf16 else "no",
         cpu=run.cpu,
-        log_with=[t for t in accelerate.tracking.get_available_trackers() if t in TRACKERS],
+        log_with=[t for t in accelerate.tracking.get_available_trackers() if str(t) in TRACKERS],
         project_dir=output,
         # a batch of text alone leaves the projector without gradients
         kwargs_handlers=[accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)],
