@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from vlm_prune.benchmarks.forgetting.arms import ARMS, Arm
+from vlm_prune.benchmarks.forgetting.arms import ARMS, Plan
 from vlm_prune.benchmarks.forgetting.measure import interval
 from vlm_prune.benchmarks.metrics.bootstrap import accuracy_interval
 from vlm_prune.benchmarks.table import as_markdown, percent
 from vlm_prune.benchmarks.tasks.iit import SETTINGS
 from vlm_prune.learners.laws import GROUPS
-from vlm_prune.learners.recipe import METHODS
 from vlm_prune.vlm.files import whole, write_json, write_text
 
 NAME = "forgetting"
@@ -59,12 +58,6 @@ def _shift_cell(value: tuple[float, list[float]] | None) -> str:
     return f"{value[0]:.2f} [{value[1][0]:.2f}, {value[1][1]:.2f}]" if value else "undefined"
 
 
-def _rate(arm: Arm, plan: dict[str, Any]) -> str:
-    if arm.method is None or METHODS[arm.method].language == "frozen":
-        return "merged" if arm.merged else "0"
-    return f"{plan['stock_lr'] if arm.stock else plan['wings_lr']:g}"
-
-
 def verdict(summary: dict[str, dict[str, Any]]) -> str:
     """Whether Wings is as good as it should be: text kept, and sight next to the best baseline."""
     kept = summary["wings"]["text"][0] / summary["base"]["text"][0]
@@ -94,7 +87,7 @@ def markdown(everything: dict[str, Any], summary: dict[str, dict[str, Any]]) -> 
         skills.append(
             [
                 title,
-                _rate(ARMS[name], plan),
+                Plan(**plan).rate(ARMS[name]),
                 percent(before),
                 _cell(after),
                 f"{100 * (after[0] - before):+.1f}",
