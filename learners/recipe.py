@@ -3,7 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import nn
+from transformers import get_cosine_schedule_with_warmup
 
 from vlm_prune.learners.config import MODALITIES, Modality, WingsConfig
 from vlm_prune.learners.model import wings_layers
@@ -157,3 +159,21 @@ def open_parameters(model: Any, method: Method, stage: int) -> dict[Group, list[
         for parameter in parameters:
             parameter.requires_grad_(True)
     return groups
+
+
+def make_optimizer(
+    groups: dict[Group, list[nn.Parameter]], recipe: Recipe, steps: int
+) -> tuple[torch.optim.AdamW, Any]:
+    """AdamW with each group's own rate, and a cosine schedule over `steps`."""
+    rates = {
+        "projector": recipe.projector_lr,
+        "learners": recipe.learner_lr,
+        "language": recipe.language_lr,
+    }
+    optimizer = torch.optim.AdamW(
+        [{"params": p, "lr": rates[name]} for name, p in groups.items() if p],
+        weight_decay=recipe.weight_decay,
+        fused=True,
+    )
+    warmup = round(recipe.warmup * steps)
+    return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup, steps)

@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import get_cosine_schedule_with_warmup
 
 from vlm_prune.learners.config import WingsConfig
 from vlm_prune.learners.data import IGNORED, Conversations, Example, collate, order
 from vlm_prune.learners.model import attach, detach
-from vlm_prune.learners.recipe import METHODS, Group, Recipe, open_parameters
+from vlm_prune.learners.recipe import METHODS, Group, Recipe, make_optimizer, open_parameters
 from vlm_prune.learners.store import load_adapter_state, read_adapter, save_pretrained
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
@@ -102,24 +101,6 @@ def prepare(run: Run) -> tuple[Any, Any, dict[Group, list[torch.nn.Parameter]], 
                 )
             load_adapter_state(model, weights, strict=False)
     return model, processor, open_parameters(model, method, stage), lora
-
-
-def make_optimizer(
-    groups: dict[Group, list[torch.nn.Parameter]], recipe: Recipe, steps: int
-) -> tuple[torch.optim.AdamW, Any]:
-    """AdamW with each group's own rate, and a cosine schedule over `steps`."""
-    rates = {
-        "projector": recipe.projector_lr,
-        "learners": recipe.learner_lr,
-        "language": recipe.language_lr,
-    }
-    optimizer = torch.optim.AdamW(
-        [{"params": p, "lr": rates[name]} for name, p in groups.items() if p],
-        weight_decay=recipe.weight_decay,
-        fused=True,
-    )
-    warmup = round(recipe.warmup * steps)
-    return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup, steps)
 
 
 def train(run: Run, examples: list[Example]) -> None:
