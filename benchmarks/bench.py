@@ -38,9 +38,9 @@ class BenchConfig:
     seed: int = 0
 
 
-def random_model(config: BenchConfig) -> Any:
-    """The shape's Hugging Face model with random weights, made on the device itself."""
-    architecture = SHAPES[config.shape]()
+def random_model(config: BenchConfig, architecture: Any = None) -> Any:
+    """A Hugging Face model with random weights, made on the device itself; by default the shape's."""
+    architecture = architecture or SHAPES[config.shape]()
     dtype = getattr(torch, config.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise InputError(f"unknown dtype {config.dtype!r}; give float32, bfloat16 or float16")
