@@ -1,5 +1,7 @@
 """Batches of a task: which images, in which order, augmented how; all a function of the seed."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -108,9 +110,12 @@ def prompts(task: Task, template: int = 0) -> list[str]:
 
 def facts(task: Task) -> dict[str, Any]:
     """What identifies a task in the record of a run."""
-    sizes = {"train": len(task.train), "test": len(task.test)}
+    drawn = [getattr(split, "indices", None) for split in (task.train, task.test)]
+    names = json.dumps([task.classes, task.templates, drawn])
     return {
         "name": task.name,
         "classes": len(task.classes),
-        "templates": task.templates[:1],
-    } | sizes
+        "train": len(task.train),
+        "test": len(task.test),
+        "digest": hashlib.sha256(names.encode()).hexdigest()[:16],
+    }

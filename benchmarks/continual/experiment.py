@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from vlm_prune.benchmarks.claim import claim
 from vlm_prune.benchmarks.continual.learn import fewer, learn_tasks, method_of, recipe_of
 from vlm_prune.continual.clip import load_clip
 from vlm_prune.continual.methods import Method
@@ -93,13 +94,24 @@ class Experiment:
     tasks: int | None = None
     arms: tuple[str, ...] = tuple(ARMS)
 
+    def settings(self) -> dict[str, Any]:
+        """What decides its runs; seeds and arms may be added later."""
+        names = ("steps", "batch", "test_per_class", "search_tasks", "tasks")
+        weights = load_clip("tiny").fingerprint()
+        return {name: getattr(self, name) for name in names} | {"weights": weights}
+
     def folder(self, label: str, seed: int) -> Path:
         """Of one arm's run."""
         return self.output / label.replace(", ", "-").replace("'", "").replace(" ", "-") / f"{seed}"
 
 
 def run_all(experiment: Experiment, tell: Callable[[str], None] = print) -> None:
-    """Search, then run every arm, seed by seed; `tell` hears which one begins."""
+    """Search, then run every arm, seed by seed; `tell` hears which one begins.
+
+    Raises:
+        InputError: if the folder belongs to other settings or to another CLIP.
+    """
+    lock = claim(experiment.output, experiment.settings(), "*/*/report.json")
     stream = open_stream("packaged")
     used = stream.tasks[: experiment.tasks]
     tasks = tuple(fewer(task, experiment.test_per_class) for task in used)
@@ -109,6 +121,7 @@ def run_all(experiment: Experiment, tell: Callable[[str], None] = print) -> None
         for label in experiment.arms:
             tell(f"seed {seed}: {label}")
             run_one(experiment, stream, label, seed, chosen, tasks, outside)
+    lock.release()
 
 
 def search(
@@ -127,7 +140,7 @@ def search(
             folder = experiment.folder(f"search-{label}-{number}", 0)
             method, changes = _built(experiment, stream, label, candidate)
             run = Run(folder, method, recipe_of(stream, changes, 0))
-            report = learn_tasks(run, load_clip("tiny"), some, None)
+            report = learn_tasks(run, load_clip("tiny"), some)
             scores.append(candidate | {"average": report["metrics"]["average"]["value"]})
             write_json(path, record)
     best = {label: max(scores, key=lambda s: s["average"]) for label, scores in record.items()}
@@ -152,7 +165,7 @@ def run_one(
     )
     method, changes = _built(experiment, stream, label, candidate | follows)
     run = Run(folder, method, recipe_of(stream, changes, seed))
-    report = learn_tasks(run, load_clip("tiny"), tasks, outside)
+    report = learn_tasks(run, load_clip("tiny"), tasks, [outside])
     write_json(folder / "report.json", report)
 
 

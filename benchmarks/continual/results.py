@@ -28,7 +28,7 @@ from vlm_prune.continual.delta import Delta
 from vlm_prune.continual.diagnostics import survival
 from vlm_prune.continual.prox import total_shrinkage
 from vlm_prune.continual.streams import open_stream
-from vlm_prune.continual.train import read_results
+from vlm_prune.continual.results import read_results
 from vlm_prune.vlm.files import write_json, write_text
 
 QUESTIONS = (
@@ -62,7 +62,7 @@ def collect(experiment: Experiment) -> dict[str, Any]:
             "lr": first["recipe"]["lr"] if ARMS[label].rate else None,
             "metrics": figures(runs[label]),
             "metrics_by_seed": values(runs[label]),
-            "retention": [report["retention"] for report in reports],
+            "retention": [report["retention"]["scenes"] for report in reports],
             "trainable_parameters": first["trainable_parameters"][0],
             "added_parameters": first["added_parameters"][-1],
             "update_norms": [report["update_norms"] for report in reports],
