@@ -11,13 +11,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vlm_prune.benchmarks.claim import claim
+from vlm_prune.benchmarks.claim import check_same, claim
 from vlm_prune.benchmarks.continual.learn import fewer, learn_tasks, method_of, recipe_of
 from vlm_prune.continual.clip import load_clip
 from vlm_prune.continual.methods import Method
 from vlm_prune.continual.streams import Stream, Task, open_stream
 from vlm_prune.continual.streams.unseen import scenes
 from vlm_prune.continual.train import Run
+from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.files import write_json
 
 ADAPTER_RATES, FULL_RATES = (3e-4, 1e-3, 3e-3, 1e-2), (3e-5, 1e-4, 3e-4)
@@ -99,6 +100,13 @@ class Experiment:
         names = ("steps", "batch", "test_per_class", "search_tasks", "tasks")
         weights = load_clip("tiny").fingerprint()
         return {name: getattr(self, name) for name in names} | {"weights": weights}
+
+    def check(self) -> None:
+        """Raise `InputError` unless the folder holds runs of these settings and this CLIP."""
+        path = self.output / "config.json"
+        if not path.is_file():
+            raise InputError(f"{self.output} holds no runs; give the folder of an experiment")
+        check_same(self.output, json.loads(path.read_text()), self.settings())
 
     def folder(self, label: str, seed: int) -> Path:
         """Of one arm's run."""
