@@ -33,9 +33,7 @@ def main(
     recipe: Annotated[str, typer.Option(help="the training's, as steps=100,lr=0.001")] = "",
     shots: Annotated[int | None, typer.Option(help="per class; the stream's if left out")] = None,
     test_per_class: Annotated[int | None, typer.Option(help="test images; all if left out")] = None,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="leave out unreadable images")
-    ] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="name and leave out")] = False,
     retention: Annotated[str | None, typer.Option(help=", ".join(UNSEEN))] = None,
     seed: Annotated[int, typer.Option(min=0)] = 8,
 ) -> None:

@@ -11,14 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vlm_prune.benchmarks.claim import check_same, claim
 from vlm_prune.benchmarks.continual.learn import fewer, learn_tasks, method_of, recipe_of
+from vlm_prune.continual import checkpoint
 from vlm_prune.continual.clip import load_clip
 from vlm_prune.continual.methods import Method
 from vlm_prune.continual.streams import Stream, Task, open_stream
 from vlm_prune.continual.streams.unseen import scenes
 from vlm_prune.continual.train import Run
-from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.files import write_json
 
 ADAPTER_RATES, FULL_RATES = (3e-4, 1e-3, 3e-3, 1e-2), (3e-5, 1e-4, 3e-4)
@@ -95,18 +94,16 @@ class Experiment:
     tasks: int | None = None
     arms: tuple[str, ...] = tuple(ARMS)
 
-    def settings(self) -> dict[str, Any]:
-        """What decides its runs; seeds and arms may be added later."""
-        names = ("steps", "batch", "test_per_class", "search_tasks", "tasks")
-        weights = load_clip("tiny").fingerprint()
-        return {name: getattr(self, name) for name in names} | {"weights": weights}
+    def claim(self, write: bool = True) -> None:
+        """Note in the folder what decides its runs, or find it there; seeds and arms may grow.
 
-    def check(self) -> None:
-        """Raise `InputError` unless the folder holds runs of these settings and this CLIP."""
-        path = self.output / "config.json"
-        if not path.is_file():
-            raise InputError(f"{self.output} holds no runs; give the folder of an experiment")
-        check_same(self.output, json.loads(path.read_text()), self.settings())
+        Raises:
+            InputError: if the folder holds runs of other settings or of another CLIP.
+        """
+        names = ("steps", "batch", "test_per_class", "search_tasks", "tasks")
+        settings = {name: getattr(self, name) for name in names}
+        settings["weights"] = load_clip("tiny").fingerprint()
+        checkpoint.claim(self.output / "experiment.json", settings, write)
 
     def folder(self, label: str, seed: int) -> Path:
         """Of one arm's run."""
@@ -119,7 +116,7 @@ def run_all(experiment: Experiment, tell: Callable[[str], None] = print) -> None
     Raises:
         InputError: if the folder belongs to other settings or to another CLIP.
     """
-    lock = claim(experiment.output, experiment.settings(), "*/*/report.json")
+    experiment.claim()
     stream = open_stream("packaged")
     used = stream.tasks[: experiment.tasks]
     tasks = tuple(fewer(task, experiment.test_per_class) for task in used)
@@ -129,7 +126,6 @@ def run_all(experiment: Experiment, tell: Callable[[str], None] = print) -> None
         for label in experiment.arms:
             tell(f"seed {seed}: {label}")
             run_one(experiment, stream, label, seed, chosen, tasks, outside)
-    lock.release()
 
 
 def search(

@@ -253,7 +253,7 @@ def page(found: Mapping[str, Any]) -> str:
 
 def write(experiment: Experiment, folder: Path) -> None:
     """`results.json`, `README.md` and `methods.png` in `folder`."""
-    experiment.check()
+    experiment.claim(write=False)
     found = collect(experiment)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", found)

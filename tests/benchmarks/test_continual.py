@@ -202,24 +202,22 @@ def test_pruned_ranks_are_drawn_for_every_task(experiment, tmp_path):
 
 
 def test_a_finished_experiment_trains_nothing(experiment):
-    files = sorted(p for p in experiment.output.rglob("*") if p.name != ".lock")
+    files = sorted(experiment.output.rglob("*"))
     times = [path.stat().st_mtime_ns for path in files]
     run_all(experiment)
-    assert sorted(p for p in experiment.output.rglob("*") if p.name != ".lock") == files
+    assert sorted(experiment.output.rglob("*")) == files
     assert [path.stat().st_mtime_ns for path in files] == times
 
 
 def test_an_experiments_folder_belongs_to_its_settings_and_its_clip(experiment, monkeypatch):
     for changed in (replace(experiment, steps=5), replace(experiment, batch=8)):
-        with pytest.raises(InputError, match="a run with another (steps|batch)"):
+        with pytest.raises(InputError, match="holds another run, of other (steps|batch);"):
             run_all(changed)
-        with pytest.raises(InputError, match="a run with another (steps|batch)"):
+        with pytest.raises(InputError, match="holds another run, of other (steps|batch);"):
             write(changed, experiment.output / "never")
     monkeypatch.setattr(Clip, "fingerprint", lambda self: "another")
-    with pytest.raises(InputError, match="a run with another weights"):
+    with pytest.raises(InputError, match="of other weights;"):
         run_all(experiment)
-    with pytest.raises(InputError, match="holds no runs"):
-        replace(experiment, output=experiment.output / "nowhere").check()
 
 
 def figure(value, reach=1.0):
