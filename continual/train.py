@@ -81,7 +81,9 @@ def train(run: Run, clip: Clip, tasks: Sequence[Task]) -> Results:
 def accelerator_of(run: Run) -> Any:
     """accelerate's view of the devices and processes."""
     precision = "bf16" if run.bf16 else "no"
-    return extra("accelerate").Accelerator(mixed_precision=precision, cpu=run.cpu)
+    # without being told, accelerate runs several processes without a GPU as if each were alone
+    cpu = run.cpu or not torch.accelerator.is_available()
+    return extra("accelerate").Accelerator(mixed_precision=precision, cpu=cpu)
 
 
 class _Trainer:
