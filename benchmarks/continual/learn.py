@@ -21,6 +21,7 @@ from vlm_prune.continual.parallel import place
 from vlm_prune.continual.prox import total_shrinkage
 from vlm_prune.continual.results import Results, read_results
 from vlm_prune.continual.streams import Stream, Task, open_stream, write_indices
+from vlm_prune.continual.streams.base import readable
 from vlm_prune.continual.streams.packaged import DOMAINS, Drawn
 from vlm_prune.continual.streams.stream import Subset, labels_of
 from vlm_prune.continual.streams.unseen import UNSEEN
@@ -167,11 +168,15 @@ def outside_of(settings: Learning, stream: Stream) -> tuple[list[Task], dict[str
             raise InputError(f"{name} is a task of {stream.name}; give another retention")
         read = UNSEEN[name]
         try:
-            found.append(fewer(read(settings.data_root), settings.test_per_class))
+            task = fewer(read(settings.data_root), settings.test_per_class)
         except InputError as error:
             if given is not None:
                 raise
             missing[name] = str(error)
+            continue
+        if settings.skip_bad:
+            task = replace(task, test=Subset(task.test, readable(task.test)))
+        found.append(task)
     return found, missing
 
 

@@ -54,7 +54,7 @@ def place_name(category: str) -> str:
     return category[3:].replace("/", " ").replace("_", " ").strip()
 
 
-def imagenet(root: Path, skip_bad: bool = False) -> Task:
+def imagenet(root: Path) -> Task:
     """ImageNet-1k's validation images in 1,000 folders named by WordNet id, `root/val/n01440764/`.
 
     Names are open_clip's. It calls two pairs of classes alike; the WordNet lemmas `projectile`
@@ -69,7 +69,7 @@ def imagenet(root: Path, skip_bad: bool = False) -> Task:
         raise InputError(
             f"{folder} has {len(ids)} class folders; put ImageNet's 1000 n... folders there"
         )
-    return Task("imagenet", imagenet_names(), PHOTO, (), (), folder_split(folder, ids, skip_bad))
+    return Task("imagenet", imagenet_names(), PHOTO, (), (), folder_split(folder, ids))
 
 
 def imagenet_names() -> tuple[str, ...]:

@@ -77,13 +77,21 @@ def test_x_tail_end_to_end(run, model, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stream", "order"), [("mtil-1", ORDER_1), ("mtil-2", ORDER_2)])
-def test_mtil_end_to_end(stream, order, run, model, tmp_path, monkeypatch):
-    arguments = ("--stream", stream, "--data-root", mtil_root(tmp_path, monkeypatch))
-    code, _, err = run(*arguments, "--method", "zero-shot", "--options", "")
+@pytest.mark.parametrize(
+    ("stream", "order", "method", "options"),
+    [
+        ("mtil-1", ORDER_1, "full", "encoder=vision"),
+        ("mtil-2", ORDER_2, "zero-shot", ""),
+    ],
+)
+def test_mtil_end_to_end(stream, order, method, options, run, model, tmp_path, monkeypatch):
+    root = mtil_root(tmp_path, monkeypatch)
+    arguments = ("--stream", stream, "--data-root", root, "--method", method)
+    code, _, err = run(*arguments, "--options", options)
     assert code == 0, err
     report = report_of(tmp_path, model)
-    assert report["tasks"] == list(order)
+    assert report["tasks"] == list(order) and np.array(report["accuracy"]).shape == (11, 11)
+    assert (report["drift"][-1] > 0) == (method == "full")
     assert "missing" in report["retention"]["places365"]
 
 
