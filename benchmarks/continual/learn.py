@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from vlm_prune.benchmarks.environment import command, versions
 from vlm_prune.continual.attention import sites, split
 from vlm_prune.continual.clip import DEFAULT, Clip, load_clip
-from vlm_prune.continual.config import Recipe, above
+from vlm_prune.continual.config import Recipe, above, check_options
 from vlm_prune.continual.delta import Delta
 from vlm_prune.continual.diagnostics import draw_ranks
 from vlm_prune.continual.evaluate import evaluate
@@ -98,15 +98,12 @@ def recipe_of(stream: Stream, changes: dict[str, Any], seed: int) -> Recipe:
     """The stream's default recipe with some fields changed; classes are as the stream has them.
 
     Raises:
-        InputError: for an unknown field or a value out of range.
+        InputError: for an unknown field, or a value of another kind or out of range.
     """
+    check_options(Recipe, "the recipe", changes)
     base = PACKAGED if stream.name == "packaged" else Recipe()
     base = replace(base, joint=stream.joint, ensemble=stream.ensemble, seed=seed)
-    try:
-        return replace(base, **changes)
-    except TypeError:
-        fields = ", ".join(asdict(base))
-        raise InputError(f"the recipe has only {fields}; got {', '.join(changes)}") from None
+    return replace(base, **changes)
 
 
 def method_of(stream: Stream, name: str, options: dict[str, Any]) -> Method:
