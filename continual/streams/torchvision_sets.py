@@ -19,7 +19,8 @@ SETS: dict[str, tuple[str, str, dict[str, dict[str, Any]]]] = {
         "FGVCAircraft", "fgvc-aircraft-2013b/data",
         {part: {"split": part} for part in ("train", "val", "test")},
     ),
-    "caltech101": ("Caltech101", "caltech101/101_ObjectCategories", {"all": {}}),
+    # torchvision leaves this folder out, and fails without it
+    "caltech101": ("Caltech101", "caltech101/101_ObjectCategories/BACKGROUND_Google", {"all": {}}),
     "cifar100": (
         "CIFAR100", "cifar-100-python", {"train": {"train": True}, "test": {"train": False}},
     ),

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -149,11 +150,12 @@ def test_bad_images_are_named_and_left_out_only_when_asked(tmp_path, monkeypatch
 
 def test_incomplete_layouts_are_one_line(tmp_path, monkeypatch):
     folder = mtil_root(tmp_path, monkeypatch)
-    for picture in (folder / "caltech101" / "101_ObjectCategories" / "BACKGROUND_Google").iterdir():
-        picture.unlink()
-    (folder / "caltech101" / "101_ObjectCategories" / "BACKGROUND_Google").rmdir()
-    with pytest.raises(InputError, match="caltech101 under .* is incomplete") as error:
+    shutil.rmtree(folder / "caltech101" / "101_ObjectCategories" / "BACKGROUND_Google")
+    with pytest.raises(InputError, match="BACKGROUND_Google is missing"):
         torchvision_task("caltech101", folder)
+    (folder / "oxford-iiit-pet" / "annotations" / "test.txt").write_text("Abyssinian_1 1\n")
+    with pytest.raises(InputError, match="pets under .* is incomplete") as error:
+        torchvision_task("pets", folder)
     assert "\n" not in str(error.value)
 
 
