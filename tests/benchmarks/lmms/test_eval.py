@@ -1,8 +1,12 @@
 """`vlm-prune eval` over lmms-eval's tasks: real schemas, one layout, resuming, cached baseline."""
 
 import json
+import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
+
+from vlm_prune.learners.store import WEIGHTS
 
 FAST = ["--batch-size", "2", "--budget", "16"]
 VISUAL = {
@@ -131,6 +135,24 @@ def test_a_killed_run_resumes_and_the_baseline_is_cached(
     (first, first_rows), (second, second_rows) = read(tmp_path / "whole"), read(killed)
     assert untimed(first_rows) == untimed(second_rows)
     assert first["tasks"] == second["tasks"] and first["overall"] == second["overall"]
+
+
+def test_an_adapter_changed_in_place_is_another_model(
+    run, checkpoint, adapter, data_root, cache, tmp_path
+):
+    own = tmp_path / "wings"
+    shutil.copytree(adapter, own)
+    asked = [
+        "eval", "--model", checkpoint, "--wings", own, "--tasks", "pope", "--data-root", data_root,
+        "--limit", "2", *FAST,
+    ]  # fmt: skip
+    assert run(*asked, "--output", tmp_path / "before")[0] == 0
+    weights = load_file(own / WEIGHTS)
+    save_file({name: -tensor for name, tensor in weights.items()}, own / WEIGHTS)
+    code, _, err = run(*asked, "--output", tmp_path / "before")
+    assert code == 2 and "another run's answers" in err
+    assert run(*asked, "--output", tmp_path / "after")[0] == 0
+    assert len(list((cache / "unpruned").iterdir())) == 2
 
 
 def test_methods_side_by_side(run, checkpoint, data_root, tmp_path):
