@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -223,17 +224,17 @@ app.command("map")(map_command)
 def main() -> None:
     """Entry point: one line and exit code 2 for wrong input, 130 for Ctrl-C."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # what a launcher sends when another process of the run ended, and a scheduler at its limit
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if len(sys.argv) == 1:
             sys.argv.append("--help")
         raise SystemExit(app(standalone_mode=False))
     except typer.TyperException as error:
         _fail(" ".join(error.format_message().split()))
-    except typer.Abort:
-        _fail("interrupted; the same command with the same --output resumes", 130)
     except InputError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
+    except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted; the same command with the same --output resumes", 130)
     except OSError as error:
         reason = error.strerror or str(error)

@@ -81,7 +81,12 @@ def evaluate(
         try:
             with redirect_stderr(StringIO()):  # progress bars and chatter; our own bar stands
                 _compare(leaf, model, folders, pruners, metrics, data_root, skipped)
-        except Exception as error:  # noqa: BLE001  a task may raise anything; the others go on
+        except Exception as error:
+            if _alone(error, model):
+                raise InputError(
+                    "another process of this run ended; the same command with the same --output "
+                    "resumes"
+                ) from error
             skipped[leaf.shown] = in_one_line(error)
     if model.rank != 0:
         raise SystemExit(0)
@@ -113,6 +118,16 @@ def _compare(
         if before is not None and after is not None:
             folder.append(_rows(leaf, task, before, after))
             found[leaf.shown] = {"pruned": after.metrics, "baseline": before.metrics}
+
+
+def _alone(error: Exception, model: PrunedChat) -> bool:
+    """Whether talking to the other processes failed: no task's fault, and the others would too."""
+    said = str(error).lower()
+    return (
+        model.world_size > 1
+        and isinstance(error, RuntimeError)
+        and any(word in said for word in ("gloo", "nccl", "by peer"))
+    )
 
 
 def task_of(leaf: Leaf, folder: RunFolder, data_root: Path | None, skipped: dict[str, str]) -> Any:

@@ -6,6 +6,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from vlm_prune.benchmarks.lmms.load import load_task
 from vlm_prune.learners.store import WEIGHTS
 
 FAST = ["--batch-size", "2", "--budget", "16"]
@@ -64,40 +65,30 @@ def test_real_schemas(run, data_root, tmp_path):
     assert code == 0, err
 
 
-def test_json_copies_are_read(run, checkpoint, tmp_path):
-    from PIL import Image
+@pytest.mark.parametrize("name", list(VISUAL)[:6])
+def test_a_json_copy_asks_what_the_parquet_copy_asks(data_root, json_root, name):
+    def asked(root):
+        task = load_task(name, root)
+        for doc in task.eval_docs:
+            (turn,) = task.doc_to_messages(doc)
+            parts = [part.get("text") or list(part["url"].getdata()) for part in turn["content"]]
+            yield parts, task.doc_to_target(doc)
 
-    image = Image.new("RGB", (40, 30), "red")
-    for name in ("GQA/images", "pope/pictures"):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for number in range(2):
-            image.save(tmp_path / "data" / name / f"n{number}.jpg")
-    questions = {
-        f"2{i}": {"imageId": f"n{i}", "question": "Is it red?", "answer": "yes"} for i in range(2)
-    }
-    instructions = tmp_path / "data" / "GQA" / "testdev_balanced_instructions.json"
-    instructions.write_text(json.dumps(questions))
-    rows = [
-        {
-            "question_id": i,
-            "question": "Is it red?",
-            "answer": "yes",
-            "category": "popular",
-            "image": f"pictures/n{i}.jpg",
-        }
-        for i in range(2)
-    ]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / "data" / "pope" / "test.jsonl").write_text(lines)
+    rows = list(asked(json_root))
+    assert rows == list(asked(data_root))
+    assert len({str(parts) for parts, _ in rows}) == VISUAL[name][1] > 2  # no two alike
+
+
+def test_json_copies_are_run(run, checkpoint, json_root, tmp_path):
     code, _, err = run(
-        "eval", "--model", checkpoint, "--tasks", "gqa,pope", "--data-root", tmp_path / "data",
-        "--limit", "4", "--output", tmp_path / "out", *FAST,
+        "eval", "--model", checkpoint, "--tasks", "gqa,pope", "--data-root", json_root, "--limit",
+        "4", "--output", tmp_path, *FAST,
     )  # fmt: skip
     assert code == 0, err
-    _, rows = read(tmp_path / "out")
+    _, rows = read(tmp_path)
     assert [(row["id"], row["subset"], row["answer"]) for row in rows] == [
-        ("gqa/000000", "", "yes"), ("gqa/000001", "", "yes"),
-        ("pope/000000", "popular", "yes"), ("pope/000001", "popular", "yes"),
+        ("gqa/000000", "", "no"), ("gqa/000001", "", "yes"),
+        ("pope/000000", "adversarial", "no"), ("pope/000001", "adversarial", "yes"),
     ]  # fmt: skip
 
 
