@@ -45,6 +45,7 @@ class Prompts:
         return {
             "images": count,
             "image_tokens": counts,
+            "grids": self.vision.grids[own] if self.vision else [],
             "text_tokens": int(self.tensors["attention_mask"][number].sum()) - sum(counts),
             "vision_flops": sum(self.vision.flops[own]) if self.vision else 0.0,
             "layer_tokens": [sum(layer[pruned]) / max(1, count) for layer in trace.computed],

@@ -15,6 +15,8 @@ from vlm_prune.benchmarks.report.plot import series_of
 from vlm_prune.benchmarks.tasks import TASKS, Sample
 from vlm_prune.vlm.errors import InputError
 
+Grids = list[list[int] | None]
+
 
 def chosen(runs: list[Run], most: int) -> list[str]:
     """Ids of at most `most` questions about images: those whose answer some run broke or mended
@@ -37,7 +39,7 @@ def gallery(runs: list[Run], groups: list[Budget], most: int) -> dict[str, Any]:
         InputError: if this version's tasks no longer make the questions of the runs.
     """
     rows = [{row.id: row for row in run.rows} for run in runs]
-    names, side = series_of(runs), side_of(runs[0])
+    names = series_of(runs)
     images: dict[str, int] = {}
     samples = []
     for name in chosen(runs, most):
@@ -55,11 +57,15 @@ def gallery(runs: list[Run], groups: list[Budget], most: int) -> dict[str, Any]:
                 "baseline": first.baseline,
                 "right": first.baseline_right,
                 "images": pictures,
-                "answers": [_answer(row[name], side) if name in row else None for row in rows],
+                "grids": _grids(runs[0], first),
+                "answers": [
+                    _answer(run, row[name]) if name in row else None
+                    for run, row in zip(runs, rows, strict=True)
+                ],
             }
         )
     return {
-        "side": side,
+        "whole": any(None in sample["grids"] for sample in samples),
         "budgets": [group.label for group in groups],
         "methods": names,
         "runs": [
@@ -74,11 +80,17 @@ def gallery(runs: list[Run], groups: list[Budget], most: int) -> dict[str, Any]:
     }
 
 
-def side_of(run: Run) -> int:
-    """Rows and columns of all images' tokens; 0 where they are no square, or not of one size."""
+def _grids(run: Run, row: Row) -> Grids:
+    """Rows and columns of each image's tokens, None where they are no grid over it.
+
+    Rows that do not say are of models whose images have one size: there it is a square, or none.
+    """
+    if row.grids is not None:
+        return row.grids
     tokens = run.results["tokens"]["full"]
     side = math.isqrt(int(tokens))
-    return side if side**2 == tokens and run.results.get("fixed_size", True) else 0
+    square = side**2 == tokens and run.results.get("fixed_size", True)
+    return [[side, side] if square else None for _ in row.kept or []]
 
 
 def _sample(run: Run, row: Row) -> Sample:
@@ -94,10 +106,13 @@ def _sample(run: Run, row: Row) -> Sample:
     )
 
 
-def _answer(row: Row, side: int) -> dict[str, Any]:
+def _answer(run: Run, row: Row) -> dict[str, Any]:
     kept = None
-    if row.kept is not None and side:
-        kept = [_bits(places, side**2) for places in row.kept]
+    if row.kept is not None:
+        kept = [
+            grid and _bits(places, math.prod(grid))
+            for grid, places in zip(_grids(run, row), row.kept, strict=False)
+        ]
     return {
         "text": row.prediction,
         "right": row.right,

@@ -1,6 +1,7 @@
 """Run folders as `vlm-prune eval` and `compare` leave them, checked before anything is drawn."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from vlm_prune.vlm.tokens import tokens_for
 class Row:
     """One question with the unpruned and the pruned answer.
 
-    `kept` holds the token places left of each image after the last cut, `sizes` how many it had;
-    None in runs that did not note them.
+    `kept` holds the token places left of each image after the last cut, `sizes` how many it had,
+    `grids` their rows and columns where they lie in one grid; None in runs that did not note them.
     """
 
     id: str
@@ -28,6 +29,7 @@ class Row:
     right: bool
     kept: list[list[int]] | None
     sizes: list[int] | None
+    grids: list[list[int] | None] | None
 
     @property
     def broken(self) -> bool:
@@ -158,6 +160,7 @@ def _row(line: dict[str, Any]) -> Row:
         right=float(line["score"]) >= 0.5,
         kept=None if kept is None else [[int(place) for place in image] for image in kept],
         sizes=line.get("image_tokens"),
+        grids=line.get("grids"),
     )
 
 
@@ -180,6 +183,9 @@ def _check(results: dict[str, Any], rows: list[Row]) -> None:
         for image, full in zip(kept, sizes if kept else [], strict=True):
             if any(not 0 <= place < full for place in image):
                 raise ValueError(f"{row.id} keeps a token outside the {full} of an image")
+        for grid, full in zip(row.grids or [], sizes, strict=bool(row.grids)):
+            if grid is not None and math.prod(grid) != full:
+                raise ValueError(f"{row.id} has a grid of {grid} for the {full} tokens of an image")
     expected = sum(int(task["n"]) for task in results["tasks"].values())
     if len(rows) != expected:
         raise ValueError(f"{len(rows)} rows for {expected} questions")
