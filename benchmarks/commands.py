@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from vlm_prune.benchmarks.arguments import (
+    DataRoot,
     Device,
     Dtype,
     Method,
@@ -73,11 +74,12 @@ def report(
         Path | None, typer.Option(help="HTML file; report.html in the first folder unless given.")
     ] = None,
     gallery: Annotated[int, typer.Option(min=0, help="Questions shown with pictures.")] = 60,
+    data_root: DataRoot = None,
 ) -> None:
     """Put runs on one self-contained HTML page."""
     from vlm_prune.benchmarks.report import report
 
-    page, found = report(runs, output, gallery)
+    page, found = report(runs, output, gallery, data_root)
     print(f"{page}: {len(found)} runs, {page.stat().st_size / 1e6:.1f} MB")
 
 

@@ -25,7 +25,10 @@ from vlm_prune.benchmarks.summary import summarise
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.files import write_json
 
-SEEN = ("images", "image_tokens", "grids", "text_tokens", "vision_flops", "layer_tokens", "kept")
+SEEN = (
+    "images", "image_tokens", "cropped", "grids", "text_tokens", "vision_flops", "layer_tokens",
+    "kept",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ class Row:
 
     `kept` holds the token places left of each image after the last cut, `sizes` how many it had,
     `grids` their rows and columns where they lie in one grid; None in runs that did not note them.
+    Of `cropped` images the model sees the square in the middle.
     """
 
     id: str
@@ -30,6 +31,8 @@ class Row:
     kept: list[list[int]] | None
     sizes: list[int] | None
     grids: list[list[int] | None] | None
+    images: int
+    cropped: bool
 
     @property
     def broken(self) -> bool:
@@ -161,6 +164,8 @@ def _row(line: dict[str, Any]) -> Row:
         kept=None if kept is None else [[int(place) for place in image] for image in kept],
         sizes=line.get("image_tokens"),
         grids=line.get("grids"),
+        images=int(line.get("images", 0)),
+        cropped=bool(line.get("cropped")),
     )
 
 

@@ -1,9 +1,13 @@
 """`vlm-prune eval` over lmms-eval's tasks: real schemas, one layout, resuming, cached baseline."""
 
+import base64
+import io
 import json
+import re
 import shutil
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vlm_prune.benchmarks.lmms.load import load_task
@@ -61,8 +65,19 @@ def test_real_schemas(run, data_root, tmp_path):
         assert task["kept"] == (16 if name in VISUAL else 0)
     assert {row["id"] for row in rows if row["task"] == "gqa"} == {f"gqa/{i:06d}" for i in range(4)}
     assert results["time_ms"]["baseline_prefill"] > 0 and results["flops"]["pruned"] > 0
-    code, _, err = run("report", tmp_path / "out")
-    assert code == 0, err
+    assert run("report", tmp_path / "out", "--data-root", data_root)[0] == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    shown = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    assert {sample["task"] for sample in shown["samples"]} == set(VISUAL)
+    for sample in shown["samples"]:
+        (bits,), (grid,) = sample["answers"][0]["kept"], sample["grids"]
+        kept = "".join(f"{byte:08b}" for byte in base64.b64decode(bits))
+        assert grid == [24, 24] and kept.count("1") == 16
+    seen = [Image.open(io.BytesIO(base64.b64decode(uri[23:]))) for uri in shown["images"]]
+    assert {image.size for image in seen} == {(60, 60)}  # the square that a LLaVA sees
+    assert run("report", tmp_path / "out")[0] == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "No pictures of pope: data set &#39;lmms-lab-encoder/POPE&#39;" in page
 
 
 @pytest.mark.parametrize("name", list(VISUAL)[:6])
