@@ -36,7 +36,8 @@ def open_image(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
     except (OSError, SyntaxError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"cannot read image {_name(source).strip()}: {error}") from error
+        shown = f"image {_name(source)}".rstrip()
+        raise InputError(f"cannot read {shown}: {error}") from error
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
