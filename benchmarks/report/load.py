@@ -106,6 +106,11 @@ def run_folders(path: Path) -> list[Path]:
     if not path.is_dir():
         raise InputError(f"{path} is no folder; give the --output of vlm-prune eval or compare")
     found = [path] if (path / "config.json").is_file() else []
+    results = path / "results.json"
+    if not found and results.is_file() and "suite" in _json(results):
+        raise InputError(
+            f"{path} holds a suite, which prints its own table; give a run or compare's"
+        )
     found = found or sorted(config.parent for config in path.glob("*/config.json"))
     if not found:
         raise InputError(f"{path} holds no run; give the --output of vlm-prune eval or compare")

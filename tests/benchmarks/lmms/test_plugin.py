@@ -11,6 +11,7 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 
+from vlm_prune.benchmarks.lmms import TASK_FOLDER
 from vlm_prune.benchmarks.lmms.model import PrunedChat, PrunedSimple
 from vlm_prune.vlm.errors import InputError
 
@@ -40,6 +41,22 @@ def test_lmms_eval_finds_both_modes():
 
     assert MODEL_REGISTRY_V2.get_model_class("vlm_prune") is PrunedChat
     assert MODEL_REGISTRY_V2.get_model_class("vlm_prune", force_simple=True) is PrunedSimple
+
+
+@pytest.mark.slow
+def test_lmms_eval_s_own_command(checkpoint, tmp_path):
+    command = [
+        sys.executable, "-m", "lmms_eval", "--model", "vlm_prune", "--model_args",
+        f"pretrained={checkpoint},method=zoo,budget=16", "--tasks", "vlm_prune_exist",
+        "--include_path", TASK_FOLDER, "--limit", "2", "--batch_size", "2", "--device", "cpu",
+        "--output_path", tmp_path,
+    ]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.rglob("*results.json")
+    results = json.loads(file.read_text())
+    assert 0 <= results["results"]["vlm_prune_exist"]["exact_match,none"] <= 1
+    assert results["throughput"]["avg_kept_visual_tokens"] == 16
 
 
 def simple(lm, kind, *arguments, doc=0):

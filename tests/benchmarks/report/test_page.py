@@ -101,10 +101,16 @@ def test_report_of_a_real_run(run, checkpoint, tmp_path):
     )
 
 
+def suite(folder):
+    (folder / "results.json").write_text('{"suite": "forgetting"}')
+    return folder
+
+
 WRONG = {
     "no folder": (lambda f: ["/nowhere"], "is no folder"),
     "file": (lambda f: [f / "results.json"], "is no folder"),
     "empty": (lambda f: [f / "empty"], "holds no run"),
+    "suite": (lambda f: [suite(f / "empty")], "holds a suite"),
     "unfinished": (lambda f: (f / "results.json").unlink(), "unfinished"),
     "no rows": (lambda f: (f / "samples.jsonl").unlink(), "is missing"),
     "not JSON": (lambda f: (f / "results.json").write_text('{"a": '), "is not JSON"),
