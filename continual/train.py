@@ -5,6 +5,7 @@ folder holds `results.json`, `deltas`, `correct` (which test image was right aft
 `model`, a plain checkpoint of the model's own library with exactly the keys that it began with.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -30,7 +31,6 @@ from vlm_prune.continual.methods import Context, Method
 from vlm_prune.continual.methods.base import Group
 from vlm_prune.continual.parallel import average_gradients, gather
 from vlm_prune.continual.streams.base import Task
-from vlm_prune.vlm.digest import digest
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.files import write_folder, write_json, write_text
 
@@ -290,7 +290,7 @@ class _Trainer:
             "options": self.method.options(),
             "recipe": self.recipe,
             "bf16": self.run.bf16,
-            "weights": digest(self.clip.model.state_dict()),
+            "weights": _fingerprint(self.clip.model),
             "tasks": [facts(task) for task in self.tasks],
         }
         text = json.dumps(ours, indent=2, default=_plain) + "\n"
@@ -306,3 +306,11 @@ class _Trainer:
 
 def _plain(value: Any) -> Any:
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
+
+
+def _fingerprint(model: Any) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

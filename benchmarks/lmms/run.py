@@ -170,13 +170,13 @@ def leaves_of(config: RunConfig, skipped: dict[str, str]) -> list[Leaf]:
 
 
 def unpruned(leaf: Leaf, model: PrunedChat, config: RunConfig) -> Answers:
-    about = source(model.model, config.model)
+    about = source(model.model, config.model, config.wings)
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     return Answers(cache_folder() / "unpruned" / key / leaf.name, about)
 
 
 def _pruned(leaf: Leaf, model: PrunedChat, folder: RunFolder) -> Answers:
-    about = source(model.model, folder.config.model)
+    about = source(model.model, folder.config.model, folder.config.wings)
     about |= {
         "variant": asdict(folder.config.variant),
         "seed": folder.config.seed,

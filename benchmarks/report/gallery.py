@@ -3,7 +3,7 @@
 import base64
 import io
 import math
-from itertools import count
+from itertools import chain, count, repeat
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,7 @@ def gallery(
         name, grids = first.id, _grids(runs[0], first)
         pictures = [
             images.setdefault(_data_uri(_seen(picture, first, grid)), len(images))
-            for picture, grid in zip(
-                shown[name], [*grids, *[None] * len(shown[name])], strict=False
-            )
+            for picture, grid in zip(shown[name], chain(grids, repeat(None)), strict=False)
         ]
         samples.append(
             {

@@ -156,7 +156,7 @@ def test_an_adapter_changed_in_place_is_another_model(
     weights = load_file(own / WEIGHTS)
     save_file({name: -tensor for name, tensor in weights.items()}, own / WEIGHTS)
     code, _, err = run(*asked, "--output", tmp_path / "before")
-    assert code == 2 and "another run's answers" in err
+    assert code == 2 and "a run with another adapter; give another --output" in err
     assert run(*asked, "--output", tmp_path / "after")[0] == 0
     assert len(list((cache / "unpruned").iterdir())) == 2
 

@@ -51,7 +51,7 @@ def test_lmms_eval_s_own_command(checkpoint, tmp_path):
         "--include_path", TASK_FOLDER, "--limit", "2", "--batch_size", "2", "--device", "cpu",
         "--output_path", tmp_path,
     ]  # fmt: skip
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    done = subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (file,) = tmp_path.rglob("*results.json")
     results = json.loads(file.read_text())
