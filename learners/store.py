@@ -90,7 +90,7 @@ def adapter_digest(name: str | Path) -> str:
     try:
         for part in (CONFIG, WEIGHTS):
             found.update(Path(cached_file(str(name), part)).read_bytes())
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise _unreadable(name, error) from error
     return found.hexdigest()[:16]
 
