@@ -86,7 +86,7 @@ def test_a_json_copy_asks_what_the_parquet_copy_asks(data_root, json_root, name)
         task = load_task(name, root)
         for doc in task.eval_docs:
             (turn,) = task.doc_to_messages(doc)
-            parts = [part.get("text") or list(part["url"].getdata()) for part in turn["content"]]
+            parts = [part.get("text") or part["url"].tobytes() for part in turn["content"]]
             yield parts, task.doc_to_target(doc)
 
     rows = list(asked(json_root))
