@@ -90,7 +90,8 @@ function figure(sample, name, text, right, kept) {
   const pictures = sample.images.map((_, number) => {
     const bits = kept && kept[number];
     const tokens = name === "unpruned" ? "all tokens" : bits ? `tokens kept by ${name}` : `${name}, kept tokens not shown`;
-    return picture(sample, number, bits, `${sample.id}, ${tokens}: answer ${text}`);
+    const place = sample.images.length > 1 ? `, image ${number + 1}` : "";
+    return picture(sample, number, bits, `${sample.id}${place}, ${tokens}: answer ${text}`);
   });
   const mark = make("span", { class: right ? "more" : "less" }, right ? "✓ " : "✗ ");
   mark.append(make("span", { class: "hidden" }, right ? "right: " : "wrong: "));
