@@ -17,6 +17,7 @@ from vlm_prune.benchmarks.latency import Phases, timed_generate
 from vlm_prune.benchmarks.prompts import Prompts, make_prompts
 from vlm_prune.benchmarks.summary import summarise
 from vlm_prune.benchmarks.tasks import TASKS, Sample
+from vlm_prune.learners.store import adapter_digest
 from vlm_prune.pruning import DecoderPruner
 from vlm_prune.pruning.schedule import Schedule
 from vlm_prune.vlm.errors import InputError
@@ -98,11 +99,14 @@ class RunFolder:
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path, self.config = path, config
+        noted = asdict(config)
+        if config.wings is not None:  # an adapter may change under its name
+            noted["adapter"] = adapter_digest(config.wings)
         path.mkdir(parents=True, exist_ok=True)
         self.rows: dict[str, dict[str, Any]] = {}
         if int(os.environ.get("RANK", "0")) > 0:
             return
-        self.lock = claim(path, asdict(config), "*.jsonl")
+        self.lock = claim(path, noted, "*.jsonl")
         self.rows = self._read()
 
     def __enter__(self) -> Self:
