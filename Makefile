@@ -4,7 +4,7 @@ TORCH ?= "torch>=2.6"
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: eval test style
+.PHONY: eval test style matrix
 
 eval: $(VENV)/ready
 	$(RUN)/vlm-prune eval --method zoo --budget 64
@@ -17,6 +17,9 @@ test: $(VENV)/ready
 style: $(VENV)/ready
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
+
+matrix: $(VENV)/ready
+	$(RUN)/vlm-prune methods --families | sed -i -e '/<!-- matrix -->/,/<!-- end -->/{//!d}' -e '/<!-- matrix -->/r /dev/stdin' README.md
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV) || { apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv $(VENV); }

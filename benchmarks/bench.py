@@ -38,9 +38,9 @@ class BenchConfig:
     seed: int = 0
 
 
-def random_model(config: BenchConfig) -> Any:
-    """The shape's Hugging Face model with random weights, made on the device itself."""
-    architecture = SHAPES[config.shape]()
+def random_model(config: BenchConfig, architecture: Any = None) -> Any:
+    """A Hugging Face model with random weights, made on the device itself; by default the shape's."""
+    architecture = architecture or SHAPES[config.shape]()
     dtype = getattr(torch, config.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise InputError(f"unknown dtype {config.dtype!r}; give float32, bfloat16 or float16")
@@ -105,11 +105,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         name: {
             "times_ms": {p: asdict(Timing.of([row[p] for row in rows[1:]])) for p in PHASES},
             "floors_ms": floors(model, config, layer_tokens[name], tower, ceilings),
-            "tokens": {
-                "kept": layer_tokens[name][-1],
-                "layer_mean": sum(layer_tokens[name]) / len(layer_tokens[name]),
-                "papers": pruner.papers_count(tokens, layer_tokens[name]),
-            },
+            "tokens": pruner.counts(tokens, layer_tokens[name]),
             "prefill_flops": prefill_flops(
                 model.config.get_text_config(), config.text, layer_tokens[name]
             ),

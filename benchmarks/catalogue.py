@@ -63,7 +63,7 @@ def models() -> None:
     table = Table("model", "what", "methods")
     table.add_row("tiny", "the embedded LLaVA; needs no download", "all")
     for name, family in FAMILIES.items():
-        what = (sys.modules[family.__module__].__doc__ or "").strip()
+        what = (sys.modules[family.__module__].__doc__ or "").strip().split("\n\n")[0]
         without = [method for method, works in matrix.items() if not works[name]]
         table.add_row(name, what, f"all but {', '.join(without)}" if without else "all")
     show(table)

@@ -41,6 +41,7 @@ def find_schedule(
 ) -> None:
     """Propose cuts inside the LLM from where a model's attention to the image shifts."""
     from vlm_prune.benchmarks import schedule as analysis
+    from vlm_prune.benchmarks.table import THREE_WAYS, three_ways
     from vlm_prune.vlm.families import family_of
     from vlm_prune.vlm.load import load
     from vlm_prune.vlm.tokens import check_fits, tokens_for
@@ -66,6 +67,7 @@ def find_schedule(
     print(f"proposed: cut after {list(content['places'])} of {content['layers']} layers")
     kept = ", ".join(f"{cut['keep']} after layer {cut['layer']}" for cut in content["cuts"])
     print(f"at budget {wanted} of {whole} tokens: keep {kept}")
+    print(f"which is {three_ways(content['counts'])} tokens per image ({THREE_WAYS})")
     print(f"{output / 'schedule.json'}: for --schedule of eval, compare and bench")
 
 

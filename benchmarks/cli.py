@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlm_prune.benchmarks import catalogue
+from vlm_prune.benchmarks import catalogue, commands
 from vlm_prune.benchmarks.arguments import (
     BatchSize,
     DataRoot,
@@ -59,10 +60,9 @@ def _execute(
     first = configs[0]
     for config in configs:
         config.variant.build(config.seed)
-    runs = [RunFolder(path, config) for path, config in zip(folders, configs, strict=True)]
-    with progress(first.limit) as advance, ExitStack() as stack:
-        for folder in runs:
-            stack.callback(folder.lock.release)
+    with ExitStack() as stack:
+        runs = [stack.enter_context(RunFolder(*own)) for own in zip(folders, configs, strict=True)]
+        advance = stack.enter_context(progress(first.limit))
         if lmms.needed(first.tasks):
             from vlm_prune.benchmarks.lmms.run import evaluate as evaluate_lmms
 
@@ -193,11 +193,15 @@ def compare(
 
     quiet()
     chosen = every_method(model) if method == "all" else [n for n in method.split(",") if n]
+    budgets = [parse_budget(text) for text in budget.split(",")]
+    if not chosen:
+        raise InputError("no method given; see 'vlm-prune methods'")
+    for what, given in (("method", chosen), ("budget", budgets)):
+        if len(set(map(str, given))) < len(given):
+            raise InputError(f"a {what} is named twice in {','.join(map(str, given))}")
     if rival and rival not in chosen:
         raise InputError(f"--against {rival} is not among the methods; add it to --method")
-    variants = [
-        Variant(name, parse_budget(b), positions) for b in budget.split(",") for name in chosen
-    ]
+    variants = [Variant(name, each, positions) for each in budgets for name in chosen]
     variants = with_schedule(variants, schedule)
     configs = _configs(
         variants, split, tasks, model=model, limit=limit, batch_size=batch_size, device=device,
@@ -216,108 +220,8 @@ def compare(
         write_text(output / "compare.md", "\n".join(map(as_markdown, tables)))
 
 
-@app.command()
-def bench(
-    model_shape: Annotated[
-        str, typer.Option(help="Architecture: tiny, llava-1.5-7b, qwen2.5-vl-3b or another's.")
-    ] = "tiny",
-    method: Annotated[str, typer.Option(help="See 'vlm-prune methods'.")] = "zoo",
-    budget: Annotated[str, typer.Option(help="Tokens per image, or a fraction.")] = "64",
-    batch: Annotated[int, typer.Option(min=1, help="Prompts per call, one image each.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Measured calls of each model.")] = 10,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens answered per prompt.")] = 16,
-    device: Device = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
-    method_args: Annotated[str, typer.Option(help="Hyperparameters, name=value,...")] = "",
-    schedule: ScheduleFile = None,
-    wings: Annotated[
-        int | None, typer.Option(min=1, help="Time Wings' learners of this rank, not a method.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for bench.json, bench.md.")] = None,
-) -> None:
-    """Time a pruned and the unpruned architecture on random weights, phase by phase."""
-    from vlm_prune.benchmarks.bench import BenchConfig, about, rows
-    from vlm_prune.benchmarks.bench import bench as measure
-    from vlm_prune.benchmarks.run import Variant
-    from vlm_prune.benchmarks.table import as_markdown, as_table, show
-    from vlm_prune.benchmarks.wings_cost import about_wings, bench_wings, wings_rows
-    from vlm_prune.vlm.files import write_json, write_text
-
-    quiet()
-    variant = Variant(method, parse_budget(budget), arguments=parse_arguments(method_args))
-    (variant,) = with_schedule([variant], schedule)
-    config = BenchConfig(
-        model_shape, variant, batch=batch, repeats=repeats, new_tokens=new_tokens,
-        device=device, dtype=dtype,
-    )  # fmt: skip
-    if wings is None:
-        results = measure(config)
-        lines, table = about(results), rows(results)
-    else:
-        results = bench_wings(config, wings)
-        lines, table = about_wings(results), wings_rows(results)
-    for line in lines:
-        print(line)
-    show(as_table(table))
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "bench.json", results)
-        intro = "".join(f"- {line}\n" for line in lines)
-        write_text(output / "bench.md", f"{intro}\n{as_markdown(table)}")
-
-
-@app.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(help="--output folders of eval or compare.")],
-    output: Annotated[
-        Path | None, typer.Option(help="HTML file; report.html in the first folder unless given.")
-    ] = None,
-    gallery: Annotated[int, typer.Option(min=0, help="Questions shown with pictures.")] = 60,
-) -> None:
-    """Put runs on one self-contained HTML page."""
-    from vlm_prune.benchmarks.report import report
-
-    page, found = report(runs, output, gallery)
-    print(f"{page}: {len(found)} runs, {page.stat().st_size / 1e6:.1f} MB")
-
-
-@app.command()
-def ask(
-    image: Annotated[Path, typer.Argument(help="An image file.")],
-    question: Annotated[str, typer.Argument(help="A question about it.")],
-    model: Model = "tiny",
-    method: Method = "zoo",
-    budget: Annotated[str, typer.Option(help="Tokens per image, or a fraction.")] = "64",
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
-) -> None:
-    """Answer one question about one image with a pruned model."""
-    from vlm_prune.vlm.images import open_image
-    from vlm_prune.vlm.wrapper import PrunedVLM
-
-    quiet()
-    picture = open_image(image)
-    vlm = PrunedVLM.from_pretrained(model, method, parse_budget(budget), device, dtype)
-    print(vlm.answer(picture, question))
-
-
-@app.command()
-def demo(
-    model: Model = "tiny",
-    host: Annotated[str, typer.Option(help="Address to serve at; others can reach 0.0.0.0.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve at.")] = 7860,
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
-) -> None:
-    """Serve a page to try methods on: answers, kept tokens and times, pruned and unpruned."""
-    from vlm_prune.benchmarks.demo import serve
-
-    quiet()
-    serve(model, host, port, device, dtype)
-
-
+for command in (commands.bench, commands.report, commands.ask, commands.demo):
+    app.command()(command)
 for name, listing in (
     ("methods", catalogue.methods),
     ("tasks", catalogue.tasks),
@@ -332,17 +236,17 @@ app.command("map")(map_command)
 def main() -> None:
     """Entry point: one line and exit code 2 for wrong input, 130 for Ctrl-C."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # what a launcher sends when another process of the run ended, and a scheduler at its limit
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if len(sys.argv) == 1:
             sys.argv.append("--help")
         raise SystemExit(app(standalone_mode=False))
     except typer.TyperException as error:
         _fail(" ".join(error.format_message().split()))
-    except typer.Abort:
-        _fail("interrupted; the same command with the same --output resumes", 130)
     except InputError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
+    except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted; the same command with the same --output resumes", 130)
     except OSError as error:
         reason = error.strerror or str(error)

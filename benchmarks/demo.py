@@ -126,13 +126,8 @@ class Comparer:
         return str(self.processor.decode(tokens, skip_special_tokens=True)).strip()
 
     def _tokens(self, pruner: Any, trace: Trace) -> tuple[str, str]:
-        full, layers = family_of(self.model).tokens_per_image, trace.layer_tokens
-        left = {
-            "kept": layers[-1],
-            "layer_mean": sum(layers) / len(layers),
-            "papers": pruner.papers_count(full, layers),
-        }
-        return str(full), three_ways(left)
+        full = family_of(self.model).tokens_per_image
+        return str(full), three_ways(pruner.counts(full, trace.layer_tokens))
 
     def _pictures(self, prompts: Prompts, trace: Trace) -> Pictures:
         """The picture as the tower sees it: what enters the language model, then every cut."""

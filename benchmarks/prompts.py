@@ -1,7 +1,7 @@
 """Conversations as a model takes them: token ids, and images already encoded."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
@@ -24,6 +24,7 @@ class Prompts:
         pixel_values: the same images before the tower.
         images: how many images each prompt has.
         vision_s: seconds that encoding took.
+        cropped: whether the model sees only the middle of images that are not square.
     """
 
     tensors: dict[str, Tensor]
@@ -31,6 +32,7 @@ class Prompts:
     pixel_values: Tensor | None
     images: list[int]
     vision_s: float
+    cropped: bool = False
 
     def row(self, number: int, trace: Trace) -> dict[str, Any]:
         """What results say about one prompt, pruned as in `trace`; means are over its images.
@@ -45,6 +47,8 @@ class Prompts:
         return {
             "images": count,
             "image_tokens": counts,
+            "cropped": self.cropped,
+            "grids": self.vision.grids[own] if self.vision else [],
             "text_tokens": int(self.tensors["attention_mask"][number].sum()) - sum(counts),
             "vision_flops": sum(self.vision.flops[own]) if self.vision else 0.0,
             "layer_tokens": [sum(layer[pruned]) / max(1, count) for layer in trace.computed],
@@ -63,7 +67,8 @@ def make_prompts(
         text=texts, images=given if every else None, padding=True, padding_side="left",
         return_tensors="pt",
     ).to(model.device)  # fmt: skip
-    return encoded(model, inputs, [len(row) for row in images])
+    cropped = bool(getattr(processor.image_processor, "do_center_crop", False))
+    return replace(encoded(model, inputs, [len(row) for row in images]), cropped=cropped)
 
 
 def encoded(model: Any, inputs: Mapping[str, Any], images: list[int]) -> Prompts:

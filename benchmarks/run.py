@@ -5,10 +5,11 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from vlm_prune.benchmarks.claim import claim
@@ -16,6 +17,7 @@ from vlm_prune.benchmarks.latency import Phases, timed_generate
 from vlm_prune.benchmarks.prompts import Prompts, make_prompts
 from vlm_prune.benchmarks.summary import summarise
 from vlm_prune.benchmarks.tasks import TASKS, Sample
+from vlm_prune.learners.store import adapter_digest
 from vlm_prune.pruning import DecoderPruner
 from vlm_prune.pruning.schedule import Schedule
 from vlm_prune.vlm.errors import InputError
@@ -89,17 +91,30 @@ def samples_of(tasks: tuple[str, ...], limit: int, seed: int, split: str) -> lis
 class RunFolder:
     """`config.json`, one row per question in `samples.jsonl`, `results.json` at the end.
 
-    One run writes to a folder at a time; of several processes of a run it is the first.
+    One run writes to a folder at a time; of several processes of a run it is the first. A `with`
+    block lets go of the folder at its end.
     """
+
+    lock: FileLock | None = None
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path, self.config = path, config
+        noted = asdict(config)
+        if config.wings is not None:  # an adapter may change under its name
+            noted["adapter"] = adapter_digest(config.wings)
         path.mkdir(parents=True, exist_ok=True)
         self.rows: dict[str, dict[str, Any]] = {}
         if int(os.environ.get("RANK", "0")) > 0:
             return
-        self.lock = claim(path, asdict(config), "*.jsonl")
+        self.lock = claim(path, noted, "*.jsonl")
         self.rows = self._read()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.lock is not None:
+            self.lock.release()
 
     @property
     def log(self) -> Path:

@@ -92,13 +92,19 @@ def proposal(model: Any, points: list[int], budget: int, cuts: int, tokens: int)
         raise InputError("no layer stands out, so there is nothing to propose; give more --limit")
     schedule = Schedule(layers, tuple(places), tuple(share for _, share in pattern[: len(places)]))
     method = AdaptInfer(budget=budget, schedule=schedule)
+    made = method.cuts(tokens, layers)
+    computed = [
+        float(min([tokens, *(cut.keep for cut in made if cut.layer <= layer)]))
+        for layer in range(layers)
+    ]
     return {
         **asdict(schedule),
         "histogram": counts,
         "change_points": len(points),
         "budget": budget,
         "tokens": tokens,
-        "cuts": [asdict(cut) for cut in method.cuts(tokens, layers)],
+        "cuts": [asdict(cut) for cut in made],
+        "counts": method.counts(tokens, computed),
         "versions": versions(),
         "command": command(),
     }

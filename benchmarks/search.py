@@ -6,6 +6,7 @@ score on those questions flatters it: it is compared with the single methods on 
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from vlm_prune.benchmarks.environment import command, versions
 from vlm_prune.benchmarks.metrics.paired import difference, mcnemar
 from vlm_prune.benchmarks.run import RunConfig, RunFolder, Variant, evaluate
-from vlm_prune.benchmarks.table import as_gain, as_markdown, percent
+from vlm_prune.benchmarks.table import THREE_WAYS, as_gain, as_markdown, percent, three_ways
 from vlm_prune.pruning import DecoderPruner, VisionPruner
 from vlm_prune.pruning.best import described
 from vlm_prune.vlm.families import family_of
@@ -42,10 +43,10 @@ FINALISTS = 3
 
 @dataclass(frozen=True)
 class Round:
-    """What one round measured: accuracy by task of each variant, and image tokens per layer."""
+    """What one round measured: accuracy by task of each variant, and image tokens in three ways."""
 
     scores: list[dict[str, NDArray[np.float64]]]
-    computed: list[float]
+    tokens: list[dict[str, Any]]
 
     def accuracy(self, number: int) -> float:
         """Mean over tasks, rounded so that equal ones are equal."""
@@ -115,17 +116,19 @@ class Search:
     def measure(self, name: str, variants: list[Variant], limit: int, seed: int) -> Round:
         """All variants on the same validation questions; the seed decides which."""
         config = replace(self.common, split="val", limit=limit, seed=seed)
-        folders = [
-            RunFolder(
-                self.output / name / _folder(variant),
-                replace(config, variant=variant),
-            )
-            for variant in variants
-        ]
-        with self.watch(name, limit) as advance:
+        with ExitStack() as stack:
+            folders = [
+                stack.enter_context(
+                    RunFolder(
+                        self.output / name / _folder(variant),
+                        replace(config, variant=variant),
+                    )
+                )
+                for variant in variants
+            ]
+            advance = stack.enter_context(self.watch(name, limit))
             results = evaluate(self.model, self.processor, folders, advance)
-        scores = [folder.scores() for folder in folders]
-        return Round(scores, [run["tokens"]["layer_mean"] for run in results])
+        return Round([folder.scores() for folder in folders], [run["tokens"] for run in results])
 
     def winners(self, budgets: list[int]) -> dict[int, Variant]:
         """The best combination at each budget."""
@@ -183,7 +186,7 @@ def _compared(every: list[Variant], measured: Round, first: int, count: int) -> 
             {
                 "method": every[number].method,
                 "accuracy": measured.accuracy(number),
-                "layer_mean": measured.computed[number],
+                "tokens": measured.tokens[number],
                 "difference": point,
                 "ci": interval,
                 "p": mcnemar(measured.scores[first], measured.scores[number]),
@@ -197,20 +200,20 @@ def _compared(every: list[Variant], measured: Round, first: int, count: int) -> 
         "wins": all(entry["ci"][0] > 0 for entry in against),
         "combination": described(every[first].method, every[first].arguments),
         "combination_accuracy": measured.accuracy(first),
-        "layer_mean": measured.computed[first],
+        "tokens": measured.tokens[first],
         "against": against,
     }
 
 
 def lines(entry: dict[str, Any]) -> list[list[str]]:
     """Header and one row per single method: its accuracy and how far the combination is above."""
-    rows = [["method", "tokens per layer", "accuracy %", "combination minus it [95 %]", "p"]]
+    rows = [["method", f"tokens {THREE_WAYS}", "accuracy %", "combination minus it [95 %]", "p"]]
     own = percent(entry["combination_accuracy"])
-    rows.append([entry["combination"], f"{entry['layer_mean']:.1f}", own, "", ""])
+    rows.append([entry["combination"], three_ways(entry["tokens"]), own, "", ""])
     for other in sorted(entry["against"], key=lambda other: -other["accuracy"]):
-        accuracy, computed = percent(other["accuracy"]), f"{other['layer_mean']:.1f}"
+        accuracy, tokens = percent(other["accuracy"]), three_ways(other["tokens"])
         gain = as_gain(other["difference"], other["ci"])
-        rows.append([other["method"], computed, accuracy, gain, f"{other['p']:.3f}"])
+        rows.append([other["method"], tokens, accuracy, gain, f"{other['p']:.3f}"])
     return rows
 
 

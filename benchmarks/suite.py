@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -95,16 +96,16 @@ def forgetting(
         configs["wings"] = config
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("a suite runs in one process; start it without accelerate launch")
-    folders = {role: RunFolder(output / role, own) for role, own in configs.items()}
     skipped: dict[str, dict[str, str]] = {}
-    try:
+    with ExitStack() as stack:
+        folders = {
+            role: stack.enter_context(RunFolder(output / role, own))
+            for role, own in configs.items()
+        }
         if lmms.needed(config.tasks):
             skipped = _through_lmms(folders, data_root, tick)
         else:
             _embedded(folders, tick)
-    finally:
-        for folder in folders.values():
-            folder.lock.release()
     results = summarise(config, folders, skipped)
     if not results["tasks"]:
         raise InputError(f"no task could be run: {next(iter(skipped['vlm'].values()))}")

@@ -13,9 +13,9 @@ from vlm_prune.benchmarks.roofline import Timing
 from vlm_prune.benchmarks.shapes import SHAPES
 from vlm_prune.learners import WingsConfig, attach, detach
 from vlm_prune.learners.cost import learner_flops, router_flops
+from vlm_prune.learners.model import wings_layers
 from vlm_prune.vlm.cost import prefill_flops
 from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.families import family_of
 
 TOKENS, IMAGE = 1000, 729
 PHASES = ("prefill", "decode")
@@ -29,31 +29,47 @@ def extra_flops(shape: str, rank: int) -> dict[str, float]:
     whole, config = prefill_flops(text, *counted), WingsConfig(rank)
     return {
         "learners": learner_flops(text, config, *counted) / whole,
-        "router": router_flops(text, config, *counted) / whole,
+        "router": router_flops(text, config, *counted, rides=True) / whole,
+        "router on a GPU": router_flops(text, config, *counted, rides=False) / whole,
     }
+
+
+def shape_with_tokens(shape: str) -> Any:
+    """The configuration of a LLaVA-1.5 shape whose images have 729 tokens.
+
+    Raises:
+        InputError: for another architecture.
+    """
+    architecture = SHAPES[shape]()
+    if architecture.model_type != "llava":
+        raise InputError(f"learners are timed on shapes of LLaVA-1.5, not {shape}")
+    vision = architecture.vision_config
+    vision.image_size = round(IMAGE**0.5) * vision.patch_size
+    architecture.image_seq_length = IMAGE
+    return architecture
 
 
 @torch.inference_mode()
 def bench_wings(config: BenchConfig, rank: int) -> dict[str, Any]:
     """Time a model with and without learners in turn, after one warm-up each.
 
-    The prompt has 1,000 tokens, one image among them; images are encoded beforehand. Learners are
-    untrained, which takes as long. Times are milliseconds per call, `decode` per token.
+    The prompt has 1,000 tokens, 729 of them of one image; images are encoded beforehand. Weights
+    are random, those of learners too. Times are milliseconds per call, `decode` per token.
     """
     flops = {
         name: extra_flops(name, rank) for name in dict.fromkeys((config.shape, "llava-1.5-7b"))
     }
-    wings, model = WingsConfig(rank), random_model(config)
-    family = family_of(model)
-    if not family.fixed_size:
-        raise InputError(f"learners are timed on shapes of LLaVA-1.5, not {config.shape}")
-    config = replace(config, text=TOKENS - family.tokens_per_image)
+    wings, model = WingsConfig(rank), random_model(config, shape_with_tokens(config.shape))
+    config = replace(config, text=TOKENS - IMAGE)
     prompts = encoded(model, random_prompt(config, model), [1] * config.batch)
     samples: dict[str, list[dict[str, float]]] = {"plain": [], "wings": []}
     for _ in range(config.repeats + 1):
         for name, rows in samples.items():
             if name == "wings":
                 attach(model, wings)
+                for layer in wings_layers(model).values():
+                    for parameter in layer.parameters():
+                        parameter.normal_(0, 0.02)
             _, phases, _ = timed_generate(
                 model, prompts,
                 max_new_tokens=config.new_tokens, min_new_tokens=config.new_tokens,
@@ -94,12 +110,13 @@ def about_wings(results: dict[str, Any]) -> list[str]:
     return [
         (
             f"{config['shape']}, batch {config['batch']}, {config['dtype']}: learners of rank "
-            f"{config['rank']} in every layer, a prompt of {TOKENS} tokens with one image"
+            f"{config['rank']} in every layer, a prompt of {TOKENS} tokens, {IMAGE} of an image"
         ),
         machine,
         *(
             f"computed for {name}, {IMAGE} of {TOKENS} tokens of an image: learners "
-            f"+{100 * share['learners']:.1f} %, reading the router +{100 * share['router']:.1f} %"
+            f"+{100 * share['learners']:.1f} %, reading the router +{100 * share['router']:.1f} % "
+            f"(on a GPU +{100 * share['router on a GPU']:.1f} %)"
             for name, share in results["extra_flops"].items()
         ),
     ]

@@ -1,5 +1,6 @@
 """A CLIP of open_clip or Hugging Face behind one set of methods: load, encode, save."""
 
+import hashlib
 import importlib
 import json
 import os
@@ -98,6 +99,15 @@ class Clip:
     def trains(self, tower: Tower) -> bool:
         """Whether some parameter of a tower takes gradients."""
         return any(parameter.requires_grad for parameter in self.parameters(tower).values())
+
+    def fingerprint(self) -> str:
+        """A short digest of all weights and their names."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            plain = tensor.detach().cpu().contiguous().flatten()
+            digest.update(plain.view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:16]
 
     def save(self, folder: Path) -> None:
         """Write a plain checkpoint of the model's own library, safetensors only.

@@ -1,7 +1,8 @@
 """Where a CLIP is adapted, and how it is trained on each task."""
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal, get_args
 
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.registry import unknown
@@ -13,9 +14,29 @@ MODULES: tuple[Module, ...] = get_args(Module)
 TextTerm = Literal["all", "present", "none"]
 
 
+def check_options(kind: type[Any], what: str, options: Mapping[str, Any]) -> None:
+    """Raise `InputError` for an option that a dataclass lacks, or whose value is of another kind."""
+    known = {f.name: f for f in fields(kind) if f.init}
+    for option, value in options.items():
+        if option not in known:
+            raise InputError(unknown(f"option of {what}", option, known))
+        field = known[option]
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if not _alike(value, default):
+            raise InputError(f"{option} of {what} is {value!r}; give a value such as {default!r}")
+
+
+def _alike(value: Any, default: Any) -> bool:
+    if default is None or isinstance(default, tuple):
+        return True
+    if isinstance(default, float) and not isinstance(value, bool):
+        return isinstance(value, int | float)
+    return type(value) is type(default)
+
+
 def above(field: str, value: float, least: float, strict: bool = False) -> None:
     """Raise `InputError` unless `value` is at least (or, if strict, above) `least`."""
-    if not (value > least if strict else value >= least):
+    if not isinstance(value, int | float) or not (value > least if strict else value >= least):
         bound = f"above {least:g}" if strict else f"{least:g} or more"
         raise InputError(f"{field} {value} is out of range; give {bound}")
 

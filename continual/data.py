@@ -1,5 +1,7 @@
 """Batches of a task: which images, in which order, augmented how; all a function of the seed."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,8 +28,12 @@ def plan(images: int, batch: int, steps: int, key: Sequence[int]) -> list[list[i
     return batches[:steps]
 
 
-class Pictures(Dataset[tuple[Tensor, int]]):
-    """Pixels and label of a split's images; a draw with a seed is augmented by that seed."""
+class Pictures(Dataset[tuple[Tensor, int] | InputError]):
+    """Pixels and label of a split's images; a draw with a seed is augmented by that seed.
+
+    An image that cannot be read is returned as its error: torch would make a traceback of many
+    lines of one that is raised in a process that loads images.
+    """
 
     def __init__(self, split: Sequence[tuple[Image.Image, int]], transform: Transform) -> None:
         self.split, self.transform = split, transform
@@ -35,16 +41,37 @@ class Pictures(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, int]:
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, int] | InputError:
         index, seed = draw
-        image, label = self.split[index]
+        try:
+            image, label = self.split[index]
+        except InputError as error:
+            return InputError(str(error))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.transform(image), label
 
 
-def _collate(rows: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-    return torch.stack([pixels for pixels, _ in rows]), torch.tensor([label for _, label in rows])
+def _collate(
+    rows: list[tuple[Tensor, int] | InputError],
+) -> tuple[Tensor, Tensor] | InputError:
+    sound = list[tuple[Tensor, int]]()
+    for row in rows:
+        if isinstance(row, InputError):
+            return row
+        sound.append(row)
+    return torch.stack([p for p, _ in sound]), torch.tensor([label for _, label in sound])
+
+
+def _load(
+    split: Sequence[tuple[Image.Image, int]], transform: Transform, batches: list[list[Draw]],
+    workers: int,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    data = Pictures(split, transform)
+    for batch in DataLoader(data, batch_sampler=batches, collate_fn=_collate, num_workers=workers):
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
 
 
 def train_batches(
@@ -56,7 +83,7 @@ def train_batches(
     All processes get as many rows; those that only pad have the label -1.
 
     Raises:
-        InputError: if a label is none of the task's classes.
+        InputError: if an image cannot be read, or a label is none of the task's classes.
     """
     mine: list[list[Draw]] = []
     for step, batch in enumerate(batches[first:], first):
@@ -64,10 +91,9 @@ def train_batches(
         draws = list(zip(batch, seeds, strict=True))[rank::world]
         lacking = -(-len(batch) // world) - len(draws)
         mine.append(draws + [(batch[0], PADDING)] * lacking)
-    data = Pictures(task.train, clip.train_transform)
     sound = [[(index, max(seed, 0)) for index, seed in draws] for draws in mine]
-    loader = DataLoader(data, batch_sampler=sound, collate_fn=_collate, num_workers=workers)
-    for draws, (pixels, labels) in zip(mine, loader, strict=True):
+    loaded = _load(task.train, clip.train_transform, sound, workers)
+    for draws, (pixels, labels) in zip(mine, loaded, strict=True):
         if not 0 <= int(labels.min()) <= int(labels.max()) < len(task.classes):
             known = f"0 to {len(task.classes) - 1}"
             raise InputError(f"{task.name!r} has a label outside its classes; give {known}")
@@ -82,9 +108,7 @@ def eval_batches(
     """Every world-th image of a split in order, not augmented."""
     draws = [(index, 0) for index in range(len(split))][rank::world]
     parts = [draws[at : at + batch] for at in range(0, len(draws), batch)]
-    data = Pictures(split, clip.eval_transform)
-    loader = DataLoader(data, batch_sampler=parts, collate_fn=_collate, num_workers=workers)
-    for pixels, labels in loader:
+    for pixels, labels in _load(split, clip.eval_transform, parts, workers):
         yield pixels.to(clip.device), labels.to(clip.device)
 
 
@@ -108,9 +132,12 @@ def prompts(task: Task, template: int = 0) -> list[str]:
 
 def facts(task: Task) -> dict[str, Any]:
     """What identifies a task in the record of a run."""
-    sizes = {"train": len(task.train), "test": len(task.test)}
+    drawn = [getattr(split, "indices", None) for split in (task.train, task.test)]
+    names = json.dumps([task.classes, task.templates, drawn])
     return {
         "name": task.name,
         "classes": len(task.classes),
-        "templates": task.templates[:1],
-    } | sizes
+        "train": len(task.train),
+        "test": len(task.test),
+        "digest": hashlib.sha256(names.encode()).hexdigest()[:16],
+    }

@@ -10,6 +10,7 @@ from vlm_prune.continual.clip import Clip
 from vlm_prune.continual.config import Recipe
 from vlm_prune.continual.data import eval_batches, prompts
 from vlm_prune.continual.methods import Method, Space
+from vlm_prune.continual.parallel import place, total
 from vlm_prune.continual.streams.base import Task
 
 
@@ -24,16 +25,20 @@ def class_features(clip: Clip, task: Task, ensemble: bool) -> Tensor:
 @torch.no_grad()
 def evaluate(
     clip: Clip, tasks: Sequence[Task], recipe: Recipe, method: Method | None = None,
-    rank: int = 0, world: int = 1, workers: int = 0,
+    texts: Sequence[Tensor] | None = None, workers: int = 0,
 ) -> list[Tensor]:  # fmt: skip
     """For each task which of its test images are classified right, (n,) of 0 and 1.
 
-    The sum over processes is the whole; each fills in every `world`-th image.
+    The images are shared out among all processes; every process gets the whole answer.
 
     With `recipe.joint` an image is scored against the classes of all tasks, seen or not, and
     otherwise against its own task's. A method that adds something to zero-shot scores does so.
+
+    Args:
+        texts: `class_features` of each task, if they are known.
     """
-    texts = [class_features(clip, task, recipe.ensemble) for task in tasks]
+    texts = texts or [class_features(clip, task, recipe.ensemble) for task in tasks]
+    rank, world = place()
     owner = [torch.full((len(t),), n, device=clip.device) for n, t in enumerate(texts)]
     label = [torch.arange(len(t), device=clip.device) for t in texts]
     right = []
@@ -49,9 +54,9 @@ def evaluate(
             if method is not None:
                 scores = method.scores(features, scores, space)
             best = scores.argmax(1)
-            hits.append(((space.task[best] == number) & (space.label[best] == labels)).cpu())
-        whole = torch.zeros(len(task.test), dtype=torch.uint8)
+            hits.append((space.task[best] == number) & (space.label[best] == labels))
+        whole = torch.zeros(len(task.test), dtype=torch.uint8, device=clip.device)
         if hits:
             whole[rank::world] = torch.cat(hits).to(torch.uint8)
-        right.append(whole)
+        right.append(total(whole).cpu())
     return right

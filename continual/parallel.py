@@ -29,9 +29,23 @@ class _Gather(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
+def place() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    together = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+
+
+def total(counts: Tensor) -> Tensor:
+    """The sum of a tensor over all processes."""
+    if place()[1] > 1:
+        counts = counts.clone()
+        dist.all_reduce(counts)
+    return counts
+
+
 def gather(rows: Tensor) -> Tensor:
     """Rows (m, ...) of all w processes, (w m, ...), differentiable; all must have m rows."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if place()[1] == 1:
         return rows
     joined: Tensor = _Gather.apply(rows)
     return joined
@@ -40,11 +54,11 @@ def gather(rows: Tensor) -> Tensor:
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its mean over the processes, in place."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if place()[1] == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
-    flat /= dist.get_world_size()
+    flat /= place()[1]
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))

@@ -5,34 +5,32 @@ folder holds `results.json`, `deltas`, `correct` (which test image was right aft
 `model`, a plain checkpoint of the model's own library with exactly the keys that it began with.
 """
 
-import hashlib
 import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
-from safetensors.numpy import load_file
 from torch import Tensor
 
 from vlm_prune.continual import checkpoint
 from vlm_prune.continual.clip import Clip, extra
 from vlm_prune.continual.config import Recipe, above
 from vlm_prune.continual.data import check, eval_batches, facts, plan, prompts, train_batches
-from vlm_prune.continual.evaluate import evaluate
+from vlm_prune.continual.evaluate import class_features, evaluate
 from vlm_prune.continual.methods import Context, Method
 from vlm_prune.continual.methods.base import Group
-from vlm_prune.continual.parallel import average_gradients, gather
+from vlm_prune.continual.metrics import drift
+from vlm_prune.continual.parallel import average_gradients, gather, place
+from vlm_prune.continual.results import Results, read_results
 from vlm_prune.continual.streams.base import Task
 from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.files import write_folder, write_json, write_text
+from vlm_prune.vlm.files import write_folder, write_json
 
 
 @dataclass(frozen=True)
@@ -67,31 +65,6 @@ class Run:
         above("workers", self.workers, 0)
 
 
-@dataclass(frozen=True)
-class Results:
-    """Top-1 accuracy in [0, 1], and which test images were right.
-
-    Args:
-        tasks: names of the N tasks.
-        zero_shot: (N,) before any task.
-        matrix: (N, N) after task t (row) on task i (column).
-        zero_shot_hits: for each task's test set (n,) of 0 and 1.
-        hits: for each task's test set (N, n), row t after task t.
-        trainable: parameters trained in each task.
-        added: parameters that answering needs beside the model's own, after each task.
-        norms: Frobenius norm of each task's change; None for methods without factors.
-    """
-
-    tasks: list[str]
-    zero_shot: NDArray[np.float64]
-    matrix: NDArray[np.float64]
-    zero_shot_hits: list[NDArray[np.uint8]]
-    hits: list[NDArray[np.uint8]]
-    trainable: list[int]
-    added: list[int]
-    norms: list[float | None]
-
-
 def train(run: Run, clip: Clip, tasks: Sequence[Task]) -> Results:
     """Train, or finish training; the CLIP is changed in place.
 
@@ -101,39 +74,44 @@ def train(run: Run, clip: Clip, tasks: Sequence[Task]) -> Results:
         InputError: if the tasks cannot be used, `run.output` holds another run, or training fails.
     """
     check(tasks)
-    accelerate = extra("accelerate")
-    accelerator = accelerate.Accelerator(mixed_precision="bf16" if run.bf16 else "no", cpu=run.cpu)
-    clip.model.to(accelerator.device)
-    trainer = _Trainer(run, clip, tasks, accelerator)
-    trainer.run_all()
+    _Trainer(run, clip, tasks).run_all()
     return read_results(run.output)
 
 
-def read_results(output: Path) -> Results:
-    """What a finished run wrote into its folder."""
-    record = json.loads((output / "results.json").read_text())
-    names, matrix = record["tasks"], np.array(record["matrix"], dtype=np.float64)
-    rows = ["zero-shot", *(f"task-{number}" for number in range(len(names)))]
-    before, *after = [load_file(output / "correct" / f"{row}.safetensors") for row in rows]
-    hits = [np.stack([row[name] for row in after]) for name in names]
-    zero_shot, first = np.array(record["zero_shot"]), [before[name] for name in names]
-    counts = record["trainable"], record["added"], record["norms"]
-    return Results(names, zero_shot, matrix, first, hits, *counts)
+def accelerator_of(run: Run) -> Any:
+    """accelerate's view of the devices and processes."""
+    precision = "bf16" if run.bf16 else "no"
+    # without being told, accelerate runs several processes without a GPU as if each were alone
+    cpu = run.cpu or not torch.accelerator.is_available()
+    return extra("accelerate").Accelerator(mixed_precision=precision, cpu=cpu)
 
 
 class _Trainer:
-    def __init__(self, run: Run, clip: Clip, tasks: Sequence[Task], accelerator: Any) -> None:
-        self.run, self.clip, self.tasks, self.accelerator = run, clip, tasks, accelerator
+    def __init__(self, run: Run, clip: Clip, tasks: Sequence[Task]) -> None:
+        self.run, self.clip, self.tasks = run, clip, tasks
         self.output, self.recipe = run.output, run.recipe
         self.method: Method = replace(run.method)
-        self.rank, self.world = accelerator.process_index, accelerator.num_processes
-        self.main: bool = accelerator.is_main_process
-        self._claim()
+        self.accelerator = accelerator_of(run)
+        self.rank, self.world = place()
+        self.main: bool = self.accelerator.is_main_process
+        ours = {
+            "method": self.method.name,
+            "options": self.method.options(),
+            "recipe": self.recipe,
+            "bf16": run.bf16,
+            "weights": clip.fingerprint(),
+            "tasks": [facts(task) for task in tasks],
+        }
+        checkpoint.claim(self.output / "run.json", ours, self.main)
         path = self.output / "results.json"
-        empty: dict[str, Any] = {"zero_shot": None, "matrix": []}
-        empty |= {"trainable": [], "added": [], "norms": []}
+        empty: dict[str, Any] = {"zero_shot": None}
+        empty |= {key: [] for key in ("matrix", "trainable", "added", "norms", "drift")}
         self.record = json.loads(path.read_text()) if path.is_file() else empty
-        accelerator.wait_for_everyone()
+        state = clip.model.state_dict()
+        self.initial = {name: t.detach().cpu().clone() for name, t in state.items()}
+        self.texts: list[Tensor] | None = None  # class features, until the text tower changes
+        clip.model.to(self.accelerator.device)
+        self.accelerator.wait_for_everyone()
 
     def run_all(self) -> None:
         if (self.output / "model").is_dir():
@@ -168,6 +146,8 @@ class _Trainer:
         groups = self.method.begin_task(self._context(number))
         named = self.clip.model.named_parameters()
         trained = {name: parameter for name, parameter in named if parameter.requires_grad}
+        if self.clip.trains("text"):
+            self.texts = None
         if groups:
             self.clip.model.train()
             self._fit(number, groups, trained)
@@ -176,6 +156,8 @@ class _Trainer:
         self.record["trainable"][number:] = [sum(p.numel() for p in trained.values())]
         self.record["added"][number:] = [self.method.added_parameters()]
         self.record["norms"][number:] = [None if delta is None else delta.norm()]
+        state = {name: t.cpu() for name, t in self.clip.model.state_dict().items()}
+        self.record["drift"][number:] = [drift(self.initial, state)]
         if self.main:
             if delta is not None:
                 delta.facts["name"] = self.tasks[number].name
@@ -193,7 +175,9 @@ class _Trainer:
         first, state = checkpoint.load_step(self.output, number, data, optimizer)
         if first:
             method.load_state(state)
-        self._cut_log(number, first)
+        if self.main:
+            log = self.output / "log.jsonl"
+            checkpoint.cut_log(log, lambda line: (line["task"], line["step"]) < (number, first))
         key = [recipe.seed, number]
         batches = plan(len(self.tasks[number].train), recipe.batch, recipe.steps, key)
         shares = train_batches(
@@ -249,11 +233,10 @@ class _Trainer:
 
     def _row(self, name: str, method: Method | None) -> list[float]:
         """Accuracy on every task; writes which images were right."""
-        arguments = self.clip, self.tasks, self.recipe, method, self.rank, self.world
-        right = [
-            self.accelerator.reduce(hits.to(self.accelerator.device), "sum").cpu()
-            for hits in evaluate(*arguments, self.run.workers)
-        ]
+        clip, recipe = self.clip, self.recipe
+        if self.texts is None:
+            self.texts = [class_features(clip, task, recipe.ensemble) for task in self.tasks]
+        right = evaluate(clip, self.tasks, recipe, method, self.texts, self.run.workers)
         if self.main:
             folder = self.output / "correct"
             folder.mkdir(exist_ok=True)
@@ -272,45 +255,3 @@ class _Trainer:
         if self.main:
             with (self.output / "log.jsonl").open("a") as file:
                 file.write(json.dumps({"task": number, "step": step, "loss": loss}) + "\n")
-
-    def _cut_log(self, number: int, step: int) -> None:
-        """Drop the lines of steps that will be taken again."""
-        path = self.output / "log.jsonl"
-        if self.main and path.is_file():
-            lines = path.read_text().splitlines(keepends=True)
-            # the last line may be torn
-            entries = [json.loads(line) for line in lines if line.endswith("\n")]
-            kept = [e for e in entries if (e["task"], e["step"]) < (number, step)]
-            write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
-
-    def _claim(self) -> None:
-        """Mark the folder as this run's, so that another one cannot go on from its checkpoints."""
-        ours = {
-            "method": self.method.name,
-            "options": self.method.options(),
-            "recipe": self.recipe,
-            "bf16": self.run.bf16,
-            "weights": _fingerprint(self.clip.model),
-            "tasks": [facts(task) for task in self.tasks],
-        }
-        text = json.dumps(ours, indent=2, default=_plain) + "\n"
-        path = self.output / "run.json"
-        if path.is_file() and path.read_text() != text:
-            raise InputError(
-                f"{self.output} holds another run; give an empty folder, or its settings and model"
-            )
-        if self.main:
-            self.output.mkdir(parents=True, exist_ok=True)
-            write_text(path, text)
-
-
-def _plain(value: Any) -> Any:
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
-
-
-def _fingerprint(model: Any) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]

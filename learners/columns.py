@@ -2,9 +2,10 @@
 
 The attention that a token pays to keys, weighted by a number for each key, is attention with
 those numbers as values. So it needs no attention maps, and SDPA, FlashAttention and the KV cache
-stay on. The columns are the values of a second call over the same queries and keys: appending them
-to the values of the first would be cheaper, but kernels round a wider head differently, and
-the model's own output must not move by a bit.
+stay on. On a CPU the columns ride along in the model's own call, as values beside its values, or,
+when decoding, where that would copy the cache, on the weights of the one query. This rounds
+differently; so while all columns are zero, as an untrained router's are, and wherever asking that
+would make a GPU wait, they have a call of their own and the model's output does not move by a bit.
 """
 
 import copy
@@ -12,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -19,11 +21,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 NAME = "vlm_prune_columns"
 
 
+def padded(columns: int) -> int:
+    """Columns that ride along for so many: a width that vectors divide."""
+    return -(-columns // 8) * 8
+
+
 @dataclass
 class Reader:
-    """Columns (B, N, C), C at most a head's width; `result` is sum_j a_ij columns_jc, (B, S, C).
+    """Columns (B, N, C); `result` is sum_j a_ij columns_jc, (B, S, C).
 
-    The attention weights a are averaged over heads.
+    The attention weights a are averaged over heads. All columns of a call fit into a head's width.
     """
 
     columns: Tensor
@@ -52,13 +59,44 @@ def _attend(
     module.config = module.config.plain
     eager = sys.modules[type(module).__module__].eager_attention_forward
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
-    output: tuple[Tensor, Tensor | None] = kernel(
-        module, query, key, value, attention_mask, **kwargs
-    )
-    for reader in readers:
-        width = reader.columns.shape[-1]
-        columns = F.pad(reader.columns.to(value.dtype), (0, value.shape[-1] - width))
-        columns = columns[:, None].expand(-1, key.shape[1], -1, -1)
-        read, _ = kernel(module, query, key, columns, attention_mask, **kwargs | {"dropout": 0.0})
-        reader.result = read[..., :width].mean(2)
-    return output
+    columns = torch.cat([reader.columns for reader in readers], -1).to(value.dtype)
+    count, width = columns.shape[-1], value.shape[-1]
+    maps = None
+    if key.device.type != "cpu" or kwargs.get("dropout") or not columns.any():
+        output, maps = kernel(module, query, key, value, attention_mask, **kwargs)
+        alone = _per_head(F.pad(columns, (0, width - count)), key)
+        read, _ = kernel(module, query, key, alone, attention_mask, **kwargs | {"dropout": 0.0})
+        read = read[..., :count].mean(2)
+    elif query.shape[2] == 1 and module.config._attn_implementation == "sdpa":
+        weights = _weights_of_one(query, key, attention_mask, kwargs["scaling"])
+        output = (weights @ value).flatten(1, 2)[:, None]
+        read = weights.mean((1, 2))[:, None] @ columns
+    else:
+        # kernels want queries, keys and values of one width
+        more = padded(count)
+        wide = torch.cat([value, _per_head(F.pad(columns, (0, more - count)), key)], -1)
+        query, key = F.pad(query, (0, more)), F.pad(key, (0, more))
+        both, maps = kernel(module, query, key, wide, attention_mask, **kwargs)
+        output, read = both[..., :width], both[..., width : width + count].mean(2)
+    parts = read.split([reader.columns.shape[-1] for reader in readers], -1)
+    for reader, part in zip(readers, parts, strict=True):
+        reader.result = part
+    return output, maps
+
+
+def _per_head(columns: Tensor, key: Tensor) -> Tensor:
+    """(B, N, C) -> (B, G, N, C) for the G heads of keys."""
+    return columns[:, None].expand(-1, key.shape[1], -1, -1)
+
+
+def _weights_of_one(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Attention of one query, by groups of heads that share keys.
+
+    Shapes: query (B, H, 1, d), key (B, G, N, d), mask (B, 1, 1, N) -> (B, G, H / G, N).
+    """
+    scores = query.unflatten(1, (key.shape[1], -1)).squeeze(3) @ key.transpose(-1, -2) * scaling
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1, dtype=torch.float32).to(query.dtype)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from vlm_prune.learners.columns import padded
 from vlm_prune.learners.config import WingsConfig
 
 _MULTIPLY_ADD = 2
@@ -32,17 +33,22 @@ def learner_flops(
 
 
 def router_flops(
-    text_config: Any, config: WingsConfig, text: float, image_per_layer: list[float]
+    text_config: Any,
+    config: WingsConfig,
+    text: float,
+    image_per_layer: list[float],
+    rides: bool,
 ) -> float:
-    """FLOPs of the router's reading: a second pass over the main attention, as `columns` does it.
+    """FLOPs of the router's reading, as `columns` does it.
 
-    A kernel in which its columns ride along would need next to none, but would round the main
-    attention differently.
+    Its columns widen the heads of the main attention where it `rides` along, on a CPU; on a GPU
+    it passes over queries and keys once more.
     """
     if not config.routed:
         return 0.0
     heads = text_config.num_attention_heads
     head = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    more = padded(len(config.modalities)) if rides else head
     layers = config.layers_of(len(image_per_layer))
     squares = sum((text + image_per_layer[layer]) ** 2 for layer in layers)
-    return float(_MULTIPLY_ADD * 2 * squares * heads * head)
+    return float(_MULTIPLY_ADD * 2 * squares * heads * more)

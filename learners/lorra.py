@@ -6,18 +6,18 @@ https://arxiv.org/abs/2406.03496, equation 4
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import rotate_half
 
 from vlm_prune.learners.tokens import Keys, Run
+from vlm_prune.vlm.errors import InputError
 
 Rotary = tuple[Tensor, Tensor]
 
 
 def rotated(heads: Tensor, rotary: Rotary) -> Tensor:
-    """Rotary position embedding of (B, H, N, d) with cos and sin tables (B or 1, N, d)."""
-    cos, sin = (table[:, None].to(heads.dtype) for table in rotary)
-    turned: Tensor = heads * cos + rotate_half(heads) * sin
-    return turned
+    """Rotary position embedding of (B, N, H, d) with cos and sin tables (B or 1, N, d)."""
+    cos, sin = (table[:, :, None].to(heads.dtype) for table in rotary)
+    first, second = heads.chunk(2, -1)
+    return torch.addcmul(heads * cos, torch.cat([-second, first], -1), sin)
 
 
 def attend(
@@ -25,13 +25,13 @@ def attend(
 ) -> Tensor:
     """Attention that gives zero, not a uniform mean, to a query with no visible key.
 
-    Shapes: query (B, H, S, d), key and value (B, H, M, d), visible (B, S, M) -> (B, H, S, d).
+    Shapes: query (B, H, S, d), key and value (B, H, M, d), visible (B, S, M) -> (B, S, H d).
     """
     empty = ~visible.any(-1, keepdim=True)
     output = F.scaled_dot_product_attention(
         query, key, value, (visible | empty)[:, None], dropout_p=dropout
     )
-    return output.masked_fill(empty[:, None], 0)
+    return output.transpose(1, 2).flatten(2).masked_fill(empty, 0)
 
 
 def attend_runs(
@@ -54,7 +54,29 @@ def attend_runs(
                 part, key[:, :, :seen], value[:, :, :seen], mask, dropout, is_causal=square
             )
         )
-    return torch.cat(outputs, 2)
+    return torch.cat([output.transpose(1, 2) for output in outputs], 1).flatten(2)
+
+
+def attend_one(
+    query: Tensor, key: Tensor, features: Tensor, inner: Tensor, up: Tensor, visible: Tensor | None
+) -> Tensor:
+    """One query per row, with values x + u W_b that are never written out.
+
+    A weighted mean of values is that of x plus that of u, mapped: the wide x are the same in all
+    layers, so that a layer reads its keys and the narrow u.
+
+    Shapes: query (B, H, 1, d), key and features (B, H, M, d), inner u (B, M, rank), up W_b^T
+    (H d, rank), visible (B, 1, M) or None for all -> (B, 1, H d).
+    """
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    if visible is not None:
+        scores = scores.masked_fill(~visible[:, None], torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    if visible is not None:
+        weights = weights * visible[:, None]
+    maps = up.unflatten(0, (query.shape[1], -1)).transpose(1, 2)
+    attended = weights @ features + (weights @ inner[:, None]) @ maps
+    return attended.flatten(1)[:, None]
 
 
 class LowRank(nn.Module):
@@ -75,9 +97,12 @@ class LowRank(nn.Module):
 
     def added(self, hidden: Tensor) -> Tensor:
         """x (I + W) in one pass over the wide tensor; (B, N, D) -> (B, N, D)."""
-        inner = self.down(hidden)
-        summed = torch.addmm(hidden.flatten(0, 1), inner.flatten(0, 1), self.up.weight.T)
-        return summed.view_as(hidden)
+        return self.onto(hidden, self.down(hidden))
+
+    def onto(self, wide: Tensor, inner: Tensor) -> Tensor:
+        """wide + inner W_b in one pass; (B, N, D), (B, N, rank) -> (B, N, D)."""
+        summed = torch.addmm(wide.flatten(0, 1), inner.flatten(0, 1), self.up.weight.T)
+        return summed.view_as(wide)
 
 
 class LoRRA(nn.Module):
@@ -86,9 +111,8 @@ class LoRRA(nn.Module):
     Q = h (I + W^Q), K = x (I + W^K), V = x (I + W^V), each W of low rank; the output map is of low
     rank without an identity, so an untrained learner gives exactly 0. Because of the identities
     keys and values are as wide as the hidden states, whatever grouping the main attention uses:
-    there are D / head_dim heads. With a cache they are kept like those of the main attention, and
-    every token has them in one learner of a layer; without, or where a row's tokens do not simply
-    go on, they are made of the features anew, which costs 4 M D rank products for M keys.
+    there are D / head_dim heads. With a cache, keys are kept at that width, since rotation leaves
+    them no low rank; values are kept as x, once for all layers, and `rank` numbers a layer.
 
     Args:
         width: D, of the hidden states.
@@ -107,37 +131,48 @@ class LoRRA(nn.Module):
             LowRank(width, rank, generator) for _ in range(4)
         )
 
-    def forward(self, hidden: Tensor, keys: Keys, rotary: Rotary | None) -> Tensor:
-        """Shapes: hidden (B, S, D), `rotary` cos and sin (B or 1, S, head_dim) -> (B, S, D)."""
-        query = self._heads(self.query.added(hidden))
-        key, value = self._keys_and_values(keys, rotary is not None)
-        if rotary is not None:
-            query = rotated(query, rotary)
-        dropout = self.dropout if self.training else 0.0
-        if keys.runs is None:
-            attended = attend(query, key, value, keys.visible, dropout)
-        else:
-            attended = attend_runs(query, key, value, keys.runs, dropout)
-        mixed: Tensor = self.output(attended.transpose(1, 2).flatten(2))
-        return mixed
+    def forward(
+        self,
+        hidden: Tensor,
+        keys: Keys,
+        rotary: Rotary | None,
+        weight: Tensor | float,
+        total: Tensor,
+    ) -> Tensor:
+        """`total` plus `weight` times what the learner says.
+
+        Shapes: hidden and total (B, S, D), `rotary` cos and sin (B or 1, S, head_dim), weight
+        (B, S, 1) -> (B, S, D).
+        """
+        attended = self._attended(hidden, keys, rotary)
+        return self.output.onto(total, self.output.down(attended) * weight)
+
+    def _attended(self, hidden: Tensor, keys: Keys, rotary: Rotary | None) -> Tensor:
+        query = self._heads(self.query.added(hidden), rotary)
+        key, inner = self._keys_and_values(keys, rotary is not None)
+        runs, dropout = keys.runs, self.dropout if self.training else 0.0
+        if hidden.shape[1] == 1 and not dropout:
+            # a single run sees all keys, but for the hidden one that stands where there is none
+            visible = None if runs and keys.visible.shape[2] == sum(runs[0][2:]) else keys.visible
+            return attend_one(query, key, keys.features, inner, self.value.up.weight, visible)
+        whole = keys.new.shape[1] == key.shape[2]
+        features = keys.new if whole else keys.features.transpose(1, 2).flatten(2)
+        value = self._heads(self.value.onto(features, inner), None)
+        if runs is None:
+            return attend(query, key, value, keys.visible, dropout)
+        return attend_runs(query, key, value, runs, dropout)
 
     def _keys_and_values(self, keys: Keys, rotate: bool) -> tuple[Tensor, Tensor]:
-        made = None if keys.made is None else keys.made.by_learner.get(self)
-        known = 0 if made is None or made[0].shape[2] != keys.known else keys.known
-        features = keys.features[:, known:]
-        if made is not None and known and not features.shape[1]:
-            return made
-        key = self._heads(self.key.added(features))
-        value = self._heads(self.value.added(features))
-        if rotate:
-            cos, sin = keys.rotary
-            key = rotated(key, (cos[:, known:], sin[:, known:]))
-        if made is not None and known:
-            key, value = torch.cat([made[0], key], 2), torch.cat([made[1], value], 2)
-        if keys.made is not None:
-            keys.made.by_learner[self] = key, value
-        return key, value
+        """Keys (B, H, M, head_dim) and what values are made of, x W_a (B, M, rank)."""
+        made = None if keys.made is None else keys.made.of(self)
+        if made is not None and len(made[0]) + keys.new.shape[1] != keys.visible.shape[2]:
+            raise InputError("this cache was filled with other learners; start an empty one")
+        if made is not None and not keys.new.shape[1]:
+            return made[0].whole, made[1].whole
+        key = self._heads(self.key.added(keys.new), keys.rotary if rotate else None)
+        inner = self.value.down(keys.new)
+        return (key, inner) if made is None else (made[0].append(key), made[1].append(inner))
 
-    def _heads(self, hidden: Tensor) -> Tensor:
-        heads: Tensor = hidden.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        return heads
+    def _heads(self, hidden: Tensor, rotary: Rotary | None) -> Tensor:
+        heads: Tensor = hidden.unflatten(-1, (-1, self.head_dim))
+        return (heads if rotary is None else rotated(heads, rotary)).transpose(1, 2)

@@ -1,11 +1,14 @@
 """Merging a tuned language model with its base, without training."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.load import load
 
 
 @torch.no_grad()
@@ -15,8 +18,10 @@ def merge(base: Any, tuned: Any, alpha: float) -> None:
     Needs no training, and rescues a model that has been tuned already; sweep `alpha` over [0, 1].
 
     Raises:
-        InputError: if the two language models differ in shape.
+        InputError: if `alpha` is out of range, or the two language models differ in shape.
     """
+    if not 0 <= alpha <= 1:
+        raise InputError(f"alpha {alpha} is out of range; give 0 (the base) to 1 (as tuned)")
     ours, theirs = (
         dict(family_of(model).decoder.named_parameters())
         | {f"head.{n}": p for n, p in model.get_output_embeddings().named_parameters()}
@@ -29,3 +34,18 @@ def merge(base: Any, tuned: Any, alpha: float) -> None:
         if parameter.data_ptr() not in moved:
             parameter.copy_(theirs[name].lerp(parameter, alpha))
             moved.add(parameter.data_ptr())
+
+
+def sweep(base: str, tuned: str, output: Path, alphas: Sequence[float]) -> list[Path]:
+    """Write one checkpoint of a tuned model for each alpha; returns their folders.
+
+    Raises:
+        InputError: if an alpha is out of range, or the two language models differ in shape.
+    """
+    original, folders = load(base)[0], [output / f"alpha-{alpha:g}" for alpha in alphas]
+    for alpha, folder in zip(alphas, folders, strict=True):
+        model, processor = load(tuned)
+        merge(original, model, alpha)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    return folders

@@ -47,22 +47,20 @@ class WingsLayer(nn.Module):
         self.residual: Tensor | None = None
 
     def forward(
-        self, hidden: Tensor, tokens: Tokens, rotary: Rotary, read: Tensor | None
+        self, main: Tensor, hidden: Tensor, tokens: Tokens, rotary: Rotary, read: Tensor | None
     ) -> Tensor:
-        """What is added to the main attention's output.
+        """The main attention's output with what the learners add.
 
-        Shapes: hidden (B, S, D), rotary (B or 1, S, head_dim), `read` what the main attention made
-        of the router's columns (B, S, learners) -> (B, S, D).
+        Shapes: main and hidden (B, S, D), rotary (B or 1, S, head_dim), `read` what the main
+        attention made of the router's columns (B, S, learners) -> (B, S, D).
         """
         turn = rotary if self.config.rope else None
-        outputs = [
-            self.learners[name](hidden, tokens.keys[name], turn) for name in self.config.modalities
-        ]
+        weights: tuple[Any, ...] = (self.config.scale,) * len(self.learners)
         if self.router is not None:
-            weights = self.router(read).to(hidden.dtype).split(1, -1)
-            outputs = [weight * output for weight, output in zip(weights, outputs, strict=True)]
-        total: Tensor = torch.stack(outputs).sum(0)
-        return self.config.scale * total
+            weights = (self.config.scale * self.router(read)).to(main.dtype).split(1, -1)
+        for name, weight in zip(self.config.modalities, weights, strict=True):
+            main = self.learners[name](hidden, tokens.keys[name], turn, weight, main)
+        return main
 
 
 @dataclass
@@ -225,7 +223,7 @@ def _add_learners(attention: Any, args: Any, kwargs: dict[str, Any], output: Any
     if layer.residual is not None:
         hidden, layer.residual = layer.residual + main, None
     read = kwargs["router"].result if layer.router is not None else None
-    return main + layer(hidden, kwargs["wings"], kwargs["position_embeddings"], read), maps
+    return layer(main, hidden, kwargs["wings"], kwargs["position_embeddings"], read), maps
 
 
 def _keep_residual(layer: WingsLayer, _: Any, args: tuple[Tensor, ...]) -> None:

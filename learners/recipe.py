@@ -3,7 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import nn
+from transformers import get_cosine_schedule_with_warmup
 
 from vlm_prune.learners.config import MODALITIES, Modality, WingsConfig
 from vlm_prune.learners.model import wings_layers
@@ -44,6 +46,15 @@ class Recipe:
     max_length: int = 2048
     seed: int = 42
     lora_rank: int = 128
+
+    def rates(self, method: "Method") -> str:
+        """The peak rates in words: no result can be compared without them."""
+        language = self.language_lr if self.stage == 2 and method.language != "frozen" else 0
+        learners = self.learner_lr if method.config(WingsConfig(), self.stage) else 0
+        return (
+            f"stage {self.stage} with learning rates {language:g} (language model), "
+            f"{self.projector_lr:g} (projector), {learners:g} (learners)"
+        )
 
 
 _PAPER_1 = Recipe(1, 0, 1e-3, 1e-3, batch=32, weight_decay=1e-9)
@@ -148,3 +159,21 @@ def open_parameters(model: Any, method: Method, stage: int) -> dict[Group, list[
         for parameter in parameters:
             parameter.requires_grad_(True)
     return groups
+
+
+def make_optimizer(
+    groups: dict[Group, list[nn.Parameter]], recipe: Recipe, steps: int
+) -> tuple[torch.optim.AdamW, Any]:
+    """AdamW with each group's own rate, and a cosine schedule over `steps`."""
+    rates = {
+        "projector": recipe.projector_lr,
+        "learners": recipe.learner_lr,
+        "language": recipe.language_lr,
+    }
+    optimizer = torch.optim.AdamW(
+        [{"params": p, "lr": rates[name]} for name, p in groups.items() if p],
+        weight_decay=recipe.weight_decay,
+        fused=True,
+    )
+    warmup = round(recipe.warmup * steps)
+    return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup, steps)

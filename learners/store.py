@@ -1,5 +1,6 @@
 """The learners alone on disk: safetensors and a JSON, laid out as peft lays out adapters."""
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -73,11 +74,25 @@ def read_adapter(model: Any, name: str | Path) -> tuple[WingsConfig, dict[str, T
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"cannot read a Wings adapter from {str(name)!r}: {reason}") from error
+        raise _unreadable(name, error) from error
     if base != _base(model):
         raise InputError(f"this adapter is for {_words(base)}; the model is {_words(_base(model))}")
     return config, weights
+
+
+def adapter_digest(name: str | Path) -> str:
+    """16 hexadecimal digits that change with an adapter's options or weights.
+
+    Raises:
+        InputError: if there is none in the folder or under the hub name.
+    """
+    found = hashlib.sha256()
+    try:
+        for part in (CONFIG, WEIGHTS):
+            found.update(Path(cached_file(str(name), part)).read_bytes())
+    except (OSError, ValueError) as error:
+        raise _unreadable(name, error) from error
+    return found.hexdigest()[:16]
 
 
 def load_adapter_state(model: Any, weights: dict[str, Tensor], strict: bool = True) -> None:
@@ -98,6 +113,11 @@ def load_adapter_state(model: Any, weights: dict[str, Tensor], strict: bool = Tr
     with torch.no_grad():
         for name, tensor in weights.items():
             own[name].copy_(tensor)
+
+
+def _unreadable(name: str | Path, error: Exception) -> InputError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return InputError(f"cannot read a Wings adapter from {str(name)!r}: {reason}")
 
 
 def _base(model: Any) -> dict[str, Any]:

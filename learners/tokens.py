@@ -1,5 +1,6 @@
 """The tokens at the input of the language model: what the learners attend to."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -11,18 +12,61 @@ from transformers.cache_utils import DynamicLayer
 
 from vlm_prune.learners.config import Modality, WingsConfig
 from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.tokens import compact
+from vlm_prune.vlm.tokens import compact, take
+
+SPARE = 256
+
+
+def _locked(tensor: Tensor) -> bool:
+    """Whether it was made in inference mode and must not be written to outside it."""
+    return tensor.is_inference() and not torch.is_inference_mode_enabled()
+
+
+class Grown:
+    """A tensor (..., N, d) that grows along N, with room to spare so that few steps copy it."""
+
+    def __init__(self) -> None:
+        self._room: Tensor | None = None
+        self._length = 0
+
+    @property
+    def whole(self) -> Tensor:
+        """All that was appended; a view."""
+        assert self._room is not None
+        return self._room[..., : self._length, :]
+
+    def __len__(self) -> int:
+        return self._length
+
+    def append(self, new: Tensor) -> Tensor:
+        """Append (..., n, d) and return `whole`."""
+        start, self._length = self._length, self._length + new.shape[-2]
+        if self._room is None:
+            self._room = new.contiguous()
+            return self.whole
+        if self._room.shape[-2] < self._length or _locked(self._room):
+            shape = *new.shape[:-2], self._length + SPARE, new.shape[-1]
+            room, self._room = self._room, new.new_empty(shape)
+            self._room[..., :start, :] = room[..., :start, :]
+        self._room[..., start : self._length, :] = new
+        return self.whole
 
 
 @dataclass
 class Made:
-    """Keys and values (B, H, M, head_dim) that each learner made of the tokens at `index` (B, M).
+    """What is kept of the tokens at `index` (B, M), and grows with them when decoding.
 
-    Decoding appends to them instead of making all of them anew for every token.
+    `features` (B, H, M, head_dim), and what each learner made of them: keys of that shape, and
+    (B, M, rank) for its values.
     """
 
     index: Tensor
-    by_learner: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    features: Grown = field(default_factory=Grown)
+    by_learner: dict[nn.Module, tuple[Grown, Grown]] = field(default_factory=dict)
+
+    def of(self, learner: nn.Module) -> tuple[Grown, Grown]:
+        """What a learner has made so far, to be appended to."""
+        return self.by_learner.setdefault(learner, (Grown(), Grown()))
 
 
 class Run(NamedTuple):
@@ -35,19 +79,19 @@ class Run(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """One modality's M tokens, for S queries.
+    """One modality's M tokens, for S queries; the last n of them are new, the first ones in `made`.
 
-    Shapes: features (B, M, D), rotary cos and sin (B, M, head_dim), visible (B, S, M). `runs` says
-    the same as `visible` where that is alike in all rows. Of the first `known` tokens keys and
-    values may be in `made` already.
+    Shapes: new (B, n, D), features of all (B, H, M, head_dim), rotary cos and sin of the new ones
+    (B, n, head_dim), visible (B, S, M). `runs` says the same as `visible` where that is alike in
+    all rows.
     """
 
+    new: Tensor
     features: Tensor
     rotary: tuple[Tensor, Tensor]
     visible: Tensor
     runs: tuple[Run, ...] | None = None
     made: Made | None = None
-    known: int = 0
 
 
 def keys_of(is_image: Tensor, valid: Tensor, config: WingsConfig) -> dict[Modality, Tensor]:
@@ -69,7 +113,8 @@ class Tokens:
     `rotary(features, positions)` gives the decoder's cos and sin tables; `keys` holds what each
     learner attends to, the same for all layers. `seen` (B, N, N) is what the main attention sees
     where that is not simply what comes before: rows packed from several questions. `made` is what
-    learners made of earlier tokens, kept with a cache.
+    learners made of earlier tokens, kept with a cache. `ranks` (B, N) is each token's place among
+    the valid ones of its sequence.
     """
 
     features: Tensor
@@ -82,8 +127,12 @@ class Tokens:
     seen: Tensor | None = None
     made: dict[Modality, Made] | None = None
     keys: dict[Modality, Keys] = field(init=False)
+    ranks: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        # padding does not shift a token's place in its row; packed rows say it by position
+        ranks = (self.valid.cumsum(1) - 1).clamp(min=0)
+        self.ranks = ranks if self.seen is None else self.positions
         # at once, not on demand: a checkpointed layer must not do more work than its recomputation
         self.keys = {
             modality: self._gather(modality, chosen)
@@ -91,23 +140,12 @@ class Tokens:
             if modality in self.config.modalities
         }
 
-    @property
-    def ranks(self) -> Tensor:
-        """Each token's place among the valid ones of its row, (B, N); padding does not shift it.
-
-        In packed rows it is the place in the token's own sequence, which its position says.
-        """
-        if self.seen is not None:
-            return self.positions
-        return (self.valid.cumsum(1) - 1).clamp(min=0)
-
     def _gather(self, modality: Modality, chosen: Tensor) -> Keys:
         causal = modality == "textual" or self.config.visual_mask == "causal"
         index, present = compact(chosen)
         if not index.shape[1]:
             # a hidden key keeps every weight in the graph, as data-parallel training wants it
             index, present = index.new_zeros(len(index), 1), present.new_zeros(len(index), 1)
-        features = self.features.gather(1, index[..., None].expand(-1, -1, self.features.shape[-1]))
         visible = present[:, None].expand(-1, self.queries, -1)
         if causal and self.seen is not None:
             visible = visible & self.seen.gather(2, index[:, None].expand_as(visible))
@@ -115,17 +153,19 @@ class Tokens:
             length = self.features.shape[1]
             query = torch.arange(length - self.queries, length, device=index.device)
             visible = visible & (index[:, None] <= query[:, None])
-        rotary = self.rotary(features, self.positions.gather(1, index))
-        runs = self._runs(chosen) if causal else None
-        if self.made is None:
-            return Keys(features, rotary, visible, runs)
-        earlier = self.made.get(modality)
-        known = 0 if earlier is None else earlier.index.shape[1]
-        if earlier is None or not torch.equal(earlier.index, index[:, :known]):
-            earlier, known = Made(index), 0
-        earlier.index = index
-        self.made[modality] = earlier
-        return Keys(features, rotary, visible, runs, earlier, known)
+        made = None if self.made is None else self.made.get(modality)
+        known = 0 if made is None else made.index.shape[1]
+        if self.made is not None:
+            if made is None or not torch.equal(made.index, index[:, :known]):
+                made, known = Made(index), 0
+            made.index, self.made[modality] = index, made
+        fresh = index[:, known:]
+        new = take(self.features, fresh)
+        rotary = self.rotary(new, self.positions.gather(1, fresh))
+        features = new.unflatten(-1, (-1, rotary[0].shape[-1])).transpose(1, 2)
+        if made is not None:
+            features = made.features.append(features)
+        return Keys(new, features, rotary, visible, self._runs(chosen) if causal else None, made)
 
     def _runs(self, chosen: Tensor) -> tuple[Run, ...] | None:
         """Runs of queries when all rows are alike; on a CPU, since looking makes a GPU wait."""
@@ -148,9 +188,8 @@ class Tokens:
         """
         if self.seen is not None:
             raise InputError("packed rows cannot be pruned in the stack; give a 2D attention mask")
-        wide = columns[..., None].expand(-1, -1, self.features.shape[-1])
         return Tokens(
-            self.features.gather(1, wide),
+            take(self.features, columns),
             self.is_image.gather(1, columns),
             valid,
             positions,
@@ -170,6 +209,11 @@ class _Stored(DynamicLayer):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.made: dict[Modality, Made] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Stored":
+        other = copy.copy(self)
+        vars(other).update(copy.deepcopy(vars(self) | {"made": {}}, memo))
+        return other
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.made.clear()

@@ -19,18 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import get_cosine_schedule_with_warmup
 
 from vlm_prune.learners.config import WingsConfig
 from vlm_prune.learners.data import IGNORED, Conversations, Example, collate, order
 from vlm_prune.learners.model import attach, detach
-from vlm_prune.learners.recipe import METHODS, Group, Recipe, open_parameters
+from vlm_prune.learners.recipe import METHODS, Group, Recipe, make_optimizer, open_parameters
 from vlm_prune.learners.store import load_adapter_state, read_adapter, save_pretrained
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.files import write_text
 from vlm_prune.vlm.load import load
 
+TRACKERS = ("tensorboard", "trackio")
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 
 
@@ -103,23 +103,6 @@ def prepare(run: Run) -> tuple[Any, Any, dict[Group, list[torch.nn.Parameter]], 
     return model, processor, open_parameters(model, method, stage), lora
 
 
-def make_optimizer(
-    groups: dict[Group, list[torch.nn.Parameter]], recipe: Recipe, steps: int
-) -> tuple[torch.optim.AdamW, Any]:
-    """AdamW with each group's own rate, and a cosine schedule over `steps`."""
-    rates = {
-        "projector": recipe.projector_lr,
-        "learners": recipe.learner_lr,
-        "language": recipe.language_lr,
-    }
-    optimizer = torch.optim.AdamW(
-        [{"params": p, "lr": rates[name]} for name, p in groups.items() if p],
-        weight_decay=recipe.weight_decay,
-    )
-    warmup = round(recipe.warmup * steps)
-    return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup, steps)
-
-
 def train(run: Run, examples: list[Example]) -> None:
     """Train, or finish training.
 
@@ -134,19 +117,23 @@ def train(run: Run, examples: list[Example]) -> None:
     accelerator = accelerate.Accelerator(
         mixed_precision="bf16" if run.bf16 else "no",
         cpu=run.cpu,
+        log_with=[t for t in accelerate.tracking.get_available_trackers() if str(t) in TRACKERS],
+        project_dir=output,
         # a batch of text alone leaves the projector without gradients
         kwargs_handlers=[accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     accelerate.utils.set_seed(recipe.seed)
     model, processor, groups, lora = prepare(run)
     checkpoint_activations(model)
-    ratio = METHODS[run.method].text_ratio if run.text_ratio is None else run.text_ratio
+    method = METHODS[run.method]
+    ratio = method.text_ratio if run.text_ratio is None else run.text_ratio
     drawn = order([bool(e.images) for e in examples], ratio, recipe.epochs, recipe.seed)
     steps = -(-len(drawn) // recipe.batch)
     optimizer, schedule = make_optimizer(groups, recipe, steps)
     accelerator.register_for_checkpointing(schedule)
     wrapped, optimizer = accelerator.prepare(model.train(), optimizer)
     done = _resume(accelerator, output)
+    accelerator.init_trackers(output.name, {"method": run.method} | asdict(recipe))
     family = family_of(model)
     layout = family.image_token, family.tokens_per_image, recipe.max_length
     data = Conversations(examples, processor, *layout)
@@ -157,15 +144,19 @@ def train(run: Run, examples: list[Example]) -> None:
         except (_NotFinite, MemoryError, RuntimeError) as error:
             raise _stopped(error, step, names, output) from error
         entry = {"step": step, "loss": loss, "rates": schedule.get_last_lr()}
+        accelerator.log({"loss": loss, "rate": max(entry["rates"])}, step)
         schedule.step()
         if accelerator.is_main_process:
             with (output / "log.jsonl").open("a") as file:
                 file.write(json.dumps(entry) + "\n")
         if step % run.save_every == 0 and step < steps:
             _checkpoint(accelerator, output, step)
+    accelerator.end_training()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _finish(model, processor, lora, output)
+        last = json.loads((output / "log.jsonl").read_text().splitlines()[-1])
+        print(f"{output}: {run.method}, {recipe.rates(method)}; loss {last['loss']:.4f}")
 
 
 class _NotFinite(Exception):
@@ -251,7 +242,8 @@ def _claim(run: Run) -> None:
     free = ("output", "micro_batch", "save_every", "workers", "cpu")
     ours = {name: value for name, value in asdict(run).items() if name not in free}
     text, path = json.dumps(ours, indent=2) + "\n", run.output / "run.json"
-    if path.is_file() and path.read_text() != text:
+    started = (run.output / "log.jsonl").is_file()
+    if started and path.is_file() and path.read_text() != text:
         raise InputError(f"{run.output} holds another run; give an empty folder, or its settings")
     run.output.mkdir(parents=True, exist_ok=True)
     write_text(path, text)

@@ -10,7 +10,7 @@ from vlm_prune.pruning.base import (
 )
 from vlm_prune.pruning.best import Best
 from vlm_prune.pruning.cdpruner import CDPruner
-from vlm_prune.pruning.compose import Cascade, Merge
+from vlm_prune.pruning.compose import Cascade, Merge, merging
 from vlm_prune.pruning.dart import Dart
 from vlm_prune.pruning.divprune import DivPrune
 from vlm_prune.pruning.downsample import Downsample
@@ -77,4 +77,5 @@ __all__ = [
     "VisionZip",
     "Zoo",
     "ZooExact",
+    "merging",
 ]

@@ -1,8 +1,9 @@
 """What a pruner is: a dataclass of hyperparameters, applied to a model as a context manager."""
 
+import math
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
@@ -62,6 +63,14 @@ class Pruner(ABC):
     def __post_init__(self) -> None:
         check_budget(self.budget)
         self._choice("positions", get_args(Positions))
+        for own in fields(self):
+            value = getattr(self, own.name)
+            if own.type is int and type(value) is not int:
+                raise InputError(f"{own.name} {value!r} is not a whole number")
+            if own.type is float and not (type(value) in (int, float) and math.isfinite(value)):
+                raise InputError(f"{own.name} {value!r} is not a finite number")
+            if own.type is bool and type(value) is not bool:
+                raise InputError(f"{own.name} {value!r} is neither true nor false")
 
     def _choice(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:
@@ -108,6 +117,16 @@ class Pruner(ABC):
         compute the same there is one way to count; None where there is no paper to ask.
         """
         return layer_tokens[-1] if len(set(layer_tokens)) == 1 else None
+
+    def counts(self, tokens: int, layer_tokens: list[float]) -> dict[str, float | None]:
+        """An image's tokens in three ways: left at the end, the mean that layers compute, and as
+        the method's paper counts them; arguments as for `papers_count`.
+        """
+        return {
+            "kept": layer_tokens[-1],
+            "layer_mean": sum(layer_tokens) / len(layer_tokens),
+            "papers": self.papers_count(tokens, layer_tokens),
+        }
 
     def definition(self, tokens: int) -> str:
         """What it stands for on such an image, for a name that stands for another method."""

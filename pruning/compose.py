@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from vlm_prune.pruning.adaptinfer import AdaptInfer
 from vlm_prune.pruning.base import DecoderPruner, Pruner, Stage, VisionPruner
@@ -18,7 +19,7 @@ from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import Need
 from vlm_prune.vlm.midstack import Cut
-from vlm_prune.vlm.tokens import Kept, Trace, VisionTokens, take, tokens_for
+from vlm_prune.vlm.tokens import DecoderTokens, Kept, Trace, VisionTokens, take, tokens_for
 
 
 def _before_the_model(method: object) -> None:
@@ -92,7 +93,7 @@ class Cascade(Pruner):
 @dataclass
 class Merge(VisionPruner):
     """Any method before the language model, with each token that it drops averaged into the most
-    similar kept one: `divprune+merge`.
+    similar kept one: `divprune+merge`. `merging` does so for a method inside it: `fastv+merge`.
 
     Args:
         method: chooses the tokens; its own budget, positions and seed are replaced.
@@ -113,9 +114,35 @@ class Merge(VisionPruner):
 
     def reduce(self, vision: VisionTokens) -> Kept:
         method = replace(self.method, budget=self.budget, positions=self.positions, seed=self.seed)
-        kept = method.reduce(vision)
-        features = torch.stack(kept.features)
-        rest = others(torch.stack(kept.places), vision.projected.shape[1])
-        dropped = take(vision.projected, rest)
-        nearest = cosine(dropped, features).argmax(-1)
-        return Kept(kept.places, list(averaged(features, dropped, nearest)))
+        return _merged(method.reduce(vision), vision.projected)
+
+    @classmethod
+    def around(cls, method: Pruner) -> Pruner:
+        """Any method with merging; of a cascade it is what `inside` drops that is merged."""
+        if isinstance(method, Cascade):
+            return replace(method, inside=merging(method.inside))
+        if isinstance(method, DecoderPruner):
+            return merging(method)
+        return cls(method)  # type: ignore[arg-type]  # refused there in one line
+
+
+def merging(method: DecoderPruner) -> DecoderPruner:
+    """The method, with each token that a cut drops averaged into the most similar kept one.
+
+    Hyperparameters are those of the method. Similarity is the cosine of hidden states at the cut.
+    """
+    kind = type(method)
+
+    def reduce(self: DecoderPruner, tokens: DecoderTokens, keep: int) -> Kept:
+        return _merged(kind.reduce(self, tokens, keep), tokens.features)
+
+    merged: type[DecoderPruner] = type(f"{kind.__name__}Merge", (kind,), {"reduce": reduce})
+    return merged(**{own.name: getattr(method, own.name) for own in fields(method)})
+
+
+def _merged(kept: Kept, tokens: Tensor) -> Kept:
+    """What was kept of `tokens` (M, N, d), the rest averaged into it."""
+    features = torch.stack(kept.features)
+    dropped = take(tokens, others(torch.stack(kept.places), tokens.shape[1]))
+    nearest = cosine(dropped, features).argmax(-1)
+    return Kept(kept.places, list(averaged(features, dropped, nearest)))

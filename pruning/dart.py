@@ -26,7 +26,8 @@ class Dart(DecoderPruner):
 
     Similarity is the cosine of hidden states. The paper thresholds it; thresholds that meet a
     budget give each pivot an equal share of it. The norm of a key is L2 before rotation, which
-    rotation leaves as it is. Text pivots come from the question only.
+    rotation leaves as it is, and before a decoder's own norm of keys (Qwen3), after which all are
+    nearly equal. Text pivots come from the question only.
     """
 
     layer: int = 2

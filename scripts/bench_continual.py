@@ -9,19 +9,17 @@ import torch
 import typer
 
 from vlm_prune.benchmarks.continual.timing import step_times
+from vlm_prune.benchmarks.terminal import script
 from vlm_prune.continual.clip import Clip, load_clip
 from vlm_prune.continual.methods import make_method
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-
-@app.command()
 def main(
     model: Annotated[str, typer.Option(help="open_clip model")] = "ViT-B-32-quickgelu",
-    batch: int = 8,
-    classes: int = 8,
+    batch: Annotated[int, typer.Option(min=1)] = 8,
+    classes: Annotated[int, typer.Option(min=1)] = 8,
     rank: int = 16,
-    rounds: int = 20,
+    rounds: Annotated[int, typer.Option(min=1)] = 20,
     device: str = "cpu",
 ) -> None:
     """Alternate single steps of both methods; print the median times and the ratio of medians."""
@@ -43,4 +41,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    script(lambda: typer.run(main))

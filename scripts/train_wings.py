@@ -14,10 +14,9 @@ from vlm_prune.benchmarks.forgetting import choose_experiment
 from vlm_prune.benchmarks.terminal import script
 from vlm_prune.learners import WingsConfig
 from vlm_prune.learners.data import read_llava
-from vlm_prune.learners.merge import merge
+from vlm_prune.learners.merge import sweep
 from vlm_prune.learners.recipe import METHODS, PRESETS
 from vlm_prune.learners.train import Run, train
-from vlm_prune.vlm.load import load
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.callback(invoke_without_command=True)(choose_experiment)
@@ -32,10 +31,10 @@ def train_command(
     method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "wings",
     preset: Annotated[str, typer.Option(help=", ".join(PRESETS))] = "recommended-1",
     text_ratio: Annotated[float | None, typer.Option(help="share of text-only samples")] = None,
-    micro_batch: Annotated[int, typer.Option(help="samples per forward and device")] = 1,
+    micro_batch: Annotated[int, typer.Option(min=1, help="samples per forward and device")] = 1,
     rank: Annotated[int, typer.Option(help="of the learners")] = 64,
     layers: Annotated[list[int] | None, typer.Option(help="decoder layers with learners")] = None,
-    seed: int = 42,
+    seed: Annotated[int, typer.Option(min=0)] = 42,
 ) -> None:
     """Run one stage of one method."""
     recipe = replace(PRESETS[preset], seed=seed)
@@ -45,12 +44,15 @@ def train_command(
 
 
 @app.command(name="merge")
-def merge_command(base: str, tuned: str, output: Path, alpha: float = 0.5) -> None:
-    """Write base + alpha (tuned - base), language model only, as a checkpoint."""
-    model, processor = load(tuned)
-    merge(load(base)[0], model, alpha)
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
+def merge_command(
+    base: str,
+    tuned: str,
+    output: Path,
+    alpha: Annotated[list[float] | None, typer.Option(help="0.5 unless given; repeatable")] = None,
+) -> None:
+    """Write base + alpha (tuned - base), language model only, as OUTPUT/alpha-*."""
+    for folder in sweep(base, tuned, output, alpha or [0.5]):
+        typer.echo(folder)
 
 
 if __name__ == "__main__":

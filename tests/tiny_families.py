@@ -1,8 +1,11 @@
-"""A tiny random model and its processor for each family, from the real classes."""
+"""A tiny random model and its processor for each family, from the real classes, and its state."""
 
+import copy
+from contextlib import contextmanager
 from itertools import chain
 
 import numpy as np
+import pytest
 import torch
 import transformers as hf
 from PIL import Image
@@ -273,3 +276,43 @@ class Tiny:
         )
         self.processor.tokenizer.padding_side = "left"
         return out
+
+    def encode(self, inputs):
+        """The images of these inputs, through tower and projector."""
+        family = family_of(self.model)
+        names = ("pixel_values", "input_ids", *family.image_inputs)
+        return family.encode(**{name: inputs[name] for name in names if name in inputs})
+
+
+def snapshot(model):
+    """What a block must leave as it was: hooks, attributes (functions by identity), configurations.
+
+    Values of other attributes are the model's own, such as Qwen's offset of positions.
+    """
+    return (
+        {
+            name: (
+                list(module._forward_pre_hooks),
+                list(module._forward_hooks),
+                {key: callable(value) and id(value) for key, value in vars(module).items()},
+            )
+            for name, module in model.named_modules()
+        },
+        copy.deepcopy(model.config.to_dict()),
+        copy.deepcopy(vars(model.generation_config)),
+    )
+
+
+@contextmanager
+def failing(module):
+    """A module that fails when it is called, and the error that this raises."""
+
+    def fail(*_):
+        raise RuntimeError("inside")
+
+    hook = module.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(RuntimeError, match="inside"):
+            yield
+    finally:
+        hook.remove()

@@ -19,7 +19,10 @@ def encoder_query_key(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decoder_keys(layer: Any, hidden: Tensor) -> Tensor:
-    """Keys of a Llama-style layer before rotation, heads side by side; (B, L, D) -> (B, L, d)."""
+    """Keys of a Llama-style layer before its norm of keys, if any, and rotation, heads side by side.
+
+    Shapes: (B, L, D) -> (B, L, d).
+    """
     keys: Tensor = layer.self_attn.k_proj(layer.input_layernorm(hidden))
     return keys
 

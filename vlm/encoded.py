@@ -39,6 +39,13 @@ class Group:
         """N."""
         return self.tokens.projected.shape[1]
 
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """The one grid that all placeholders of an image are, None where there are others."""
+        (rows, columns), *others = self.tokens.grids
+        alone = not others and rows * columns == self.tokens.available
+        return (rows, columns) if alone else None
+
     def standing(self, places: Tensor) -> Tensor:
         """Where tokens stand among the placeholders; all N bring the spare ones with them."""
         if self.places is None:
@@ -74,6 +81,11 @@ class Images:
     def counts(self) -> list[int]:
         """Placeholders of each image."""
         return self._in_order([[g.tokens.available] * len(g.members) for g in self.groups])
+
+    @property
+    def grids(self) -> list[tuple[int, int] | None]:
+        """Rows and columns of each image whose placeholders are one grid over it in reading order."""
+        return self._in_order([[g.grid] * len(g.members) for g in self.groups])
 
     @property
     def flops(self) -> list[float]:

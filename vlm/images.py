@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
@@ -12,8 +13,8 @@ from vlm_prune.vlm.errors import InputError
 MAX_PIXELS = 89_000_000
 
 
-def open_image(source: str | Path | Image.Image) -> Image.Image:
-    """An RGB image from a file or a Pillow image; other modes are converted, transparency on white.
+def open_image(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
+    """An RGB image from a path, an open file or a Pillow image; other modes are converted, transparency on white.
 
     Raises:
         InputError: if the file is missing, unreadable or truncated, the image is empty, or it has
@@ -24,18 +25,19 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = source if isinstance(source, Image.Image) else Image.open(source)
             if min(image.size) < 1:
-                raise InputError(f"the image {_name(source)} is empty")
+                raise InputError(f"the image {_name(source)}is empty")
             if image.width * image.height > MAX_PIXELS:
                 raise InputError(_bomb(source))
             image.load()
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise InputError(_bomb(source)) from None
     except UnidentifiedImageError:
-        raise InputError(f"{_name(source)} is no image that Pillow can read") from None
+        raise InputError(f"{_name(source) or 'it '}is no image that Pillow can read") from None
     except (OSError, SyntaxError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"cannot read image {_name(source)}: {error}") from error
+        shown = f"image {_name(source)}".rstrip()
+        raise InputError(f"cannot read {shown}: {error}") from error
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
@@ -55,10 +57,9 @@ def _whole_images() -> Iterator[None]:
 
 
 def _name(source: object) -> str:
-    return "" if isinstance(source, Image.Image) else str(source)
+    """A file's name with a space behind it; nothing where there is none."""
+    return f"{source} " if isinstance(source, str | Path) else ""
 
 
 def _bomb(source: object) -> str:
-    return (
-        f"the image {_name(source)} has more than {MAX_PIXELS // 10**6} million pixels; shrink it"
-    )
+    return f"the image {_name(source)}has more than {MAX_PIXELS // 10**6} million pixels; shrink it"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,10 @@ def _readable(name: str) -> Iterator[str]:
         SafetensorError,
     ) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"cannot load model {name!r}: {first} (give 'tiny', a checkpoint folder, or a hub name)"
-        ) from error
+        hint = "give 'tiny', a checkpoint folder, or a hub name"
+        if get_close_matches(name, [EMBEDDED]):
+            hint = f"did you mean {EMBEDDED!r}?"
+        raise InputError(f"cannot load model {name!r}: {first} ({hint})") from error
 
 
 def family_type(name: str) -> Any:

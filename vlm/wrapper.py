@@ -28,9 +28,10 @@ def methods() -> Registry[Any]:
 def build(name: str, **hyperparameters: Any) -> Any:
     """A pruner by its registered name, or several joined by `+`.
 
-    `a+b` is the cascade of a, before the language model, and b, inside it; `a+merge` averages what
-    a drops into what it keeps. Hyperparameters are those of the whole; those of a part are named
-    after it, `inside.layer` (parts of a cascade are `pre` and `inside`, that of a merge `method`).
+    `a+b` is the cascade of a, before the language model, and b, inside it; `+merge` averages what
+    the method in front of it drops into what that keeps. Hyperparameters are those of the whole;
+    those of a part are named after it, `inside.layer` (parts of a cascade are `pre` and `inside`,
+    that of a merge before the language model is `method`).
 
     Raises:
         InputError: if a name is unknown or two methods do not go together.
@@ -42,7 +43,10 @@ def build(name: str, **hyperparameters: Any) -> Any:
     pruner = table[first]()
     for part in more:
         joined = table[part]
-        pruner = joined(pruner) if part == "merge" else table["cascade"](pruner, joined())
+        if part == "merge":
+            pruner = joined.around(pruner)
+        else:
+            pruner = table["cascade"](pruner, joined())
     return _replaced(pruner, hyperparameters)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_prune.benchmarks.continual.learn import fewer, learn_tasks, method_of, recipe_of
+from vlm_prune.continual import checkpoint
 from vlm_prune.continual.clip import load_clip
 from vlm_prune.continual.methods import Method
 from vlm_prune.continual.streams import Stream, Task, open_stream
@@ -93,13 +94,29 @@ class Experiment:
     tasks: int | None = None
     arms: tuple[str, ...] = tuple(ARMS)
 
+    def claim(self, write: bool = True) -> None:
+        """Note in the folder what decides its runs, or find it there; seeds and arms may grow.
+
+        Raises:
+            InputError: if the folder holds runs of other settings or of another CLIP.
+        """
+        names = ("steps", "batch", "test_per_class", "search_tasks", "tasks")
+        settings = {name: getattr(self, name) for name in names}
+        settings["weights"] = load_clip("tiny").fingerprint()
+        checkpoint.claim(self.output / "experiment.json", settings, write)
+
     def folder(self, label: str, seed: int) -> Path:
         """Of one arm's run."""
         return self.output / label.replace(", ", "-").replace("'", "").replace(" ", "-") / f"{seed}"
 
 
 def run_all(experiment: Experiment, tell: Callable[[str], None] = print) -> None:
-    """Search, then run every arm, seed by seed; `tell` hears which one begins."""
+    """Search, then run every arm, seed by seed; `tell` hears which one begins.
+
+    Raises:
+        InputError: if the folder belongs to other settings or to another CLIP.
+    """
+    experiment.claim()
     stream = open_stream("packaged")
     used = stream.tasks[: experiment.tasks]
     tasks = tuple(fewer(task, experiment.test_per_class) for task in used)
@@ -127,7 +144,7 @@ def search(
             folder = experiment.folder(f"search-{label}-{number}", 0)
             method, changes = _built(experiment, stream, label, candidate)
             run = Run(folder, method, recipe_of(stream, changes, 0))
-            report = learn_tasks(run, load_clip("tiny"), some, None)
+            report = learn_tasks(run, load_clip("tiny"), some)
             scores.append(candidate | {"average": report["metrics"]["average"]["value"]})
             write_json(path, record)
     best = {label: max(scores, key=lambda s: s["average"]) for label, scores in record.items()}
@@ -152,7 +169,7 @@ def run_one(
     )
     method, changes = _built(experiment, stream, label, candidate | follows)
     run = Run(folder, method, recipe_of(stream, changes, seed))
-    report = learn_tasks(run, load_clip("tiny"), tasks, outside)
+    report = learn_tasks(run, load_clip("tiny"), tasks, [outside])
     write_json(folder / "report.json", report)
 
 

@@ -1,7 +1,8 @@
 """The experiment's results: JSON, a page in Markdown, and a picture."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,20 +28,22 @@ from vlm_prune.continual.data import prompts
 from vlm_prune.continual.delta import Delta
 from vlm_prune.continual.diagnostics import survival
 from vlm_prune.continual.prox import total_shrinkage
+from vlm_prune.continual.results import read_results
 from vlm_prune.continual.streams import open_stream
-from vlm_prune.continual.train import read_results
 from vlm_prune.vlm.files import write_json, write_text
 
+GAIN = "codyra", "lora"
+WHICH = "codyra", "random-rank, codyra's counts and norms"
+SMALLER = "lora, codyra's norms", "lora"
+BUDGETED = "codyra-plus", "codyra"
 QUESTIONS = (
-    ("What does CoDyRA gain over LoRA of the same rank?", "codyra", "lora"),
+    ("What does CoDyRA gain over LoRA of the same rank?", *GAIN),
     ("Does it matter which ranks survive? Against as many at random",
      "codyra", "random-rank, codyra's counts"),
-    ("The same, at equal norms too",
-     "codyra", "random-rank, codyra's counts and norms"),
-    ("Is a smaller update enough? LoRA with CoDyRA's norms against LoRA",
-     "lora, codyra's norms", "lora"),
+    ("The same, at equal norms too", *WHICH),
+    ("Is a smaller update enough? LoRA with CoDyRA's norms against LoRA", *SMALLER),
     ("What is left of the gain at equal norms?", "codyra", "lora, codyra's norms"),
-    ("Is the budgeted variant better than CoDyRA?", "codyra-plus", "codyra"),
+    ("Is the budgeted variant better than CoDyRA?", *BUDGETED),
 )  # fmt: skip
 SHOWN = ("transfer", "average", "last", "forgetting")
 
@@ -62,11 +65,12 @@ def collect(experiment: Experiment) -> dict[str, Any]:
             "lr": first["recipe"]["lr"] if ARMS[label].rate else None,
             "metrics": figures(runs[label]),
             "metrics_by_seed": values(runs[label]),
-            "retention": [report["retention"] for report in reports],
+            "retention": [report["retention"]["scenes"] for report in reports],
             "trainable_parameters": first["trainable_parameters"][0],
             "added_parameters": first["added_parameters"][-1],
             "update_norms": [report["update_norms"] for report in reports],
             "drift": [report["drift"] for report in reports],
+            "kept_rank": kept_rank(done.values()),
         }
     differences = [
         {"question": text, "of": one, "minus": other, **difference(runs[one], runs[other])}
@@ -77,7 +81,7 @@ def collect(experiment: Experiment) -> dict[str, Any]:
     for name in ("search", "step_ms"):
         path = experiment.output / f"{name}.json"
         recorded[name] = json.loads(path.read_text()) if path.is_file() else {}
-    return {
+    found = {
         "settings": {k: v for k, v in asdict(experiment).items() if k != "output"},
         "finished": sum(len(row["seeds"]) for row in rows.values()),
         "planned": experiment.seeds * len(experiment.arms),
@@ -89,20 +93,66 @@ def collect(experiment: Experiment) -> dict[str, Any]:
         "device": device_name(torch.device("cpu")),
         "versions": versions("open_clip_torch", "timm", "peft"),
     }
+    return found | {"verdicts": verdicts(found)}
 
 
-def initial_gates(experiment: Experiment) -> dict[str, float]:
-    """How far CoDyRA's initial gates alone tell which components stay; means over tasks and seeds."""
-    folders = [experiment.folder("codyra", seed) / "deltas" for seed in range(experiment.seeds)]
-    files = [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
-    found = [survival(Delta.load(path), total_shrinkage(500, 0.5, 0.005)) for path in files]
+def kept_rank(folders: Iterable[Path]) -> float | None:
+    """Mean components per site that runs merged, over tasks and seeds; None without factors."""
+    ranks = [factors.rank for delta in deltas(folders) for factors in delta.factors.values()]
+    return float(np.mean(ranks)) if ranks else None
+
+
+def deltas(folders: Iterable[Path]) -> list[Delta]:
+    """The changes of all tasks of some runs."""
+    return [Delta.load(p) for f in folders for p in sorted((f / "deltas").glob("*.safetensors"))]
+
+
+def initial_gates(experiment: Experiment) -> dict[str, float | None]:
+    """How far CoDyRA's initial gates alone tell which components stay; means over tasks and seeds.
+
+    The correlation is None where all components of every task, or none, survived.
+    """
+    folders = [experiment.folder("codyra", seed) for seed in range(experiment.seeds)]
+    found = [survival(delta, total_shrinkage(500, 0.5, 0.005)) for delta in deltas(folders)]
     if not found:
         return {}
+    defined = [one.correlation for one in found if not math.isnan(one.correlation)]
     return {
         "agreement": float(np.mean([one.agreement for one in found])),
-        "correlation": float(np.mean([one.correlation for one in found])),
+        "correlation": float(np.mean(defined)) if defined else None,
         "kept_share": float(np.mean([one.mean_rank_share for one in found])),
     }
+
+
+def verdicts(found: Mapping[str, Any]) -> list[str]:
+    """What the paired differences say about the two questions, in sentences."""
+    pairs = {(one["of"], one["minus"]): one for one in found["differences"]}
+    lines = []
+    if all(pair in pairs and "last" in pairs[pair] for pair in (GAIN, WHICH, SMALLER)):
+        for name in ("transfer", "average", "last"):
+            gain, which, smaller = (pairs[pair].get(name) for pair in (GAIN, WHICH, SMALLER))
+            if gain is None or which is None or smaller is None:
+                continue
+            text = (
+                f"{name.capitalize()}: CoDyRA gains {cell(gain, '+')} over LoRA; a smaller update "
+                f"alone gains {cell(smaller, '+')}, and which ranks survive {cell(which, '+')}"
+            )
+            if gain["low"] > 0:
+                shares = (100 * one["value"] / gain["value"] for one in (smaller, which))
+                text += "; that is {:.0f} % and {:.0f} % of the gain.".format(*shares)
+            else:
+                text += "; the gain is within its interval, so there is nothing to divide."
+            lines.append(text)
+    plus = pairs.get(BUDGETED, {})
+    if "transfer" in plus:
+        wins = all(plus[name]["low"] > 0 for name in ("transfer", "last"))
+        ranks = [found["methods"][label]["kept_rank"] for label in BUDGETED]
+        lines.append(
+            f"CoDyRA-plus {'beats' if wins else 'does not beat'} CoDyRA on both Transfer "
+            f"({cell(plus['transfer'], '+')}) and Last ({cell(plus['last'], '+')}), with a mean "
+            "rank of {:.2f} against {:.2f}.".format(*ranks)
+        )
+    return lines
 
 
 def time_steps(experiment: Experiment, rounds: int = 10) -> None:
@@ -134,7 +184,8 @@ def page(found: Mapping[str, Any]) -> str:
         "against the classes of all tasks. Per cent; 95 % bootstrap intervals over seeds and test "
         "images (images alone where there is one seed). Forgetting: lower is better. Retention: "
         "change on `scenes`, which is no task, mean over seeds; ZSCL's reference images are other "
-        "drawings of `scenes`.\n\n"
+        "drawings of `scenes`. Drift: Frobenius distance of all weights from the initial ones at the "
+        "end; rank: mean components per adapted matrix that were merged.\n\n"
         f"`{found['command']}`; {found['device']}.\n\n"
     )
     lines = []
@@ -145,10 +196,21 @@ def page(found: Mapping[str, Any]) -> str:
         lines.append([
             label, len(row["seeds"]),
             *(cell(row["metrics"][name]) if name in row["metrics"] else "" for name in SHOWN),
-            f"{np.mean(kept):+.1f}", f"{row['trainable_parameters']:,}",
+            f"{np.mean(kept):+.1f}", f"{np.mean([d[-1] for d in row['drift']]):.2f}",
+            "" if row["kept_rank"] is None else f"{row['kept_rank']:.2f}", f"{row['trainable_parameters']:,}",
             f"{row['added_parameters']:,}", "" if step is None else f"{step:.0f}",
         ])  # fmt: skip
-    columns = ["method", "seeds", *SHOWN, "retention", "trained", "added at inference", "step ms"]
+    columns = [
+        "method",
+        "seeds",
+        *SHOWN,
+        "retention",
+        "drift",
+        "rank",
+        "trained",
+        "added at inference",
+        "step ms",
+    ]
     table = markdown_table(columns, lines)
     pairs = markdown_table(
         ["question", "difference", *SHOWN],
@@ -162,13 +224,14 @@ def page(found: Mapping[str, Any]) -> str:
         ],
     )
     gates = found["initial_gates"]
-    about = ""
+    about = "".join(f"- {line}\n" for line in found["verdicts"])
     if gates:
-        about = (
-            f"\nCoDyRA keeps {100 * gates['kept_share']:.1f} % of its components. The rule "
+        correlation = gates["correlation"]
+        about += (
+            f"- CoDyRA keeps {100 * gates['kept_share']:.1f} % of its components. The rule "
             '"|initial gate| > total shrinkage" alone tells '
             f"{100 * gates['agreement']:.1f} % of them right (correlation "
-            f"{gates['correlation']:.2f}).\n"
+            f"{'undefined' if correlation is None else format(correlation, '.2f')}).\n"
         )
     tried = markdown_table(
         ["arm", "candidate", "Average % on val"],
@@ -183,13 +246,14 @@ def page(found: Mapping[str, Any]) -> str:
         ],
     )
     return (
-        f"{head}{table}\n## Paired differences\n\n{pairs}{about}\n## Search\n\n"
+        f"{head}{table}\n## Paired differences\n\n{pairs}\n{about}\n## Search\n\n"
         f"Validation images of the first {settings['search_tasks']} tasks, seed 0.\n\n{tried}"
     )
 
 
 def write(experiment: Experiment, folder: Path) -> None:
     """`results.json`, `README.md` and `methods.png` in `folder`."""
+    experiment.claim(write=False)
     found = collect(experiment)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", found)

@@ -22,7 +22,7 @@ def choose_experiment(
         Path, typer.Option(help="Folder for the experiment's files; it resumes there.")
     ] = Path("runs/forgetting"),
     results: Annotated[Path, typer.Option(help="Folder for JSON, table and plot.")] = Path(
-        "benchmarks/results"
+        "benchmarks/results/forgetting"
     ),
     quick: Annotated[bool, typer.Option(help="A few steps, to see that it runs.")] = False,
 ) -> None:

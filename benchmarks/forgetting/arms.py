@@ -59,6 +59,12 @@ class Plan:
     def wings(self) -> WingsConfig:
         return WingsConfig(rank=self.rank, max_positions=2048)
 
+    def rate(self, arm: "Arm") -> str:
+        """The language model's learning rate in an arm, in words."""
+        if arm.method is None or METHODS[arm.method].language == "frozen":
+            return "merged" if arm.merged else "0"
+        return f"{self.stock_lr if arm.stock else self.wings_lr:g}"
+
     def recipe(self, arm: "Arm", stage: Literal[1, 2], seed: int, lora_rank: int = 1) -> Recipe:
         """Hyperparameters of one stage; `batch` counts rows."""
         return Recipe(

@@ -81,7 +81,8 @@ def run(plan: Plan, output: Path, results: Path, base: Path | None = None) -> di
                 for part in ("text", "visual")
             )
             total = len(plan.seeds) * len(ARMS)
-            console.print(f"{done}/{total} seed {seed}, {arm.title}: {figures}")
+            rate = f"language model's LR {plan.rate(arm)}"
+            console.print(f"{done}/{total} seed {seed}, {arm.title}, {rate}: {figures}")
     everything = about | {
         "device": device_name(torch.device("cpu")),
         "versions": versions(),

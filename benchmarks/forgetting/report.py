@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_prune.benchmarks.forgetting.arms import ARMS
+from vlm_prune.benchmarks.forgetting.arms import ARMS, Plan
 from vlm_prune.benchmarks.forgetting.measure import interval
 from vlm_prune.benchmarks.metrics.bootstrap import accuracy_interval
 from vlm_prune.benchmarks.table import as_markdown, percent
@@ -15,6 +15,7 @@ from vlm_prune.learners.laws import GROUPS
 from vlm_prune.vlm.files import whole, write_json, write_text
 
 NAME = "forgetting"
+KEPT, BEHIND = 0.98, 1  # share of text-only accuracy, points of visual accuracy
 COLORS = ("#4477aa", "#cc6677", "#228833")
 
 
@@ -57,10 +58,25 @@ def _shift_cell(value: tuple[float, list[float]] | None) -> str:
     return f"{value[0]:.2f} [{value[1][0]:.2f}, {value[1][1]:.2f}]" if value else "undefined"
 
 
+def verdict(summary: dict[str, dict[str, Any]]) -> str:
+    """Whether Wings is as good as it should be: text kept, and sight next to the best baseline."""
+    kept = summary["wings"]["text"][0] / summary["base"]["text"][0]
+    baselines = [name for name in summary if name != "base" and not name.startswith("wings")]
+    best = max(baselines, key=lambda name: summary[name]["visual"][0])
+    behind = 100 * (summary[best]["visual"][0] - summary["wings"]["visual"][0])
+    met = kept >= KEPT and behind <= BEHIND
+    return (
+        f"Target: {percent(KEPT)} % of the base's text-only accuracy, at most {BEHIND} point behind "
+        f"the best baseline's visual accuracy. Wings keeps {percent(kept)} % and is {behind:.1f} points "
+        f"behind {ARMS[best].title}: {'met' if met else 'not met'}."
+    )
+
+
 def markdown(everything: dict[str, Any], summary: dict[str, dict[str, Any]]) -> str:
     """Two tables: skills, then attention and cost."""
     before = summary["base"]["text"][0]
-    skills = [["arm", "text-only % before", "after", "change", "visual %"]]
+    plan = everything["plan"]
+    skills = [["arm", "language model's LR", "text-only % before", "after", "change", "visual %"]]
     settings = [["arm", *SETTINGS, "mean"]]
     costs = [
         ["arm", "attention shift", "without first token", "trainable", "ms per step", "memory MB"]
@@ -71,6 +87,7 @@ def markdown(everything: dict[str, Any], summary: dict[str, dict[str, Any]]) -> 
         skills.append(
             [
                 title,
+                Plan(**plan).rate(ARMS[name]),
                 percent(before),
                 _cell(after),
                 f"{100 * (after[0] - before):+.1f}",
@@ -89,7 +106,6 @@ def markdown(everything: dict[str, Any], summary: dict[str, dict[str, Any]]) -> 
                 f"{entry['memory_bytes'] / 1e6:.0f}",
             ]
         costs.append([title, *shifts, *cost])
-    plan = everything["plan"]
     alphas = ", ".join(map(str, summary["merge"]["alpha"]))
     return f"""# Text skills before and after learning to see
 
@@ -103,6 +119,8 @@ An image is shown by {plan["patches"]} of its 576 tokens, those of all objects a
 Merging chose alpha {alphas} on validation scenes.
 
 {as_markdown(skills)}
+{verdict(summary)}
+
 Interleaved conversations, last turn, right answers % (T text, V image, earlier replies given):
 
 {as_markdown(settings)}

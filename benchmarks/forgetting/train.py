@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from vlm_prune.benchmarks.forgetting.arms import Arm, Plan
 from vlm_prune.benchmarks.forgetting.data import Shown, training_rows
-from vlm_prune.learners.recipe import Group
+from vlm_prune.learners.recipe import Group, make_optimizer
 from vlm_prune.learners.store import adapter_state, load_adapter_state
-from vlm_prune.learners.train import Run, make_optimizer, prepare
+from vlm_prune.learners.train import Run, prepare
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.files import whole

@@ -1,6 +1,5 @@
 """lmms-eval's tasks with one unpruned model, for comparisons between models."""
 
-from argparse import Namespace
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -8,9 +7,8 @@ from typing import Any
 
 import datasets
 
-from vlm_prune.benchmarks.lmms.load import load_task
 from vlm_prune.benchmarks.lmms.model import PrunedChat
-from vlm_prune.benchmarks.lmms.run import in_one_line, leaves_of, one_pass, unpruned
+from vlm_prune.benchmarks.lmms.run import in_one_line, leaves_of, one_pass, task_of, unpruned
 from vlm_prune.benchmarks.lmms.score import reply_of, score_of
 from vlm_prune.benchmarks.run import RunFolder
 
@@ -27,8 +25,7 @@ def answer_alone(
     for leaf in leaves_of(config, skipped):
         try:
             with redirect_stderr(StringIO()):
-                task = load_task(leaf.name, data_root, config.seed, config.split)
-                task.args = Namespace(output_path=str(folder.path), process_with_media=False)
+                task = task_of(leaf, folder, data_root, skipped)
                 found = one_pass(leaf, task, model, None, unpruned(leaf, model, config))
             assert found is not None  # only in other processes, which the suite does not have
             rows: list[dict[str, Any]] = [

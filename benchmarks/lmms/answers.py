@@ -9,6 +9,7 @@ from typing import Any
 from filelock import FileLock
 
 from vlm_prune.benchmarks.environment import device_name, versions
+from vlm_prune.learners.store import adapter_digest
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.load import EMBEDDED
 from vlm_prune.vlm.tiny import checkpoint_path
@@ -34,12 +35,13 @@ def answered(ask: Any, text: str, reply: str) -> dict[str, Any]:
     }
 
 
-def source(model: Any, name: str) -> dict[str, Any]:
-    """What tells one state of a model's weights and its surroundings from another."""
+def source(model: Any, name: str, wings: str | None) -> dict[str, Any]:
+    """What tells one state of a model's weights, its learners and its surroundings from another."""
     path = checkpoint_path() if name == EMBEDDED else Path(name)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
     return {
         "model": name,
+        "wings": None if wings is None else adapter_digest(wings),
         "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
         or getattr(model.config, "_commit_hash", None),
         "dtype": str(model.dtype),

@@ -53,10 +53,15 @@ def _part(part: dict[str, Any], marker: str) -> dict[str, Any]:
 def user_turn(visuals: Any, text: str) -> Chat:
     """One question about images."""
     content = [{"type": "image", "url": visual} for visual in visuals or []]
-    return _checked([{"role": "user", "content": [*content, {"type": "text", "text": text}]}])
+    return conversation([{"role": "user", "content": [*content, {"type": "text", "text": text}]}])
 
 
-def _checked(turns: list[dict[str, Any]]) -> Chat:
+def conversation(turns: list[dict[str, Any]]) -> Chat:
+    """A task's messages.
+
+    Raises:
+        InputError: if they show something else than images and text.
+    """
     for turn in turns:
         if isinstance(turn["content"], str):
             turn["content"] = [{"type": "text", "text": turn["content"]}]
@@ -79,7 +84,7 @@ def chat_of(request: Instance, documents: dict[str, Any]) -> tuple[Chat, Any]:
     visual, number, task, split = rest
     document = documents[task][split][number]
     if callable(second) and isinstance(visual, dict):  # chat mode
-        return _checked(second(document)), visual
+        return conversation(second(document)), visual
     visuals = visual(document) if visual is not None else []
     return user_turn(visuals, first), second(document) if callable(second) else second
 
@@ -108,13 +113,13 @@ def rounds_of(request: Instance, documents: dict[str, Any]) -> Rounds:
 
         def by_messages(number: int, answers: list[str], state: Any) -> tuple[Chat | None, Any]:
             if number == 0:
-                return _checked(messages(document)), None
+                return conversation(messages(document)), None
             found = messages(
                 document, round_idx=number, previous_output=answers, previous_round_info=state
             )
             if not isinstance(found, tuple) or len(found) != 4 or found[1]:
                 return None, None
-            return _checked(found[0]), found[3]
+            return conversation(found[0]), found[3]
 
         return Rounds(by_messages, options)
     context, options, visuals, text = arguments[:4]

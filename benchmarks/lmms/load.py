@@ -10,14 +10,23 @@ from lmms_eval.api.task import ConfigurableMessagesTask, ConfigurableTask
 from vlm_prune.benchmarks.lmms.catalog import catalog, settings
 from vlm_prune.benchmarks.lmms.embedded import EmbeddedTask
 from vlm_prune.benchmarks.lmms.local import folder_of, load_split
+from vlm_prune.benchmarks.lmms.readable import image_columns, readable
 from vlm_prune.vlm.errors import InputError
 
 KEYS = ("OPENAI_API_KEY", "AZURE_API_KEY")
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 
-def load_task(name: str, data_root: Path | None, seed: int = 0, split: str = "test") -> Any:
+def load_task(
+    name: str,
+    data_root: Path | None,
+    seed: int = 0,
+    split: str = "test",
+    limit: int | None = None,
+) -> Any:
     """A task with its data; seed and split are those of embedded tasks.
+
+    Its `unreadable` names the rows left out, among the first `limit`, whose images cannot be read.
 
     Raises:
         InputError: if it needs a judge, packages or data that are not there.
@@ -30,7 +39,7 @@ def load_task(name: str, data_root: Path | None, seed: int = 0, split: str = "te
     _check_judge(name, config)
     generates = str(config.get("output_type", "generate_until")).startswith("generate")
     kind = _ChatTask if generates else _SimpleTask
-    return kind.with_data(config, data_root)
+    return kind.with_data(config, data_root, limit)
 
 
 def _judged(config: dict[str, Any]) -> bool:
@@ -54,10 +63,11 @@ class _DataTask(ConfigurableTask):  # type: ignore[misc]
     """Loads from `data_root` where it holds the data set, and says clearly what is missing."""
 
     data_root: Path | None = None
+    limit: int | None = None
 
     @classmethod
-    def with_data(cls, config: dict[str, Any], data_root: Path | None) -> Any:
-        own: dict[str, Any] = {"data_root": data_root}
+    def with_data(cls, config: dict[str, Any], data_root: Path | None, limit: int | None) -> Any:
+        own: dict[str, Any] = {"data_root": data_root, "limit": limit}
         if not _judged(config):  # a judge may fail and be asked again; a wrong row stays wrong
             own["process_results"] = ConfigurableTask.process_results.__wrapped__
         bound = type(cls.__name__, (cls,), own)
@@ -74,7 +84,22 @@ class _DataTask(ConfigurableTask):  # type: ignore[misc]
         folder = folder_of(self.data_root, self.DATASET_PATH) if self.data_root else None
         if folder is not None:
             self._from(folder)
+        else:
+            self._from_hub(dataset_kwargs)
+        self._leave_out_unreadable()
+
+    def _leave_out_unreadable(self) -> None:
+        split = self.config.test_split or self.config.validation_split
+        whole = self.dataset[split]
+        rows, self.unreadable = readable(whole, self.limit)
+        if not self.unreadable:
             return
+        kept = [number for number in range(len(whole)) if number not in self.unreadable]
+        if self.dataset_no_image is not self.dataset:
+            self.dataset_no_image[split] = self.dataset_no_image[split].select(kept)
+        self.dataset[split] = rows
+
+    def _from_hub(self, dataset_kwargs: Any) -> None:
         options = dict(dataset_kwargs or {})
         if options.get("token") is True:  # public data sets need none
             options.pop("token")
@@ -108,7 +133,7 @@ class _DataTask(ConfigurableTask):  # type: ignore[misc]
         self.dataset_no_image = self.dataset
         if not self.config.process_results_use_image:
             self.dataset_no_image = datasets.DatasetDict(
-                {split: rows.remove_columns(_images(rows)) for split, rows in found.items()}
+                {split: rows.remove_columns(image_columns(rows)) for split, rows in found.items()}
             )
 
     def _why(self, error: Exception) -> str:
@@ -139,12 +164,6 @@ class _ChatTask(_DataTask, ConfigurableMessagesTask):  # type: ignore[misc]
 
 class _SimpleTask(_DataTask):
     """Scores given texts, which lmms-eval offers in simple mode alone."""
-
-
-def _images(rows: Any) -> list[str]:
-    import datasets
-
-    return [name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)]
 
 
 def _with_gqa_images(questions: Any, folder: Path, split: str) -> Any:

@@ -56,8 +56,9 @@ class PrunedChat(lmms):  # type: ignore[misc]
         hyperparameters: the method's own.
 
     `throughput` of the results then holds `avg_kept_visual_tokens`, `avg_layer_visual_tokens` (the
-    mean over decoder layers), `avg_visual_tokens` (unpruned), per image, and `avg_vision_ms`,
-    `avg_selection_ms`, `avg_prefill_ms`, `avg_decode_ms`, per question.
+    mean over decoder layers), `avg_papers_visual_tokens` (as the method's paper counts, where there
+    is one), `avg_visual_tokens` (unpruned), per image, and `avg_vision_ms`, `avg_selection_ms`,
+    `avg_prefill_ms`, `avg_decode_ms`, per question.
 
     `loglikelihood` returns the negative log-likelihood, a sum over tokens, because lmms-eval takes
     the smallest value for the best choice.
@@ -258,11 +259,25 @@ class PrunedChat(lmms):  # type: ignore[misc]
                 ("layer_visual_tokens", [np.mean(row["layer_tokens"]) for row in seen]),
             ):
                 extra[name] = float(np.average(own, weights=shown))
+            papers = [self._papers(row) for row in seen]
+            if None not in papers:
+                extra["papers_visual_tokens"] = float(
+                    np.average(np.array(papers, float), weights=shown)
+                )
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device) // 1024
         extra |= {"peak_memory_mb": peak / 1024, "total_requests": len(rows)}
         log_metrics(seconds, tokens, tokens / seconds if seconds else 0.0, extra)
+
+    def _papers(self, row: dict[str, Any]) -> float | None:
+        """Tokens per image as the method's paper counts them."""
+        if self.pruner is None:
+            return None
+        counted: float | None = self.pruner.papers_count(
+            round(np.mean(row["image_tokens"])), row["layer_tokens"]
+        )
+        return counted
 
 
 class PrunedSimple(PrunedChat):

@@ -25,7 +25,10 @@ from vlm_prune.benchmarks.summary import summarise
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.files import write_json
 
-SEEN = ("images", "image_tokens", "text_tokens", "vision_flops", "layer_tokens", "kept")
+SEEN = (
+    "images", "image_tokens", "cropped", "grids", "text_tokens", "vision_flops", "layer_tokens",
+    "kept",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,13 @@ def evaluate(
     for leaf in leaves_of(config, skipped):
         try:
             with redirect_stderr(StringIO()):  # progress bars and chatter; our own bar stands
-                _compare(leaf, model, folders, pruners, metrics, data_root)
-        except Exception as error:  # noqa: BLE001  a task may raise anything; the others go on
+                _compare(leaf, model, folders, pruners, metrics, data_root, skipped)
+        except Exception as error:
+            if _alone(error, model):
+                raise InputError(
+                    "another process of this run ended; the same command with the same --output "
+                    "resumes"
+                ) from error
             skipped[leaf.shown] = in_one_line(error)
     if model.rank != 0:
         raise SystemExit(0)
@@ -102,17 +110,37 @@ def _compare(
     pruners: list[Any],
     metrics: list[dict[str, Any]],
     data_root: Path | None,
+    skipped: dict[str, str],
 ) -> None:
     """One task: the unpruned model, then each pruner, into rows and `metrics`."""
     config = folders[0].config
-    task = load_task(leaf.name, data_root, config.seed, config.split)
-    task.args = Namespace(output_path=str(folders[0].path), process_with_media=False)
+    task = task_of(leaf, folders[0], data_root, skipped)
     before = one_pass(leaf, task, model, None, unpruned(leaf, model, config))
     for folder, pruner, found in zip(folders, pruners, metrics, strict=True):
         after = one_pass(leaf, task, model, pruner, _pruned(leaf, model, folder))
         if before is not None and after is not None:
             folder.append(_rows(leaf, task, before, after))
             found[leaf.shown] = {"pruned": after.metrics, "baseline": before.metrics}
+
+
+def _alone(error: Exception, model: PrunedChat) -> bool:
+    """Whether talking to the other processes failed: no task's fault, and the others would too."""
+    said = str(error).lower()
+    return (
+        model.world_size > 1
+        and isinstance(error, RuntimeError)
+        and any(word in said for word in ("gloo", "nccl", "by peer"))
+    )
+
+
+def task_of(leaf: Leaf, folder: RunFolder, data_root: Path | None, skipped: dict[str, str]) -> Any:
+    """The leaf's task; rows that cannot be read are put into `skipped`."""
+    config = folder.config
+    task = load_task(leaf.name, data_root, config.seed, config.split, leaf.limit)
+    task.args = Namespace(output_path=str(folder.path), process_with_media=False)
+    for number, reason in getattr(task, "unreadable", {}).items():
+        skipped[f"{leaf.shown} row {number}"] = reason
+    return task
 
 
 def in_one_line(error: BaseException) -> str:
@@ -142,15 +170,14 @@ def leaves_of(config: RunConfig, skipped: dict[str, str]) -> list[Leaf]:
 
 
 def unpruned(leaf: Leaf, model: PrunedChat, config: RunConfig) -> Answers:
-    about = source(model.model, config.model) | {"wings": config.wings}
+    about = source(model.model, config.model, config.wings)
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     return Answers(cache_folder() / "unpruned" / key / leaf.name, about)
 
 
 def _pruned(leaf: Leaf, model: PrunedChat, folder: RunFolder) -> Answers:
-    about = source(model.model, folder.config.model)
+    about = source(model.model, folder.config.model, folder.config.wings)
     about |= {
-        "wings": folder.config.wings,
         "variant": asdict(folder.config.variant),
         "seed": folder.config.seed,
     }

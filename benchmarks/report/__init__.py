@@ -23,12 +23,15 @@ from vlm_prune.vlm.files import write_text
 HERE = Path(__file__).parent
 
 
-def report(paths: list[Path], output: Path | None = None, most: int = 60) -> tuple[Path, list[Run]]:
+def report(
+    paths: list[Path], output: Path | None = None, most: int = 60, data_root: Path | None = None
+) -> tuple[Path, list[Run]]:
     """Write the page about the runs in `paths`; returns where, and the runs.
 
     Args:
         output: an HTML file; `report.html` in the first of `paths` unless given.
         most: questions shown with pictures.
+        data_root: copies of data sets, for the pictures of lmms-eval's tasks.
 
     Raises:
         InputError: if the folders are not runs that can stand on one page.
@@ -36,11 +39,11 @@ def report(paths: list[Path], output: Path | None = None, most: int = 60) -> tup
     """
     runs = load_runs(paths)
     target = output or paths[0] / "report.html"
-    write_text(target, render(runs, most))
+    write_text(target, render(runs, most, data_root))
     return target, runs
 
 
-def render(runs: list[Run], most: int = 60) -> str:
+def render(runs: list[Run], most: int = 60, data_root: Path | None = None) -> str:
     """The page as text."""
     groups, script = budgets(runs), (HERE / "page.js").read_text(encoding="utf-8")
     environment = Environment(
@@ -60,7 +63,7 @@ def render(runs: list[Run], most: int = 60) -> str:
         names=series_of(runs),
         controls={run.label for run in runs if run.method in CONTROLS},
         plots={"wide": draw(runs, 860, 400), "narrow": draw(runs, 360, 340)},
-        gallery=gallery(runs, groups, most),
+        gallery=gallery(runs, groups, most, data_root),
         noted=all(row.kept is not None for run in runs for row in run.rows),
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),

@@ -3,17 +3,21 @@
 import base64
 import io
 import math
-from itertools import count
+from itertools import chain, count, repeat
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vlm_prune.benchmarks.report.load import Row, Run
 from vlm_prune.benchmarks.report.numbers import Budget
 from vlm_prune.benchmarks.report.plot import series_of
-from vlm_prune.benchmarks.tasks import TASKS, Sample
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.benchmarks.report.shown import pictures_of
+from vlm_prune.benchmarks.tasks import TASKS
+
+LARGEST = 448  # pixels
+Grids = list[list[int] | None]
 
 
 def chosen(runs: list[Run], most: int) -> list[str]:
@@ -24,28 +28,34 @@ def chosen(runs: list[Run], most: int) -> list[str]:
     turns: dict[str, count[int]] = {}
     ranked = []
     for row in runs[0].rows:
-        if row.task in TASKS and TASKS[row.task].visual:  # other tasks' images are not ours
+        if TASKS[row.task].visual if row.task in TASKS else row.images:
             turn = next(turns.setdefault(row.task, count()))
             ranked.append((row.id not in changed, turn, row.id))
     return [name for _, _, name in sorted(ranked, key=lambda entry: entry[:2])[:most]]
 
 
-def gallery(runs: list[Run], groups: list[Budget], most: int) -> dict[str, Any]:
+def gallery(
+    runs: list[Run], groups: list[Budget], most: int, data_root: Path | None
+) -> dict[str, Any]:
     """What the script needs: pictures once each, and for each question an answer per run.
 
     Raises:
-        InputError: if this version's tasks no longer make the questions of the runs.
+        InputError: as `pictures_of` does.
     """
     rows = [{row.id: row for row in run.rows} for run in runs]
-    names, side = series_of(runs), side_of(runs[0])
+    names = series_of(runs)
     images: dict[str, int] = {}
     samples = []
-    for name in chosen(runs, most):
-        first = rows[0][name]
-        sample = _sample(runs[0], first)
-        if not sample.images:
+    asked = [rows[0][name] for name in chosen(runs, most)]
+    shown, missing = pictures_of(runs[0], asked, data_root)
+    for first in asked:
+        if not shown.get(first.id):
             continue
-        pictures = [images.setdefault(_data_uri(i), len(images)) for i in sample.images]
+        name, grids = first.id, _grids(runs[0], first)
+        pictures = [
+            images.setdefault(_data_uri(_seen(picture, first, grid)), len(images))
+            for picture, grid in zip(shown[name], chain(grids, repeat(None)), strict=False)
+        ]
         samples.append(
             {
                 "id": name,
@@ -55,11 +65,16 @@ def gallery(runs: list[Run], groups: list[Budget], most: int) -> dict[str, Any]:
                 "baseline": first.baseline,
                 "right": first.baseline_right,
                 "images": pictures,
-                "answers": [_answer(row[name], side) if name in row else None for row in rows],
+                "grids": grids,
+                "answers": [
+                    _answer(run, row[name]) if name in row else None
+                    for run, row in zip(runs, rows, strict=True)
+                ],
             }
         )
     return {
-        "side": side,
+        "missing": missing,
+        "whole": any(None in sample["grids"] for sample in samples),
         "budgets": [group.label for group in groups],
         "methods": names,
         "runs": [
@@ -74,30 +89,26 @@ def gallery(runs: list[Run], groups: list[Budget], most: int) -> dict[str, Any]:
     }
 
 
-def side_of(run: Run) -> int:
-    """Rows and columns of all images' tokens; 0 where they are no square, or not of one size."""
+def _grids(run: Run, row: Row) -> Grids:
+    """Rows and columns of each image's tokens, None where they are no grid over it.
+
+    Rows that do not say are of models whose images have one size: there it is a square, or none.
+    """
+    if row.grids is not None:
+        return row.grids
     tokens = run.results["tokens"]["full"]
     side = math.isqrt(int(tokens))
-    return side if side**2 == tokens and run.results.get("fixed_size", True) else 0
+    square = side**2 == tokens and run.results.get("fixed_size", True)
+    return [[side, side] if square else None for _ in row.kept or []]
 
 
-def _sample(run: Run, row: Row) -> Sample:
-    """The question made again, refused where it is not the one that was answered."""
-    task, _, number = row.id.partition("/")
-    if number.isdecimal():
-        sample = TASKS[task].sample(int(number), run.shared["seed"], run.shared["split"])
-        if (sample.turns[-1].text, sample.answer) == (row.question, row.gold):
-            return sample
-    raise InputError(
-        f"{run.path}: question {row.id} is not the one that this version makes; "
-        "run it again, or give --gallery 0"
-    )
-
-
-def _answer(row: Row, side: int) -> dict[str, Any]:
+def _answer(run: Run, row: Row) -> dict[str, Any]:
     kept = None
-    if row.kept is not None and side:
-        kept = [_bits(places, side**2) for places in row.kept]
+    if row.kept is not None:
+        kept = [
+            grid and _bits(places, math.prod(grid))
+            for grid, places in zip(_grids(run, row), row.kept, strict=False)
+        ]
     return {
         "text": row.prediction,
         "right": row.right,
@@ -112,6 +123,13 @@ def _bits(places: list[int], tokens: int) -> str:
     mask = np.zeros(tokens, bool)
     mask[places] = True
     return base64.b64encode(np.packbits(mask).tobytes()).decode()
+
+
+def _seen(picture: Image.Image, row: Row, grid: list[int] | None) -> Image.Image:
+    """What the grid covers, no larger than needed."""
+    if row.cropped and grid is not None:
+        picture = ImageOps.fit(picture, (min(picture.size),) * 2)
+    return ImageOps.contain(picture, (LARGEST, LARGEST)) if max(picture.size) > LARGEST else picture
 
 
 def _data_uri(image: Image.Image) -> str:

@@ -1,6 +1,7 @@
 """Run folders as `vlm-prune eval` and `compare` leave them, checked before anything is drawn."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from vlm_prune.vlm.tokens import tokens_for
 class Row:
     """One question with the unpruned and the pruned answer.
 
-    `kept` holds the token places left of each image after the last cut, `sizes` how many it had;
-    None in runs that did not note them.
+    `kept` holds the token places left of each image after the last cut, `sizes` how many it had,
+    `grids` their rows and columns where they lie in one grid; None in runs that did not note them.
+    Of `cropped` images the model sees the square in the middle.
     """
 
     id: str
@@ -28,6 +30,9 @@ class Row:
     right: bool
     kept: list[list[int]] | None
     sizes: list[int] | None
+    grids: list[list[int] | None] | None
+    images: int
+    cropped: bool
 
     @property
     def broken(self) -> bool:
@@ -101,6 +106,11 @@ def run_folders(path: Path) -> list[Path]:
     if not path.is_dir():
         raise InputError(f"{path} is no folder; give the --output of vlm-prune eval or compare")
     found = [path] if (path / "config.json").is_file() else []
+    results = path / "results.json"
+    if not found and results.is_file() and "suite" in _json(results):
+        raise InputError(
+            f"{path} holds a suite, which prints its own table; give a run or compare's"
+        )
     found = found or sorted(config.parent for config in path.glob("*/config.json"))
     if not found:
         raise InputError(f"{path} holds no run; give the --output of vlm-prune eval or compare")
@@ -158,6 +168,9 @@ def _row(line: dict[str, Any]) -> Row:
         right=float(line["score"]) >= 0.5,
         kept=None if kept is None else [[int(place) for place in image] for image in kept],
         sizes=line.get("image_tokens"),
+        grids=line.get("grids"),
+        images=int(line.get("images", 0)),
+        cropped=bool(line.get("cropped")),
     )
 
 
@@ -180,6 +193,9 @@ def _check(results: dict[str, Any], rows: list[Row]) -> None:
         for image, full in zip(kept, sizes if kept else [], strict=True):
             if any(not 0 <= place < full for place in image):
                 raise ValueError(f"{row.id} keeps a token outside the {full} of an image")
+        for grid, full in zip(row.grids or [], sizes, strict=bool(row.grids)):
+            if grid is not None and math.prod(grid) != full:
+                raise ValueError(f"{row.id} has a grid of {grid} for the {full} tokens of an image")
     expected = sum(int(task["n"]) for task in results["tasks"].values())
     if len(rows) != expected:
         raise ValueError(f"{len(rows)} rows for {expected} questions")

@@ -71,25 +71,28 @@ let budget = 0;
 let limit = PAGE;
 
 /** Paint dropped patches; the style sheet makes them light or dark. */
-function veil(bits) {
-  const canvas = make("canvas", { width: data.side, height: data.side, "aria-hidden": "true" });
+function veil(bits, [rows, columns]) {
+  const canvas = make("canvas", { width: columns, height: rows, "aria-hidden": "true" });
   const bytes = atob(bits);
   const pen = canvas.getContext("2d");
-  for (let place = 0; place < data.side ** 2; place++)
+  for (let place = 0; place < rows * columns; place++)
     if (!((bytes.charCodeAt(place >> 3) >> (7 - (place & 7))) & 1))
-      pen.fillRect(place % data.side, Math.floor(place / data.side), 1, 1);
+      pen.fillRect(place % columns, Math.floor(place / columns), 1, 1);
   return canvas;
 }
 
 function picture(sample, number, bits, alt) {
   const img = make("img", { src: data.images[sample.images[number]], alt, width: 336, height: 336 });
-  return make("div", { class: "picture" }, img, ...(bits ? [veil(bits)] : []));
+  return make("div", { class: "picture" }, img, ...(bits ? [veil(bits, sample.grids[number])] : []));
 }
 
 function figure(sample, name, text, right, kept) {
-  const method = name === "unpruned" ? "all tokens" : `tokens kept by ${name}`;
-  const pictures = sample.images.map((_, number) =>
-    picture(sample, number, kept && kept[number], `${sample.id}, ${kept || name === "unpruned" ? method : "kept tokens not noted"}: answer ${text}`));
+  const pictures = sample.images.map((_, number) => {
+    const bits = kept && kept[number];
+    const tokens = name === "unpruned" ? "all tokens" : bits ? `tokens kept by ${name}` : `${name}, kept tokens not shown`;
+    const place = sample.images.length > 1 ? `, image ${number + 1}` : "";
+    return picture(sample, number, bits, `${sample.id}${place}, ${tokens}: answer ${text}`);
+  });
   const mark = make("span", { class: right ? "more" : "less" }, right ? "✓ " : "✗ ");
   mark.append(make("span", { class: "hidden" }, right ? "right: " : "wrong: "));
   return make("figure", { "data-method": name }, ...pictures, make("figcaption", {}, name, make("br", {}), mark, make("b", {}, text || "(empty)")));

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from vlm_prune.continual.config import check_options
 from vlm_prune.continual.methods.adalora import AdaLoRA
 from vlm_prune.continual.methods.base import Context, Method, Space
 from vlm_prune.continual.methods.codyra import CoDyRA
@@ -17,8 +18,7 @@ from vlm_prune.continual.methods.random_rank import RandomRank
 from vlm_prune.continual.methods.wise_ft import WiseFT
 from vlm_prune.continual.methods.zero_shot import ZeroShot
 from vlm_prune.continual.methods.zscl import ZSCL
-from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.registry import Registry, unknown
+from vlm_prune.vlm.registry import Registry
 
 METHODS: Registry[type[Method]] = Registry("continual method")
 for _method in (
@@ -32,13 +32,10 @@ def make_method(name: str, **options: Any) -> Method:
     """A method by its name.
 
     Raises:
-        InputError: for an unknown name or option, or a value out of range.
+        InputError: for an unknown name or option, or a value of another kind or out of range.
     """
     kind = METHODS[name]
-    known = [f.name for f in kind.__dataclass_fields__.values() if f.init]
-    for option in options:
-        if option not in known:
-            raise InputError(unknown(f"option of {name}", option, known))
+    check_options(kind, name, options)
     return kind(**options)
 
 

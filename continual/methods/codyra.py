@@ -45,6 +45,7 @@ class CoDyRA(Gated):
     importance: Literal["gate", "normalised"] = "gate"
     freeze_pruned: bool = False
     _pruned: Tensor | None = field(default=None, init=False, repr=False)
+    _kappa: float = field(default=0.0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,23 +57,22 @@ class CoDyRA(Gated):
         one_of("importance", self.importance, ("gate", "normalised"))
 
     def begin_task(self, context: Context) -> list[Group]:
-        self._pruned = None
+        self._pruned, self._kappa = None, self.kappa
+        if self.total is not None:
+            unit = prox.total_shrinkage(context.recipe.steps, self.dense, 1.0)
+            self._kappa = self.total / unit if unit else 0.0
         return super().begin_task(context)
 
     def threshold(self, step: int) -> float:
         """What gates are shrunk by after `step`."""
-        steps, kappa = self.context.recipe.steps, self.kappa
-        if self.total is not None:
-            unit = prox.total_shrinkage(steps, self.dense, 1.0)
-            kappa = self.total / unit if unit else 0.0
-        return prox.threshold(step, steps, self.dense, kappa)
+        return prox.threshold(step, self.context.recipe.steps, self.dense, self._kappa)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        kappa, gates = self.threshold(step), self.gates()
+        kappa = self.threshold(step)
         if not kappa:
             return
-        shrink = prox.OPERATORS[self.operator]
+        gates, shrink = self.gates(), prox.OPERATORS[self.operator]
         values = torch.cat(gates)
         if self.importance == "gate":
             values = shrink(values, kappa)

@@ -96,5 +96,4 @@ class Gated(LowRank):
 @torch.no_grad()
 def assign(gates: list[Tensor], values: Tensor) -> None:
     """Write a flat tensor of values (total components,) back into the gates."""
-    for gate, value in zip(gates, values.split([len(g) for g in gates]), strict=True):
-        gate.copy_(value)
+    torch._foreach_copy_(gates, values.split([len(g) for g in gates]))

@@ -12,33 +12,51 @@ from vlm_prune.continual.streams.stream import Stream, few_shot, write_indices
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.registry import Registry
 
-STREAMS: Registry[Callable[[Path, int], Stream]] = Registry(
+Make = Callable[[Path, int, int | None, bool], Stream]
+STREAMS: Registry[Make] = Registry(
     "stream",
     {
-        "packaged": lambda root, seed: Stream("packaged", packaged(), joint=True, ensemble=False),
-        "mtil-1": lambda root, seed: mtil(root, 1),
-        "mtil-2": lambda root, seed: mtil(root, 2),
-        "mtil-5shot": lambda root, seed: mtil(root, 1, shots=5, seed=seed),
-        "x-tail": lambda root, seed: x_tail(root, seed=seed),
+        "packaged": lambda root, seed, shots, skip: _packaged(shots, seed),
+        "mtil-1": lambda root, seed, shots, skip: mtil(root, 1, shots, seed, skip),
+        "mtil-2": lambda root, seed, shots, skip: mtil(root, 2, shots, seed, skip),
+        "mtil-5shot": lambda root, seed, shots, skip: mtil(root, 1, _or(shots, 5), seed, skip),
+        "x-tail": lambda root, seed, shots, skip: x_tail(root, _or(shots, 16), seed, False, skip),
     },
 )
 
 
-def open_stream(name: str, root: Path = Path("."), seed: int = 0) -> Stream:
+def open_stream(
+    name: str, root: Path = Path("."), seed: int = 0, shots: int | None = None,
+    skip_bad: bool = False,
+) -> Stream:  # fmt: skip
     """A stream by name.
 
     Args:
         name: in `STREAMS`.
         root: folder of the data sets; the packaged stream needs none.
         seed: of the shots of few-shot streams.
+        shots: training images per class; None is what the stream is published with.
+        skip_bad: leave out images that cannot be read, each named in a warning.
 
     Raises:
-        InputError: if the name is unknown or data are missing under `root`.
+        InputError: if the name is unknown, data are missing under `root`, `shots` is not positive,
+            or a class has fewer images.
     """
     make = STREAMS[name]
     if name != "packaged" and not root.is_dir():
         raise InputError(f"data root {root} is not a folder; give the folder of the data sets")
-    return make(root, seed)
+    return make(root, seed, shots, skip_bad)
+
+
+def _packaged(shots: int | None, seed: int) -> Stream:
+    tasks = packaged()
+    if shots is not None:
+        tasks = tuple(few_shot(task, shots, seed) for task in tasks)
+    return Stream("packaged", tasks, joint=True, ensemble=False)
+
+
+def _or(shots: int | None, published: int) -> int:
+    return published if shots is None else shots
 
 
 __all__ = [

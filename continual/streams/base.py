@@ -1,5 +1,6 @@
 """What every stream consists of: named classification data sets in an order."""
 
+import logging
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from PIL import Image
 
 from vlm_prune.vlm.errors import InputError
 
+logger = logging.getLogger(__name__)
 Labelled = tuple[Image.Image, int]
 
 
@@ -27,6 +29,18 @@ class LabelledImages(Sequence[Labelled]):
         if isinstance(index, slice):
             return [self.item(k) for k in range(*index.indices(len(self)))]
         return self.item(index)
+
+
+def readable(split: Sequence[Labelled]) -> list[int]:
+    """Indices of the items that can be read; each of the others is named in a warning."""
+    good = list[int]()
+    for index in range(len(split)):
+        try:
+            split[index]
+            good.append(index)
+        except InputError as error:
+            logger.warning("left out: %s", error)
+    return good
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ ORDER_2 = (
 X_TAIL = tuple(key for key in ORDER_1 if key != "cifar100")
 
 
-def mtil(root: Path, order: int = 1, shots: int | None = None, seed: int = 0) -> Stream:
+def mtil(
+    root: Path, order: int = 1, shots: int | None = None, seed: int = 0, skip_bad: bool = False
+) -> Stream:
     """Eleven data sets, 1,201 classes; a test image is scored against its own data set's classes.
 
     Args:
@@ -31,10 +33,11 @@ def mtil(root: Path, order: int = 1, shots: int | None = None, seed: int = 0) ->
             store five augmented crops per class, this draws five images and leaves augmentation
             to training.
         seed: of the shots.
+        skip_bad: leave out images that cannot be read.
     """
     if order not in (1, 2):
         raise InputError(f"MTIL has the orders 1 and 2, not {order}")
-    tasks = tuple(torchvision_task(key, root) for key in (ORDER_1, ORDER_2)[order - 1])
+    tasks = tuple(torchvision_task(key, root, skip_bad) for key in (ORDER_1, ORDER_2)[order - 1])
     if shots is not None:
         tasks = tuple(few_shot(task, shots, seed) for task in tasks)
     name = f"mtil-{order}" if shots is None else f"mtil-{shots}shot"

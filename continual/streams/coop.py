@@ -46,7 +46,7 @@ def coop_task(key: str, root: Path, skip_bad: bool = False) -> Task:
     """
     template = (table()[key].x_tail,)
     if key == "mnist":
-        digits = torchvision_task("mnist", root)
+        digits = torchvision_task("mnist", root, skip_bad)
         return Task(key, digits.classes, template, digits.train, digits.val, digits.test)
     if key == "aircraft":
         task = _aircraft(root, template, skip_bad)

@@ -1,15 +1,13 @@
 """Splits whose images lie in files: opened when asked for, so that a split costs only its paths."""
 
 import csv
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm_prune.continual.streams.base import Labelled, LabelledImages, Task
+from vlm_prune.continual.streams.base import Labelled, LabelledImages, Task, readable
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.images import open_image
 
-logger = logging.getLogger(__name__)
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 PHOTO = ("a photo of a {}.",)
 
@@ -29,7 +27,7 @@ class Files(LabelledImages):
     ) -> None:
         self.paths, self.labels = list(paths), list(labels)
         if skip_bad:
-            good = [k for k, path in enumerate(self.paths) if _readable(path)]
+            good = readable(self)
             self.paths = [self.paths[k] for k in good]
             self.labels = [self.labels[k] for k in good]
 
@@ -142,12 +140,3 @@ def csv_manifest(
         parts[row["split"]][1].append(numbers[row["class"]])
     train, val, test = (Files(*parts[part], skip_bad) for part in ("train", "val", "test"))
     return Task(name, classes, templates, train, val, test)
-
-
-def _readable(path: Path) -> bool:
-    try:
-        open_image(path)
-    except InputError as error:
-        logger.warning("left out: %s", error)
-        return False
-    return True

@@ -95,7 +95,7 @@ def few_shot(task: Task, shots: int, seed: int = 0, repeat: bool = False) -> Tas
         if len(own) == 0 or (len(own) < shots and not repeat):
             raise InputError(
                 f"class {name!r} of {task.name} has {len(own)} training images for {shots} shots; "
-                + ("lower the shots, or pass repeat=True" if len(own) else "add some images")
+                + ("give fewer shots" if len(own) else "add some images")
             )
         chosen = rng.permutation(own)[:shots]
         if len(chosen) < shots:

@@ -1,12 +1,13 @@
 """Data sets in torchvision's folder layout, with the packaged class names; nothing is downloaded."""
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vlm_prune.continual.streams.base import Labelled, LabelledImages, Task
+from vlm_prune.continual.streams.base import Labelled, LabelledImages, Task, readable
 from vlm_prune.continual.streams.names import in_own_order, table
 from vlm_prune.continual.streams.stream import Subset
 from vlm_prune.vlm.errors import InputError
@@ -18,7 +19,8 @@ SETS: dict[str, tuple[str, str, dict[str, dict[str, Any]]]] = {
         "FGVCAircraft", "fgvc-aircraft-2013b/data",
         {part: {"split": part} for part in ("train", "val", "test")},
     ),
-    "caltech101": ("Caltech101", "caltech101/101_ObjectCategories", {"all": {}}),
+    # torchvision leaves this folder out, and fails without it
+    "caltech101": ("Caltech101", "caltech101/101_ObjectCategories/BACKGROUND_Google", {"all": {}}),
     "cifar100": (
         "CIFAR100", "cifar-100-python", {"train": {"train": True}, "test": {"train": False}},
     ),
@@ -51,6 +53,12 @@ class Held(LabelledImages):
 
     def __init__(self, data: Any, name: str) -> None:
         self.data, self.name = data, name
+        files = getattr(data, "_image_files", None)
+        if files is not None:
+            # SUN397 lists its files in the order of the file system
+            order = sorted(range(len(files)), key=lambda k: str(files[k]))
+            data._image_files = [files[k] for k in order]
+            data._labels = [data._labels[k] for k in order]
 
     @property
     def labels(self) -> list[int]:
@@ -68,18 +76,29 @@ class Held(LabelledImages):
     def item(self, index: int) -> Labelled:
         try:
             image, label = self.data[index]
-        except (OSError, SyntaxError) as error:
-            raise InputError(f"image {index} of {self.name} cannot be read: {error}") from error
-        return open_image(image), int(label)
+            return open_image(image), int(label)
+        except (OSError, SyntaxError, InputError) as error:
+            raise InputError(
+                f"image {index} of {self.name}{self._file(index)} cannot be read: {error}"
+            ) from error
+
+    def _file(self, index: int) -> str:
+        """The file's name in parentheses, wherever torchvision keeps it."""
+        for attribute in ("_image_files", "_images", "_samples", "samples", "imgs"):
+            if hasattr(self.data, attribute):
+                entry = getattr(self.data, attribute)[index]
+                return f" ({entry[0] if isinstance(entry, tuple) else entry})"
+        return ""
 
 
-def torchvision_task(key: str, root: Path) -> Task:
+def torchvision_task(key: str, root: Path, skip_bad: bool = False) -> Task:
     """One of MTIL's eleven data sets as ZSCL splits it.
 
     Official splits where there are any; `train` without `val` for aircraft, dtd and flowers, and
     `trainval` for pets. Caltech101, EuroSAT and SUN397 have none and are cut 80 : 20 by a
     generator of seed 42. `val` is empty where there is no official one. CIFAR-100's own files are
-    pickles, which torchvision reads after checking their sums.
+    pickles, which torchvision reads after checking their sums. With `skip_bad` every image is
+    opened now, and those that cannot be read are left out, after the cut.
 
     Raises:
         InputError: if `key` is unknown, the data are not under `root`, or the classes differ from
@@ -90,15 +109,17 @@ def torchvision_task(key: str, root: Path) -> Task:
     some = next(iter(splits.values())).data
     own = getattr(some, "categories", None) or getattr(some, "classes", None) or names.classes
     classes = in_own_order(key, own)
+    parts: dict[str, Sequence[Labelled]] = {"val": (), **splits}
     if "all" in splits:
         whole = splits["all"]
         generator = torch.Generator().manual_seed(SPLIT_SEED)
         order = torch.randperm(len(whole), generator=generator).tolist()
         cut = int(TRAIN_SHARE * len(whole))
-        return Task(key, classes, names.templates, Subset(whole, order[:cut]), (),
-                    Subset(whole, order[cut:]))  # fmt: skip
-    val = splits.get("val", ())
-    return Task(key, classes, names.templates, splits["train"], val, splits["test"])
+        parts |= {"train": Subset(whole, order[:cut]), "test": Subset(whole, order[cut:])}
+    train, val, test = (parts[part] for part in ("train", "val", "test"))
+    if skip_bad:
+        train, val, test = (Subset(s, readable(s)) for s in (train, val, test))
+    return Task(key, classes, names.templates, train, val, test)
 
 
 def torchvision_class(name: str) -> Any:
@@ -119,8 +140,8 @@ def _open(key: str, root: Path) -> dict[str, Any]:
     cls = torchvision_class(kind)
     try:
         return {part: cls(str(root), **options) for part, options in parts.items()}
-    except (RuntimeError, OSError) as error:
-        reason = str(error).split(".")[0].strip()
+    except (RuntimeError, OSError, ValueError, LookupError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0].strip()
         raise InputError(
             f"{key} under {root} is incomplete for torchvision's {kind}: {reason}"
         ) from error

@@ -4,6 +4,7 @@ Each is a task whose `train` and `val` are empty, scored against its own classes
 "a photo of a {}.", before and after the stream with the same prompts.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from vlm_prune.continual.streams.files import PHOTO, folder_split, list_classes
 from vlm_prune.continual.streams.packaged import task as packaged_task
 from vlm_prune.continual.streams.torchvision_sets import Held, torchvision_class, torchvision_task
 from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.registry import Registry
 
 
 def scenes() -> Task:
@@ -36,7 +38,7 @@ def places365(root: Path, small: bool = True) -> Task:
     """
     try:
         data = torchvision_class("Places365")(str(root), split="val", small=small)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ValueError) as error:
         needed = "categories_places365.txt, places365_val.txt and val_256/"
         raise InputError(f"Places365 is not under {root}; put {needed} there") from error
     # torchvision sorts its list of classes; labels are the file's own numbers
@@ -52,7 +54,7 @@ def place_name(category: str) -> str:
     return category[3:].replace("/", " ").replace("_", " ").strip()
 
 
-def imagenet(root: Path, skip_bad: bool = False) -> Task:
+def imagenet(root: Path) -> Task:
     """ImageNet-1k's validation images in 1,000 folders named by WordNet id, `root/val/n01440764/`.
 
     Names are open_clip's. It calls two pairs of classes alike; the WordNet lemmas `projectile`
@@ -67,7 +69,7 @@ def imagenet(root: Path, skip_bad: bool = False) -> Task:
         raise InputError(
             f"{folder} has {len(ids)} class folders; put ImageNet's 1000 n... folders there"
         )
-    return Task("imagenet", imagenet_names(), PHOTO, (), (), folder_split(folder, ids, skip_bad))
+    return Task("imagenet", imagenet_names(), PHOTO, (), (), folder_split(folder, ids))
 
 
 def imagenet_names() -> tuple[str, ...]:
@@ -75,3 +77,14 @@ def imagenet_names() -> tuple[str, ...]:
     names = list(extra("open_clip").IMAGENET_CLASSNAMES)
     names[744], names[836] = "projectile", "sunglass"
     return tuple(names)
+
+
+UNSEEN: Registry[Callable[[Path], Task]] = Registry(
+    "unseen data set",
+    {
+        "scenes": lambda root: scenes(),
+        "cifar100": cifar100,
+        "places365": lambda root: places365(root / "places365"),
+        "imagenet": lambda root: imagenet(root / "imagenet"),
+    },
+)

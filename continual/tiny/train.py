@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax, normalize, pad
 
+from vlm_prune.continual import checkpoint
 from vlm_prune.continual.clip import extra
 from vlm_prune.continual.streams.packaged import DOMAINS, PER_CLASS, Drawn
 from vlm_prune.continual.tiny.config import WEIGHTS, write_folder
-from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.files import whole
 from vlm_prune.vlm.tiny.initial import waves, whitened
 
@@ -87,7 +87,7 @@ class Pretraining:
 
     def __init__(self, folder: Path, recipe: Recipe, data: Pairs | None = None) -> None:
         self.folder, self.recipe = folder, recipe
-        self._claim()
+        checkpoint.claim(folder / "recipe.json", asdict(recipe))
         self.data = pairs(recipe.per_class) if data is None else data
         write_folder(folder, corpus(), recipe.width, recipe.layers)
         torch.manual_seed(recipe.seed)
@@ -188,14 +188,6 @@ class Pretraining:
         table = visual.positional_embedding
         table[1:] = 0.4 * waves(table.shape[1], visual.grid_size[0])
 
-    def _claim(self) -> None:
-        """Mark the folder as this run's, so that another recipe cannot go on from its state."""
-        text, path = json.dumps(asdict(self.recipe), indent=2) + "\n", self.folder / "recipe.json"
-        if path.is_file() and path.read_text() != text:
-            raise InputError(f"{self.folder} holds another run; give an empty folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-
     def _save(self) -> None:
         """Model and both moments of every parameter; written beside the last state and renamed."""
         state = {f"model.{name}": t for name, t in self.model.state_dict().items()}
@@ -217,9 +209,7 @@ class Pretraining:
                 "exp_avg": state[f"exp_avg.{number}"],
                 "exp_avg_sq": state[f"exp_avg_sq.{number}"],
             }
-        log = self.folder / "log.jsonl"
-        lines = log.read_text().splitlines(keepends=True) if log.is_file() else []
-        log.write_text("".join(line for line in lines if json.loads(line)["step"] < self.done))
+        checkpoint.cut_log(self.folder / "log.jsonl", lambda line: line["step"] < self.done)
 
     def _log(self, **figures: float) -> None:
         line = {key: round(value, 4) for key, value in figures.items()}

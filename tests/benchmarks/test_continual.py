@@ -1,6 +1,7 @@
 """One method on the packaged stream as a user runs it, and methods against each other."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,25 @@ import torch
 
 from vlm_prune.benchmarks.continual.compare import difference, figures
 from vlm_prune.benchmarks.continual.experiment import ARMS, CANDIDATES, Experiment, run_all
-from vlm_prune.benchmarks.continual.learn import Learning, fewer, learn, method_of, recipe_of
-from vlm_prune.benchmarks.continual.results import collect, write
+from vlm_prune.benchmarks.continual.learn import (
+    Learning,
+    fewer,
+    learn,
+    method_of,
+    picture_ranks,
+    recipe_of,
+)
+from vlm_prune.benchmarks.continual.results import (
+    BUDGETED,
+    GAIN,
+    SMALLER,
+    WHICH,
+    collect,
+    verdicts,
+    write,
+)
 from vlm_prune.benchmarks.continual.timing import step_times
-from vlm_prune.continual.clip import load_clip
+from vlm_prune.continual.clip import Clip, load_clip
 from vlm_prune.continual.delta import Delta
 from vlm_prune.continual.methods import METHODS, make_method
 from vlm_prune.continual.metrics import AccuracyMatrix
@@ -43,7 +59,8 @@ def test_the_script_reports_and_leaves_a_model(tmp_path):
     for name in ("transfer", "average", "last", "forgetting"):
         low, high = report["metrics"][name]["ci"]
         assert low <= report["metrics"][name]["value"] <= high
-    assert report["recipe"]["steps"] == 2 and report["drift"] > 0
+    assert report["recipe"]["steps"] == 2 and len(report["drift"]) == 8
+    assert report["drift"][-1] > report["drift"][0] > 0
     assert (tmp_path / "matrix.png").read_bytes().startswith(b"\x89PNG")
     base, final = (load_clip(n).model.state_dict() for n in ("tiny", str(tmp_path / "model")))
     assert base.keys() == final.keys()
@@ -66,6 +83,19 @@ def test_a_killed_script_ends_in_the_same_matrix(tmp_path):
     assert {**one, "command": ""} == {**two, "command": ""}
 
 
+@pytest.mark.slow
+def test_two_processes_run_the_script(tmp_path):
+    one = learn(Learning(tmp_path / "one", **LEARNING))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, SCRIPT, "--output", tmp_path / "two", *SMALL]
+    out = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr[-3000:]
+    assert out.stdout.count("retention on scenes") == 1
+    two = json.loads((tmp_path / "two" / "report.json").read_text())
+    np.testing.assert_allclose(two["accuracy"], one["accuracy"], atol=0.11)  # one image of ten
+    assert two["drift"] == pytest.approx(one["drift"], rel=1e-3)
+
+
 def test_wrong_input_is_one_line(tmp_path):
     out = run("--output", tmp_path, "--method", "codira")
     assert out.returncode == 2
@@ -78,10 +108,14 @@ def test_wrong_input_is_one_line(tmp_path):
         ({"stream": "packagd"}, "did you mean 'packaged'"),
         ({"stream": "x-tail", "data_root": Path("/nowhere")}, "not a folder"),
         ({"model": "ViT-B-16"}, "give pretrained"),
-        ({"recipe": {"step": 3}}, "the recipe has only steps"),
+        ({"recipe": {"step": 3}}, "did you mean 'steps'"),
+        ({"recipe": {"steps": "many"}}, "steps of the recipe is 'many'; give a value such as 500"),
+        ({"recipe": {"clip_norm": "x"}}, "clip_norm x is out of range"),
         ({"recipe": {"steps": 0}}, "steps 0 is out of range"),
         ({"options": {"rnk": 3}}, "did you mean 'rank'"),
         ({"test_per_class": 0}, "test_per_class 0"),
+        ({"shots": 0}, "0 shots leave digits without training images"),
+        ({"shots": 33}, "has 32 training images for 33 shots"),
     ],
 )
 def test_wrong_settings(changes, message, tmp_path):
@@ -162,12 +196,54 @@ def test_controls_follow_codyra(experiment):
             assert other.norm() == pytest.approx(one.norm(), rel=1e-4)
 
 
+def test_pruned_ranks_are_drawn_for_every_task(experiment, tmp_path):
+    for label, drawn in (("codyra", ["digits.png", "letters.png"]), ("lora", [])):
+        shutil.copytree(experiment.folder(label, 0), tmp_path / label)
+        picture_ranks(tmp_path / label)
+        assert sorted(p.name for p in (tmp_path / label).glob("ranks/*")) == drawn
+
+
 def test_a_finished_experiment_trains_nothing(experiment):
     files = sorted(experiment.output.rglob("*"))
     times = [path.stat().st_mtime_ns for path in files]
     run_all(experiment)
     assert sorted(experiment.output.rglob("*")) == files
     assert [path.stat().st_mtime_ns for path in files] == times
+
+
+def test_an_experiments_folder_belongs_to_its_settings_and_its_clip(experiment, monkeypatch):
+    for changed in (replace(experiment, steps=5), replace(experiment, batch=8)):
+        with pytest.raises(InputError, match="holds another run, of other (steps|batch);"):
+            run_all(changed)
+        with pytest.raises(InputError, match="holds another run, of other (steps|batch);"):
+            write(changed, experiment.output / "never")
+    monkeypatch.setattr(Clip, "fingerprint", lambda self: "another")
+    with pytest.raises(InputError, match="of other weights;"):
+        run_all(experiment)
+
+
+def figure(value, reach=1.0):
+    return {"value": value, "low": value - reach, "high": value + reach}
+
+
+def test_verdicts_follow_the_figures():
+    def found(gain, smaller, which, plus):
+        pairs = {GAIN: gain, SMALLER: smaller, WHICH: which, BUDGETED: plus}
+        metrics = ("transfer", "average", "last")
+        return {
+            "differences": [
+                {"of": one, "minus": other, **{name: figure(value) for name in metrics}}
+                for (one, other), value in pairs.items()
+            ],
+            "methods": {"codyra-plus": {"kept_rank": 8.0}, "codyra": {"kept_rank": 8.25}},
+        }
+
+    *shares, plus = verdicts(found(4.0, 3.0, 1.0, 2.0))
+    assert len(shares) == 3 and all("75 % and 25 % of the gain" in line for line in shares)
+    assert "beats CoDyRA" in plus and "8.00 against 8.25" in plus
+    *shares, plus = verdicts(found(0.5, 3.0, 1.0, 0.5))
+    assert all("nothing to divide" in line for line in shares) and "does not beat" in plus
+    assert verdicts({"differences": [], "methods": {}}) == []
 
 
 def test_results_are_written(experiment, tmp_path):
@@ -177,6 +253,9 @@ def test_results_are_written(experiment, tmp_path):
     assert found["finished"] == found["planned"] == 6
     assert found["methods"]["zero-shot"]["metrics"]["forgetting"]["value"] == 0
     assert [one["of"] for one in found["differences"]].count("codyra") == 4
+    assert len(found["verdicts"]) == 3
+    assert 0 < found["methods"]["codyra"]["kept_rank"] < 16
+    assert found["methods"]["lora"]["kept_rank"] == 16
     page = (tmp_path / "README.md").read_text()
     assert all(f"| {label} |" in page for label in experiment.arms)
     assert (tmp_path / "methods.png").read_bytes().startswith(b"\x89PNG")

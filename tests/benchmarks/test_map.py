@@ -151,6 +151,35 @@ def test_a_thousand_images_killed_and_interrupted(run, tmp_path, cluster):
     assert {row["path"] for row in rows(output) if row["error"]} == broken
 
 
+SPILLED = """
+import sys
+from pathlib import Path
+from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+from vlm_prune.benchmarks.mapping.pipeline import MapConfig, local_ray, map_images
+from vlm_prune.benchmarks.run import Variant
+
+pictures, model, output = sys.argv[1:]
+with local_ray(2):
+    config = MapConfig(pictures, "red?", model, Variant("zoo", 16), max_new_tokens=1)
+    print(map_images(config, Path(output), batch_size=2))
+    print(get_memory_info_reply(get_state_from_address(None)).store_stats.spilled_bytes_total)
+"""
+
+
+@pytest.mark.slow
+def test_decoding_waits_for_the_model(checkpoint, tmp_path):
+    """Images of 360 MB go through 80 MB of shared memory, and none of them by way of the disk."""
+    (tmp_path / "in").mkdir()
+    for number in range(100):
+        Image.new("RGB", (1200, 1000), (number, 0, 0)).save(tmp_path / "in" / f"{number:03d}.png")
+    given = [tmp_path / "in", checkpoint, tmp_path / "out.parquet"]
+    done = subprocess.run(
+        [sys.executable, "-c", SPILLED, *map(str, given)], check=True, capture_output=True, text=True,
+        env=os.environ | {"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(80 * 2**20)},
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["(100, 0)", "0"]
+
+
 def test_a_budget_above_the_model_is_refused_and_leaves_nothing(run, tmp_path, cluster):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     output = tmp_path / "out.parquet"

@@ -46,6 +46,11 @@ def test_the_command_proposes_from_tasks_or_a_file(run, checkpoint, tmp_path, im
             == 58 * (1 if "json" in str(data) else 2)
         )
         assert found["layers"] == 6 and f"cut after {found['places']} of 6" in out
+        counts = found["counts"]
+        assert counts["kept"] == found["cuts"][-1]["keep"] and 63 < counts["layer_mean"] <= 64
+        assert (
+            f"{counts['kept']:.0f} / {counts['layer_mean']:.1f} / {counts['papers']:.1f} tok" in out
+        )
         with Image.open(tmp_path / "out" / "schedule.png") as picture:
             assert picture.width > 300
 

@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
+from vlm_prune.benchmarks import run as run_engine
 from vlm_prune.benchmarks import search as engine
 from vlm_prune.benchmarks.metrics.paired import difference, mcnemar
 from vlm_prune.benchmarks.run import Variant
@@ -12,6 +14,7 @@ from vlm_prune.pruning import Best
 from vlm_prune.vlm.wrapper import methods
 
 FAST = ["--budget", "64", "--limit", "2", "--batch-size", "2", "--tasks", "exist,ocr"]
+THREE = ("kept", "layer_mean", "papers")
 FEW = [
     Variant("divprune+merge", 64),
     Variant("fopru+fastv", 64, arguments={"widening": 2.0}),
@@ -38,7 +41,7 @@ def test_every_registered_method_is_a_rival_or_a_combination():
 def test_the_better_third_goes_on_and_ties_keep_their_order():
     every = [Variant("random", 32 + n % 2) for n in range(24)]
     scores = [{"a": np.array([float(n == 12 or n == 22)])} for n in range(24)]
-    kept = engine._best(every, engine.Round(scores, [0.0] * 24), 32, None)
+    kept = engine._best(every, engine.Round(scores, [{}] * 24), 32, None)
     assert kept == [every[n] for n in (12, 22, 0, 2)]
 
 
@@ -55,7 +58,7 @@ def test_a_search_defines_best_and_resumes(run, checkpoint, tmp_path, few, monke
     assert code == 0, err
     entry = json.loads(defined.read_text())["budgets"]["64"]
     assert {other["method"] for other in entry["against"]} == {"random", "fopru"}
-    assert all(63 < other["layer_mean"] <= 64 for other in [entry, *entry["against"]])
+    assert all(63 < other["tokens"]["layer_mean"] <= 64 for other in [entry, *entry["against"]])
     assert entry["combination"].split(",")[0] in {variant.method for variant in FEW}
     assert "budget 64:" in out and entry["combination"] in (output / "search.md").read_text()
     assert Best(definitions=str(defined)).definition(576).startswith(entry["method"])
@@ -63,6 +66,8 @@ def test_a_search_defines_best_and_resumes(run, checkpoint, tmp_path, few, monke
     assert {(c["split"], c["seed"]) for c in configs} == {("val", 0), ("val", 1)}
     assert len(list(output.glob("round-1/*"))) == 3 and list(output.glob("varied/*"))
     assert len(list(output.glob("compared/*"))) == 3
+
+    answer = run_engine._answer
 
     def no_answer(*_):
         raise AssertionError("a finished search answers nothing again")
@@ -73,15 +78,36 @@ def test_a_search_defines_best_and_resumes(run, checkpoint, tmp_path, few, monke
     assert run("search", *arguments)[0] == 0
     assert defined.read_text() == before
 
+    for log in output.glob("compared/*/samples.jsonl"):  # as a kill in a write leaves it
+        first, second = log.read_text().splitlines(keepends=True)
+        log.write_text(first + second[:40])
+        log.with_name("results.json").unlink()
+    defined.unlink()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vlm_prune.benchmarks.run._answer", interrupted)
+    code, _, err = run("search", *arguments)
+    assert code == 130 and "resumes" in err and not defined.exists()
+    for lock in output.glob("*/*/.lock"):
+        with FileLock(lock, timeout=0):
+            pass
+    monkeypatch.setattr("vlm_prune.benchmarks.run._answer", answer)
+    assert run("search", *arguments)[0] == 0
+    assert defined.read_text() == before
+
 
 def test_a_combination_that_loses_is_reported_and_not_shipped():
     every = [Variant("divprune+fastv", 64, arguments={"widening": 2.0}), Variant("fopru", 64)]
     scores = [{"a": np.array([1.0, 0, 0, 1])}, {"a": np.array([1.0, 1, 1, 0])}]
-    entry = engine._compared(every, engine.Round(scores, [64.0, 64.0]), 0, 2)
+    tokens = [{"kept": 30.0, "layer_mean": 64.0, "papers": None}, dict.fromkeys(THREE, 64.0)]
+    entry = engine._compared(every, engine.Round(scores, tokens), 0, 2)
     assert entry["method"] == "fopru" and not entry["wins"]
     line = engine.verdict("64", entry)
     assert "no combination beats" in line and "not above fopru" in line
     assert engine.lines(entry)[2][3].startswith("-25.0 [")
+    assert [row[1] for row in engine.lines(entry)[1:]] == ["30 / 64.0 / –", "64 / 64.0 / 64.0"]
 
 
 def test_paired_differences():

@@ -8,10 +8,12 @@ from vlm_prune.pruning import METHODS
 from vlm_prune.vlm.families import FAMILIES
 
 
-def test_contributing_shows_the_matrix_of_the_registries(run):
+def test_the_readme_shows_the_matrix_of_the_registries(run):
     code, printed, _ = run("methods", "--families")
     assert (code, printed) == (0, markdown())
-    assert printed in (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    shown = readme.split("<!-- matrix -->\n")[1].split("<!-- end -->")[0]
+    assert shown == printed, "the README's matrix is stale; make matrix"
     assert list(support()) == list(METHODS)
     assert all(list(works) == list(FAMILIES) for works in support().values())
     assert not support()["zoo"]["smolvlm"] and not support()["downsample"]["qwen3_vl"]

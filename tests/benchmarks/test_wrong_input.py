@@ -26,6 +26,18 @@ CASES = {
     "too many tokens": (["--budget", "577"], "above the 576 tokens"),
     "positions": (["--positions", "orignal"], "did you mean 'original'"),
     "argument": (["--method-args", "steps=3"], "steps"),
+    "part of a step": (
+        ["--method", "vispruner", "--method-args", "step=2.5"],
+        "step 2.5 is not a whole number",
+    ),
+    "no finite number": (
+        ["--method", "cascade", "--method-args", "widening=NaN"],
+        "widening nan is not a finite number",
+    ),
+    "neither true nor false": (
+        ["--method", "cdpruner", "--method-args", "negated=no"],
+        "negated 'no' is neither",
+    ),
     "argument form": (["--method-args", "step"], "name=value"),
     "device": (["--device", "gpu"], "cannot load"),
     "no such device": (["--device", "cuda:99"], "cannot load"),
@@ -34,6 +46,7 @@ CASES = {
     "limit": (["--limit", "2"], "below one question"),
     "split": (["--split", "train"], "val or test"),
     "no checkpoint": (["--model", "/nowhere/llava"], "cannot load model"),
+    "model": (["--model", "tinny"], "did you mean 'tiny'"),
 }
 
 
@@ -51,6 +64,21 @@ def test_wrong_options(run, checkpoint, tmp_path, name):
 def test_a_rival_must_be_compared(run, checkpoint):
     code, _, err = run("compare", "--model", checkpoint, "--method", "zoo", "--against", "best")
     assert code == 2 and "add it to --method" in err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--method", ","], "no method given"),
+        (["--method", "zoo,zoo"], "a method is named twice"),
+        (["--method", "zoo", "--budget", "64,32,64"], "a budget is named twice"),
+        (["--method", "zoo", "--budget", "64,"], "not a number"),
+    ],
+)
+def test_wrong_lists_of_methods_and_budgets(run, checkpoint, tmp_path, wrong, message):
+    code, _, err = run("compare", "--model", checkpoint, *wrong, "--output", tmp_path / "out")
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_damaged_checkpoints(run, checkpoint, tmp_path):
@@ -81,21 +109,24 @@ def test_unwritable_output(run, checkpoint, tmp_path):
         assert code == 2 and len(err.strip().splitlines()) == 1
 
 
-def test_full_disk(run, checkpoint, tmp_path, monkeypatch):
-    import errno
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_full_disk(run, checkpoint, tmp_path):
+    asked = ["eval", "--model", checkpoint, "--limit", "2", "--tasks", "text", "--output", tmp_path]
+    assert run(*asked)[0] == 0
+    (tmp_path / "results.json").unlink()
+    log = tmp_path / "samples.jsonl"
+    log.unlink()
+    log.symlink_to("/dev/full")
+    code, _, err = run(*asked)
+    assert code == 2 and "No space left on device; free some space" in err
+    assert len(err.strip().splitlines()) == 1
+    assert {path.name for path in tmp_path.iterdir()} <= {"config.json", "samples.jsonl", ".lock"}
+    log.unlink()
+    assert run(*asked)[0] == 0
 
-    def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("os.fsync", full)
-    code, _, err = run(
-        "eval", "--model", checkpoint, "--limit", "2", "--tasks", "text", "--output", tmp_path
-    )
-    assert code == 2 and "No space left" in err
-    monkeypatch.undo()
-
-
-def test_ctrl_c_leaves_a_folder_that_resumes(checkpoint, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_a_folder_that_resumes(checkpoint, tmp_path, sent):
     command = [
         sys.executable, "-m", "vlm_prune.benchmarks.cli", "eval", "--model", checkpoint, "--tasks",
         "exist", "--limit", "300", "--batch-size", "1", "--output", tmp_path / "out",
@@ -110,10 +141,10 @@ def test_ctrl_c_leaves_a_folder_that_resumes(checkpoint, tmp_path):
         if log.is_file() and log.stat().st_size:
             break
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Traceback" not in err
+    assert "the same command with the same --output resumes" in err and "Traceback" not in err
     assert log.read_text().endswith("\n")
     assert not (tmp_path / "out" / "results.json").exists()
 

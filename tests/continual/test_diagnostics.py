@@ -33,7 +33,9 @@ def test_survival_that_follows_the_initial_gates():
 def test_survival_that_does_not():
     found = survival(delta([2, 3]), 0.65)
     assert found.agreement == 0 and found.correlation < -0.9
-    assert np.isnan(survival(delta([0, 1, 2, 3]), 0.65).correlation)
+    for kept in ([0, 1, 2, 3], []):
+        one = survival(delta(kept), 0.65)
+        assert np.isnan(one.correlation) and one.mean_rank_share == len(kept) / 4
 
 
 @pytest.mark.slow

@@ -19,6 +19,8 @@ from vlm_prune.continual.data import plan
 from vlm_prune.continual.evaluate import class_features
 from vlm_prune.continual.methods import Context, make_method
 from vlm_prune.continual.methods.codyra import CoDyRA
+from vlm_prune.continual.metrics import drift
+from vlm_prune.continual.streams.files import Files
 from vlm_prune.continual.train import Run, train
 from vlm_prune.vlm.errors import InputError
 
@@ -176,12 +178,64 @@ def test_a_folder_of_another_run_is_refused(clip, make_clip, tasks, tmp_path):
     for number, hits in enumerate(again.hits):
         assert (hits.mean(1) == again.matrix[:, number]).all()
         assert again.zero_shot_hits[number].mean() == again.zero_shot[number]
-    for changed in (
-        Run(tmp_path / "a", make_method("full"), RECIPE, cpu=True),
-        Run(tmp_path / "a", make_method("zero-shot"), replace(RECIPE, seed=1), cpu=True),
+    same = Run(tmp_path / "a", make_method("zero-shot"), RECIPE, cpu=True)
+    renamed = replace(tasks[0], classes=("red", "green", "azure"))
+    for changed, clip_, tasks_, what in (
+        (replace(same, method=make_method("full")), make_clip(), tasks, "method, options"),
+        (replace(same, recipe=replace(RECIPE, seed=1)), make_clip(), tasks, "recipe"),
+        (same, make_clip(width=48), tasks, "weights"),
+        (same, make_clip(), tasks[::-1], "tasks"),
+        (same, make_clip(), [renamed, tasks[1]], "tasks"),
     ):
-        with pytest.raises(InputError, match="holds another run"):
-            train(changed, make_clip(), tasks)
+        with pytest.raises(InputError, match=f"holds another run, of other {what};") as error:
+            train(changed, clip_, tasks_)
+        assert "\n" not in str(error.value)
+
+
+def test_every_task_has_its_own_adamw_and_cosine(clip, tasks, tmp_path, monkeypatch):
+    seen = []
+
+    def step(self, *arguments, original=torch.optim.AdamW.step, **named):
+        (group,) = self.param_groups
+        seen.append((id(self), group["lr"], group["betas"], group["weight_decay"]))
+        return original(self, *arguments, **named)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    recipe = Recipe(steps=4, batch=2)
+    train(Run(tmp_path, make_method("lora", rank=2), recipe, cpu=True), clip, tasks)
+    rates = [5e-4 * (1 + np.cos(np.pi * k / 4)) / 2 for k in range(4)]
+    assert [rate for _, rate, _, _ in seen] == pytest.approx(rates * 2)
+    assert {(betas, decay) for _, _, betas, decay in seen} == {((0.9, 0.9999), 0.0)}
+    assert seen[0][0] != seen[4][0]
+
+
+def test_drift_is_the_distance_after_each_task(clip, make_clip, tasks, tmp_path):
+    results = train(Run(tmp_path, make_method("lora", rank=2), RECIPE, cpu=True), clip, tasks)
+    before, after = (one.model.state_dict() for one in (make_clip(), clip))
+    assert results.drift[1] == pytest.approx(drift(before, after))
+    assert results.drift[0] == pytest.approx(results.norms[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(("name", "times"), [("zero-shot", 1), ("lora", 3)])
+def test_class_features_are_kept_while_the_text_tower_is(
+    name, times, clip, tasks, tmp_path, monkeypatch
+):
+    calls, encode = [], clip.encode_texts
+    monkeypatch.setattr(clip, "encode_texts", lambda texts: calls.append(1) or encode(texts))
+    train(Run(tmp_path, make_method(name), RECIPE, cpu=True), clip, tasks)
+    assert len(calls) == times * len(tasks)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_corrupt_image_is_named_in_one_line(workers, clip, tasks, tmp_path):
+    bad = tmp_path / "bad.png"
+    tasks[0].train[0][0].save(bad)
+    bad.write_bytes(bad.read_bytes()[:60])
+    task = replace(tasks[0], train=Files([bad], [0]))
+    run = Run(tmp_path / "run", make_method("lora", rank=2), RECIPE, workers=workers, cpu=True)
+    with pytest.raises(InputError, match=str(bad)) as error:
+        train(run, clip, [task])
+    assert "\n" not in str(error.value)
 
 
 def test_scoring_within_the_task_is_easier_and_templates_are_averaged(make_clip, tasks, tmp_path):

@@ -114,5 +114,12 @@ def test_wrong_calls_say_what_would_be_right(winged, prompts):
         detach(model)
     cache = model(**inputs, use_cache=True)[CACHE]
     attach(model, WingsConfig(rank=4))
+    new = inputs["input_ids"][:, -1:]
     with pytest.raises(InputError, match="filled before Wings"):
-        model(input_ids=inputs["input_ids"][:, -1:], **{CACHE: cache})
+        model(input_ids=new, **{CACHE: cache})
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True)[CACHE]
+        detach(model)
+        attach(model, WingsConfig(rank=4))
+        with pytest.raises(InputError, match="filled with other learners"):
+            model(input_ids=new, **{CACHE: cache})

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from shaken import shake
 
 from vlm_prune.learners import WingsConfig, attach, detach
 from vlm_prune.learners import tokens as tokens_module
 from vlm_prune.learners.model import wings_layers
-from vlm_prune.learners.tokens import Keys
 from vlm_prune.learners.train import checkpoint_activations
 from vlm_prune.pruning import METHODS
 from vlm_prune.vlm import PrunedVLM
@@ -99,7 +99,7 @@ def test_that_test_catches_a_mask_indexed_by_key_column(winged, prompts, monkeyp
         keys = honest(self, modality, chosen)
         column = torch.arange(keys.visible.shape[2])
         query = torch.arange(keys.visible.shape[1])[:, None]
-        return Keys(keys.features, keys.rotary, (column <= query).expand_as(keys.visible))
+        return keys._replace(visible=(column <= query).expand_as(keys.visible), runs=None)
 
     honest = tokens_module.Tokens._gather
     monkeypatch.setattr(tokens_module.Tokens, "_gather", by_column)
@@ -282,3 +282,61 @@ def test_runs_of_queries_give_what_the_mask_gives(options, rows, winged, prompts
     monkeypatch.setattr(tokens_module.Tokens, "_runs", lambda *_: None)
     torch.testing.assert_close(by_runs, logits(model, inputs), **CLOSE)
     torch.testing.assert_close(again, greedy(model, inputs).logits, **CLOSE)
+
+
+def test_the_router_costs_no_call_once_it_is_trained(llava, prompts, monkeypatch):
+    """Its columns ride along on a CPU; before, a second call leaves the first as it was."""
+    honest, calls = torch.nn.functional.scaled_dot_product_attention, []
+
+    def count(*arguments, **options):
+        calls.append(1)
+        return honest(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
+
+    def called(router):
+        attach(llava, WingsConfig(rank=4, max_positions=128, router=router))
+        numbers = []
+        for deviation in (0, 0.3):
+            if deviation:
+                shake(llava, deviation=deviation)
+            calls.clear()
+            logits(llava, prompts([(1, 5)]))
+            numbers.append(len(calls))
+        detach(llava)
+        return numbers
+
+    plain, routed = called("none"), called("mean")
+    assert plain[0] == plain[1] == routed[1] == routed[0] - 3
+
+
+def test_a_cache_keeps_wide_keys_and_narrow_values(winged, prompts):
+    model, inputs = winged(), prompts([(1, 5)])
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True)[CACHE]
+        model(input_ids=torch.tensor([[7]]), **{CACHE: cache})
+    heads, width = 32 // model.model.language_model.layers[0].self_attn.head_dim, 32
+    for modality, tokens in (("visual", 16), ("textual", 11)):
+        made = cache.layers[-1].made[modality]
+        assert made.features.whole.shape == (1, heads, tokens, width // heads)
+        assert len(made.by_learner) == 3
+        for keys, values in made.by_learner.values():
+            assert keys.whole.shape == made.features.whole.shape
+            assert values.whole.shape == (1, tokens, 4)
+
+
+def test_a_copied_prefix_cache_answers_as_the_whole_prompt_does(winged, prompts):
+    model, inputs = winged(), prompts([(1, 5)])
+    with torch.inference_mode():
+        prefix = model(**inputs, use_cache=True)[CACHE]
+    for number in (7, 8):
+        new = torch.tensor([[number]])
+        whole = inputs | {"input_ids": torch.cat([inputs["input_ids"], new], 1)}
+        whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+        cache = copy.deepcopy(prefix)
+        with torch.no_grad():
+            ours = model(input_ids=new, **{CACHE: cache}).logits
+        torch.testing.assert_close(ours[:, -1], logits(model, whole)[:, -1], **CLOSE)
+    with torch.no_grad():
+        last = model(input_ids=new, **{CACHE: prefix}).logits
+    torch.testing.assert_close(last, ours, **CLOSE)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from vlm_prune.learners import WingsConfig, from_pretrained
 from vlm_prune.learners import train as train_module
 from vlm_prune.learners.data import read_llava
-from vlm_prune.learners.merge import merge
+from vlm_prune.learners.merge import merge, sweep
 from vlm_prune.learners.model import wings_layers
 from vlm_prune.learners.recipe import METHODS, PRESETS
 from vlm_prune.learners.train import Run, prepare, train
@@ -178,7 +178,7 @@ def test_the_result_does_not_depend_on_the_micro_batch(make_run, examples):
         assert json.loads(a)["loss"] == pytest.approx(json.loads(b)["loss"], rel=1e-3)
 
 
-def test_each_part_has_its_own_rate_that_warms_up_and_decays(make_run, examples):
+def test_each_part_has_its_own_rate_that_warms_up_and_decays(make_run, examples, capsys):
     run = make_run("wings", 2)
     rates = {"projector_lr": 3e-3, "learner_lr": 2e-3, "language_lr": 1e-3}
     train(replace(run, recipe=replace(run.recipe, batch=1, warmup=0.25, **rates)), examples)
@@ -188,6 +188,16 @@ def test_each_part_has_its_own_rate_that_warms_up_and_decays(make_run, examples)
     assert peak["step"] == 4
     assert lines[0]["rates"] == [0, 0, 0]
     assert lines[-1]["rates"][0] < 1e-3
+    told = "0.001 (language model), 0.003 (projector), 0.002 (learners); loss"
+    assert told in capsys.readouterr().out
+
+
+def test_curves_go_to_tensorboard_where_it_is_installed(make_run, examples):
+    pytest.importorskip("tensorboard")
+    run = make_run("full", 1)
+    train(run, examples)
+    (events,) = run.output.rglob("events.out.tfevents.*")
+    assert b"loss" in events.read_bytes()
 
 
 def test_bf16_keeps_float32_weights(make_run, examples):
@@ -227,6 +237,31 @@ def test_merging_interpolates_the_language_model_alone(build):
         torch.testing.assert_close(parameter - dict(base.named_parameters())[name], torch.full_like(parameter, moved))  # fmt: skip
     with pytest.raises(InputError, match="merge a model with its own base"):
         merge(build("llama"), tuned, 0.5)
+    with pytest.raises(InputError, match="alpha 1.5 is out of range; give 0"):
+        merge(base, tuned, 1.5)
+
+
+def test_a_sweep_leaves_a_checkpoint_for_each_alpha(checkpoint, tmp_path):
+    tuned, processor = load(str(checkpoint))
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(1)
+    tuned.save_pretrained(tmp_path / "tuned")
+    processor.save_pretrained(tmp_path / "tuned")
+    folders = sweep(str(checkpoint), str(tmp_path / "tuned"), tmp_path / "merged", [0, 0.5])
+    assert [folder.name for folder in folders] == ["alpha-0", "alpha-0.5"]
+    for folder, moved in zip(folders, (0, 0.5), strict=True):
+        ours, base = (load(str(f))[0].lm_head.weight for f in (folder, checkpoint))
+        torch.testing.assert_close(ours - base, torch.full_like(ours, moved))
+
+
+def test_a_refused_start_does_not_claim_its_folder(make_run, examples):
+    wrong = make_run("wings", 2, wings=WingsConfig(rank=99, max_positions=128))
+    with pytest.raises(InputError, match="rank 99 is above the model's width"):
+        train(wrong, examples)
+    AcceleratorState._reset_state(True)
+    train(replace(wrong, wings=WINGS), examples)
+    assert (wrong.output / "model").is_dir()
 
 
 @pytest.mark.parametrize(
@@ -295,8 +330,8 @@ def test_learners_of_another_model_or_rank_are_refused(make_run, examples):
     [
         (["--preset", "paper-3"], "error: unknown preset 'paper-3'"),
         (["--rank", "0"], "error: rank 0 is out of range"),
-        (["--rank", "257"], "error: rank 257 is above the model's width; give 1 to 256"),
-        (["--layers", "6"], "error: layers [6] are outside the stack; give 0 to 5"),
+        (["--rank", "9999"], "error: rank 9999 is above the model's width; give 1 to "),
+        (["--layers", "99"], "error: layers [99] are outside the stack; give 0 to "),
     ],
 )
 def test_the_script_reports_wrong_input_in_one_line(options, message, conversations, tmp_path):

@@ -1,32 +1,17 @@
-"""One row per method: its registered name and the arguments it is tested with."""
+"""Every registered method, with the arguments it is tested with."""
 
 import pytest
 import torch
 
+from vlm_prune.pruning import METHODS
 from vlm_prune.vlm.families import family_of
 
-CASES = [
-    ("none", {}),
-    ("random", {}),
-    ("pool", {}),
-    ("downsample", {}),
-    ("fopru", {}),
-    ("fopru", {"strategy": "row", "queries": "cls"}),
-    ("adaptinfer", {}),
-    ("zoo", {"directions": 4}),
-    ("zoo-exact", {}),
-    ("fastv", {}),
-    ("sparsevlm", {}),
-    ("pyramiddrop", {}),
-    ("dart", {}),
-    ("visionzip", {}),
-    ("vispruner", {"step": 64}),  # small steps chain near-ties, which rounding decides
-    ("divprune", {}),
-    ("cdpruner", {}),
-    ("cascade", {}),
-    ("merge", {}),
-    ("best", {}),
-]
+ARGUMENTS = {
+    "fopru": [{}, {"strategy": "row", "queries": "cls"}],
+    "zoo": [{"directions": 4}],
+    "vispruner": [{"step": 64}],  # small steps chain near-ties, which rounding decides
+}
+CASES = [(name, more) for name in METHODS for more in ARGUMENTS.get(name, [{}])]
 
 
 @pytest.fixture(params=CASES, ids=lambda case: "-".join([case[0], *map(str, case[1].values())]))

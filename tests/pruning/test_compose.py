@@ -1,10 +1,22 @@
 """Cascades and merging."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from vlm_prune.pruning import METHODS, AdaptInfer, Cascade, DivPrune, FastV, Merge, Random
+from vlm_prune.pruning import (
+    METHODS,
+    AdaptInfer,
+    Cascade,
+    Dart,
+    DivPrune,
+    FastV,
+    Merge,
+    Random,
+    merging,
+)
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.wrapper import build
 
@@ -61,19 +73,45 @@ def test_places_follow_the_images_through_beams(cache, llava, images, make_input
     assert not set(trace.kept[1].tolist()) <= first
 
 
-def test_merging_equals_a_loop(vision):
-    kept = Merge(DivPrune(), budget=20).reduce(vision)
-    plain = DivPrune(budget=20).reduce(vision)
-    for image in range(2):
-        places, tokens = plain.places[image].tolist(), vision.projected[image]
+def assert_merged(kept, plain, tokens):
+    """`kept` is `plain` with every other one of `tokens` (M, N, d) averaged in, by a loop."""
+    for image, own in enumerate(tokens):
+        places = plain.places[image].tolist()
         groups = {place: [place] for place in places}
-        for token in range(576):
+        for token in range(len(own)):
             if token not in groups:
-                similar = cosine_similarity(tokens[token], tokens[places])
+                similar = cosine_similarity(own[token], own[places])
                 groups[places[int(similar.argmax())]].append(token)
-        means = torch.stack([tokens[groups[place]].mean(0) for place in places])
+        means = torch.stack([own[groups[place]].mean(0) for place in places])
         assert kept.places[image].tolist() == places
         torch.testing.assert_close(kept.features[image], means)
+
+
+def test_merging_equals_a_loop(vision):
+    kept = Merge(DivPrune(), budget=20).reduce(vision)
+    assert_merged(kept, DivPrune(budget=20).reduce(vision), vision.projected)
+
+
+def test_merging_at_a_cut_equals_a_loop():
+    torch.manual_seed(0)
+    features, question = torch.randn(2, 30, 8), torch.randn(2, 6, 8)
+    keys = torch.randn(2, 30, 8), torch.randn(2, 6, 8)
+    tokens = SimpleNamespace(
+        features=features, question=question, asked=torch.ones(2, 6, dtype=torch.bool),
+        keys=lambda: keys,
+    )  # fmt: skip
+    kept = merging(Dart()).reduce(tokens, 9)
+    assert_merged(kept, Dart().reduce(tokens, 9), features)
+
+
+def test_merging_at_a_cut_keeps_the_methods_hyperparameters():
+    method = build("sparsevlm+merge", preset="64", recycle=0.1)
+    plain = build("sparsevlm", preset="64", recycle=0.1)
+    assert isinstance(method, type(plain)) and vars(method) == vars(plain)
+    assert method.cuts(576, 32) == plain.cuts(576, 32)
+    both = build("divprune+fastv+merge", budget=64, **{"inside.layer": 3})
+    assert isinstance(both, Cascade) and both.inside.layer == 3
+    assert type(both.inside).__name__ == "FastVMerge" and isinstance(both.pre, DivPrune)
 
 
 def test_names_joined_by_plus():
@@ -90,7 +128,7 @@ def test_names_joined_by_plus():
         ("adaptinfer+zoo", "AdaptInfer does not choose tokens before"),
         ("downsample+adaptinfer", "Downsample does not choose tokens before"),
         ("zoo+divprune", "DivPrune does not act inside"),
-        ("adaptinfer+merge", "AdaptInfer does not choose tokens before"),
+        ("best+merge", "Best does not choose tokens before"),
     ],
 )
 def test_methods_that_do_not_go_together_are_refused(name, message):

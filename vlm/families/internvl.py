@@ -1,7 +1,8 @@
 """InternVL in transformers (the `-hf` checkpoints): tiles of 2 x 2 patches per token, with a CLS.
 
 An image is one run of placeholders: its tiles and then its overview. The projector's norm counts
-as the tower's, so that two layers remain.
+as the tower's, so that two layers remain. A token's attention is the mean over its patches, within
+its tile; each tile has its own CLS token.
 """
 
 from collections.abc import Mapping, Sequence

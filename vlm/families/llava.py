@@ -1,4 +1,7 @@
-"""LLaVA-1.5 in transformers: a CLIP tower, a two-layer projector, a Llama-style decoder."""
+"""LLaVA-1.5 in transformers: a CLIP tower, a two-layer projector, a Llama-style decoder.
+
+The tower's attention is that of the layer whose output the projector gets, the last but one.
+"""
 
 from dataclasses import dataclass
 from functools import partial

@@ -3,6 +3,9 @@
 An image's tokens are those of the overview and of the tiles, stitched together and unpadded, with
 a newline token behind each row. Newlines show nothing, so pruners do not see them: they are kept
 when all other tokens are, and are otherwise the first to go.
+
+The tower sees one tile at a time: a token's attention is that of its own tile's tokens, and each
+tile has its own CLS token.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,6 +1,8 @@
 """LLaVA-OneVision in transformers: LLaVA-NeXT's tiles over a SigLIP tower without a CLS token.
 
-A prompt's only image is tiled; where a prompt has several, each is one tile.
+A prompt's only image is tiled; where a prompt has several, each is one tile. Methods that read the
+CLS token's attention read the mean over all tokens of the tile. The attention is that of the last
+layer, whose output the projector gets.
 """
 
 from collections.abc import Mapping

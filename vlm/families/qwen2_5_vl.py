@@ -3,7 +3,8 @@
 The projector is the merger: its norm counts as the tower's, so that two layers remain, and its
 features are the four patches of a token side by side. A token receives the mean attention of its
 patches in the tower's last layer, which sees the whole image in every released checkpoint; where a
-config makes it windowed, attention is read as if it were not.
+config makes it windowed, attention is read as if it were not. There is no CLS token: methods that
+read its attention read the mean over all patches.
 """
 
 from collections.abc import Mapping

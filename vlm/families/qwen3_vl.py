@@ -1,6 +1,8 @@
 """Qwen3-VL in transformers: Qwen2.5-VL without windows, with features for early decoder layers.
 
-Those deepstack features go with their tokens: the same places are kept of them.
+Those deepstack features go with their tokens: the same places are kept of them. They are no part of
+what methods score before the language model. The attention is that of the tower's last layer, which
+sees the whole image; without a CLS token, its attention is the mean over all patches.
 """
 
 from collections.abc import Sequence

@@ -2,7 +2,8 @@
 
 An image is several runs of placeholders, each behind a marker that names the tile; its overview
 comes last, so the marker in front of a prompt's last run tells where images end. The projector is
-one linear map, under which every token is equally sensitive.
+one linear map, under which every token is equally sensitive. The SigLIP tower has no CLS token:
+methods that read its attention read the mean over all patches of the tile.
 """
 
 from collections.abc import Callable, Mapping

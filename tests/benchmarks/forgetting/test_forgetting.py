@@ -13,6 +13,7 @@ from vlm_prune.benchmarks.forgetting import choose_experiment, experiment
 from vlm_prune.benchmarks.forgetting.arms import ARMS, QUICK, Plan
 from vlm_prune.benchmarks.forgetting.data import held_out_rows, show, some
 from vlm_prune.benchmarks.forgetting.measure import hits, interval
+from vlm_prune.benchmarks.forgetting.report import verdict
 from vlm_prune.benchmarks.forgetting.train import prepared
 from vlm_prune.learners import WingsConfig, attach
 from vlm_prune.vlm.errors import InputError
@@ -118,10 +119,23 @@ def test_the_course_resumes_and_writes_its_results(few_arms, tmp_path, monkeypat
     assert summary["wings"]["trainable"] - summary["full"]["trainable"] == learners
     assert summary["merge"]["alpha"] == [0.5]
     table = (tmp_path / "results" / "forgetting.md").read_text()
+    assert "| Wings | 0.0001 |" in table and "Target: 98" in table
     assert "post-hoc merge" in table and "T,T,V" in table and "attention shift" in table
     assert (tmp_path / "results" / "forgetting.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="other settings"):
         experiment.run(replace(SMALL, rank=5), *places)
+
+
+@pytest.mark.parametrize(
+    ("text", "visual", "met"), [(0.99, 0.8, True), (0.97, 0.9, False), (0.99, 0.78, False)]
+)
+def test_the_target_is_text_kept_and_sight_next_to_the_best_baseline(text, visual, met):
+    def found(text, visual):
+        return {"text": (text, [0, 1]), "visual": (visual, [0, 1])}
+
+    summary = {"base": found(1.0, 0.95), "full": found(0.6, 0.805), "lora": found(0.7, 0.7)}
+    said = verdict(summary | {"wings": found(text, visual), "wings-visual": found(0, 1)})
+    assert said.endswith(": met.") == met and "full tuning, stock LR" in said
 
 
 def test_lora_has_about_the_parameters_of_the_learners(embedded, tmp_path):

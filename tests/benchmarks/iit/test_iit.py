@@ -1,8 +1,10 @@
 """The IIT reconstruction from small files in the formats of the eight public data sets."""
 
 import base64
+import csv
 import io
 import json
+import zipfile
 from collections import Counter
 
 import pytest
@@ -133,6 +135,40 @@ def test_parquet_copies_give_the_same_questions(name, tmp_path):
         assert {sample.images[0].size for sample in read(tmp_path / "out") if sample.images} == {
             (20, 20)
         }
+
+
+def test_the_files_that_authors_publish_are_read(copies, tmp_path):
+    """CMMLU's zip, MMBench's TSV, OpenbookQA's JSON lines: the same questions as other copies."""
+    with zipfile.ZipFile(tmp_path / "cmmlu.zip", "w") as archive:
+        table = tmp_path / "cmmlu" / "test" / "sociology.csv"
+        archive.write(table, "test/sociology.csv")
+        archive.writestr("dev/sociology.csv", ",Question,A,B,C,D,Answer\n0,?,a,b,c,d,A\n")
+    rows = [ROWS["mmbench"](n) for n in range(6)]
+    for row in rows:
+        row["image"] = base64.b64encode(row["image"]["bytes"]).decode()
+    with (tmp_path / "MMBench_DEV_EN.tsv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = []
+    for n in range(6):
+        row = ROWS["openbookqa"](n)
+        choices = [
+            {"text": text, "label": label}
+            for text, label in zip(row["choices"]["text"], row["choices"]["label"], strict=True)
+        ]
+        question = {"stem": row["question_stem"], "choices": choices}
+        lines.append({"id": row["id"], "question": question, "answerKey": row["answerKey"]})
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    published = {"cmmlu": "cmmlu.zip", "mmbench": "MMBench_DEV_EN.tsv", "openbookqa": "test.jsonl"}
+    for name, file in published.items():
+        theirs, ours = read_source(name, str(tmp_path / file)), read_source(name, copies[name])
+        assert [(i.question, i.options, i.answer) for i in theirs] == [
+            (i.question, i.options, i.answer) for i in ours
+        ], name
+    sources = {"mmlu": copies["mmlu"], "mmbench": str(tmp_path / "MMBench_DEV_EN.tsv")}
+    build(tmp_path / "out", sources, size=2)
+    assert any(sample.images for sample in read(tmp_path / "out"))
 
 
 def test_images_may_be_base64(copies, tmp_path):

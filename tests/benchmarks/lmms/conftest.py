@@ -1,5 +1,6 @@
 """Data sets of a few rows in the real schemas, and the cache of unpruned answers apart."""
 
+import json
 from importlib.util import find_spec
 
 import pytest
@@ -237,6 +238,29 @@ def ifeval():
         for i in range(2)
     ]  # fmt: skip
     return {"instruction-following-eval/data/train": rows}
+
+
+@pytest.fixture(scope="session")
+def json_root(tmp_path_factory):
+    """Those of images as JSON, one row a line, images in files of their own."""
+    root = tmp_path_factory.mktemp("json")
+    for make in (pope, textvqa, vqav2, mmbench, scienceqa):
+        ((name, rows),) = make().items()
+        folder = root / name.split("/")[0]
+        (root / name).parent.mkdir(parents=True)
+        (folder / "pictures").mkdir()
+        for number, row in enumerate(rows):
+            row["image"].save(folder / "pictures" / f"{number}.png")
+            row["image"] = f"pictures/{number}.png"
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (root / name).with_suffix(".jsonl").write_text(lines)
+    questions, pictures = gqa().values()  # one object by id, as its authors give it
+    (root / "GQA" / "images").mkdir(parents=True)
+    for row in pictures:
+        row["image"].save(root / "GQA" / "images" / f"{row['id']}.jpg", "PNG")  # without loss
+    by_id = json.dumps({row.pop("id"): row for row in questions})
+    (root / "GQA" / "testdev_balanced_instructions.json").write_text(by_id)
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,17 @@
 """`vlm-prune eval` over lmms-eval's tasks: real schemas, one layout, resuming, cached baseline."""
 
+import base64
+import io
 import json
+import re
+import shutil
 
 import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from vlm_prune.benchmarks.lmms.load import load_task
+from vlm_prune.learners.store import WEIGHTS
 
 FAST = ["--batch-size", "2", "--budget", "16"]
 VISUAL = {
@@ -56,44 +65,45 @@ def test_real_schemas(run, data_root, tmp_path):
         assert task["kept"] == (16 if name in VISUAL else 0)
     assert {row["id"] for row in rows if row["task"] == "gqa"} == {f"gqa/{i:06d}" for i in range(4)}
     assert results["time_ms"]["baseline_prefill"] > 0 and results["flops"]["pruned"] > 0
-    code, _, err = run("report", tmp_path / "out")
-    assert code == 0, err
+    assert run("report", tmp_path / "out", "--data-root", data_root)[0] == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    shown = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    assert {sample["task"] for sample in shown["samples"]} == set(VISUAL)
+    for sample in shown["samples"]:
+        (bits,), (grid,) = sample["answers"][0]["kept"], sample["grids"]
+        kept = "".join(f"{byte:08b}" for byte in base64.b64decode(bits))
+        assert grid == [24, 24] and kept.count("1") == 16
+    seen = [Image.open(io.BytesIO(base64.b64decode(uri[23:]))) for uri in shown["images"]]
+    assert {image.size for image in seen} == {(60, 60)}  # the square that a LLaVA sees
+    assert run("report", tmp_path / "out")[0] == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "No pictures of pope: data set &#39;lmms-lab-encoder/POPE&#39;" in page
 
 
-def test_json_copies_are_read(run, checkpoint, tmp_path):
-    from PIL import Image
+@pytest.mark.parametrize("name", list(VISUAL)[:6])
+def test_a_json_copy_asks_what_the_parquet_copy_asks(data_root, json_root, name):
+    def asked(root):
+        task = load_task(name, root)
+        for doc in task.eval_docs:
+            (turn,) = task.doc_to_messages(doc)
+            parts = [part.get("text") or part["url"].tobytes() for part in turn["content"]]
+            yield parts, task.doc_to_target(doc)
 
-    image = Image.new("RGB", (40, 30), "red")
-    for name in ("GQA/images", "pope/pictures"):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for number in range(2):
-            image.save(tmp_path / "data" / name / f"n{number}.jpg")
-    questions = {
-        f"2{i}": {"imageId": f"n{i}", "question": "Is it red?", "answer": "yes"} for i in range(2)
-    }
-    instructions = tmp_path / "data" / "GQA" / "testdev_balanced_instructions.json"
-    instructions.write_text(json.dumps(questions))
-    rows = [
-        {
-            "question_id": i,
-            "question": "Is it red?",
-            "answer": "yes",
-            "category": "popular",
-            "image": f"pictures/n{i}.jpg",
-        }
-        for i in range(2)
-    ]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / "data" / "pope" / "test.jsonl").write_text(lines)
+    rows = list(asked(json_root))
+    assert rows == list(asked(data_root))
+    assert len({str(parts) for parts, _ in rows}) == VISUAL[name][1] > 2  # no two alike
+
+
+def test_json_copies_are_run(run, checkpoint, json_root, tmp_path):
     code, _, err = run(
-        "eval", "--model", checkpoint, "--tasks", "gqa,pope", "--data-root", tmp_path / "data",
-        "--limit", "4", "--output", tmp_path / "out", *FAST,
+        "eval", "--model", checkpoint, "--tasks", "gqa,pope", "--data-root", json_root, "--limit",
+        "4", "--output", tmp_path, *FAST,
     )  # fmt: skip
     assert code == 0, err
-    _, rows = read(tmp_path / "out")
+    _, rows = read(tmp_path)
     assert [(row["id"], row["subset"], row["answer"]) for row in rows] == [
-        ("gqa/000000", "", "yes"), ("gqa/000001", "", "yes"),
-        ("pope/000000", "popular", "yes"), ("pope/000001", "popular", "yes"),
+        ("gqa/000000", "", "no"), ("gqa/000001", "", "yes"),
+        ("pope/000000", "adversarial", "no"), ("pope/000001", "adversarial", "yes"),
     ]  # fmt: skip
 
 
@@ -131,6 +141,24 @@ def test_a_killed_run_resumes_and_the_baseline_is_cached(
     (first, first_rows), (second, second_rows) = read(tmp_path / "whole"), read(killed)
     assert untimed(first_rows) == untimed(second_rows)
     assert first["tasks"] == second["tasks"] and first["overall"] == second["overall"]
+
+
+def test_an_adapter_changed_in_place_is_another_model(
+    run, checkpoint, adapter, data_root, cache, tmp_path
+):
+    own = tmp_path / "wings"
+    shutil.copytree(adapter, own)
+    asked = [
+        "eval", "--model", checkpoint, "--wings", own, "--tasks", "pope", "--data-root", data_root,
+        "--limit", "2", *FAST,
+    ]  # fmt: skip
+    assert run(*asked, "--output", tmp_path / "before")[0] == 0
+    weights = load_file(own / WEIGHTS)
+    save_file({name: -tensor for name, tensor in weights.items()}, own / WEIGHTS)
+    code, _, err = run(*asked, "--output", tmp_path / "before")
+    assert code == 2 and "a run with another adapter; give another --output" in err
+    assert run(*asked, "--output", tmp_path / "after")[0] == 0
+    assert len(list((cache / "unpruned").iterdir())) == 2
 
 
 def test_methods_side_by_side(run, checkpoint, data_root, tmp_path):

@@ -1,4 +1,4 @@
-"""The plug-in on families whose images differ in size."""
+"""The plug-in on the model families, most of which take images of any size."""
 
 import json
 
@@ -10,13 +10,15 @@ from vlm_prune.benchmarks.lmms import TASK_FOLDER
 from vlm_prune.benchmarks.lmms.chat import user_turn
 from vlm_prune.benchmarks.lmms.model import Ask, PrunedChat
 from vlm_prune.benchmarks.lmms.run import SEEN
+from vlm_prune.vlm.families import FAMILIES
 
-TWO = pytest.mark.parametrize("tiny", ["qwen3_vl", "smolvlm"], indirect=True)
 NAMES = ["exist", "text", "iit"]
+FEW = ["llava", "qwen3_vl", "smolvlm"]
+EVERY = [*FEW, *(pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES if n not in FEW)]
 
 
-@TWO
-def test_both_roads_give_the_same_answers(run, tiny, folder, tmp_path):
+@pytest.mark.parametrize("tiny", EVERY, indirect=True)
+def test_both_roads_give_the_same_accuracy(run, tiny, folder, tmp_path):
     tasks = [f"vlm_prune_{name}" for name in NAMES]
     found = simple_evaluate(
         "vlm_prune", f"pretrained={folder},method=divprune,budget=6", batch_size=3, tasks=tasks,
@@ -28,17 +30,24 @@ def test_both_roads_give_the_same_answers(run, tiny, folder, tmp_path):
         ",".join(NAMES), "--limit", "12", "--batch-size", "3", "--output", tmp_path,
     )  # fmt: skip
     assert code == 0, err
+    ours = json.loads((tmp_path / "results.json").read_text())
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     said = {row["id"]: row["prediction"] for row in rows}
+    assert len(set(said.values())) > 1
     for name, task in zip(NAMES, tasks, strict=True):
+        assert found["results"][task]["exact_match,none"] == ours["tasks"][name]["accuracy"]
         for sample in found["samples"][task]:
             assert sample["filtered_resps"] == [said[f"{name}/{sample['doc_id']:06d}"]]
     (full,) = {tokens for row in rows for tokens in row["image_tokens"]}
     throughput = found["throughput"]
-    assert throughput["avg_visual_tokens"] == full > 6 == throughput["avg_kept_visual_tokens"]
+    assert throughput["avg_visual_tokens"] == full > 6
+    for counted in ("kept", "layer", "papers"):
+        assert throughput[f"avg_{counted}_visual_tokens"] == 6
+    assert throughput["avg_prefill_ms"] > 0 and throughput["avg_selection_ms"] > 0
+    assert found["efficiency"]["overall"]["docs_with_token_counts"] == len(rows) == 12
 
 
-@TWO
+@pytest.mark.parametrize("tiny", FEW[1:], indirect=True)
 @pytest.mark.parametrize("method", ["divprune", "adaptinfer"])
 def test_a_batch_of_several_sizes_equals_its_questions_alone(tiny, folder, method):
     """Answered, by beam search too, which repeats a question's images, and scored."""

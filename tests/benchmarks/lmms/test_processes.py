@@ -1,8 +1,4 @@
-"""Processes share the questions, with one result.
-
-`accelerate launch` starts several processes with torchrun, but on a CPU only one; here it is torchrun
-itself, which sets the same variables.
-"""
+"""Processes of `accelerate launch` share the questions, with one result."""
 
 import json
 import os
@@ -22,10 +18,14 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def launch(arguments, environment):
-    """Two CPU processes in a group of their own, so that nothing is left behind."""
+    """Two processes in a group of their own, so that nothing is left behind.
+
+    Without `--multi_gpu` accelerate starts one alone; they compute on the CPU, as `--device` says.
+    """
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "vlm_prune.benchmarks.cli", *map(str, arguments),
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--main_process_port", "0", "-m", "vlm_prune.benchmarks.cli", *map(str, arguments),
     ]  # fmt: skip
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -77,8 +77,9 @@ def test_a_killed_worker_loses_nothing(run, checkpoint, data_root, tmp_path, env
     named = {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in children}
     worker = max(pid for pid, line in named.items() if "vlm_prune.benchmarks.cli" in line)
     os.kill(worker, signal.SIGKILL)
-    process.communicate(timeout=600)
+    out, _ = process.communicate(timeout=600)
     assert process.returncode != 0
+    assert "SIGKILL" in out and out.count("the same command with the same --output resumes") == 1
     assert not (tmp_path / "two" / "results.json").exists()
     answered = len(log.read_text().splitlines())
     assert 0 < answered < 40

@@ -1,12 +1,16 @@
 """What cannot work: one clear line each, and the rest of the run is kept."""
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 
+import pyarrow as pa
 import pytest
+from PIL import Image
+from pyarrow import parquet
 
 FAST = ["--limit", "4", "--budget", "16", "--batch-size", "4"]
 
@@ -63,6 +67,59 @@ def test_damaged_data(run, checkpoint, copy, tmp_path, name):
     assert len(err.strip().splitlines()) == 1
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(results["tasks"]) == ["scienceqa_img"] and list(results["skipped"]) == ["pope"]
+
+
+def spoil(folder, count, broken):
+    """`count` rows in place of the few, some of them with something else than an image."""
+    rows = parquet.read_table(shard(folder))
+    table = rows.take([number % len(rows) for number in range(count)])
+    place = table.schema.get_field_index("image")
+    column, images = table.field(place), table["image"].to_pylist()
+    for number, content in broken.items():
+        images[number]["bytes"] = content(images[number]["bytes"])
+    table = table.set_column(place, column, pa.array(images, column.type))
+    parquet.write_table(table, shard(folder))
+
+
+def bomb(_):
+    file = io.BytesIO()
+    Image.new("1", (10_000, 9_000)).save(file, "PNG")
+    return file.getvalue()
+
+
+BROKEN = {1: lambda image: image[:60], 3: lambda _: b"no image", 9_998: bomb}
+
+
+def test_ten_thousand_rows_with_three_broken_images(data_root, tmp_path):
+    from vlm_prune.benchmarks.lmms.load import load_task
+
+    shutil.copytree(data_root / "POPE", tmp_path / "POPE")
+    spoil(tmp_path, 10_000, BROKEN)
+    task = load_task("pope", tmp_path)
+    assert len(task.eval_docs) == len(task.eval_docs_no_media) == 10_000 - 3
+    assert list(task.unreadable) == list(BROKEN)
+    cut, text, large = task.unreadable.values()
+    assert "cannot read image" in cut and "no image that" in text and "89 million" in large
+    # places count the rows that are left: the fifth of the file is the third
+    assert [task.eval_docs[place]["question_id"] for place in (0, 1, 2)] == ["1", "3", "1"]
+    assert list(load_task("pope", tmp_path, limit=2).unreadable) == [1]  # looks no further
+
+
+def test_broken_images_are_named_and_the_others_asked(run, checkpoint, copy, tmp_path):
+    spoil(copy, 8, dict(list(BROKEN.items())[:2]))
+    code, _, err = run(
+        "eval", "--model", checkpoint, "--tasks", "pope,scienceqa_img", "--data-root", copy,
+        "--output", tmp_path / "out", "--limit", "8", *FAST[2:],
+    )  # fmt: skip
+    assert code == 0, err
+    lines = err.strip().splitlines()
+    assert [line.split(" skipped: ")[0] for line in lines] == ["pope row 1", "pope row 3"]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {name: task["n"] for name, task in results["tasks"].items()} == {
+        "pope": 4, "scienceqa_img": 3,
+    }  # fmt: skip
+    assert list(results["skipped"]) == ["pope row 1", "pope row 3"]
+    assert run("report", tmp_path / "out")[0] == 0
 
 
 def test_tasks_that_cannot_be_run(run, checkpoint, copy, tmp_path):

@@ -1,8 +1,11 @@
 """The page in a browser, from a file: 504 questions, three budgets, two methods."""
 
+import itertools
+
 import pytest
 
 from vlm_prune.benchmarks.report import report
+from vlm_prune.benchmarks.tasks import TASKS, VISUAL
 
 DARK = "rgb(22, 24, 27)"
 
@@ -74,6 +77,47 @@ def test_it_loads_within_two_seconds_of_work(page, address):
     print(f"\nload: {work:.2f} s of work, {wall:.2f} s on the clock")
     assert 0 < work < 2
     assert page.locator("#cards article").count() == 12
+
+
+def test_front_and_intervals_are_drawn(page):
+    front = page.locator(".plot.wide path.front").bounding_box()
+    assert front["width"] > 200 and front["height"] > 50
+    assert page.locator(".plot.wide .interval").count() == 6
+    said = page.locator("#front-wide").inner_html()
+    assert [f"fopru with {n}.0 tokens" in said for n in (32, 64, 128)] == [True] * 3
+    assert "random" not in said  # never on the front
+
+
+def test_bars_of_time_are_stacked(page):
+    bars = page.eval_on_selector_all(
+        "table.times:not([hidden]) .bar",
+        """all => all.map(bar => [...bar.children].map(phase => {
+          const box = phase.getBoundingClientRect();
+          return [phase.className, Math.round(box.left), Math.round(box.right)];
+        }))""",
+    )
+    assert [[phase for phase, _, _ in bar] for bar in bars] == [
+        ["vision", "prefill", "decode"], *[["vision", "selection", "prefill", "decode"]] * 2,
+    ]  # fmt: skip
+    for bar in bars:
+        for (_, left, right), (_, following, _) in itertools.pairwise(bar):
+            assert left < right and abs(right - following) <= 1
+
+
+def test_a_card_and_how_it_was_made(page):
+    card = page.locator("#cards article").first
+    sample = TASKS[VISUAL[0]].sample(1)  # questions that pruning broke come first
+    gold = sample.answer
+    assert card.locator("h3").inner_text() == sample.turns[-1].text
+    assert card.locator(".facts").inner_text().split("\n")[:2] == [
+        f"gold {gold}",
+        f"unpruned {gold}",
+    ]
+    assert "wrong" in card.locator("[data-method=fopru] figcaption b").inner_text()
+    assert page.locator("#made pre").all_inner_texts() == [
+        "vlm-prune eval fopru", "vlm-prune eval random",
+    ]  # fmt: skip
+    assert page.locator("#made dl div", has_text="vlm-prune").inner_text().endswith("0.1.0")
 
 
 def test_columns_sort_both_ways(page):

@@ -51,6 +51,16 @@ def test_kept_places_become_bits_and_pictures_are_stored_once(make_run, tmp_path
     assert content["images"][0].startswith("data:image/jpeg;base64,")
 
 
+def test_each_image_has_its_own_grid(make_run, tmp_path):
+    seen = {"kept": [[0, 7, 23], [1]], "image_tokens": [24, 30], "grids": [[4, 6], None]}
+    page = render(load_runs([make_run(tmp_path, **seen)]))
+    sample = data_of(page)["samples"][0]
+    bits, whole = sample["answers"][0]["kept"]
+    assert sample["grids"] == [[4, 6], None] and whole is None
+    assert base64.b64decode(bits) == bytes([0b10000001, 0, 0b00000001])
+    assert "are shown whole" in page
+
+
 def test_gallery_is_as_large_as_asked(make_run, tmp_path):
     runs = load_runs([make_run(tmp_path)])
     assert len(data_of(render(runs, 5))["samples"]) == 5
@@ -91,10 +101,16 @@ def test_report_of_a_real_run(run, checkpoint, tmp_path):
     )
 
 
+def suite(folder):
+    (folder / "results.json").write_text('{"suite": "forgetting"}')
+    return folder
+
+
 WRONG = {
     "no folder": (lambda f: ["/nowhere"], "is no folder"),
     "file": (lambda f: [f / "results.json"], "is no folder"),
     "empty": (lambda f: [f / "empty"], "holds no run"),
+    "suite": (lambda f: [suite(f / "empty")], "holds a suite"),
     "unfinished": (lambda f: (f / "results.json").unlink(), "unfinished"),
     "no rows": (lambda f: (f / "samples.jsonl").unlink(), "is missing"),
     "not JSON": (lambda f: (f / "results.json").write_text('{"a": '), "is not JSON"),
@@ -130,11 +146,16 @@ def test_questions_of_another_version_are_refused(run, make_run, tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
-    [("seed", 1, "differ in seed"), ("variant", None, "both hold fopru"), ("kept", 576, "outside")],
+    [
+        ("seed", 1, "differ in seed"),
+        ("variant", None, "both hold fopru"),
+        ("kept", [[576]], "outside"),
+        ("grids", [[23, 24]], "a grid of [23, 24] for the 576"),
+    ],
 )
 def test_runs_that_cannot_stand_together(run, make_run, edit, tmp_path, key, value, message):
-    kept = {"kept": [[value]]} if key == "kept" else {}
-    make_run(tmp_path / "a"), make_run(tmp_path / "b", **kept)
+    rows = {key: value} if key in ("kept", "grids") else {}
+    make_run(tmp_path / "a"), make_run(tmp_path / "b", **rows)
     if key == "seed":
         edit(tmp_path / "b" / "results.json", lambda results: results["config"].update(seed=value))
     code, _, err = run("report", tmp_path / "a", tmp_path / "b")

@@ -17,9 +17,8 @@ from vlm_prune.vlm.wrapper import PrunedVLM
 
 
 def encode(tiny, rows):
-    inputs, family = tiny.inputs(rows), family_of(tiny.model)
-    names = ("pixel_values", "input_ids", *family.image_inputs)
-    return inputs, family.encode(**{name: inputs[name] for name in names if name in inputs})
+    inputs = tiny.inputs(rows)
+    return inputs, tiny.encode(inputs)
 
 
 def test_features_projected_are_what_the_language_model_gets(tiny):

@@ -1,0 +1,64 @@
+"""The images of questions that were answered: made again, or read from their data set again."""
+
+from pathlib import Path
+
+from PIL import Image
+
+from vlm_prune.benchmarks import lmms
+from vlm_prune.benchmarks.report.load import Row, Run
+from vlm_prune.benchmarks.tasks import TASKS
+from vlm_prune.vlm.errors import InputError
+
+Pictures = list[Image.Image]
+
+
+def pictures_of(
+    run: Run, rows: list[Row], data_root: Path | None
+) -> tuple[dict[str, Pictures], dict[str, str]]:
+    """Images by the question's id, and by task why there are none.
+
+    Raises:
+        InputError: if this version's embedded tasks no longer make the questions of the run.
+    """
+    found = {row.id: _made(run, row) for row in rows if row.task in TASKS}
+    missing = {}
+    for task in sorted({row.task for row in rows} - set(TASKS)):
+        asked = {_number(run, row): row.question for row in rows if row.task == task}
+        try:
+            pictures = _read(task, asked, data_root)
+        except InputError as error:
+            missing[task] = str(error)
+        else:
+            found |= {f"{task}/{number:06d}": images for number, images in pictures.items()}
+    return found, missing
+
+
+def _read(task: str, asked: dict[int, str], data_root: Path | None) -> dict[int, Pictures]:
+    if not lmms.installed():
+        raise InputError(f"its images are read by lmms-eval: {lmms.INSTALL}")
+    from vlm_prune.benchmarks.lmms.shown import images_of
+
+    return images_of(task, asked, data_root)
+
+
+def _made(run: Run, row: Row) -> Pictures:
+    task = row.id.partition("/")[0]
+    if task in TASKS:
+        sample = TASKS[task].sample(_number(run, row), run.shared["seed"], run.shared["split"])
+        if (sample.turns[-1].text, sample.answer) == (row.question, row.gold):
+            return list(sample.images)
+    raise InputError(_another(run, row))
+
+
+def _number(run: Run, row: Row) -> int:
+    number = row.id.rpartition("/")[2]
+    if not number.isdecimal():
+        raise InputError(_another(run, row))
+    return int(number)
+
+
+def _another(run: Run, row: Row) -> str:
+    return (
+        f"{run.path}: question {row.id} is not the one that this version makes; "
+        "run it again, or give --gallery 0"
+    )
