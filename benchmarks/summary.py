@@ -74,7 +74,8 @@ def summarise(config: "RunConfig", rows: list[dict[str, Any]], model: Any) -> di
         own = prefill_flops(text, row["text_tokens"], per_layer)
         if config.wings is not None:
             added = text, model.wings.config, row["text_tokens"], per_layer
-            own += learner_flops(*added) + router_flops(*added)
+            rides = model.device.type == "cpu"
+            own += learner_flops(*added) + router_flops(*added, rides=rides)
         return own
 
     def held(row: dict[str, Any], per_layer: list[float]) -> float:

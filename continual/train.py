@@ -110,7 +110,9 @@ class _Trainer:
         state = clip.model.state_dict()
         self.initial = {name: t.detach().cpu().clone() for name, t in state.items()}
         self.texts: list[Tensor] | None = None  # class features, until the text tower changes
-        clip.model.to(self.accelerator.device)
+        # torch multiplies by weights that take gradients in another order, with other rounding: a
+        # run that goes on must not begin with weights that do where a whole run has none
+        clip.model.to(self.accelerator.device).eval().requires_grad_(False)
         self.accelerator.wait_for_everyone()
 
     def run_all(self) -> None:

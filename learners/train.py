@@ -114,10 +114,11 @@ def train(run: Run, examples: list[Example]) -> None:
     _claim(run)
     if (output / "model").is_dir():
         return
+    installed = accelerate.tracking.get_available_trackers()
     accelerator = accelerate.Accelerator(
         mixed_precision="bf16" if run.bf16 else "no",
         cpu=run.cpu,
-        log_with=[t for t in accelerate.tracking.get_available_trackers() if str(t) in TRACKERS],
+        log_with=[tracker for tracker in installed if str(tracker) in TRACKERS] or None,
         project_dir=output,
         # a batch of text alone leaves the projector without gradients
         kwargs_handlers=[accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)],
@@ -151,12 +152,12 @@ def train(run: Run, examples: list[Example]) -> None:
                 file.write(json.dumps(entry) + "\n")
         if step % run.save_every == 0 and step < steps:
             _checkpoint(accelerator, output, step)
-    accelerator.end_training()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _finish(model, processor, lora, output)
         last = json.loads((output / "log.jsonl").read_text().splitlines()[-1])
         print(f"{output}: {run.method}, {recipe.rates(method)}; loss {last['loss']:.4f}")
+    accelerator.end_training()  # closes the process group, too
 
 
 class _NotFinite(Exception):
