@@ -99,4 +99,5 @@ def _weights_of_one(query: Tensor, key: Tensor, mask: Tensor | None, scaling: fl
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask
-    return scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights: Tensor = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return weights

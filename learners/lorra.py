@@ -75,7 +75,7 @@ def attend_one(
     if visible is not None:
         weights = weights * visible[:, None]
     maps = up.unflatten(0, (query.shape[1], -1)).transpose(1, 2)
-    attended = weights @ features + (weights @ inner[:, None]) @ maps
+    attended: Tensor = weights @ features + (weights @ inner[:, None]) @ maps
     return attended.flatten(1)[:, None]
 
 

@@ -212,7 +212,7 @@ class _Stored(DynamicLayer):  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Stored":
         other = copy.copy(self)
-        vars(other).update(copy.deepcopy(vars(self) | {"made": {}}, memo))
+        other.__dict__.update(copy.deepcopy(vars(self) | {"made": {}}, memo))
         return other
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

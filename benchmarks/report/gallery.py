@@ -45,7 +45,7 @@ def gallery(
     rows = [{row.id: row for row in run.rows} for run in runs]
     names = series_of(runs)
     images: dict[str, int] = {}
-    samples = []
+    samples = list[dict[str, Any]]()
     asked = [rows[0][name] for name in chosen(runs, most)]
     shown, missing = pictures_of(runs[0], asked, data_root)
     for first in asked:

@@ -115,8 +115,8 @@ def attend(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Transformers' attention over packed rows, without most of the pairs that the mask forbids."""
     common = spans[0].start
-    first = [part[:, :, :common] for part in (query, key, value)]
-    heard = [scaled_dot_product_attention(*first, is_causal=True, scale=scaling)]
+    first, keys, values = (part[:, :, :common] for part in (query, key, value))
+    heard = [scaled_dot_product_attention(first, keys, values, is_causal=True, scale=scaling)]
     for start, stop, prefix, seen in spans:
         keys, values, mask = (
             torch.cat([part[..., :prefix, :], part[..., seen:stop, :]], -2)
@@ -262,7 +262,7 @@ def _backward(
     parts = [part for part in (pictured, [row for row in batch if row.image is None]) if part]
     packs = [pack(part, tokenizer, model.config.image_token_id) for part in parts]
     counts = [len(packed.kinds) for packed in packs]
-    whole, shares = 0.0, {}
+    whole, shares = 0.0, dict[str, float]()
     for part, packed, count in zip(parts, packs, counts, strict=True):
         images = [row.image for row in part if row.image is not None]
         loss, right = loss_of(model, packed, images, encode, bf16)

@@ -68,7 +68,7 @@ class Recipe:
     stories: int = 400
     align: int = 400
     language: int = 2200
-    practice: int = 1300
+    practice: int = 900
     scenes: int = 4000
     seed: int = 0
     bf16: bool = False
