@@ -200,14 +200,14 @@ class Trainer:
         self._train("language", steps, 1.5e-3, encode, modules, rows, len(levels))
 
     def _practice(self) -> None:
-        """All tasks and all 576 tokens, beside more questions about text."""
+        """All tasks once more, all 576 tokens in the end."""
         self._draw()
         inner = self.model.model
         modules: list[nn.Module] = [inner.language_model, inner.multi_modal_projector]
         extras = (60, 200, 576)
 
         def rows(level: int) -> list[Row]:
-            return self._rows(4, 32, extras[level], features=True, written=30)
+            return self._rows(4, 32, extras[level], features=True)
 
         steps, encode = self.recipe.practice, projected(self.model)
         self._train("practice", steps, 1.2e-3, encode, modules, rows, len(extras))
