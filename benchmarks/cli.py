@@ -39,6 +39,7 @@ from vlm_prune.vlm.errors import InputError
 if TYPE_CHECKING:
     from vlm_prune.benchmarks.run import RunConfig, RunFolder, Variant
 
+INTERRUPTED = 130
 PRUNING = {"method", "budget", "positions", "method_args", "schedule"}
 
 app = typer.Typer(
@@ -241,13 +242,16 @@ def main() -> None:
     try:
         if len(sys.argv) == 1:
             sys.argv.append("--help")
-        raise SystemExit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # what typer makes of Ctrl-C inside a command
+            raise KeyboardInterrupt
+        raise SystemExit(code)
     except typer.TyperException as error:
         _fail(" ".join(error.format_message().split()))
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("interrupted; the same command with the same --output resumes", INTERRUPTED)
     except InputError as error:
         _fail(str(error))
-    except (typer.Abort, KeyboardInterrupt):
-        _fail("interrupted; the same command with the same --output resumes", 130)
     except OSError as error:
         reason = error.strerror or str(error)
         hint = "; free some space and run it again" if error.errno == errno.ENOSPC else ""
