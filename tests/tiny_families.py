@@ -233,6 +233,12 @@ NEEDS = {
 }
 
 
+def picture(draw, size):
+    """Blocks of colour, with noise: rounding would choose between patches that are equal."""
+    blocks = Image.fromarray(draw.integers(32, 224, (6, 6, 3), np.uint8)).resize(size, 0)
+    return Image.fromarray(blocks + draw.integers(0, 32, (*size[::-1], 3), np.uint8))
+
+
 class Tiny:
     """A model, its processor, and prompts with pictures of several sizes."""
 
@@ -252,10 +258,7 @@ class Tiny:
             do_sample=False,
         )  # fmt: skip
         draw = np.random.default_rng(0)
-        self.pictures = [
-            Image.fromarray(draw.integers(0, 256, (6, 6, 3), np.uint8)).resize(size, 0)
-            for size in PICTURES
-        ]
+        self.pictures = [picture(draw, size) for size in PICTURES]
 
     def inputs(self, rows, side="left"):
         """Rows are lists of turns; a turn is pictures by number, and text."""

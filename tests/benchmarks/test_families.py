@@ -111,7 +111,8 @@ def test_images_of_several_sizes(run, tiny, folder, mixed, tmp_path, monkeypatch
     )  # fmt: skip
     assert code == 0, err
     assert len(calls) == 1 + 2  # a question to warm up, then two batches for all nine runs
-    assert len((tmp_path / "compare.md").read_text().splitlines()) == 2 + 1 + 9
+    table, _ = (tmp_path / "compare.md").read_text().split("\n\n")
+    assert len(table.splitlines()) == 2 + 1 + 9
     for name in ("divprune", "fastv", "divprune+fastv"):
         content, rows = results(tmp_path / f"{name}-1.0")
         assert all(row["prediction"] == row["baseline"] for row in rows)

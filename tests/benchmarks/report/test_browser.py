@@ -84,7 +84,7 @@ def test_front_and_intervals_are_drawn(page):
     assert front["width"] > 200 and front["height"] > 50
     assert page.locator(".plot.wide .interval").count() == 6
     said = page.locator("#front-wide").inner_html()
-    assert [f"fopru with {n}.0 tokens" in said for n in (32, 64, 128)] == [True] * 3
+    assert all(f"fopru, budget {n} with {n}.0 tokens" in said for n in (32, 64, 128))
     assert "random" not in said  # never on the front
 
 
