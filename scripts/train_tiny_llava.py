@@ -5,6 +5,7 @@ The result is written to `<folder>/checkpoint`; `--install` also puts it into th
 
 import json
 import logging
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -52,8 +53,8 @@ def main(
         save_checkpoint(trainer.model, processor, packaged)
         log = packaged / "training_log.jsonl"
         before = log.read_text().splitlines(keepends=True) if keep else []
-        if keep == "tower":  # what the new run did again did not make these weights
-            before = [line for line in before if json.loads(line)["stage"] not in stages]
+        if keep == "tower":  # what came after the tower did not make these weights
+            before = list(takewhile(lambda line: json.loads(line)["stage"] not in stages, before))
         write_text(log, "".join(before) + (folder / "log.jsonl").read_text())
 
 
