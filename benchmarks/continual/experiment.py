@@ -65,7 +65,7 @@ CANDIDATES: dict[str, list[dict[str, Any]]] = {
     "adalora": [{"lr": lr} for lr in ADAPTER_RATES],
     "full": [{"lr": lr} for lr in FULL_RATES],
     "codyra-plus": [
-        {"lr": lr, "importance": kind} for kind in ("product", "taylor") for lr in ADAPTER_RATES[:2]
+        {"lr": lr, "importance": kind} for kind in ("product", "taylor") for lr in ADAPTER_RATES[:3]
     ],
 }
 
