@@ -17,7 +17,7 @@ from vlm_prune.benchmarks.run import Variant
 from vlm_prune.benchmarks.shapes import SHAPES
 from vlm_prune.benchmarks.table import THREE_WAYS, method_name, percent, three_ways
 from vlm_prune.vlm.cost import key_value_bytes, prefill_flops
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.errors import InputError, first_line
 from vlm_prune.vlm.families import family_of
 
 PHASES = ("vision", "selection", "prefill", "decode")
@@ -49,8 +49,8 @@ def random_model(config: BenchConfig, architecture: Any = None) -> Any:
             torch.manual_seed(config.seed)
             return AutoModelForImageTextToText.from_config(architecture, dtype=dtype).eval()
     except (RuntimeError, AssertionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"cannot build {config.shape} on {config.device}: {reason}") from error
+        what = f"cannot build {config.shape} on {config.device}"
+        raise InputError(f"{what}: {first_line(error)}") from error
 
 
 def random_prompt(config: BenchConfig, model: Any) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vlm_prune.continual.config import Tower
 from vlm_prune.continual.tiny import checkpoint_path
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.errors import InputError, first_line
 
 DEFAULT = ("ViT-B-16-quickgelu", "openai")
 Transform = Callable[[Image.Image], Tensor]
@@ -207,8 +207,7 @@ def load_clip(name: str = DEFAULT[0], pretrained: str | None = DEFAULT[1]) -> Cl
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"cannot load CLIP {name!r}: {first}") from error
+        raise InputError(f"cannot load CLIP {name!r}: {first_line(error)}") from error
 
 
 def _load_hugging_face(name: str) -> Clip:

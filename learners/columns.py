@@ -68,7 +68,7 @@ def _attend(
         read, _ = kernel(module, query, key, alone, attention_mask, **kwargs | {"dropout": 0.0})
         read = read[..., :count].mean(2)
     elif query.shape[2] == 1 and module.config._attn_implementation == "sdpa":
-        weights = _weights_of_one(query, key, attention_mask, kwargs["scaling"])
+        weights = weights_of_one(query, key, attention_mask, kwargs["scaling"])
         output = (weights @ value).flatten(1, 2)[:, None]
         read = weights.mean((1, 2))[:, None] @ columns
     else:
@@ -89,7 +89,7 @@ def _per_head(columns: Tensor, key: Tensor) -> Tensor:
     return columns[:, None].expand(-1, key.shape[1], -1, -1)
 
 
-def _weights_of_one(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+def weights_of_one(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """Attention of one query, by groups of heads that share keys.
 
     Shapes: query (B, H, 1, d), key (B, G, N, d), mask (B, 1, 1, N) -> (B, G, H / G, N).

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlm_prune.learners.columns import weights_of_one
 from vlm_prune.learners.tokens import Keys, Run
 from vlm_prune.vlm.errors import InputError
 
@@ -68,12 +69,10 @@ def attend_one(
     Shapes: query (B, H, 1, d), key and features (B, H, M, d), inner u (B, M, rank), up W_b^T
     (H d, rank), visible (B, 1, M) or None for all -> (B, 1, H d).
     """
-    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-    if visible is not None:
-        scores = scores.masked_fill(~visible[:, None], torch.finfo(scores.dtype).min)
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    if visible is not None:
-        weights = weights * visible[:, None]
+    mask = None if visible is None else visible[:, None]
+    weights = weights_of_one(query, key, mask, query.shape[-1] ** -0.5)
+    if mask is not None:
+        weights = weights * mask
     maps = up.unflatten(0, (query.shape[1], -1)).transpose(1, 2)
     attended: Tensor = weights @ features + (weights @ inner[:, None]) @ maps
     return attended.flatten(1)[:, None]

@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 
 from vlm_prune.learners.config import WingsConfig
 from vlm_prune.learners.model import attach, attached, detach, wings_layers
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.errors import InputError, first_line
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.files import whole, write_json
 
@@ -116,8 +116,7 @@ def load_adapter_state(model: Any, weights: dict[str, Tensor], strict: bool = Tr
 
 
 def _unreadable(name: str | Path, error: Exception) -> InputError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return InputError(f"cannot read a Wings adapter from {str(name)!r}: {reason}")
+    return InputError(f"cannot read a Wings adapter from {str(name)!r}: {first_line(error)}")
 
 
 def _base(model: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.errors import InputError, first_line
 from vlm_prune.vlm.tiny import checkpoint_path
 
 EMBEDDED = "tiny"
@@ -97,11 +97,10 @@ def _readable(name: str) -> Iterator[str]:
         KeyError,
         SafetensorError,
     ) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "give 'tiny', a checkpoint folder, or a hub name"
         if get_close_matches(name, [EMBEDDED]):
             hint = f"did you mean {EMBEDDED!r}?"
-        raise InputError(f"cannot load model {name!r}: {first} ({hint})") from error
+        raise InputError(f"cannot load model {name!r}: {first_line(error)} ({hint})") from error
 
 
 def family_type(name: str) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlm_prune.benchmarks.iit.files import SUFFIXES, Row, rows
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.errors import InputError, first_line
 from vlm_prune.vlm.registry import Registry
 
 LETTERS = "ABCDEFGHIJ"
@@ -148,9 +148,8 @@ def _download(hub: str, source: Source) -> Path:
     try:
         return Path(snapshot_download(hub, repo_type="dataset", allow_patterns=patterns))
     except Exception as error:  # every kind of network, name and permission trouble
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{hub!r} is neither a path nor a data set that loads: {reason}"
+            f"{hub!r} is neither a path nor a data set that loads: {first_line(error)}"
         ) from error
 
 

@@ -11,7 +11,7 @@ from vlm_prune.benchmarks.lmms.catalog import catalog, settings
 from vlm_prune.benchmarks.lmms.embedded import EmbeddedTask
 from vlm_prune.benchmarks.lmms.local import folder_of, load_split
 from vlm_prune.benchmarks.lmms.readable import image_columns, readable
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.errors import InputError, first_line
 
 KEYS = ("OPENAI_API_KEY", "AZURE_API_KEY")
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
@@ -154,8 +154,7 @@ class _DataTask(ConfigurableTask):  # type: ignore[misc]
             return f"{what} is damaged or half downloaded; download it again, or {local}"
         if any(word in text for word in ("Offline", "offline", "Connect", "resolve", "Timeout")):
             return f"{what} cannot be downloaded (no connection, or offline mode); {local}"
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return f"{what} cannot be loaded ({first}); {local}"
+        return f"{what} cannot be loaded ({first_line(error)}); {local}"
 
 
 class _ChatTask(_DataTask, ConfigurableMessagesTask):  # type: ignore[misc]

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.errors import InputError, first_line
 
 KINDS = ("parquet", "jsonl", "json")
 
@@ -45,9 +45,8 @@ def load_split(folder: Path, config: str | None, split: str) -> Any:
     except InputError:
         raise
     except Exception as error:  # pyarrow, datasets and json each raise their own
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{files[0].parent} is damaged or half downloaded ({first}); download it again"
+            f"{files[0].parent} is damaged or half downloaded ({first_line(error)}); download it again"
         ) from error
     return table.cast_column("image", datasets.Image()) if "image" in table.features else table
 

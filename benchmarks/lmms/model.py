@@ -1,22 +1,20 @@
 """The lmms-eval model: every supported family, pruned, in batches."""
 
-import resource
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
-from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm import tqdm
 
 from vlm_prune.benchmarks.latency import timed_generate
 from vlm_prune.benchmarks.lmms.answers import Answers, answered, fingerprint
 from vlm_prune.benchmarks.lmms.chat import Chat, chat_of, rounds_of, shared_options
 from vlm_prune.benchmarks.lmms.forced import Forced
+from vlm_prune.benchmarks.lmms.throughput import log_throughput
 from vlm_prune.benchmarks.prompts import make_prompts
 from vlm_prune.benchmarks.run import Variant
 from vlm_prune.learners import from_pretrained
@@ -187,7 +185,7 @@ class PrunedChat(lmms):  # type: ignore[misc]
                 bar.update(len(batch))
                 self.tick(len(batch))
         bar.close()
-        self._log(computed)
+        log_throughput(computed, self.pruner, self.device)
         return [done[ask.id] for ask in asks]
 
     def _known(self, batch: list[Ask]) -> list[dict[str, Any]] | None:
@@ -238,46 +236,6 @@ class PrunedChat(lmms):  # type: ignore[misc]
             if forced is not None:
                 row |= forced.row(number)
             yield row
-
-    def _log(self, rows: list[dict[str, Any]]) -> None:
-        """What was measured, into `throughput` of lmms-eval's results."""
-        if not rows:
-            return
-        seconds = sum(sum(row["time_ms"].values()) for row in rows) / 1e3
-        tokens = sum(row["output_tokens"] for row in rows)
-        extra: dict[str, float] = {
-            f"{phase}_ms": float(np.mean([row["time_ms"][phase] for row in rows]))
-            for phase in rows[0]["time_ms"]
-        }
-        extra["text_tokens"] = float(np.mean([row["text_tokens"] for row in rows]))
-        seen = [row for row in rows if row["images"]]
-        if seen:
-            shown = [row["images"] for row in seen]
-            for name, own in (
-                ("visual_tokens", [np.mean(row["image_tokens"]) for row in seen]),
-                ("kept_visual_tokens", [row["layer_tokens"][-1] for row in seen]),
-                ("layer_visual_tokens", [np.mean(row["layer_tokens"]) for row in seen]),
-            ):
-                extra[name] = float(np.average(own, weights=shown))
-            papers = [self._papers(row) for row in seen]
-            if None not in papers:
-                extra["papers_visual_tokens"] = float(
-                    np.average(np.array(papers, float), weights=shown)
-                )
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device) // 1024
-        extra |= {"peak_memory_mb": peak / 1024, "total_requests": len(rows)}
-        log_metrics(seconds, tokens, tokens / seconds if seconds else 0.0, extra)
-
-    def _papers(self, row: dict[str, Any]) -> float | None:
-        """Tokens per image as the method's paper counts them."""
-        if self.pruner is None:
-            return None
-        counted: float | None = self.pruner.papers_count(
-            round(np.mean(row["image_tokens"])), row["layer_tokens"]
-        )
-        return counted
 
 
 class PrunedSimple(PrunedChat):

@@ -61,7 +61,7 @@ def waves(width: int, grid: int) -> Tensor:
 @torch.no_grad()
 def look_back(decoder: Any) -> None:
     """Let the first two heads of a Llama decoder's first layer attend one and two tokens back, in
-    place, and let the layer add nothing until it is `woken`.
+    place, and let the layer add nothing until `wake`.
 
     Queries and keys are biases, so that rotary positions alone decide; needs `attention_bias`.
     """

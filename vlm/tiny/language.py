@@ -1,4 +1,4 @@
-"""Stages 2 to 4: teach projector and language model to answer, many questions per sequence.
+"""The stages after the tower: projector and language model learn to answer, many questions per sequence.
 
 Each row is a prefix (text turns and at most one image) followed by question blocks. A block sees
 the prefix and itself, and its positions restart after the prefix, so that one pass over an image
@@ -139,8 +139,7 @@ def _layout(
     """Ids, positions, block numbers (0 = prefix) and next-token labels of one row."""
     ids: list[int] = tokenizer(row.before, add_special_tokens=False).input_ids
     if row.image is not None:
-        count = len(row.image) if row.image.ndim == 2 else 576
-        ids = [*ids, *[image_token] * count, *tokenizer("\n").input_ids]
+        ids = [*ids, *[image_token] * len(row.image), *tokenizer("\n").input_ids]
     start = len(ids)
     positions, block, labels = list(range(start)), [0] * start, [IGNORE] * start
     for number, question in enumerate(row.blocks, 1):

@@ -1,0 +1,55 @@
+"""What was measured while answering, into `throughput` of lmms-eval's results."""
+
+import resource
+from typing import Any
+
+import numpy as np
+import torch
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+
+
+def log_throughput(rows: list[dict[str, Any]], pruner: Any, device: torch.device) -> None:
+    """Tokens per second, image tokens in three ways, times by phase and memory.
+
+    Args:
+        rows: of questions answered now, not those read from a cache.
+        pruner: what pruned them; None for the unpruned model.
+    """
+    if not rows:
+        return
+    seconds = sum(sum(row["time_ms"].values()) for row in rows) / 1e3
+    tokens = sum(row["output_tokens"] for row in rows)
+    extra: dict[str, float] = {
+        f"{phase}_ms": float(np.mean([row["time_ms"][phase] for row in rows]))
+        for phase in rows[0]["time_ms"]
+    }
+    extra["text_tokens"] = float(np.mean([row["text_tokens"] for row in rows]))
+    extra |= image_tokens([row for row in rows if row["images"]], pruner)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) // 1024
+    extra |= {"peak_memory_mb": peak / 1024, "total_requests": len(rows)}
+    log_metrics(seconds, tokens, tokens / seconds if seconds else 0.0, extra)
+
+
+def image_tokens(rows: list[dict[str, Any]], pruner: Any) -> dict[str, float]:
+    """Means over images: of all tokens, those kept, those computed per layer, and as the method's
+    paper counts them, where it does.
+    """
+    if not rows:
+        return {}
+    whole = [np.mean(row["image_tokens"]) for row in rows]
+    counted: dict[str, list[Any]] = {
+        "visual_tokens": whole,
+        "kept_visual_tokens": [row["layer_tokens"][-1] for row in rows],
+        "layer_visual_tokens": [np.mean(row["layer_tokens"]) for row in rows],
+    }
+    if pruner is not None:
+        papers = [
+            pruner.papers_count(round(full), row["layer_tokens"])
+            for full, row in zip(whole, rows, strict=True)
+        ]
+        if None not in papers:
+            counted["papers_visual_tokens"] = papers
+    weights = [row["images"] for row in rows]
+    return {name: float(np.average(own, weights=weights)) for name, own in counted.items()}
