@@ -33,7 +33,7 @@ VARIATIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "visionzip": {"contextual": (0.05, 0.15625, 0.3)},
     "vispruner": {"important": (0.25, 0.5, 0.75)},
     "cdpruner": {"negated": (False, True)},
-    "fastv": {"layer": (1, 2, 4)},
+    "fastv": {"layer": (1, 2, 4), "queries": ("all", "last")},
     "sparsevlm": {"recycle": (0.0, 0.3)},
     "pyramiddrop": {"ratio": (0.35, 0.5, 0.7)},
     "dart": {"layer": (0, 2, 4), "image_pivots": (2, 4, 8)},

@@ -1,4 +1,5 @@
-"""Train the embedded LLaVA on the embedded tasks' training scenes, on a CPU, in about an hour and a half.
+"""Train the embedded LLaVA on the embedded tasks' training scenes, on a CPU, in about
+two and a half hours of two cores.
 
 The result is written to `<folder>/checkpoint`; `--install` also puts it into the package.
 """

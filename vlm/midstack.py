@@ -191,11 +191,17 @@ class _MidStack:
             scale = source.self_attn.scaling
             return QuestionRows(query[row], key[row], columns, valid[row], at[1], scale)
 
-        def keys() -> tuple[Tensor, Tensor]:
-            every = decoder_keys(source, before)
-            return every[at], every[text_at]
+        def every() -> QuestionRows:
+            places = torch.arange(valid.shape[1], device=valid.device).expand(len(valid), -1)
+            query, key = (part[row] for part in decoder_query_key(source, before, rotary, places))
+            columns = torch.where(valid, places, -1)[row]
+            return QuestionRows(query, key, columns, valid[row], at[1], source.self_attn.scaling)
 
-        return DecoderTokens(hidden[at], hidden[text_at], asked, asked, rows, keys)
+        def keys() -> tuple[Tensor, Tensor]:
+            unturned = decoder_keys(source, before)
+            return unturned[at], unturned[text_at]
+
+        return DecoderTokens(hidden[at], hidden[text_at], asked, asked, rows, every, keys)
 
     def _cut(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         start = now(hidden.device)

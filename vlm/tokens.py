@@ -88,7 +88,7 @@ class VisionTokens:
 
 @dataclass(frozen=True)
 class QuestionRows:
-    """What the causal attention of T question places in one decoder layer is made of.
+    """What the causal attention of T places of a prompt in one decoder layer is made of.
 
     Args:
         query: after rotation, (M, H, T, d).
@@ -126,6 +126,7 @@ class DecoderTokens:
         asked: which places of the question are real, (M, T).
         readers: places of the question that the method reads attention from, (M, T).
         rows: queries of the question places in the slice, and all keys.
+        every: queries of all places of the prompt, and all keys.
         keys: keys before rotation, heads side by side, of image tokens (M, n, d) and question
             (M, T, d).
     """
@@ -135,6 +136,7 @@ class DecoderTokens:
     asked: Tensor
     readers: Tensor
     rows: Callable[[slice], QuestionRows] = field(repr=False)
+    every: Callable[[], QuestionRows] = field(repr=False)
     keys: Callable[[], tuple[Tensor, Tensor]] = field(repr=False)
 
 

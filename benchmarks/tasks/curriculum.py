@@ -96,7 +96,21 @@ def where(rng: np.random.Generator, scene: Scene) -> Question | None:
     if abs(off) < 2 * PATCH:
         return None
     axis, (before, after) = ("column", ("left", "right")) if across else ("row", ("above", "below"))
-    return Question(f"What {axis} is the {thing.noun}?", before if off < 0 else after)
+    return Question(f"What {axis} is the {thing.noun}?", before if off < 0 else after, axis)
+
+
+def what(rng: np.random.Generator, scene: Scene) -> Question:
+    """A training-only question without the kind of its answer: where the kind is named, any thing
+    of that kind is right so often that the colour is not learnt."""
+    thing = scene.things[int(rng.integers(len(scene.things)))]
+    return Question(f"What is {thing.color}?", thing.name)
+
+
+def pair(rng: np.random.Generator, scene: Scene) -> Question:
+    """The shortest training-only question: a thing's name asks for its colour, or the reverse."""
+    thing = scene.things[int(rng.integers(len(scene.things)))]
+    asked, answer = (thing.name, thing.color) if rng.random() < 0.5 else (thing.color, thing.name)
+    return Question(asked, answer, ONE_WORD[asked == thing.color])
 
 
 def side(rng: np.random.Generator, scene: Scene) -> Question | None:
@@ -112,9 +126,19 @@ def side(rng: np.random.Generator, scene: Scene) -> Question | None:
     return Question(both, first if asked.answer == "yes" else second)
 
 
+# Each way to ask one of these is a skill of its own, and is reported apart.
+APART = ("attribute", "where", "pair")
+ONE_WORD = ("named", "colored")
 Maker = Callable[[np.random.Generator, Scene], Question | None]
 LESSONS: dict[Lesson, dict[str, tuple[Maker, int]]] = {
     "lookups": {"attribute": (attribute.ask, 2), "ocr": (ocr.ask, 1), "where": (where, 5)},
+    "finding": {
+        "attribute": (attribute.ask, 2),
+        "ocr": (ocr.ask, 1),
+        "what": (what, 3),
+        "where": (where, 4),
+        "pair": (pair, 4),
+    },
     "places": {
         "attribute": (attribute.ask, 1),
         "where": (where, 2),
@@ -131,13 +155,21 @@ LESSONS: dict[Lesson, dict[str, tuple[Maker, int]]] = {
         "where": (where, 1),
         "side": (side, 2),
     },
+    "practice": {
+        "exist": (exist.ask, 2),
+        "attribute": (attribute.ask, 1),
+        "ocr": (ocr.ask, 2),
+        "count": (count.ask, 6),
+        "choice": (choice.ask, 2),
+        "relation": (relation.ask, 2),
+    },
 }
 
 
 def visual_questions(
     rng: np.random.Generator, scene: Scene, number: int, lesson: Lesson = "all"
 ) -> list[tuple[str, Question]]:
-    """Kind and question, about one scene; all tasks in the end, the harder ones more often."""
+    """Kind and question, about one scene; in every lesson the harder ones more often."""
     makers = LESSONS[lesson]
     drawn = [kind for kind, (_, share) in makers.items() for _ in range(share)]
     asked: list[tuple[str, Question]] = []
@@ -145,12 +177,14 @@ def visual_questions(
         kind = drawn[int(rng.integers(len(drawn)))]
         question = makers[kind][0](rng, scene)
         if question is not None:
-            asked.append((kind, question))
+            asked.append((question.subset if kind in APART else kind, question))
     return asked
 
 
 def block(kind: str, question: Question, opening: str = "") -> Block:
-    """Prompt and answer as the chat template writes them."""
+    """Prompt and answer as the chat template writes them; of a pair, nothing but the words."""
+    if kind in ONE_WORD:
+        return Block(f" {question.text}", f" {question.answer}", kind)
     return Block(f"{opening}{question.text} ASSISTANT:", f" {question.answer}", kind)
 
 

@@ -73,7 +73,8 @@ def decoder(make, device):
             rows, query=rows.query[:, :, queries].clone(), columns=rows.columns[:, queries]
         )
 
-    return DecoderTokens(make(2, 12, 6), make(2, 5, 6), asked, asked, some, lambda: (None, None))
+    features = (make(2, 12, 6), make(2, 5, 6))
+    return DecoderTokens(*features, asked, asked, some, lambda: rows, lambda: (None, None))
 
 
 @pytest.mark.parametrize("name", ["fopru", "zoo", "zoo-exact", "divprune", "adaptinfer", "fastv"])

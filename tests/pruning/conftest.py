@@ -28,8 +28,8 @@ def vision(llava, images, make_inputs):
 
 @pytest.fixture(scope="session")
 def asked(llava, images, make_inputs):
-    """A question about one image, and what the unpruned decoder's last row pays each image token
-    in each layer, (layers, heads, 576)."""
+    """A question about one image, and what each place of the unpruned decoder pays each image token
+    in each layer, (layers, heads, places, 576)."""
     inputs = make_inputs([(1, "Is there a 7?")], images)
     llava.set_attn_implementation("eager")
     try:
@@ -37,6 +37,5 @@ def asked(llava, images, make_inputs):
             maps = llava(**inputs, output_attentions=True).attentions
     finally:
         llava.set_attn_implementation("sdpa")
-    return inputs, torch.stack(maps)[
-        :, 0, :, -1, inputs["input_ids"][0] == llava.config.image_token_id
-    ]
+    shown = inputs["input_ids"][0] == llava.config.image_token_id
+    return inputs, torch.stack(maps)[:, 0, :, :, shown]

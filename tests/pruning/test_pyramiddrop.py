@@ -9,15 +9,13 @@ from vlm_prune.vlm.errors import InputError
 
 def test_the_first_cut_keeps_what_the_next_layers_map_ranks_highest(llava, asked):
     """Every layer before the cut sees all tokens, so the unpruned map of layer 3 is its score."""
-    inputs, last_row_of_layer = asked
+    inputs, maps = asked
     with PyramidDrop(budget=400)(llava) as trace, torch.no_grad():
         llava(**inputs)
     first = trace.cuts[0][0]
     assert trace.layer_tokens[:3] == [576, 576, len(first)]  # after 8 of 32 layers, so 2 of 6
-    scores = [
-        sum(float(head[token]) for head in last_row_of_layer[2]) / len(last_row_of_layer[2])
-        for token in range(576)
-    ]
+    last = maps[2][:, -1]
+    scores = [sum(float(head[token]) for head in last) / len(last) for token in range(576)]
     best = sorted(range(576), key=lambda token: -scores[token])[: len(first)]
     assert first.tolist() == sorted(best)
 

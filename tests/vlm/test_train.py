@@ -3,15 +3,17 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from vlm_prune.benchmarks.tasks.curriculum import SceneSource, corpus
+from vlm_prune.benchmarks.tasks.curriculum import SceneSource, block, corpus, pair, scenes, what
 from vlm_prune.vlm.tiny.config import make_model, make_processor
 from vlm_prune.vlm.tiny.initial import look_back, wake
 from vlm_prune.vlm.tiny.language import loss_of, pack, projected
 from vlm_prune.vlm.tiny.symbols import word_ids
+from vlm_prune.vlm.tiny.tower import optimizers
 from vlm_prune.vlm.tiny.train import STAGES, Recipe, Trainer
 
 SHORT = Recipe(
@@ -102,6 +104,28 @@ def test_questions_about_a_story_have_their_answers_in_it():
                 assert told[name] == color
             kinds.add(kind)
     assert kinds == {"told", "letter", "option"}
+
+
+def test_training_questions_without_a_kind_are_answered_by_one_thing_alone():
+    rng = np.random.default_rng(0)
+    for scene, _ in zip(scenes(7), range(30), strict=False):
+        things = {thing.color: thing.name for thing in scene.things}
+        both = things | {name: color for color, name in things.items()}
+        asked = what(rng, scene)
+        assert asked.text == f"What is {next(c for c in things if things[c] == asked.answer)}?"
+        short = pair(rng, scene)
+        assert both[short.text] == short.answer
+        assert (short.text in things) == (short.subset == "colored")
+        prompt, answer, _ = block(short.subset, short)
+        assert (prompt, answer) == (f" {short.text}", f" {short.answer}")
+
+
+def test_the_projector_takes_a_tenth_of_the_other_weights_steps(processor):
+    model = make_model(processor).model
+    muon, adam = optimizers([model.language_model, model.multi_modal_projector], 1e-3)
+    slow = {id(p) for group in adam.param_groups if group["share"] == 0.1 for p in group["params"]}
+    assert slow == {id(p) for p in model.multi_modal_projector.parameters()}
+    assert all(p.ndim == 2 for group in muon.param_groups for p in group["params"])
 
 
 def test_a_question_in_a_packed_row_is_answered_as_it_is_alone(processor):

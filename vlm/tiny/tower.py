@@ -99,7 +99,9 @@ def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:
 def optimizers(
     modules: list[nn.Module], rate: float, bf16: bool = False
 ) -> list[torch.optim.Optimizer]:
-    """Muon for hidden matrices, AdamW for the rest, slow on the tower's prepared embeddings."""
+    """Muon for hidden matrices, AdamW for the rest, slow on the tower's prepared embeddings and on
+    a fitted projector: at Muon's rate its tokens grow until they drown what a layer adds to them.
+    """
     hidden: list[nn.Parameter] = []
     slow: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
@@ -107,7 +109,7 @@ def optimizers(
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            if "patch_embedding" in name or "position_embedding" in name:
+            if any(part in name for part in ("patch_embedding", "position_embedding", "linear_")):
                 slow.append(parameter)
             else:
                 inner = parameter.ndim == 2 and "embed" not in name and "linear." not in name

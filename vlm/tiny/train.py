@@ -189,7 +189,7 @@ class Trainer:
         modules: list[nn.Module] = [inner.language_model, inner.multi_modal_projector]
 
         levels: tuple[tuple[int, int, Lesson], ...] = (
-            (12, 10, "lookups"), (12, 10, "places"), (60, 12, "all"), (200, 18, "all"),
+            (12, 10, "finding"), (12, 10, "places"), (60, 12, "all"), (200, 18, "all"),
         )  # fmt: skip
 
         def rows(level: int) -> list[Row]:
@@ -200,14 +200,14 @@ class Trainer:
         self._train("language", steps, 1.5e-3, encode, modules, rows, len(levels))
 
     def _practice(self) -> None:
-        """All tasks once more, all 576 tokens in the end."""
+        """The tasks once more, counting most of all; all 576 tokens in the end."""
         self._draw()
         inner = self.model.model
         modules: list[nn.Module] = [inner.language_model, inner.multi_modal_projector]
         extras = (60, 200, 576)
 
         def rows(level: int) -> list[Row]:
-            return self._rows(4, 32, extras[level], features=True)
+            return self._rows(4, 32, extras[level], features=True, lesson="practice")
 
         steps, encode = self.recipe.practice, projected(self.model)
         self._train("practice", steps, 1.2e-3, encode, modules, rows, len(extras))
