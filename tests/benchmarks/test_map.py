@@ -154,12 +154,12 @@ def test_a_thousand_images_killed_and_interrupted(run, tmp_path, cluster):
 SPILLED = """
 import sys
 from pathlib import Path
-from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 from vlm_prune.benchmarks.mapping.pipeline import MapConfig, local_ray, map_images
 from vlm_prune.benchmarks.run import Variant
 
 pictures, model, output = sys.argv[1:]
-with local_ray(2):
+with local_ray(2):  # Ray reads how to ask for the secret when it is imported first
+    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
     config = MapConfig(pictures, "red?", model, Variant("zoo", 16), max_new_tokens=1)
     print(map_images(config, Path(output), batch_size=2))
     print(get_memory_info_reply(get_state_from_address(None)).store_stats.spilled_bytes_total)
