@@ -185,17 +185,17 @@ class _MidStack:
         at = (row[:, None], torch.stack([columns_of[image] for image in images]))
         text_at = (row[:, None], texts)
 
-        def rows(queries: slice) -> QuestionRows:
-            query, key = decoder_query_key(source, before, rotary, index[:, queries])
-            columns = torch.where(asked, texts, -1)[:, queries]
-            scale = source.self_attn.scaling
+        def queries_at(places: Tensor, real: Tensor) -> QuestionRows:
+            query, key = decoder_query_key(source, before, rotary, places)
+            columns, scale = torch.where(real, places, -1)[row], source.self_attn.scaling
             return QuestionRows(query[row], key[row], columns, valid[row], at[1], scale)
 
+        def rows(queries: slice) -> QuestionRows:
+            return queries_at(index[:, queries], real[:, queries])
+
         def every() -> QuestionRows:
-            places = torch.arange(valid.shape[1], device=valid.device).expand(len(valid), -1)
-            query, key = (part[row] for part in decoder_query_key(source, before, rotary, places))
-            columns = torch.where(valid, places, -1)[row]
-            return QuestionRows(query, key, columns, valid[row], at[1], source.self_attn.scaling)
+            places = torch.arange(valid.shape[1], device=valid.device)
+            return queries_at(places.expand(len(valid), -1), valid)
 
         def keys() -> tuple[Tensor, Tensor]:
             unturned = decoder_keys(source, before)
