@@ -1,11 +1,13 @@
 """Phase times of a pruned and the unpruned model on random weights, next to the roofline."""
 
 import resource
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import DeviceType, ProfilerActivity, profile
 from transformers import AutoModelForImageTextToText
 
 from vlm_prune.benchmarks.environment import environment
@@ -19,6 +21,7 @@ from vlm_prune.benchmarks.table import THREE_WAYS, method_name, percent, three_w
 from vlm_prune.vlm.cost import key_value_bytes, prefill_flops
 from vlm_prune.vlm.errors import InputError, first_line
 from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.session import SELECTION, VISION
 
 PHASES = ("vision", "selection", "prefill", "decode")
 
@@ -71,19 +74,27 @@ def random_prompt(config: BenchConfig, model: Any) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def bench(config: BenchConfig) -> dict[str, Any]:
+def bench(config: BenchConfig, variants: list[Variant]) -> list[dict[str, Any]]:
+    """Measure methods one after the other on one model, whose weights are made once."""
+    pruners = [variant.build(config.seed) for variant in variants]
+    model = random_model(config)
+    for pruner in pruners:
+        pruner.admit(model)
+    side = 8192 if model.device.type == "cuda" else 512
+    ceilings = measured_ceilings(model.device, model.dtype, side)
+    return [
+        _measured(replace(config, variant=variant), pruner, model, ceilings)
+        for variant, pruner in zip(variants, pruners, strict=True)
+    ]
+
+
+def _measured(config: BenchConfig, pruner: Any, model: Any, ceilings: Ceilings) -> dict[str, Any]:
     """Run unpruned and pruned in turn, after one warm-up each; returns what is reported.
 
     Times are milliseconds per call for the whole batch, `decode` per generated token. Vision is
     timed with the same tower call for both, unless the method changes the images.
     """
-    pruner = config.variant.build(config.seed)
-    model = random_model(config)
-    pruner.admit(model)
     inputs, images = random_prompt(config, model), [1] * config.batch
-    ceilings = measured_ceilings(
-        model.device, model.dtype, 8192 if model.device.type == "cuda" else 512
-    )
     samples: dict[str, list[dict[str, float]]] = {"unpruned": [], "pruned": []}
     layer_tokens, peak = {}, {}
     for _ in range(config.repeats + 1):
@@ -99,6 +110,14 @@ def bench(config: BenchConfig) -> dict[str, Any]:
             times["decode"] /= max(1, config.new_tokens - 1)
             samples[name].append({phase: 1e3 * times[phase] for phase in PHASES})
             layer_tokens[name], peak[name] = trace.layer_tokens, _peak_bytes(model.device)
+    busy = {}
+    if model.device.type == "cuda":
+        for name, method in (("unpruned", None), ("pruned", pruner)):
+            busy[name] = busy_ms(
+                lambda method=method: timed_generate(  # type: ignore[misc]
+                    model, prompts, method, max_new_tokens=1, min_new_tokens=1
+                )
+            )
     assert prompts.vision is not None
     tokens, tower = prompts.vision.counts[0], prompts.vision.flops[0]
     runs = {
@@ -110,6 +129,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
                 model.config.get_text_config(), config.text, layer_tokens[name]
             ),
             "peak_memory_bytes": peak[name],
+            "busy_ms": busy.get(name),
         }
         for name, rows in samples.items()
     }
@@ -121,6 +141,33 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         "definition": pruner.definition(tokens),
         **runs,
         "speedup": speedup(runs),
+    }
+
+
+def busy_ms(call: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds for which a GPU computes: in all, and during selection.
+
+    What is left of a call's time is spent launching, by Python and PyTorch.
+    """
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+    events = profiler.events() or []
+    selections = [
+        event.time_range
+        for event in events
+        if event.name == SELECTION and event.device_type == DeviceType.CPU
+    ]
+    spent = [
+        (event.time_range.start, event.time_range.elapsed_us() / 1e3)
+        for event in events
+        if event.device_type == DeviceType.CUDA and event.name not in (SELECTION, VISION)
+    ]
+    # the device is idle where a selection starts and ends
+    return {
+        "all": sum(ms for _, ms in spent),
+        "selection": sum(
+            ms for start, ms in spent if any(r.start <= start <= r.end for r in selections)
+        ),
     }
 
 
@@ -162,20 +209,32 @@ def speedup(runs: dict[str, Any]) -> dict[str, float]:
     """Unpruned over pruned medians: prefill with selection, to the first token, and decode.
 
     `prefill_alone` leaves selection out and `promised` is the ratio of the prefills' FLOPs, so that
-    their quotient says how much of the promise the device keeps; `selection_share` is selection as
-    a share of the unpruned prefill.
+    their quotient says how much of the promise the device keeps; `roofline` is the ratio of the
+    prefills' floors, which is less where weights take longer to read than to multiply with.
+    `selection_share` is selection as a share of the unpruned prefill. On a GPU the `busy` ones say
+    the same of the time for which it computes, without that of launching.
     """
 
     def total(name: str, *phases: str) -> float:
         return float(sum(runs[name]["times_ms"][phase]["median"] for phase in phases))
 
-    return {
+    busy = {}
+    if runs["pruned"]["busy_ms"]:
+        whole, pruned = runs["unpruned"]["busy_ms"]["all"], runs["pruned"]["busy_ms"]
+        busy = {
+            "busy_prefill": whole / pruned["all"],
+            "busy_prefill_alone": whole / (pruned["all"] - pruned["selection"]),
+            "busy_selection_share": pruned["selection"] / whole,
+        }
+    return busy | {
         "prefill": total("unpruned", "prefill") / total("pruned", "selection", "prefill"),
         "first_token": total("unpruned", "vision", "prefill")
         / total("pruned", "vision", "selection", "prefill"),
         "decode": total("unpruned", "decode") / total("pruned", "decode"),
         "prefill_alone": total("unpruned", "prefill") / total("pruned", "prefill"),
         "promised": runs["unpruned"]["prefill_flops"] / runs["pruned"]["prefill_flops"],
+        "roofline": runs["unpruned"]["floors_ms"]["prefill"]
+        / runs["pruned"]["floors_ms"]["prefill"],
         "selection_share": total("pruned", "selection") / total("unpruned", "prefill"),
     }
 
@@ -196,20 +255,22 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
 
 def about(results: dict[str, Any]) -> list[str]:
     """Lines that say what was measured, and the speed-ups."""
-    config, ceilings, speed = results["config"], results["ceilings"], results["speedup"]
-    machine = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
+    config, speed = results["config"], results["speedup"]
+    busy = []
+    if "busy_prefill" in speed:
+        kept = percent(speed["busy_prefill_alone"] / speed["roofline"])
+        busy = [
+            (
+                f"of the time for which the GPU computes: prefill with selection "
+                f"{speed['busy_prefill']:.2f}x, alone {speed['busy_prefill_alone']:.2f}x of the "
+                f"{speed['roofline']:.2f}x that the roofline promises ({kept} %); selection "
+                f"{percent(speed['busy_selection_share'])} %"
+            )
+        ]
     return [
-        (
-            f"{config['shape']}, batch {config['batch']}, {config['dtype']}: "
-            f"{method_name(results)} at budget {config['variant']['budget']}, "
-            f"{results['unpruned']['tokens']['kept']:.0f} -> "
-            f"{three_ways(results['pruned']['tokens'])} image tokens ({THREE_WAYS})"
-        ),
-        machine,
-        (
-            f"measured ceilings {ceilings['flops'] / 1e12:.2f} TFLOP/s, "
-            f"{ceilings['bandwidth'] / 1e9:.1f} GB/s"
-        ),
+        *about_setting(results),
+        f"{method_name(results)}: {three_ways(results['pruned']['tokens'])} image tokens "
+        f"({THREE_WAYS})",
         (
             f"speed-up: prefill with selection {speed['prefill']:.2f}x, to the first token "
             f"{speed['first_token']:.2f}x, decode {speed['decode']:.2f}x"
@@ -219,4 +280,55 @@ def about(results: dict[str, Any]) -> list[str]:
             f"FLOPs promise ({percent(speed['prefill_alone'] / speed['promised'])} %); selection "
             f"{percent(speed['selection_share'])} % of the unpruned prefill"
         ),
+        *busy,
     ]
+
+
+def about_setting(results: dict[str, Any]) -> list[str]:
+    """What was measured, on what, and what that can do at most."""
+    config, ceilings = results["config"], results["ceilings"]
+    return [
+        (
+            f"{config['shape']}, batch {config['batch']}, {config['dtype']}: "
+            f"{results['unpruned']['tokens']['kept']:.0f} image tokens and {config['text']} others "
+            f"per prompt, budget {config['variant']['budget']}"
+        ),
+        ", ".join(f"{key} {value}" for key, value in results["environment"].items()),
+        (
+            f"measured ceilings {ceilings['flops'] / 1e12:.2f} TFLOP/s, "
+            f"{ceilings['bandwidth'] / 1e9:.1f} GB/s"
+        ),
+    ]
+
+
+def overview(runs: list[dict[str, Any]]) -> list[list[str]]:
+    """Header and one row per method; on a GPU also what of the times is its own."""
+    on_gpu = "busy_prefill" in runs[0]["speedup"]
+    header = [
+        "method", f"tokens {THREE_WAYS}", "unpruned prefill ms", "selection ms", "prefill ms",
+        "with selection", "of promise %", "selection %", "first token", "decode",
+        *(["GPU alone: prefill", "of roofline %", "selection %"] if on_gpu else []),
+    ]  # fmt: skip
+    lines = [header]
+    for run in runs:
+        speed, times = run["speedup"], run["pruned"]["times_ms"]
+        line = [
+            method_name(run),
+            three_ways(run["pruned"]["tokens"]),
+            str(Timing(**run["unpruned"]["times_ms"]["prefill"])),
+            str(Timing(**times["selection"])),
+            str(Timing(**times["prefill"])),
+            f"{speed['prefill']:.2f}x",
+            percent(speed["prefill_alone"] / speed["promised"]),
+            percent(speed["selection_share"]),
+            f"{speed['first_token']:.2f}x",
+            f"{speed['decode']:.2f}x",
+        ]
+        if on_gpu:
+            line += [
+                f"{speed['busy_prefill']:.2f}x",
+                percent(speed["busy_prefill_alone"] / speed["roofline"]),
+                percent(speed["busy_selection_share"]),
+            ]
+        lines.append(line)
+    return lines

@@ -191,9 +191,12 @@ def compare(
         show,
     )
     from vlm_prune.vlm.files import write_text
+    from vlm_prune.vlm.load import family_type
 
     quiet()
-    chosen = every_method(model) if method == "all" else [n for n in method.split(",") if n]
+    chosen = [name for name in method.split(",") if name]
+    if method == "all":
+        chosen = every_method(family_type(model))
     budgets = [parse_budget(text) for text in budget.split(",")]
     if not chosen:
         raise InputError("no method given; see 'vlm-prune methods'")

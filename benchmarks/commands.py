@@ -1,7 +1,7 @@
 """Commands about one question, one machine, or runs that are there: they fill no run folder."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,13 +17,16 @@ from vlm_prune.benchmarks.arguments import (
     with_schedule,
 )
 from vlm_prune.benchmarks.terminal import quiet
+from vlm_prune.vlm.errors import InputError
 
 
 def bench(
     model_shape: Annotated[
         str, typer.Option(help="Architecture: tiny, llava-1.5-7b, qwen2.5-vl-3b or another's.")
     ] = "tiny",
-    method: Annotated[str, typer.Option(help="See 'vlm-prune methods'.")] = "zoo",
+    method: Annotated[
+        str, typer.Option(help="See 'vlm-prune methods'; several comma-separated, or all.")
+    ] = "zoo",
     budget: Annotated[str, typer.Option(help="Tokens per image, or a fraction.")] = "64",
     batch: Annotated[int, typer.Option(min=1, help="Prompts per call, one image each.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Measured calls of each model.")] = 10,
@@ -38,26 +41,39 @@ def bench(
     output: Annotated[Path | None, typer.Option(help="Folder for bench.json, bench.md.")] = None,
 ) -> None:
     """Time a pruned and the unpruned architecture on random weights, phase by phase."""
-    from vlm_prune.benchmarks.bench import BenchConfig, about, rows
+    from vlm_prune.benchmarks.bench import BenchConfig, about, about_setting, overview, rows
     from vlm_prune.benchmarks.bench import bench as measure
     from vlm_prune.benchmarks.run import Variant
+    from vlm_prune.benchmarks.shapes import SHAPES
+    from vlm_prune.benchmarks.support import every_method
     from vlm_prune.benchmarks.table import as_markdown, as_table, show
     from vlm_prune.benchmarks.wings_cost import about_wings, bench_wings, wings_rows
+    from vlm_prune.vlm.families import FAMILIES
     from vlm_prune.vlm.files import write_json, write_text
 
     quiet()
-    variant = Variant(method, parse_budget(budget), arguments=parse_arguments(method_args))
-    (variant,) = with_schedule([variant], schedule)
+    names = [name for name in method.split(",") if name]
+    if method == "all":
+        names = every_method(FAMILIES[SHAPES[model_shape]().model_type])
+    if not names:
+        raise InputError("no method given; see 'vlm-prune methods'")
+    more = parse_arguments(method_args)
+    variants = [Variant(name, parse_budget(budget), arguments=more) for name in names]
+    variants = with_schedule(variants, schedule)
     config = BenchConfig(
-        model_shape, variant, batch=batch, repeats=repeats, new_tokens=new_tokens,
+        model_shape, variants[0], batch=batch, repeats=repeats, new_tokens=new_tokens,
         device=device, dtype=dtype,
     )  # fmt: skip
-    if wings is None:
-        results = measure(config)
-        lines, table = about(results), rows(results)
-    else:
+    results: Any
+    if wings is not None:
         results = bench_wings(config, wings)
         lines, table = about_wings(results), wings_rows(results)
+    elif len(variants) == 1:
+        (results,) = measure(config, variants)
+        lines, table = about(results), rows(results)
+    else:
+        results = measure(config, variants)
+        lines, table = about_setting(results[0]), overview(results)
     for line in lines:
         print(line)
     show(as_table(table))

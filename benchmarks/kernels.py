@@ -1,8 +1,9 @@
 """Each kernel against its reference, the compiled reference and the roofline."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -12,9 +13,10 @@ from vlm_prune.benchmarks.roofline import Ceilings, Timing, timed
 from vlm_prune.benchmarks.table import as_markdown
 from vlm_prune.kernels.attention_received import attention_received
 from vlm_prune.kernels.compact_tokens import compact_tokens
-from vlm_prune.kernels.dispatch import Backend, backend
+from vlm_prune.kernels.dispatch import Backend, backend, chosen
 from vlm_prune.kernels.greedy_select import greedy_select
 from vlm_prune.kernels.lorra_attention import lorra_attention
+from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
 from vlm_prune.kernels.text_guided_score import text_guided_score
 from vlm_prune.kernels.token_sensitivity import closed_form, monte_carlo, weight_kernel
 
@@ -52,12 +54,14 @@ class Case:
         call: runs it under the backend in force.
         flops: FLOPs of its matrix products, each done once.
         moved: bytes of inputs and outputs, each moved once.
+        waits: whether it reads a size from the device, which no CUDA graph can.
     """
 
     name: str
-    call: Callable[[], Tensor]
+    call: Callable[[], tuple[Tensor, ...]]
     flops: float
     moved: float
+    waits: bool = False
 
 
 def _bytes(*tensors: Tensor) -> float:
@@ -77,7 +81,7 @@ def cases(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Ca
     products = 2.0 * batch * tokens * tokens * shape.tower_width
     yield Case(
         "attention_received",
-        lambda: attention_received(query, key),
+        lambda: (attention_received(query, key),),
         products,
         _bytes(query, key) + 4.0 * batch * tokens,
     )
@@ -89,7 +93,7 @@ def cases(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Ca
     products = 2.0 * batch * shape.text * length * shape.width
     yield Case(
         "text_guided_score",
-        lambda: text_guided_score(text, keys, columns, valid, shape.head_dim**-0.5),
+        lambda: (text_guided_score(text, keys, columns, valid, shape.head_dim**-0.5),),
         products,
         _bytes(text, keys) + 4.0 * batch * length,
     )
@@ -101,26 +105,36 @@ def cases(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Ca
     images, first = batch * shape.image, 2.0 * shape.width * shape.tower_width
     yield Case(
         "monte_carlo",
-        lambda: monte_carlo(features, w1, b1, gelu, w2, bank, 0.01),
+        lambda: (monte_carlo(features, w1, b1, gelu, w2, bank, 0.01),),
         first * (images + shape.directions) + 2.0 * images * shape.directions * shape.width**2,
         _bytes(features, w1, b1, w2, bank) + 4.0 * images,
     )
-    kernel = weight_kernel(w1, w2)
+    kernels = {}
+    for name in get_args(Backend):
+        with backend(name):
+            kernels[name] = weight_kernel(w1, w2)
     yield Case(
         "closed_form",
-        lambda: closed_form(features, w1, b1, gelu, kernel),
+        lambda: (closed_form(features, w1, b1, gelu, kernels[chosen(features)]),),
         images * (first + 2.0 * shape.width**2),
-        _bytes(features, w1, b1, kernel) + 4.0 * images,
+        _bytes(features, w1, b1, kernels["triton"]) + 4.0 * images,
     )
 
-    unit = normalize(random(batch, shape.image, shape.width).float(), dim=-1)
-    similarity = unit @ unit.transpose(1, 2)
+    projected = random(batch, shape.image, shape.width)
+    products = 2.0 * batch * shape.image**2 * shape.width
+    yield Case(
+        "pairwise_cosine",
+        lambda: (pairwise_cosine(projected, projected),),
+        products,
+        _bytes(projected) + 4.0 * batch * shape.image**2,
+    )
+    similarity = pairwise_cosine(projected, projected)
     scores = random(batch, shape.image).float().sigmoid()
     steps = float(batch * shape.keep * shape.image)
     for rule in ("diverse", "farthest", "dpp"):
         yield Case(
             f"greedy_select {rule}",
-            lambda rule=rule: greedy_select(similarity, scores, shape.keep, rule),  # type: ignore[misc]
+            lambda rule=rule: (greedy_select(similarity, scores, shape.keep, rule),),  # type: ignore[misc]
             steps * (shape.keep if rule == "dpp" else 2),
             4 * steps + _bytes(scores),
         )
@@ -131,11 +145,10 @@ def cases(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Ca
     share = float(keep.float().mean())
     yield Case(
         "compact_tokens",
-        lambda: torch.cat(
-            [part.flatten().float() for part in compact_tokens(keep, hidden, positions, rotary)[1]]
-        ),
+        lambda: tuple(compact_tokens(keep, hidden, positions, rotary)[1]),
         0.0,
         2 * share * _bytes(hidden, positions, rotary) + _bytes(keep),
+        waits=True,
     )
 
     query_at = torch.arange(length, device=device).repeat(batch, 1)
@@ -148,18 +161,20 @@ def cases(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Ca
     parts = (learner_query, learner_key, value, router)
     products = 4.0 * batch * length * shape.image * shape.width
 
-    def attend() -> Tensor:
-        attended, logits = lorra_attention(
-            learner_query, learner_key, value, query_at, key_at, router
-        )
-        return torch.cat([attended.flatten(), logits.flatten()])
+    slopes_of = random(batch, shape.heads, length, shape.head_dim), random(batch, length, 2).float()
 
-    def slopes() -> Tensor:
-        gradients = torch.autograd.grad(attend().square().sum(), parts)
-        return torch.cat([gradient.flatten() for gradient in gradients])
+    def attend() -> tuple[Tensor, ...]:
+        return lorra_attention(learner_query, learner_key, value, query_at, key_at, router)
+
+    def attend_only() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return attend()
+
+    def slopes() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(attend(), parts, slopes_of)
 
     moved = 2 * _bytes(*parts[:2])
-    yield Case("lorra_attention", lambda: attend().detach(), products, moved)
+    yield Case("lorra_attention", attend_only, products, moved)
     yield Case("lorra_attention with gradients", slopes, 3.5 * products, 2.5 * moved)
 
 
@@ -169,28 +184,42 @@ def error(case: Case, dtype: torch.dtype) -> str:
         expected = case.call()
     with backend("triton"):
         ours = case.call()
-    if not expected.is_floating_point():
-        differing = int((ours != expected).sum())
-        return f"{differing} selections differ" if differing else ""
-    relative = float((ours - expected).double().norm() / expected.double().norm())
-    return "" if relative <= TOLERANCE[dtype] else f"relative error {relative:.1e}"
+    for one, other in zip(ours, expected, strict=True):
+        if not other.is_floating_point():
+            differing = int((one != other).sum())
+            if differing:
+                return f"{differing} selections differ"
+            continue
+        relative = float((one.double() - other.double()).norm() / other.double().norm())
+        if not relative <= TOLERANCE[dtype]:
+            return f"relative error {relative:.1e}"
+    return ""
 
 
 def measure(
     case: Case, ceilings: Ceilings, device: torch.device, dtype: torch.dtype, compiled: bool = True
 ) -> dict[str, Any]:
-    """Timings of a case whose kernel agrees with the reference; of another only the error."""
+    """Timings of a case whose kernel agrees with the reference; of another only the error.
+
+    `replayed` is the kernel in a CUDA graph, without the time that Python takes to launch it.
+    """
     row: dict[str, Any] = {"operation": case.name, "error": error(case, dtype)}
     if row["error"]:
         return row
 
-    def time(name: Backend, call: Callable[[], Tensor]) -> Timing:
+    def time(name: Backend, call: Callable[[], object]) -> Timing:
         with backend(name):
             return timed(call, device)
 
     times = {"triton": time("triton", case.call), "reference": time("reference", case.call)}
+    if device.type == "cuda" and not case.waits:
+        graph = torch.cuda.CUDAGraph()
+        with backend("triton"), torch.cuda.graph(graph):
+            case.call()
+        times["replayed"] = time("triton", graph.replay)
     if compiled:
-        times["compiled"] = time("reference", torch.compile(case.call))
+        with suppress(RuntimeError):  # what the compiler cannot do is left out of the table
+            times["compiled"] = time("reference", torch.compile(case.call))
     return row | {
         "flops": case.flops,
         "bytes": case.moved,
@@ -201,10 +230,10 @@ def measure(
 
 def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     """Rows of `measure` in Markdown; milliseconds are medians with quartiles."""
-    names = ("triton", "reference", "compiled")
+    names = ("triton", "replayed", "reference", "compiled")
     lines = [["operation", *names, "floor"]]
     for row in rows:
-        cells = [f"not measured: {row['error']}", *[""] * 3]
+        cells = [f"not measured: {row['error']}", *[""] * 4]
         if not row["error"]:
             times = (row.get(f"{name}_ms") for name in names)
             cells = [str(Timing(**time)) if time else "" for time in times]

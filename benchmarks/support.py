@@ -2,8 +2,7 @@
 
 import sys
 
-from vlm_prune.vlm.families import FAMILIES
-from vlm_prune.vlm.load import family_type
+from vlm_prune.vlm.families import FAMILIES, Family
 from vlm_prune.vlm.wrapper import methods
 
 
@@ -15,9 +14,9 @@ def support() -> dict[str, dict[str, bool]]:
     }
 
 
-def every_method(model: str) -> list[str]:
-    """All methods but `none` that work on a checkpoint; the others are named on stderr."""
-    family, chosen = family_type(model), []
+def every_method(family: type[Family]) -> list[str]:
+    """All methods but `none` that work on a family; the others are named on stderr."""
+    chosen = []
     for name, method in methods().items():
         lacking = sorted(method().needs & family.lacks)
         if lacking:

@@ -18,6 +18,43 @@ def load_tile(base, rows, seen, strides, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def positions_of(positions, first, rows, real):
+    """Positions of rows, -1 beyond; all are 0 where there are none, so that all see all.
+
+    A mask of int8 stands for the places of its rows.
+    """
+    if positions is None:
+        at = tl.where(real, 0, -1)
+    elif positions.dtype.element_ty == tl.int8:
+        at = tl.where(tl.load(positions + first + rows, mask=real, other=0) != 0, rows, -1)
+    else:
+        at = tl.load(positions + first + rows, mask=real, other=-1)
+    return at
+
+
+@triton.jit
+def seen_until(positions, first, keys, highest, BLOCK: tl.constexpr):
+    """The number of keys up to the last one whose position is at most `highest`."""
+    last = tl.zeros([], tl.int32)
+    for start in range(0, keys, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        at = tl.load(positions + first + rows, mask=rows < keys, other=-1)
+        last = tl.maximum(last, tl.max(tl.where((at >= 0) & (at <= highest), rows + 1, 0), 0))
+    return last
+
+
+@triton.jit
+def unseen_before(positions, first, queries, lowest, BLOCK: tl.constexpr):
+    """The number of queries before the first one whose position is at least `lowest`."""
+    until = tl.zeros([], tl.int32) + queries
+    for start in range(0, queries, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        at = tl.load(positions + first + rows, mask=rows < queries, other=-1)
+        until = tl.minimum(until, tl.min(tl.where(at >= lowest, rows, queries), 0))
+    return until
+
+
+@triton.jit
 def query_tile(
     query, positions, strides, batch, head, queries, width,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
@@ -25,7 +62,7 @@ def query_tile(
     """A program's queries: rows, which are real, their positions (-1 beyond), and the tile."""
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     real = rows < queries
-    at = tl.load(positions + batch * queries + rows, mask=real, other=-1)
+    at = positions_of(positions, batch * queries, rows, real)
     query += batch * strides[0] + head * strides[1]
     return rows, real, at, load_tile(query, rows, real, strides, width, BLOCK_D).to(DTYPE)
 
@@ -40,15 +77,18 @@ def visible_logits(query, query_at, key, key_at, scale):
 
 @triton.jit
 def row_lse(
-    query, query_at, key, key_positions, key_strides, scale, keys, width,
+    query, query_at, key, key_positions, first, key_strides, scale, keys, width,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Log of the softmax denominator of each row (R,), +inf for a row that sees no key."""
+    """Log of the softmax denominator of each row (R,), +inf for a row that sees no key.
+
+    `first` is the place of the image's first key among all key positions.
+    """
     high = tl.full(query_at.shape, float("-inf"), tl.float32)
     total = tl.zeros(query_at.shape, tl.float32)
     for start in range(0, keys, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
-        key_at = tl.load(key_positions + rows, mask=rows < keys, other=-1)
+        key_at = positions_of(key_positions, first, rows, rows < keys)
         tile = load_tile(key, rows, rows < keys, key_strides, width, BLOCK_D)
         logits = visible_logits(query, query_at, tile.to(DTYPE), key_at, scale)
         top = tl.maximum(high, tl.max(logits, 1))
@@ -61,7 +101,7 @@ def row_lse(
 @triton.jit
 def _weighted_columns_kernel(
     query, key, query_positions, key_positions, lse, weights, out,
-    query_strides, key_strides, scale, heads, group, queries, keys, width,
+    even, query_strides, key_strides, scale, heads, group, queries, keys, width,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """One program: the columns of one tile of keys, for one head."""
@@ -69,7 +109,7 @@ def _weighted_columns_kernel(
     batch, head = row // heads, row % heads
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < keys
-    key_at = tl.load(key_positions + batch * keys + columns, mask=inside, other=-1)
+    key_at = positions_of(key_positions, batch * keys, columns, inside)
     key += batch * key_strides[0] + head // group * key_strides[1]
     tile = load_tile(key, columns, inside, key_strides, width, BLOCK_D).to(DTYPE)
     query += batch * query_strides[0] + head * query_strides[1]
@@ -77,38 +117,45 @@ def _weighted_columns_kernel(
     for start in range(0, queries, BLOCK_T):
         rows = start + tl.arange(0, BLOCK_T)
         real = rows < queries
-        query_at = tl.load(query_positions + batch * queries + rows, mask=real, other=-1)
+        query_at = positions_of(query_positions, batch * queries, rows, real)
         normaliser = tl.load(lse + row * queries + rows, mask=real, other=float("inf"))
-        weight = tl.load(weights + row * queries + rows, mask=real, other=0.0)
         q = load_tile(query, rows, real, query_strides, width, BLOCK_D).to(DTYPE)
         logits = visible_logits(q, query_at, tile, key_at, scale)
-        total += tl.sum(tl.exp(logits - normaliser[:, None]) * weight[:, None], 0)
+        attention = tl.exp(logits - normaliser[:, None])
+        if weights is not None:
+            weight = tl.load(weights + row * queries + rows, mask=real, other=0.0)
+            attention *= weight[:, None]
+        total += tl.sum(attention, 0)
+    if weights is None:
+        total *= even
     tl.store(out + row * keys + columns, total, mask=inside)
 
 
 def weighted_columns(
     query: Tensor,
     key: Tensor,
-    query_positions: Tensor,
-    key_positions: Tensor,
+    query_positions: Tensor | None,
+    key_positions: Tensor | None,
     lse: Tensor,
-    weights: Tensor,
+    weights: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Sum over queries of their weight times their attention, one launch, fp32.
+    """Sum over heads and queries of a query's weight times its attention, fp32.
 
-    Shapes: query (B, H, T, d), key (B, G, N, d), query_positions (B, T) and key_positions (B, N)
-    int32, lse and weights (B, H, T) fp32 -> (B, H, N).
+    Without weights it is a mean. Without positions all see all.
+
+    Shapes: query (B, H, T, d), key (B, G, N, d), query_positions (B, T) int32, key_positions (B, N)
+    int32 or an int8 mask of places, lse and weights (B, H, T) fp32 -> (B, N).
     """
     (batch, heads, queries, width), (keys, groups) = query.shape, (key.shape[2], key.shape[1])
     out = torch.empty(batch, heads, keys, device=query.device)
     block = block_size(keys)
     _weighted_columns_kernel[(triton.cdiv(keys, block), batch * heads)](
         query, key, query_positions, key_positions, lse, weights, out,
-        query.stride(), key.stride(), scale, heads, heads // groups, queries, keys, width,
+        1 / (heads * queries), query.stride(), key.stride(), scale, heads, heads // groups, queries, keys, width,
         BLOCK_T=block_size(queries), BLOCK_N=block, BLOCK_D=padded(width), DTYPE=tile_dtype(query),
     )  # fmt: skip
-    return out
+    return out.sum(1)
 
 
 def padded(size: int) -> int:

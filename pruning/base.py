@@ -189,6 +189,7 @@ class DecoderPruner(Pruner):
 
     stage: ClassVar[Stage] = "decoder"
     reads: ClassVar[Side] = "before"
+    chooses_readers: ClassVar[bool] = False
     counted: ClassVar[Counted] = "computed"
     presets: ClassVar[Registry[tuple[float, ...]]] = Registry("preset")
     compact = staticmethod(compact_tokens)

@@ -6,8 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
 from vlm_prune.pruning.base import Stage, VisionPruner
-from vlm_prune.pruning.select import cosine, dpp, min_max
+from vlm_prune.pruning.select import dpp, min_max
 from vlm_prune.vlm.tokens import Kept, VisionTokens
 
 
@@ -41,14 +42,14 @@ class CDPruner(VisionPruner):
             [relevance(i[None], q[None]) for i, q in zip(projected, questions, strict=True)]
         )
         kernel = conditioned(min_max(-scores if self.negated else scores), projected)
-        return Kept.at(vision.projected, dpp(kernel, self.count(vision)))
+        return Kept.at(vision.projected, dpp(kernel, self.count(vision)).sort(1).values)
 
 
 def relevance(image: Tensor, text: Tensor) -> Tensor:
     """Mean cosine of each image token to the text tokens; (M, N, d), (M, T, d) -> (M, N)."""
-    return cosine(image, text.to(image)).sum(-1) / max(1, text.shape[1])
+    return pairwise_cosine(image, text.to(image)).sum(-1) / max(1, text.shape[1])
 
 
 def conditioned(scores: Tensor, features: Tensor) -> Tensor:
     """diag(r) S diag(r); scores (M, N), features (M, N, d) -> (M, N, N)."""
-    return scores[:, :, None] * cosine(features, features) * scores[:, None]
+    return scores[:, :, None] * pairwise_cosine(features, features) * scores[:, None]

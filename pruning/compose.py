@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
 from vlm_prune.pruning.adaptinfer import AdaptInfer
 from vlm_prune.pruning.base import DecoderPruner, Pruner, Stage, VisionPruner
 from vlm_prune.pruning.divprune import DivPrune
-from vlm_prune.pruning.select import averaged, cosine, others
+from vlm_prune.pruning.select import averaged, others
 from vlm_prune.pruning.zoo import ZooExact
 from vlm_prune.vlm import midstack
 from vlm_prune.vlm.encoded import Images
@@ -144,5 +145,5 @@ def _merged(kept: Kept, tokens: Tensor) -> Kept:
     """What was kept of `tokens` (M, N, d), the rest averaged into it."""
     features = torch.stack(kept.features)
     dropped = take(tokens, others(torch.stack(kept.places), tokens.shape[1]))
-    nearest = cosine(dropped, features).argmax(-1)
+    nearest = pairwise_cosine(dropped, features).argmax(-1)
     return Kept(kept.places, list(averaged(features, dropped, nearest)))

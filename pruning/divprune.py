@@ -19,4 +19,5 @@ class DivPrune(VisionPruner):
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.02175"
 
     def reduce(self, vision: VisionTokens) -> Kept:
-        return Kept.at(vision.projected, max_min(vision.projected, self.count(vision)))
+        chosen = max_min(vision.projected, self.count(vision))
+        return Kept.at(vision.projected, chosen.sort(1).values)

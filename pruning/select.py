@@ -2,21 +2,16 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import one_hot
 
 from vlm_prune.kernels.greedy_select import greedy_select
+from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
 
 
 def min_max(scores: Tensor) -> Tensor:
     """Scale each row of (M, N) to [0, 1]; a constant row becomes ones."""
-    low, high = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
-    return torch.where(high > low, (scores - low) / (high - low + 1e-8), torch.ones_like(scores))
-
-
-def cosine(one: Tensor, other: Tensor) -> Tensor:
-    """Cosine of every pair, in at least fp32; (M, N, d), (M, K, d) -> (M, N, K)."""
-    work = torch.promote_types(one.dtype, torch.float32)
-    return normalize(one.to(work), dim=-1) @ normalize(other.to(work), dim=-1).transpose(-1, -2)
+    low, high = scores.aminmax(dim=-1, keepdim=True)
+    return torch.where(high > low, (scores - low) / (high - low + 1e-8), 1.0)
 
 
 def others(indices: Tensor, count: int) -> Tensor:
@@ -32,7 +27,7 @@ def diverse(scores: Tensor, features: Tensor, k: int) -> Tensor:
     Shapes: scores (M, N) in [0, 1], features (M, N, d) -> (M, k) in the order chosen. Ties go to
     the lowest index.
     """
-    return greedy_select(cosine(features, features), scores, k, "diverse")
+    return greedy_select(pairwise_cosine(features, features), scores, k, "diverse")
 
 
 def max_min(features: Tensor, k: int) -> Tensor:
@@ -40,9 +35,10 @@ def max_min(features: Tensor, k: int) -> Tensor:
 
     Shapes: (M, N, d) -> (M, k) in the order chosen. Ties go to the lowest index.
     """
-    similarity = cosine(features, features)
-    diagonal = torch.eye(similarity.shape[1], dtype=torch.bool, device=similarity.device)
-    isolation = 1 - similarity.masked_fill(diagonal, -torch.inf).amax(-1)
+    similarity = pairwise_cosine(features, features)
+    apart = similarity.clone()
+    apart.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+    isolation = 1 - apart.amax(-1)
     return greedy_select(similarity, isolation, k, "farthest")
 
 

@@ -38,6 +38,7 @@ class SparseVLM(DecoderScorePruner):
     recycle: float = 0.3
     clusters: float = 0.1
     neighbours: int = 5
+    chooses_readers: ClassVar[bool] = True
     counted: ClassVar[Counted] = "at the cut"
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.04417"
     presets: ClassVar[Registry[tuple[float, ...]]] = Registry(

@@ -5,9 +5,10 @@ from typing import ClassVar
 
 import torch
 
+from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
 from vlm_prune.pruning.base import Stage, VisionPruner
 from vlm_prune.pruning.received import in_tower
-from vlm_prune.pruning.select import averaged, cosine, others
+from vlm_prune.pruning.select import averaged, others
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.tokens import Kept, VisionTokens, take, top
 
@@ -50,7 +51,7 @@ class VisionZip(VisionPruner):
         starts = starts.expand(len(rest), -1)
         targets, joining = rest.gather(1, starts), rest.gather(1, others(starts, rest.shape[1]))
         keys = vision.keys()
-        nearest = cosine(take(keys, joining), take(keys, targets)).argmax(-1)
+        nearest = pairwise_cosine(take(keys, joining), take(keys, targets)).argmax(-1)
         means = averaged(take(vision.features, targets), take(vision.features, joining), nearest)
         features = torch.cat([take(vision.projected, dominant), vision.projector(means)], 1)
         places, order = torch.cat([dominant, targets], 1).sort(1)

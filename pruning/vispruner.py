@@ -6,9 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
 from vlm_prune.pruning.base import Stage, VisionPruner
 from vlm_prune.pruning.received import in_tower
-from vlm_prune.pruning.select import cosine, others
+from vlm_prune.pruning.select import others
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.tokens import Kept, VisionTokens, take, top
 
@@ -39,7 +40,8 @@ class VisPruner(VisionPruner):
         attended = top(in_tower(vision, "cls"), round(self.important * k))
         rest = others(attended, tokens)
         distinct = without_duplicates(take(vision.features, rest), k - attended.shape[1], self.step)
-        return Kept.at(vision.projected, torch.cat([attended, rest.gather(1, distinct)], 1))
+        chosen = torch.cat([attended, rest.gather(1, distinct)], 1)
+        return Kept.at(vision.projected, chosen.sort(1).values)
 
 
 def without_duplicates(features: Tensor, k: int, step: int) -> Tensor:
@@ -48,7 +50,7 @@ def without_duplicates(features: Tensor, k: int, step: int) -> Tensor:
 
     Shapes: (M, R, d) -> (M, k), ascending.
     """
-    similarity = cosine(features, features)
+    similarity = pairwise_cosine(features, features)
     left = torch.arange(features.shape[1], device=features.device).repeat(len(features), 1)
     while left.shape[1] > k:
         even, odd = left[:, ::2], left[:, 1::2]

@@ -59,13 +59,14 @@ class Zoo(VisionPruner):
         return monte_carlo(vision.features, w.w1, w.b1, w.act, w.w2, bank, self.step)
 
     def reduce(self, vision: VisionTokens) -> Kept:
-        scores = torch.ones(vision.projected.shape[:2], device=vision.projected.device)
-        if self.combine != "diversity":
+        k, features = self.count(vision), vision.projected
+        if self.combine == "diversity":
+            scores = torch.ones(features.shape[:2], device=features.device)
+        else:
             scores = min_max(self.sensitivity(vision))
-        k = self.count(vision)
         if self.combine == "sensitivity":
-            return Kept.at(vision.projected, top(scores, k))
-        return Kept.at(vision.projected, diverse(scores, vision.projected, k))
+            return Kept.at(features, top(scores, k))
+        return Kept.at(features, diverse(scores, features, k).sort(1).values)
 
 
 def two_layers(vision: VisionTokens) -> Projector:

@@ -19,6 +19,11 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument(
+        "--not-compiled", default="", metavar="NAMES",
+        help="references that torch.compile leaves alone, comma-separated; greedy_select's loop "
+        "takes it minutes to unroll",
+    )  # fmt: skip
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("kernels are measured on a CUDA device, and there is none")
@@ -31,7 +36,8 @@ def main() -> None:
     }
     rows = []
     for case in cases(Shape(batch=arguments.batch), device, dtype):
-        rows.append(measure(case, ceilings, device, dtype))
+        compiled = case.name.split()[0] not in arguments.not_compiled.split(",")
+        rows.append(measure(case, ceilings, device, dtype, compiled))
         print(markdown(rows[-1:], {}).splitlines()[-1], flush=True)
     write_json(arguments.out.with_suffix(".json"), {"about": about, "rows": rows})
     write_text(arguments.out.with_suffix(".md"), markdown(rows, about))

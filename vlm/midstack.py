@@ -19,7 +19,7 @@ from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.layout import alike, image_ordinals, image_places, question_places, repeated
 from vlm_prune.vlm.segment import Segment
-from vlm_prune.vlm.session import Positions, keeps_positions, now
+from vlm_prune.vlm.session import SELECTION, Positions, keeps_positions, measured, on_host
 from vlm_prune.vlm.tokens import (
     DecoderTokens,
     Kept,
@@ -46,10 +46,11 @@ class Reducer(Protocol):
     """What the engine asks of a method.
 
     `reads` names the layer whose attention and keys the method sees, on either side of the cut; a
-    cut at 0 has only the layer after it.
+    cut at 0 has only the layer after it. `chooses_readers` says whether to ask for `readers`.
     """
 
     reads: ClassVar[Side]
+    chooses_readers: ClassVar[bool]
 
     def readers(self, tokens: DecoderTokens) -> Tensor:
         """Question places (M, T) to read attention from, given the first layer's input."""
@@ -64,6 +65,8 @@ class Reducer(Protocol):
 
 
 class _MidStack:
+    """Hooks that cut, and what they know of the prompt: where tokens stand, kept on the host."""
+
     def __init__(
         self,
         model: Any,
@@ -92,9 +95,9 @@ class _MidStack:
         self.prefill = past is None or past.get_seq_length() == 0
         if not self.prefill:
             self.incoming = (
-                torch.ones_like(ids, dtype=torch.bool)
+                torch.ones(ids.shape, dtype=torch.bool)
                 if mask is None
-                else mask[:, -ids.shape[1] :].bool()
+                else mask[:, -ids.shape[1] :].bool().cpu()
             )
             if kwargs.get("position_ids") is None and not self.family.mrope:
                 step = torch.arange(ids.shape[1], device=ids.device)
@@ -103,10 +106,12 @@ class _MidStack:
             self.seen += ids.shape[1]
             return args, kwargs
         self.seen = ids.shape[1]
-        self.valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        self.valid = torch.ones(ids.shape, dtype=torch.bool)
+        if mask is not None:
+            self.valid = mask.bool().cpu()
         self.right_padded = is_right_padded(self.valid)
-        is_image = ids == self.family.image_token
-        every = torch.arange(self.seen, device=ids.device)
+        is_image = ids.cpu() == self.family.image_token
+        every = torch.arange(self.seen)
         if self.trace.entered:
             order = repeated([len(places) for places in self.trace.entered], is_image)
             available = [self.trace.available[image] for image in order]
@@ -118,8 +123,8 @@ class _MidStack:
         self.left = [len(kept) for kept in self.trace.kept]
         self.ordinal = image_ordinals(is_image, self.left)
         self.columns = every.expand(len(ids), -1)
-        self.place = torch.zeros_like(ids)
-        self.place[self.ordinal >= 0] = torch.cat([ids.new_empty(0), *self.trace.kept])
+        self.place = torch.zeros(ids.shape, dtype=torch.long)
+        self.place[self.ordinal >= 0] = torch.cat([every[:0], *self.trace.kept])
         self.text = question_places(is_image, self.valid)
         self.segments, self.trace.cuts, self.due, self.deepstack = {}, [], {}, []
         for image, count in enumerate(available):
@@ -146,14 +151,15 @@ class _MidStack:
         """Cut if one is due; give the layer its segment's mask and positions."""
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if self.prefill and 0 < number <= len(self.deepstack):
-            hidden = hidden + take(self.deepstack[number - 1], self.columns) * self.valid[..., None]
-        if number == 0 and self.prefill and self.left:
-            start = now(hidden.device)
-            self.readers = self.text.new_zeros(len(self.left), compact(self.text)[0].shape[1])
-            for group in alike(self.left):
-                tokens = self._tokens(0, layer, hidden, kwargs, group)
-                self.readers[group] = self.reducer.readers(tokens)
-            self.trace.selection_s += now(hidden.device) - start
+            columns, valid = self.columns.to(hidden.device), self.valid.to(hidden.device)
+            hidden = hidden + take(self.deepstack[number - 1], columns) * valid[..., None]
+        if number == 0 and self.prefill and self.left and self.reducer.chooses_readers:
+            with measured(SELECTION, hidden.device, self.trace):
+                shape = len(self.left), compact(self.text)[0].shape[1]
+                self.readers = torch.zeros(shape, dtype=torch.bool, device=hidden.device)
+                for group in alike(self.left):
+                    tokens = self._tokens(0, layer, hidden, kwargs, group)
+                    self.readers[group] = self.reducer.readers(tokens)
         if self.prefill and number in self.due:
             hidden = self._cut(number, layer, hidden, kwargs)
         elif number in self.segments:
@@ -175,14 +181,18 @@ class _MidStack:
 
         `kwargs` are those of the layer before.
         """
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(hidden.device)
+
         source, before, rotary = layer, hidden, kwargs["position_embeddings"]
         if number and self.reducer.reads == "before":
             source, before, rotary = self.stash
-        index, real = compact(self.text)
+        index, real = map(moved, compact(self.text))
         rows_of, columns_of = image_places(self.ordinal, self.left)
-        row, valid = rows_of[images], self.valid
+        row, valid = moved(rows_of[images]), moved(self.valid)
         texts, asked = index[row], real[row]
-        at = (row[:, None], torch.stack([columns_of[image] for image in images]))
+        at = (row[:, None], moved(torch.stack([columns_of[image] for image in images])))
         text_at = (row[:, None], texts)
 
         def queries_at(places: Tensor, real: Tensor) -> QuestionRows:
@@ -204,35 +214,46 @@ class _MidStack:
         return DecoderTokens(hidden[at], hidden[text_at], asked, asked, rows, every, keys)
 
     def _cut(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        start = now(hidden.device)
-        seen = self._seen_by(number - 1, kwargs)
+        with measured(SELECTION, hidden.device, self.trace):
+            return self._reduced(number, layer, hidden, kwargs)
+
+    def _reduced(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Hidden states of what is kept; notes where it stands."""
+        seen, device = self._seen_by(number - 1, kwargs), hidden.device
         due = [min(n, self.due[number].get(i, n)) for i, n in enumerate(self.left)]
         rows, columns = image_places(self.ordinal, self.left)
         keep, changed = self.valid & (self.ordinal < 0), hidden.clone()
         kept: list[Tensor] = list(self.trace.kept)
         for group in alike(list(zip(self.left, due, strict=True))):
             count, wanted = self.left[group[0]], due[group[0]]
-            every = torch.arange(count, device=hidden.device)
-            reduced = Kept([every] * len(group), [])
+            places = [torch.arange(count)] * len(group)
+            features: list[Tensor] = []
             if wanted < count:
                 tokens = self._tokens(number, layer, hidden, seen, group)
-                reduced = self.reducer.reduce(replace(tokens, readers=self.readers[group]), wanted)
-            for place, image in enumerate(group):
-                at = (rows[image], columns[image][reduced.places[place]])
-                keep[at] = True
-                if reduced.features:
-                    changed[at] = reduced.features[place]
-                kept[image] = self.place[at]
+                if self.reducer.chooses_readers:
+                    tokens = replace(tokens, readers=self.readers[group])
+                reduced = self.reducer.reduce(tokens, wanted)
+                places, features = on_host(reduced.places), reduced.features
+            row = torch.cat([rows[i].expand(len(p)) for i, p in zip(group, places, strict=True)])
+            column = torch.cat([columns[i][p] for i, p in zip(group, places, strict=True)])
+            keep[row, column] = True
+            if features:
+                changed[row.to(device), column.to(device)] = torch.cat(features)
+            split = self.place[row, column].split([len(own) for own in places])
+            for image, own in zip(group, split, strict=True):
+                kept[image] = own
         hidden = changed
         cos, sin = (table.expand(len(hidden), -1, -1) for table in seen["position_embeddings"])
         old = self.valid.cumsum(1) - 1
         if seen.get("position_ids") is not None and not self.family.mrope:
-            old = seen["position_ids"].expand(len(hidden), -1)
-        valid, (
-            hidden, old, self.text, ordinal, self.place, self.columns, *rotary
-        ) = self.reducer.compact(
-            keep, hidden, old, self.text, self.ordinal, self.place, self.columns,
-            *(() if self.contiguous else (cos, sin)), right_padded=self.right_padded,
+            old = seen["position_ids"].expand(len(hidden), -1).cpu()
+        valid, (old, self.text, ordinal, self.place, self.columns) = self.reducer.compact(
+            keep, old, self.text, self.ordinal, self.place, self.columns,
+            right_padded=self.right_padded,
+        )  # fmt: skip
+        _, (hidden, *rotary) = self.reducer.compact(
+            keep.to(device), hidden, *(() if self.contiguous else (cos, sin)),
+            right_padded=self.right_padded,
         )  # fmt: skip
         old_length, new_length = self.valid.sum(1, keepdim=True), valid.sum(1, keepdim=True)
         previous = max((s for s in self.segments), default=None)
@@ -248,16 +269,15 @@ class _MidStack:
         self.trace.cuts.append(kept)
         layers = len(self.trace.computed)
         self.trace.computed[number:] = [self.left] * (layers - number)
-        self.trace.selection_s += now(hidden.device) - start
         return hidden
 
     def _extend(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         segment, length = self.segments[number], hidden.shape[1]
-        new = torch.arange(self.seen - length, self.seen, device=hidden.device)
+        new = torch.arange(self.seen - length, self.seen)
         valid = torch.cat([segment.valid, self.incoming], 1)
         positions = (valid.cumsum(1) - 1)[:, -length:]
         if kwargs.get("position_ids") is not None and not self.family.mrope:
-            positions = kwargs["position_ids"].expand(len(hidden), -1)
+            positions = kwargs["position_ids"].expand(len(hidden), -1).cpu()
         rotary = kwargs["position_embeddings"]
         if self.contiguous:
             positions, rotary = positions - segment.dropped, ()

@@ -19,7 +19,7 @@ class PerToken(Protocol):
 
 @dataclass
 class Segment:
-    """What the layers after a cut see; tensors (B, L'), `dropped` (B, 1).
+    """What the layers after a cut see; tensors (B, L'), `dropped` (B, 1), on the host.
 
     `columns` says which of the model's tokens they are.
     """
@@ -44,20 +44,27 @@ class Segment:
         `rotary` holds the tables of tokens that keep the positions they had; if it is empty they
         are made from `positions` (B, n).
         """
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(hidden.device)
+
+        positions = moved(positions)
+        padded = not bool(self.valid.all())
         self.kwargs = {
             "position_ids": positions,
             "position_embeddings": rotary or decoder.rotary_emb(hidden, position_ids=positions),
             "attention_mask": create_causal_mask(
                 config=decoder.config,
                 inputs_embeds=hidden,
-                attention_mask=self.valid,
-                position_ids=positions,
+                attention_mask=moved(self.valid) if padded else None,
+                # without a mask, gaps between positions would read as packed sequences
+                position_ids=positions if padded else None,
                 layer_idx=number,
                 **{CACHE: cache_of(kwargs)},
             ),
         }
         self.kwargs |= {
-            name: value.select_tokens(self.columns, self.valid, self.positions)
+            name: value.select_tokens(*map(moved, (self.columns, self.valid, self.positions)))
             for name, value in kwargs.items()
             if isinstance(value, PerToken)
         }

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from vlm_prune.vlm.cache import cache_of
 from vlm_prune.vlm.encoded import Group, Images
@@ -18,6 +19,7 @@ from vlm_prune.vlm.layout import image_ordinals, image_places, question_places
 from vlm_prune.vlm.tokens import Kept, Trace, VisionTokens, compact, is_right_padded
 
 Positions = Literal["auto", "contiguous", "original"]
+SELECTION, VISION = "vlm-prune selection", "vlm-prune vision"
 
 
 def now(device: torch.device) -> float:
@@ -25,6 +27,19 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+@contextmanager
+def measured(phase: str, device: torch.device, trace: Trace) -> Iterator[None]:
+    """Add the time of the block to the phase's in `trace`; profilers show it under its name."""
+    start = now(device)
+    with record_function(phase):
+        yield
+        spent = now(device) - start
+    if phase == SELECTION:
+        trace.selection_s += spent
+    else:
+        trace.vision_s += spent
 
 
 def keeps_positions(family: Family, positions: Positions) -> bool:
@@ -102,17 +117,18 @@ def pruned(
     def arguments(input_ids: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Those of the short prompt; takes the full one's out of `kwargs`."""
         mask = kwargs.pop("attention_mask", None)
-        valid = torch.ones_like(input_ids) if mask is None else mask
+        # where tokens stand is worked out on the host: many steps, each too small for a GPU
+        ids = input_ids.cpu()
+        valid = torch.ones_like(ids) if mask is None else mask.cpu()
         inputs = {name: kwargs.pop(name, None) for name in described}
         inputs = {name: value for name, value in inputs.items() if value is not None}
         images = vision
         if "pixel_values" in inputs:
-            start = now(model.device)
-            seen = inputs["pixel_values"] if pixels is None else pixels(inputs["pixel_values"])
-            images = family.encode(**(inputs | {"pixel_values": seen, "input_ids": input_ids}))
-            trace.vision_s += now(model.device) - start
+            with measured(VISION, model.device, trace):
+                seen = inputs["pixel_values"] if pixels is None else pixels(inputs["pixel_values"])
+                images = family.encode(**(inputs | {"pixel_values": seen, "input_ids": input_ids}))
         assert images is not None
-        is_image = input_ids == family.image_token
+        is_image = ids == family.image_token
         counts = images.counts if pixels is None else family.sizes(input_ids, inputs)
         ordinal = image_ordinals(is_image, counts)
         rows, _ = image_places(ordinal, counts)
@@ -120,20 +136,23 @@ def pruned(
 
         def questions(members: list[int]) -> tuple[Tensor, ...]:
             embed = model.get_input_embeddings()
-            return tuple(embed(input_ids[row][asked[row]]) for row in rows[members])
+            return tuple(embed(ids[row][asked[row]].to(input_ids.device)) for row in rows[members])
 
         def reduced(group: Group) -> Kept:
             return reduce(replace(group.tokens, question=partial(questions, group.members)))
 
-        start = now(model.device)
-        kept, deepstack = images.reduce(reduced)
-        trace.selection_s += now(model.device) - start
-        trace.kept = trace.entered = kept.places
+        with measured(SELECTION, model.device, trace):
+            kept, deepstack = images.reduce(reduced)
+            places = on_host(kept.places)
+        trace.kept = trace.entered = places
         trace.available = counts
-        trace.computed = [list(map(len, kept.places))] * len(family.decoder.layers)
-        full = family.positions(input_ids, valid, images.inputs) if original else None
-        short = shorten(input_ids, valid, ordinal, counts, kept.places, full)
-        return vars(short) | {"mm_encoder_outputs": family.output(kept.features, deepstack)}
+        trace.computed = [list(map(len, places))] * len(family.decoder.layers)
+        full = None
+        if original:
+            full = family.positions(input_ids, valid.to(input_ids.device), images.inputs).cpu()
+        short = shorten(ids, valid, ordinal, counts, places, full)
+        moved = {name: tensor.to(input_ids.device) for name, tensor in vars(short).items()}
+        return moved | {"mm_encoder_outputs": family.output(kept.features, deepstack)}
 
     def before_forward(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         past = cache_of(kwargs)
@@ -169,6 +188,11 @@ def pruned(
     finally:
         hook.remove()
         del model.generate
+
+
+def on_host(places: list[Tensor]) -> list[Tensor]:
+    """Each image's places on the CPU, in one transfer."""
+    return list(torch.cat(places).cpu().split([len(own) for own in places])) if places else []
 
 
 def _refuse_videos(kwargs: dict[str, Any]) -> None:

@@ -151,9 +151,8 @@ class Kept:
     features: list[Tensor]
 
     @classmethod
-    def at(cls, features: Tensor, indices: Tensor) -> "Kept":
-        """Keep tokens of (M, N, d) as they are; `indices` is (M, k), in any order."""
-        places = indices.sort(1).values
+    def at(cls, features: Tensor, places: Tensor) -> "Kept":
+        """Keep tokens of (M, N, d) as they are; `places` is (M, k), ascending."""
         return cls(list(places), list(take(features, places)))
 
 

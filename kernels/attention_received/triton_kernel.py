@@ -30,7 +30,7 @@ def _lse_kernel(
     )
     key += batch * key_strides[0] + head // group * key_strides[1]
     normaliser = row_lse(
-        q, query_at, key, key_positions + batch * keys,
+        q, query_at, key, key_positions, batch * keys,
         key_strides, scale, keys, width, BLOCK_N, BLOCK_D, DTYPE,
     )  # fmt: skip
     tl.store(lse + row * queries + rows, normaliser, mask=real)
@@ -47,10 +47,12 @@ def attention_received(
     if 0 in (batch, queries, keys):
         return reference.attention_received(query, key, query_positions, key_positions, scale)
     device, factor = query.device, width**-0.5 if scale is None else scale
-    if query_positions is None or key_positions is None:
-        query_positions = torch.zeros(batch, queries, device=device)
-        key_positions = torch.zeros(batch, keys, device=device)
-    query_at, key_at = query_positions.int().contiguous(), key_positions.int().contiguous()
+    query_at = key_at = weights = None
+    if query_positions is not None and key_positions is not None:
+        query_at, key_at = query_positions.int().contiguous(), key_positions.int().contiguous()
+        real = (query_at >= 0).float()
+        share = real / (heads * real.sum(1, keepdim=True)).clamp_min(1)
+        weights = share[:, None].expand(-1, heads, -1).contiguous()
     lse = torch.empty(batch, heads, queries, device=device)
     block = block_size(queries)
     _lse_kernel[(triton.cdiv(queries, block), batch * heads)](
@@ -58,7 +60,4 @@ def attention_received(
         query.stride(), key.stride(), factor, heads, heads // groups, queries, keys, width,
         BLOCK_T=block, BLOCK_N=block_size(keys), BLOCK_D=padded(width), DTYPE=tile_dtype(query),
     )  # fmt: skip
-    real = (query_at >= 0).float()
-    share = real / (heads * real.sum(1, keepdim=True)).clamp_min(1)
-    weights = share[:, None].expand(-1, heads, -1).contiguous()
-    return weighted_columns(query, key, query_at, key_at, lse, weights, factor).sum(1)
+    return weighted_columns(query, key, query_at, key_at, lse, weights, factor)

@@ -15,11 +15,14 @@ def _select_kernel(
 ):  # fmt: skip
     image = tl.program_id(0).to(tl.int64)
     similarity += image * by_image
-    factor += image * k * tokens
+    if RULE == "dpp":
+        factor += image * k * tokens
     places = tl.arange(0, BLOCK)
     inside = places < tokens
     score = tl.load(scores + image * tokens + places, mask=inside, other=0.0)
-    free = tl.load(valid + image * tokens + places, mask=inside, other=0)
+    free = inside.to(tl.int8)
+    if valid is not None:
+        free = tl.load(valid + image * tokens + places, mask=inside, other=0)
     nearest = tl.zeros([BLOCK], tl.float32)
     diagonal = tl.load(similarity + places * (by_row + by_column), mask=inside, other=0.0)
     residual = score * score * diagonal
@@ -33,21 +36,19 @@ def _select_kernel(
         else:
             gain = tl.where(step == 0, score, 1 - nearest)
         gain = tl.where(free != 0, gain, float("-inf"))
-        best = tl.max(gain, 0)
-        pick = tl.min(tl.where((gain == best) & (free != 0), places, BLOCK), 0)
-        tl.store(chosen + image * k + step, tl.where(pick < tokens, pick, -1))
+        best, pick = tl.max(gain, 0, return_indices=True, return_indices_tie_break_left=True)
+        tl.store(chosen + image * k + step, tl.where(best > float("-inf"), pick, -1))
         free = tl.where(places == pick, 0, free)
-        at = tl.minimum(pick, tokens - 1)
-        row = similarity + at * by_row + places * by_column
+        row = similarity + pick * by_row + places * by_column
         closest = tl.load(row, mask=inside, other=0.0)
         nearest = tl.where(step == 0, closest, tl.maximum(nearest, closest))
         if RULE == "dpp":
-            size = tl.sum(tl.where(places == pick, residual, 0.0), 0)
-            part = tl.sum(tl.where(places == pick, score, 0.0), 0) * score * closest
+            size = tl.maximum(best, 0.0)
+            part = tl.load(scores + image * tokens + pick) * score * closest
             past = tl.zeros([BLOCK], tl.float32)
             for earlier in range(step):
                 vector = tl.load(factor + earlier * tokens + places, mask=inside, other=0.0)
-                past += tl.load(factor + earlier * tokens + at) * vector
+                past += tl.load(factor + earlier * tokens + pick) * vector
             part = tl.where(size > 0, (part - past) / tl.sqrt(tl.where(size > 0, size, 1.0)), 0.0)
             tl.store(factor + step * tokens + places, part, mask=inside)
             tl.debug_barrier()  # the next step reads this row across threads
@@ -61,10 +62,12 @@ def greedy_select(
     chosen = torch.empty(images, k, dtype=torch.long, device=scores.device)
     if chosen.numel() == 0 or tokens == 0:
         return chosen.fill_(-1)
-    valid = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
-    factor = torch.empty(images, k if rule == "dpp" else 0, tokens, device=scores.device)
+    free = None if valid is None else valid.contiguous().view(torch.int8)
+    factor = None
+    if rule == "dpp":
+        factor = torch.empty(images, k, tokens, device=scores.device)
     _select_kernel[(images,)](
-        similarity, scores.contiguous(), valid.to(torch.int8).contiguous(), factor, chosen,
+        similarity, scores.contiguous(), free, factor, chosen,
         *similarity.stride(), k, tokens,
         RULE=rule, SPENT=SPENT * torch.finfo(torch.float32).eps, BLOCK=triton.next_power_of_2(tokens),
     )  # fmt: skip

@@ -27,7 +27,7 @@ def _prior_kernel(
     """One program: the normalisers of a tile of text rows, and its share of the text prior.
 
     Row sums leave the diagonal out; column sums of each tile are kept apart, so that their order
-    of addition is fixed.
+    of addition is fixed. A single tile adds its own to its row sums.
     """
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
@@ -37,11 +37,12 @@ def _prior_kernel(
     columns += batch * queries
     key += batch * key_strides[0] + head // group * key_strides[1]
     normaliser = row_lse(
-        q, query_at, key, key_positions + batch * keys,
+        q, query_at, key, key_positions, batch * keys,
         key_strides, scale, keys, width, BLOCK_N, BLOCK_D, DTYPE,
     )  # fmt: skip
     tl.store(lse + row * queries + rows, normaliser, mask=real)
-    column_sums += (row * tl.num_programs(0) + tl.program_id(0)) * queries
+    if column_sums is not None:
+        column_sums += (row * tl.num_programs(0) + tl.program_id(0)) * queries
     total = tl.zeros([BLOCK_T], tl.float32)
     for start in range(0, queries, BLOCK_T):
         others = start + tl.arange(0, BLOCK_T)
@@ -49,8 +50,11 @@ def _prior_kernel(
         tile = load_tile(key, key_at, key_at >= 0, key_strides, width, BLOCK_D).to(DTYPE)
         logits = visible_logits(q, query_at, tile, key_at, scale)
         attention = tl.exp(logits - normaliser[:, None])
-        tl.store(column_sums + others, tl.sum(attention, 0), mask=others < queries)
         total += tl.sum(tl.where(rows[:, None] == others[None, :], 0.0, attention), 1)
+        if column_sums is None:
+            total += tl.sum(attention, 0)
+        else:
+            tl.store(column_sums + others, tl.sum(attention, 0), mask=others < queries)
     tl.store(row_sums + row * queries + rows, total, mask=real)
 
 
@@ -60,16 +64,18 @@ def text_guided_score(
     (batch, heads, queries, width), (keys, groups) = query.shape, (key.shape[2], key.shape[1])
     if 0 in (batch, queries):
         return reference.text_guided_score(query, key, columns, key_valid, scale)
-    places = torch.arange(keys, device=query.device, dtype=torch.int32)
-    key_at, columns = torch.where(key_valid, places, -1), columns.int().contiguous()
+    key_at, columns = key_valid.contiguous().view(torch.int8), columns.int().contiguous()
     block = block_size(queries)
     tiles = triton.cdiv(queries, block)
-    lse, row_sums = torch.empty(2, batch, heads, queries, device=query.device)
-    column_sums = torch.empty(batch, heads, tiles, queries, device=query.device)
+    lse, prior = torch.empty(2, batch, heads, queries, device=query.device)
+    column_sums = None
+    if tiles > 1:
+        column_sums = torch.empty(batch, heads, tiles, queries, device=query.device)
     _prior_kernel[(tiles, batch * heads)](
-        query, key, columns, key_at, lse, row_sums, column_sums,
+        query, key, columns, key_at, lse, prior, column_sums,
         query.stride(), key.stride(), scale, heads, heads // groups, queries, keys, width,
         BLOCK_T=block, BLOCK_N=block_size(keys), BLOCK_D=padded(width), DTYPE=tile_dtype(query),
     )  # fmt: skip
-    prior = row_sums + column_sums.sum(2)
-    return weighted_columns(query, key, columns, key_at, lse, prior, scale).sum(1)
+    if column_sums is not None:
+        prior = prior + column_sums.sum(2)
+    return weighted_columns(query, key, columns, key_at, lse, prior, scale)

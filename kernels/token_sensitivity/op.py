@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import gelu
 
 from vlm_prune.kernels.dispatch import backend, chosen, implementation
-from vlm_prune.kernels.token_sensitivity.reference import weight_kernel
 
 __all__ = ["closed_form", "monte_carlo", "weight_kernel"]
 
@@ -33,7 +32,7 @@ def monte_carlo(
     Shapes: features (..., d_v), w1 (h, d_v), b1 (h,), w2 (d_l, h), bank (m, d_v) -> (...), in at
     least fp32. The first layer runs once on tokens and once on directions, the difference is
     taken behind it, and the second layer's bias cancels: the same in exact arithmetic, without
-    the rounding of x + hu.
+    the rounding of x + hu. On a GPU matrix products run in the dtype of the weights.
 
     Args:
         activation: acts elementwise.
@@ -43,6 +42,16 @@ def monte_carlo(
     module = _implementation(features, activation)
     sensitivity: Tensor = module.monte_carlo(features, w1, b1, activation, w2, bank, step)
     return sensitivity
+
+
+def weight_kernel(w1: Tensor, w2: Tensor) -> Tensor:
+    """K = (W2^T W2) * (W1 W1^T), (h, h); one per projector serves all images.
+
+    Shapes: w1 (h, d_v), w2 (d_l, h). In at least fp32, on a GPU in bf16 where the weights are in
+    half precision.
+    """
+    kernel: Tensor = implementation("token_sensitivity", w2).weight_kernel(w1, w2)
+    return kernel
 
 
 def closed_form(

@@ -15,7 +15,7 @@ def pre_activation(features: Tensor, w1: Tensor, b1: Tensor | None) -> Tensor:
 
 
 def weight_kernel(w1: Tensor, w2: Tensor) -> Tensor:
-    """K = (W2^T W2) * (W1 W1^T), (h, h), in at least fp32; one per projector serves all images."""
+    """K = (W2^T W2) * (W1 W1^T), (h, h)."""
     w1, w2 = at_least_fp32(w1), at_least_fp32(w2)
     return (w2.T @ w2) * (w1 @ w1.T)
 

@@ -1,6 +1,6 @@
-"""Sensitivity of a GELU projector: differences, second layer and norms in one launch each.
+"""Sensitivity of a GELU projector: all that is elementwise or a sum over a row is fused.
 
-What lies between the layers, tokens x directions x width, is made tile by tile and never stored.
+Matrix products are the library's, in the dtype of the weights; what stands between them is in fp32.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlm_prune.kernels.attention_tiles import block_size, load_tile, padded
+from vlm_prune.kernels.token_sensitivity import reference
 from vlm_prune.kernels.token_sensitivity.reference import pre_activation
+
+DIFFERENCES = 1 << 25  # held at once: 64 MB of them in half precision, about an H100's L2 cache
 
 
 @triton.jit
@@ -27,50 +29,73 @@ def _gelu_slope(x):
 
 
 @triton.jit
-def _norms_kernel(
-    before, shifts, w2, norms, w2_strides, factor, tokens, hidden, width,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr,
-):  # fmt: skip
-    """One program: the norms of a tile of tokens in one direction."""
-    direction = tl.program_id(1)
-    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    real = rows < tokens
-    squares = tl.zeros([BLOCK_T], tl.float32)
-    for out in range(0, width, BLOCK_O):
-        outputs = out + tl.arange(0, BLOCK_O)
-        total = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
-        for start in range(0, hidden, BLOCK_H):
-            units = start + tl.arange(0, BLOCK_H)
-            here = load_tile(before + start, rows, real, (hidden, 1), hidden - start, BLOCK_H)
-            shift = tl.load(shifts + direction * hidden + units, mask=units < hidden, other=0.0)
-            difference = _gelu(here + shift[None, :]) - _gelu(here - shift[None, :])
-            weight = load_tile(
-                w2 + start * w2_strides[1], outputs, outputs < width,
-                w2_strides, hidden - start, BLOCK_H,
-            )  # fmt: skip
-            total += tl.dot(difference, tl.trans(weight.to(tl.float32)), input_precision="ieee")
-        squares += tl.sum(total * total, 1)
-    tl.store(norms + direction * tokens + rows, tl.sqrt(squares) * factor, mask=real)
+def _pre_activations(before, bias, row, units, real, hidden, BIASED: tl.constexpr):
+    """A part of one token's first layer, with its bias, in fp32."""
+    here = tl.load(before + row * hidden + units, mask=real, other=0.0).to(tl.float32)
+    if BIASED:
+        here += tl.load(bias + units, mask=real, other=0.0).to(tl.float32)
+    return here
 
 
 @triton.jit
-def _quadratic_kernel(
-    before, kernel, parts, tokens, hidden, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr
+def _differences_kernel(
+    before, bias, shifts, out, tokens, hidden, factor, BIASED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One program: a tile of tokens' share of d^T K d from one tile of K's columns."""
-    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    real, first = rows < tokens, tl.program_id(1) * BLOCK_H
-    total = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
-    for start in range(0, hidden, BLOCK_H):
-        units = start + tl.arange(0, BLOCK_H)
-        here = load_tile(before + start, rows, real, (hidden, 1), hidden - start, BLOCK_H)
-        tile = load_tile(
-            kernel + first, units, units < hidden, (hidden, 1), hidden - first, BLOCK_H
-        )
-        total += tl.dot(_gelu_slope(here), tile, input_precision="ieee")
-    here = load_tile(before + first, rows, real, (hidden, 1), hidden - first, BLOCK_H)
-    share = tl.sum(total * _gelu_slope(here), 1)
-    tl.store(parts + tl.program_id(1) * tokens + rows, share, mask=real)
+    """One program: a part of one token's difference quotient in one direction."""
+    row, direction = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    units = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    real = units < hidden
+    here = _pre_activations(before, bias, row, units, real, hidden, BIASED)
+    shift = tl.load(shifts + direction * hidden + units, mask=real, other=0.0)
+    out += (direction * tokens + row) * hidden
+    tl.store(out + units, (_gelu(here + shift) - _gelu(here - shift)) * factor, mask=real)
+
+
+@triton.jit
+def _slopes_kernel(before, bias, out, hidden, BIASED: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: the activation's derivative at a part of one token."""
+    row = tl.program_id(0).to(tl.int64)
+    units = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    real = units < hidden
+    here = _pre_activations(before, bias, row, units, real, hidden, BIASED)
+    tl.store(out + row * hidden + units, _gelu_slope(here), mask=real)
+
+
+@triton.jit
+def _row_roots_kernel(one, other, out, width, divisor, BLOCK: tl.constexpr):
+    """One program: sqrt(<one, other> / divisor) of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        left = tl.load(one + row * width + columns, mask=columns < width, other=0.0)
+        right = tl.load(other + row * width + columns, mask=columns < width, other=0.0)
+        total += left.to(tl.float32) * right.to(tl.float32)
+    tl.store(out + row, tl.sqrt(tl.maximum(tl.sum(total, 0) / divisor, 0.0)))
+
+
+def _row_roots(one: Tensor, other: Tensor, divisor: float) -> Tensor:
+    """(R, w), (R, w) -> (R,) fp32."""
+    out = torch.empty(len(one), dtype=torch.float32, device=one.device)
+    width = one.shape[1]
+    _row_roots_kernel[(len(one),)](one, other, out, width, divisor, BLOCK=_block(width))
+    return out
+
+
+def _block(width: int) -> int:
+    return min(1024, int(triton.next_power_of_2(width)))
+
+
+def _first_layer(features: Tensor, w1: Tensor) -> Tensor:
+    """The first layer without its bias, one row per token."""
+    dtype = torch.promote_types(features.dtype, w1.dtype)
+    return (features.to(dtype).flatten(0, -2) @ w1.to(dtype).T).contiguous()
+
+
+def weight_kernel(w1: Tensor, w2: Tensor) -> Tensor:
+    """In half precision as bf16, which has the range of its products."""
+    kernel = reference.weight_kernel(w1, w2)
+    return kernel if w2.dtype == torch.float32 else kernel.to(torch.bfloat16)
 
 
 def monte_carlo(
@@ -82,19 +107,23 @@ def monte_carlo(
     bank: Tensor,
     step: float,
 ) -> Tensor:
-    before = pre_activation(features, w1, b1)
+    before = _first_layer(features, w1)
     shifts = (pre_activation(bank, w1, None) * step).contiguous()
-    flat = before.flatten(0, -2).contiguous()
-    (tokens, hidden), directions, width = flat.shape, len(shifts), len(w2)
+    (tokens, hidden), directions = before.shape, len(shifts)
+    norms = torch.empty(directions, tokens, dtype=torch.float32, device=before.device)
     if tokens == 0:
-        return flat.new_empty(before.shape[:-1])
-    norms = torch.empty(directions, tokens, device=flat.device)
-    block = block_size(tokens)
-    _norms_kernel[(triton.cdiv(tokens, block), directions)](
-        flat, shifts, w2, norms, w2.stride(), 1 / (2 * step), tokens, hidden, width,
-        BLOCK_T=block, BLOCK_H=block_size(hidden, 32), BLOCK_O=block_size(width),
-    )  # fmt: skip
-    return norms.mean(0).view(before.shape[:-1])
+        return norms.sum(0).view(features.shape[:-1])
+    chunk, block = max(1, DIFFERENCES // before.numel()), _block(hidden)
+    for first in range(0, directions, chunk):
+        part = shifts[first : first + chunk]
+        moved = torch.empty(len(part) * tokens, hidden, dtype=w2.dtype, device=before.device)
+        _differences_kernel[(tokens, triton.cdiv(hidden, block), len(part))](
+            before, b1, part, moved, tokens, hidden, 0.5 / step,
+            BIASED=b1 is not None, BLOCK=block,
+        )  # fmt: skip
+        out = moved @ w2.T
+        norms[first : first + chunk] = _row_roots(out, out, 1).view(-1, tokens)
+    return norms.mean(0).view(features.shape[:-1])
 
 
 def closed_form(
@@ -104,16 +133,14 @@ def closed_form(
     activation: Callable[[Tensor], Tensor],
     kernel: Tensor,
 ) -> Tensor:
-    before = pre_activation(features, w1, b1)
-    flat = before.flatten(0, -2).contiguous()
-    tokens, hidden = flat.shape
+    before = _first_layer(features, w1)
+    tokens, hidden = before.shape
     if tokens == 0:
-        return flat.new_empty(before.shape[:-1])
-    block, step = block_size(tokens), padded(min(hidden, 32))
-    tiles = triton.cdiv(hidden, step)
-    parts = torch.empty(tiles, tokens, device=flat.device)
-    _quadratic_kernel[(triton.cdiv(tokens, block), tiles)](
-        flat, kernel.contiguous(), parts, tokens, hidden, BLOCK_T=block, BLOCK_H=step
+        return before.new_empty(features.shape[:-1], dtype=torch.float32)
+    slopes = torch.empty(tokens, hidden, dtype=kernel.dtype, device=before.device)
+    block = _block(hidden)
+    _slopes_kernel[(tokens, triton.cdiv(hidden, block))](
+        before, b1, slopes, hidden, BIASED=b1 is not None, BLOCK=block
     )
-    squared = parts.sum(0) / features.shape[-1]
-    return squared.clamp_min(0).sqrt().view(before.shape[:-1])
+    roots = _row_roots(slopes, slopes @ kernel, features.shape[-1])
+    return roots.view(features.shape[:-1])

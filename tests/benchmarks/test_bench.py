@@ -33,7 +33,44 @@ def test_bench_reports_every_phase_of_both_models(run, tmp_path, method):
     assert 0 < speed["selection_share"] < results["pruned"]["times_ms"]["selection"]["median"]
     assert f"of the {speed['promised']:.2f}x" in out and "of the unpruned prefill" in out
     table = (tmp_path / "bench.md").read_text()
-    assert "measured ceilings" in table and "decode per token" in table and "576 -> " in out
+    assert (
+        "measured ceilings" in table and "decode per token" in table and "576 image tokens" in out
+    )
+
+
+def test_several_methods_share_one_model(run, tmp_path):
+    code, out, err = run("bench", "--method", "divprune,fastv", *FAST, "--output", tmp_path)
+    assert code == 0, err
+    both = json.loads((tmp_path / "bench.json").read_text())
+    assert [results["config"]["variant"]["method"] for results in both] == ["divprune", "fastv"]
+    assert both[0]["ceilings"] == both[1]["ceilings"]
+    assert both[0]["pruned"]["tokens"]["kept"] == 32
+    lines = (tmp_path / "bench.md").read_text().splitlines()
+    (header,) = (line for line in lines if line.startswith("| method"))
+    assert "of promise %" in header and "GPU" not in header
+    for results in both:
+        name, speed = results["config"]["variant"]["method"], results["speedup"]
+        (line,) = (line for line in lines if line.startswith(f"| {name}"))
+        assert f"{speed['prefill']:.2f}x" in line and f"{speed['first_token']:.2f}x" in line
+        assert name in out
+    assert "tiny, batch 1, float32: 576 image tokens and 60 others per prompt, budget 32" in out
+
+
+def test_all_is_every_method_that_fits_the_shape(run, tmp_path, monkeypatch):
+    from vlm_prune.benchmarks.support import every_method
+    from vlm_prune.vlm.families import FAMILIES
+
+    asked = []
+    monkeypatch.setattr(
+        "vlm_prune.benchmarks.bench.bench", lambda _, variants: asked.extend(variants) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        run("bench", "--method", "all", "--model-shape", "llava-0.5b")
+    assert [v.method for v in asked] == every_method(FAMILIES["llava"])
+    code, _, err = run("bench", "--method", "all", "--model-shape", "llava-0.5")
+    assert code == 2 and "did you mean 'llava-0.5b'" in err
+    code, _, err = run("bench", "--method", ",")
+    assert code == 2 and "no method given" in err
 
 
 def test_floors_count_weights_once_and_flops_per_prompt():

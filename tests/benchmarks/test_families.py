@@ -14,6 +14,7 @@ from vlm_prune.benchmarks.support import every_method, support
 from vlm_prune.benchmarks.tasks import TASKS, Sample, Task, Turn
 from vlm_prune.pruning import METHODS
 from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.load import family_type
 
 FAST = ["--limit", "4", "--batch-size", "2", "--tasks", "exist,text,iit"]
 NEW = {"max_new_tokens": engine.MAX_NEW_TOKENS, "do_sample": False}
@@ -189,7 +190,7 @@ def test_a_killed_run_resumes(run, tiny, folder, mixed, tmp_path):
 
 def test_all_methods_are_those_that_the_matrix_allows(tiny, folder, capsys):
     works = {name for name, families in support().items() if families[tiny.name]}
-    assert {*every_method(str(folder)), "none"} == works
+    assert {*every_method(family_type(str(folder))), "none"} == works
     said = capsys.readouterr().err.splitlines()
     assert {line.split(" left out: it needs ")[0] for line in said} == set(METHODS) - works
 
@@ -201,7 +202,7 @@ def test_every_method_with_all_tokens_and_with_few(run, tiny, folder, mixed, tmp
         "mixed,exist,text,iit", "--limit", "24", "--output", tmp_path,
     )  # fmt: skip
     assert code == 0, err
-    for name in every_method(str(folder)):
+    for name in every_method(family_type(str(folder))):
         _, rows = results(tmp_path / f"{name}-1.0")
         assert all(row["prediction"] == row["baseline"] for row in rows), name
         _, rows = results(tmp_path / f"{name}-12")

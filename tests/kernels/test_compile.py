@@ -19,6 +19,7 @@ from vlm_prune.kernels.compact_tokens import compact_tokens
 from vlm_prune.kernels.dispatch import backend
 from vlm_prune.kernels.greedy_select import greedy_select
 from vlm_prune.kernels.lorra_attention import lorra_attention
+from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
 from vlm_prune.kernels.text_guided_score import text_guided_score
 from vlm_prune.kernels.token_sensitivity import closed_form, monte_carlo, weight_kernel
 
@@ -57,6 +58,7 @@ with backend("triton"):
     w1, w2, x = (torch.ones(size, dtype=dtype) for size in ((96, 64), (80, 96), (2, 70, 64)))
     monte_carlo(x, w1, w1[:, 0], gelu, w2, x[0, :5], 0.01)
     closed_form(x, w1, w1[:, 0], gelu, weight_kernel(w1, w2))
+    pairwise_cosine(x, x)
     compact_tokens(key_at >= 5, key[:, 0], key_at, key_at >= 3)
     for rule in ("diverse", "farthest", "dpp"):
         greedy_select(torch.ones(1, 70, 70), torch.ones(1, 70), 9, rule)
@@ -77,13 +79,15 @@ def test_every_kernel_compiles(capability, dtype):
     assert out.returncode == 0, out.stderr[-2000:]
     assert set(out.stdout.split()) == {
         "_compact_kernel",
+        "_cosine_kernel",
+        "_differences_kernel",
         "_forward_kernel",
         "_key_slope_kernel",
         "_lse_kernel",
-        "_norms_kernel",
         "_prior_kernel",
-        "_quadratic_kernel",
         "_query_slope_kernel",
+        "_row_roots_kernel",
         "_select_kernel",
+        "_slopes_kernel",
         "_weighted_columns_kernel",
     }

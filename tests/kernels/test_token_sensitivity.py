@@ -53,7 +53,7 @@ def test_the_estimate_equals_the_literal_difference(make, assert_near, shape, dt
     exact = literal(x.double(), w1.double(), b1.double(), gelu, w2.double(), bank.double(), 0.1)
     with backend(name):
         ours = monte_carlo(x, w1, b1, ACT2FN["gelu"], w2, bank, 0.1)
-    assert_near("sensitivity", ours, exact)
+    assert_near("sensitivity", ours, exact, dtype if name == "triton" else torch.float32)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -64,7 +64,7 @@ def test_the_closed_form_equals_the_jacobian_norm(make, assert_near, shape, dtyp
     exact = jacobian_norm(x.double(), w1.double(), b1.double(), gelu, w2.double())
     with backend(name):
         ours = closed_form(x, w1, b1, gelu, weight_kernel(w1, w2))
-    assert_near("closed form", ours, exact)
+    assert_near("closed form", ours, exact, dtype if name == "triton" else torch.float32)
 
 
 def test_the_closed_form_is_the_root_mean_square_limit(make):

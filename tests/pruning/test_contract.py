@@ -1,10 +1,13 @@
 """Contracts that every registered method keeps; see CONTRIBUTING.md."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from tiny_families import failing, snapshot
 from transformers import TextStreamer
 
+from vlm_prune.kernels.dispatch import backend
 from vlm_prune.pruning import METHODS, Best, DecoderPruner
 from vlm_prune.vlm.families import family_of
 
@@ -180,3 +183,22 @@ def test_the_budget_is_met(case, budget, llava, images, make_inputs):
     if len(set(trace.layer_tokens)) == 1:
         assert [len(places) for places in trace.kept] == [int(mean)]
         assert trace.kept[0].tolist() == sorted(trace.kept[0].tolist())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gpu_answers_as_it_does_without_kernels(case, dtype, llava, images, make_inputs):
+    """In full precision kernels change no selection, in half precision hardly one."""
+    model = deepcopy(llava).to("cuda", dtype)
+    inputs = make_inputs(RAGGED, images).to("cuda", dtype)
+    kept, answers = {}, {}
+    for side in ("reference", "triton"):
+        with backend(side), build(case)(model) as trace:
+            answers[side] = greedy(model, inputs).sequences
+        kept[side] = [set(places.tolist()) for places in trace.kept]
+    shared = [len(a & b) / len(a) for a, b in zip(*kept.values(), strict=True)]
+    if dtype == torch.float32:
+        assert min(shared) == 1
+        assert torch.equal(answers["triton"], answers["reference"])
+    else:
+        assert sum(shared) / len(shared) > 0.9

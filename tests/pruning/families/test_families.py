@@ -194,16 +194,22 @@ def full_forward(tiny, inputs, sequences, method, trace, reduced):
 
 @named(STAGES)
 def test_eager_equals_sdpa(name, tiny):
-    method = on(name, tiny)
-    inputs = tiny.inputs(RAGGED)
-    with method(tiny.model):
-        sdpa = greedy(tiny, inputs)
-        tiny.model.set_attn_implementation("eager")
-        try:
-            eager = greedy(tiny, inputs)
-        finally:
-            tiny.model.set_attn_implementation("sdpa")
-    assert_close(eager.logits[-1], sdpa.logits[-1])
+    """Rounding may decide between tokens that are all but alike, and then the row is another."""
+    method, inputs, runs = on(name, tiny), tiny.inputs(RAGGED), []
+    try:
+        for attention in ("sdpa", "eager"):
+            tiny.model.set_attn_implementation(attention)
+            with method(tiny.model) as trace:
+                logits = greedy(tiny, inputs).logits[-1]
+            images = iter([places.tolist() for places in trace.kept])
+            kept = [[next(images) for at, _ in row for _ in at] for row in RAGGED]
+            runs.append((logits, kept))
+    finally:
+        tiny.model.set_attn_implementation("sdpa")
+    (sdpa, one), (eager, other) = runs
+    same = [ours == theirs for ours, theirs in zip(one, other, strict=True)]
+    assert sum(same) > 1  # one row has no image
+    assert_close(eager[same], sdpa[same])
 
 
 @named(STAGES)

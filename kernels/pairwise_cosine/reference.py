@@ -1,0 +1,11 @@
+"""Cosine of every pair of tokens, in plain PyTorch."""
+
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vlm_prune.kernels.visible import at_least_fp32
+
+
+def pairwise_cosine(one: Tensor, other: Tensor) -> Tensor:
+    one, other = normalize(at_least_fp32(one), dim=-1), normalize(at_least_fp32(other), dim=-1)
+    return one @ other.transpose(-1, -2)
