@@ -255,8 +255,7 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
 
 def about(results: dict[str, Any]) -> list[str]:
     """Lines that say what was measured, and the speed-ups."""
-    config, speed = results["config"], results["speedup"]
-    busy = []
+    speed, busy = results["speedup"], []
     if "busy_prefill" in speed:
         kept = percent(speed["busy_prefill_alone"] / speed["roofline"])
         busy = [
@@ -269,8 +268,10 @@ def about(results: dict[str, Any]) -> list[str]:
         ]
     return [
         *about_setting(results),
-        f"{method_name(results)}: {three_ways(results['pruned']['tokens'])} image tokens "
-        f"({THREE_WAYS})",
+        (
+            f"{method_name(results)}: {three_ways(results['pruned']['tokens'])} image tokens "
+            f"({THREE_WAYS})"
+        ),
         (
             f"speed-up: prefill with selection {speed['prefill']:.2f}x, to the first token "
             f"{speed['first_token']:.2f}x, decode {speed['decode']:.2f}x"

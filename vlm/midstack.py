@@ -103,6 +103,7 @@ class _MidStack:
                 step = torch.arange(ids.shape[1], device=ids.device)
                 ends = self.seen + step if mask is None else (mask.cumsum(1) - 1)[:, -len(step) :]
                 kwargs["position_ids"] = ends.expand(len(ids), -1)
+            self.steps = None if self.family.mrope else kwargs["position_ids"].cpu()
             self.seen += ids.shape[1]
             return args, kwargs
         self.seen = ids.shape[1]
@@ -222,7 +223,7 @@ class _MidStack:
         seen, device = self._seen_by(number - 1, kwargs), hidden.device
         due = [min(n, self.due[number].get(i, n)) for i, n in enumerate(self.left)]
         rows, columns = image_places(self.ordinal, self.left)
-        keep, changed = self.valid & (self.ordinal < 0), hidden.clone()
+        keep, changed = self.valid & (self.ordinal < 0), hidden
         kept: list[Tensor] = list(self.trace.kept)
         for group in alike(list(zip(self.left, due, strict=True))):
             count, wanted = self.left[group[0]], due[group[0]]
@@ -238,7 +239,8 @@ class _MidStack:
             column = torch.cat([columns[i][p] for i, p in zip(group, places, strict=True)])
             keep[row, column] = True
             if features:
-                changed[row.to(device), column.to(device)] = torch.cat(features)
+                at = (row.to(device), column.to(device))
+                changed = changed.index_put(at, torch.cat(features))
             split = self.place[row, column].split([len(own) for own in places])
             for image, own in zip(group, split, strict=True):
                 kept[image] = own
@@ -247,10 +249,10 @@ class _MidStack:
         old = self.valid.cumsum(1) - 1
         if seen.get("position_ids") is not None and not self.family.mrope:
             old = seen["position_ids"].expand(len(hidden), -1).cpu()
-        valid, (old, self.text, ordinal, self.place, self.columns) = self.reducer.compact(
-            keep, old, self.text, self.ordinal, self.place, self.columns,
-            right_padded=self.right_padded,
-        )  # fmt: skip
+        index, valid = compact(keep, self.right_padded)
+        old, ordinal = old.gather(1, index), self.ordinal.gather(1, index)
+        self.text = self.text.gather(1, index) & valid
+        self.place, self.columns = self.place.gather(1, index), self.columns.gather(1, index)
         _, (hidden, *rotary) = self.reducer.compact(
             keep.to(device), hidden, *(() if self.contiguous else (cos, sin)),
             right_padded=self.right_padded,
@@ -276,8 +278,8 @@ class _MidStack:
         new = torch.arange(self.seen - length, self.seen)
         valid = torch.cat([segment.valid, self.incoming], 1)
         positions = (valid.cumsum(1) - 1)[:, -length:]
-        if kwargs.get("position_ids") is not None and not self.family.mrope:
-            positions = kwargs["position_ids"].expand(len(hidden), -1).cpu()
+        if self.steps is not None:
+            positions = self.steps.expand(len(hidden), -1)
         rotary = kwargs["position_embeddings"]
         if self.contiguous:
             positions, rotary = positions - segment.dropped, ()
