@@ -18,7 +18,12 @@ from vlm_prune.kernels.greedy_select import greedy_select
 from vlm_prune.kernels.lorra_attention import lorra_attention
 from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
 from vlm_prune.kernels.text_guided_score import text_guided_score
-from vlm_prune.kernels.token_sensitivity import closed_form, monte_carlo, weight_kernel
+from vlm_prune.kernels.token_sensitivity import (
+    closed_form,
+    monte_carlo,
+    weight_kernel,
+    weight_root,
+)
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
@@ -103,16 +108,16 @@ def cases(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Ca
     w2 = random(shape.width, shape.width) / shape.width**0.5
     bank = normalize(random(shape.directions, shape.tower_width), dim=-1)
     images, first = batch * shape.image, 2.0 * shape.width * shape.tower_width
-    yield Case(
-        "monte_carlo",
-        lambda: (monte_carlo(features, w1, b1, gelu, w2, bank, 0.01),),
-        first * (images + shape.directions) + 2.0 * images * shape.directions * shape.width**2,
-        _bytes(features, w1, b1, w2, bank) + 4.0 * images,
-    )
-    kernels = {}
+    roots, kernels = {}, {}
     for name in get_args(Backend):
         with backend(name):
-            kernels[name] = weight_kernel(w1, w2)
+            roots[name], kernels[name] = weight_root(w2), weight_kernel(w1, w2)
+    yield Case(
+        "monte_carlo",
+        lambda: (monte_carlo(features, w1, b1, gelu, roots[chosen(features)], bank, 0.01),),
+        first * (images + shape.directions) + 1.0 * images * shape.directions * shape.width**2,
+        _bytes(features, w1, b1, bank) + _bytes(w2) / 2 + 4.0 * images,
+    )
     yield Case(
         "closed_form",
         lambda: (closed_form(features, w1, b1, gelu, kernels[chosen(features)]),),

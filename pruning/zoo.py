@@ -1,6 +1,7 @@
 """ZOO-Prune: keep tokens to which the projector is sensitive, and that differ from each other."""
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from vlm_prune.kernels.token_sensitivity import closed_form, monte_carlo, weight_kernel
+from vlm_prune.kernels.token_sensitivity import closed_form, monte_carlo, weight_kernel, weight_root
 from vlm_prune.pruning.base import Stage, VisionPruner
 from vlm_prune.pruning.select import diverse, min_max
 from vlm_prune.vlm.errors import InputError
@@ -30,7 +31,8 @@ class Zoo(VisionPruner):
         combine: `product` is the method, the other two its ablations.
 
     Differences are taken between pre-activations, where the step is exact: the same estimator in
-    exact arithmetic, without the rounding that fp16 inputs suffer. All in fp32.
+    exact arithmetic, without the rounding that fp16 inputs suffer. The second layer stands as the
+    triangle of its QR decomposition, which leaves norms as they are.
     """
 
     directions: int = 64
@@ -56,7 +58,7 @@ class Zoo(VisionPruner):
         bank = torch.randn(self.directions, width, generator=generator)
         bank = (bank / bank.norm(dim=1, keepdim=True)).to(vision.features.device)
         w = two_layers(vision)
-        return monte_carlo(vision.features, w.w1, w.b1, w.act, w.w2, bank, self.step)
+        return monte_carlo(vision.features, w.w1, w.b1, w.act, root_of(w), bank, self.step)
 
     def reduce(self, vision: VisionTokens) -> Kept:
         k, features = self.count(vision), vision.projected
@@ -96,18 +98,25 @@ class ZooExact(Zoo):
         return closed_form(vision.features, w.w1, w.b1, w.act, kernel_of(w))
 
 
-_MADE = WeakIdKeyDictionary()
-
-
-def kernel_of(projector: Projector) -> Tensor:
-    """K of the projector, made again only when its weights are others or have changed.
+class PerProjector:
+    """What is made of a projector's weights, again only when they are others or have changed.
 
     It outlives the method, which a cascade makes anew for each prompt, but not the weights.
     """
-    one, two = projector.w1, projector.w2
-    versions = [0 if weight.is_inference() else weight._version for weight in (one, two)]
-    made = _MADE.get(two)
-    if made is None or made[0]() is not one or made[1] != versions:
-        made = _MADE[two] = (weakref.ref(one), versions, weight_kernel(one, two))
-    kernel: Tensor = made[2]
-    return kernel
+
+    def __init__(self, make: Callable[[Projector], Tensor]) -> None:
+        self.make = make
+        self.made = WeakIdKeyDictionary()
+
+    def __call__(self, projector: Projector) -> Tensor:
+        one, two = projector.w1, projector.w2
+        versions = [0 if weight.is_inference() else weight._version for weight in (one, two)]
+        made = self.made.get(two)
+        if made is None or made[0]() is not one or made[1] != versions:
+            made = self.made[two] = (weakref.ref(one), versions, self.make(projector))
+        tensor: Tensor = made[2]
+        return tensor
+
+
+root_of = PerProjector(lambda projector: weight_root(projector.w2))
+kernel_of = PerProjector(lambda projector: weight_kernel(projector.w1, projector.w2))

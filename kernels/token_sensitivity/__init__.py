@@ -1,3 +1,8 @@
-from vlm_prune.kernels.token_sensitivity.op import closed_form, monte_carlo, weight_kernel
+from vlm_prune.kernels.token_sensitivity.op import (
+    closed_form,
+    monte_carlo,
+    weight_kernel,
+    weight_root,
+)
 
-__all__ = ["closed_form", "monte_carlo", "weight_kernel"]
+__all__ = ["closed_form", "monte_carlo", "weight_kernel", "weight_root"]

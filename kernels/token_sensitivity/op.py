@@ -11,7 +11,7 @@ from torch.nn.functional import gelu
 
 from vlm_prune.kernels.dispatch import backend, chosen, implementation
 
-__all__ = ["closed_form", "monte_carlo", "weight_kernel"]
+__all__ = ["closed_form", "monte_carlo", "weight_kernel", "weight_root"]
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -21,7 +21,7 @@ def monte_carlo(
     w1: Tensor,
     b1: Tensor | None,
     activation: Activation,
-    w2: Tensor,
+    root: Tensor,
     bank: Tensor,
     step: float,
 ) -> Tensor:
@@ -29,19 +29,30 @@ def monte_carlo(
 
     https://arxiv.org/abs/2509.24837
 
-    Shapes: features (..., d_v), w1 (h, d_v), b1 (h,), w2 (d_l, h), bank (m, d_v) -> (...), in at
+    Shapes: features (..., d_v), w1 (h, d_v), b1 (h,), root (r, h), bank (m, d_v) -> (...), in at
     least fp32. The first layer runs once on tokens and once on directions, the difference is
     taken behind it, and the second layer's bias cancels: the same in exact arithmetic, without
     the rounding of x + hu. On a GPU matrix products run in the dtype of the weights.
 
     Args:
         activation: acts elementwise.
+        root: the second layer's `weight_root`.
         bank: directions u, one per row.
         step: h.
     """
     module = _implementation(features, activation)
-    sensitivity: Tensor = module.monte_carlo(features, w1, b1, activation, w2, bank, step)
+    sensitivity: Tensor = module.monte_carlo(features, w1, b1, activation, root, bank, step)
     return sensitivity
+
+
+def weight_root(w2: Tensor) -> Tensor:
+    """R of W2 = Q R, upper triangular: |R x| = |W2 x|, at about half the products.
+
+    Shapes: w2 (d_l, h) -> (min(d_l, h), h), once per projector. In at least fp32, on a GPU in the
+    dtype of the weights.
+    """
+    root: Tensor = implementation("token_sensitivity", w2).weight_root(w2)
+    return root
 
 
 def weight_kernel(w1: Tensor, w2: Tensor) -> Tensor:

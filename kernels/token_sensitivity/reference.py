@@ -1,6 +1,6 @@
 """How much a two-layer projector's output moves with each token, in plain PyTorch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -20,20 +20,36 @@ def weight_kernel(w1: Tensor, w2: Tensor) -> Tensor:
     return (w2.T @ w2) * (w1 @ w1.T)
 
 
+def weight_root(w2: Tensor) -> Tensor:
+    """R of W2 = Q R, upper triangular (min(d_l, h), h)."""
+    root: Tensor = torch.linalg.qr(at_least_fp32(w2), mode="r").R
+    return root
+
+
+def bands(root: Tensor) -> Iterator[slice]:
+    """Rows of a triangular matrix in parts; a part starting at row i is zero before column i."""
+    size = max(64, -(-len(root) // 8))
+    return (slice(start, start + size) for start in range(0, len(root), size))
+
+
 def monte_carlo(
     features: Tensor,
     w1: Tensor,
     b1: Tensor | None,
     activation: Callable[[Tensor], Tensor],
-    w2: Tensor,
+    root: Tensor,
     bank: Tensor,
     step: float,
 ) -> Tensor:
-    before, w2 = pre_activation(features, w1, b1), at_least_fp32(w2)
+    before, root = pre_activation(features, w1, b1), at_least_fp32(root)
     total = before.new_zeros(features.shape[:-1])
     for shift in pre_activation(bank, w1, None) * step:
         difference = activation(before + shift) - activation(before - shift)
-        total += (difference @ w2.T).norm(dim=-1)
+        squares = torch.zeros_like(total)
+        for rows in bands(root):
+            part = difference[..., rows.start :] @ root[rows, rows.start :].T
+            squares += part.square().sum(-1)
+        total += squares.sqrt()
     return total / (2 * step * len(bank))
 
 
@@ -48,5 +64,5 @@ def closed_form(
     with torch.inference_mode(False), torch.enable_grad():
         point = before.clone().detach().requires_grad_()
         (slope,) = torch.autograd.grad(activation(point).sum(), point)
-    squared = ((slope @ kernel) * slope).sum(-1) / features.shape[-1]
+    squared = ((slope @ at_least_fp32(kernel)) * slope).sum(-1) / features.shape[-1]
     return squared.clamp_min(0).sqrt()

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlm_prune.kernels.token_sensitivity import reference
-from vlm_prune.kernels.token_sensitivity.reference import pre_activation
+from vlm_prune.kernels.token_sensitivity.reference import bands, pre_activation
 
 DIFFERENCES = 1 << 25  # held at once: 64 MB of them in half precision, about an H100's L2 cache
 
@@ -92,6 +92,11 @@ def _first_layer(features: Tensor, w1: Tensor) -> Tensor:
     return (features.to(dtype).flatten(0, -2) @ w1.to(dtype).T).contiguous()
 
 
+def weight_root(w2: Tensor) -> Tensor:
+    """In the dtype of the weights."""
+    return reference.weight_root(w2).to(w2.dtype)
+
+
 def weight_kernel(w1: Tensor, w2: Tensor) -> Tensor:
     """In half precision as bf16, which has the range of its products."""
     kernel = reference.weight_kernel(w1, w2)
@@ -103,7 +108,7 @@ def monte_carlo(
     w1: Tensor,
     b1: Tensor | None,
     activation: Callable[[Tensor], Tensor],
-    w2: Tensor,
+    root: Tensor,
     bank: Tensor,
     step: float,
 ) -> Tensor:
@@ -116,12 +121,14 @@ def monte_carlo(
     chunk, block = max(1, DIFFERENCES // before.numel()), _block(hidden)
     for first in range(0, directions, chunk):
         part = shifts[first : first + chunk]
-        moved = torch.empty(len(part) * tokens, hidden, dtype=w2.dtype, device=before.device)
+        moved = torch.empty(len(part) * tokens, hidden, dtype=root.dtype, device=before.device)
         _differences_kernel[(tokens, triton.cdiv(hidden, block), len(part))](
             before, b1, part, moved, tokens, hidden, 0.5 / step,
             BIASED=b1 is not None, BLOCK=block,
         )  # fmt: skip
-        out = moved @ w2.T
+        out = moved.new_empty(len(moved), len(root))
+        for rows in bands(root):
+            torch.mm(moved[:, rows.start :], root[rows, rows.start :].T, out=out[:, rows])
         norms[first : first + chunk] = _row_roots(out, out, 1).view(-1, tokens)
     return norms.mean(0).view(features.shape[:-1])
 

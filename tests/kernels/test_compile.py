@@ -21,7 +21,7 @@ from vlm_prune.kernels.greedy_select import greedy_select
 from vlm_prune.kernels.lorra_attention import lorra_attention
 from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
 from vlm_prune.kernels.text_guided_score import text_guided_score
-from vlm_prune.kernels.token_sensitivity import closed_form, monte_carlo, weight_kernel
+from vlm_prune.kernels.token_sensitivity import closed_form, monte_carlo, weight_kernel, weight_root
 
 
 class Driver:
@@ -56,7 +56,7 @@ with backend("triton"):
     attended, logits = lorra_attention(query, key, key, at, key_at, key[:, 0, :, :2])
     (attended.float().sum() + logits.sum()).backward()
     w1, w2, x = (torch.ones(size, dtype=dtype) for size in ((96, 64), (80, 96), (2, 70, 64)))
-    monte_carlo(x, w1, w1[:, 0], gelu, w2, x[0, :5], 0.01)
+    monte_carlo(x, w1, w1[:, 0], gelu, weight_root(w2), x[0, :5], 0.01)
     closed_form(x, w1, w1[:, 0], gelu, weight_kernel(w1, w2))
     pairwise_cosine(x, x)
     compact_tokens(key_at >= 5, key[:, 0], key_at, key_at >= 3)

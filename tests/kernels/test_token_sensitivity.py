@@ -6,7 +6,12 @@ from torch.nn.functional import gelu, linear, silu
 from transformers.activations import ACT2FN
 
 from vlm_prune.kernels.dispatch import backend
-from vlm_prune.kernels.token_sensitivity import closed_form, monte_carlo, weight_kernel
+from vlm_prune.kernels.token_sensitivity import (
+    closed_form,
+    monte_carlo,
+    weight_kernel,
+    weight_root,
+)
 
 
 def parts(make, tokens, features, hidden, width, dtype):
@@ -30,16 +35,16 @@ def jacobian_norm(x, w1, b1, act, w2):
     return (flat.flatten(1).norm(dim=1) / x.shape[-1] ** 0.5).view(x.shape[:-1])
 
 
-SHAPES = [((1, 1), 3, 5, 2), ((2, 7), 24, 40, 70), ((67,), 5, 33, 9)]
+SHAPES = [((1, 1), 3, 5, 2), ((2, 7), 24, 40, 70), ((67,), 5, 33, 9), ((5,), 6, 150, 140)]
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_estimate_is_exact_in_float64(make, bias):
-    x, w1, b1, w2 = parts(make, (2, 7), 24, 40, 32, torch.float64)
+    x, w1, b1, w2 = parts(make, (2, 7), 24, 150, 140, torch.float64)
     b1 = b1 if bias else None
     bank = make(5, 24).double()
     for act in (gelu, silu):
-        ours = monte_carlo(x, w1, b1, act, w2, bank, 0.01)
+        ours = monte_carlo(x, w1, b1, act, weight_root(w2), bank, 0.01)
         expected = literal(x, w1, b1, act, w2, bank, 0.01)
         torch.testing.assert_close(ours, expected, rtol=1e-11, atol=0)
 
@@ -52,7 +57,7 @@ def test_the_estimate_equals_the_literal_difference(make, assert_near, shape, dt
     bank = make(3, shape[1]).to(dtype)
     exact = literal(x.double(), w1.double(), b1.double(), gelu, w2.double(), bank.double(), 0.1)
     with backend(name):
-        ours = monte_carlo(x, w1, b1, ACT2FN["gelu"], w2, bank, 0.1)
+        ours = monte_carlo(x, w1, b1, ACT2FN["gelu"], weight_root(w2), bank, 0.1)
     assert_near("sensitivity", ours, exact, dtype if name == "triton" else torch.float32)
 
 
@@ -72,7 +77,7 @@ def test_the_closed_form_is_the_root_mean_square_limit(make):
     bank = make(4000, 24).double()
     bank /= bank.norm(dim=1, keepdim=True)
     exact = closed_form(x, w1, b1, gelu, weight_kernel(w1, w2))
-    sampled = monte_carlo(x, w1, b1, gelu, w2, bank, 1e-5)
+    sampled = monte_carlo(x, w1, b1, gelu, weight_root(w2), bank, 1e-5)
     # the mean of a norm is at most its root mean square, and close to it in many dimensions
     assert (sampled <= exact * 1.01).all()
     assert (sampled > exact * 0.9).all()
@@ -83,16 +88,34 @@ def test_strided_inputs_and_no_tokens(make, assert_near, name):
     x, w1, b1, w2 = parts(make, (9,), 8, 20, 12, torch.float32)
     bank = make(2, 8)
     with backend(name):
-        strided = monte_carlo(x[::2], w1.T.contiguous().T, b1, gelu, w2.T.contiguous().T, bank, 0.1)
-        assert_near("strided", strided, monte_carlo(x, w1, b1, gelu, w2, bank, 0.1)[::2].double())
+        root = weight_root(w2.T.contiguous().T)
+        strided = monte_carlo(x[::2], w1.T.contiguous().T, b1, gelu, root, bank, 0.1)
+        root = weight_root(w2)
+        assert_near("strided", strided, monte_carlo(x, w1, b1, gelu, root, bank, 0.1)[::2].double())
         assert closed_form(x[:0], w1, b1, gelu, weight_kernel(w1, w2)).shape == (0,)
-        assert monte_carlo(x[:0], w1, b1, gelu, w2, bank, 0.1).shape == (0,)
+        assert monte_carlo(x[:0], w1, b1, gelu, root, bank, 0.1).shape == (0,)
 
 
-def test_an_activation_that_triton_lacks_runs_the_reference(make):
-    x, w1, b1, w2 = parts(make, (4,), 8, 20, 12, torch.float32)
-    bank = make(2, 8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_activation_that_triton_lacks_runs_the_reference(make, dtype):
+    x, w1, b1, w2 = parts(make, (4,), 8, 20, 12, dtype)
     with backend("triton"):
-        ours = monte_carlo(x, w1, b1, silu, w2, bank, 0.1)
+        root, kernel = weight_root(w2), weight_kernel(w1, w2)
+    bank = make(2, 8)
+
+    def both():
+        estimate = monte_carlo(x, w1, b1, silu, root, bank, 0.1)
+        return torch.stack([estimate, closed_form(x, w1, b1, silu, kernel)])
+
+    with backend("triton"):
+        ours = both()
     with backend("reference"):
-        assert torch.equal(ours, monte_carlo(x, w1, b1, silu, w2, bank, 0.1))
+        assert torch.equal(ours, both())
+
+
+def test_the_root_is_triangular_and_leaves_norms(make):
+    for width, hidden in ((140, 150), (150, 140)):
+        w2, rows = make(width, hidden).double(), make(7, hidden).double()
+        root = weight_root(w2)
+        assert root.shape == (140, hidden) and not root.tril(-1).any()
+        torch.testing.assert_close((rows @ root.T).norm(dim=1), (rows @ w2.T).norm(dim=1))
