@@ -41,8 +41,9 @@ def bench(
     output: Annotated[Path | None, typer.Option(help="Folder for bench.json, bench.md.")] = None,
 ) -> None:
     """Time a pruned and the unpruned architecture on random weights, phase by phase."""
-    from vlm_prune.benchmarks.bench import BenchConfig, about, about_setting, overview, rows
+    from vlm_prune.benchmarks.bench import BenchConfig
     from vlm_prune.benchmarks.bench import bench as measure
+    from vlm_prune.benchmarks.bench_table import about, about_setting, overview, rows
     from vlm_prune.benchmarks.run import Variant
     from vlm_prune.benchmarks.shapes import SHAPES
     from vlm_prune.benchmarks.support import every_method
