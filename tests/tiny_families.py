@@ -319,3 +319,12 @@ def failing(module):
             yield
     finally:
         hook.remove()
+
+
+def same_choices(one, other, counts):
+    """For each row, of `counts` images, whether both runs kept the same tokens.
+
+    Rounding may decide between tokens that are all but alike, and then a row's logits are others.
+    """
+    images = iter([torch.equal(ours, theirs) for ours, theirs in zip(one, other, strict=True)])
+    return [all([next(images) for _ in range(count)]) for count in counts]
