@@ -3,6 +3,7 @@
 import resource
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from statistics import mean
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 from vlm_prune.benchmarks.environment import environment
 from vlm_prune.benchmarks.latency import timed_generate
 from vlm_prune.benchmarks.pictures import random_pictures
-from vlm_prune.benchmarks.prompts import encoded
+from vlm_prune.benchmarks.prompts import Prompts, encoded
 from vlm_prune.benchmarks.roofline import Ceilings, Timing, measured_ceilings
 from vlm_prune.benchmarks.run import Variant
 from vlm_prune.benchmarks.shapes import SHAPES
@@ -27,7 +28,10 @@ PHASES = ("vision", "selection", "prefill", "decode")
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What is measured: one image and `text` other tokens per prompt, `new_tokens` answered."""
+    """What is measured: one image and `text` other tokens per prompt, `new_tokens` answered.
+
+    With `layers` the decoder has so many only; ratios per layer stay those of the whole shape.
+    """
 
     shape: str
     variant: Variant
@@ -37,12 +41,15 @@ class BenchConfig:
     repeats: int = 10
     device: str = "cpu"
     dtype: str = "float32"
+    layers: int | None = None
     seed: int = 0
 
 
 def random_model(config: BenchConfig, architecture: Any = None) -> Any:
     """A Hugging Face model with random weights, made on the device itself; by default the shape's."""
     architecture = architecture or SHAPES[config.shape]()
+    if config.layers is not None:
+        shorten(architecture.get_text_config(), config.layers, config.shape)
     dtype = getattr(torch, config.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise InputError(f"unknown dtype {config.dtype!r}; give float32, bfloat16 or float16")
@@ -53,6 +60,29 @@ def random_model(config: BenchConfig, architecture: Any = None) -> Any:
     except (RuntimeError, AssertionError) as error:
         what = f"cannot build {config.shape} on {config.device}"
         raise InputError(f"{what}: {first_line(error)}") from error
+
+
+def shorten(text: Any, layers: int, shape: str) -> None:
+    """Leave a language model's configuration its first decoder layers.
+
+    Raises:
+        InputError: when it has fewer.
+    """
+    if not 1 <= layers <= text.num_hidden_layers:
+        most = text.num_hidden_layers
+        raise InputError(f"{shape} has no {layers} decoder layers; give 1 to {most}")
+    text.num_hidden_layers = layers
+    kinds = getattr(text, "layer_types", None)
+    if kinds is not None:
+        text.layer_types = kinds[:layers]
+
+
+def random_text(config: BenchConfig, length: int, model: Any) -> Prompts:
+    """Prompts of random text tokens."""
+    generator = torch.Generator().manual_seed(config.seed)
+    ids = torch.randint(12, 200, (config.batch, length), generator=generator).to(model.device)
+    tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return Prompts(tensors, None, None, [0] * config.batch, 0.0)
 
 
 def random_prompt(config: BenchConfig, model: Any) -> dict[str, Tensor]:
@@ -91,11 +121,13 @@ def _measured(config: BenchConfig, pruner: Any, model: Any, ceilings: Ceilings) 
     """Run unpruned and pruned in turn, after one warm-up each; returns what is reported.
 
     Times are milliseconds per call for the whole batch, `decode` per generated token. Vision is
-    timed with the same tower call for both, unless the method changes the images.
+    timed with the same tower call for both, unless the method changes the images. `as_short` is
+    the unpruned prefill of a text with as many tokens as layers compute on average: what the model
+    and the device give at best.
     """
     inputs, images = random_prompt(config, model), [1] * config.batch
     samples: dict[str, list[dict[str, float]]] = {"unpruned": [], "pruned": []}
-    layer_tokens, peak = {}, {}
+    layer_tokens, peak, as_short = {}, {}, []
     for _ in range(config.repeats + 1):
         for name, method in (("unpruned", None), ("pruned", pruner)):
             if model.device.type == "cuda":
@@ -109,6 +141,9 @@ def _measured(config: BenchConfig, pruner: Any, model: Any, ceilings: Ceilings) 
             times["decode"] /= max(1, config.new_tokens - 1)
             samples[name].append({phase: 1e3 * times[phase] for phase in PHASES})
             layer_tokens[name], peak[name] = trace.layer_tokens, _peak_bytes(model.device)
+        text = random_text(config, config.text + round(mean(layer_tokens["pruned"])), model)
+        _, phases, _ = timed_generate(model, text, max_new_tokens=1, min_new_tokens=1)
+        as_short.append(1e3 * phases.prefill)
     busy = {}
     if model.device.type == "cuda":
         for name, method in (("unpruned", None), ("pruned", pruner)):
@@ -132,14 +167,16 @@ def _measured(config: BenchConfig, pruner: Any, model: Any, ceilings: Ceilings) 
         }
         for name, rows in samples.items()
     }
+    least = Timing.of(as_short[1:])
     return {
         "config": asdict(config),
         "environment": environment(model.device),
         "ceilings": asdict(ceilings),
+        "as_short_ms": asdict(least),
         "method": config.variant.method,
         "definition": pruner.definition(tokens),
         **runs,
-        "speedup": speedup(runs),
+        "speedup": speedup(runs, least.median),
     }
 
 
@@ -204,12 +241,13 @@ def floors(
     }
 
 
-def speedup(runs: dict[str, Any]) -> dict[str, float]:
+def speedup(runs: dict[str, Any], as_short_ms: float) -> dict[str, float]:
     """Unpruned over pruned medians: prefill with selection, to the first token, and decode.
 
     `prefill_alone` leaves selection out and `promised` is the ratio of the prefills' FLOPs, so that
     their quotient says how much of the promise the device keeps; `roofline` is the ratio of the
-    prefills' floors, which is less where weights take longer to read than to multiply with.
+    prefills' floors, which is less where weights take longer to read than to multiply with;
+    `as_short` is that of the unpruned prefill to one of a text as short.
     `selection_share` is selection as a share of the unpruned prefill. On a GPU the `busy` ones say
     the same of the time for which it computes, without that of launching.
     """
@@ -231,6 +269,7 @@ def speedup(runs: dict[str, Any]) -> dict[str, float]:
         / total("pruned", "vision", "selection", "prefill"),
         "decode": total("unpruned", "decode") / total("pruned", "decode"),
         "prefill_alone": total("unpruned", "prefill") / total("pruned", "prefill"),
+        "as_short": total("unpruned", "prefill") / as_short_ms,
         "promised": runs["unpruned"]["prefill_flops"] / runs["pruned"]["prefill_flops"],
         "roofline": runs["unpruned"]["floors_ms"]["prefill"]
         / runs["pruned"]["floors_ms"]["prefill"],

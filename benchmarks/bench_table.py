@@ -49,8 +49,18 @@ def about(results: dict[str, Any]) -> list[str]:
             f"FLOPs promise ({percent(speed['prefill_alone'] / speed['promised'])} %); selection "
             f"{percent(speed['selection_share'])} % of the unpruned prefill"
         ),
+        (
+            f"a text as short, unpruned: {Timing(**results['as_short_ms'])} ms, "
+            f"{speed['as_short']:.2f}x"
+        ),
         *busy,
     ]
+
+
+def shape_of(config: dict[str, Any]) -> str:
+    """The shape's name, with the number of layers where they are not all."""
+    layers = config["layers"]
+    return str(config["shape"]) + (f" of {layers} layers" if layers else "")
 
 
 def about_setting(results: dict[str, Any]) -> list[str]:
@@ -58,7 +68,7 @@ def about_setting(results: dict[str, Any]) -> list[str]:
     config, ceilings = results["config"], results["ceilings"]
     return [
         (
-            f"{config['shape']}, batch {config['batch']}, {config['dtype']}: "
+            f"{shape_of(config)}, batch {config['batch']}, {config['dtype']}: "
             f"{results['unpruned']['tokens']['kept']:.0f} image tokens and {config['text']} others "
             f"per prompt, budget {config['variant']['budget']}"
         ),
@@ -75,7 +85,8 @@ def overview(runs: list[dict[str, Any]]) -> list[list[str]]:
     on_gpu = "busy_prefill" in runs[0]["speedup"]
     header = [
         "method", f"tokens {THREE_WAYS}", "unpruned prefill ms", "selection ms", "prefill ms",
-        "with selection", "of promise %", "selection %", "first token", "decode",
+        "text as short ms", "with selection", "of promise %", "selection %", "first token",
+        "decode",
         *(["GPU alone: prefill", "of roofline %", "selection %"] if on_gpu else []),
     ]  # fmt: skip
     lines = [header]
@@ -87,6 +98,7 @@ def overview(runs: list[dict[str, Any]]) -> list[list[str]]:
             str(Timing(**run["unpruned"]["times_ms"]["prefill"])),
             str(Timing(**times["selection"])),
             str(Timing(**times["prefill"])),
+            str(Timing(**run["as_short_ms"])),
             f"{speed['prefill']:.2f}x",
             percent(speed["prefill_alone"] / speed["promised"]),
             percent(speed["selection_share"]),

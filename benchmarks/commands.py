@@ -33,6 +33,9 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens answered per prompt.")] = 16,
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
+    layers: Annotated[
+        int | None, typer.Option(help="Decoder layers, where all are too many for the machine.")
+    ] = None,
     method_args: Annotated[str, typer.Option(help="Hyperparameters, name=value,...")] = "",
     schedule: ScheduleFile = None,
     wings: Annotated[
@@ -63,7 +66,7 @@ def bench(
     variants = with_schedule(variants, schedule)
     config = BenchConfig(
         model_shape, variants[0], batch=batch, repeats=repeats, new_tokens=new_tokens,
-        device=device, dtype=dtype,
+        device=device, dtype=dtype, layers=layers,
     )  # fmt: skip
     results: Any
     if wings is not None:

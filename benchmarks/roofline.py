@@ -9,6 +9,8 @@ import torch
 
 from vlm_prune.vlm.session import now
 
+COPIED = 1 << 26  # numbers
+
 
 @dataclass(frozen=True)
 class Ceilings:
@@ -65,9 +67,10 @@ def timed(
 
 
 def measured_ceilings(device: torch.device, dtype: torch.dtype, side: int = 8192) -> Ceilings:
-    """Ceilings from a square matrix product of `side` and a copy of as many numbers."""
+    """Ceilings from a square matrix product of `side` and a copy that no cache holds."""
     one, other = torch.randn(2, side, side, device=device).to(dtype)
     product = timed(lambda: one @ other, device, repeats=5)
+    one, other = torch.ones(2, COPIED, device=device, dtype=dtype)
     copy = timed(lambda: one.copy_(other), device, repeats=5)
     return Ceilings(
         flops=2 * side**3 / (product.median / 1e3),

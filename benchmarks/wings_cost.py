@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from vlm_prune.benchmarks.bench import BenchConfig, random_model, random_prompt
+from vlm_prune.benchmarks.bench_table import shape_of
 from vlm_prune.benchmarks.environment import environment
 from vlm_prune.benchmarks.latency import timed_generate
 from vlm_prune.benchmarks.prompts import encoded
@@ -109,7 +110,7 @@ def about_wings(results: dict[str, Any]) -> list[str]:
     machine = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
     return [
         (
-            f"{config['shape']}, batch {config['batch']}, {config['dtype']}: learners of rank "
+            f"{shape_of(config)}, batch {config['batch']}, {config['dtype']}: learners of rank "
             f"{config['rank']} in every layer, a prompt of {TOKENS} tokens, {IMAGE} of an image"
         ),
         machine,

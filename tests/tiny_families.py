@@ -327,4 +327,4 @@ def same_choices(one, other, counts):
     Rounding may decide between tokens that are all but alike, and then a row's logits are others.
     """
     images = iter([torch.equal(ours, theirs) for ours, theirs in zip(one, other, strict=True)])
-    return [all([next(images) for _ in range(count)]) for count in counts]
+    return [sum(next(images) for _ in range(count)) == count for count in counts]

@@ -1,5 +1,6 @@
 """The experiment's JSON, table and plot."""
 
+import json
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -12,7 +13,7 @@ from vlm_prune.benchmarks.metrics.bootstrap import accuracy_interval
 from vlm_prune.benchmarks.table import as_markdown, percent
 from vlm_prune.benchmarks.tasks.iit import SETTINGS
 from vlm_prune.learners.laws import GROUPS
-from vlm_prune.vlm.files import whole, write_json, write_text
+from vlm_prune.vlm.files import whole, write_text
 
 NAME = "forgetting"
 KEPT, BEHIND = 0.98, 1  # share of text-only accuracy, points of visual accuracy
@@ -23,7 +24,8 @@ def write_report(everything: dict[str, Any], folder: Path) -> None:
     """Write `forgetting.json`, `forgetting.md` and `forgetting.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     summary = summarise(everything["arms"])
-    write_json(folder / f"{NAME}.json", everything | {"summary": summary})
+    # on one line: there are thousands of single answers
+    write_text(folder / f"{NAME}.json", json.dumps(everything | {"summary": summary}) + "\n")
     write_text(folder / f"{NAME}.md", markdown(everything, summary))
     with whole(folder / f"{NAME}.png") as partial:
         plot(everything["arms"], summary, partial)
@@ -170,5 +172,5 @@ def plot(
         )  # fmt: skip
     axes.set_xticks(places, [fill(ARMS[name].title, 14) for name in arms], fontsize=7)
     axes.set_ylabel("right answers %")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
     figure.savefig(path, format="png", dpi=110)

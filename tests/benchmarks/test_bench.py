@@ -30,6 +30,8 @@ def test_bench_reports_every_phase_of_both_models(run, tmp_path, method):
     speed, flops = results["speedup"], [results[n]["prefill_flops"] for n in ("unpruned", "pruned")]
     assert speed["promised"] == flops[0] / flops[1] > 5
     assert speed["prefill_alone"] > speed["prefill"]
+    unpruned, short = results["unpruned"]["times_ms"]["prefill"], results["as_short_ms"]
+    assert speed["as_short"] == unpruned["median"] / short["median"] > 1
     assert 0 < speed["selection_share"] < results["pruned"]["times_ms"]["selection"]["median"]
     assert f"of the {speed['promised']:.2f}x" in out and "of the unpruned prefill" in out
     table = (tmp_path / "bench.md").read_text()
@@ -71,6 +73,18 @@ def test_all_is_every_method_that_fits_the_shape(run, tmp_path, monkeypatch):
     assert code == 2 and "did you mean 'llava-0.5b'" in err
     code, _, err = run("bench", "--method", ",")
     assert code == 2 and "no method given" in err
+
+
+def test_a_shape_can_have_fewer_layers(run, tmp_path):
+    for more, name in (([], "fastv"), (["--wings", "4"], "learners of rank 4")):
+        code, out, err = run(
+            "bench", "--layers", "3", "--method", "fastv", *FAST, *more, "--output", tmp_path
+        )
+        assert code == 0, err
+        assert "tiny of 3 layers, batch 1" in out and name in out
+    model = random_model(BenchConfig("internvl3-1b", Variant("none", 64), device="meta", layers=2))
+    text = model.config.get_text_config()
+    assert len(model.model.language_model.layers) == len(text.layer_types) == 2
 
 
 def test_floors_count_weights_once_and_flops_per_prompt():
@@ -115,6 +129,7 @@ def test_shapes_have_the_released_sizes(name):
         (["--dtype", "float31"], "unknown dtype"),
         (["--device", "cuda:99"], "cannot build tiny"),
         (["--budget", "577"], "above the 576 tokens"),
+        (["--layers", "9"], "tiny has no 9 decoder layers; give 1 to 7"),
         (["--batch", "0"], "greater than or equal to 1"),
     ],
 )
