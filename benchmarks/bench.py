@@ -15,7 +15,7 @@ from vlm_prune.benchmarks.environment import environment
 from vlm_prune.benchmarks.latency import timed_generate
 from vlm_prune.benchmarks.pictures import random_pictures
 from vlm_prune.benchmarks.prompts import Prompts, encoded
-from vlm_prune.benchmarks.roofline import Ceilings, Timing, measured_ceilings
+from vlm_prune.benchmarks.roofline import Ceilings, Timing, kept_memory, measured_ceilings
 from vlm_prune.benchmarks.run import Variant
 from vlm_prune.benchmarks.shapes import SHAPES
 from vlm_prune.vlm.cost import key_value_bytes, prefill_flops
@@ -111,10 +111,11 @@ def bench(config: BenchConfig, variants: list[Variant]) -> list[dict[str, Any]]:
         pruner.admit(model)
     side = 8192 if model.device.type == "cuda" else 512
     ceilings = measured_ceilings(model.device, model.dtype, side)
-    return [
-        _measured(replace(config, variant=variant), pruner, model, ceilings)
-        for variant, pruner in zip(variants, pruners, strict=True)
-    ]
+    with kept_memory():
+        return [
+            _measured(replace(config, variant=variant), pruner, model, ceilings)
+            for variant, pruner in zip(variants, pruners, strict=True)
+        ]
 
 
 def _measured(config: BenchConfig, pruner: Any, model: Any, ceilings: Ceilings) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """What a device can do at most, measured on it, and how far from that an operation is."""
 
+import ctypes
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from vlm_prune.vlm.session import now
 
 COPIED = 1 << 26  # numbers
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of mallopt, with glibc's defaults of 128 KiB and 65,536 below
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,27 @@ class Timing:
 
     def __str__(self) -> str:
         return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@contextmanager
+def kept_memory() -> Iterator[None]:
+    """Let glibc keep what a CPU's tensors free, as other allocators do, while the block is open.
+
+    Large blocks go back to the system otherwise, and the page faults of their return take as long
+    as some operations, more or fewer of them by chance.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        yield
+        return
+    mallopt(MMAP_MAX, 0)
+    mallopt(TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        mallopt(MMAP_MAX, 1 << 16)
+        mallopt(TRIM_THRESHOLD, 1 << 17)
 
 
 def timed(

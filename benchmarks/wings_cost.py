@@ -1,6 +1,7 @@
 """What Wings' learners cost: FLOPs from the shape, prefill and decode times with and without them."""
 
 from dataclasses import asdict, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from vlm_prune.benchmarks.bench_table import shape_of
 from vlm_prune.benchmarks.environment import environment
 from vlm_prune.benchmarks.latency import timed_generate
 from vlm_prune.benchmarks.prompts import encoded
-from vlm_prune.benchmarks.roofline import Timing
+from vlm_prune.benchmarks.roofline import Timing, kept_memory
 from vlm_prune.benchmarks.shapes import SHAPES
 from vlm_prune.learners import WingsConfig, attach, detach
 from vlm_prune.learners.cost import learner_flops, router_flops
@@ -64,8 +65,9 @@ def bench_wings(config: BenchConfig, rank: int) -> dict[str, Any]:
     config = replace(config, text=TOKENS - IMAGE)
     prompts = encoded(model, random_prompt(config, model), [1] * config.batch)
     samples: dict[str, list[dict[str, float]]] = {"plain": [], "wings": []}
-    for _ in range(config.repeats + 1):
-        for name, rows in samples.items():
+    turns = product(range(config.repeats + 1), samples.items())
+    with kept_memory():
+        for _, (name, rows) in turns:
             if name == "wings":
                 attach(model, wings)
                 for layer in wings_layers(model).values():
