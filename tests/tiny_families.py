@@ -321,10 +321,16 @@ def failing(module):
         hook.remove()
 
 
-def same_choices(one, other, counts):
+def same_choices(one, other, counts, others=0):
     """For each row, of `counts` images, whether both runs kept the same tokens.
 
-    Rounding may decide between tokens that are all but alike, and then a row's logits are others.
+    Of an image at most `others` tokens may differ: on random weights some are all but alike, and
+    rounding decides between them.
     """
-    images = iter([torch.equal(ours, theirs) for ours, theirs in zip(one, other, strict=True)])
-    return [sum(next(images) for _ in range(count)) == count for count in counts]
+    differing = [
+        len(set(ours.tolist()) - set(theirs.tolist()))
+        for ours, theirs in zip(one, other, strict=True)
+    ]
+    assert max(differing) <= others
+    images = iter(differing)
+    return [sum(next(images) for _ in range(count)) == 0 for count in counts]

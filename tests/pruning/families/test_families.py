@@ -204,7 +204,9 @@ def test_eager_equals_sdpa(name, tiny):
     finally:
         tiny.model.set_attn_implementation("sdpa")
     (sdpa, one), (eager, other) = runs
-    same = same_choices(one, other, [sum(len(at) for at, _ in row) for row in RAGGED])
+    counts = [sum(len(at) for at, _ in row) for row in RAGGED]
+    # on some CPUs dart takes another pivot, and with it other tokens
+    same = same_choices(one, other, counts, len(one[0]) if name == "dart" else 0)
     assert sum(same) > 1  # one row has no image
     assert_close(eager[same], sdpa[same])
 
