@@ -181,7 +181,7 @@ def compare(
 ) -> None:
     """Methods and budgets side by side; images and unpruned answers are computed once."""
     from vlm_prune.benchmarks.run import Variant
-    from vlm_prune.benchmarks.support import every_method
+    from vlm_prune.benchmarks.support import named_methods
     from vlm_prune.benchmarks.table import (
         against,
         as_markdown,
@@ -194,12 +194,8 @@ def compare(
     from vlm_prune.vlm.load import family_type
 
     quiet()
-    chosen = [name for name in method.split(",") if name]
-    if method == "all":
-        chosen = every_method(family_type(model))
+    chosen = named_methods(method, lambda: family_type(model))
     budgets = [parse_budget(text) for text in budget.split(",")]
-    if not chosen:
-        raise InputError("no method given; see 'vlm-prune methods'")
     for what, given in (("method", chosen), ("budget", budgets)):
         if len(set(map(str, given))) < len(given):
             raise InputError(f"a {what} is named twice in {','.join(map(str, given))}")

@@ -17,7 +17,6 @@ from vlm_prune.benchmarks.arguments import (
     with_schedule,
 )
 from vlm_prune.benchmarks.terminal import quiet
-from vlm_prune.vlm.errors import InputError
 
 
 def bench(
@@ -49,18 +48,14 @@ def bench(
     from vlm_prune.benchmarks.bench_table import about, about_setting, overview, rows
     from vlm_prune.benchmarks.run import Variant
     from vlm_prune.benchmarks.shapes import SHAPES
-    from vlm_prune.benchmarks.support import every_method
+    from vlm_prune.benchmarks.support import named_methods
     from vlm_prune.benchmarks.table import as_markdown, as_table, show
     from vlm_prune.benchmarks.wings_cost import about_wings, bench_wings, wings_rows
     from vlm_prune.vlm.families import FAMILIES
     from vlm_prune.vlm.files import write_json, write_text
 
     quiet()
-    names = [name for name in method.split(",") if name]
-    if method == "all":
-        names = every_method(FAMILIES[SHAPES[model_shape]().model_type])
-    if not names:
-        raise InputError("no method given; see 'vlm-prune methods'")
+    names = named_methods(method, lambda: FAMILIES[SHAPES[model_shape]().model_type])
     more = parse_arguments(method_args)
     variants = [Variant(name, parse_budget(budget), arguments=more) for name in names]
     variants = with_schedule(variants, schedule)

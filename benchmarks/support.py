@@ -1,7 +1,9 @@
 """Which method works on which model family, from what the one needs and the other lacks."""
 
 import sys
+from collections.abc import Callable
 
+from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import FAMILIES, Family
 from vlm_prune.vlm.wrapper import methods
 
@@ -23,6 +25,20 @@ def every_method(family: type[Family]) -> list[str]:
             print(f"{name} left out: it needs {' and '.join(lacking)}", file=sys.stderr)
         elif name != "none":
             chosen.append(name)
+    return chosen
+
+
+def named_methods(names: str, family: Callable[[], type[Family]]) -> list[str]:
+    """Those named, comma-separated; for `all` every one that works on the family.
+
+    Raises:
+        InputError: when there is none.
+    """
+    if names == "all":
+        return every_method(family())
+    chosen = [name for name in names.split(",") if name]
+    if not chosen:
+        raise InputError("no method given; see 'vlm-prune methods'")
     return chosen
 
 

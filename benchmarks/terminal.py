@@ -28,7 +28,6 @@ def quiet() -> None:
 
 def script(run: Callable[[], object]) -> None:
     """Run a script's command; wrong input is one line and exit code 2."""
-    quiet()
     try:
         run()
     except InputError as error:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from vlm_prune.benchmarks.forgetting import choose_experiment
-from vlm_prune.benchmarks.terminal import script
+from vlm_prune.benchmarks.terminal import quiet, script
 from vlm_prune.learners import WingsConfig
 from vlm_prune.learners.data import read_llava
 from vlm_prune.learners.merge import sweep
@@ -56,4 +56,5 @@ def merge_command(
 
 
 if __name__ == "__main__":
+    quiet()
     script(app)

@@ -162,7 +162,8 @@ class _MidStack:
                     tokens = self._tokens(0, layer, hidden, kwargs, group)
                     self.readers[group] = self.reducer.readers(tokens)
         if self.prefill and number in self.due:
-            hidden = self._cut(number, layer, hidden, kwargs)
+            with measured(SELECTION, hidden.device, self.trace):
+                hidden = self._cut(number, layer, hidden, kwargs)
         elif number in self.segments:
             self._extend(number, hidden, kwargs)
         kwargs = self._seen_by(number, kwargs)
@@ -215,10 +216,6 @@ class _MidStack:
         return DecoderTokens(hidden[at], hidden[text_at], asked, asked, rows, every, keys)
 
     def _cut(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        with measured(SELECTION, hidden.device, self.trace):
-            return self._reduced(number, layer, hidden, kwargs)
-
-    def _reduced(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Hidden states of what is kept; notes where it stands."""
         seen, device = self._seen_by(number - 1, kwargs), hidden.device
         due = [min(n, self.due[number].get(i, n)) for i, n in enumerate(self.left)]
@@ -244,25 +241,27 @@ class _MidStack:
             split = self.place[row, column].split([len(own) for own in places])
             for image, own in zip(group, split, strict=True):
                 kept[image] = own
-        hidden = changed
-        cos, sin = (table.expand(len(hidden), -1, -1) for table in seen["position_embeddings"])
-        old = self.valid.cumsum(1) - 1
-        if seen.get("position_ids") is not None and not self.family.mrope:
-            old = seen["position_ids"].expand(len(hidden), -1).cpu()
         index, valid = compact(keep, self.right_padded)
-        old, ordinal = old.gather(1, index), self.ordinal.gather(1, index)
-        self.text = self.text.gather(1, index) & valid
+        tables: tuple[Tensor, ...] = ()
+        positions = valid.cumsum(1) - 1
+        if not self.contiguous:
+            cos, sin = seen["position_embeddings"]
+            tables = cos.expand(len(hidden), -1, -1), sin.expand(len(hidden), -1, -1)
+            old = self.valid.cumsum(1) - 1
+            if seen.get("position_ids") is not None and not self.family.mrope:
+                old = seen["position_ids"].expand(len(hidden), -1).cpu()
+            positions = old.gather(1, index)
+        ordinal, self.text = self.ordinal.gather(1, index), self.text.gather(1, index) & valid
         self.place, self.columns = self.place.gather(1, index), self.columns.gather(1, index)
         _, (hidden, *rotary) = self.reducer.compact(
-            keep.to(device), hidden, *(() if self.contiguous else (cos, sin)),
-            right_padded=self.right_padded,
-        )  # fmt: skip
+            keep.to(device), changed, *tables, right_padded=self.right_padded
+        )
         old_length, new_length = self.valid.sum(1, keepdim=True), valid.sum(1, keepdim=True)
         previous = max((s for s in self.segments), default=None)
         dropped = old_length - new_length
         if previous is not None:
             dropped = dropped + self.segments[previous].dropped
-        positions = (valid.cumsum(1) - 1 if self.contiguous else old) * valid
+        positions = positions * valid
         self.valid, self.ordinal = valid, torch.where(valid, ordinal, -1)
         segment = Segment(valid, dropped, self.columns, positions)
         segment.rebuild(self.family.decoder, number, hidden, positions, kwargs, tuple(rotary))
