@@ -1,7 +1,9 @@
 """Where the images of a prompt are, and which of them can be handled together."""
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -77,3 +79,51 @@ def question_places(is_image: Tensor, valid: Tensor) -> Tensor:
     """The text after the last image of each row that has one; (B, L) masks."""
     after = is_image.flip(1).cumsum(1).flip(1) == 0
     return after & valid.bool() & is_image.any(1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where the tokens of a prompt, or of what a cut left of it, stand; shapes (B, L), on the host.
+
+    Args:
+        valid: whether it is a token, or padding.
+        ordinal: the image it belongs to, -1 for text and padding.
+        place: of an image token, among those that its image had at first.
+        column: where it stood in the full prompt.
+        asked: whether it is of the question.
+        left: how many tokens each image has.
+    """
+
+    valid: Tensor
+    ordinal: Tensor
+    place: Tensor
+    column: Tensor
+    asked: Tensor
+    left: list[int]
+
+    @classmethod
+    def of(cls, is_image: Tensor, valid: Tensor, kept: Sequence[Tensor]) -> Self:
+        """A prompt's, of whose images the places `kept` are there; masks (B, L).
+
+        Raises:
+            InputError: when the placeholders do not fit the images.
+        """
+        left, every = [len(places) for places in kept], torch.arange(is_image.shape[1])
+        ordinal, place = image_ordinals(is_image, left), torch.zeros_like(valid, dtype=torch.long)
+        place[ordinal >= 0] = torch.cat([every[:0], *kept])
+        column = every.expand(len(is_image), -1)
+        return cls(valid, ordinal, place, column, question_places(is_image, valid), left)
+
+    def images(self) -> tuple[Tensor, list[Tensor]]:
+        """Row (M,) and places in it (n_i,) of each image's tokens."""
+        return image_places(self.ordinal, self.left)
+
+    def taken(self, index: Tensor, valid: Tensor, left: list[int]) -> Self:
+        """Of the tokens at `index` (B, L'), where they are `valid`."""
+        ordinal, place, column, asked = (
+            tensor.gather(1, index)
+            for tensor in (self.ordinal, self.place, self.column, self.asked)
+        )
+        return type(self)(
+            valid, torch.where(valid, ordinal, -1), place, column, asked & valid, left
+        )

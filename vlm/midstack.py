@@ -17,7 +17,7 @@ from vlm_prune.vlm.attention import decoder_keys, decoder_query_key
 from vlm_prune.vlm.cache import cache_of
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
-from vlm_prune.vlm.layout import alike, image_ordinals, image_places, question_places, repeated
+from vlm_prune.vlm.layout import Standing, alike, repeated
 from vlm_prune.vlm.segment import Segment
 from vlm_prune.vlm.session import SELECTION, Positions, keeps_positions, measured, on_host
 from vlm_prune.vlm.tokens import (
@@ -65,7 +65,7 @@ class Reducer(Protocol):
 
 
 class _MidStack:
-    """Hooks that cut, and what they know of the prompt: where tokens stand, kept on the host."""
+    """Hooks that cut, and what they know of the prompt."""
 
     def __init__(
         self,
@@ -107,31 +107,23 @@ class _MidStack:
             self.seen += ids.shape[1]
             return args, kwargs
         self.seen = ids.shape[1]
-        self.valid = torch.ones(ids.shape, dtype=torch.bool)
-        if mask is not None:
-            self.valid = mask.bool().cpu()
-        self.right_padded = is_right_padded(self.valid)
+        valid = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
+        self.right_padded = is_right_padded(valid)
         is_image = ids.cpu() == self.family.image_token
-        every = torch.arange(self.seen)
         if self.trace.entered:
             order = repeated([len(places) for places in self.trace.entered], is_image)
             available = [self.trace.available[image] for image in order]
             self.trace.kept = [self.trace.entered[image] for image in order]
         else:
             available = self.family.counts(ids, kwargs)
-            self.trace.kept = [every[:count] for count in available]
+            self.trace.kept = [torch.arange(count) for count in available]
             self.trace.available = available
-        self.left = [len(kept) for kept in self.trace.kept]
-        self.ordinal = image_ordinals(is_image, self.left)
-        self.columns = every.expand(len(ids), -1)
-        self.place = torch.zeros(ids.shape, dtype=torch.long)
-        self.place[self.ordinal >= 0] = torch.cat([every[:0], *self.trace.kept])
-        self.text = question_places(is_image, self.valid)
+        self.now = Standing.of(is_image, valid, self.trace.kept)
         self.segments, self.trace.cuts, self.due, self.deepstack = {}, [], {}, []
         for image, count in enumerate(available):
             for cut in self.cuts_for(count):
                 self.due.setdefault(cut.layer, {})[image] = cut.keep
-        self.trace.computed = [self.left] * len(self.family.decoder.layers)
+        self.trace.computed = [self.now.left] * len(self.family.decoder.layers)
         return args, kwargs
 
     def before_decoder(self, _: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -152,13 +144,13 @@ class _MidStack:
         """Cut if one is due; give the layer its segment's mask and positions."""
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if self.prefill and 0 < number <= len(self.deepstack):
-            columns, valid = self.columns.to(hidden.device), self.valid.to(hidden.device)
+            columns, valid = self.now.column.to(hidden.device), self.now.valid.to(hidden.device)
             hidden = hidden + take(self.deepstack[number - 1], columns) * valid[..., None]
-        if number == 0 and self.prefill and self.left and self.reducer.chooses_readers:
+        if number == 0 and self.prefill and self.now.left and self.reducer.chooses_readers:
             with measured(SELECTION, hidden.device, self.trace):
-                shape = len(self.left), compact(self.text)[0].shape[1]
+                shape = len(self.now.left), compact(self.now.asked)[0].shape[1]
                 self.readers = torch.zeros(shape, dtype=torch.bool, device=hidden.device)
-                for group in alike(self.left):
+                for group in alike(self.now.left):
                     tokens = self._tokens(0, layer, hidden, kwargs, group)
                     self.readers[group] = self.reducer.readers(tokens)
         if self.prefill and number in self.due:
@@ -190,9 +182,9 @@ class _MidStack:
         source, before, rotary = layer, hidden, kwargs["position_embeddings"]
         if number and self.reducer.reads == "before":
             source, before, rotary = self.stash
-        index, real = map(moved, compact(self.text))
-        rows_of, columns_of = image_places(self.ordinal, self.left)
-        row, valid = moved(rows_of[images]), moved(self.valid)
+        index, real = map(moved, compact(self.now.asked))
+        rows_of, columns_of = self.now.images()
+        row, valid = moved(rows_of[images]), moved(self.now.valid)
         texts, asked = index[row], real[row]
         at = (row[:, None], moved(torch.stack([columns_of[image] for image in images])))
         text_at = (row[:, None], texts)
@@ -217,13 +209,13 @@ class _MidStack:
 
     def _cut(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Hidden states of what is kept; notes where it stands."""
-        seen, device = self._seen_by(number - 1, kwargs), hidden.device
-        due = [min(n, self.due[number].get(i, n)) for i, n in enumerate(self.left)]
-        rows, columns = image_places(self.ordinal, self.left)
-        keep, changed = self.valid & (self.ordinal < 0), hidden
+        seen, device, now = self._seen_by(number - 1, kwargs), hidden.device, self.now
+        due = [min(n, self.due[number].get(i, n)) for i, n in enumerate(now.left)]
+        rows, columns = now.images()
+        keep, changed = now.valid & (now.ordinal < 0), hidden
         kept: list[Tensor] = list(self.trace.kept)
-        for group in alike(list(zip(self.left, due, strict=True))):
-            count, wanted = self.left[group[0]], due[group[0]]
+        for group in alike(list(zip(now.left, due, strict=True))):
+            count, wanted = now.left[group[0]], due[group[0]]
             places = [torch.arange(count)] * len(group)
             features: list[Tensor] = []
             if wanted < count:
@@ -238,7 +230,7 @@ class _MidStack:
             if features:
                 at = (row.to(device), column.to(device))
                 changed = changed.index_put(at, torch.cat(features))
-            split = self.place[row, column].split([len(own) for own in places])
+            split = now.place[row, column].split([len(own) for own in places])
             for image, own in zip(group, split, strict=True):
                 kept[image] = own
         index, valid = compact(keep, self.right_padded)
@@ -247,29 +239,25 @@ class _MidStack:
         if not self.contiguous:
             cos, sin = seen["position_embeddings"]
             tables = cos.expand(len(hidden), -1, -1), sin.expand(len(hidden), -1, -1)
-            old = self.valid.cumsum(1) - 1
+            old = now.valid.cumsum(1) - 1
             if seen.get("position_ids") is not None and not self.family.mrope:
                 old = seen["position_ids"].expand(len(hidden), -1).cpu()
             positions = old.gather(1, index)
-        ordinal, self.text = self.ordinal.gather(1, index), self.text.gather(1, index) & valid
-        self.place, self.columns = self.place.gather(1, index), self.columns.gather(1, index)
+        self.now = now.taken(index, valid, [len(places) for places in kept])
         _, (hidden, *rotary) = self.reducer.compact(
             keep.to(device), changed, *tables, right_padded=self.right_padded
         )
-        old_length, new_length = self.valid.sum(1, keepdim=True), valid.sum(1, keepdim=True)
-        previous = max((s for s in self.segments), default=None)
-        dropped = old_length - new_length
-        if previous is not None:
-            dropped = dropped + self.segments[previous].dropped
+        dropped = now.valid.sum(1, keepdim=True) - valid.sum(1, keepdim=True)
+        if self.segments:
+            dropped = dropped + self.segments[max(self.segments)].dropped
         positions = positions * valid
-        self.valid, self.ordinal = valid, torch.where(valid, ordinal, -1)
-        segment = Segment(valid, dropped, self.columns, positions)
+        segment = Segment(valid, dropped, self.now.column, positions)
         segment.rebuild(self.family.decoder, number, hidden, positions, kwargs, tuple(rotary))
         self.segments[number] = segment
-        self.trace.kept, self.left = kept, [len(places) for places in kept]
+        self.trace.kept = kept
         self.trace.cuts.append(kept)
         layers = len(self.trace.computed)
-        self.trace.computed[number:] = [self.left] * (layers - number)
+        self.trace.computed[number:] = [self.now.left] * (layers - number)
         return hidden
 
     def _extend(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:

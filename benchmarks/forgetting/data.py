@@ -64,7 +64,7 @@ def training_rows(shown: Shown, plan: Plan, replay: bool, rng: np.random.Generat
     rows = []
     for k in rng.integers(len(shown.scenes), size=plan.images):
         rows.append(
-            visual_row(rng, shown.scenes[k], some(shown, k, plan, rng), plan.questions, "all")
+            visual_row(rng, shown.scenes[k], some(shown, k, plan, rng), plan.questions, "sight")
         )
     if replay:
         wanted = max(1, round(plan.images * plan.questions * plan.replay / (1 - plan.replay)))

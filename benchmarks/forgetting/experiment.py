@@ -39,8 +39,8 @@ def run(plan: Plan, output: Path, results: Path, base: Path | None = None) -> di
         plan: sizes and rates.
         output: the experiment's folder; a killed experiment goes on there.
         results: where `forgetting.json`, `.md` and `.png` go.
-        base: safetensors with a language model that has seen text alone; the packaged one, or
-            while there is none the embedded model's own, by default.
+        base: safetensors with a language model that has seen text alone; the packaged one by
+            default.
 
     Raises:
         InputError: if `output` holds an experiment with other settings, `base` does not fit, or a
@@ -50,9 +50,7 @@ def run(plan: Plan, output: Path, results: Path, base: Path | None = None) -> di
         if find_spec(package) is None:  # not only after all the training
             raise InputError(f"this needs {package}: pip install 'vlm-prune[plot,train]'")
     base = base or text_language_model()
-    about: dict[str, Any] = json.loads(
-        json.dumps({"plan": asdict(plan), "base": base.name if base else "the embedded model's"})
-    )
+    about: dict[str, Any] = json.loads(json.dumps({"plan": asdict(plan), "base": base.name}))
     output.mkdir(parents=True, exist_ok=True)
     settings = output / "experiment.json"
     if settings.is_file() and json.loads(settings.read_text()) != about:
@@ -93,7 +91,7 @@ def run(plan: Plan, output: Path, results: Path, base: Path | None = None) -> di
     return everything
 
 
-def aligned(folder: Path, base: Path | None, plan: Plan, shown: Shown, seed: int) -> None:
+def aligned(folder: Path, base: Path, plan: Plan, shown: Shown, seed: int) -> None:
     """A checkpoint of the base language model behind a new projector.
 
     The projector starts random and is fitted to the word embeddings of what patches show, so that
@@ -106,8 +104,7 @@ def aligned(folder: Path, base: Path | None, plan: Plan, shown: Shown, seed: int
         return
     set_seed(seed)
     model, processor = load()
-    if base is not None:
-        load_language_model(model, base)
+    load_language_model(model, base)
     projector = model.model.multi_modal_projector
     for layer in (projector.linear_1, projector.linear_2):
         layer.reset_parameters()

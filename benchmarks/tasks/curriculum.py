@@ -130,6 +130,7 @@ def side(rng: np.random.Generator, scene: Scene) -> Question | None:
 APART = ("attribute", "where", "pair")
 ONE_WORD = ("named", "colored")
 Maker = Callable[[np.random.Generator, Scene], Question | None]
+# The harder ones more often, but for a model that sees for the first time ("sight").
 LESSONS: dict[Lesson, dict[str, tuple[Maker, int]]] = {
     "lookups": {"attribute": (attribute.ask, 2), "ocr": (ocr.ask, 1), "where": (where, 5)},
     "finding": {
@@ -163,13 +164,30 @@ LESSONS: dict[Lesson, dict[str, tuple[Maker, int]]] = {
         "choice": (choice.ask, 2),
         "relation": (relation.ask, 2),
     },
+    "sight": {
+        "exist": (exist.ask, 2),
+        "attribute": (attribute.ask, 3),
+        "ocr": (ocr.ask, 2),
+        "count": (count.ask, 2),
+        "choice": (choice.ask, 1),
+        "relation": (relation.ask, 1),
+        "pair": (pair, 4),
+    },
+    "told": {
+        "exist": (exist.ask, 2),
+        "attribute": (attribute.ask, 3),
+        "ocr": (ocr.ask, 1),
+        "count": (count.ask, 2),
+        "choice": (choice.ask, 2),
+        "pair": (pair, 4),
+    },
 }
 
 
 def visual_questions(
     rng: np.random.Generator, scene: Scene, number: int, lesson: Lesson = "all"
 ) -> list[tuple[str, Question]]:
-    """Kind and question, about one scene; in every lesson the harder ones more often."""
+    """Kind and question, about one scene, as often as the lesson says."""
     makers = LESSONS[lesson]
     drawn = [kind for kind, (_, share) in makers.items() for _ in range(share)]
     asked: list[tuple[str, Question]] = []
@@ -219,6 +237,24 @@ def story_row(rng: np.random.Generator, number: int) -> Row:
             asked.append(("letter", Question(f"What letter is {right}? {listed}", letter)))
         else:
             asked.append(("option", choice.about(rng, kind, name, color)))
+    return Row(f"<s>USER: {story}", [block(kind, question, " ") for kind, question in asked])
+
+
+def recite_row(rng: np.random.Generator, number: int) -> Row:
+    """Words to repeat: what comes after a word is said again after it, the step before looking a
+    thing's color up by its name."""
+    words = [*NAMES, *COLORS, *choice.LETTERS]
+    lists = [rng.choice(words, int(rng.integers(3, 9)), replace=False) for _ in range(number)]
+    asked = [Question(f"Repeat {' '.join(said)}.", " ".join(said)) for said in lists]
+    return Row("<s>", [block("recite", question, "USER: ") for question in asked])
+
+
+def told_row(rng: np.random.Generator, number: int) -> Row:
+    """Questions about a scene as they are asked about images, but the scene is told in words."""
+    scene = make_scene(rng, "train")
+    told = [f"The {thing.noun} is {thing.color}." for thing in scene.things]
+    asked = visual_questions(rng, scene, number, "told")
+    story = " ".join(rng.permutation(told))
     return Row(f"<s>USER: {story}", [block(kind, question, " ") for kind, question in asked])
 
 
@@ -293,3 +329,9 @@ class SceneSource:
     def text(self, questions: int, seed: int) -> Row:
         rng = np.random.default_rng([TRAIN_SEED, seed])
         return (text_row if rng.random() < 0.5 else story_row)(rng, questions)
+
+    def prose(self, questions: int, seed: int) -> Row:
+        """Every kind of text, for a language model that sees nothing else."""
+        rng = np.random.default_rng([TRAIN_SEED, seed])
+        makers = (recite_row, text_row, story_row, told_row)
+        return makers[int(rng.choice(4, p=(0.2, 0.35, 0.15, 0.3)))](rng, questions)

@@ -2,19 +2,23 @@
 
 import json
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from vlm_prune.benchmarks.forgetting.experiment import load_language_model
 from vlm_prune.benchmarks.tasks.curriculum import SceneSource, block, corpus, pair, scenes, what
+from vlm_prune.benchmarks.tasks.scenes import KINDS
 from vlm_prune.vlm.tiny.config import make_model, make_processor
 from vlm_prune.vlm.tiny.initial import look_back, wake
 from vlm_prune.vlm.tiny.language import loss_of, pack, projected
+from vlm_prune.vlm.tiny.store import save_language_model
 from vlm_prune.vlm.tiny.symbols import word_ids
 from vlm_prune.vlm.tiny.tower import optimizers
-from vlm_prune.vlm.tiny.train import STAGES, Recipe, Trainer
+from vlm_prune.vlm.tiny.train import STAGES, Recipe, Trainer, recorder, train_text
 
 SHORT = Recipe(
     windows=2,
@@ -118,6 +122,47 @@ def test_training_questions_without_a_kind_are_answered_by_one_thing_alone():
         assert (short.text in things) == (short.subset == "colored")
         prompt, answer, _ = block(short.subset, short)
         assert (prompt, answer) == (f" {short.text}", f" {short.answer}")
+
+
+def test_prose_is_every_kind_of_text_and_says_what_it_asks_for():
+    kinds = set()
+    for row in (SceneSource(0).prose(12, seed) for seed in range(60)):
+        assert row.image is None
+        for prompt, answer, kind in row.blocks:
+            kinds.add(kind)
+            if kind == "recite":
+                assert prompt == f"USER: Repeat{answer}. ASSISTANT:"
+            elif kind in ("named", "color", "ocr", "shape", "colored"):
+                assert answer in row.before, (row.before, prompt)
+            elif kind == "count":
+                things = row.before.removeprefix("<s>USER: The ").split(". The ")
+                sort = prompt.split()[2]
+                counted = Counter(
+                    first if first in KINDS else "shape" for first in (t.split()[0] for t in things)
+                )
+                assert int(answer) == counted[sort.removesuffix("s")]
+    told = {"named", "colored", "color", "shape", "ocr", "count", "exist", "choice"}
+    plain = {"arithmetic", "comparison", "ordering", "lookup"}
+    assert kinds == {"recite", "told", "letter", "option"} | told | plain
+
+
+def test_a_language_model_learns_text_alone_and_its_file_is_a_base(processor, tmp_path):
+    torch.manual_seed(0)
+    model = make_model(processor)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    train_text(model, processor, SceneSource(0), 2, recorder(tmp_path / "log.jsonl", "text"))
+    after = model.state_dict()
+    moved = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
+    assert moved and all("language_model" in name or name == "lm_head.weight" for name in moved)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
+    assert [line["step"] for line in lines] == [0, 1]
+    save_language_model(model, tmp_path / "text.safetensors")
+    fresh = make_model(processor)
+    load_language_model(fresh, tmp_path / "text.safetensors")
+    for name, tensor in fresh.model.language_model.state_dict().items():
+        torch.testing.assert_close(
+            tensor, model.model.language_model.state_dict()[name].half().float(), msg=name
+        )
 
 
 def test_the_projector_takes_a_tenth_of_the_other_weights_steps(processor):

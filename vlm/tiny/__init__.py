@@ -8,7 +8,6 @@ def checkpoint_path() -> Path:
     return Path(__file__).parent / "checkpoint"
 
 
-def text_language_model() -> Path | None:
-    """The packaged language model as it was before it saw images, in safetensors; None without one."""
-    path = checkpoint_path() / "text.safetensors"
-    return path if path.is_file() else None
+def text_language_model() -> Path:
+    """The packaged language model of the same shape that has seen text alone, in safetensors."""
+    return checkpoint_path() / "text.safetensors"

@@ -23,7 +23,7 @@ from transformers import (
 from vlm_prune.vlm.tiny.tower import Say, optimizers, set_rate
 
 IGNORE = -100
-Lesson = Literal["lookups", "finding", "places", "all", "practice"]
+Lesson = Literal["lookups", "finding", "places", "all", "practice", "sight", "told"]
 Encoder = Callable[[list[Tensor]], Tensor]
 
 

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from vlm_prune.vlm.files import whole
 
 
 def save_checkpoint(
@@ -21,8 +24,7 @@ def save_checkpoint(
     model.save_pretrained(fresh)
     processor.save_pretrained(fresh)
     weights = load_file(fresh / "model.safetensors")
-    half = {name: tensor.to(torch.float16) for name, tensor in weights.items()}
-    save_file(half, fresh / "model.safetensors", {"format": "pt"})
+    save_file(_half(weights), fresh / "model.safetensors", {"format": "pt"})
     if folder.is_dir():
         for kept in folder.iterdir():
             if not (fresh / kept.name).exists():
@@ -33,3 +35,18 @@ def save_checkpoint(
         shutil.rmtree(old)
     else:
         fresh.rename(folder)
+
+
+def save_language_model(model: LlavaForConditionalGeneration, path: Path) -> None:
+    """The language model's tensors alone, named as they are in the whole model."""
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name.startswith("model.language_model.")
+    }
+    with whole(path) as partial:
+        save_file(_half(state), partial, {"format": "pt"})
+
+
+def _half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(torch.float16).contiguous() for name, tensor in weights.items()}

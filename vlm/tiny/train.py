@@ -20,7 +20,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from vlm_prune.vlm.tiny.initial import initialise_embeddings, wake
+from vlm_prune.vlm.tiny.initial import initialise_embeddings, look_back, wake
 from vlm_prune.vlm.tiny.language import Lesson, Row, clip, projected, train_language
 from vlm_prune.vlm.tiny.store import save_checkpoint
 from vlm_prune.vlm.tiny.symbols import Symbols, align_projector, word_ids
@@ -50,6 +50,7 @@ class Source(Protocol):
     def whole(self, batch: int, part: int) -> Iterator[PatchBatch]: ...
     def examples(self, number: int, things: int | None) -> list[Example]: ...
     def text(self, questions: int, seed: int) -> Row: ...
+    def prose(self, questions: int, seed: int) -> Row: ...
 
 
 @dataclass(frozen=True)
@@ -114,18 +115,7 @@ class Trainer:
         save_checkpoint(self.model, self.processor, self.folder / "checkpoint")
 
     def say(self, stage: str) -> Say:
-        """A recorder of a stage's figures: a line of the log, and one of `log.jsonl`."""
-        begin = time.monotonic()
-
-        def write(step: int, **figures: float) -> None:
-            seconds = round(time.monotonic() - begin, 1)
-            rounded = {key: round(value, 4) for key, value in figures.items()}
-            line = {"stage": stage, "step": step, "seconds": seconds, **rounded}
-            logger.info(" ".join(f"{key} {value}" for key, value in line.items()))
-            with (self.folder / "log.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
-
-        return write
+        return recorder(self.folder / "log.jsonl", stage)
 
     def _tower(self) -> None:
         """Name what patches show, on windows around objects, then on whole scenes."""
@@ -282,6 +272,46 @@ class Trainer:
 
     def _seed(self) -> int:
         return int(torch.randint(2**62, (), generator=self.generator))
+
+
+def train_text(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    source: Source,
+    steps: int,
+    say: Say,
+    seed: int = 0,
+    bf16: bool = False,
+) -> None:
+    """Teach a new model's language model text alone; the rest of `model` stays as it is.
+
+    It begins looking back, as the embedded model's does, but awake.
+    """
+    decoder, tokenizer = model.model.language_model, processor.tokenizer
+    look_back(decoder)
+    wake(decoder, word_ids(tokenizer, [*source.names, *source.colors, *"ABCD"]))
+    rng = torch.Generator().manual_seed(seed)
+
+    def rows(_: int) -> list[Row]:
+        seeds: list[int] = torch.randint(2**62, (12,), generator=rng).tolist()
+        return [source.prose(12, one) for one in seeds]
+
+    train_language(model, tokenizer, rows, steps, 1e-3, torch.cat, [decoder], say, bf16=bf16)
+
+
+def recorder(log: Path, stage: str) -> Say:
+    """Writes a stage's figures: a line to the program's log, and one of JSON to the file `log`."""
+    begin = time.monotonic()
+
+    def write(step: int, **figures: float) -> None:
+        seconds = round(time.monotonic() - begin, 1)
+        rounded = {key: round(value, 4) for key, value in figures.items()}
+        line = {"stage": stage, "step": step, "seconds": seconds, **rounded}
+        logger.info(" ".join(f"{key} {value}" for key, value in line.items()))
+        with log.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    return write
 
 
 def _patches(pixels: Tensor, size: int = 14) -> Tensor:
