@@ -27,6 +27,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("kernels are measured on a CUDA device, and there is none")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     device, dtype = torch.device("cuda"), getattr(torch, arguments.dtype)
     ceilings = measured_ceilings(device, dtype)
     about = environment(device) | {

@@ -17,8 +17,9 @@ from vlm_prune.benchmarks.tasks.curriculum import SceneSource
 from vlm_prune.benchmarks.terminal import script
 from vlm_prune.vlm.tiny import checkpoint_path
 from vlm_prune.vlm.tiny.config import make_model
+from vlm_prune.vlm.tiny.log import recorder
 from vlm_prune.vlm.tiny.store import save_language_model
-from vlm_prune.vlm.tiny.train import recorder, train_text
+from vlm_prune.vlm.tiny.text import train_text
 
 
 def main(

@@ -15,10 +15,12 @@ from vlm_prune.benchmarks.tasks.scenes import KINDS
 from vlm_prune.vlm.tiny.config import make_model, make_processor
 from vlm_prune.vlm.tiny.initial import look_back, wake
 from vlm_prune.vlm.tiny.language import loss_of, pack, projected
+from vlm_prune.vlm.tiny.log import recorder
 from vlm_prune.vlm.tiny.store import save_language_model
 from vlm_prune.vlm.tiny.symbols import word_ids
+from vlm_prune.vlm.tiny.text import train_text
 from vlm_prune.vlm.tiny.tower import optimizers
-from vlm_prune.vlm.tiny.train import STAGES, Recipe, Trainer, recorder, train_text
+from vlm_prune.vlm.tiny.train import STAGES, Recipe, Trainer
 
 SHORT = Recipe(
     windows=2,

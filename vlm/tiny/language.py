@@ -20,7 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vlm_prune.vlm.tiny.tower import Say, optimizers, set_rate
+from vlm_prune.vlm.tiny.log import Say
+from vlm_prune.vlm.tiny.tower import optimizers, set_rate
 
 IGNORE = -100
 Lesson = Literal["lookups", "finding", "places", "all", "practice", "sight", "told"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from transformers import PreTrainedTokenizerFast
 
-from vlm_prune.vlm.tiny.tower import Say
+from vlm_prune.vlm.tiny.log import Say
 
 
 class Symbols(nn.Module):

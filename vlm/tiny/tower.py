@@ -2,17 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-
-class Say(Protocol):
-    """Takes down how training goes at a step."""
-
-    def __call__(self, step: int, **figures: float) -> None: ...
+from vlm_prune.vlm.tiny.log import Say
 
 
 @dataclass

@@ -4,9 +4,6 @@ Each stage leaves a file in the working folder and is skipped when that file is 
 that was stopped goes on where it was.
 """
 
-import json
-import logging
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +17,13 @@ from transformers import (
     LlavaProcessor,
 )
 
-from vlm_prune.vlm.tiny.initial import initialise_embeddings, look_back, wake
+from vlm_prune.vlm.tiny.initial import initialise_embeddings, wake
 from vlm_prune.vlm.tiny.language import Lesson, Row, clip, projected, train_language
+from vlm_prune.vlm.tiny.log import Say, recorder
 from vlm_prune.vlm.tiny.store import save_checkpoint
 from vlm_prune.vlm.tiny.symbols import Symbols, align_projector, word_ids
-from vlm_prune.vlm.tiny.tower import PatchBatch, PatchHeads, Say, tower_features, train_tower
+from vlm_prune.vlm.tiny.tower import PatchBatch, PatchHeads, tower_features, train_tower
 
-logger = logging.getLogger(__name__)
 STAGES = ("tower", "reading", "symbols", "stories", "projector", "language", "practice")
 
 
@@ -272,46 +269,6 @@ class Trainer:
 
     def _seed(self) -> int:
         return int(torch.randint(2**62, (), generator=self.generator))
-
-
-def train_text(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
-    source: Source,
-    steps: int,
-    say: Say,
-    seed: int = 0,
-    bf16: bool = False,
-) -> None:
-    """Teach a new model's language model text alone; the rest of `model` stays as it is.
-
-    It begins looking back, as the embedded model's does, but awake.
-    """
-    decoder, tokenizer = model.model.language_model, processor.tokenizer
-    look_back(decoder)
-    wake(decoder, word_ids(tokenizer, [*source.names, *source.colors, *"ABCD"]))
-    rng = torch.Generator().manual_seed(seed)
-
-    def rows(_: int) -> list[Row]:
-        seeds: list[int] = torch.randint(2**62, (12,), generator=rng).tolist()
-        return [source.prose(12, one) for one in seeds]
-
-    train_language(model, tokenizer, rows, steps, 1e-3, torch.cat, [decoder], say, bf16=bf16)
-
-
-def recorder(log: Path, stage: str) -> Say:
-    """Writes a stage's figures: a line to the program's log, and one of JSON to the file `log`."""
-    begin = time.monotonic()
-
-    def write(step: int, **figures: float) -> None:
-        seconds = round(time.monotonic() - begin, 1)
-        rounded = {key: round(value, 4) for key, value in figures.items()}
-        line = {"stage": stage, "step": step, "seconds": seconds, **rounded}
-        logger.info(" ".join(f"{key} {value}" for key, value in line.items()))
-        with log.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    return write
 
 
 def _patches(pixels: Tensor, size: int = 14) -> Tensor:

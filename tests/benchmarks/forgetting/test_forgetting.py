@@ -12,7 +12,7 @@ from shaken import shake
 from vlm_prune.benchmarks.forgetting import choose_experiment, experiment
 from vlm_prune.benchmarks.forgetting.arms import ARMS, QUICK, Plan
 from vlm_prune.benchmarks.forgetting.data import held_out_rows, show, some
-from vlm_prune.benchmarks.forgetting.measure import hits, interval
+from vlm_prune.benchmarks.forgetting.measure import hits, interval, mean_accuracy
 from vlm_prune.benchmarks.forgetting.report import verdict
 from vlm_prune.benchmarks.forgetting.train import prepared
 from vlm_prune.learners import WingsConfig, attach
@@ -20,6 +20,7 @@ from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.load import load
 from vlm_prune.vlm.registry import Registry
+from vlm_prune.vlm.tiny import text_language_model
 
 # peft asks for a name that transformers has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -167,6 +168,15 @@ def test_a_base_is_taken_from_any_file_that_has_a_language_model(embedded, tmp_p
             InputError, match=r"cannot take a language model from .*safetensors: \S"
         ):
             experiment.load_language_model(model, tmp_path / file)
+
+
+def test_the_packaged_base_answers_text_and_nothing_about_images(tmp_path):
+    model, processor = load()
+    shown = show(model, "val", 4, tmp_path)
+    experiment.load_language_model(model, text_language_model())
+    found = hits(model, processor, held_out_rows(shown, Plan(), np.random.default_rng(3)))
+    assert mean_accuracy(found["text"]) > 0.95
+    assert mean_accuracy(found["visual"]) < 0.5
 
 
 def test_wrong_settings_say_what_would_be_right():

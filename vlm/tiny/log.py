@@ -1,0 +1,30 @@
+"""What training says while it runs."""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Protocol
+
+logger = logging.getLogger(__name__)
+
+
+class Say(Protocol):
+    """Takes down how training goes at a step."""
+
+    def __call__(self, step: int, **figures: float) -> None: ...
+
+
+def recorder(log: Path, stage: str) -> Say:
+    """Writes a stage's figures: a line to the program's log, and one of JSON to the file `log`."""
+    begin = time.monotonic()
+
+    def write(step: int, **figures: float) -> None:
+        seconds = round(time.monotonic() - begin, 1)
+        rounded = {key: round(value, 4) for key, value in figures.items()}
+        line = {"stage": stage, "step": step, "seconds": seconds, **rounded}
+        logger.info(" ".join(f"{key} {value}" for key, value in line.items()))
+        with log.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    return write

@@ -1,0 +1,35 @@
+"""A language model of the embedded model's shape that learns text alone."""
+
+import torch
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from vlm_prune.vlm.tiny.initial import look_back, wake
+from vlm_prune.vlm.tiny.language import Row, train_language
+from vlm_prune.vlm.tiny.log import Say
+from vlm_prune.vlm.tiny.symbols import word_ids
+from vlm_prune.vlm.tiny.train import Source
+
+
+def train_text(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    source: Source,
+    steps: int,
+    say: Say,
+    seed: int = 0,
+    bf16: bool = False,
+) -> None:
+    """Teach a new model's language model text alone; the rest of `model` stays as it is.
+
+    It begins looking back, as the embedded model's does, but awake.
+    """
+    decoder, tokenizer = model.model.language_model, processor.tokenizer
+    look_back(decoder)
+    wake(decoder, word_ids(tokenizer, [*source.names, *source.colors, *"ABCD"]))
+    rng = torch.Generator().manual_seed(seed)
+
+    def rows(_: int) -> list[Row]:
+        seeds: list[int] = torch.randint(2**62, (12,), generator=rng).tolist()
+        return [source.prose(12, one) for one in seeds]
+
+    train_language(model, tokenizer, rows, steps, 1e-3, torch.cat, [decoder], say, bf16=bf16)
