@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vlm_prune.benchmarks.forgetting.arms import ARMS, Plan
-from vlm_prune.benchmarks.forgetting.measure import interval
+from vlm_prune.benchmarks.forgetting.measure import interval, mean_accuracy
 from vlm_prune.benchmarks.metrics.bootstrap import accuracy_interval
 from vlm_prune.benchmarks.table import as_markdown, percent
 from vlm_prune.benchmarks.tasks.iit import SETTINGS
@@ -38,6 +38,9 @@ def summarise(arms: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]
         found = [run["hits"] for run in runs]
         entry: dict[str, Any] = {
             part: interval([seed[part] for seed in found]) for part in ("text", "visual")
+        }
+        entry["by seed"] = {
+            part: [mean_accuracy(seed[part]) for seed in found] for part in ("text", "visual")
         }
         for setting in SETTINGS:
             entry[setting] = interval([{setting: seed["iit"][setting]} for seed in found])
@@ -78,7 +81,12 @@ def markdown(everything: dict[str, Any], summary: dict[str, dict[str, Any]]) -> 
     """Two tables: skills, then attention and cost."""
     before = summary["base"]["text"][0]
     plan = everything["plan"]
-    skills = [["arm", "language model's LR", "text-only % before", "after", "change", "visual %"]]
+    skills = [
+        [
+            "arm", "language model's LR", "text-only % before", "after", "by seed", "change", "visual %",
+            "by seed",
+        ]
+    ]  # fmt: skip
     settings = [["arm", *SETTINGS, "mean"]]
     costs = [
         ["arm", "attention shift", "without first token", "trainable", "ms per step", "memory MB"]
@@ -92,8 +100,10 @@ def markdown(everything: dict[str, Any], summary: dict[str, dict[str, Any]]) -> 
                 Plan(**plan).rate(ARMS[name]),
                 percent(before),
                 _cell(after),
+                ", ".join(map(percent, entry["by seed"]["text"])),
                 f"{100 * (after[0] - before):+.1f}",
                 _cell(entry["visual"]),
+                ", ".join(map(percent, entry["by seed"]["visual"])),
             ]
         )
         points = [entry[setting] for setting in SETTINGS]
