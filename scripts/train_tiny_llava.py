@@ -14,7 +14,7 @@ import torch
 import typer
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from vlm_prune.benchmarks.tasks.curriculum import SceneSource, corpus
+from vlm_prune.benchmarks.tasks.source import SceneSource, corpus
 from vlm_prune.vlm.files import write_text
 from vlm_prune.vlm.tiny import checkpoint_path
 from vlm_prune.vlm.tiny.config import make_model, make_processor

@@ -13,7 +13,7 @@ import torch
 import typer
 from transformers import AutoProcessor
 
-from vlm_prune.benchmarks.tasks.curriculum import SceneSource
+from vlm_prune.benchmarks.tasks.source import SceneSource
 from vlm_prune.benchmarks.terminal import script
 from vlm_prune.vlm.tiny import checkpoint_path
 from vlm_prune.vlm.tiny.config import make_model

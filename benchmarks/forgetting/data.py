@@ -16,11 +16,11 @@ from vlm_prune.benchmarks.tasks.curriculum import (
     LESSONS,
     block,
     history,
-    pixels_of,
     text_row,
     visual_row,
 )
 from vlm_prune.benchmarks.tasks.scenes import GRID, Scene, make_scene
+from vlm_prune.benchmarks.tasks.source import pixels_of
 from vlm_prune.vlm.files import whole
 from vlm_prune.vlm.tiny.language import Row, clip
 from vlm_prune.vlm.tiny.tower import tower_features

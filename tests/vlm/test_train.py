@@ -10,8 +10,9 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vlm_prune.benchmarks.forgetting.experiment import load_language_model
-from vlm_prune.benchmarks.tasks.curriculum import SceneSource, block, corpus, pair, scenes, what
+from vlm_prune.benchmarks.tasks.curriculum import block, pair, what
 from vlm_prune.benchmarks.tasks.scenes import KINDS
+from vlm_prune.benchmarks.tasks.source import SceneSource, corpus, scenes
 from vlm_prune.vlm.tiny.config import make_model, make_processor
 from vlm_prune.vlm.tiny.initial import look_back, wake
 from vlm_prune.vlm.tiny.language import loss_of, pack, projected

@@ -3,11 +3,10 @@
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from vlm_prune.vlm.tiny.initial import look_back, wake
+from vlm_prune.vlm.tiny.initial import look_back
 from vlm_prune.vlm.tiny.language import Row, train_language
 from vlm_prune.vlm.tiny.log import Say
-from vlm_prune.vlm.tiny.symbols import word_ids
-from vlm_prune.vlm.tiny.train import Source
+from vlm_prune.vlm.tiny.train import Source, wake_to
 
 
 def train_text(
@@ -23,13 +22,15 @@ def train_text(
 
     It begins looking back, as the embedded model's does, but awake.
     """
-    decoder, tokenizer = model.model.language_model, processor.tokenizer
+    decoder = model.model.language_model
     look_back(decoder)
-    wake(decoder, word_ids(tokenizer, [*source.names, *source.colors, *"ABCD"]))
+    wake_to(source, model, processor)
     rng = torch.Generator().manual_seed(seed)
 
     def rows(_: int) -> list[Row]:
         seeds: list[int] = torch.randint(2**62, (12,), generator=rng).tolist()
         return [source.prose(12, one) for one in seeds]
 
-    train_language(model, tokenizer, rows, steps, 1e-3, torch.cat, [decoder], say, bf16=bf16)
+    train_language(
+        model, processor.tokenizer, rows, steps, 1e-3, torch.cat, [decoder], say, bf16=bf16
+    )

@@ -152,9 +152,8 @@ class Trainer:
         def rows(_: int) -> list[Row]:
             return [self.source.text(16, self._seed()) for _ in range(12)]
 
-        decoder, tokenizer = self.model.model.language_model, self.processor.tokenizer
-        wake(decoder, word_ids(tokenizer, [*self.source.names, *self.source.colors, *"ABCD"]))
-        modules: list[nn.Module] = [decoder]
+        wake_to(self.source, self.model, self.processor)
+        modules: list[nn.Module] = [self.model.model.language_model]
         self._train("stories", self.recipe.stories, 1e-3, torch.cat, modules, rows, 1)
 
     def _projector(self) -> None:
@@ -269,6 +268,14 @@ class Trainer:
 
     def _seed(self) -> int:
         return int(torch.randint(2**62, (), generator=self.generator))
+
+
+def wake_to(
+    source: Source, model: LlavaForConditionalGeneration, processor: LlavaProcessor
+) -> None:
+    """Wake a language model that looks back to the words that are looked up in texts."""
+    words = word_ids(processor.tokenizer, [*source.names, *source.colors, *"ABCD"])
+    wake(model.model.language_model, words)
 
 
 def _patches(pixels: Tensor, size: int = 14) -> Tensor:
