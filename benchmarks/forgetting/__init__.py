@@ -24,6 +24,7 @@ def choose_experiment(
     results: Annotated[Path, typer.Option(help="Folder for JSON, table and plot.")] = Path(
         "benchmarks/results/forgetting"
     ),
+    jobs: Annotated[int, typer.Option(min=1, help="Processes; each does one arm at a time.")] = 1,
     quick: Annotated[bool, typer.Option(help="A few steps, to see that it runs.")] = False,
 ) -> None:
     """Learners: train them, merge models, or run an experiment."""
@@ -40,4 +41,4 @@ def choose_experiment(
     if experiment not in EXPERIMENTS:
         raise InputError(unknown("experiment", experiment, EXPERIMENTS))
     quiet()
-    run(QUICK if quick else Plan(), output, results, base)
+    run(QUICK if quick else Plan(), output, results, base, jobs)

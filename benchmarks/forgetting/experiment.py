@@ -2,12 +2,15 @@
 
 import json
 from dataclasses import asdict
+from functools import cache
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from joblib import Parallel, delayed
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -20,7 +23,9 @@ from vlm_prune.benchmarks.forgetting.data import Shown, held_out_rows, shift_row
 from vlm_prune.benchmarks.forgetting.measure import Hits, hits, mean_accuracy, shift_curves
 from vlm_prune.benchmarks.forgetting.report import write_report
 from vlm_prune.benchmarks.forgetting.train import Cost, first_stage, trained
+from vlm_prune.benchmarks.tasks.base import SPLITS
 from vlm_prune.benchmarks.tasks.scenes import COLORS, NAMES
+from vlm_prune.benchmarks.terminal import quiet
 from vlm_prune.learners.laws import attention_shift
 from vlm_prune.learners.merge import merge
 from vlm_prune.vlm.errors import InputError
@@ -32,7 +37,9 @@ from vlm_prune.vlm.tiny.symbols import Symbols, align_projector, word_ids
 LANGUAGE, PROJECTOR = "model.language_model.", "model.multi_modal_projector."
 
 
-def run(plan: Plan, output: Path, results: Path, base: Path | None = None) -> dict[str, Any]:
+def run(
+    plan: Plan, output: Path, results: Path, base: Path | None = None, jobs: int = 1
+) -> dict[str, Any]:
     """Run what is missing in `output`, then write JSON, table and plot to `results`.
 
     Args:
@@ -41,6 +48,7 @@ def run(plan: Plan, output: Path, results: Path, base: Path | None = None) -> di
         results: where `forgetting.json`, `.md` and `.png` go.
         base: safetensors with a language model that has seen text alone; the packaged one by
             default.
+        jobs: processes; each does one arm at a time.
 
     Raises:
         InputError: if `output` holds an experiment with other settings, `base` does not fit, or a
@@ -56,31 +64,25 @@ def run(plan: Plan, output: Path, results: Path, base: Path | None = None) -> di
     if settings.is_file() and json.loads(settings.read_text()) != about:
         raise InputError(f"{output} holds an experiment with other settings; give another --output")
     write_json(settings, about)
-    model, _ = load()
-    shown = {
-        "train": show(model, "train", plan.train_scenes, output),
-        "val": show(model, "val", plan.val_scenes, output),
-        "test": show(model, "test", plan.test_scenes, output),
-    }
-    console, done = Console(), 0
-    arms: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
-    for seed in plan.seeds:
-        folder = output / f"seed-{seed}"
-        aligned(folder / "aligned", base, plan, shown["train"], seed)
-        for name, arm in ARMS.items():
-            path = folder / f"{name}.json"
-            if not path.is_file():
-                write_json(path, measured(folder, name, arm, plan, shown, seed))
-            arms[name].append(json.loads(path.read_text()))
-            done += 1
-            entry = arms[name][-1]
+    _shown(plan, output)  # here, so that not each process computes features
+    spread = Parallel(n_jobs=jobs, return_as="generator")
+    list(spread(delayed(_begun)(plan, output, base, seed) for seed in plan.seeds))
+    found, console = {}, Console()
+    pairs = list(product(plan.seeds, ARMS))
+    trained = [pair for pair in pairs if not ARMS[pair[1]].merged]
+    merged = [pair for pair in pairs if ARMS[pair[1]].merged]  # from the weights of full tuning
+    for wave in (trained, merged):
+        runs = spread(delayed(_finished)(plan, output, seed, name) for seed, name in wave)
+        for (seed, name), entry in zip(wave, runs, strict=True):
+            found[seed, name] = entry
             figures = ", ".join(
                 f"{part} {100 * mean_accuracy(entry['hits'][part]):.1f} %"
                 for part in ("text", "visual")
             )
-            total = len(plan.seeds) * len(ARMS)
-            rate = f"language model's LR {plan.rate(arm)}"
-            console.print(f"{done}/{total} seed {seed}, {arm.title}, {rate}: {figures}")
+            rate = f"language model's LR {plan.rate(ARMS[name])}"
+            place = f"{len(found)}/{len(pairs)} seed {seed}, {ARMS[name].title}"
+            console.print(f"{place}, {rate}: {figures}")
+    arms = {name: [found[seed, name] for seed in plan.seeds] for name in ARMS}
     everything = about | {
         "device": device_name(torch.device("cpu")),
         "versions": versions(),
@@ -89,6 +91,35 @@ def run(plan: Plan, output: Path, results: Path, base: Path | None = None) -> di
     }
     write_report(everything, results)
     return everything
+
+
+@cache
+def _shown(plan: Plan, output: Path) -> dict[str, Shown]:
+    """The scenes of all splits; a process draws them once."""
+    quiet()
+    model, _ = load()
+    sizes = {"train": plan.train_scenes, "val": plan.val_scenes, "test": plan.test_scenes}
+    return {split: show(model, split, sizes[split], output) for split in SPLITS}
+
+
+def _begun(plan: Plan, output: Path, base: Path, seed: int) -> None:
+    """Make what the arms of a seed share."""
+    folder, shown = output / f"seed-{seed}" / "aligned", _shown(plan, output)["train"]
+    aligned(folder, base, plan, shown, seed)
+    for arm in ARMS.values():
+        if arm.method is not None:
+            first_stage(folder, arm, plan, shown, seed)
+
+
+def _finished(plan: Plan, output: Path, seed: int, name: str) -> dict[str, Any]:
+    """What is measured of one arm, from its file if it is there."""
+    folder = output / f"seed-{seed}"
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        shown = _shown(plan, output)
+        write_json(path, measured(folder, name, ARMS[name], plan, shown, seed))
+    entry: dict[str, Any] = json.loads(path.read_text())
+    return entry
 
 
 def aligned(folder: Path, base: Path, plan: Plan, shown: Shown, seed: int) -> None:
