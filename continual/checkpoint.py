@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.files import write_folder, write_text
 
 Tensors = dict[str, Tensor]
-
-
-def claim(path: Path, settings: dict[str, Any], write: bool = True) -> None:
-    """Note in the file what decides a run, so that another one cannot go on from its checkpoints.
-
-    Raises:
-        InputError: if the file is of a run with other settings.
-    """
-    text = json.dumps(settings, indent=2, default=_plain) + "\n"
-    if path.is_file():
-        found, ours = json.loads(path.read_text()), json.loads(text)
-        changed = [key for key in found | ours if found.get(key) != ours.get(key)]
-        if changed:
-            raise InputError(
-                f"{path.parent} holds another run, of other {', '.join(changed)}; "
-                "give an empty folder, or its settings and model"
-            )
-    elif write:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
 
 
 def cut_log(path: Path, before: Callable[[dict[str, Any]], bool]) -> None:
@@ -48,10 +26,6 @@ def cut_log(path: Path, before: Callable[[dict[str, Any]], bool]) -> None:
         lines = path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and before(json.loads(line))]
         write_text(path, "".join(kept))
-
-
-def _plain(value: Any) -> Any:
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
 
 
 def save_tensors(path: Path, tensors: Tensors) -> None:

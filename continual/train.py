@@ -30,7 +30,7 @@ from vlm_prune.continual.parallel import average_gradients, gather, place
 from vlm_prune.continual.results import Results, read_results
 from vlm_prune.continual.streams.base import Task
 from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.files import write_folder, write_json
+from vlm_prune.vlm.files import claim, write_folder, write_json
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class _Trainer:
             "weights": clip.fingerprint(),
             "tasks": [facts(task) for task in tasks],
         }
-        checkpoint.claim(self.output / "run.json", ours, self.main)
+        claim(self.output / "run.json", ours, self.main)
         path = self.output / "results.json"
         empty: dict[str, Any] = {"zero_shot": None}
         empty |= {key: [] for key in ("matrix", "trainable", "added", "norms", "drift")}

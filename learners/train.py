@@ -27,7 +27,7 @@ from vlm_prune.learners.recipe import METHODS, Group, Recipe, make_optimizer, op
 from vlm_prune.learners.store import load_adapter_state, read_adapter, save_pretrained
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
-from vlm_prune.vlm.files import write_text
+from vlm_prune.vlm.files import claim, write_json, write_text
 from vlm_prune.vlm.load import load
 
 TRACKERS = ("tensorboard", "trackio")
@@ -242,12 +242,12 @@ def _claim(run: Run) -> None:
     """Mark the folder as this run's, so that another one cannot go on from its checkpoints."""
     free = ("output", "micro_batch", "save_every", "workers", "cpu")
     ours = {name: value for name, value in asdict(run).items() if name not in free}
-    text, path = json.dumps(ours, indent=2) + "\n", run.output / "run.json"
-    started = (run.output / "log.jsonl").is_file()
-    if started and path.is_file() and path.read_text() != text:
-        raise InputError(f"{run.output} holds another run; give an empty folder, or its settings")
-    run.output.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
+    path = run.output / "run.json"
+    if (run.output / "log.jsonl").is_file():
+        claim(path, ours)
+    else:  # nothing is trained yet; the file may be of a start that was refused
+        run.output.mkdir(parents=True, exist_ok=True)
+        write_json(path, ours)
 
 
 def _checkpoint(accelerator: Any, output: Path, step: int) -> None:

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from vlm_prune.benchmarks.continual.learn import fewer, learn_tasks, method_of, recipe_of
-from vlm_prune.continual import checkpoint
 from vlm_prune.continual.clip import load_clip
 from vlm_prune.continual.methods import Method
 from vlm_prune.continual.streams import Stream, Task, open_stream
 from vlm_prune.continual.streams.unseen import scenes
 from vlm_prune.continual.train import Run
-from vlm_prune.vlm.files import write_json
+from vlm_prune.vlm.files import claim, write_json
 
 ADAPTER_RATES, FULL_RATES = (3e-4, 1e-3, 3e-3, 1e-2), (3e-5, 1e-4, 3e-4)
 
@@ -103,7 +102,7 @@ class Experiment:
         names = ("steps", "batch", "test_per_class", "search_tasks", "tasks")
         settings = {name: getattr(self, name) for name in names}
         settings["weights"] = load_clip("tiny").fingerprint()
-        checkpoint.claim(self.output / "experiment.json", settings, write)
+        claim(self.output / "experiment.json", settings, write)
 
     def folder(self, label: str, seed: int) -> Path:
         """Of one arm's run."""

@@ -29,7 +29,7 @@ from vlm_prune.benchmarks.terminal import quiet
 from vlm_prune.learners.laws import attention_shift
 from vlm_prune.learners.merge import merge
 from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.files import whole, write_folder, write_json
+from vlm_prune.vlm.files import claim, whole, write_folder, write_json
 from vlm_prune.vlm.load import load
 from vlm_prune.vlm.tiny import text_language_model
 from vlm_prune.vlm.tiny.symbols import Symbols, align_projector, word_ids
@@ -58,12 +58,8 @@ def run(
         if find_spec(package) is None:  # not only after all the training
             raise InputError(f"this needs {package}: pip install 'vlm-prune[plot,train]'")
     base = base or text_language_model()
-    about: dict[str, Any] = json.loads(json.dumps({"plan": asdict(plan), "base": base.name}))
-    output.mkdir(parents=True, exist_ok=True)
-    settings = output / "experiment.json"
-    if settings.is_file() and json.loads(settings.read_text()) != about:
-        raise InputError(f"{output} holds an experiment with other settings; give another --output")
-    write_json(settings, about)
+    about = {"plan": asdict(plan), "base": base.name}
+    claim(output / "experiment.json", about)
     _shown(plan, output)  # here, so that not each process computes features
     spread = Parallel(n_jobs=jobs, return_as="generator")
     list(spread(delayed(_begun)(plan, output, base, seed) for seed in plan.seeds))

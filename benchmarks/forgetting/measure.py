@@ -58,16 +58,35 @@ def mean_accuracy(kinds: dict[str, list[list[int]]]) -> float:
     return float(np.mean([accuracy(counts) for counts in kinds.values()]))
 
 
-def interval(
-    seeds: list[dict[str, list[list[int]]]], draws: int = 2000, seed: int = 0
-) -> tuple[float, list[float]]:
+Seeds = list[dict[str, list[list[int]]]]
+
+
+def interval(seeds: Seeds) -> tuple[float, list[float]]:
     """Mean accuracy over seeds and kinds with a 95 % interval.
 
     Seeds are resampled, and within each its rows, whole: questions about one scene are not
     independent. With three seeds the spread between seeds is itself poorly known.
     """
-    rng = np.random.default_rng(seed)
-    point = float(np.mean([mean_accuracy(kinds) for kinds in seeds]))
+    return _mean(seeds), _percentiles(_resampled(seeds))
+
+
+def difference(ours: Seeds, other: Seeds) -> tuple[float, list[float]]:
+    """Our mean accuracy minus another with a 95 % interval, paired: both had the same questions."""
+    return _mean(ours) - _mean(other), _percentiles(_resampled(ours) - _resampled(other))
+
+
+def _mean(seeds: Seeds) -> float:
+    return float(np.mean([mean_accuracy(kinds) for kinds in seeds]))
+
+
+def _percentiles(draws: NDArray[np.float64]) -> list[float]:
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return [float(low), float(high)]
+
+
+def _resampled(seeds: Seeds, draws: int = 2000) -> NDArray[np.float64]:
+    """Bootstrap means, (draws,); those of the same questions take the same rows and seeds."""
+    rng = np.random.default_rng(0)
     resampled: list[NDArray[np.float64]] = []
     for kinds in seeds:
         total = np.zeros(draws)
@@ -77,9 +96,10 @@ def interval(
             total += chosen[:, 0] / chosen[:, 1]
         resampled.append(total / len(kinds))
     stacked = np.stack(resampled)
-    picked = stacked[rng.integers(0, len(seeds), (len(seeds), draws)), np.arange(draws)]
-    low, high = np.percentile(picked.mean(0), [2.5, 97.5])
-    return point, [float(low), float(high)]
+    means: NDArray[np.float64] = stacked[
+        rng.integers(0, len(seeds), (len(seeds), draws)), np.arange(draws)
+    ].mean(0)
+    return means
 
 
 @torch.inference_mode()

@@ -23,7 +23,7 @@ from vlm_prune.continual import checkpoint
 from vlm_prune.continual.clip import extra
 from vlm_prune.continual.streams.packaged import DOMAINS, PER_CLASS, Drawn
 from vlm_prune.continual.tiny.config import WEIGHTS, write_folder
-from vlm_prune.vlm.files import whole
+from vlm_prune.vlm.files import claim, whole
 from vlm_prune.vlm.tiny.initial import waves, whitened
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Pretraining:
 
     def __init__(self, folder: Path, recipe: Recipe, data: Pairs | None = None) -> None:
         self.folder, self.recipe = folder, recipe
-        checkpoint.claim(folder / "recipe.json", asdict(recipe))
+        claim(folder / "recipe.json", asdict(recipe))
         self.data = pairs(recipe.per_class) if data is None else data
         write_folder(folder, corpus(), recipe.width, recipe.layers)
         torch.manual_seed(recipe.seed)

@@ -12,7 +12,7 @@ from shaken import shake
 from vlm_prune.benchmarks.forgetting import choose_experiment, experiment
 from vlm_prune.benchmarks.forgetting.arms import ARMS, QUICK, Plan
 from vlm_prune.benchmarks.forgetting.data import held_out_rows, show, some
-from vlm_prune.benchmarks.forgetting.measure import hits, interval, mean_accuracy
+from vlm_prune.benchmarks.forgetting.measure import difference, hits, interval, mean_accuracy
 from vlm_prune.benchmarks.forgetting.report import verdict
 from vlm_prune.benchmarks.forgetting.train import prepared
 from vlm_prune.learners import WingsConfig, attach
@@ -91,6 +91,17 @@ def test_the_interval_holds_the_mean_and_narrows_with_scenes():
     assert widths[1] < widths[0] / 2
 
 
+def test_a_difference_is_paired_so_what_arms_share_does_not_widen_it():
+    rng = np.random.default_rng(1)
+    rights = rng.integers(0, 4, (2, 40))
+    ours = [{"a": [[int(k) + 1, 4] for k in seed]} for seed in rights]
+    other = [{"a": [[int(k), 4] for k in seed]} for seed in rights]
+    point, limits = difference(ours, other)
+    assert [point, *limits] == pytest.approx([0.25] * 3)
+    low, high = interval(other)[1]
+    assert high - low > 0.1
+
+
 @pytest.fixture
 def few_arms(monkeypatch):
     names = ("base", "full", "merge", "wings")
@@ -120,10 +131,10 @@ def test_the_course_resumes_and_writes_its_results(few_arms, tmp_path, monkeypat
     assert summary["wings"]["trainable"] - summary["full"]["trainable"] == learners
     assert summary["merge"]["alpha"] == [0.5]
     table = (tmp_path / "results" / "forgetting.md").read_text()
-    assert "| Wings | 0.0001 |" in table and "Target: 98" in table
+    assert "| Wings | 5e-05 |" in table and "Target: 98" in table
     assert "post-hoc merge" in table and "T,T,V" in table and "attention shift" in table
     assert (tmp_path / "results" / "forgetting.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(InputError, match="other settings"):
+    with pytest.raises(InputError, match="holds another run, of other plan"):
         experiment.run(replace(SMALL, rank=5), *places)
     experiment.run(SMALL, tmp_path / "two", tmp_path / "results", jobs=2)
     shared = json.loads((tmp_path / "results" / "forgetting.json").read_text())
@@ -141,6 +152,7 @@ def test_the_target_is_text_kept_and_sight_next_to_the_best_baseline(text, visua
         return {"text": (text, [0, 1]), "visual": (visual, [0, 1])}
 
     summary = {"base": found(1.0, 0.95), "full": found(0.6, 0.805), "lora": found(0.7, 0.7)}
+    summary["full"]["wings minus it"] = {"visual": (visual - 0.805, [0, 1])}
     said = verdict(summary | {"wings": found(text, visual), "wings-visual": found(0, 1)})
     assert said.endswith(": met.") == met and "full tuning, stock LR" in said
 
