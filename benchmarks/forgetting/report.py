@@ -112,7 +112,7 @@ def markdown(everything: dict[str, Any], summary: dict[str, dict[str, Any]]) -> 
                 percent(before),
                 _cell(after),
                 ", ".join(map(percent, entry["by seed"]["text"])),
-                f"{100 * (after[0] - before):+.1f}",
+                f"{round(100 * (after[0] - before), 1) + 0:+.1f}",
                 _cell(entry["visual"]),
                 ", ".join(map(percent, entry["by seed"]["visual"])),
                 "" if name == "wings" else _points(entry["wings minus it"]["visual"]),
@@ -133,7 +133,7 @@ def markdown(everything: dict[str, Any], summary: dict[str, dict[str, Any]]) -> 
     alphas = ", ".join(map(str, summary["merge"]["alpha"]))
     return f"""# Text skills before and after learning to see
 
-`{everything["command"]}`, {everything["device"]}; base: {everything["base"]}; seeds {plan["seeds"]}.
+`{everything["command"]}`, {everything["device"]}; base: {everything["base"]}; seeds {", ".join(map(str, plan["seeds"]))}.
 
 Brackets are 95 % bootstrap intervals over seeds and scenes; there are few seeds, so their spread is
 poorly known; a difference's is paired by question. All arms share tower, data, projector, {plan["stage1_steps"]} steps of stage 1 and
