@@ -1,5 +1,6 @@
 """The experiment's course: each (seed, arm) leaves a file and is skipped when that file is there."""
 
+import hashlib
 import json
 from dataclasses import asdict
 from functools import cache
@@ -58,7 +59,9 @@ def run(
         if find_spec(package) is None:  # not only after all the training
             raise InputError(f"this needs {package}: pip install 'vlm-prune[plot,train]'")
     base = base or text_language_model()
-    about = {"plan": asdict(plan), "base": base.name}
+    load_language_model(load()[0], base)  # a wrong file must not claim the folder
+    digest = hashlib.sha256(base.read_bytes()).hexdigest()[:16]
+    about = {"plan": asdict(plan), "base": f"{base.name} (sha256 {digest})"}
     claim(output / "experiment.json", about)
     _shown(plan, output)  # here, so that not each process computes features
     spread = Parallel(n_jobs=jobs, return_as="generator")

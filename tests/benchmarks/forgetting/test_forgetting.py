@@ -120,6 +120,8 @@ def test_the_course_resumes_and_writes_its_results(few_arms, tmp_path, monkeypat
 
     monkeypatch.setattr(experiment, "measured", killed)
     places = tmp_path / "run", tmp_path / "results"
+    with pytest.raises(InputError, match="cannot take a language model"):
+        experiment.run(SMALL, *places, base=tmp_path / "missing.safetensors")
     with pytest.raises(KeyboardInterrupt):
         experiment.run(SMALL, *places)
     experiment.run(SMALL, *places)
