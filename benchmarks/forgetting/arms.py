@@ -71,9 +71,7 @@ class Plan:
         return f"{self._language_lr(arm):g}"
 
     def _language_lr(self, arm: "Arm") -> float:
-        if arm.method == "lora":
-            return self.new_lr
-        return self.stock_lr if arm.stock else self.wings_lr
+        return {"stock": self.stock_lr, "wings": self.wings_lr, "new": self.new_lr}[arm.lr]
 
     def recipe(self, arm: "Arm", stage: Literal[1, 2], seed: int, lora_rank: int = 1) -> Recipe:
         """Hyperparameters of one stage; `batch` counts rows."""
@@ -96,14 +94,14 @@ class Arm:
     Args:
         title: in tables.
         method: which parameters train, from `METHODS`; None trains nothing.
-        stock: whether the language model has the stock rate, or Wings'.
+        lr: which of the plan's rates the language model has.
         replay: whether text-only questions are mixed in.
         merged: made from the trained weights of `full` and the base, without training.
     """
 
     title: str
     method: str | None
-    stock: bool = True
+    lr: Literal["stock", "wings", "new"] = "stock"
     replay: bool = False
     merged: bool = False
 
@@ -118,15 +116,15 @@ ARMS: Registry[Arm] = Registry(
     {
         "base": Arm("base LLM", None),
         "full": Arm("full tuning, stock LR", "full"),
-        "full-low": Arm("full tuning, Wings' LR", "full", stock=False),
-        "lora": Arm("LoRA, matched parameters", "lora"),
+        "full-low": Arm("full tuning, Wings' LR", "full", lr="wings"),
+        "lora": Arm("LoRA, matched parameters", "lora", lr="new"),
         "replay": Arm("10 % text replay", "full", replay=True),
         "frozen-llm": Arm("frozen LLM + visual learner", "frozen-llm"),
         "merge": Arm("post-hoc merge", None, merged=True),
-        "wings": Arm("Wings", "wings", stock=False),
-        "wings-visual": Arm("Wings without textual learner", "wings-visual", stock=False),
-        "wings-textual": Arm("Wings without visual learner", "wings-textual", stock=False),
-        "wings-no-router": Arm("Wings without router", "wings-no-router", stock=False),
+        "wings": Arm("Wings", "wings", lr="wings"),
+        "wings-visual": Arm("Wings without textual learner", "wings-visual", lr="wings"),
+        "wings-textual": Arm("Wings without visual learner", "wings-textual", lr="wings"),
+        "wings-no-router": Arm("Wings without router", "wings-no-router", lr="wings"),
     },
 )
 

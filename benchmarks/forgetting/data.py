@@ -19,8 +19,8 @@ from vlm_prune.benchmarks.tasks.curriculum import (
     text_row,
     visual_row,
 )
-from vlm_prune.benchmarks.tasks.scenes import GRID, Scene, make_scene
-from vlm_prune.benchmarks.tasks.source import pixels_of
+from vlm_prune.benchmarks.tasks.scenes import Scene, make_scene
+from vlm_prune.benchmarks.tasks.source import SceneExample, pixels_of
 from vlm_prune.vlm.files import whole
 from vlm_prune.vlm.tiny.language import Row, clip
 from vlm_prune.vlm.tiny.tower import tower_features
@@ -38,9 +38,7 @@ class Shown:
 
     def triples(self) -> Tensor:
         """(scenes * 576, 3) name, colour and place of each patch, as `Symbols` takes them."""
-        place = np.arange(GRID * GRID)
-        labels = [(s.patch_names.ravel(), s.patch_colors.ravel(), place) for s in self.scenes]
-        return torch.from_numpy(np.concatenate([np.stack(one, 1) for one in labels]))
+        return torch.cat([SceneExample(scene).triples for scene in self.scenes])
 
 
 @torch.no_grad()

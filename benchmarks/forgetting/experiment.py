@@ -68,9 +68,8 @@ def run(
     list(spread(delayed(_begun)(plan, output, base, seed) for seed in plan.seeds))
     found, console = {}, Console()
     pairs = list(product(plan.seeds, ARMS))
-    trained = [pair for pair in pairs if not ARMS[pair[1]].merged]
-    merged = [pair for pair in pairs if ARMS[pair[1]].merged]  # from the weights of full tuning
-    for wave in (trained, merged):
+    for after in (False, True):  # merging takes the weights of full tuning
+        wave = [(seed, name) for seed, name in pairs if ARMS[name].merged is after]
         runs = spread(delayed(_finished)(plan, output, seed, name) for seed, name in wave)
         for (seed, name), entry in zip(wave, runs, strict=True):
             found[seed, name] = entry
@@ -95,7 +94,7 @@ def run(
 @cache
 def _shown(plan: Plan, output: Path) -> dict[str, Shown]:
     """The scenes of all splits; a process draws them once."""
-    quiet()
+    quiet()  # here, too, for a process of its own
     model, _ = load()
     sizes = {"train": plan.train_scenes, "val": plan.val_scenes, "test": plan.test_scenes}
     return {split: show(model, split, sizes[split], output) for split in SPLITS}

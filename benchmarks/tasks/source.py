@@ -84,7 +84,7 @@ def whole(seed: int, batch: int) -> Iterator[PatchBatch]:
     while True:
         drawn = [next(source) for _ in range(batch)]
         yield PatchBatch(
-            normalised(np.stack([s.pixels for s in drawn])),
+            pixels_of(drawn),
             places,
             torch.from_numpy(np.stack([s.patch_names.ravel() for s in drawn])),
             torch.from_numpy(np.stack([s.patch_colors.ravel() for s in drawn])),
@@ -113,7 +113,7 @@ class SceneExample:
 
     @property
     def pixels(self) -> Tensor:
-        return normalised(self.scene.pixels[None])[0]
+        return pixels_of([self.scene])[0]
 
     @property
     def triples(self) -> Tensor:
