@@ -15,7 +15,7 @@ from vlm_prune.vlm import midstack, session
 from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import Family, Need, family_of
-from vlm_prune.vlm.midstack import Cut, Side
+from vlm_prune.vlm.reducer import Cut, Side
 from vlm_prune.vlm.registry import Registry, unknown
 from vlm_prune.vlm.session import Positions
 from vlm_prune.vlm.tokens import (

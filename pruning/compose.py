@@ -19,7 +19,7 @@ from vlm_prune.vlm import midstack
 from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import Need
-from vlm_prune.vlm.midstack import Cut
+from vlm_prune.vlm.reducer import Cut
 from vlm_prune.vlm.tokens import DecoderTokens, Kept, Trace, VisionTokens, take, tokens_for
 
 

@@ -10,7 +10,7 @@ from torch.nn.functional import one_hot
 from vlm_prune.pruning.base import Counted, DecoderScorePruner
 from vlm_prune.pruning.received import in_decoder
 from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.midstack import Cut
+from vlm_prune.vlm.reducer import Cut
 from vlm_prune.vlm.registry import Registry
 from vlm_prune.vlm.tokens import DecoderTokens, Kept, top
 

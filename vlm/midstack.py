@@ -4,11 +4,11 @@ Layers before a cut keep all keys and values, layers after it only the kept ones
 differ between layers; masks and positions are rebuilt for each segment.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,50 +18,17 @@ from vlm_prune.vlm.cache import cache_of
 from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.layout import Standing, alike, repeated
+from vlm_prune.vlm.reducer import CutsFor, Reducer
 from vlm_prune.vlm.segment import Segment
 from vlm_prune.vlm.session import SELECTION, Positions, keeps_positions, measured, on_host
 from vlm_prune.vlm.tokens import (
     DecoderTokens,
-    Kept,
     QuestionRows,
     Trace,
     compact,
     is_right_padded,
     take,
 )
-
-Side = Literal["before", "after"]
-CutsFor = Callable[[int], list["Cut"]]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """After `layer` decoder layers have run, keep `keep` tokens of each image."""
-
-    layer: int
-    keep: int
-
-
-class Reducer(Protocol):
-    """What the engine asks of a method.
-
-    `reads` names the layer whose attention and keys the method sees, on either side of the cut; a
-    cut at 0 has only the layer after it. `chooses_readers` says whether to ask for `readers`.
-    """
-
-    reads: ClassVar[Side]
-    chooses_readers: ClassVar[bool]
-
-    def readers(self, tokens: DecoderTokens) -> Tensor:
-        """Question places (M, T) to read attention from, given the first layer's input."""
-
-    def reduce(self, tokens: DecoderTokens, keep: int) -> Kept:
-        """Keep `keep` tokens of each image."""
-
-    def compact(
-        self, keep: Tensor, *tensors: Tensor, right_padded: bool
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Close the gaps of a mask (B, L) in tensors (B, L, ...): validity (B, L'), and them."""
 
 
 class _MidStack:
@@ -286,8 +253,9 @@ def pruned(
 ) -> Iterator[Trace]:
     """Let `reducer` reduce the image tokens at `cuts` while the block is open.
 
-    `cuts` gives those of an image by its number of tokens before any pruning. Without a cache each forward scores anew with the text so far. Where the prompt is shortened
-    first, `trace` is that of the shortening, and goes on here.
+    `cuts` gives those of an image by its number of tokens before any pruning. Without a cache each
+    forward scores anew with the text so far. Where the prompt is shortened first, `trace` is that
+    of the shortening, and goes on here.
     """
     stack = _MidStack(model, cuts, reducer, positions, trace)
     family = stack.family
