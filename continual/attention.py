@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_prune.continual.config import Module, Tower
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 BLOCK = re.compile(r"(?P<before>.*?)(?:resblocks|blocks|layers)\.(?P<layer>\d+)\.(?P<part>.+)")
 PARTS: dict[str, Module] = {

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlm_prune.vlm.files import write_folder, write_text
+from vlm_prune.vlm.common.files import write_folder, write_text
 
 Tensors = dict[str, Tensor]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vlm_prune.continual.config import Tower
 from vlm_prune.continual.tiny import checkpoint_path
-from vlm_prune.vlm.errors import InputError, first_line
+from vlm_prune.vlm.common.errors import InputError, first_line
 
 DEFAULT = ("ViT-B-16-quickgelu", "openai")
 Transform = Callable[[Image.Image], Tensor]

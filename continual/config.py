@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, get_args
 
-from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.registry import unknown
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.registry import unknown
 
 Encoder = Literal["vision", "text", "all"]
 Tower = Literal["vision", "text"]

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlm_prune.continual.clip import Clip, Transform
 from vlm_prune.continual.streams.base import Task, check_names
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 PADDING = -1
 Draw = tuple[int, int]  # index of an image, seed of its augmentation

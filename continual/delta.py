@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vlm_prune.continual.attention import fuse, sites, split
 from vlm_prune.continual.layer import GatedLoRA, product
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 
 @dataclass

@@ -16,8 +16,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from vlm_prune.continual.clip import extra
-from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.files import whole, write_json
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.files import whole, write_json
 
 Array = NDArray[np.float64]
 METRICS = ("transfer", "average", "last", "forgetting", "forgetting_from_best")

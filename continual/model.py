@@ -9,7 +9,7 @@ from vlm_prune.continual.clip import Clip
 from vlm_prune.continual.config import Placement
 from vlm_prune.continual.delta import add
 from vlm_prune.continual.layer import GatedLoRA
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 
 def placed(clip: Clip, placement: Placement) -> dict[str, Site]:

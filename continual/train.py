@@ -29,8 +29,8 @@ from vlm_prune.continual.metrics import drift
 from vlm_prune.continual.parallel import average_gradients, gather, place
 from vlm_prune.continual.results import Results, read_results
 from vlm_prune.continual.streams.base import Task
-from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.files import claim, write_folder, write_json
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.files import claim, write_folder, write_json
 
 
 @dataclass(frozen=True)

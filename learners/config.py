@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.registry import unknown
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.registry import unknown
 
 Modality = Literal["visual", "textual"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.images import open_image
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.images import open_image
 
 IGNORED = -100
 PLACEHOLDER = "<image>"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vlm_prune.learners.columns import Reader, watch
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import family_of
 
 GROUPS = ("before", "itself", "after")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vlm_prune.learners.columns import weights_of_one
 from vlm_prune.learners.tokens import Keys, Run
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 Rotary = tuple[Tensor, Tensor]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.load import load
 

@@ -18,7 +18,7 @@ from vlm_prune.learners.lorra import LoRRA, Rotary
 from vlm_prune.learners.router import Router
 from vlm_prune.learners.tokens import Tokens, remember
 from vlm_prune.vlm.cache import CACHE, cache_of
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import family_of
 
 

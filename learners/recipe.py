@@ -9,9 +9,9 @@ from transformers import get_cosine_schedule_with_warmup
 
 from vlm_prune.learners.config import MODALITIES, Modality, WingsConfig
 from vlm_prune.learners.model import wings_layers
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.registry import Registry
 from vlm_prune.vlm.families import family_of
-from vlm_prune.vlm.registry import Registry
 from vlm_prune.vlm.tokens import Projector
 
 Group = Literal["projector", "learners", "language"]

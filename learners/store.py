@@ -14,9 +14,9 @@ from transformers.utils import cached_file
 
 from vlm_prune.learners.config import WingsConfig
 from vlm_prune.learners.model import attach, attached, detach, wings_layers
-from vlm_prune.vlm.errors import InputError, first_line
+from vlm_prune.vlm.common.errors import InputError, first_line
+from vlm_prune.vlm.common.files import whole, write_json
 from vlm_prune.vlm.families import family_of
-from vlm_prune.vlm.files import whole, write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from vlm_prune.learners.config import Modality, WingsConfig
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.tokens import compact, take
 
 SPARE = 256

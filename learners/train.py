@@ -25,9 +25,9 @@ from vlm_prune.learners.data import IGNORED, Conversations, Example, collate, or
 from vlm_prune.learners.model import attach, detach
 from vlm_prune.learners.recipe import METHODS, Group, Recipe, make_optimizer, open_parameters
 from vlm_prune.learners.store import load_adapter_state, read_adapter, save_pretrained
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.files import claim, write_json, write_text
 from vlm_prune.vlm.families import family_of
-from vlm_prune.vlm.files import claim, write_json, write_text
 from vlm_prune.vlm.load import load
 
 TRACKERS = ("tensorboard", "trackio")

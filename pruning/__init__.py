@@ -24,7 +24,7 @@ from vlm_prune.pruning.sparsevlm import SparseVLM
 from vlm_prune.pruning.visionzip import VisionZip
 from vlm_prune.pruning.vispruner import VisPruner
 from vlm_prune.pruning.zoo import Zoo, ZooExact
-from vlm_prune.vlm.registry import Registry
+from vlm_prune.vlm.common.registry import Registry
 
 METHODS: Registry[type[Pruner]] = Registry(
     "method",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vlm_prune.kernels.text_guided_score import text_guided_score
 from vlm_prune.pruning.base import Counted, DecoderScorePruner
-from vlm_prune.vlm.registry import Registry
+from vlm_prune.vlm.common.registry import Registry
 from vlm_prune.vlm.tokens import DecoderTokens
 
 

@@ -10,25 +10,18 @@ from typing import Any, ClassVar, Literal, get_args
 from torch import Tensor
 
 from vlm_prune.kernels.compact_tokens import compact_tokens
+from vlm_prune.pruning.registry import methods
 from vlm_prune.pruning.schedule import Schedule, fit, scaled
-from vlm_prune.vlm import midstack, session
+from vlm_prune.vlm import layer_pruning, prompt_pruning
+from vlm_prune.vlm.budget import check_budget, check_fits, tokens_for
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.registry import Registry, unknown
 from vlm_prune.vlm.encoded import Images
-from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import Family, Need, family_of
+from vlm_prune.vlm.prompt_pruning import Positions
 from vlm_prune.vlm.reducer import Cut, Side
-from vlm_prune.vlm.registry import Registry, unknown
-from vlm_prune.vlm.session import Positions
-from vlm_prune.vlm.tokens import (
-    DecoderTokens,
-    Kept,
-    Trace,
-    VisionTokens,
-    check_budget,
-    check_fits,
-    tokens_for,
-    top,
-)
-from vlm_prune.vlm.wrapper import methods
+from vlm_prune.vlm.tokens import DecoderTokens, Kept, VisionTokens, top
+from vlm_prune.vlm.trace import Trace
 
 Stage = Literal["input", "encoder", "projector", "decoder"]
 Counted = Literal["computed", "at the cut", "kept"]
@@ -155,7 +148,7 @@ class VisionPruner(Pruner):
     def __call__(self, model: Any, vision: Images | None = None) -> AbstractContextManager[Trace]:
         self.admit(model)
         pixels = self.pixels if self.stage == "input" else None
-        return session.pruned(model, self.reduce, self.positions, pixels, vision)
+        return prompt_pruning.pruned(model, self.reduce, self.positions, pixels, vision)
 
 
 @dataclass
@@ -250,7 +243,7 @@ class DecoderPruner(Pruner):
 
     def __call__(self, model: Any, vision: Images | None = None) -> AbstractContextManager[Trace]:
         layers = len(self.admit(model).decoder.layers)
-        return midstack.pruned(model, partial(self.cuts, layers=layers), self, self.positions)
+        return layer_pruning.pruned(model, partial(self.cuts, layers=layers), self, self.positions)
 
 
 @dataclass

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vlm_prune.pruning.base import Pruner, Stage
+from vlm_prune.pruning.registry import build
+from vlm_prune.vlm.budget import tokens_for
+from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.encoded import Images
-from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import Need, family_of
-from vlm_prune.vlm.tokens import Trace, tokens_for
-from vlm_prune.vlm.wrapper import build
+from vlm_prune.vlm.trace import Trace
 
 PACKAGED = Path(__file__).with_name("best.json")
 

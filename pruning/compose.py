@@ -15,12 +15,14 @@ from vlm_prune.pruning.base import DecoderPruner, Pruner, Stage, VisionPruner
 from vlm_prune.pruning.divprune import DivPrune
 from vlm_prune.pruning.select import averaged, others
 from vlm_prune.pruning.zoo import ZooExact
-from vlm_prune.vlm import midstack
+from vlm_prune.vlm import layer_pruning
+from vlm_prune.vlm.budget import tokens_for
+from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.encoded import Images
-from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families import Need
 from vlm_prune.vlm.reducer import Cut
-from vlm_prune.vlm.tokens import DecoderTokens, Kept, Trace, VisionTokens, take, tokens_for
+from vlm_prune.vlm.tokens import DecoderTokens, Kept, VisionTokens, take
+from vlm_prune.vlm.trace import Trace
 
 
 def _before_the_model(method: object) -> None:
@@ -86,7 +88,7 @@ class Cascade(Pruner):
         inside = replace(self.inside, positions=self.positions, seed=self.seed)
         with (
             pre(model, vision) as trace,
-            midstack.pruned(model, cuts, inside, self.positions, trace),
+            layer_pruning.pruned(model, cuts, inside, self.positions, trace),
         ):
             yield trace
 

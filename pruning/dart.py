@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from vlm_prune.pruning.base import Counted, DecoderPruner
 from vlm_prune.pruning.schedule import check_layer
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.tokens import DecoderTokens, Kept, top
 
 

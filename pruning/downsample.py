@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from vlm_prune.pruning.base import Stage, VisionPruner
+from vlm_prune.vlm.budget import tokens_for
 from vlm_prune.vlm.families import Need
-from vlm_prune.vlm.tokens import Kept, VisionTokens, tokens_for
+from vlm_prune.vlm.tokens import Kept, VisionTokens
 
 
 def grid_for(k: int, rows: int, columns: int, stretch: float = 1.5) -> tuple[int, int]:

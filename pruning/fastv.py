@@ -8,7 +8,7 @@ from torch import Tensor
 from vlm_prune.pruning.base import DecoderScorePruner
 from vlm_prune.pruning.received import from_rows, in_decoder
 from vlm_prune.pruning.schedule import check_layer
-from vlm_prune.vlm.registry import Registry
+from vlm_prune.vlm.common.registry import Registry
 from vlm_prune.vlm.tokens import DecoderTokens
 
 Readers = Literal["all", "last"]

@@ -9,7 +9,7 @@ from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
 from vlm_prune.pruning.base import Stage, VisionPruner
 from vlm_prune.pruning.received import in_tower
 from vlm_prune.pruning.select import averaged, others
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.tokens import Kept, VisionTokens, take, top
 
 

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from vlm_prune.kernels.token_sensitivity import closed_form, monte_carlo, weight_kernel, weight_root
 from vlm_prune.pruning.base import Stage, VisionPruner
 from vlm_prune.pruning.select import diverse, min_max
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import Need
 from vlm_prune.vlm.tokens import Kept, Projector, VisionTokens, top
 

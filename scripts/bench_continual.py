@@ -8,8 +8,8 @@ from typing import Annotated
 import torch
 import typer
 
-from vlm_prune.benchmarks.continual.timing import step_times
-from vlm_prune.benchmarks.terminal import script
+from vlm_prune.benchmarks.cli.terminal import script
+from vlm_prune.benchmarks.experiments.continual.timing import step_times
 from vlm_prune.continual.clip import Clip, load_clip
 from vlm_prune.continual.methods import make_method
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from vlm_prune.benchmarks.environment import environment
-from vlm_prune.benchmarks.kernels import Shape, cases, markdown, measure
-from vlm_prune.benchmarks.roofline import measured_ceilings
-from vlm_prune.vlm.files import write_json, write_text
+from vlm_prune.benchmarks.evaluation.environment import environment
+from vlm_prune.benchmarks.speed.kernels import Shape, cases, markdown, measure
+from vlm_prune.benchmarks.speed.roofline import measured_ceilings
+from vlm_prune.vlm.common.files import write_json, write_text
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ import torch
 import typer
 from rich.console import Console
 
-from vlm_prune.benchmarks.continual.experiment import ARMS, Experiment, run_all
-from vlm_prune.benchmarks.continual.results import time_steps, write
-from vlm_prune.benchmarks.terminal import script
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.benchmarks.cli.terminal import script
+from vlm_prune.benchmarks.experiments.continual.experiment import ARMS, Experiment, run_all
+from vlm_prune.benchmarks.experiments.continual.results import time_steps, write
+from vlm_prune.vlm.common.errors import InputError
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "continual"
 

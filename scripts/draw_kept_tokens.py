@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from vlm_prune.benchmarks.overlay import kept_overlay
+from vlm_prune.benchmarks.report.overlay import kept_overlay
 from vlm_prune.benchmarks.tasks import TASKS
 from vlm_prune.benchmarks.tasks.scenes import GRID, SIDE
 from vlm_prune.pruning import METHODS

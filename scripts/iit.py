@@ -9,13 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from vlm_prune.benchmarks.iit.build import build
-from vlm_prune.benchmarks.iit.evaluate import evaluate
-from vlm_prune.benchmarks.iit.sources import SOURCES
-from vlm_prune.benchmarks.terminal import script
+from vlm_prune.benchmarks.cli.terminal import script
+from vlm_prune.benchmarks.experiments.iit.build import build
+from vlm_prune.benchmarks.experiments.iit.evaluate import evaluate
+from vlm_prune.benchmarks.experiments.iit.sources import SOURCES
 from vlm_prune.learners import from_pretrained
+from vlm_prune.pruning.registry import build as build_pruner
 from vlm_prune.vlm.load import load
-from vlm_prune.vlm.wrapper import build as build_pruner
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

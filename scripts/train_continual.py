@@ -12,9 +12,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vlm_prune.benchmarks.cli import parse_arguments
-from vlm_prune.benchmarks.continual.learn import Learning, accuracy_matrix, learn, retained
-from vlm_prune.benchmarks.terminal import script
+from vlm_prune.benchmarks.cli.app import parse_arguments
+from vlm_prune.benchmarks.cli.terminal import script
+from vlm_prune.benchmarks.experiments.continual.learn import (
+    Learning,
+    accuracy_matrix,
+    learn,
+    retained,
+)
 from vlm_prune.continual.methods import METHODS
 from vlm_prune.continual.parallel import place
 from vlm_prune.continual.results import read_results

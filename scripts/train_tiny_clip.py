@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import typer
 
-from vlm_prune.benchmarks.terminal import script
+from vlm_prune.benchmarks.cli.terminal import script
 from vlm_prune.continual.tiny import checkpoint_path
 from vlm_prune.continual.tiny.card import write_card
 from vlm_prune.continual.tiny.train import STATE, Pretraining, Recipe

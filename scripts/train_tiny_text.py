@@ -13,13 +13,13 @@ import torch
 import typer
 from transformers import AutoProcessor
 
-from vlm_prune.benchmarks.tasks.source import SceneSource
-from vlm_prune.benchmarks.terminal import script
+from vlm_prune.benchmarks.cli.terminal import script
+from vlm_prune.benchmarks.embedded_models.log import recorder
+from vlm_prune.benchmarks.embedded_models.source import SceneSource
+from vlm_prune.benchmarks.embedded_models.store import save_language_model
+from vlm_prune.benchmarks.embedded_models.text import train_text
 from vlm_prune.vlm.tiny import checkpoint_path
 from vlm_prune.vlm.tiny.config import make_model
-from vlm_prune.vlm.tiny.log import recorder
-from vlm_prune.vlm.tiny.store import save_language_model
-from vlm_prune.vlm.tiny.text import train_text
 
 
 def main(

@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from vlm_prune.benchmarks.forgetting import choose_experiment
-from vlm_prune.benchmarks.terminal import quiet, script
+from vlm_prune.benchmarks.cli.terminal import quiet, script
+from vlm_prune.benchmarks.experiments.forgetting import choose_experiment
 from vlm_prune.learners import WingsConfig
 from vlm_prune.learners.data import read_llava
 from vlm_prune.learners.merge import sweep

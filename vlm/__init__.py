@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 if TYPE_CHECKING:
-    from vlm_prune.vlm.wrapper import PrunedVLM
+    from vlm_prune.pruning.pipeline import PrunedVLM
 
 __all__ = ["InputError", "PrunedVLM"]
 
@@ -13,7 +13,7 @@ __all__ = ["InputError", "PrunedVLM"]
 def __getattr__(name: str) -> Any:
     """Import torch only when the wrapper is asked for."""
     if name == "PrunedVLM":
-        from vlm_prune.vlm.wrapper import PrunedVLM
+        from vlm_prune.pruning.pipeline import PrunedVLM
 
         return PrunedVLM
     raise AttributeError(name)

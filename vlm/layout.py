@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 
 def alike(keys: Sequence[Hashable]) -> list[list[int]]:

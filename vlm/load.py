@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from vlm_prune.vlm.errors import InputError, first_line
+from vlm_prune.vlm.common.errors import InputError, first_line
 from vlm_prune.vlm.tiny import checkpoint_path
 
 EMBEDDED = "tiny"

@@ -1,6 +1,5 @@
 """Image tokens as plain tensors: what pruners see, what they give back, and index maths."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -154,56 +153,6 @@ class Kept:
     def at(cls, features: Tensor, places: Tensor) -> "Kept":
         """Keep tokens of (M, N, d) as they are; `places` is (M, k), ascending."""
         return cls(list(places), list(take(features, places)))
-
-
-@dataclass
-class Trace:
-    """What happened inside a pruning block, for reports and pictures.
-
-    `kept` holds the places kept of each image (after the last cut, for methods that prune inside
-    the language model), `entered` those that entered a language model whose prompt was shortened,
-    `available` how many tokens each image had before, `computed` for each decoder layer how many
-    tokens of each image it computes, `cuts` the places kept at each cut, and `selection_s` /
-    `vision_s` seconds spent selecting and encoding.
-    """
-
-    kept: list[Tensor] = field(default_factory=list)
-    entered: list[Tensor] = field(default_factory=list)
-    available: list[int] = field(default_factory=list)
-    cuts: list[list[Tensor]] = field(default_factory=list)
-    computed: list[list[int]] = field(default_factory=list)
-    selection_s: float = 0.0
-    vision_s: float = 0.0
-
-    @property
-    def layer_tokens(self) -> list[float]:
-        """The mean number of tokens per image that each decoder layer computes."""
-        return [sum(counts) / max(1, len(counts)) for counts in self.computed]
-
-
-def tokens_for(budget: float, available: int) -> int:
-    """Tokens that a budget means for an image: a count, at most all, or a fraction in (0, 1]."""
-    if isinstance(budget, int):
-        return min(budget, available)
-    return max(1, round(budget * available))
-
-
-def check_fits(budget: float, available: int) -> None:
-    """Raises `InputError` when a count is above the tokens that every image has."""
-    if isinstance(budget, int) and budget > available:
-        raise InputError(
-            f"budget {budget} is above the {available} tokens of an image; "
-            f"give 1 to {available}, or a fraction such as 0.11"
-        )
-
-
-def check_budget(budget: float) -> None:
-    """Raises `InputError` unless `budget` is a positive count or a fraction in (0, 1]."""
-    ok = budget >= 1 if isinstance(budget, int) else math.isfinite(budget) and 0 < budget <= 1
-    if isinstance(budget, bool) or not ok:
-        raise InputError(
-            f"budget {budget} is out of range; give tokens per image (64) or a fraction (0.11)"
-        )
 
 
 def take(tokens: Tensor, indices: Tensor) -> Tensor:

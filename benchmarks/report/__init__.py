@@ -17,8 +17,8 @@ from vlm_prune.benchmarks.report.gallery import gallery
 from vlm_prune.benchmarks.report.load import Run, load_runs
 from vlm_prune.benchmarks.report.numbers import CONTROLS, PHASES, bars, budgets
 from vlm_prune.benchmarks.report.plot import draw, series_of
-from vlm_prune.benchmarks.table import count, percent, three_ways, with_interval
-from vlm_prune.vlm.files import write_text
+from vlm_prune.benchmarks.stats.table import count, percent, three_ways, with_interval
+from vlm_prune.vlm.common.files import write_text
 
 HERE = Path(__file__).parent
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_prune.benchmarks.table import method_name
-from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.tokens import tokens_for
+from vlm_prune.benchmarks.stats.table import method_name
+from vlm_prune.vlm.budget import tokens_for
+from vlm_prune.vlm.common.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from vlm_prune.benchmarks.report.load import Run
 from vlm_prune.benchmarks.report.numbers import CONTROLS
-from vlm_prune.benchmarks.table import count
+from vlm_prune.benchmarks.stats.table import count
 
 LEFT, RIGHT, TOP, BOTTOM = 40, 44, 14, 44
 TICK_GAP = 40

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from vlm_prune.benchmarks import lmms
+from vlm_prune.benchmarks import lmms_eval
 from vlm_prune.benchmarks.report.load import Row, Run
 from vlm_prune.benchmarks.tasks import TASKS
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 Pictures = list[Image.Image]
 
@@ -34,9 +34,9 @@ def pictures_of(
 
 
 def _read(task: str, asked: dict[int, str], data_root: Path | None) -> dict[int, Pictures]:
-    if not lmms.installed():
-        raise InputError(f"its images are read by lmms-eval: {lmms.INSTALL}")
-    from vlm_prune.benchmarks.lmms.shown import images_of
+    if not lmms_eval.installed():
+        raise InputError(f"its images are read by lmms-eval: {lmms_eval.INSTALL}")
+    from vlm_prune.benchmarks.lmms_eval.shown import images_of
 
     return images_of(task, asked, data_root)
 

@@ -2,7 +2,7 @@
 
 from vlm_prune.benchmarks.tasks import attribute, choice, count, exist, iit, ocr, relation, text
 from vlm_prune.benchmarks.tasks.base import Question, Sample, Split, Task, Turn
-from vlm_prune.vlm.registry import Registry
+from vlm_prune.vlm.common.registry import Registry
 
 TASKS: Registry[Task] = Registry(
     "task",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import Image
 
-from vlm_prune.benchmarks.metrics.vqa import exact_match
+from vlm_prune.benchmarks.tasks.vqa import exact_match
 
 if TYPE_CHECKING:
     from vlm_prune.benchmarks.tasks.scenes import Scene

@@ -18,7 +18,7 @@ from vlm_prune.continual.methods.random_rank import RandomRank
 from vlm_prune.continual.methods.wise_ft import WiseFT
 from vlm_prune.continual.methods.zero_shot import ZeroShot
 from vlm_prune.continual.methods.zscl import ZSCL
-from vlm_prune.vlm.registry import Registry
+from vlm_prune.vlm.common.registry import Registry
 
 METHODS: Registry[type[Method]] = Registry("continual method")
 for _method in (

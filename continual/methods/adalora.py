@@ -9,7 +9,7 @@ from torch import Tensor
 from vlm_prune.continual.config import above, within
 from vlm_prune.continual.delta import Delta
 from vlm_prune.continual.methods.peft_adapter import PeftAdapter
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 STATISTICS = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 

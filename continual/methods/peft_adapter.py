@@ -15,7 +15,7 @@ from vlm_prune.continual.config import Placement, above
 from vlm_prune.continual.delta import Delta
 from vlm_prune.continual.methods.base import Context, Group, Method
 from vlm_prune.continual.model import placed
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 
 @dataclass

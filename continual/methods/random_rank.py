@@ -9,7 +9,7 @@ import torch
 from vlm_prune.continual.config import within
 from vlm_prune.continual.delta import Delta
 from vlm_prune.continual.methods.gated import Gated
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 
 def reference(run: Path | str, number: int) -> Delta:

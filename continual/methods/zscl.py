@@ -15,8 +15,8 @@ from vlm_prune.continual.delta import Delta
 from vlm_prune.continual.losses import distil
 from vlm_prune.continual.methods.base import Context, Group
 from vlm_prune.continual.methods.full import FullFineTune
-from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.images import open_image
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.images import open_image
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 

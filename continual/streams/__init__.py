@@ -9,8 +9,8 @@ from vlm_prune.continual.streams.coop import read_coop_split
 from vlm_prune.continual.streams.files import csv_manifest, image_folder
 from vlm_prune.continual.streams.packaged import packaged
 from vlm_prune.continual.streams.stream import Stream, few_shot, write_indices
-from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.registry import Registry
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.registry import Registry
 
 Make = Callable[[Path, int, int | None, bool], Stream]
 STREAMS: Registry[Make] = Registry(

@@ -8,7 +8,7 @@ from typing import overload
 
 from PIL import Image
 
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 logger = logging.getLogger(__name__)
 Labelled = tuple[Image.Image, int]

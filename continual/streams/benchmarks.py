@@ -8,7 +8,7 @@ from pathlib import Path
 from vlm_prune.continual.streams.coop import coop_task
 from vlm_prune.continual.streams.stream import Stream, few_shot
 from vlm_prune.continual.streams.torchvision_sets import torchvision_task
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 ORDER_1 = (
     "aircraft", "caltech101", "cifar100", "dtd", "eurosat", "flowers",

@@ -12,7 +12,7 @@ from vlm_prune.continual.streams.base import Task
 from vlm_prune.continual.streams.files import Files
 from vlm_prune.continual.streams.names import table
 from vlm_prune.continual.streams.torchvision_sets import torchvision_task
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 # folder names in use, the split file, and the folder of the images
 LAYOUT: dict[str, tuple[tuple[str, ...], str, str]] = {

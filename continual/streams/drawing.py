@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from vlm_prune.continual.streams.patterns import SIDE, SUPERSAMPLE, TEXTURES, shape_mask
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 Style = Literal["plain", "varied"]
 Draw = Callable[[str, np.random.Generator, Style], Image.Image]

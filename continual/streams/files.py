@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlm_prune.continual.streams.base import Labelled, LabelledImages, Task, readable
-from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.images import open_image
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.images import open_image
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 PHOTO = ("a photo of a {}.",)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.registry import Registry
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.registry import Registry
 
 VERSION = 1
 # data sets whose own names differ from the table's in spelling alone

@@ -19,7 +19,7 @@ from PIL import Image
 from vlm_prune.continual.streams import drawing, patterns
 from vlm_prune.continual.streams.base import Labelled, LabelledImages, Task
 from vlm_prune.continual.streams.drawing import Style
-from vlm_prune.vlm.registry import Registry
+from vlm_prune.vlm.common.registry import Registry
 
 Split = Literal["pretraining", "train", "val", "test"]
 SEED = 20260

@@ -8,8 +8,8 @@ from zlib import crc32
 import numpy as np
 
 from vlm_prune.continual.streams.base import Labelled, LabelledImages, Task, check_names
-from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.files import write_json
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.files import write_json
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from vlm_prune.continual.streams.base import Labelled, LabelledImages, Task, readable
 from vlm_prune.continual.streams.names import in_own_order, table
 from vlm_prune.continual.streams.stream import Subset
-from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.images import open_image
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.images import open_image
 
 # class in torchvision.datasets, what must be there under the root, and each split's arguments
 SETS: dict[str, tuple[str, str, dict[str, dict[str, Any]]]] = {

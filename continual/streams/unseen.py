@@ -13,8 +13,8 @@ from vlm_prune.continual.streams.base import Task
 from vlm_prune.continual.streams.files import PHOTO, folder_split, list_classes
 from vlm_prune.continual.streams.packaged import task as packaged_task
 from vlm_prune.continual.streams.torchvision_sets import Held, torchvision_class, torchvision_task
-from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.registry import Registry
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.registry import Registry
 
 
 def scenes() -> Task:

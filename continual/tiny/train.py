@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax, normalize, pad
 
+from vlm_prune.benchmarks.embedded_models.initial import waves, whitened
 from vlm_prune.continual import checkpoint
 from vlm_prune.continual.clip import extra
 from vlm_prune.continual.streams.packaged import DOMAINS, PER_CLASS, Drawn
 from vlm_prune.continual.tiny.config import WEIGHTS, write_folder
-from vlm_prune.vlm.files import claim, whole
-from vlm_prune.vlm.tiny.initial import waves, whitened
+from vlm_prune.vlm.common.files import claim, whole
 
 logger = logging.getLogger(__name__)
 STATE = "state.safetensors"

@@ -7,7 +7,7 @@ import pytest
 from shaken import shake
 from transformers import LlamaForCausalLM
 
-from vlm_prune.benchmarks import cli
+from vlm_prune.benchmarks.cli import app as cli
 from vlm_prune.learners import WingsConfig, attach, detach, save_pretrained
 
 CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))

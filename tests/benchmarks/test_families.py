@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from vlm_prune.benchmarks import run as engine
-from vlm_prune.benchmarks.prompts import make_prompts
-from vlm_prune.benchmarks.support import every_method, support
+from vlm_prune.benchmarks.cli.support import every_method, support
+from vlm_prune.benchmarks.evaluation import engine
+from vlm_prune.benchmarks.evaluation.prompts import make_prompts
 from vlm_prune.benchmarks.tasks import TASKS, Sample, Task, Turn
 from vlm_prune.pruning import METHODS
 from vlm_prune.vlm.families import family_of

@@ -16,7 +16,7 @@ from vlm_prune.continual.layer import GatedLoRA
 from vlm_prune.continual.methods import Context
 from vlm_prune.continual.methods.codyra import CoDyRA
 from vlm_prune.continual.model import insert, remove
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from vlm_prune.continual.methods.codyra_plus import kept_components
 from vlm_prune.continual.methods.olora import overlap
 from vlm_prune.continual.methods.rail import ridge
 from vlm_prune.continual.train import Run, train
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 RECIPE = Recipe(steps=8, batch=5, lr=1e-2, betas=(0.9, 0.999))
 OPTIONS = {

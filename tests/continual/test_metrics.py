@@ -10,7 +10,7 @@ from rich.console import Console
 
 from vlm_prune.continual import metrics
 from vlm_prune.continual.metrics import AccuracyMatrix, drift, resampled, retention, summary
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 HAND = np.array([[0.8, 0.0, 0.3], [0.6, 0.9, 0.5], [0.7, 0.4, 1.0]])
 

@@ -22,7 +22,7 @@ from vlm_prune.continual.methods.codyra import CoDyRA
 from vlm_prune.continual.metrics import drift
 from vlm_prune.continual.streams.files import Files
 from vlm_prune.continual.train import Run, train
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 RECIPE = Recipe(steps=6, batch=4, lr=1e-2)
 

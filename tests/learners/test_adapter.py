@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from vlm_prune.learners import WingsConfig, attach, detach, from_pretrained, save_pretrained
 from vlm_prune.vlm.cache import CACHE
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.load import load
 
 ROWS = [(1, 5), (0, 9)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vlm_prune.learners.data import Conversations, Example, collate, encode, order, read_llava
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 
 def test_only_the_assistants_turns_are_taught(processor_56, conversations):

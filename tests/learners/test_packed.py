@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import family_of
 
 IMAGE, TOKENS = 5, 16

@@ -18,7 +18,7 @@ from vlm_prune.learners.merge import merge, sweep
 from vlm_prune.learners.model import wings_layers
 from vlm_prune.learners.recipe import METHODS, PRESETS
 from vlm_prune.learners.train import Run, prepare, train
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.load import load
 
 QUICK = {"projector_lr": 1e-2, "learner_lr": 1e-2, "language_lr": 1e-2, "batch": 4, "lora_rank": 2}

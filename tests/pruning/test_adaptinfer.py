@@ -3,7 +3,7 @@
 import pytest
 
 from vlm_prune.pruning.adaptinfer import AdaptInfer
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 
 def test_authors_presets_stand_where_the_code_prunes():

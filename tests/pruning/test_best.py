@@ -5,7 +5,7 @@ import json
 import pytest
 
 from vlm_prune.pruning import Best, Cascade, DivPrune, FoPru, Merge
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from vlm_prune.pruning import (
     Random,
     merging,
 )
-from vlm_prune.vlm.errors import InputError
-from vlm_prune.vlm.wrapper import build
+from vlm_prune.pruning.registry import build
+from vlm_prune.vlm.common.errors import InputError
 
 INSIDE = ("adaptinfer", "fastv", "sparsevlm", "pyramiddrop", "dart")
 BEFORE = ("random", "fopru", "visionzip", "vispruner", "divprune", "cdpruner", "zoo-exact")

@@ -8,7 +8,7 @@ from torch.nn.functional import cosine_similarity
 
 from vlm_prune.pruning.dart import Dart
 from vlm_prune.vlm.cache import CACHE
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 
 @pytest.mark.parametrize("keep", [3, 9, 17])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vlm_prune.pruning.fastv import FastV
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 
 @pytest.mark.parametrize("queries", ["all", "last"])

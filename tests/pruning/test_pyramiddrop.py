@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vlm_prune.pruning.pyramiddrop import PyramidDrop
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 
 def test_the_first_cut_keeps_what_the_next_layers_map_ranks_highest(llava, asked):

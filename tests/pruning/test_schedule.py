@@ -4,7 +4,7 @@ import pytest
 
 from vlm_prune.pruning import METHODS, DecoderPruner
 from vlm_prune.pruning.schedule import Schedule
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 INSIDE = [name for name, method in METHODS.items() if issubclass(method, DecoderPruner)]
 

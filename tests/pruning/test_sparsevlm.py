@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vlm_prune.pruning.sparsevlm import SparseVLM, density_peaks, raters
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.tokens import QuestionRows
 
 

@@ -6,7 +6,7 @@ from torch.nn.functional import cosine_similarity
 
 from vlm_prune.pruning.received import in_tower
 from vlm_prune.pruning.visionzip import VisionZip
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 
 @pytest.mark.parametrize(("budget", "merged"), [(64, 10), (128, 20), (192, 30), (1, 0)])

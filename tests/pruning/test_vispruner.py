@@ -8,7 +8,7 @@ from torch.nn.functional import cosine_similarity
 
 from vlm_prune.pruning.received import in_tower
 from vlm_prune.pruning.vispruner import VisPruner, without_duplicates
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 
 @pytest.mark.parametrize(("count", "k", "step"), [(40, 9, 8), (41, 30, 4), (23, 0, 8), (5, 5, 8)])

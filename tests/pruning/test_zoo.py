@@ -6,7 +6,7 @@ from torch.nn.functional import cosine_similarity, gelu
 
 from vlm_prune.pruning.select import diverse, min_max
 from vlm_prune.pruning.zoo import Zoo, ZooExact
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.tokens import Projector, VisionTokens
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.cache import CACHE
 from vlm_prune.vlm.cost import key_value_bytes, prefill_flops
 from vlm_prune.vlm.families import family_of
-from vlm_prune.vlm.wrapper import build
 
 
 def test_prefill_and_tower_flops(llava, images, make_inputs):

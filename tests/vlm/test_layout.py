@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.layout import alike, image_ordinals, image_places, image_runs, repeated
 
 IS_IMAGE = torch.tensor([[0, 1, 1, 0, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 0]], dtype=torch.bool)

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.registry import Registry
 from vlm_prune.vlm.families.base import Family, Need
 from vlm_prune.vlm.families.internvl import InternVL
 from vlm_prune.vlm.families.llava import Llava
@@ -11,7 +12,6 @@ from vlm_prune.vlm.families.llava_onevision import LlavaOneVision
 from vlm_prune.vlm.families.qwen2_5_vl import Qwen25VL
 from vlm_prune.vlm.families.qwen3_vl import Qwen3VL
 from vlm_prune.vlm.families.smolvlm import SmolVLM
-from vlm_prune.vlm.registry import Registry
 
 FAMILIES: Registry[type[Family]] = Registry(
     "model family",

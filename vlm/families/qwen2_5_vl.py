@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import gelu
 from transformers.vision_utils import get_vision_window_index
 
+from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.cost import tower_flops
 from vlm_prune.vlm.encoded import Group, Images
-from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families.base import Family, Need, matrices, seed_of
 from vlm_prune.vlm.layout import alike
 from vlm_prune.vlm.tokens import Projector, VisionTokens

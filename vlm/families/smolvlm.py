@@ -16,8 +16,8 @@ from packaging.version import Version
 from torch import Tensor
 
 from vlm_prune.vlm.attention import encoder_query_key
+from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.encoded import Images
-from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families.base import Need
 from vlm_prune.vlm.families.tiled import Tiled
 from vlm_prune.vlm.layout import image_runs

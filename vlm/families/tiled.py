@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.encoded import Group, Images
-from vlm_prune.vlm.errors import InputError
 from vlm_prune.vlm.families.base import Family, Need, seed_of
 from vlm_prune.vlm.layout import alike
 from vlm_prune.vlm.tokens import VisionTokens

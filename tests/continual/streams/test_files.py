@@ -9,7 +9,7 @@ from PIL import Image
 
 from vlm_prune.continual.streams import csv_manifest, image_folder, read_coop_split
 from vlm_prune.continual.streams.coop import coop_task
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 
 def one_line(error, *words):

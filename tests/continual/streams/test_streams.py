@@ -16,7 +16,7 @@ from vlm_prune.continual.streams.packaged import task as packaged_task
 from vlm_prune.continual.streams.stream import Stream
 from vlm_prune.continual.streams.torchvision_sets import SETS, torchvision_task
 from vlm_prune.continual.streams.unseen import imagenet, imagenet_names, place_name, places365
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 
 COUNTS = {
     "aircraft": 100, "caltech101": 101, "cifar100": 100, "dtd": 47, "eurosat": 10, "flowers": 102,

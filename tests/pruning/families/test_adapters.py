@@ -9,11 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BlipConfig
 
 from vlm_prune.pruning import DivPrune, FastV, NoPruning, Random
+from vlm_prune.pruning.pipeline import PrunedVLM
 from vlm_prune.pruning.received import in_tower
-from vlm_prune.vlm.errors import InputError
+from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import FAMILIES, family_of
 from vlm_prune.vlm.load import load
-from vlm_prune.vlm.wrapper import PrunedVLM
 
 
 def encode(tiny, rows):

@@ -1,0 +1,64 @@
+"""`vlm-prune map`."""
+
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlm_prune.benchmarks.cli.options import (
+    BatchSize,
+    Dtype,
+    Method,
+    Model,
+    parse_arguments,
+    parse_budget,
+)
+from vlm_prune.benchmarks.cli.terminal import progress, quiet
+from vlm_prune.vlm.common.errors import InputError
+
+
+def map_command(
+    source: Annotated[
+        Path,
+        typer.Option(
+            "--input", help="A folder of images, or a .csv or .parquet file: path[, prompt]."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Parquet file to write; a killed run resumes beside it.")
+    ],
+    prompt: Annotated[str, typer.Option(help="Asked about every image without its own.")] = "",
+    model: Model = "tiny",
+    method: Method = "zoo",
+    budget: Annotated[str, typer.Option(help="Tokens per image, or a fraction.")] = "64",
+    batch_size: BatchSize = 8,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda (Ray hands out the GPUs), mps.")
+    ] = "auto",
+    dtype: Dtype = "auto",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first images.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer; the model's own limit unless given.")
+    ] = None,
+    method_args: Annotated[str, typer.Option(help="Hyperparameters, name=value,...")] = "",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Models at a time; one per GPU, or one on the CPUs.")
+    ] = None,
+    cpus: Annotated[int | None, typer.Option(min=2, help="CPUs to use; all unless given.")] = None,
+) -> None:
+    """Answer one prompt about every image of a folder, with Ray Data; it resumes."""
+    if find_spec("ray") is None or find_spec("pyarrow") is None:
+        raise InputError("map needs Ray Data; install it with: pip install 'vlm-prune[ray]'")
+    from vlm_prune.benchmarks.batch.pipeline import MapConfig, map_images
+    from vlm_prune.benchmarks.evaluation.engine import Variant
+
+    quiet()
+    variant = Variant(method, parse_budget(budget), arguments=parse_arguments(method_args))
+    config = MapConfig(
+        str(source.absolute()), prompt, model, variant, device, dtype, limit, max_new_tokens
+    )
+    bar = partial(progress, what="images")
+    rows, errors = map_images(config, output, batch_size, workers, cpus, bar)
+    print(f"{output}: {rows} rows, {errors} with an error instead of an answer")

@@ -1,0 +1,136 @@
+"""Which images there are, and opening one: whatever is wrong with it becomes a row's error."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+from PIL import Image
+from pyarrow import csv, parquet
+
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.images import open_image
+
+SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+MANIFESTS = (".csv", ".parquet")
+
+
+def root_of(source: Path) -> Path:
+    """The folder that paths start from, and must not leave."""
+    return (source if source.is_dir() else source.parent).resolve()
+
+
+def find_images(source: Path, prompt: str, limit: int | None = None) -> pa.Table:
+    """The rows to answer: `row` (their number), `path` below `root_of(source)`, `prompt`.
+
+    Args:
+        source: a folder, searched with its subfolders in the order of the paths, or a Parquet or
+            CSV file with a column `path` and perhaps one `prompt`, in the order of its rows.
+        prompt: asked where a row has none of its own.
+
+    Raises:
+        InputError: if there is no such source, no image in it, or a row without a prompt.
+    """
+    if not source.exists():
+        raise InputError(f"no such input: {source}; give a folder of images or a manifest")
+    if source.is_dir():
+        paths = _walk(source.resolve())[:limit]
+        prompts: list[str | None] = [None] * len(paths)
+    elif source.suffix.lower() in MANIFESTS:
+        paths, prompts = _manifest(source, limit)
+    else:
+        raise InputError(f"{source} is neither a folder nor a manifest ({', '.join(MANIFESTS)})")
+    if not paths:
+        raise InputError(f"no images in {source}; looked for {', '.join(SUFFIXES)}")
+    asked = [own or prompt for own in prompts]
+    if not all(asked):
+        raise InputError(f"row {asked.index('') + 1} of {source} has no prompt; give --prompt")
+    names = [path.encode("utf-8", "backslashreplace").decode() for path in paths]
+    return pa.table(
+        {"row": pa.array(range(len(names)), pa.int64()), "path": names, "prompt": asked}
+    )
+
+
+def _walk(root: Path) -> list[str]:
+    """Image files below `root`, and the links to folders outside, which become errors."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found = []
+    for folder, folders, files in os.walk(root, onerror=refuse):
+        here = Path(folder)
+        names = [name for name in files if name.lower().endswith(SUFFIXES)]
+        names += [name for name in folders if not _inside(root, here / name)]
+        found += [(here / name).relative_to(root).as_posix() for name in names]
+    return sorted(found)
+
+
+def _inside(root: Path, path: Path) -> bool:
+    return path.resolve().is_relative_to(root)
+
+
+def _manifest(source: Path, limit: int | None) -> tuple[list[str], list[str | None]]:
+    names = ("path", "prompt")
+    try:
+        if source.suffix.lower() == ".csv":
+            texts = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
+            table = csv.read_csv(source, convert_options=texts)
+        else:
+            there = parquet.read_schema(source).names
+            table = parquet.read_table(source, columns=[name for name in names if name in there])
+        if "path" not in table.column_names:
+            raise InputError(f"{source} has no column 'path'")
+        table = table.slice(0, limit)
+        paths = table["path"].cast(pa.string()).to_pylist()
+        prompts: list[str | None] = [None] * len(paths)
+        if "prompt" in table.column_names:
+            prompts = table["prompt"].cast(pa.string()).to_pylist()
+    except (pa.ArrowException, KeyError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {source}: {one_line(error)}") from error
+    return [path or "" for path in paths], prompts
+
+
+def open_below(root: Path, path: str) -> Image.Image:
+    """The image at `path` below `root`, as RGB.
+
+    Raises:
+        InputError: if it is no file, a link leads outside, or it is no sound image.
+    """
+    file = (root / path).resolve()
+    if not file.is_relative_to(root):
+        raise InputError(f"{path} leads out of {root}")
+    if not file.is_file():
+        raise InputError(f"{path} is no file")
+    return open_image(file)
+
+
+PIXELS = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("prompt", pa.string()),
+        ("error", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("pixels", pa.large_binary()),  # 64-bit offsets: a batch may be above 2 GiB
+    ]
+)
+
+
+def decode(rows: pa.Table, root: Path) -> Iterator[pa.Table]:
+    """Rows of `find_images` with their pixels, one at a time so that Ray Data can cut blocks."""
+    for row in rows.to_pylist():
+        error, size, pixels = None, (0, 0), b""
+        try:
+            image = open_below(root, row["path"])
+            size, pixels = image.size, image.tobytes()
+        except Exception as problem:  # noqa: BLE001 - decoders fail in many ways; none may end the run
+            error = one_line(problem)
+        values = (row["row"], row["prompt"], error, *size, pixels)
+        yield pa.table([[value] for value in values], schema=PIXELS)
+
+
+def one_line(error: Exception) -> str:
+    """Our own messages as they are, others with their type."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,281 @@
+"""The Ray Data pipeline: decode on CPUs, answer with a pool of models, write parts.
+
+Ray Data's streaming executor holds decoding back: decoded images may fill half of the object store,
+which is 30 % of the memory, however many there are. A model has one block in work and one waiting;
+a block is one batch, or a few where there are very many images.
+"""
+
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from PIL import Image
+from pyarrow import parquet
+
+from vlm_prune.benchmarks.batch.inputs import decode, find_images, one_line, root_of
+from vlm_prune.benchmarks.batch.output import ANSWERS, Parts, finished, parts_of
+from vlm_prune.benchmarks.evaluation.engine import Variant
+from vlm_prune.pruning.pipeline import PrunedVLM
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.load import load
+
+MOST_BLOCKS = 2000
+# Bytes that Ray sets aside for a decoding task: the largest image that is opened, and copies of it.
+# As the models ask for none, Ray Data does not move decoding into their processes.
+DECODING = 2**30
+PART_ROWS, PART_SECONDS = 1000, 10.0
+# Not rows of the table: what keeps a model from answering at all.
+REFUSED = ANSWERS.append(pa.field("refused", pa.string()))
+
+
+@dataclass(frozen=True)
+class MapConfig:
+    """What decides the answers; an output holds those of one configuration.
+
+    `input` is a folder or a manifest, `max_new_tokens` the longest answer, None for the model's own
+    limit.
+    """
+
+    input: str
+    prompt: str
+    model: str
+    variant: Variant
+    device: str = "auto"
+    dtype: str = "auto"
+    limit: int | None = None
+    max_new_tokens: int | None = None
+
+
+class Answerer:
+    """One model of the pool. A model that cannot be used says so in place of its answers."""
+
+    def __init__(self, config: MapConfig, device: str) -> None:
+        self.refused: str | None = None
+        self.options: dict[str, Any] = {"do_sample": False}
+        if config.max_new_tokens is not None:
+            self.options["max_new_tokens"] = config.max_new_tokens
+        try:
+            pruner = config.variant.build(0)
+            self.vlm = PrunedVLM(*load(config.model, device, config.dtype), pruner)
+            pruner.admit(self.vlm.model)
+        except InputError as error:
+            self.refused = str(error)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Answers to a batch of `decode`'s rows."""
+        if self.refused is not None:
+            return pa.Table.from_pylist([{"refused": self.refused}], schema=REFUSED)
+        rows = batch.to_pylist()
+        answers = [{"row": row["row"], "error": row["error"]} for row in rows if row["error"]]
+        answers += self._answer([row for row in rows if not row["error"]])
+        return pa.Table.from_pylist(answers, schema=REFUSED)
+
+    def _answer(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Where a batch cannot be answered, its rows are tried alone."""
+        if not rows:
+            return []
+        images = [
+            Image.frombuffer("RGB", (row["width"], row["height"]), row["pixels"]) for row in rows
+        ]
+        try:
+            replies = self.vlm.replies(images, [row["prompt"] for row in rows], **self.options)
+        except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
+            if len(rows) == 1:
+                return [{"row": rows[0]["row"], "error": one_line(error)}]
+            return [answer for row in rows for answer in self._answer([row])]
+        return [
+            {
+                "row": row["row"],
+                "answer": reply.text,
+                "image_tokens": reply.image_tokens,
+                "kept_tokens": reply.kept_tokens,
+            }
+            for row, reply in zip(rows, replies, strict=True)
+        ]
+
+
+def _no_bar(total: int) -> AbstractContextManager[Callable[[int], None]]:
+    return nullcontext(lambda done: None)
+
+
+def map_images(
+    config: MapConfig,
+    output: Path,
+    batch_size: int = 8,
+    workers: int | None = None,
+    cpus: int | None = None,
+    bar: Callable[[int], AbstractContextManager[Callable[[int], None]]] = _no_bar,
+) -> tuple[int, int]:
+    """Fill `output`, going on where an earlier run stopped.
+
+    Args:
+        output: a Parquet file; it appears when all rows are there. Until then they are in a folder
+            beside it.
+        batch_size: images answered together; it changes no answer.
+        workers: models at a time; one on each GPU, or one on the CPUs, unless given.
+        cpus: CPUs to use, all unless given.
+        bar: a progress bar over so many rows; gives what to call with the number done.
+
+    Returns:
+        How many rows there are, and how many of them are errors.
+
+    Raises:
+        InputError: if the input, the output or the model cannot be used.
+    """
+    wanted = asdict(config)
+    config.variant.build(0)
+    if finished(output, wanted):
+        shutil.rmtree(parts_of(output), ignore_errors=True)  # a kill left it behind
+        return counts(output)
+    source = Path(config.input)
+    parts = Parts(output, wanted, partial(find_images, source, config.prompt, config.limit))
+    missing = parts.missing()
+    if len(missing):
+        with _stderr_to(parts.log), local_ray(cpus), bar(len(parts.images)) as advance:
+            advance(len(parts.images) - len(missing))
+            _collect(parts, _answers(config, workers, missing, batch_size), advance)
+    parts.join()
+    return counts(output)
+
+
+def _collect(parts: Parts, answers: Iterator[pa.Table], advance: Callable[[int], None]) -> None:
+    """Write a part every few seconds, and what is left when the run ends in any way."""
+    waiting: list[pa.Table] = []
+    due = time.monotonic() + PART_SECONDS
+    try:
+        for block in answers:
+            refused = block["refused"].drop_null()
+            if len(refused):
+                if not parts.done.any() and not waiting:
+                    parts.discard()
+                raise InputError(refused[0].as_py())
+            waiting.append(block.select(ANSWERS.names))
+            advance(len(block))
+            if sum(map(len, waiting)) >= PART_ROWS or time.monotonic() > due:
+                parts.write(waiting)
+                waiting, due = [], time.monotonic() + PART_SECONDS
+    finally:
+        if waiting:
+            parts.write(waiting)
+
+
+def _answers(
+    config: MapConfig, workers: int | None, missing: pa.Table, batch_size: int
+) -> Iterator[pa.Table]:
+    """Answers in the order in which they are made."""
+    import ray.data
+    import ray.exceptions
+
+    device, models, share = placed(ray.cluster_resources(), config.device, workers)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    rows = batch_size * -(-len(missing) // (batch_size * MOST_BLOCKS))
+    blocks = [missing.slice(start, rows) for start in range(0, len(missing), rows)]
+    answers = (
+        ray.data.from_arrow(blocks)
+        .map_batches(
+            decode,
+            batch_format="pyarrow",
+            fn_kwargs={"root": root_of(Path(config.input))},
+            num_cpus=1,
+            memory=DECODING,
+        )
+        .map_batches(
+            Answerer,
+            batch_size=batch_size,
+            batch_format="pyarrow",
+            fn_constructor_kwargs={"config": config, "device": device},
+            compute=ray.data.ActorPoolStrategy(size=models, max_tasks_in_flight_per_actor=2),
+            **share,
+        )
+    )
+    try:
+        yield from answers.iter_batches(batch_size=None, batch_format="pyarrow")
+    except ray.exceptions.RayError as error:
+        raise InputError(f"Ray stopped ({one_line(error)}); run it again to go on") from error
+
+
+def placed(
+    resources: dict[str, float], device: str, workers: int | None
+) -> tuple[str, int, dict[str, Any]]:
+    """The models' device, how many there are, and what each of them asks Ray for.
+
+    Raises:
+        InputError: if Ray's `resources` do not suffice.
+    """
+    cpus, gpus = int(resources["CPU"]), int(resources.get("GPU", 0))
+    if device == "auto":
+        device = "cuda" if gpus else "cpu"
+    if device.startswith("cuda:"):
+        raise InputError("Ray hands out the GPUs; give --device cuda, and --workers for how many")
+    if device == "cuda":
+        if not gpus:
+            raise InputError("Ray sees no GPU; give --device cpu")
+        if workers is not None and workers > gpus:
+            raise InputError(f"{workers} workers on cuda need as many GPUs, and there are {gpus}")
+        return device, workers or gpus, {"num_gpus": 1}
+    workers = workers or 1
+    if workers > cpus - 1:
+        raise InputError(
+            f"{workers} workers on {device} need {workers + 1} CPUs, one for decoding, and there "
+            f"are {cpus}; give fewer --workers"
+        )
+    return device, workers, {"num_cpus": (cpus - 1) // workers}
+
+
+@contextmanager
+def local_ray(cpus: int | None) -> Iterator[None]:
+    """Ray on this machine alone, unless it runs already: quiet, and it tells nobody anything.
+
+    Ray listens on every network interface and runs what it is sent, so it asks for a secret.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        ray.init(
+            address="local", num_cpus=cpus or max(2, os.cpu_count() or 1), include_dashboard=False,
+            _node_ip_address="127.0.0.1", log_to_driver=False, logging_level=logging.CRITICAL,
+        )  # fmt: skip
+    except Exception as error:  # Ray raises bare ones, as when it starts slowly
+        raise InputError(f"Ray does not start ({one_line(error)}); run it again") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _stderr_to(log: Path) -> Iterator[None]:
+    """Ray's core writes notes to file descriptor 2 itself; they are for a log, not for the user."""
+    kept = os.dup(2)
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def counts(output: Path) -> tuple[int, int]:
+    """Rows of a finished table, and those of them that are errors."""
+    errors = parquet.read_table(output, columns=["error"], partitioning=None)["error"]
+    return len(errors), len(errors) - errors.null_count

@@ -1,0 +1,112 @@
+"""Arguments that several commands take, and how they are read."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vlm_prune.vlm.common.errors import InputError
+
+if TYPE_CHECKING:
+    from vlm_prune.benchmarks.evaluation.engine import Variant
+
+Model = Annotated[
+    str,
+    typer.Option(
+        help="'tiny' (embedded), or a checkpoint of a family in 'vlm-prune models': folder or hub name."
+    ),
+]
+Method = Annotated[str, typer.Option(help="See 'vlm-prune methods'; two joined by + cascade.")]
+Tasks = Annotated[
+    str,
+    typer.Option(help="Names, comma-separated, lmms-eval's included, or 'visual' or 'all'."),
+]
+Limit = Annotated[int, typer.Option(min=1, help="Questions in all, spread evenly over the tasks.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Questions answered together.")]
+Device = Annotated[str, typer.Option(help="A torch device: cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")]
+Seed = Annotated[int, typer.Option(min=0, help="Decides questions and random draws.")]
+Positions = Annotated[
+    str, typer.Option(help="Positions of kept tokens: auto, contiguous, original.")
+]
+Output = Annotated[
+    Path | None, typer.Option(help="Folder for results; a killed run resumes there.")
+]
+Wings = Annotated[str | None, typer.Option(help="Folder or hub name of a Wings adapter.")]
+Split = Annotated[str, typer.Option(help="val for choosing, test for reporting.")]
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(envvar="VLM_PRUNE_DATA", help="Folder of data sets, for lmms-eval's tasks."),
+]
+
+ScheduleFile = Annotated[
+    Path | None,
+    typer.Option("--schedule", help="Cut by this file of 'vlm-prune schedule', inside the LLM."),
+]
+
+
+def parse_budget(text: str) -> int | float:
+    """`64` is a count, `0.11` a fraction."""
+    from vlm_prune.vlm.budget import check_budget
+
+    try:
+        budget: int | float = int(text)
+    except ValueError:
+        try:
+            budget = float(text)
+        except ValueError:
+            raise InputError(
+                f"budget {text!r} is not a number; give tokens per image (64) or a fraction (0.11)"
+            ) from None
+    check_budget(budget)
+    return budget
+
+
+def parse_arguments(text: str) -> dict[str, Any]:
+    """`strategy=row,directions=16` as a dictionary; values are JSON where they can be."""
+    arguments: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or not key:
+            raise InputError(f"method argument {part!r} is not of the form name=value")
+        try:
+            arguments[key] = json.loads(value)
+        except json.JSONDecodeError:
+            arguments[key] = value
+    return arguments
+
+
+def parse_tasks(text: str) -> tuple[str, ...]:
+    from vlm_prune.benchmarks.lmms_eval import check_tasks
+    from vlm_prune.benchmarks.tasks import TASKS, VISUAL
+
+    groups = {"visual": VISUAL, "all": tuple(TASKS)}
+    names = groups.get(text) or tuple(name for name in text.split(",") if name)
+    if not names:
+        raise InputError(f"no task given; known: {', '.join(TASKS)}")
+    if len(set(names)) < len(names):
+        raise InputError(f"a task is named twice in {text!r}")
+    if others := [name for name in names if name not in TASKS]:
+        check_tasks(others, list(TASKS))
+    return names
+
+
+def with_schedule(variants: "list[Variant]", path: Path | None) -> "list[Variant]":
+    """The variants, those that cut inside the language model by the schedule in `path`.
+
+    Raises:
+        InputError: if there is no schedule in the file, or none of them cuts.
+    """
+    if path is None:
+        return variants
+    from vlm_prune.pruning.schedule import Schedule
+
+    schedule = Schedule.read(path)
+    changed = [variant.scheduled(schedule) for variant in variants]
+    if not any(changed):
+        raise InputError(
+            f"{variants[0].method} makes no cuts inside the language model; "
+            "use --schedule with a method that does, such as adaptinfer"
+        )
+    return [new or old for new, old in zip(changed, variants, strict=True)]

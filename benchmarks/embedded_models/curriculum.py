@@ -1,0 +1,201 @@
+"""Questions and rows that the embedded model is trained on: the tasks' own question makers, by lesson."""
+
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor
+
+from vlm_prune.benchmarks.embedded_models.language import Block, Lesson, Row
+from vlm_prune.benchmarks.tasks import attribute, choice, count, exist, ocr, relation, text
+from vlm_prune.benchmarks.tasks.base import Question
+from vlm_prune.benchmarks.tasks.scenes import (
+    COLORS,
+    KINDS,
+    NAMES,
+    PATCH,
+    SIDE,
+    Scene,
+    make_scene,
+    noun,
+)
+
+
+def where(rng: np.random.Generator, scene: Scene) -> Question | None:
+    """A training-only question that teaches the model to read places, asked as colours are, so
+    that what finds a thing by its name is there already; None for a thing near the middle."""
+    thing = scene.things[int(rng.integers(len(scene.things)))]
+    across = bool(rng.random() < 0.5)
+    off = (thing.x if across else thing.y) - SIDE / 2
+    if abs(off) < 2 * PATCH:
+        return None
+    axis, (before, after) = ("column", ("left", "right")) if across else ("row", ("above", "below"))
+    return Question(f"What {axis} is the {thing.noun}?", before if off < 0 else after, axis)
+
+
+def what(rng: np.random.Generator, scene: Scene) -> Question:
+    """A training-only question without the kind of its answer: where the kind is named, any thing
+    of that kind is right so often that the colour is not learnt."""
+    thing = scene.things[int(rng.integers(len(scene.things)))]
+    return Question(f"What is {thing.color}?", thing.name)
+
+
+def pair(rng: np.random.Generator, scene: Scene) -> Question:
+    """The shortest training-only question: a thing's name asks for its colour, or the reverse."""
+    thing = scene.things[int(rng.integers(len(scene.things)))]
+    asked, answer = (thing.name, thing.color) if rng.random() < 0.5 else (thing.color, thing.name)
+    return Question(asked, answer, ONE_WORD[asked == thing.color])
+
+
+def side(rng: np.random.Generator, scene: Scene) -> Question | None:
+    """A training-only question whose answer grows out of the difference of two places; from
+    there the yes and no of `relation` is one step."""
+    asked = relation.ask(rng, scene)
+    if asked is None:
+        return None
+    before, after = ("left", "right") if asked.subset == "horizontal" else ("above", "below")
+    first, second = (before, after) if f" {before} " in asked.text else (after, before)
+    of = " of" if asked.subset == "horizontal" else ""
+    both = asked.text.replace(f" {first}{of} ", f" {before} or {after}{of} ")
+    return Question(both, first if asked.answer == "yes" else second)
+
+
+# Each way to ask one of these is a skill of its own, and is reported apart.
+APART = ("attribute", "where", "pair")
+ONE_WORD = ("named", "colored")
+Maker = Callable[[np.random.Generator, Scene], Question | None]
+# The harder ones more often, but for a model that sees for the first time ("sight").
+LESSONS: dict[Lesson, dict[str, tuple[Maker, int]]] = {
+    "lookups": {"attribute": (attribute.ask, 2), "ocr": (ocr.ask, 1), "where": (where, 5)},
+    "finding": {
+        "attribute": (attribute.ask, 2),
+        "ocr": (ocr.ask, 1),
+        "what": (what, 3),
+        "where": (where, 4),
+        "pair": (pair, 4),
+    },
+    "places": {
+        "attribute": (attribute.ask, 1),
+        "where": (where, 2),
+        "side": (side, 4),
+        "relation": (relation.ask, 2),
+    },
+    "all": {
+        "exist": (exist.ask, 1),
+        "attribute": (attribute.ask, 1),
+        "ocr": (ocr.ask, 1),
+        "count": (count.ask, 2),
+        "choice": (choice.ask, 3),
+        "relation": (relation.ask, 3),
+        "where": (where, 1),
+        "side": (side, 2),
+    },
+    "practice": {
+        "exist": (exist.ask, 2),
+        "attribute": (attribute.ask, 1),
+        "ocr": (ocr.ask, 2),
+        "count": (count.ask, 6),
+        "choice": (choice.ask, 2),
+        "relation": (relation.ask, 2),
+    },
+    "sight": {
+        "exist": (exist.ask, 2),
+        "attribute": (attribute.ask, 3),
+        "ocr": (ocr.ask, 2),
+        "count": (count.ask, 2),
+        "choice": (choice.ask, 1),
+        "relation": (relation.ask, 1),
+        "pair": (pair, 4),
+    },
+    "told": {
+        "exist": (exist.ask, 2),
+        "attribute": (attribute.ask, 3),
+        "ocr": (ocr.ask, 1),
+        "count": (count.ask, 2),
+        "choice": (choice.ask, 2),
+        "pair": (pair, 4),
+    },
+}
+
+
+def visual_questions(
+    rng: np.random.Generator, scene: Scene, number: int, lesson: Lesson = "all"
+) -> list[tuple[str, Question]]:
+    """Kind and question, about one scene, as often as the lesson says."""
+    makers = LESSONS[lesson]
+    drawn = [kind for kind, (_, share) in makers.items() for _ in range(share)]
+    asked: list[tuple[str, Question]] = []
+    while len(asked) < number:
+        kind = drawn[int(rng.integers(len(drawn)))]
+        question = makers[kind][0](rng, scene)
+        if question is not None:
+            asked.append((question.subset if kind in APART else kind, question))
+    return asked
+
+
+def block(kind: str, question: Question, opening: str = "") -> Block:
+    """Prompt and answer as the chat template writes them; of a pair, nothing but the words."""
+    if kind in ONE_WORD:
+        return Block(f" {question.text}", f" {question.answer}", kind)
+    return Block(f"{opening}{question.text} ASSISTANT:", f" {question.answer}", kind)
+
+
+def history(rng: np.random.Generator, turns: int) -> str:
+    """Text-only turns with their replies, as the chat template writes them."""
+    asked = [text.ask(rng) for _ in range(turns)]
+    return "".join(f"USER: {q.text} ASSISTANT: {q.answer}</s>" for q in asked)
+
+
+def text_row(rng: np.random.Generator, number: int) -> Row:
+    """Text-only questions, after up to two earlier turns."""
+    before = "<s>" + history(rng, int(rng.integers(0, 3)) if rng.random() < 0.5 else 0)
+    questions = [text.ask(rng) for _ in range(number)]
+    return Row(before, [block(q.subset, q, "USER: ") for q in questions])
+
+
+def story_row(rng: np.random.Generator, number: int) -> Row:
+    """Questions about one scene in words: plain, with four options, and about options alone."""
+    story, names, colors = text.facts(rng, int(rng.integers(2, 5)), alike=rng.random() < 0.5)
+    asked: list[tuple[str, Question]] = []
+    for _ in range(number):
+        k = int(rng.integers(len(names)))
+        name, color = names[k], colors[k]
+        kind = next(kind for kind, pool in KINDS.items() if name in pool)
+        drawn = rng.random()
+        if drawn < 0.3:
+            asked.append(("told", Question(f"What color is the {noun(name)}?", color)))
+        elif drawn < 0.5:
+            pool = (tuple(COLORS), *KINDS.values())[int(rng.integers(1 + len(KINDS)))]
+            right = str(rng.choice(pool))
+            listed, letter = choice.options(rng, right, list(pool))
+            asked.append(("letter", Question(f"What letter is {right}? {listed}", letter)))
+        else:
+            asked.append(("option", choice.about(rng, kind, name, color)))
+    return Row(f"<s>USER: {story}", [block(kind, question, " ") for kind, question in asked])
+
+
+def recite_row(rng: np.random.Generator, number: int) -> Row:
+    """Words to repeat: what comes after a word is said again after it, the step before looking a
+    thing's color up by its name."""
+    words = [*NAMES, *COLORS, *choice.LETTERS]
+    lists = [rng.choice(words, int(rng.integers(3, 9)), replace=False) for _ in range(number)]
+    asked = [Question(f"Repeat {' '.join(said)}.", " ".join(said)) for said in lists]
+    return Row("<s>", [block("recite", question, "USER: ") for question in asked])
+
+
+def told_row(rng: np.random.Generator, number: int) -> Row:
+    """Questions about a scene as they are asked about images, but the scene is told in words."""
+    scene = make_scene(rng, "train")
+    told = [f"The {thing.noun} is {thing.color}." for thing in scene.things]
+    asked = visual_questions(rng, scene, number, "told")
+    story = " ".join(rng.permutation(told))
+    return Row(f"<s>USER: {story}", [block(kind, question, " ") for kind, question in asked])
+
+
+def visual_row(
+    rng: np.random.Generator, scene: Scene, image: Tensor, number: int, lesson: Lesson
+) -> Row:
+    """Questions about one image, after text turns in one row out of five."""
+    turns = int(rng.integers(1, 3)) if rng.random() < 0.2 else 0
+    before = f"<s>{history(rng, turns)}USER: "
+    asked = visual_questions(rng, scene, number, lesson)
+    return Row(before, [block(kind, q) for kind, q in asked], image)

@@ -1,0 +1,273 @@
+"""The stages after the tower: projector and language model learn to answer, many questions per sequence.
+
+Each row is a prefix (text turns and at most one image) followed by question blocks. A block sees
+the prefix and itself, and its positions restart after the prefix, so that one pass over an image
+trains many questions and no answer can be copied from a neighbour.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from transformers import (
+    AttentionInterface,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+
+from vlm_prune.benchmarks.embedded_models.log import Say
+from vlm_prune.benchmarks.embedded_models.tower import optimizers, set_rate
+
+IGNORE = -100
+Lesson = Literal["lookups", "finding", "places", "all", "practice", "sight", "told"]
+Encoder = Callable[[list[Tensor]], Tensor]
+
+
+class Block(NamedTuple):
+    """A question with its answer, and the kind of question, under which training reports it."""
+
+    prompt: str
+    answer: str
+    kind: str
+
+
+@dataclass
+class Row:
+    """One training sequence.
+
+    `before` precedes the image; each block starts where the prefix ends. `image` is
+    (tokens, width) tower features, (tokens, 3) symbols, or None.
+    """
+
+    before: str
+    blocks: list[Block]
+    image: Tensor | None = None
+
+
+@dataclass
+class Packed:
+    """Tensors of a batch of rows; shapes (B, L), mask (B, 1, L, L) additive.
+
+    `kinds` has the kind of each labelled token, end tokens included, in reading order. `spans` says
+    for runs of queries, from the first block of any row on, which keys they can see.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    labels: Tensor
+    mask: Tensor
+    kinds: list[str]
+    spans: list["Span"]
+
+
+class Span(NamedTuple):
+    """Queries `[start, stop)` see no keys but `[0, prefix)` and `[seen, stop)`."""
+
+    start: int
+    stop: int
+    prefix: int
+    seen: int
+
+
+def pack(rows: list[Row], tokenizer: PreTrainedTokenizerFast, image_token: int) -> Packed:
+    """Lay rows out as prefix and blocks, padded on the right."""
+    layouts = [_layout(row, tokenizer, image_token) for row in rows]
+    length = max(len(ids) for ids, _, _, _ in layouts)
+    shape = (len(rows), length)
+    ids = torch.full(shape, int(tokenizer.pad_token_id or 0))
+    positions, block = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
+    labels = torch.full(shape, IGNORE)
+    for r, layout in enumerate(layouts):
+        for target, values in zip((ids, positions, block, labels), layout, strict=True):
+            target[r, : len(values)] = torch.tensor(values)
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    same = (block[:, :, None] == block[:, None, :]) | (block[:, None, :] == 0)
+    visible = causal & same | torch.eye(length, dtype=torch.bool)
+    mask = torch.zeros(visible.shape).masked_fill_(~visible, torch.finfo(torch.float32).min)
+    kinds = [
+        row.blocks[number - 1].kind
+        for row, layout in zip(rows, layouts, strict=True)
+        for number, label in zip(layout[2], layout[3], strict=True)
+        if label != IGNORE
+    ]
+    return Packed(ids, positions, labels, mask[:, None], kinds, _spans(block))
+
+
+def _spans(block: Tensor, size: int = 256) -> list[Span]:
+    """Cut the block numbers (B, L) of a batch, where 0 is the prefix and -1 padding."""
+    prefixes, spans = (block == 0).sum(1), []
+    longest = int(prefixes.max())
+    for start in range(int(prefixes.min()), block.shape[1], size):
+        begun = (block == block[:, start, None]).int().argmax(1)
+        spans.append(
+            Span(start, min(start + size, block.shape[1]), longest, max(longest, int(begun.min())))
+        )
+    return spans
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor,
+    scaling: float, spans: list[Span], dropout: float = 0.0, **_: object,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Transformers' attention over packed rows, without most of the pairs that the mask forbids."""
+    common = spans[0].start
+    first, keys, values = (part[:, :, :common] for part in (query, key, value))
+    heard = [scaled_dot_product_attention(first, keys, values, is_causal=True, scale=scaling)]
+    for start, stop, prefix, seen in spans:
+        keys, values, mask = (
+            torch.cat([part[..., :prefix, :], part[..., seen:stop, :]], -2)
+            for part in (key, value, attention_mask[:, :, start:stop].mT)
+        )
+        heard.append(
+            scaled_dot_product_attention(
+                query[:, :, start:stop], keys, values, mask.mT.to(query.dtype), scale=scaling
+            )
+        )
+    return torch.cat(heard, 2).transpose(1, 2), None
+
+
+AttentionInterface.register("packed", attend)
+
+
+def _layout(
+    row: Row, tokenizer: PreTrainedTokenizerFast, image_token: int
+) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Ids, positions, block numbers (0 = prefix) and next-token labels of one row."""
+    ids: list[int] = tokenizer(row.before, add_special_tokens=False).input_ids
+    if row.image is not None:
+        ids = [*ids, *[image_token] * len(row.image), *tokenizer("\n").input_ids]
+    start = len(ids)
+    positions, block, labels = list(range(start)), [0] * start, [IGNORE] * start
+    for number, question in enumerate(row.blocks, 1):
+        asked: list[int] = tokenizer(question.prompt).input_ids
+        said: list[int] = [*tokenizer(question.answer).input_ids, tokenizer.eos_token_id]
+        ids += asked + said
+        positions += range(start, start + len(asked) + len(said))
+        block += [number] * (len(asked) + len(said))
+        labels += [IGNORE] * (len(asked) - 1) + said + [IGNORE]
+    return ids, positions, block, labels
+
+
+def loss_of(
+    model: LlavaForConditionalGeneration,
+    batch: Packed,
+    images: list[Tensor],
+    encode: Encoder,
+    bf16: bool = False,
+) -> tuple[Tensor, dict[str, float]]:
+    """Cross-entropy over answer tokens, and the share that argmax gets right for each kind of
+    question, end tokens aside.
+    """
+    embeds = model.get_input_embeddings()(batch.ids)
+    shown = batch.ids == model.config.image_token_id
+    if images:
+        embeds = embeds.masked_scatter(shown.unsqueeze(-1), encode(images))
+    decoder = model.model.language_model
+    with torch.autocast(embeds.device.type, torch.bfloat16, enabled=bf16):
+        hidden = decoder(
+            inputs_embeds=embeds, attention_mask=batch.mask, position_ids=batch.positions,
+            use_cache=False, spans=batch.spans,
+        ).last_hidden_state  # fmt: skip
+    asked = batch.labels != IGNORE
+    logits, labels = model.lm_head(hidden[asked].float()), batch.labels[asked]
+    words = labels != model.config.text_config.eos_token_id
+    right: dict[str, list[bool]] = defaultdict(list)
+    for kind, word, hit in zip(
+        batch.kinds, words.tolist(), logits.argmax(-1) == labels, strict=True
+    ):
+        if word:
+            right[kind].append(bool(hit))
+    return cross_entropy(logits, labels), {kind: fmean(hits) for kind, hits in right.items()}
+
+
+def projected(model: LlavaForConditionalGeneration) -> Encoder:
+    """Tower features through the projector."""
+
+    def encode(images: list[Tensor]) -> Tensor:
+        tokens: Tensor = model.model.multi_modal_projector(torch.cat(images).float())
+        return tokens
+
+    return encode
+
+
+def clip(model: LlavaForConditionalGeneration) -> nn.Module:
+    """The vision transformer inside a LLaVA, with or without its wrapper."""
+    tower = model.model.vision_tower
+    inner: nn.Module = getattr(tower, "vision_model", tower)
+    return inner
+
+
+def train_language(
+    model: LlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: Callable[[int], list[Row]],
+    steps: int,
+    rate: float,
+    encode: Encoder,
+    modules: list[nn.Module],
+    say: Say,
+    levels: int = 1,
+    bf16: bool = False,
+    promote: float = 0.93,
+) -> None:
+    """Train `modules` for `steps` batches, the rate falling linearly over the last 40 %.
+
+    `rows` draws a batch for a level of difficulty; the level rises when the running share of
+    right answer tokens, averaged over the kinds of question about images, passes `promote`, and at
+    the latest with an equal share of the steps.
+    """
+    steppers = optimizers(modules, rate, bf16)
+    running: dict[str, float] = {}
+    level, entered = 0, 0
+    decoder = model.model.language_model
+    usual = decoder.config._attn_implementation
+    decoder.set_attn_implementation("packed")
+    for step in range(steps):
+        warm, left = min(1.0, (step + 1) / 20), min(1.0, (steps - step) / (0.4 * steps))
+        for stepper, peak in zip(steppers, (rate, rate / 2), strict=True):
+            set_rate([stepper], peak * warm * max(0.05, left))
+        batch = rows(level)
+        loss, right = _backward(model, tokenizer, batch, encode, bf16)
+        nn.utils.clip_grad_norm_([p for m in modules for p in m.parameters()], 1.0)
+        for stepper in steppers:
+            stepper.step()
+            stepper.zero_grad(set_to_none=True)
+        for kind, share in right.items():
+            running[kind] = running.get(kind, 0.5) + (share - running.get(kind, 0.5)) * 0.04
+        if step % 50 == 0 or step == steps - 1:
+            say(step, level=level, loss=loss, **dict(sorted(running.items())))
+        if level == levels - 1:
+            continue
+        seen = {block.kind for row in batch if row.image is not None for block in row.blocks}
+        ready = fmean(running[kind] for kind in seen) > promote and step - entered > 60
+        if ready or step >= steps * (level + 1) // levels:
+            level, entered, running = level + 1, step, {}
+    decoder.set_attn_implementation(usual)
+
+
+def _backward(
+    model: LlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    batch: list[Row],
+    encode: Encoder,
+    bf16: bool,
+) -> tuple[float, dict[str, float]]:
+    """Gradients, loss and shares of a batch; rows without an image are not padded to those with."""
+    pictured = [row for row in batch if row.image is not None]
+    parts = [part for part in (pictured, [row for row in batch if row.image is None]) if part]
+    packs = [pack(part, tokenizer, model.config.image_token_id) for part in parts]
+    counts = [len(packed.kinds) for packed in packs]
+    whole, shares = 0.0, dict[str, float]()
+    for part, packed, count in zip(parts, packs, counts, strict=True):
+        images = [row.image for row in part if row.image is not None]
+        loss, right = loss_of(model, packed, images, encode, bf16)
+        loss = loss * (count / sum(counts))
+        loss.backward()
+        whole += loss.item()
+        shares |= right
+    return whole, shares

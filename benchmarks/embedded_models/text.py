@@ -1,0 +1,36 @@
+"""A language model of the embedded model's shape that learns text alone."""
+
+import torch
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from vlm_prune.benchmarks.embedded_models.initial import look_back
+from vlm_prune.benchmarks.embedded_models.language import Row, train_language
+from vlm_prune.benchmarks.embedded_models.log import Say
+from vlm_prune.benchmarks.embedded_models.train import Source, wake_to
+
+
+def train_text(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    source: Source,
+    steps: int,
+    say: Say,
+    seed: int = 0,
+    bf16: bool = False,
+) -> None:
+    """Teach a new model's language model text alone; the rest of `model` stays as it is.
+
+    It begins looking back, as the embedded model's does, but awake.
+    """
+    decoder = model.model.language_model
+    look_back(decoder)
+    wake_to(source, model, processor)
+    rng = torch.Generator().manual_seed(seed)
+
+    def rows(_: int) -> list[Row]:
+        seeds: list[int] = torch.randint(2**62, (12,), generator=rng).tolist()
+        return [source.prose(12, one) for one in seeds]
+
+    train_language(
+        model, processor.tokenizer, rows, steps, 1e-3, torch.cat, [decoder], say, bf16=bf16
+    )

@@ -1,0 +1,173 @@
+"""Stage 1: teach the vision tower to name what each patch shows, before any language."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from vlm_prune.benchmarks.embedded_models.log import Say
+
+
+@dataclass
+class PatchBatch:
+    """Image windows with their place in the 24 x 24 patch grid and labels per patch.
+
+    Shapes: pixels (B, 3, 14 h, 14 w) normalised; positions (B, h w) indices into the full grid;
+    names and colors (B, h w), where name 0 and colour -1 are background.
+    """
+
+    pixels: Tensor
+    positions: Tensor
+    names: Tensor
+    colors: Tensor
+
+
+class PatchHeads(nn.Module):
+    """Throw-away classifiers of name, colour, row and column on the tower's patch features."""
+
+    def __init__(self, width: int, names: int, colors: int, grid: int) -> None:
+        super().__init__()
+        self.sizes = [names, colors, grid, grid]
+        self.grid = grid
+        self.norm = nn.LayerNorm(width)
+        self.linear = nn.Linear(width, sum(self.sizes))
+
+    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+        logits: tuple[Tensor, ...] = self.linear(self.norm(features)).split(self.sizes, -1)
+        return logits
+
+
+def tower_features(tower: Any, pixels: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Patch features of the second-to-last layer, shape (B, patches, width).
+
+    `positions` places a smaller window in the full grid, so that windows at a quarter of the
+    cost train every position embedding.
+    """
+    embeddings = tower.embeddings
+    patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
+    table = embeddings.position_embedding.weight
+    places = table[1:].expand(len(pixels), -1, -1) if positions is None else table[1:][positions]
+    first = (embeddings.class_embedding + table[0]).expand(len(pixels), 1, -1)
+    hidden = tower.pre_layrnorm(torch.cat([first, patches + places], 1))
+    for layer in tower.encoder.layers[:-1]:
+        hidden = layer(hidden, None)
+    features: Tensor = hidden[:, 1:]
+    return features
+
+
+class Muon32(torch.optim.Optimizer):
+    """Muon (https://arxiv.org/abs/2502.16982) with its Newton-Schulz steps in fp32.
+
+    `torch.optim.Muon` runs them in bf16, which is fifty times slower than fp32 on a CPU without
+    bf16 units. The update has AdamW's RMS (0.2), so both optimisers share one learning rate.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                buffer = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                buffer.lerp_(parameter.grad, 1 - group["momentum"])
+                update = orthogonalised(parameter.grad.lerp(buffer, group["momentum"]))
+                scale = 0.2 * max(parameter.shape) ** 0.5
+                parameter.mul_(1 - 0.01 * group["lr"]).sub_(update, alpha=group["lr"] * scale)
+
+
+def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:
+    """Newton-Schulz iteration that sends the singular values of `matrix` to about 1."""
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    wide = wide / (wide.norm() + 1e-7)
+    for _ in range(steps):
+        gram = wide @ wide.T
+        wide = 3.4445 * wide + (-4.775 * gram + 2.0315 * gram @ gram) @ wide
+    result: Tensor = wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+    return result
+
+
+def optimizers(
+    modules: list[nn.Module], rate: float, bf16: bool = False
+) -> list[torch.optim.Optimizer]:
+    """Muon for hidden matrices, AdamW for the rest, slow on the tower's prepared embeddings and on
+    a fitted projector: at Muon's rate its tokens grow until they drown what a layer adds to them.
+    """
+    hidden: list[nn.Parameter] = []
+    slow: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if any(part in name for part in ("patch_embedding", "position_embedding", "linear_")):
+                slow.append(parameter)
+            else:
+                inner = parameter.ndim == 2 and "embed" not in name and "linear." not in name
+                (hidden if inner else rest).append(parameter)
+    muon = (
+        torch.optim.Muon(hidden, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        if bf16
+        else Muon32(hidden, lr=rate)
+    )
+    return [
+        muon,
+        torch.optim.AdamW(
+            [{"params": rest, "share": 0.5}, {"params": slow, "share": 0.1}],
+            lr=rate, weight_decay=0.0, betas=(0.9, 0.98),
+        ),
+    ]  # fmt: skip
+
+
+def set_rate(steppers: list[torch.optim.Optimizer], rate: float) -> None:
+    for stepper in steppers:
+        for group in stepper.param_groups:
+            group["lr"] = rate * group.get("share", 1.0)
+
+
+def schedule(step: int, steps: int, peak: float, warmup: int = 40) -> float:
+    """Linear warm-up, then linear decay to a twentieth of the peak."""
+    return peak * min(1.0, (step + 1) / warmup) * max(0.05, 1 - step / steps)
+
+
+def train_tower(
+    tower: nn.Module,
+    heads: PatchHeads,
+    batches: Iterator[PatchBatch],
+    steps: int,
+    rate: float,
+    say: Say,
+) -> None:
+    """Train `tower` and `heads` for `steps` batches; `say` gets accuracies on object patches."""
+    steppers = optimizers([tower, heads], rate)
+    running = dict.fromkeys(("name", "color", "row", "column"), 0.0)
+    for step in range(steps):
+        batch = next(batches)
+        set_rate(steppers, schedule(step, steps, rate))
+        logits = heads(tower_features(tower, batch.pixels, batch.positions))
+        rows, columns = batch.positions // heads.grid, batch.positions % heads.grid
+        shown = batch.names > 0
+        weight = torch.where(shown, 1.0, 0.05).flatten()
+        names = cross_entropy(logits[0].flatten(0, 1), batch.names.flatten(), reduction="none")
+        loss = (names * weight).sum() / weight.sum()
+        targets = {"color": batch.colors, "row": rows, "column": columns}
+        for scores, (key, target) in zip(logits[1:], targets.items(), strict=True):
+            share = 0.5 if key == "color" else 0.1
+            loss = loss + share * cross_entropy(scores[shown], target[shown])
+        loss.backward()
+        for stepper in steppers:
+            stepper.step()
+            stepper.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for scores, (key, target) in zip(
+                logits, {"name": batch.names, **targets}.items(), strict=True
+            ):
+                right = (scores[shown].argmax(-1) == target[shown]).float().mean().item()
+                running[key] += (right - running[key]) * max(0.02, 1 / (step + 1))
+        if step % 50 == 0 or step == steps - 1:
+            say(step, loss=loss.item(), **running)

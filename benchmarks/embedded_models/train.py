@@ -1,0 +1,302 @@
+"""The embedded model's training, stage by stage, from any source of labelled images and questions.
+
+Each stage leaves a file in the working folder and is skipped when that file is there, so a run
+that was stopped goes on where it was.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from vlm_prune.benchmarks.embedded_models.initial import initialise_embeddings, wake
+from vlm_prune.benchmarks.embedded_models.language import (
+    Lesson,
+    Row,
+    clip,
+    projected,
+    train_language,
+)
+from vlm_prune.benchmarks.embedded_models.log import Say, recorder
+from vlm_prune.benchmarks.embedded_models.store import save_checkpoint
+from vlm_prune.benchmarks.embedded_models.symbols import Symbols, align_projector, word_ids
+from vlm_prune.benchmarks.embedded_models.tower import (
+    PatchBatch,
+    PatchHeads,
+    tower_features,
+    train_tower,
+)
+
+STAGES = ("tower", "reading", "symbols", "stories", "projector", "language", "practice")
+
+
+class Example(Protocol):
+    """One image: `pixels` (3, 336, 336); `triples` (576, 3) of name, colour and place per patch."""
+
+    @property
+    def pixels(self) -> Tensor: ...
+    @property
+    def triples(self) -> Tensor: ...
+    def row(self, image: Tensor, questions: int, lesson: Lesson, seed: int) -> Row: ...
+
+
+class Source(Protocol):
+    """What the model learns from: labelled windows, images with questions, and text."""
+
+    names: tuple[str, ...]
+    colors: tuple[str, ...]
+
+    def windows(self, batch: int, side: int, written: bool) -> Iterator[PatchBatch]: ...
+    def whole(self, batch: int, part: int) -> Iterator[PatchBatch]: ...
+    def examples(self, number: int, things: int | None) -> list[Example]: ...
+    def text(self, questions: int, seed: int) -> Row: ...
+    def prose(self, questions: int, seed: int) -> Row: ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Steps of each stage, and the number of scenes that the language model learns from.
+
+    `bf16` runs the language model in mixed precision: up to twice as fast on a CPU that has bf16
+    instructions (AMX, AVX512-BF16), many times slower on one that has none.
+    """
+
+    windows: int = 1600
+    whole: int = 700
+    written: int = 2000
+    again: int = 200
+    symbols: int = 2400
+    stories: int = 400
+    align: int = 400
+    language: int = 2200
+    practice: int = 900
+    scenes: int = 4000
+    seed: int = 0
+    bf16: bool = False
+
+
+class Trainer:
+    """Runs the stages of a recipe on `model` in a working folder."""
+
+    def __init__(
+        self,
+        processor: LlavaProcessor,
+        source: Source,
+        folder: Path,
+        recipe: Recipe,
+        model: LlavaForConditionalGeneration,
+    ) -> None:
+        torch.manual_seed(recipe.seed)
+        self.processor, self.source, self.folder, self.recipe = processor, source, folder, recipe
+        self.model = model
+        tokenizer = processor.tokenizer
+        names, colors = (word_ids(tokenizer, words) for words in (source.names, source.colors))
+        self.symbols = Symbols(self.model.get_input_embeddings(), names, colors, grid=24)
+        width = self.model.config.vision_config.hidden_size
+        self.heads = PatchHeads(width, len(names) + 1, len(colors), 24)
+        self.parts = nn.ModuleList([self.model, self.symbols, self.heads])
+        self.generator = torch.Generator().manual_seed(recipe.seed)
+        self.few: list[list[Example]] = []
+        self.many: list[Example] = []
+        self.features: dict[int, Tensor] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def run(self, stages: tuple[str, ...] = STAGES) -> None:
+        """Do the stages that are not done yet; then write the checkpoint."""
+        for stage in stages:
+            kept = self.folder / f"{stage}.safetensors"
+            if kept.is_file():
+                load_model(self.parts, kept)
+                continue
+            torch.manual_seed(self.recipe.seed)
+            self.generator.manual_seed(self.recipe.seed + STAGES.index(stage))
+            getattr(self, f"_{stage}")()
+            save_model(self.parts, str(kept))
+        save_checkpoint(self.model, self.processor, self.folder / "checkpoint")
+
+    def say(self, stage: str) -> Say:
+        return recorder(self.folder / "log.jsonl", stage)
+
+    def _tower(self) -> None:
+        """Name what patches show, on windows around objects, then on whole scenes."""
+        tower, recipe = clip(self.model), self.recipe
+        batches = self.source.windows(96, 6, written=False)
+        drawn = [next(batches) for _ in range(18)]
+        shown = torch.cat([_patches(batch.pixels)[batch.names.flatten() > 0] for batch in drawn])
+        initialise_embeddings(tower, shown, self.generator)
+        train_tower(tower, self.heads, batches, recipe.windows, 2e-3, self.say("windows"))
+        whole = self.source.whole(12, 0)
+        train_tower(tower, self.heads, whole, recipe.whole, 1.5e-3, self.say("whole"))
+
+    def _reading(self) -> None:
+        """More of what is hardest: windows around handwriting and print, then whole scenes."""
+        tower, recipe = clip(self.model), self.recipe
+        batches = self.source.windows(128, 5, written=True)
+        train_tower(tower, self.heads, batches, recipe.written, 1.5e-3, self.say("written"))
+        whole = self.source.whole(12, 1)
+        train_tower(tower, self.heads, whole, recipe.again, 1.5e-3, self.say("again"))
+
+    def _symbols(self) -> None:
+        """Answering from scenes written as symbols."""
+        self._draw()
+        modules: list[nn.Module] = [self.model.model.language_model, self.symbols]
+
+        def encode(images: list[Tensor]) -> Tensor:
+            tokens: Tensor = self.symbols(torch.cat(images))
+            return tokens
+
+        steps, rows = self.recipe.symbols, self._symbol_rows
+        self._train("symbols", steps, 2e-3, encode, modules, rows, 5, asleep=True)
+
+    def _stories(self) -> None:
+        """Text skills alone: the first layer wakes, and a story's facts and the letters of options
+        are found by name, as symbols are."""
+
+        def rows(_: int) -> list[Row]:
+            return [self.source.text(16, self._seed()) for _ in range(12)]
+
+        wake_to(self.source, self.model, self.processor)
+        modules: list[nn.Module] = [self.model.model.language_model]
+        self._train("stories", self.recipe.stories, 1e-3, torch.cat, modules, rows, 1)
+
+    def _projector(self) -> None:
+        """Fit the projector to the symbols."""
+        self._draw()
+        first = range(min(400, len(self.many)))
+        triples = torch.cat([self.many[k].triples for k in first])
+        features = torch.cat(self._encoded(first))
+        with torch.no_grad():
+            wanted = self.symbols(triples)
+        projector, shown = self.model.model.multi_modal_projector, triples[:, 0] > 0
+        steps, say = self.recipe.align, self.say("projector")
+        align_projector(projector, features, wanted, shown, steps, say)
+
+    def _language(self) -> None:
+        """Projector and language model on the frozen tower, with up to 200 tokens beside the objects'."""
+        self._draw()
+        inner = self.model.model
+        modules: list[nn.Module] = [inner.language_model, inner.multi_modal_projector]
+
+        levels: tuple[tuple[int, int, Lesson], ...] = (
+            (12, 10, "finding"), (12, 10, "places"), (60, 12, "all"), (200, 18, "all"),
+        )  # fmt: skip
+
+        def rows(level: int) -> list[Row]:
+            extra, written, lesson = levels[level]
+            return self._rows(4, 32, extra, features=True, written=written, lesson=lesson)
+
+        steps, encode = self.recipe.language, projected(self.model)
+        self._train("language", steps, 1.5e-3, encode, modules, rows, len(levels))
+
+    def _practice(self) -> None:
+        """The tasks once more, counting most of all; all 576 tokens in the end."""
+        self._draw()
+        inner = self.model.model
+        modules: list[nn.Module] = [inner.language_model, inner.multi_modal_projector]
+        extras = (60, 200, 576)
+
+        def rows(level: int) -> list[Row]:
+            return self._rows(4, 32, extras[level], features=True, lesson="practice")
+
+        steps, encode = self.recipe.practice, projected(self.model)
+        self._train("practice", steps, 1.2e-3, encode, modules, rows, len(extras))
+
+    def _train(
+        self,
+        stage: str,
+        steps: int,
+        rate: float,
+        encode: Callable[[list[Tensor]], Tensor],
+        modules: list[nn.Module],
+        rows: Callable[[int], list[Row]],
+        levels: int,
+        *,
+        asleep: bool = False,
+    ) -> None:
+        """`asleep` keeps the language model's first layer as it is."""
+        self.model.model.language_model.layers[0].requires_grad_(not asleep)
+        tokenizer, say = self.processor.tokenizer, self.say(stage)
+        bf16 = self.recipe.bf16
+        train_language(self.model, tokenizer, rows, steps, rate, encode, modules, say, levels, bf16)
+
+    def _draw(self) -> None:
+        if not self.many:
+            self.many = self.source.examples(self.recipe.scenes, None)
+            self.few = [self.source.examples(self.recipe.scenes // 8, n) for n in (2, 3, 4)]
+
+    @torch.no_grad()
+    def _encoded(self, scenes: Iterable[int]) -> list[Tensor]:
+        """The frozen tower's features of scenes, (576, width) each, kept in half precision."""
+        missing = sorted({k for k in scenes if k not in self.features})
+        for start in range(0, len(missing), 8):
+            these = missing[start : start + 8]
+            pixels = torch.stack([self.many[k].pixels for k in these])
+            encoded = tower_features(clip(self.model), pixels).half()
+            self.features |= dict(zip(these, encoded, strict=True))
+        return [self.features[k] for k in scenes]
+
+    def _symbol_rows(self, level: int) -> list[Row]:
+        """Lookups among two, three and four objects and in whole scenes; then every task."""
+        if level < 4:
+            pool = [*self.few, self.many][level]
+            return self._rows(4, 12, 4, pool=pool, lesson="lookups")
+        return self._rows(4, 16, 12)
+
+    def _rows(
+        self,
+        images: int,
+        questions: int,
+        extra: int,
+        *,
+        features: bool = False,
+        pool: list[Example] | None = None,
+        lesson: Lesson = "all",
+        written: int = 10,
+    ) -> list[Row]:
+        """Rows about `images` images and half as many of `written` questions about text.
+
+        An image is given as the features or the symbols of all object patches and of `extra` others.
+        """
+        drawn = pool or self.many
+        chosen = torch.randint(len(drawn), (images,), generator=self.generator).tolist()
+        encoded = self._encoded(chosen) if features else []
+        rows = []
+        for place, k in enumerate(chosen):
+            example = drawn[k]
+            keep = _some(example.triples[:, 0] > 0, extra, self.generator)
+            image = (encoded[place] if features else example.triples)[keep]
+            rows.append(example.row(image, questions, lesson, self._seed()))
+        texts = (self.source.text(written, self._seed()) for _ in range(images // 2))
+        return [*rows, *texts]
+
+    def _seed(self) -> int:
+        return int(torch.randint(2**62, (), generator=self.generator))
+
+
+def wake_to(
+    source: Source, model: LlavaForConditionalGeneration, processor: LlavaProcessor
+) -> None:
+    """Wake a language model that looks back to the words that are looked up in texts."""
+    words = word_ids(processor.tokenizer, [*source.names, *source.colors, *"ABCD"])
+    wake(model.model.language_model, words)
+
+
+def _patches(pixels: Tensor, size: int = 14) -> Tensor:
+    """(B, 3, H, W) -> (B h w, 3 size size), in reading order."""
+    cut = pixels.unfold(2, size, size).unfold(3, size, size)
+    return cut.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3 * size * size)
+
+
+def _some(shown: Tensor, extra: int, generator: torch.Generator) -> Tensor:
+    """Indices of all shown patches and of `extra` others at most, in order."""
+    rest = (~shown).nonzero()[:, 0]
+    chosen = rest[torch.randperm(len(rest), generator=generator)[:extra]]
+    return torch.cat([shown.nonzero()[:, 0], chosen]).sort().values

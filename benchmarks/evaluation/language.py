@@ -1,0 +1,78 @@
+"""A text-only language model, asked with its own chat template."""
+
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.load import load_language
+
+
+class Language:
+    """A causal language model with its tokenizer.
+
+    Args:
+        name: a checkpoint folder or a hub name.
+        device: a torch device.
+        dtype: float32, bfloat16, float16, or auto.
+
+    Raises:
+        InputError: if it cannot be loaded, or its tokenizer has no chat template.
+    """
+
+    def __init__(self, name: str, device: str = "cpu", dtype: str = "auto") -> None:
+        self.name = name
+        self.model, self.tokenizer = load_language(name, device, dtype)
+        if not self.tokenizer.chat_template:
+            raise InputError(
+                f"{name!r} has no chat template; give a model tuned for chats, or put a "
+                "chat_template.jinja into its folder"
+            )
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    def render(self, messages: list[dict[str, Any]]) -> str:
+        """A conversation, its parts as for `transformers`, up to where the model speaks.
+
+        Templates take a message as one string or in parts, and drop what is in the other form.
+
+        Raises:
+            InputError: if the template takes neither.
+        """
+        whole = [
+            {"role": turn["role"], "content": "".join(part["text"] for part in turn["content"])}
+            for turn in messages
+        ]
+        for form in (whole, messages):
+            try:
+                text = self.tokenizer.apply_chat_template(
+                    form, tokenize=False, add_generation_prompt=True
+                )
+            except (TemplateError, TypeError):
+                continue
+            if all(turn["content"].strip() in text for turn in whole):
+                return str(text)
+        raise InputError(f"the chat template of {self.name!r} does not take such a conversation")
+
+    @torch.inference_mode()
+    def generate(self, texts: list[str], **options: Any) -> tuple[Tensor, list[int]]:
+        """New tokens (B, T), greedy unless `options` say otherwise, and the prompts' lengths."""
+        inputs = self.tokenizer(
+            texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+        ).to(self.model.device)
+        tensors = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        output = self.model.generate(
+            **tensors,
+            **{"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id} | options,
+        )
+        lengths: list[int] = tensors["attention_mask"].sum(1).tolist()
+        return output[:, tensors["input_ids"].shape[1] :], lengths
+
+    def replies(self, tokens: Tensor) -> list[str]:
+        """The texts of new tokens (B, T)."""
+        return [
+            str(reply).strip()
+            for reply in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        ]

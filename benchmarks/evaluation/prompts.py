@@ -1,0 +1,88 @@
+"""Conversations as a model takes them: token ids, and images already encoded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from vlm_prune.vlm.common.timing import now
+from vlm_prune.vlm.encoded import Images
+from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.trace import Trace
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of B prompts, padded on the left.
+
+    Args:
+        tensors: `input_ids` and `attention_mask` (B, L), and where positions have rows for images
+            `position_ids` (4, B, L).
+        vision: the tokens of all images, in order; None where there is no image.
+        pixel_values: the same images before the tower.
+        images: how many images each prompt has.
+        vision_s: seconds that encoding took.
+        cropped: whether the model sees only the middle of images that are not square.
+    """
+
+    tensors: dict[str, Tensor]
+    vision: Images | None
+    pixel_values: Tensor | None
+    images: list[int]
+    vision_s: float
+    cropped: bool = False
+
+    def row(self, number: int, trace: Trace) -> dict[str, Any]:
+        """What results say about one prompt, pruned as in `trace`; means are over its images.
+
+        Beam search repeats a prompt with its images, whose first copy counts.
+        """
+        first, count = sum(self.images[:number]), self.images[number]
+        own = slice(first, first + count)
+        counts = self.vision.counts[own] if self.vision else []
+        copies = max(1, len(trace.computed[0]) // max(1, sum(self.images)))
+        pruned = slice(copies * first, copies * first + count)
+        return {
+            "images": count,
+            "image_tokens": counts,
+            "cropped": self.cropped,
+            "grids": self.vision.grids[own] if self.vision else [],
+            "text_tokens": int(self.tensors["attention_mask"][number].sum()) - sum(counts),
+            "vision_flops": sum(self.vision.flops[own]) if self.vision else 0.0,
+            "layer_tokens": [sum(layer[pruned]) / max(1, count) for layer in trace.computed],
+            "kept": [places.tolist() for places in trace.kept[pruned]],
+        }
+
+
+def make_prompts(
+    model: Any, processor: Any, texts: list[str], images: list[list[Image.Image]]
+) -> Prompts:
+    """Tokenise rendered conversations, and run the tower once over all their images."""
+    family = family_of(model)
+    every = [image for row in images for image in row]
+    given: Any = images if family.by_row else every
+    inputs = processor(
+        text=texts, images=given if every else None, padding=True, padding_side="left",
+        return_tensors="pt",
+    ).to(model.device)  # fmt: skip
+    cropped = bool(getattr(processor.image_processor, "do_center_crop", False))
+    return replace(encoded(model, inputs, [len(row) for row in images]), cropped=cropped)
+
+
+def encoded(model: Any, inputs: Mapping[str, Any], images: list[int]) -> Prompts:
+    """What a processor gives for prompts of so many images each, these encoded."""
+    family, device = family_of(model), model.device
+    tensors = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    vision, seconds = None, 0.0
+    if any(images):
+        names = ("input_ids", "pixel_values", *family.image_inputs)
+        start = now(device)
+        vision = family.encode(**{name: inputs[name] for name in names if name in inputs})
+        seconds = now(device) - start
+        if family.mrope:
+            mask = tensors["attention_mask"]
+            positions = family.positions(tensors["input_ids"], mask, vision.inputs)
+            tensors["position_ids"] = positions * mask
+    return Prompts(tensors, vision, inputs.get("pixel_values"), images, seconds)

@@ -1,0 +1,281 @@
+"""`--suite forgetting`: what learning to see cost a language model, and what Wings kept of it."""
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vlm_prune.benchmarks import lmms_eval
+from vlm_prune.benchmarks.cli.terminal import progress, quiet
+from vlm_prune.benchmarks.evaluation.engine import (
+    MAX_NEW_TOKENS,
+    RunConfig,
+    RunFolder,
+    described,
+    prompts_of,
+    replies_to,
+    samples_of,
+)
+from vlm_prune.benchmarks.evaluation.environment import command, device_name, versions
+from vlm_prune.benchmarks.evaluation.language import Language
+from vlm_prune.benchmarks.stats.bootstrap import accuracy_interval
+from vlm_prune.benchmarks.stats.paired import difference
+from vlm_prune.benchmarks.stats.table import as_gain, as_table, percent, show
+from vlm_prune.benchmarks.tasks import TASKS, Sample
+from vlm_prune.learners import from_pretrained
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.files import write_json
+from vlm_prune.vlm.common.registry import unknown
+from vlm_prune.vlm.load import load
+
+SUITES = ("forgetting",)
+TITLES = {"base": "base LLM", "vlm": "VLM", "wings": "VLM + Wings"}
+PAIRS = (("vlm", "base"), ("wings", "base"), ("wings", "vlm"))
+Ask = Callable[[list[Sample]], list[str]]
+Progress = Callable[[float], None]
+Scores = dict[str, dict[str, NDArray[np.float64]]]
+
+
+def run_suite(
+    name: str, config: RunConfig, base: str | None, output: Path | None, data_root: Path | None
+) -> None:
+    """Run a suite in `output`, or in a folder that goes, and print its table.
+
+    Raises:
+        InputError: as `forgetting` does, or if there is no such suite.
+    """
+    if name not in SUITES:
+        raise InputError(unknown("suite", name, SUITES))
+    quiet()
+    models = 1 + (base is not None) + (config.wings is not None)
+    with TemporaryDirectory(prefix="vlm-prune-") as gone, progress(models * config.limit) as tick:
+        results = forgetting(config, base, output or Path(gone), data_root, tick)
+    for role, reasons in results["skipped"].items():
+        for task, reason in reasons.items():
+            print(f"{task} skipped by {TITLES[role]}: {reason}", file=sys.stderr)
+    show(as_table(lines(results)))
+    print("accuracy; differences in points with paired 95 % bootstrap intervals")
+
+
+def forgetting(
+    config: RunConfig,
+    base: str | None,
+    output: Path,
+    data_root: Path | None = None,
+    tick: Progress = lambda done: None,
+) -> dict[str, Any]:
+    """Ask the base language model, the unpruned VLM and the VLM with Wings the same questions.
+
+    Each has a folder of rows in `output`, where a killed run goes on, and which a later run with
+    one more model uses again. The base model is asked what shows no image. Also writes
+    `results.json`.
+
+    Args:
+        config: tasks and questions; its model is the VLM, its `wings` the adapter, if any.
+        base: folder or hub name of a text-only language model, if any.
+        output: the suite's folder.
+        data_root: copies of data sets for lmms-eval's tasks.
+        tick: called with the number of questions done.
+
+    Raises:
+        InputError: if a model or an adapter cannot be used, or nothing could be asked.
+    """
+    plain = replace(config, wings=None)
+    configs = {"vlm": plain}
+    if base is not None:
+        configs = {"base": replace(plain, model=base), **configs}
+    if config.wings is not None:
+        configs["wings"] = config
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("a suite runs in one process; start it without accelerate launch")
+    skipped: dict[str, dict[str, str]] = {}
+    with ExitStack() as stack:
+        folders = {
+            role: stack.enter_context(RunFolder(output / role, own))
+            for role, own in configs.items()
+        }
+        if lmms_eval.needed(config.tasks):
+            skipped = _through_lmms(folders, data_root, tick)
+        else:
+            _embedded(folders, tick)
+    results = summarise(config, folders, skipped)
+    if not results["tasks"]:
+        raise InputError(f"no task could be run: {next(iter(skipped['vlm'].values()))}")
+    write_json(output / "results.json", results)
+    return results
+
+
+def _embedded(folders: dict[str, RunFolder], tick: Progress) -> None:
+    """Fill the folders, with one model in memory at a time."""
+    config = folders["vlm"].config
+    samples = samples_of(config.tasks, config.limit, config.seed, config.split)
+    if "base" in folders:
+        own = folders["base"].config
+        language = Language(own.model, own.device, own.dtype)
+        _fill(folders["base"], _asking_text(language), [s for s in samples if _text(s)], tick)
+        del language
+    model, processor = load(config.model, config.device, config.dtype)
+    for role in ("vlm", "wings"):
+        if role in folders:
+            adapter = folders[role].config.wings
+            if adapter is not None:
+                from_pretrained(model, adapter)
+            _fill(folders[role], _asking(model, processor), samples, tick)
+
+
+def _text(sample: Sample) -> bool:
+    return not TASKS[sample.id.split("/")[0]].visual
+
+
+def _asking(model: Any, processor: Any) -> Ask:
+    @torch.inference_mode()
+    def ask(batch: list[Sample]) -> list[str]:
+        return replies_to(model, processor, prompts_of(model, processor, batch))[0]
+
+    return ask
+
+
+def _asking_text(language: Language) -> Ask:
+    def ask(batch: list[Sample]) -> list[str]:
+        texts = [language.render(sample.messages()) for sample in batch]
+        tokens, _ = language.generate(texts, max_new_tokens=MAX_NEW_TOKENS)
+        return language.replies(tokens)
+
+    return ask
+
+
+def _fill(folder: RunFolder, ask: Ask, samples: list[Sample], tick: Progress) -> None:
+    """Ask what the folder has no rows of, in fixed slices of the questions."""
+    size = folder.config.batch_size
+    for start in range(0, len(samples), size):
+        batch = samples[start : start + size]
+        if any(sample.id not in folder.rows for sample in batch):
+            replies = ask(batch)
+            folder.append([_row(s, reply) for s, reply in zip(batch, replies, strict=True)])
+        tick(len(batch))
+
+
+def _row(sample: Sample, reply: str) -> dict[str, Any]:
+    row = described(sample)
+    return row | {
+        "prediction": reply,
+        "score": TASKS[row["task"]].score(reply, sample.answer),
+        "images": len(sample.images),
+    }
+
+
+def _through_lmms(
+    folders: dict[str, RunFolder], data_root: Path | None, tick: Progress
+) -> dict[str, dict[str, str]]:
+    """The same where some of the tasks are lmms-eval's; why some were skipped, for each model."""
+    from vlm_prune.benchmarks.lmms_eval.alone import answer_alone
+    from vlm_prune.benchmarks.lmms_eval.language import LanguageChat
+    from vlm_prune.benchmarks.lmms_eval.model import PrunedChat
+
+    config = folders["vlm"].config
+    common: Any = {k: getattr(config, k) for k in ("batch_size", "device", "dtype")}
+    skipped = {}
+    if "base" in folders:
+        language = LanguageChat(folders["base"].config.model, **common)
+        language.tick = tick
+        skipped["base"] = answer_alone(language, folders["base"], data_root)
+        del language
+    model = PrunedChat(config.model, "none", 1.0, **common)
+    model.keep_loaded, model.tick = True, tick
+    for role in ("vlm", "wings"):
+        if role in folders:
+            adapter = folders[role].config.wings
+            if adapter is not None:
+                from_pretrained(model.model, adapter)
+            skipped[role] = answer_alone(model, folders[role], data_root)
+    return skipped
+
+
+def summarise(
+    config: RunConfig, folders: dict[str, RunFolder], skipped: dict[str, dict[str, str]]
+) -> dict[str, Any]:
+    """The content of `results.json`; `text` and `images` are means over tasks without and with."""
+    scores: Scores = {role: folder.scores() for role, folder in folders.items()}
+    for role, reasons in skipped.items():
+        for task in reasons:
+            scores[role].pop(task, None)
+    shown = {row["task"] for row in folders["vlm"].rows.values() if row["images"]}
+    asked = {name: place for place, name in enumerate(config.tasks)}
+    names = sorted(scores["vlm"], key=lambda n: (n in shown, asked.get(n, len(asked)), n))
+    models = {role: folder.config.wings or folder.config.model for role, folder in folders.items()}
+    return {
+        "suite": SUITES[0],
+        "models": models,
+        "seed": config.seed,
+        "config": asdict(config),
+        "versions": versions(),
+        "device": device_name(torch.device(config.device)),
+        "command": command(),
+        "tasks": {name: {"images": name in shown} | _entry(scores, [name]) for name in names},
+        "text": _entry(scores, [name for name in names if name not in shown]),
+        "images": _entry(scores, [name for name in names if name in shown]),
+        "skipped": skipped,
+    }
+
+
+def _entry(scores: Scores, names: list[str]) -> dict[str, Any]:
+    """Accuracy of the models that were asked all of these tasks, and paired differences."""
+    asked = {
+        role: {name: own[name] for name in names}
+        for role, own in scores.items()
+        if names and set(names) <= set(own)
+    }
+    accuracy = {
+        role: float(np.mean([values.mean() for values in own.values()]))
+        for role, own in asked.items()
+    }
+    entry: dict[str, Any] = {
+        "n": sum(len(scores["vlm"][name]) for name in names),
+        "accuracy": accuracy,
+        "differences": {},
+    }
+    if len(names) == 1:
+        entry["accuracy_ci"] = {
+            role: accuracy_interval(own[names[0]]) for role, own in asked.items()
+        }
+    for ours, theirs in PAIRS:
+        if ours in asked and theirs in asked:
+            gain, interval = difference(asked[ours], asked[theirs])
+            entry["differences"][f"{ours} - {theirs}"] = {"accuracy": gain, "ci": interval}
+    return entry
+
+
+def lines(results: dict[str, Any]) -> list[list[str]]:
+    """Header and rows: tasks of text and their mean, then those with images and theirs."""
+    roles = [role for role in TITLES if role in results["models"]]
+    pairs = [f"{a} - {b}" for a, b in PAIRS if a in roles and b in roles]
+    named = [" - ".join(TITLES[role] for role in pair.split(" - ")) for pair in pairs]
+    table = [["task", "n", *(f"{TITLES[role]} %" for role in roles), *named]]
+    for images, part in ((False, "text"), (True, "images")):
+        entries = {n: e for n, e in results["tasks"].items() if e["images"] == images}
+        if len(entries) > 1:
+            entries |= {f"mean, {part}": results[part]}
+        for name, entry in entries.items():
+            accuracy, gains = entry["accuracy"], entry["differences"]
+            table.append(
+                [
+                    name,
+                    str(entry["n"]),
+                    *(percent(accuracy[role]) if role in accuracy else "–" for role in roles),
+                    *(
+                        as_gain(gains[pair]["accuracy"], gains[pair]["ci"])
+                        if pair in gains
+                        else "–"
+                        for pair in pairs
+                    ),
+                ]
+            )
+    return table

@@ -1,0 +1,79 @@
+"""Time of the phases of one `generate` call."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from vlm_prune.benchmarks.evaluation.prompts import Prompts
+from vlm_prune.vlm.common.timing import now
+from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.trace import Trace
+
+
+class PhaseClock(StoppingCriteria):  # type: ignore[misc]
+    """Notes when the first token is there; never stops the generation."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.start = now(device)
+        self.first: float | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if self.first is None:
+            self.first = now(self.device)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def criteria(self) -> StoppingCriteriaList:
+        return StoppingCriteriaList([self])
+
+    def phases(self) -> tuple[float, float]:
+        """Seconds until the first token, and from there to now."""
+        first = self.first or self.start
+        return first - self.start, now(self.device) - first
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Seconds; `vision` is what the call itself encoded, `decode` all tokens after the first."""
+
+    vision: float
+    selection: float
+    prefill: float
+    decode: float
+
+
+def timed_generate(
+    model: Any,
+    prompts: Prompts,
+    pruner: Any | None = None,
+    **generation: Any,
+) -> tuple[Tensor, Phases, Trace]:
+    """One `generate`, greedy unless `generation` says otherwise: new tokens, phases, what was pruned.
+
+    Nothing prunes prompts without images. A pruner that changes the images encodes them itself.
+    """
+    family, vision = family_of(model), prompts.vision
+    changes_pixels = pruner is not None and pruner.stage == "input"
+    arguments: dict[str, Any] = dict(prompts.tensors)
+    counts = [] if vision is None else vision.counts
+    block: Any = nullcontext(Trace(computed=[counts] * len(family.decoder.layers)))
+    if vision is not None:
+        if changes_pixels:
+            arguments["pixel_values"] = prompts.pixel_values
+        else:
+            arguments["mm_encoder_outputs"] = family.output(vision.projected, vision.deepstack)
+        if pruner is not None:
+            block = pruner(model, None if changes_pixels else vision)
+    with block as trace:
+        clock = PhaseClock(model.device)
+        output = model.generate(
+            **arguments, stopping_criteria=clock.criteria(), **{"do_sample": False} | generation
+        )
+        first, rest = clock.phases()
+    prefill = first - trace.selection_s - trace.vision_s
+    new = output[:, prompts.tensors["input_ids"].shape[1] :]
+    return new, Phases(trace.vision_s, trace.selection_s, prefill, rest), trace

@@ -1,0 +1,189 @@
+"""All continual learners over seeds on the packaged stream; killed at any moment, it resumes.
+
+Learning rates, and CoDyRA-plus's importance, are chosen on validation images of the first tasks at
+seed 0; test images are first seen by the runs that are reported. Some methods take over another's
+rate: a control that of what it is a control for, a relative of full fine-tuning or LoRA theirs.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from vlm_prune.benchmarks.experiments.continual.learn import (
+    fewer,
+    learn_tasks,
+    method_of,
+    recipe_of,
+)
+from vlm_prune.continual.clip import load_clip
+from vlm_prune.continual.methods import Method
+from vlm_prune.continual.streams import Stream, Task, open_stream
+from vlm_prune.continual.streams.unseen import scenes
+from vlm_prune.continual.train import Run
+from vlm_prune.vlm.common.files import claim, write_json
+
+ADAPTER_RATES, FULL_RATES = (3e-4, 1e-3, 3e-3, 1e-2), (3e-5, 1e-4, 3e-4)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the comparison.
+
+    Args:
+        method: name of the learner.
+        rate: name of the arm whose chosen learning rate it takes; "" for one that takes no steps.
+        options: that differ from the method's own.
+        follows: option that takes the folder of CoDyRA's run with the same seed.
+    """
+
+    method: str
+    rate: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    follows: str = ""
+
+
+ARMS = {
+    "codyra": Arm("codyra", "codyra"),
+    "lora": Arm("lora", "lora"),
+    "random-rank, codyra's counts": Arm("random-rank", "codyra", follows="like"),
+    "random-rank, codyra's counts and norms": Arm(
+        "random-rank", "codyra", {"match_norm": True}, follows="like"
+    ),
+    "lora, codyra's norms": Arm("lora", "lora", follows="match"),
+    "codyra-plus": Arm("codyra-plus", "codyra-plus"),
+    "zero-shot": Arm("zero-shot", ""),
+    "rail": Arm("rail", "", {"width": 1024}),
+    "full": Arm("full", "full"),
+    "wise-ft": Arm("wise-ft", "full"),
+    "lwf": Arm("lwf", "full"),
+    "zscl": Arm("zscl", "full"),
+    "o-lora": Arm("o-lora", "lora"),
+    "dora": Arm("dora", "lora"),
+    "randlora": Arm("randlora", "randlora"),
+    "adalora": Arm("adalora", "adalora", {"every": 2}),
+}
+CANDIDATES: dict[str, list[dict[str, Any]]] = {
+    **{name: [{"lr": lr} for lr in ADAPTER_RATES] for name in ("codyra", "lora", "randlora")},
+    "adalora": [{"lr": lr} for lr in ADAPTER_RATES],
+    "full": [{"lr": lr} for lr in FULL_RATES],
+    "codyra-plus": [
+        {"lr": lr, "importance": kind} for kind in ("product", "taylor") for lr in ADAPTER_RATES[:3]
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is compared.
+
+    Args:
+        output: folder of the runs; a killed experiment goes on there.
+        seeds: number of them, from 0.
+        steps: per task; fixed beforehand by the time that the whole may take.
+        batch: images per step.
+        test_per_class: test images of each class, of the tasks and of the outside set.
+        search_tasks: tasks of the stream that the search trains on.
+        tasks: tasks of the stream; None for all.
+        arms: names in `ARMS`; `codyra` first, since some follow it.
+    """
+
+    output: Path
+    seeds: int = 3
+    steps: int = 20
+    batch: int = 32
+    test_per_class: int = 12
+    search_tasks: int = 3
+    tasks: int | None = None
+    arms: tuple[str, ...] = tuple(ARMS)
+
+    def claim(self, write: bool = True) -> None:
+        """Note in the folder what decides its runs, or find it there; seeds and arms may grow.
+
+        Raises:
+            InputError: if the folder holds runs of other settings or of another CLIP.
+        """
+        names = ("steps", "batch", "test_per_class", "search_tasks", "tasks")
+        settings = {name: getattr(self, name) for name in names}
+        settings["weights"] = load_clip("tiny").fingerprint()
+        claim(self.output / "experiment.json", settings, write)
+
+    def folder(self, label: str, seed: int) -> Path:
+        """Of one arm's run."""
+        return self.output / label.replace(", ", "-").replace("'", "").replace(" ", "-") / f"{seed}"
+
+
+def run_all(experiment: Experiment, tell: Callable[[str], None] = print) -> None:
+    """Search, then run every arm, seed by seed; `tell` hears which one begins.
+
+    Raises:
+        InputError: if the folder belongs to other settings or to another CLIP.
+    """
+    experiment.claim()
+    stream = open_stream("packaged")
+    used = stream.tasks[: experiment.tasks]
+    tasks = tuple(fewer(task, experiment.test_per_class) for task in used)
+    outside = fewer(scenes(), experiment.test_per_class)
+    chosen = search(experiment, stream, tasks)
+    for seed in range(experiment.seeds):
+        for label in experiment.arms:
+            tell(f"seed {seed}: {label}")
+            run_one(experiment, stream, label, seed, chosen, tasks, outside)
+
+
+def search(
+    experiment: Experiment, stream: Stream, tasks: tuple[Task, ...]
+) -> dict[str, dict[str, Any]]:
+    """The best candidate of each arm that has some, by Average on validation images; recorded."""
+    path = experiment.output / "search.json"
+    record: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    some = tuple(replace(t, test=t.val) for t in tasks[: experiment.search_tasks])
+    wanted = {ARMS[label].rate for label in experiment.arms} - {""}
+    for label in filter(wanted.__contains__, CANDIDATES):
+        scores = record.setdefault(label, [])
+        for number, candidate in enumerate(CANDIDATES[label]):
+            if number < len(scores):
+                continue
+            folder = experiment.folder(f"search-{label}-{number}", 0)
+            method, changes = _built(experiment, stream, label, candidate)
+            run = Run(folder, method, recipe_of(stream, changes, 0))
+            report = learn_tasks(run, load_clip("tiny"), some)
+            scores.append(candidate | {"average": report["metrics"]["average"]["value"]})
+            write_json(path, record)
+    best = {label: max(scores, key=lambda s: s["average"]) for label, scores in record.items()}
+    return {n: {k: v for k, v in one.items() if k != "average"} for n, one in best.items()}
+
+
+def run_one(
+    experiment: Experiment, stream: Stream, label: str, seed: int,
+    chosen: Mapping[str, dict[str, Any]], tasks: tuple[Task, ...], outside: Task,
+) -> None:  # fmt: skip
+    """Train one arm with one seed, unless its report is there."""
+    folder = experiment.folder(label, seed)
+    if (folder / "report.json").is_file():
+        return
+    arm = ARMS[label]
+    candidate: dict[str, Any] = {}
+    if arm.rate:
+        own = arm.rate == label
+        candidate = dict(chosen[arm.rate]) if own else {"lr": chosen[arm.rate]["lr"]}
+    follows: dict[str, Any] = (
+        {arm.follows: experiment.folder("codyra", seed)} if arm.follows else {}
+    )
+    method, changes = _built(experiment, stream, label, candidate | follows)
+    run = Run(folder, method, recipe_of(stream, changes, seed))
+    report = learn_tasks(run, load_clip("tiny"), tasks, [outside])
+    write_json(folder / "report.json", report)
+
+
+def _built(
+    experiment: Experiment, stream: Stream, label: str, candidate: Mapping[str, Any]
+) -> tuple[Method, dict[str, Any]]:
+    """The method of an arm, and what changes in the recipe, for a candidate."""
+    options = dict(candidate)
+    changes: dict[str, Any] = {"steps": experiment.steps, "batch": experiment.batch}
+    if "lr" in options:
+        changes["lr"] = options.pop("lr")
+    arm = ARMS[label]
+    return method_of(stream, arm.method, {**arm.options, **options}), changes

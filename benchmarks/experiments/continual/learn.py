@@ -1,0 +1,249 @@
+"""One method on one stream: train, then write what it did as a table, a picture and JSON."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlm_prune.benchmarks.evaluation.environment import command, versions
+from vlm_prune.continual.attention import sites, split
+from vlm_prune.continual.clip import DEFAULT, Clip, load_clip
+from vlm_prune.continual.config import Recipe, above, check_options
+from vlm_prune.continual.delta import Delta
+from vlm_prune.continual.diagnostics import draw_ranks
+from vlm_prune.continual.evaluate import evaluate
+from vlm_prune.continual.methods import Method, make_method
+from vlm_prune.continual.metrics import AccuracyMatrix, retention
+from vlm_prune.continual.parallel import place
+from vlm_prune.continual.prox import total_shrinkage
+from vlm_prune.continual.results import Results, read_results
+from vlm_prune.continual.streams import Stream, Task, open_stream, write_indices
+from vlm_prune.continual.streams.base import readable
+from vlm_prune.continual.streams.packaged import DOMAINS, Drawn
+from vlm_prune.continual.streams.stream import Subset, labels_of
+from vlm_prune.continual.streams.unseen import UNSEEN
+from vlm_prune.continual.train import Run, accelerator_of, train
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.files import write_json
+
+PACKAGED = Recipe(steps=60, batch=32, lr=3e-3)
+# data sets that are in none of the stream's tasks
+OUTSIDE = {
+    "packaged": ("scenes",),
+    "x-tail": ("cifar100", "places365", "imagenet"),
+    "mtil-1": ("places365", "imagenet"),
+    "mtil-2": ("places365", "imagenet"),
+    "mtil-5shot": ("places365", "imagenet"),
+}
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Settings of one run.
+
+    Args:
+        output: folder of the run; a killed run goes on there.
+        stream: name of a stream.
+        data_root: folder of its data sets; the packaged stream needs none.
+        model: what `load_clip` reads, with `pretrained`; None is the embedded CLIP for the packaged
+            stream, and OpenAI's ViT-B/16 for the others.
+        method: name of a continual learner, with its `options`.
+        recipe: fields of `Recipe` that differ from the stream's default.
+        seed: of the shots, batches and initial weights.
+        save_every: steps between checkpoints within a task.
+        test_per_class: test images of each class; None for all.
+        shots: training images per class; None is what the stream is published with.
+        skip_bad: leave out images that cannot be read.
+        retention: data sets in `UNSEEN` that show what is forgotten outside of the stream; None for
+            all that are no task of the stream, as far as their files are there.
+
+    Raises:
+        InputError: if open_clip's model has no weights named, or no test image is left.
+    """
+
+    output: Path
+    stream: str = "packaged"
+    data_root: Path = Path(".")
+    model: str | None = None
+    pretrained: str | None = None
+    method: str = "codyra"
+    options: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    seed: int = 8
+    save_every: int = 50
+    test_per_class: int | None = None
+    shots: int | None = None
+    skip_bad: bool = False
+    retention: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        name, weights = self.clip
+        if weights is None and not (name == "tiny" or "/" in name or Path(name).is_dir()):
+            raise InputError(f"model {name!r} needs weights; give pretrained, such as openai")
+        if self.test_per_class is not None:
+            above("test_per_class", self.test_per_class, 1)
+
+    @property
+    def clip(self) -> tuple[str, str | None]:
+        """Names of the model and of its weights."""
+        if self.model is not None:
+            return self.model, self.pretrained
+        return ("tiny", None) if self.stream == "packaged" else DEFAULT
+
+
+def recipe_of(stream: Stream, changes: dict[str, Any], seed: int) -> Recipe:
+    """The stream's default recipe with some fields changed; classes are as the stream has them.
+
+    Raises:
+        InputError: for an unknown field, or a value of another kind or out of range.
+    """
+    check_options(Recipe, "the recipe", changes)
+    base = PACKAGED if stream.name == "packaged" else Recipe()
+    base = replace(base, joint=stream.joint, ensemble=stream.ensemble, seed=seed)
+    return replace(base, **changes)
+
+
+def method_of(stream: Stream, name: str, options: dict[str, Any]) -> Method:
+    """A method with what the packaged stream needs by default.
+
+    Short tasks keep the strength of CoDyRA's published schedule, and ZSCL's reference images are
+    pre-training drawings of `scenes`, which belong to no task.
+    """
+    defaults: dict[str, Any] = {}
+    if stream.name == "packaged" and name == "codyra" and "kappa" not in options:
+        defaults["total"] = total_shrinkage(500, 0.5, 0.005)
+    if stream.name == "packaged" and name == "zscl":
+        domain = DOMAINS["scenes"]
+        drawn = Drawn(domain, "pretraining", domain.known, "plain")
+        defaults["images"] = [drawn[k][0] for k in range(256)]
+        defaults["average_every"] = 5  # its default is longer than these tasks
+        defaults["captions"] = [domain.templates[0].format(c) for c in domain.classes]
+    return make_method(name, **(defaults | options))
+
+
+def learn(settings: Learning) -> dict[str, Any]:
+    """Train, or finish training; writes `report.json`, `matrix.png` and, of pruned ranks, `ranks`.
+
+    Raises:
+        InputError: if a name is unknown, data are missing, or the folder holds another run.
+    """
+    stream = open_stream(
+        settings.stream, settings.data_root, settings.seed, settings.shots, settings.skip_bad
+    )
+    recipe = recipe_of(stream, settings.recipe, settings.seed)
+    method = method_of(stream, settings.method, settings.options)
+    tasks = tuple(fewer(task, settings.test_per_class) for task in stream.tasks)
+    outside, missing = outside_of(settings, stream)
+    clip = load_clip(*settings.clip)
+    run = Run(settings.output, method, recipe, save_every=settings.save_every, progress=True)
+    report = learn_tasks(run, clip, tasks, outside)
+    about = {"stream": stream.name, "model": settings.clip[0], "command": command()}
+    report = about | report | {"versions": versions("open_clip_torch", "timm", "peft")}
+    report["retention"] |= {name: {"missing": reason} for name, reason in missing.items()}
+    if place()[0] == 0:
+        if any(isinstance(task.train, Subset) for task in stream.tasks):
+            write_indices(stream, settings.output / "indices.json")
+        write_json(settings.output / "report.json", report)
+        accuracy_matrix(read_results(run.output)).heat_map(settings.output / "matrix.png")
+        picture_ranks(settings.output)
+    return report
+
+
+def outside_of(settings: Learning, stream: Stream) -> tuple[list[Task], dict[str, str]]:
+    """The data sets of `settings.retention`, and of those that are not there the reason.
+
+    Raises:
+        InputError: if one that was asked for is unknown, missing, or a task of the stream.
+    """
+    found, missing = list[Task](), dict[str, str]()
+    given = settings.retention
+    for name in OUTSIDE[settings.stream] if given is None else given:
+        if name in {task.name for task in stream.tasks}:
+            raise InputError(f"{name} is a task of {stream.name}; give another retention")
+        read = UNSEEN[name]
+        try:
+            task = fewer(read(settings.data_root), settings.test_per_class)
+        except InputError as error:
+            if given is not None:
+                raise
+            missing[name] = str(error)
+            continue
+        if settings.skip_bad:
+            task = replace(task, test=Subset(task.test, readable(task.test)))
+        found.append(task)
+    return found, missing
+
+
+def picture_ranks(folder: Path) -> None:
+    """Draw how many components each task kept, module by layer, where some were dropped."""
+    deltas = [Delta.load(path) for path in sorted((folder / "deltas").glob("*.safetensors"))]
+    dropped = any(f.rank < len(f.start) for delta in deltas for f in delta.factors.values())
+    if not dropped:
+        return
+    model = load_clip(str(folder / "model")).model
+    split(model)
+    (folder / "ranks").mkdir(exist_ok=True)
+    for delta in deltas:
+        draw_ranks(delta, sites(model), folder / "ranks" / f"{delta.facts['name']}.png")
+
+
+def fewer(task: Task, test_per_class: int | None) -> Task:
+    """The task with the first test images of each class; None for all of them."""
+    if test_per_class is None:
+        return task
+    labels = np.array(labels_of(task.test))
+    first = [np.flatnonzero(labels == k)[:test_per_class] for k in range(len(task.classes))]
+    return replace(task, test=Subset(task.test, np.sort(np.concatenate(first)).tolist()))
+
+
+def learn_tasks(
+    run: Run, clip: Clip, tasks: Sequence[Task], outside: Sequence[Task] = ()
+) -> dict[str, Any]:
+    """Train on tasks and measure what is left outside of them; the report as plain numbers.
+
+    The outside tasks are scored by the model alone, each among its own classes.
+    """
+    clip.model.to(accelerator_of(run).device)
+    before = [hits_of(clip, task, run.recipe) for task in outside]
+    results = train(run, clip, tasks)
+    final = load_clip(str(run.output / "model"))
+    final.model.to(clip.device)
+    return {
+        "method": run.method.name,
+        "seed": run.recipe.seed,
+        "recipe": asdict(run.recipe),
+        **accuracy_matrix(results).to_json(),
+        "trainable_parameters": results.trainable,
+        "added_parameters": results.added,
+        "update_norms": results.norms,
+        "drift": results.drift,
+        "retention": {
+            task.name: retention(hits, hits_of(final, task, run.recipe))
+            for task, hits in zip(outside, before, strict=True)
+        },
+    }
+
+
+def hits_of(clip: Clip, task: Task, recipe: Recipe) -> NDArray[np.uint8]:
+    """Which test images of one task are right among its own classes, (n,)."""
+    alone = replace(recipe, joint=False, ensemble=False)
+    found: NDArray[np.uint8] = evaluate(clip, [task], alone)[0].numpy()
+    return found
+
+
+def accuracy_matrix(results: Results) -> AccuracyMatrix:
+    """The results with their metrics."""
+    hits = tuple(results.hits), tuple(results.zero_shot_hits)
+    return AccuracyMatrix(tuple(results.tasks), *hits)
+
+
+def retained(name: str, left: Mapping[str, Any]) -> str:
+    """One data set of a report's retention as a line of text, in per cent."""
+    if "missing" in left:
+        return f"retention on {name} was not measured: {left['missing']}"
+    before, after, low, high = (100 * v for v in (left["before"], left["after"], *left["ci"]))
+    change = f"{after - before:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return f"retention on {name}: {before:.1f} -> {after:.1f} ({change})"

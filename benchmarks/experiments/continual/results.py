@@ -1,0 +1,262 @@
+"""The experiment's results: JSON, a page in Markdown, and a picture."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vlm_prune.benchmarks.evaluation.environment import command, device_name, versions
+from vlm_prune.benchmarks.experiments.continual.compare import (
+    Runs,
+    cell,
+    difference,
+    draw,
+    figures,
+    markdown_table,
+    values,
+)
+from vlm_prune.benchmarks.experiments.continual.experiment import ARMS, Experiment
+from vlm_prune.benchmarks.experiments.continual.learn import accuracy_matrix, method_of
+from vlm_prune.benchmarks.experiments.continual.timing import step_times
+from vlm_prune.continual.clip import load_clip
+from vlm_prune.continual.data import prompts
+from vlm_prune.continual.delta import Delta
+from vlm_prune.continual.diagnostics import survival
+from vlm_prune.continual.prox import total_shrinkage
+from vlm_prune.continual.results import read_results
+from vlm_prune.continual.streams import open_stream
+from vlm_prune.vlm.common.files import write_json, write_text
+
+GAIN = "codyra", "lora"
+WHICH = "codyra", "random-rank, codyra's counts and norms"
+SMALLER = "lora, codyra's norms", "lora"
+BUDGETED = "codyra-plus", "codyra"
+QUESTIONS = (
+    ("What does CoDyRA gain over LoRA of the same rank?", *GAIN),
+    ("Does it matter which ranks survive? Against as many at random",
+     "codyra", "random-rank, codyra's counts"),
+    ("The same, at equal norms too", *WHICH),
+    ("Is a smaller update enough? LoRA with CoDyRA's norms against LoRA", *SMALLER),
+    ("What is left of the gain at equal norms?", "codyra", "lora, codyra's norms"),
+    ("Is the budgeted variant better than CoDyRA?", *BUDGETED),
+)  # fmt: skip
+SHOWN = ("transfer", "average", "last", "forgetting")
+
+
+def collect(experiment: Experiment) -> dict[str, Any]:
+    """All figures of the runs that are finished, as plain numbers."""
+    rows: dict[str, Any] = {}
+    runs: dict[str, Runs] = {}
+    for label in experiment.arms:
+        folders = {seed: experiment.folder(label, seed) for seed in range(experiment.seeds)}
+        done = {seed: f for seed, f in folders.items() if (f / "report.json").is_file()}
+        if not done:
+            continue
+        runs[label] = {seed: accuracy_matrix(read_results(f)) for seed, f in done.items()}
+        reports = [json.loads((f / "report.json").read_text()) for f in done.values()]
+        first = reports[0]
+        rows[label] = {
+            "seeds": list(done),
+            "lr": first["recipe"]["lr"] if ARMS[label].rate else None,
+            "metrics": figures(runs[label]),
+            "metrics_by_seed": values(runs[label]),
+            "retention": [report["retention"]["scenes"] for report in reports],
+            "trainable_parameters": first["trainable_parameters"][0],
+            "added_parameters": first["added_parameters"][-1],
+            "update_norms": [report["update_norms"] for report in reports],
+            "drift": [report["drift"] for report in reports],
+            "kept_rank": kept_rank(done.values()),
+        }
+    differences = [
+        {"question": text, "of": one, "minus": other, **difference(runs[one], runs[other])}
+        for text, one, other in QUESTIONS
+        if one in runs and other in runs
+    ]
+    recorded: dict[str, Any] = {}
+    for name in ("search", "step_ms"):
+        path = experiment.output / f"{name}.json"
+        recorded[name] = json.loads(path.read_text()) if path.is_file() else {}
+    found = {
+        "settings": {k: v for k, v in asdict(experiment).items() if k != "output"},
+        "finished": sum(len(row["seeds"]) for row in rows.values()),
+        "planned": experiment.seeds * len(experiment.arms),
+        **recorded,
+        "methods": rows,
+        "differences": differences,
+        "initial_gates": initial_gates(experiment),
+        "command": command(),
+        "device": device_name(torch.device("cpu")),
+        "versions": versions("open_clip_torch", "timm", "peft"),
+    }
+    return found | {"verdicts": verdicts(found)}
+
+
+def kept_rank(folders: Iterable[Path]) -> float | None:
+    """Mean components per site that runs merged, over tasks and seeds; None without factors."""
+    ranks = [factors.rank for delta in deltas(folders) for factors in delta.factors.values()]
+    return float(np.mean(ranks)) if ranks else None
+
+
+def deltas(folders: Iterable[Path]) -> list[Delta]:
+    """The changes of all tasks of some runs."""
+    return [Delta.load(p) for f in folders for p in sorted((f / "deltas").glob("*.safetensors"))]
+
+
+def initial_gates(experiment: Experiment) -> dict[str, float | None]:
+    """How far CoDyRA's initial gates alone tell which components stay; means over tasks and seeds.
+
+    The correlation is None where all components of every task, or none, survived.
+    """
+    folders = [experiment.folder("codyra", seed) for seed in range(experiment.seeds)]
+    found = [survival(delta, total_shrinkage(500, 0.5, 0.005)) for delta in deltas(folders)]
+    if not found:
+        return {}
+    defined = [one.correlation for one in found if not math.isnan(one.correlation)]
+    return {
+        "agreement": float(np.mean([one.agreement for one in found])),
+        "correlation": float(np.mean(defined)) if defined else None,
+        "kept_share": float(np.mean([one.mean_rank_share for one in found])),
+    }
+
+
+def verdicts(found: Mapping[str, Any]) -> list[str]:
+    """What the paired differences say about the two questions, in sentences."""
+    pairs = {(one["of"], one["minus"]): one for one in found["differences"]}
+    lines = []
+    if all(pair in pairs and "last" in pairs[pair] for pair in (GAIN, WHICH, SMALLER)):
+        for name in ("transfer", "average", "last"):
+            gain, which, smaller = (pairs[pair].get(name) for pair in (GAIN, WHICH, SMALLER))
+            if gain is None or which is None or smaller is None:
+                continue
+            text = (
+                f"{name.capitalize()}: CoDyRA gains {cell(gain, '+')} over LoRA; a smaller update "
+                f"alone gains {cell(smaller, '+')}, and which ranks survive {cell(which, '+')}"
+            )
+            if gain["low"] > 0:
+                shares = (100 * one["value"] / gain["value"] for one in (smaller, which))
+                text += "; that is {:.0f} % and {:.0f} % of the gain.".format(*shares)
+            else:
+                text += "; the gain is within its interval, so there is nothing to divide."
+            lines.append(text)
+    plus = pairs.get(BUDGETED, {})
+    if "transfer" in plus:
+        wins = all(plus[name]["low"] > 0 for name in ("transfer", "last"))
+        ranks = [found["methods"][label]["kept_rank"] for label in BUDGETED]
+        lines.append(
+            f"CoDyRA-plus {'beats' if wins else 'does not beat'} CoDyRA on both Transfer "
+            f"({cell(plus['transfer'], '+')}) and Last ({cell(plus['last'], '+')}), with a mean "
+            "rank of {:.2f} against {:.2f}.".format(*ranks)
+        )
+    return lines
+
+
+def time_steps(experiment: Experiment, rounds: int = 10) -> None:
+    """Record the milliseconds of a step on the first task, all methods in turn, unless it is done."""
+    path = experiment.output / "step_ms.json"
+    if path.is_file():
+        return
+    stream, clip = open_stream("packaged"), load_clip("tiny")
+    task = stream.tasks[0]
+    items = [task.train[k] for k in range(min(experiment.batch, len(task.train)))]
+    pixels = torch.stack([clip.eval_transform(image) for image, _ in items])
+    labels = torch.tensor([label for _, label in items])
+    methods = {
+        label: method_of(stream, ARMS[label].method, dict(ARMS[label].options))
+        for label in experiment.arms
+        if ARMS[label].rate and not ARMS[label].follows
+    }
+    make, words = (lambda: load_clip("tiny")), prompts(task)
+    write_json(path, step_times(methods, make, words, pixels, labels, rounds))
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """The results in Markdown."""
+    settings, rows = found["settings"], found["methods"]
+    head = (
+        "# Continual learners on the packaged stream\n\n"
+        f"{found['finished']} of {found['planned']} runs; {settings['steps']} steps per task of "
+        f"{settings['batch']} images; {settings['test_per_class']} test images per class, scored "
+        "against the classes of all tasks. Per cent; 95 % bootstrap intervals over seeds and test "
+        "images (images alone where there is one seed). Forgetting: lower is better. Retention: "
+        "change on `scenes`, which is no task, mean over seeds; ZSCL's reference images are other "
+        "drawings of `scenes`. Drift: Frobenius distance of all weights from the initial ones at the "
+        "end; rank: mean components per adapted matrix that were merged.\n\n"
+        f"`{found['command']}`; {found['device']}.\n\n"
+    )
+    lines = []
+    times = found["step_ms"]
+    for label, row in rows.items():
+        kept = [100 * one["difference"] for one in row["retention"]]
+        step = times.get(label)
+        lines.append([
+            label, len(row["seeds"]),
+            *(cell(row["metrics"][name]) if name in row["metrics"] else "" for name in SHOWN),
+            f"{np.mean(kept):+.1f}", f"{np.mean([d[-1] for d in row['drift']]):.2f}",
+            "" if row["kept_rank"] is None else f"{row['kept_rank']:.2f}", f"{row['trainable_parameters']:,}",
+            f"{row['added_parameters']:,}", "" if step is None else f"{step:.0f}",
+        ])  # fmt: skip
+    columns = [
+        "method",
+        "seeds",
+        *SHOWN,
+        "retention",
+        "drift",
+        "rank",
+        "trained",
+        "added at inference",
+        "step ms",
+    ]
+    table = markdown_table(columns, lines)
+    pairs = markdown_table(
+        ["question", "difference", *SHOWN],
+        [
+            [
+                one["question"],
+                f"{one['of']} − {one['minus']}",
+                *(cell(one[name], "+") if name in one else "" for name in SHOWN),
+            ]
+            for one in found["differences"]
+        ],
+    )
+    gates = found["initial_gates"]
+    about = "".join(f"- {line}\n" for line in found["verdicts"])
+    if gates:
+        correlation = gates["correlation"]
+        about += (
+            f"- CoDyRA keeps {100 * gates['kept_share']:.1f} % of its components. The rule "
+            '"|initial gate| > total shrinkage" alone tells '
+            f"{100 * gates['agreement']:.1f} % of them right (correlation "
+            f"{'undefined' if correlation is None else format(correlation, '.2f')}).\n"
+        )
+    tried = markdown_table(
+        ["arm", "candidate", "Average % on val"],
+        [
+            [
+                label,
+                ", ".join(f"{k} {v}" for k, v in one.items() if k != "average"),
+                f"{100 * one['average']:.1f}",
+            ]
+            for label, scores in found["search"].items()
+            for one in scores
+        ],
+    )
+    return (
+        f"{head}{table}\n## Paired differences\n\n{pairs}\n{about}\n## Search\n\n"
+        f"Validation images of the first {settings['search_tasks']} tasks, seed 0.\n\n{tried}"
+    )
+
+
+def write(experiment: Experiment, folder: Path) -> None:
+    """`results.json`, `README.md` and `methods.png` in `folder`."""
+    experiment.claim(write=False)
+    found = collect(experiment)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "results.json", found)
+    write_text(folder / "README.md", page(found))
+    metrics = {label: row["metrics"] for label, row in found["methods"].items()}
+    draw(metrics, folder / "methods.png")

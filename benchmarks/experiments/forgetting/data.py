@@ -1,0 +1,120 @@
+"""Training and test rows: many questions per pass over an image's frozen tower features."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vlm_prune.benchmarks.embedded_models.curriculum import (
+    LESSONS,
+    block,
+    history,
+    text_row,
+    visual_row,
+)
+from vlm_prune.benchmarks.embedded_models.language import Row, clip
+from vlm_prune.benchmarks.embedded_models.source import SceneExample, pixels_of
+from vlm_prune.benchmarks.embedded_models.tower import tower_features
+from vlm_prune.benchmarks.experiments.forgetting.arms import Plan
+from vlm_prune.benchmarks.tasks import VISUAL, iit, text
+from vlm_prune.benchmarks.tasks.base import SPLITS, Split
+from vlm_prune.benchmarks.tasks.scenes import Scene, make_scene
+from vlm_prune.vlm.common.files import whole
+
+KEY = 2_026_11_24
+TASK_QUESTIONS, SETTING_QUESTIONS, TEXT_QUESTIONS = 2, 4, 12
+
+
+@dataclass
+class Shown:
+    """Scenes of a split with their tower features, (scenes, 576, width) in half precision."""
+
+    scenes: list[Scene]
+    features: Tensor
+
+    def triples(self) -> Tensor:
+        """(scenes * 576, 3) name, colour and place of each patch, as `Symbols` takes them."""
+        return torch.cat([SceneExample(scene).triples for scene in self.scenes])
+
+
+@torch.no_grad()
+def show(model: Any, split: Split, number: int, folder: Path) -> Shown:
+    """The first scenes of a split; features are kept in `folder`, since every arm has this tower."""
+    rng = np.random.default_rng([KEY, SPLITS.index(split)])
+    scenes = [make_scene(rng, split) for _ in range(number)]
+    path = folder / f"features-{split}-{number}.safetensors"
+    if not path.is_file():
+        parts = [
+            tower_features(clip(model), pixels_of(scenes[k : k + 8])).half()
+            for k in range(0, number, 8)
+        ]
+        with whole(path) as partial:
+            save_file({"features": torch.cat(parts)}, partial)
+    return Shown(scenes, load_file(path)["features"])
+
+
+def training_rows(shown: Shown, plan: Plan, replay: bool, rng: np.random.Generator) -> list[Row]:
+    """One step's rows: questions about images, and `plan.replay` of them about text."""
+    rows = []
+    for k in rng.integers(len(shown.scenes), size=plan.images):
+        rows.append(
+            visual_row(rng, shown.scenes[k], some(shown, k, plan, rng), plan.questions, "sight")
+        )
+    if replay:
+        wanted = max(1, round(plan.images * plan.questions * plan.replay / (1 - plan.replay)))
+        row = text_row(rng, wanted)
+        row.blocks = row.blocks[:wanted]
+        rows.append(row)
+    return rows
+
+
+def some(shown: Shown, k: int, plan: Plan, rng: np.random.Generator) -> Tensor:
+    """Features of a scene's objects and of random other patches, `plan.patches` in all, in order."""
+    names = shown.scenes[k].patch_names.ravel()
+    objects, others = np.flatnonzero(names), np.flatnonzero(names == 0)
+    more = rng.permutation(others)[: max(0, plan.patches - len(objects))]
+    return shown.features[k][torch.from_numpy(np.sort(np.concatenate([objects, more])))]
+
+
+def held_out_rows(shown: Shown, plan: Plan, rng: np.random.Generator) -> list[tuple[str, Row]]:
+    """Rows with the part that they measure: `visual`, `text`, or `iit`.
+
+    Each scene is shown once for the six tasks and the setting V, and once each for T,V and T,T,V;
+    text has as many rows. A block's kind is its task or setting.
+    """
+    rows: list[tuple[str, Row]] = []
+    for k, scene in enumerate(shown.scenes):
+        features = some(shown, k, plan, rng)
+        asked = [
+            (name, question)
+            for name in VISUAL
+            for _ in range(TASK_QUESTIONS)
+            if (question := LESSONS["all"][name][0](rng, scene)) is not None
+        ]
+        rows.append(("visual", Row("<s>USER: ", [block(k, q) for k, q in asked], features)))
+        for setting in ("V", "T,V", "T,T,V"):
+            before = f"<s>{history(rng, setting.count('T'))}USER: "
+            questions = [iit.about(rng, scene) for _ in range(SETTING_QUESTIONS)]
+            rows.append(("iit", Row(before, [block(setting, q) for q in questions], features)))
+        told = [text.ask(rng) for _ in range(TEXT_QUESTIONS)]
+        rows.append(("text", Row("<s>", [block(q.subset, q, "USER: ") for q in told])))
+        for setting in ("T", "T,T", "T,T,T"):
+            before = f"<s>{history(rng, setting.count('T') - 1)}"
+            questions = [text.ask(rng) for _ in range(SETTING_QUESTIONS)]
+            rows.append(("iit", Row(before, [block(setting, q, "USER: ") for q in questions])))
+    return rows
+
+
+def shift_rows(shown: Shown, plan: Plan, rng: np.random.Generator) -> list[Row]:
+    """Prompts with an image between a text turn and a question, for the attention shift."""
+    rows = []
+    for n in range(plan.shift_rows):
+        k = n % len(shown.scenes)
+        before = f"<s>{history(rng, 1)}USER: "
+        question = iit.about(rng, shown.scenes[k])
+        rows.append(Row(before, [block("shift", question)], some(shown, k, plan, rng)))
+    return rows

@@ -1,0 +1,258 @@
+"""The experiment's course: each (seed, arm) leaves a file and is skipped when that file is there."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from functools import cache
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from joblib import Parallel, delayed
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import set_seed
+
+from vlm_prune.benchmarks.cli.terminal import quiet
+from vlm_prune.benchmarks.embedded_models.symbols import Symbols, align_projector, word_ids
+from vlm_prune.benchmarks.evaluation.environment import command, device_name, versions
+from vlm_prune.benchmarks.experiments.forgetting.arms import ARMS, Arm, Plan
+from vlm_prune.benchmarks.experiments.forgetting.data import Shown, held_out_rows, shift_rows, show
+from vlm_prune.benchmarks.experiments.forgetting.measure import (
+    Hits,
+    hits,
+    mean_accuracy,
+    shift_curves,
+)
+from vlm_prune.benchmarks.experiments.forgetting.report import write_report
+from vlm_prune.benchmarks.experiments.forgetting.train import Cost, first_stage, trained
+from vlm_prune.benchmarks.tasks.base import SPLITS
+from vlm_prune.benchmarks.tasks.scenes import COLORS, NAMES
+from vlm_prune.learners.laws import attention_shift
+from vlm_prune.learners.merge import merge
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.files import claim, whole, write_folder, write_json
+from vlm_prune.vlm.load import load
+from vlm_prune.vlm.tiny import text_language_model
+
+LANGUAGE, PROJECTOR = "model.language_model.", "model.multi_modal_projector."
+
+
+def run(
+    plan: Plan, output: Path, results: Path, base: Path | None = None, jobs: int = 1
+) -> dict[str, Any]:
+    """Run what is missing in `output`, then write JSON, table and plot to `results`.
+
+    Args:
+        plan: sizes and rates.
+        output: the experiment's folder; a killed experiment goes on there.
+        results: where `forgetting.json`, `.md` and `.png` go.
+        base: safetensors with a language model that has seen text alone; the packaged one by
+            default.
+        jobs: processes; each does one arm at a time.
+
+    Raises:
+        InputError: if `output` holds an experiment with other settings, `base` does not fit, or a
+            package is missing.
+    """
+    for package in ("matplotlib", "peft"):
+        if find_spec(package) is None:  # not only after all the training
+            raise InputError(f"this needs {package}: pip install 'vlm-prune[plot,train]'")
+    base = base or text_language_model()
+    load_language_model(load()[0], base)  # a wrong file must not claim the folder
+    digest = hashlib.sha256(base.read_bytes()).hexdigest()[:16]
+    about = {"plan": asdict(plan), "base": f"{base.name} (sha256 {digest})"}
+    claim(output / "experiment.json", about)
+    _shown(plan, output)  # here, so that not each process computes features
+    spread = Parallel(n_jobs=jobs, return_as="generator")
+    list(spread(delayed(_begun)(plan, output, base, seed) for seed in plan.seeds))
+    found, console = {}, Console()
+    pairs = list(product(plan.seeds, ARMS))
+    for after in (False, True):  # merging takes the weights of full tuning
+        wave = [(seed, name) for seed, name in pairs if ARMS[name].merged is after]
+        runs = spread(delayed(_finished)(plan, output, seed, name) for seed, name in wave)
+        for (seed, name), entry in zip(wave, runs, strict=True):
+            found[seed, name] = entry
+            figures = ", ".join(
+                f"{part} {100 * mean_accuracy(entry['hits'][part]):.1f} %"
+                for part in ("text", "visual")
+            )
+            rate = f"language model's LR {plan.rate(ARMS[name])}"
+            place = f"{len(found)}/{len(pairs)} seed {seed}, {ARMS[name].title}"
+            console.print(f"{place}, {rate}: {figures}")
+    arms = {name: [found[seed, name] for seed in plan.seeds] for name in ARMS}
+    everything = about | {
+        "device": device_name(torch.device("cpu")),
+        "versions": versions(),
+        "command": command(),
+        "arms": arms,
+    }
+    write_report(everything, results)
+    return everything
+
+
+@cache
+def _shown(plan: Plan, output: Path) -> dict[str, Shown]:
+    """The scenes of all splits; a process draws them once."""
+    quiet()  # here, too, for a process of its own
+    model, _ = load()
+    sizes = {"train": plan.train_scenes, "val": plan.val_scenes, "test": plan.test_scenes}
+    return {split: show(model, split, sizes[split], output) for split in SPLITS}
+
+
+def _begun(plan: Plan, output: Path, base: Path, seed: int) -> None:
+    """Make what the arms of a seed share."""
+    folder, shown = output / f"seed-{seed}" / "aligned", _shown(plan, output)["train"]
+    aligned(folder, base, plan, shown, seed)
+    for arm in ARMS.values():
+        if arm.method is not None:
+            first_stage(folder, arm, plan, shown, seed)
+
+
+def _finished(plan: Plan, output: Path, seed: int, name: str) -> dict[str, Any]:
+    """What is measured of one arm, from its file if it is there."""
+    folder = output / f"seed-{seed}"
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        shown = _shown(plan, output)
+        write_json(path, measured(folder, name, ARMS[name], plan, shown, seed))
+    entry: dict[str, Any] = json.loads(path.read_text())
+    return entry
+
+
+def aligned(folder: Path, base: Path, plan: Plan, shown: Shown, seed: int) -> None:
+    """A checkpoint of the base language model behind a new projector.
+
+    The projector starts random and is fitted to the word embeddings of what patches show, so that
+    few steps of training suffice afterwards.
+
+    Raises:
+        InputError: if `base` holds no language model of this shape.
+    """
+    if (folder / "config.json").is_file():
+        return
+    set_seed(seed)
+    model, processor = load()
+    load_language_model(model, base)
+    projector = model.model.multi_modal_projector
+    for layer in (projector.linear_1, projector.linear_2):
+        layer.reset_parameters()
+    names, colors = (word_ids(processor.tokenizer, words) for words in (NAMES, list(COLORS)))
+    symbols = Symbols(model.get_input_embeddings(), names, colors, grid=24)
+    triples = shown.triples()
+    with torch.no_grad():
+        targets = symbols(triples)
+    features = shown.features.flatten(0, 1)
+    align_projector(
+        projector, features, targets, triples[:, 0] > 0, plan.align_steps, lambda step, **_: None
+    )
+
+    def fill(partial: Path) -> None:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+
+    write_folder(folder, fill)
+
+
+def load_language_model(model: Any, path: Path) -> None:
+    """Take the language model out of a safetensors file, whatever else is in it.
+
+    Raises:
+        InputError: if it is not there, or has another shape.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            state = {
+                name.rsplit("language_model.", 1)[1]: file.get_tensor(name)
+                for name in file.keys()  # noqa: SIM118
+                if "language_model." in name
+            }
+        model.model.language_model.load_state_dict(state)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"cannot take a language model from {path}: {reason}") from error
+    model.tie_weights()
+
+
+def measured(
+    folder: Path, name: str, arm: Arm, plan: Plan, shown: dict[str, Shown], seed: int
+) -> dict[str, Any]:
+    """Train one arm where there is something to train, and measure it on the test split."""
+    set_seed(seed)
+    extra: dict[str, Any] = {}
+    cost = Cost()
+    if arm.method is not None:
+        model, processor, cost = trained(folder / "aligned", arm, plan, shown["train"], seed)
+        if name == "full":
+            with whole(folder / "full.safetensors") as partial:
+                save_file(_language_and_projector(model), partial)
+    elif arm.merged:
+        model, processor, extra = merged(folder, plan, shown["val"], seed)
+    else:
+        model, processor = load(str(folder / "aligned"), dtype="float32")
+        first = load_file(first_stage(folder / "aligned", ARMS["full"], plan, shown["train"], seed))
+        model.load_state_dict(
+            {n.replace("projector.", PROJECTOR): t for n, t in first.items()}, strict=False
+        )
+    test = shown["test"]
+    rows = shift_rows(test, plan, np.random.default_rng([seed, 2]))
+    curves = {
+        "with first token": shift_curves(model, processor, rows, True),
+        "without first token": shift_curves(model, processor, rows, False),
+    }
+    return {
+        "hits": _tested(model, processor, test, plan, [seed, 0]),
+        "curves": {key: _mean_curves(value) for key, value in curves.items()},
+        "shift": {key: _shift(value) for key, value in curves.items()},
+        "cost": asdict(cost),
+        **extra,
+    }
+
+
+def _tested(model: Any, processor: Any, shown: Shown, plan: Plan, key: list[int]) -> Hits:
+    """Right answers to the questions that `key` draws, the same for all arms of a seed."""
+    return hits(model, processor, held_out_rows(shown, plan, np.random.default_rng(key)))
+
+
+def merged(folder: Path, plan: Plan, val: Shown, seed: int) -> tuple[Any, Any, dict[str, Any]]:
+    """Full tuning moved back to its base, as far as is best on validation scenes."""
+    base, processor = load(str(folder / "aligned"), dtype="float32")
+    tuned = load_file(folder / "full.safetensors")
+
+    def at(alpha: float) -> Any:
+        model, _ = load(str(folder / "aligned"), dtype="float32")
+        model.load_state_dict(tuned, strict=False)
+        merge(base, model, alpha)
+        return model
+
+    scores = {}
+    for alpha in plan.alphas:
+        found = _tested(at(alpha), processor, val, plan, [seed, 1])
+        scores[alpha] = (mean_accuracy(found["text"]) + mean_accuracy(found["visual"])) / 2
+    best = max(scores, key=lambda alpha: scores[alpha])
+    return at(best), processor, {"alpha": best, "validation": scores}
+
+
+def _language_and_projector(model: Any) -> dict[str, Tensor]:
+    return {
+        name: tensor.contiguous()
+        for name, tensor in model.state_dict().items()
+        if name.startswith((LANGUAGE, PROJECTOR))
+    }
+
+
+def _mean_curves(curves: Tensor) -> list[list[float]]:
+    means: list[list[float]] = curves.nanmean(0).tolist()
+    return means
+
+
+def _shift(curves: Tensor) -> list[float]:
+    """Of each row; a row whose curve does not vary has none."""
+    shift = attention_shift(curves)
+    defined: list[float] = shift[shift.isfinite()].tolist()
+    return defined

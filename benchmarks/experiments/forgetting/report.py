@@ -1,0 +1,198 @@
+"""The experiment's JSON, table and plot."""
+
+import json
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+import numpy as np
+
+from vlm_prune.benchmarks.experiments.forgetting.arms import ARMS, Plan
+from vlm_prune.benchmarks.experiments.forgetting.measure import difference, interval, mean_accuracy
+from vlm_prune.benchmarks.stats.bootstrap import accuracy_interval
+from vlm_prune.benchmarks.stats.table import as_markdown, percent
+from vlm_prune.benchmarks.tasks.iit import SETTINGS
+from vlm_prune.learners.laws import GROUPS
+from vlm_prune.vlm.common.files import whole, write_text
+
+NAME = "forgetting"
+KEPT, BEHIND = 0.98, 1  # share of text-only accuracy, points of visual accuracy
+COLORS = ("#4477aa", "#cc6677", "#228833")
+
+
+def write_report(everything: dict[str, Any], folder: Path) -> None:
+    """Write `forgetting.json`, `forgetting.md` and `forgetting.png`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = summarise(everything["arms"])
+    # on one line: there are thousands of single answers
+    write_text(folder / f"{NAME}.json", json.dumps(everything | {"summary": summary}) + "\n")
+    write_text(folder / f"{NAME}.md", markdown(everything, summary))
+    with whole(folder / f"{NAME}.png") as partial:
+        plot(everything["arms"], summary, partial)
+
+
+def summarise(arms: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Means and 95 % intervals over seeds and scenes, for each arm."""
+    summary: dict[str, dict[str, Any]] = {}
+    wings = [run["hits"] for run in arms["wings"]]
+    for name, runs in arms.items():
+        found = [run["hits"] for run in runs]
+        entry: dict[str, Any] = {
+            part: interval([seed[part] for seed in found]) for part in ("text", "visual")
+        }
+        entry["by seed"] = {
+            part: [mean_accuracy(seed[part]) for seed in found] for part in ("text", "visual")
+        }
+        entry["wings minus it"] = {
+            part: difference([seed[part] for seed in wings], [seed[part] for seed in found])
+            for part in ("text", "visual")
+        }
+        for setting in SETTINGS:
+            entry[setting] = interval([{setting: seed["iit"][setting]} for seed in found])
+        for key in ("with first token", "without first token"):
+            shifts = np.array([shift for run in runs for shift in run["shift"][key]])
+            entry[key] = (float(shifts.mean()), accuracy_interval(shifts)) if len(shifts) else None
+        for key in ("trainable", "step_s", "memory_bytes"):
+            entry[key] = float(np.median([run["cost"][key] for run in runs]))
+        entry["alpha"] = [run["alpha"] for run in runs if "alpha" in run]
+        summary[name] = entry
+    return summary
+
+
+def _cell(value: tuple[float, list[float]]) -> str:
+    point, (low, high) = value
+    return f"{percent(point)} [{percent(low)}, {percent(high)}]"
+
+
+def _points(value: tuple[float, list[float]]) -> str:
+    point, (low, high) = value
+    return f"{100 * point:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def _shift_cell(value: tuple[float, list[float]] | None) -> str:
+    return f"{value[0]:.2f} [{value[1][0]:.2f}, {value[1][1]:.2f}]" if value else "undefined"
+
+
+def verdict(summary: dict[str, dict[str, Any]]) -> str:
+    """Whether Wings is as good as it should be: text kept, and sight next to the best baseline."""
+    kept = summary["wings"]["text"][0] / summary["base"]["text"][0]
+    baselines = [name for name in summary if name != "base" and not name.startswith("wings")]
+    best = max(baselines, key=lambda name: summary[name]["visual"][0])
+    ahead = summary[best]["wings minus it"]["visual"]
+    behind = -100 * ahead[0]
+    met = kept >= KEPT and behind <= BEHIND
+    return (
+        f"Target: {percent(KEPT)} % of the base's text-only accuracy, at most {BEHIND} point behind "
+        f"the best baseline's visual accuracy. Wings keeps {percent(kept)} % and is {behind:.1f} points "
+        f"behind {ARMS[best].title} (Wings minus it: {_points(ahead)}): {'met' if met else 'not met'}."
+    )
+
+
+def markdown(everything: dict[str, Any], summary: dict[str, dict[str, Any]]) -> str:
+    """Two tables: skills, then attention and cost."""
+    before = summary["base"]["text"][0]
+    plan = everything["plan"]
+    skills = [
+        [
+            "arm", "language model's LR", "text-only % before", "after", "by seed", "change", "visual %",
+            "by seed", "Wings' visual minus it",
+        ]
+    ]  # fmt: skip
+    settings = [["arm", *SETTINGS, "mean"]]
+    costs = [
+        ["arm", "attention shift", "without first token", "trainable", "ms per step", "memory MB"]
+    ]
+    for name, entry in summary.items():
+        title = ARMS[name].title
+        after = entry["text"]
+        skills.append(
+            [
+                title,
+                Plan(**plan).rate(ARMS[name]),
+                percent(before),
+                _cell(after),
+                ", ".join(map(percent, entry["by seed"]["text"])),
+                f"{round(100 * (after[0] - before), 1) + 0:+.1f}",
+                _cell(entry["visual"]),
+                ", ".join(map(percent, entry["by seed"]["visual"])),
+                "" if name == "wings" else _points(entry["wings minus it"]["visual"]),
+            ]
+        )
+        points = [entry[setting] for setting in SETTINGS]
+        mean = percent(float(np.mean([point for point, _ in points])))
+        settings.append([title, *map(_cell, points), mean])
+        shifts = [_shift_cell(entry[k]) for k in ("with first token", "without first token")]
+        cost = ["0", "", ""]
+        if entry["trainable"]:
+            cost = [
+                f"{entry['trainable'] / 1e6:.2f} M",
+                f"{1e3 * entry['step_s']:.0f}",
+                f"{entry['memory_bytes'] / 1e6:.0f}",
+            ]
+        costs.append([title, *shifts, *cost])
+    alphas = ", ".join(map(str, summary["merge"]["alpha"]))
+    return f"""# Text skills before and after learning to see
+
+`{everything["command"]}`, {everything["device"]}; base: {everything["base"]}; seeds {", ".join(map(str, plan["seeds"]))}.
+
+Brackets are 95 % bootstrap intervals over seeds and scenes; there are few seeds, so their spread is
+poorly known; a difference's is paired by question. All arms share tower, data, projector, {plan["stage1_steps"]} steps of stage 1 and
+{plan["stage2_steps"]} of stage 2 on visual questions alone. The language model's rate is
+{plan["stock_lr"]} (stock) or {plan["wings_lr"]} (Wings'); projector, learners and LoRA have {plan["new_lr"]}.
+An image is shown by {plan["patches"]} of its 576 tokens, those of all objects among them.
+Merging chose alpha {alphas} on validation scenes.
+
+{as_markdown(skills)}
+{verdict(summary)}
+
+Interleaved conversations, last turn, right answers % (T text, V image, earlier replies given):
+
+{as_markdown(settings)}
+Attention shift is 1 minus the correlation over layers of attention before and after the image (0 is
+best, 2 worst); its interval is over prompts. Memory: weights, gradients, Adam's moments and
+saved activations of a step.
+
+{as_markdown(costs)}
+![attention by layer, and accuracy]({NAME}.png)
+"""
+
+
+def plot(
+    arms: dict[str, list[dict[str, Any]]], summary: dict[str, dict[str, Any]], path: Path
+) -> None:
+    """Attention by layer of every arm, and bars of text-only and visual accuracy."""
+    from matplotlib.figure import Figure
+
+    columns = 4
+    rows = -(-len(arms) // columns)
+    figure = Figure(figsize=(3 * columns, 2.2 * rows + 3.5), layout="constrained")
+    grid = figure.add_gridspec(rows + 2, columns)
+    for number, (name, runs) in enumerate(arms.items()):
+        axes = figure.add_subplot(grid[number // columns, number % columns])
+        curves = np.array([run["curves"]["with first token"] for run in runs])
+        layers = range(1, curves.shape[-1] + 1)
+        for group, label in enumerate(GROUPS):
+            for one in curves:
+                axes.plot(layers, one[group], color=COLORS[group], alpha=0.3, lw=0.8)
+            axes.plot(layers, curves[:, group].mean(0), color=COLORS[group], label=label)
+        value = summary[name]["with first token"]
+        shift = f"\nshift {value[0]:.2f}" if value else ""
+        axes.set_title(f"{ARMS[name].title}{shift}", fontsize=8)
+        axes.tick_params(labelsize=7)
+        if number == 0:
+            axes.legend(fontsize=7)
+            axes.set_ylabel("share of attention", fontsize=8)
+    axes = figure.add_subplot(grid[rows:, :])
+    places = np.arange(len(arms))
+    for offset, (part, color) in enumerate(zip(("text", "visual"), COLORS, strict=False)):
+        points = np.array([summary[name][part][0] for name in arms])
+        limits = np.array([summary[name][part][1] for name in arms]).T
+        errors = np.abs(limits - points)
+        axes.bar(
+            places + 0.4 * offset - 0.2, 100 * points, 0.38, yerr=100 * errors, color=color,
+            label={"text": "text-only", "visual": "visual"}[part], capsize=2,
+        )  # fmt: skip
+    axes.set_xticks(places, [fill(ARMS[name].title, 14) for name in arms], fontsize=7)
+    axes.set_ylabel("right answers %")
+    axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
+    figure.savefig(path, format="png", dpi=110)

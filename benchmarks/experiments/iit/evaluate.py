@@ -1,0 +1,141 @@
+"""Answer the last turn of each conversation, after gold replies or the model's own."""
+
+import json
+import re
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from vlm_prune.benchmarks.evaluation.environment import command, versions
+from vlm_prune.benchmarks.experiments.iit.build import LABEL
+from vlm_prune.benchmarks.experiments.iit.sources import LETTERS
+from vlm_prune.benchmarks.stats.bootstrap import accuracy_interval
+from vlm_prune.benchmarks.tasks.base import Sample, Turn
+from vlm_prune.benchmarks.tasks.iit import SETTINGS
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.files import write_json, write_text
+from vlm_prune.vlm.common.images import open_image
+
+Context = Literal["own", "gold"]
+INSTRUCTION = "Answer with the option's letter from the given choices directly."
+
+
+def read(folder: Path) -> list[Sample]:
+    """The conversations that `build` wrote, all replies gold.
+
+    Raises:
+        InputError: if there are none.
+    """
+    path = folder / "iit.jsonl"
+    try:
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [_sample(entry, folder) for entry in entries]
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"cannot read conversations from {path}: {error}") from error
+
+
+def _sample(entry: dict[str, Any], folder: Path) -> Sample:
+    turns = []
+    for said in entry["turns"]:
+        options = "\n".join(
+            f"{letter}. {option}" for letter, option in zip(LETTERS, said["options"], strict=False)
+        )
+        images = (open_image(folder / said["image"]),) if said["image"] else ()
+        text = f"{said['question']}\n{options}\n{INSTRUCTION}"
+        turns.append(Turn(text, images, said["answer"]))
+    last = turns[-1]
+    return Sample(
+        (*turns[:-1], replace(last, reply=None)), str(last.reply), entry["setting"], entry["id"]
+    )
+
+
+def letter_of(reply: str) -> str:
+    """The option a reply chooses: its first capital letter that stands alone; empty without one."""
+    found = re.search(rf"(?<![A-Za-z])([{LETTERS}])(?![A-Za-z])", reply)
+    return found.group(1) if found else ""
+
+
+@torch.inference_mode()
+def _reply(model: Any, processor: Any, sample: Sample, pruner: Any | None) -> str:
+    prompt = processor.apply_chat_template(sample.messages(), add_generation_prompt=True)
+    images = list(sample.images) or None
+    inputs = processor(text=[prompt], images=images, return_tensors="pt").to(model.device)
+    with nullcontext() if pruner is None else pruner(model):
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=16)
+    answer = output[0, inputs["input_ids"].shape[1] :]
+    return str(processor.decode(answer, skip_special_tokens=True)).strip()
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    folder: Path,
+    output: Path,
+    context: Context = "own",
+    pruner: Any | None = None,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Accuracy of the last turn by setting, with 95 % bootstrap intervals.
+
+    Args:
+        model: with or without learners.
+        processor: its processor.
+        folder: what `build` wrote.
+        output: folder for `iit-<context>.json` and `iit-<context>.jsonl`.
+        context: whether earlier turns have the model's own replies or the gold ones.
+        pruner: prunes every turn; None prunes nothing.
+        limit: conversations of each setting, the first ones.
+
+    Raises:
+        InputError: for an unknown context, or a folder without conversations.
+    """
+    if context not in ("own", "gold"):
+        raise InputError(f"context {context!r} is unknown; give own or gold")
+    rows: list[dict[str, Any]] = []
+    for sample in read(folder):
+        seen = sum(row["setting"] == sample.subset for row in rows)
+        if limit is not None and seen >= limit:
+            continue
+        turns = sample.turns
+        if context == "own":
+            for place in range(len(turns) - 1):
+                asked = (*turns[:place], replace(turns[place], reply=None))
+                reply = _reply(model, processor, replace(sample, turns=asked), pruner)
+                answered = replace(turns[place], reply=reply)
+                turns = (*turns[:place], answered, *turns[place + 1 :])
+        reply = _reply(model, processor, replace(sample, turns=turns), pruner)
+        rows.append(
+            {
+                "id": sample.id,
+                "setting": sample.subset,
+                "replies": [turn.reply for turn in turns[:-1]],
+                "prediction": reply,
+                "answer": sample.answer,
+                "score": float(letter_of(reply) == sample.answer),
+            }
+        )
+    settings = {}
+    for setting in SETTINGS:
+        scores = np.array([row["score"] for row in rows if row["setting"] == setting], float)
+        if len(scores):
+            settings[setting] = {
+                "n": len(scores), "accuracy": scores.mean(), "ci": accuracy_interval(scores)
+            }  # fmt: skip
+    results = {
+        "label": LABEL,
+        "context": context,
+        "settings": settings,
+        "mean": float(np.mean([entry["accuracy"] for entry in settings.values()])),
+        "versions": versions(),
+        "command": command(),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / f"iit-{context}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_json(output / f"iit-{context}.json", results)
+    return results

@@ -1,0 +1,87 @@
+"""Rows of the files that benchmarks come in: parquet, JSON lines, CSV, TSV, a zip of CSVs."""
+
+import base64
+import binascii
+import csv
+import io
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vlm_prune.vlm.common.errors import InputError
+
+Row = dict[str, Any]
+SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".zip")
+IMAGE_COLUMNS = tuple(f"image_{n}" for n in range(1, 8)) + ("image",)
+
+
+def rows(path: Path, images: bool) -> Iterator[Row]:
+    """Every row of a file; of parquet without the image columns unless `images`.
+
+    Rows of CSVs have the file's name as `subject`, since CMMLU has one file for each.
+
+    Raises:
+        InputError: if the file cannot be read, or parquet support is not installed.
+    """
+    try:
+        if path.suffix == ".parquet":
+            yield from _parquet(path, images)
+        elif path.suffix == ".zip":
+            with zipfile.ZipFile(path) as archive:
+                for name in sorted(archive.namelist()):
+                    if name.endswith(".csv") and "test/" in name:
+                        text = io.TextIOWrapper(archive.open(name), "utf-8-sig", newline="")
+                        yield from _table(text, ",", Path(name).stem)
+        elif path.suffix in (".csv", ".tsv"):
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                yield from _table(file, "," if path.suffix == ".csv" else "\t", path.stem)
+        elif path.suffix == ".json":
+            yield from json.loads(path.read_text(encoding="utf-8"))
+        else:
+            with path.open(encoding="utf-8") as file:
+                yield from (json.loads(line) for line in file if line.strip())
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+
+
+def _parquet(path: Path, images: bool) -> Iterator[Row]:
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise InputError("parquet files need pyarrow: pip install 'vlm-prune[iit]'") from None
+    file = ParquetFile(path)
+    names = [n for n in file.schema_arrow.names if images or n not in IMAGE_COLUMNS]
+    for batch in file.iter_batches(batch_size=64, columns=names):
+        yield from batch.to_pylist()
+
+
+def _table(file: Any, delimiter: str, subject: str) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # images are base64 in cells
+    for row in csv.DictReader(file, delimiter=delimiter):
+        yield {"subject": subject} | row
+
+
+def image_bytes(value: Any, folder: Path) -> bytes:
+    """The file content of an image cell: `{"bytes"}`, a list of one, base64, or a file name.
+
+    Raises:
+        InputError: if it is none of these.
+    """
+    if isinstance(value, list) and len(value) == 1:
+        (value,) = value
+    if isinstance(value, dict):
+        if value.get("bytes"):
+            return bytes(value["bytes"])
+        value = value.get("path")
+    if isinstance(value, str):
+        if len(value) < 1000 and (folder / value).is_file():
+            return (folder / value).read_bytes()
+        try:
+            return base64.b64decode(value, validate=True)
+        except (binascii.Error, ValueError):
+            pass
+    raise InputError(f"a row of {folder} has no image that can be read, but {str(value)[:40]!r}")

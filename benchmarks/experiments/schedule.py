@@ -1,0 +1,139 @@
+"""Find where a model's text-to-vision attention shifts, and propose where to cut."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vlm_prune.benchmarks.evaluation.engine import samples_of
+from vlm_prune.benchmarks.evaluation.environment import command, versions
+from vlm_prune.benchmarks.evaluation.prompts import make_prompts
+from vlm_prune.learners.data import messages, read_llava
+from vlm_prune.pruning import AdaptInfer
+from vlm_prune.pruning.received import from_rows
+from vlm_prune.pruning.schedule import Schedule
+from vlm_prune.pruning.shift import change_points, histogram, propose
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.files import write_json
+from vlm_prune.vlm.common.images import open_image
+from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.probe import question_rows
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation in the chat-template format that ends with a question about its images."""
+
+    messages: list[dict[str, Any]]
+    images: list[Image.Image]
+
+
+def prompts_of_tasks(tasks: tuple[str, ...], limit: int, seed: int) -> list[Prompt]:
+    """Questions of the embedded tasks' validation split."""
+    samples = samples_of(tasks, limit, seed, "val")
+    return [Prompt(s.messages(), list(s.images)) for s in samples if s.images]
+
+
+def prompts_of_file(path: Path, images: Path, limit: int) -> list[Prompt]:
+    """The first questions of conversations in LLaVA's JSON format, those with images."""
+    shown = [example for example in read_llava(path, images) if "<image>" in example.turns[0][0]]
+    return [
+        Prompt(
+            messages(e)[:1],
+            [open_image(image) for image in e.images[: e.turns[0][0].count("<image>")]],
+        )
+        for e in shown[:limit]
+    ]
+
+
+def points_of(
+    model: Any,
+    processor: Any,
+    prompts: list[Prompt],
+    batch_size: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> tuple[list[int], list[int]]:
+    """The change points of all images of all prompts, and how many tokens each image has."""
+    family, points, sizes = family_of(model), list[int](), list[int]()
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        texts = [
+            processor.apply_chat_template(p.messages, add_generation_prompt=True) for p in batch
+        ]
+        asked = make_prompts(model, processor, texts, [prompt.images for prompt in batch])
+        assert asked.vision is not None
+        encoded = family.output(asked.vision.projected, asked.vision.deepstack)
+        layers = [
+            [from_rows(rows, rows.columns).cpu() for rows in groups]
+            for groups in question_rows(model, asked.tensors | {"mm_encoder_outputs": encoded})
+        ]
+        for group in zip(*layers, strict=True):
+            for attention in torch.stack(group, 1):
+                points += change_points(attention)
+        sizes += asked.vision.counts
+        progress(len(batch))
+    return points, sizes
+
+
+def proposal(model: Any, points: list[int], budget: int, cuts: int, tokens: int) -> dict[str, Any]:
+    """What `Schedule.read` reads, the evidence for it, and the cuts that it means for `budget` of
+    an image's `tokens`.
+
+    Raises:
+        InputError: if attention never shifts where a cut could stand, or the budget is too large.
+    """
+    layers, pattern = len(family_of(model).decoder.layers), AdaptInfer().pattern()
+    counts = histogram(points, layers)
+    places = propose(counts, min(cuts, len(pattern)))
+    if not places:
+        raise InputError("no layer stands out, so there is nothing to propose; give more --limit")
+    schedule = Schedule(layers, tuple(places), tuple(share for _, share in pattern[: len(places)]))
+    method = AdaptInfer(budget=budget, schedule=schedule)
+    made = method.cuts(tokens, layers)
+    computed = [
+        float(min([tokens, *(cut.keep for cut in made if cut.layer <= layer)]))
+        for layer in range(layers)
+    ]
+    return {
+        **asdict(schedule),
+        "histogram": counts,
+        "change_points": len(points),
+        "budget": budget,
+        "tokens": tokens,
+        "cuts": [asdict(cut) for cut in made],
+        "counts": method.counts(tokens, computed),
+        "versions": versions(),
+        "command": command(),
+    }
+
+
+def draw(content: dict[str, Any], path: Path) -> None:
+    """The histogram of change points with the proposed cuts, as a picture."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError(
+            "the picture needs matplotlib: pip install 'vlm-prune[schedule]'"
+        ) from None
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(range(content["layers"]), content["histogram"], color="#8aa4c8")
+    for number, place in enumerate(content["places"]):
+        label = "proposed cuts" if number == 0 else None
+        axes.axvline(place - 0.5, color="#b3261e", linestyle="--", label=label)
+    axes.set(
+        xlabel="decoder layer where text-to-vision attention changes", ylabel="image tokens",
+        title=f"{content['change_points']} change points",
+    )  # fmt: skip
+    axes.legend()
+    figure.savefig(path)
+
+
+def save(content: dict[str, Any], folder: Path) -> None:
+    """`schedule.json` and `schedule.png`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw(content, folder / "schedule.png")
+    write_json(folder / "schedule.json", content)

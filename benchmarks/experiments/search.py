@@ -1,0 +1,240 @@
+"""Search the combination of methods that answers best at a budget, on validation questions alone.
+
+Candidates meet in rounds on more and more questions, each round keeping the better third. The best
+of them are then varied one hyperparameter at a time. Because the winner was chosen among many, its
+score on those questions flatters it: it is compared with the single methods on new ones.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlm_prune.benchmarks.evaluation.engine import RunConfig, RunFolder, Variant, evaluate
+from vlm_prune.benchmarks.evaluation.environment import command, versions
+from vlm_prune.benchmarks.stats.paired import difference, mcnemar
+from vlm_prune.benchmarks.stats.table import THREE_WAYS, as_gain, as_markdown, percent, three_ways
+from vlm_prune.pruning import DecoderPruner, VisionPruner
+from vlm_prune.pruning.best import described
+from vlm_prune.pruning.registry import methods
+from vlm_prune.vlm.common.files import write_json, write_text
+from vlm_prune.vlm.families import family_of
+
+WIDENINGS = (1.5, 2.0, 3.0, 4.0)
+MERGED = {"merge", "visionzip"}
+NO_PART = {"none", "random", "pool", "downsample", "merge", "zoo"}  # zoo chooses as zoo-exact does
+COMBINED = {"cascade", "merge", "best"}
+VARIATIONS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "fopru": {"queries": ("all", "cls")},
+    "visionzip": {"contextual": (0.05, 0.15625, 0.3)},
+    "vispruner": {"important": (0.25, 0.5, 0.75)},
+    "cdpruner": {"negated": (False, True)},
+    "fastv": {"layer": (1, 2, 4), "queries": ("all", "last")},
+    "sparsevlm": {"recycle": (0.0, 0.3)},
+    "pyramiddrop": {"ratio": (0.35, 0.5, 0.7)},
+    "dart": {"layer": (0, 2, 4), "image_pivots": (2, 4, 8)},
+}
+FINALISTS = 3
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round measured: accuracy by task of each variant, and image tokens in three ways."""
+
+    scores: list[dict[str, NDArray[np.float64]]]
+    tokens: list[dict[str, Any]]
+
+    def accuracy(self, number: int) -> float:
+        """Mean over tasks, rounded so that equal ones are equal."""
+        return round(float(np.mean([v.mean() for v in self.scores[number].values()])), 9)
+
+
+def singles() -> list[str]:
+    """Registered methods that are no combination of others, controls included."""
+    return [name for name in methods() if name not in COMBINED | {"none"}]
+
+
+def combinations(budget: int) -> list[Variant]:
+    """Every method before the language model with every one inside it, merging or not."""
+    table = methods()
+    before = [n for n, m in table.items() if issubclass(m, VisionPruner) and n not in NO_PART]
+    inside = [n for n, m in table.items() if issubclass(m, DecoderPruner)]
+    first = [*before, *(f"{name}+merge" for name in before if name not in MERGED)]
+    found = [Variant(name, budget) for name in first if "+" in name]
+    found += [
+        Variant(f"{name}+{second}", budget, arguments={"widening": widening})
+        for name in first
+        for second in inside
+        for widening in WIDENINGS
+    ]
+    return found
+
+
+def variations(variant: Variant) -> list[Variant]:
+    """The variant with one hyperparameter of one part changed at a time."""
+    parts = variant.method.split("+")
+    inside = parts[-1] if parts[-1] in VARIATIONS and "widening" in variant.arguments else ""
+    merged = "merge" in parts
+    outer = "pre." if "widening" in variant.arguments else ""
+    prefixes = {parts[0]: f"{outer}method." if merged else outer, inside: "inside."}
+    return [
+        replace(variant, arguments=variant.arguments | {f"{prefix}{name}": value})
+        for part, prefix in prefixes.items()
+        for name, values in VARIATIONS.get(part, {}).items()
+        for value in values
+        if value != values_of(part)[name]
+    ]
+
+
+def values_of(method: str) -> dict[str, Any]:
+    """A method's own hyperparameters."""
+    return dict(vars(methods()[method]()))
+
+
+@dataclass
+class Search:
+    """The rounds of one search.
+
+    Args:
+        common: model, tasks, seed and the like of every run.
+        limit: questions of the last round, and of the comparison.
+        output: folder of the runs; a killed search resumes there.
+        watch: makes what to call with the number of questions done, for a round of so many.
+    """
+
+    model: Any
+    processor: Any
+    common: RunConfig
+    limit: int
+    output: Path
+    watch: Callable[[str, int], Any]
+
+    def measure(self, name: str, variants: list[Variant], limit: int, seed: int) -> Round:
+        """All variants on the same validation questions; the seed decides which."""
+        config = replace(self.common, split="val", limit=limit, seed=seed)
+        with ExitStack() as stack:
+            folders = [
+                stack.enter_context(
+                    RunFolder(
+                        self.output / name / _folder(variant),
+                        replace(config, variant=variant),
+                    )
+                )
+                for variant in variants
+            ]
+            advance = stack.enter_context(self.watch(name, limit))
+            results = evaluate(self.model, self.processor, folders, advance)
+        return Round([folder.scores() for folder in folders], [run["tokens"] for run in results])
+
+    def winners(self, budgets: list[int]) -> dict[int, Variant]:
+        """The best combination at each budget."""
+        seed, least = self.common.seed, len(self.common.tasks)
+        left = {budget: combinations(budget) for budget in budgets}
+        for number, limit in enumerate((self.limit // 9, self.limit // 3, self.limit), 1):
+            every = [variant for variants in left.values() for variant in variants]
+            measured = self.measure(f"round-{number}", every, max(least, limit), seed)
+            keep = FINALISTS if limit == self.limit else None
+            left = {b: _best(every, measured, b, keep) for b in budgets}
+        finalists = [variant for variants in left.values() for variant in variants]
+        every = [*finalists, *(new for old in finalists for new in variations(old))]
+        measured = self.measure("varied", every, self.limit, seed)
+        return {budget: _best(every, measured, budget, 1)[0] for budget in budgets}
+
+    def run(self, budgets: list[int]) -> dict[str, Any]:
+        """The definitions that `Best` reads, with the comparison that they stand on."""
+        chosen = self.winners(budgets)
+        plain = singles()
+        every = [v for b in budgets for v in (chosen[b], *(Variant(name, b) for name in plain))]
+        measured = self.measure("compared", every, self.limit, self.common.seed + 1)
+        step = 1 + len(plain)
+        return {
+            "model": self.common.model,
+            "tokens": family_of(self.model).tokens_per_image,
+            "questions": self.limit,
+            "seed": self.common.seed,
+            "versions": versions(),
+            "command": command(),
+            "budgets": {
+                str(budget): _compared(every, measured, number * step, step)
+                for number, budget in enumerate(budgets)
+            },
+        }
+
+
+def _folder(variant: Variant) -> str:
+    named = "".join(f"-{key}={value}" for key, value in variant.arguments.items())
+    return f"{variant.method}-{variant.budget}{named}"
+
+
+def _best(every: list[Variant], measured: Round, budget: int, keep: int | None) -> list[Variant]:
+    """The most accurate variants of a budget, a third of them unless told; ties in given order."""
+    own = [n for n, variant in enumerate(every) if variant.budget == budget]
+    own.sort(key=lambda n: -measured.accuracy(n))
+    return [every[n] for n in own[: keep or max(FINALISTS, -(-len(own) // 3))]]
+
+
+def _compared(every: list[Variant], measured: Round, first: int, count: int) -> dict[str, Any]:
+    """The combination at `first` against the single methods behind it; the better one is named."""
+    against: list[dict[str, Any]] = []
+    for number in range(first + 1, first + count):
+        point, interval = difference(measured.scores[first], measured.scores[number])
+        against.append(
+            {
+                "method": every[number].method,
+                "accuracy": measured.accuracy(number),
+                "tokens": measured.tokens[number],
+                "difference": point,
+                "ci": interval,
+                "p": mcnemar(measured.scores[first], measured.scores[number]),
+            }
+        )
+    top = max(range(first, first + count), key=lambda n: measured.accuracy(n))
+    return {
+        "method": every[top].method,
+        "arguments": every[top].arguments,
+        "accuracy": measured.accuracy(top),
+        "wins": all(entry["ci"][0] > 0 for entry in against),
+        "combination": described(every[first].method, every[first].arguments),
+        "combination_accuracy": measured.accuracy(first),
+        "tokens": measured.tokens[first],
+        "against": against,
+    }
+
+
+def lines(entry: dict[str, Any]) -> list[list[str]]:
+    """Header and one row per single method: its accuracy and how far the combination is above."""
+    rows = [["method", f"tokens {THREE_WAYS}", "accuracy %", "combination minus it [95 %]", "p"]]
+    own = percent(entry["combination_accuracy"])
+    rows.append([entry["combination"], three_ways(entry["tokens"]), own, "", ""])
+    for other in sorted(entry["against"], key=lambda other: -other["accuracy"]):
+        accuracy, tokens = percent(other["accuracy"]), three_ways(other["tokens"])
+        gain = as_gain(other["difference"], other["ci"])
+        rows.append([other["method"], tokens, accuracy, gain, f"{other['p']:.3f}"])
+    return rows
+
+
+def verdict(budget: str, entry: dict[str, Any]) -> str:
+    """One line: whether the combination beats every single method."""
+    if entry["wins"]:
+        return f"budget {budget}: {entry['combination']} beats every single method"
+    equal = [other["method"] for other in entry["against"] if other["ci"][0] <= 0]
+    name = described(entry["method"], entry["arguments"])
+    return (
+        f"budget {budget}: no combination beats every single method; {entry['combination']} is not "
+        f"above {', '.join(equal)} beyond the interval; the most accurate is {name}"
+    )
+
+
+def save(content: dict[str, Any], output: Path, definitions: Path) -> None:
+    """`search.md` in the output folder, and the definitions there and where `Best` reads them."""
+    parts = [
+        f"{verdict(budget, entry)}\n\n{as_markdown(lines(entry))}"
+        for budget, entry in content["budgets"].items()
+    ]
+    write_text(output / "search.md", "\n".join(parts))
+    write_json(output / "best.json", content)
+    write_json(definitions, content)

@@ -1,0 +1,53 @@
+"""Which tasks lmms-eval and we have, and where each is defined."""
+
+from functools import cache
+from typing import Any
+
+from vlm_prune.benchmarks.lmms_eval import TASK_FOLDER
+from vlm_prune.benchmarks.tasks import TASKS
+from vlm_prune.vlm.common.errors import InputError
+
+
+@cache
+def catalog() -> Any:
+    """lmms-eval's index of all its tasks and of ours; building it reads some 2000 files."""
+    from lmms_eval.tasks import TaskManager
+    from loguru import logger
+
+    logger.disable("lmms_eval")
+    return TaskManager(include_path=str(TASK_FOLDER))
+
+
+def leaves(name: str) -> list[str]:
+    """The tasks that a name stands for: itself, or the members of a group or tag."""
+    if name in TASKS:
+        name = f"vlm_prune_{name}"
+    entry = catalog().task_index.get(name)
+    if entry is None:
+        raise InputError(f"lmms-eval has no task {name!r}")
+    if entry["type"] in ("task", "python_task"):
+        return [name]
+    members = entry["task"] if entry["type"] == "tag" else settings(name)["task"]
+    names = [member if isinstance(member, str) else member["task"] for member in members]
+    return [leaf for member in names if isinstance(member, str) for leaf in leaves(member)]
+
+
+def settings(name: str) -> dict[str, Any]:
+    """A task's whole configuration, its functions imported.
+
+    Raises:
+        InputError: if the task needs a package that is not installed.
+    """
+    from lmms_eval.utils import load_yaml_config
+
+    path = catalog().task_index[name]["yaml_path"]
+    try:
+        config: dict[str, Any] = load_yaml_config(path, mode="full")
+    except ImportError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        missing = getattr(cause, "name", None)
+        what = f"the package {missing!r}" if missing else f"something missing ({cause})"
+        raise InputError(f"task {name!r} needs {what}; install it, or lmms-eval whole") from error
+    return config

@@ -1,0 +1,148 @@
+"""Conversations out of lmms-eval's requests, in chat and in simple mode."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lmms_eval.api.instance import Instance
+from PIL import Image
+
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.images import open_image
+
+NEW_TOKENS = 1024
+# What `generate` takes; tasks also carry options of single models, such as image_aspect_ratio.
+PASSED = ("max_new_tokens", "num_beams", "do_sample", "temperature", "top_p", "top_k")
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation whose parts are lmms-eval's: {"type": "text" | "image", ...}."""
+
+    turns: list[dict[str, Any]]
+
+    @property
+    def question(self) -> str:
+        """The text of the last turn."""
+        parts = self.turns[-1]["content"]
+        return "".join(part["text"] for part in parts if part["type"] == "text")
+
+    def images(self) -> list[Image.Image]:
+        return [
+            open_image(part["url"])
+            for turn in self.turns
+            for part in turn["content"]
+            if part["type"] == "image"
+        ]
+
+    def messages(self, marker: str) -> list[dict[str, Any]]:
+        """For a chat template; a task's own `marker` in a text would count as one more image."""
+        return [
+            {"role": turn["role"], "content": [_part(part, marker) for part in turn["content"]]}
+            for turn in self.turns
+        ]
+
+
+def _part(part: dict[str, Any], marker: str) -> dict[str, Any]:
+    if part["type"] == "image":
+        return {"type": "image"}
+    text = part["text"]
+    return {"type": "text", "text": text.replace(marker, "") if marker else text}
+
+
+def user_turn(visuals: Any, text: str) -> Chat:
+    """One question about images."""
+    content = [{"type": "image", "url": visual} for visual in visuals or []]
+    return conversation([{"role": "user", "content": [*content, {"type": "text", "text": text}]}])
+
+
+def conversation(turns: list[dict[str, Any]]) -> Chat:
+    """A task's messages.
+
+    Raises:
+        InputError: if they show something else than images and text.
+    """
+    for turn in turns:
+        if isinstance(turn["content"], str):
+            turn["content"] = [{"type": "text", "text": turn["content"]}]
+        for part in turn["content"]:
+            shown = part.get("url", part.get("image"))
+            still = part["type"] == "image" and isinstance(shown, str | Image.Image)
+            if part["type"] != "text" and not still:
+                kind = part["type"] if part["type"] != "image" else type(shown).__name__
+                raise InputError(f"the task shows {kind}s; give a task of images or text")
+            if still:
+                part["url"] = shown
+    return Chat(turns)
+
+
+def chat_of(request: Instance, documents: dict[str, Any]) -> tuple[Chat, Any]:
+    """The conversation of a request and what comes with it: options, or the text to score."""
+    first, second, *rest = request.args
+    if not rest:  # a choice without its question
+        return user_turn([], first), second
+    visual, number, task, split = rest
+    document = documents[task][split][number]
+    if callable(second) and isinstance(visual, dict):  # chat mode
+        return conversation(second(document)), visual
+    visuals = visual(document) if visual is not None else []
+    return user_turn(visuals, first), second(document) if callable(second) else second
+
+
+@dataclass
+class Rounds:
+    """A talk of several rounds; `step` gives the next one from the answers so far."""
+
+    step: Callable[[int, list[str], Any], tuple[Chat | None, Any]]
+    options: dict[str, Any]
+    state: Any = None
+
+    def ask(self, number: int, answers: list[str]) -> Chat | None:
+        """The question of round `number`, None when the talk is over."""
+        chat, self.state = self.step(number, list(answers), self.state)
+        return chat
+
+
+def rounds_of(request: Instance, documents: dict[str, Any]) -> Rounds:
+    """The rounds of a request, in lmms-eval's protocol of either mode."""
+    arguments = request.args
+    *_, number, task, split = arguments
+    document = documents[task][split][number]
+    if isinstance(arguments[2], dict):  # chat mode
+        messages, options = arguments[1], arguments[2]
+
+        def by_messages(number: int, answers: list[str], state: Any) -> tuple[Chat | None, Any]:
+            if number == 0:
+                return conversation(messages(document)), None
+            found = messages(
+                document, round_idx=number, previous_output=answers, previous_round_info=state
+            )
+            if not isinstance(found, tuple) or len(found) != 4 or found[1]:
+                return None, None
+            return conversation(found[0]), found[3]
+
+        return Rounds(by_messages, options)
+    context, options, visuals, text = arguments[:4]
+
+    def by_text(number: int, answers: list[str], state: Any) -> tuple[Chat | None, Any]:
+        if number == 0:
+            return user_turn(visuals(document), context), None
+        found = text(document, round_idx=number, previous_output=answers, previous_round_info=state)
+        if not isinstance(found, tuple) or len(found) != 5 or found[2]:
+            return None, None
+        return user_turn(found[0], found[1]), found[4]
+
+    return Rounds(by_text, options)
+
+
+def shared_options(options: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A task's generation arguments as `generate` takes them, and the texts that end a reply."""
+    until = options.get("until") or []
+    kept = {key: options[key] for key in PASSED if options.get(key) is not None}
+    kept.setdefault("max_new_tokens", options.get("max_gen_toks", NEW_TOKENS))
+    if kept.get("temperature", 0) > 0 and kept.get("do_sample", True):
+        kept["do_sample"] = True
+    else:
+        kept = {key: kept[key] for key in kept if key not in ("temperature", "top_p", "top_k")}
+        kept["do_sample"] = False
+    return kept, tuple([until] if isinstance(until, str) else until)

@@ -1,0 +1,56 @@
+"""A text-only language model for those of lmms-eval's tasks that show no image."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from lmms_eval.api.model import lmms
+
+from vlm_prune.benchmarks.evaluation.language import Language
+from vlm_prune.benchmarks.lmms_eval.answers import answered
+from vlm_prune.benchmarks.lmms_eval.forced import Forced
+from vlm_prune.benchmarks.lmms_eval.model import Ask, PrunedChat
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.timing import now
+
+
+class LanguageChat(PrunedChat):
+    """`Language` in place of a vision-language model; the arguments are its own.
+
+    Tasks that show images raise `InputError`.
+    """
+
+    def __init__(self, name: str, batch_size: int, device: str, dtype: str) -> None:
+        lmms.__init__(self)
+        self.batch_size = batch_size
+        self.language = Language(name, self._place(device), dtype)
+        self.model = self.language.model
+        self.pruner = self.journal = None
+        self.keep_loaded = True
+        self.tick = lambda answered: None
+
+    def _render(self, batch: list[Ask]) -> list[str]:
+        if any(ask.chat.images() for ask in batch):
+            raise InputError("it shows images, and this model reads text alone")
+        return [self.language.render(ask.chat.messages("")) for ask in batch]
+
+    def _answer(self, batch: list[Ask]) -> Iterator[dict[str, Any]]:
+        texts, options, forced = self._render(batch), dict(batch[0].options), None
+        if batch[0].forced is not None:
+            wanted = [str(ask.forced) for ask in batch]
+            forced = Forced.of(self.language.tokenizer, texts, wanted, self.device)
+            options = forced.options()
+        start = now(self.device)
+        tokens, lengths = self.language.generate(texts, **options)
+        milliseconds = 1e3 * (now(self.device) - start) / len(batch)
+        replies = self.language.replies(tokens)
+        for number, ask in enumerate(batch):
+            row = answered(ask, texts[number], replies[number]) | {
+                "images": 0,
+                "text_tokens": lengths[number],
+                "input_tokens": lengths[number],
+                "output_tokens": int(
+                    (tokens[number] != self.language.tokenizer.pad_token_id).sum()
+                ),
+                "time_ms": {"prefill and decode": milliseconds},
+            }
+            yield row | (forced.row(number) if forced is not None else {})

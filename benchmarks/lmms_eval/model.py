@@ -1,0 +1,269 @@
+"""The lmms-eval model: every supported family, pruned, in batches."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from tqdm import tqdm
+
+from vlm_prune.benchmarks.evaluation.engine import Variant
+from vlm_prune.benchmarks.evaluation.prompts import make_prompts
+from vlm_prune.benchmarks.evaluation.timing import timed_generate
+from vlm_prune.benchmarks.lmms_eval.answers import Answers, answered, fingerprint
+from vlm_prune.benchmarks.lmms_eval.chat import Chat, chat_of, rounds_of, shared_options
+from vlm_prune.benchmarks.lmms_eval.forced import Forced
+from vlm_prune.benchmarks.lmms_eval.throughput import log_throughput
+from vlm_prune.learners import from_pretrained
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.load import load
+
+PADDING = "padding"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One question to the model: its row's id, the conversation, and `generate`'s arguments.
+
+    With `forced` the text is not answered but scored.
+    """
+
+    id: str
+    chat: Chat
+    options: dict[str, Any]
+    until: tuple[str, ...] = ()
+    forced: str | None = None
+
+
+class PrunedChat(lmms):  # type: ignore[misc]
+    """A pruned model for `lmms-eval --model vlm_prune`.
+
+    Args:
+        pretrained: `tiny` (embedded), a checkpoint folder, or a hub name.
+        method: a registered pruner, `none` for the unpruned model.
+        budget: image tokens kept per image, or a fraction of them in (0, 1].
+        batch_size: questions answered together.
+        device: a torch device; the first GPU where there is one unless given.
+        dtype: float32, bfloat16, float16, or auto.
+        positions: positions of kept tokens: auto, contiguous, original.
+        seed: for methods that draw random numbers.
+        wings: folder or hub name of a Wings adapter.
+        hyperparameters: the method's own.
+
+    `throughput` of the results then holds `avg_kept_visual_tokens`, `avg_layer_visual_tokens` (the
+    mean over decoder layers), `avg_papers_visual_tokens` (as the method's paper counts, where there
+    is one), `avg_visual_tokens` (unpruned), per image, and `avg_vision_ms`, `avg_selection_ms`,
+    `avg_prefill_ms`, `avg_decode_ms`, per question.
+
+    `loglikelihood` returns the negative log-likelihood, a sum over tokens, because lmms-eval takes
+    the smallest value for the best choice.
+
+    Raises:
+        InputError: if the model, the method or one of its hyperparameters cannot be used.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str = "tiny",
+        method: str = "zoo",
+        budget: float = 64,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        positions: str = "auto",
+        seed: int = 0,
+        wings: str | None = None,
+        **hyperparameters: Any,
+    ) -> None:
+        super().__init__()
+        if str(batch_size) == "auto" or int(batch_size) < 1:
+            raise InputError(f"batch_size {batch_size!r} is not a number of questions; give 1 or 8")
+        self.batch_size = int(batch_size)
+        variant = Variant(method, budget, positions, hyperparameters)
+        self.pruner: Any | None = variant.build(seed)
+        self.model, self.processor = load(pretrained, self._place(device), dtype)
+        if wings is not None:
+            from_pretrained(self.model, wings)
+        self.pruner.admit(self.model)
+        self.journal: Answers | None = None
+        self.keep_loaded = False
+        self.tick: Callable[[int], None] = lambda answered: None
+
+    def _place(self, device: str | None) -> str:
+        """One device for each process; their number comes from `accelerate launch`."""
+        from accelerate import Accelerator
+
+        self.accelerator = Accelerator(cpu=device == "cpu")
+        self._rank, self._world_size = (
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        if device is None or self._world_size > 1:
+            return str(self.accelerator.device)
+        return device
+
+    @property
+    def device(self) -> torch.device:
+        place: torch.device = self.model.device
+        return place
+
+    def clean(self) -> None:
+        """Free the model after a run, unless more runs follow."""
+        if not self.keep_loaded:
+            super().clean()
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Answers with their token counts, in order."""
+        asks, names = [], Counter[str]()
+        for request in requests:
+            chat, options = chat_of(request, self.task_dict)
+            options, until = shared_options(options)
+            asks.append(Ask(_name(request, names), chat, options, until))
+        return [_result(row, row["reply"]) for row in self._rows(asks)]
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
+        """For each request its answers round by round; each round's question sees those before."""
+        names = Counter[str]()
+        talks = [rounds_of(request, self.task_dict) for request in requests]
+        ids = [_name(request, names) for request in requests]
+        answers: list[list[str]] = [[] for _ in requests]
+        open_talks = list(range(len(requests)))
+        number = 0
+        while open_talks:
+            asks, asked = [], []
+            for index in open_talks:
+                chat = talks[index].ask(number, answers[index])
+                if chat is not None:
+                    options, until = shared_options(talks[index].options)
+                    asks.append(Ask(f"{ids[index]}/round{number}", chat, options, until))
+                    asked.append(index)
+            for index, row in zip(asked, self._rows(asks), strict=True):
+                answers[index].append(row["reply"])
+            open_talks, number = asked, number + 1
+        return answers
+
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Negative log-likelihood of each continuation, and whether it is the greedy answer.
+
+        lmms-eval 0.7.3 would turn bare pairs into strings.
+        """
+        asks, names = [], Counter[str]()
+        for request in requests:
+            chat, continuation = chat_of(request, self.task_dict)
+            asks.append(Ask(_name(request, names), chat, {}, forced=continuation))
+        rows = self._rows(asks)
+        return [_result(row, (row["nll"], row["greedy"])) for row in rows]
+
+    def _rows(self, asks: list[Ask]) -> list[dict[str, Any]]:
+        """One row for each question; those of the journal are not computed again.
+
+        Batches are fixed slices of questions with the same generation arguments.
+        """
+        groups: dict[str, list[Ask]] = {}
+        for ask in asks:
+            key = "forced" if ask.forced is not None else repr(sorted(ask.options.items()))
+            groups.setdefault(key, []).append(ask)
+        done: dict[str, dict[str, Any]] = {}
+        bar = tqdm(total=len(asks), disable=self.rank != 0 or self.keep_loaded, desc="answering")
+        computed = []
+        for group in groups.values():
+            for start in range(0, len(group), self.batch_size):
+                batch = group[start : start + self.batch_size]
+                rows = self._known(batch)
+                if rows is None:
+                    rows = list(self._answer(batch))
+                    computed += rows
+                    if self.journal is not None:
+                        self.journal.append(rows)
+                done |= {ask.id: row for ask, row in zip(batch, rows, strict=True)}
+                bar.update(len(batch))
+                self.tick(len(batch))
+        bar.close()
+        log_throughput(computed, self.pruner, self.device)
+        return [done[ask.id] for ask in asks]
+
+    def _known(self, batch: list[Ask]) -> list[dict[str, Any]] | None:
+        """The batch's rows, if the journal has all of them for these very questions."""
+        if self.journal is None:
+            return None
+        rows = [self.journal.rows.get(ask.id) for ask in batch]
+        texts = self._render(batch)
+        for ask, row, text in zip(batch, rows, texts, strict=True):
+            if row is None or row["question_hash"] != fingerprint(ask, text):
+                return None
+        return [row for row in rows if row is not None]
+
+    def _render(self, batch: list[Ask]) -> list[str]:
+        template = self.processor.apply_chat_template
+        marker = str(getattr(self.processor, "image_token", ""))
+        messages = [ask.chat.messages(marker) for ask in batch]
+        return [template(each, add_generation_prompt=True) for each in messages]
+
+    @torch.inference_mode()
+    def _answer(self, batch: list[Ask]) -> Iterator[dict[str, Any]]:
+        texts = self._render(batch)
+        images = [ask.chat.images() for ask in batch]
+        prompts = make_prompts(self.model, self.processor, texts, images)
+        options, forced = dict(batch[0].options), None
+        tokenizer = self.processor.tokenizer
+        if batch[0].forced is not None:
+            wanted = [str(ask.forced) for ask in batch]
+            forced = Forced.of(tokenizer, texts, wanted, self.device)
+            options = forced.options()
+        new, phases, trace = timed_generate(self.model, prompts, self.pruner, **options)
+        replies = self.processor.batch_decode(new, skip_special_tokens=True)
+        times = {
+            "vision": phases.vision or prompts.vision_s,
+            "selection": phases.selection,
+            "prefill": phases.prefill,
+            "decode": phases.decode,
+        }
+        ends = self.model.generation_config.eos_token_id
+        ends = [ends] if isinstance(ends, int) else ends or []
+        for number, ask in enumerate(batch):
+            row = answered(ask, texts[number], replies[number]) | {
+                **prompts.row(number, trace),
+                "input_tokens": int(prompts.tensors["attention_mask"][number].sum()),
+                "output_tokens": _length(new[number].tolist(), ends),
+                "time_ms": {key: 1e3 * value / len(batch) for key, value in times.items()},
+            }
+            if forced is not None:
+                row |= forced.row(number)
+            yield row
+
+
+class PrunedSimple(PrunedChat):
+    """The same model for tasks that lmms-eval gives to simple-mode models: `--force_simple`."""
+
+    is_simple = True
+
+
+def _result(row: dict[str, Any], answer: Any) -> GenerationResult:
+    counts = TokenCounts(input_tokens=row["input_tokens"], output_tokens=row["output_tokens"])
+    return GenerationResult(answer, counts)
+
+
+def _name(request: Instance, names: Counter[str]) -> str:
+    """Task, document, and which of the document's requests this is.
+
+    Processes with fewer documents than others are given one again, as padding.
+    """
+    key = f"{request.task_name}/{int(request.doc_id):06d}"
+    if request.metadata.get("__padding_only__"):
+        key = f"{key}/{PADDING}"
+    names[key] += 1
+    return key if names[key] == 1 else f"{key}/{names[key] - 1}"
+
+
+def _length(tokens: list[int], ends: list[int]) -> int:
+    """Tokens up to and with the first end of sequence."""
+    for place, token in enumerate(tokens):
+        if token in ends:
+            return place + 1
+    return len(tokens)

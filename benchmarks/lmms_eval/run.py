@@ -1,0 +1,258 @@
+"""lmms-eval's tasks under our command: pruned against unpruned, in our folder layout."""
+
+import hashlib
+import json
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from dataclasses import asdict, dataclass, replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import datasets
+from tenacity import RetryError
+
+from vlm_prune.benchmarks.evaluation.engine import RunConfig, RunFolder
+from vlm_prune.benchmarks.evaluation.summarize import summarise
+from vlm_prune.benchmarks.lmms_eval.answers import Answers, source
+from vlm_prune.benchmarks.lmms_eval.catalog import catalog, leaves
+from vlm_prune.benchmarks.lmms_eval.load import load_task
+from vlm_prune.benchmarks.lmms_eval.model import PADDING, PrunedChat
+from vlm_prune.benchmarks.lmms_eval.score import reply_of, score_of
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.files import write_json
+
+SEEN = (
+    "images", "image_tokens", "cropped", "grids", "text_tokens", "vision_flops", "layer_tokens",
+    "kept",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One task of lmms-eval, its name in our tables, and how many documents it may use."""
+
+    name: str
+    shown: str
+    limit: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One model's way through one task: lmms-eval's samples and metrics, and our answers."""
+
+    samples: dict[int, dict[str, Any]]
+    metrics: dict[str, Any]
+    answers: dict[int, list[dict[str, Any]]]
+
+
+def cache_folder() -> Path:
+    """Where unpruned answers are kept for later runs: $VLM_PRUNE_CACHE or ~/.cache/vlm-prune."""
+    return Path(os.environ.get("VLM_PRUNE_CACHE", "~/.cache/vlm-prune")).expanduser()
+
+
+def evaluate(
+    folders: list[RunFolder],
+    data_root: Path | None = None,
+    progress: Callable[[float], None] = lambda done: None,
+) -> list[dict[str, Any]]:
+    """Fill the folders, which differ only in their variant, and return their results.
+
+    A task that cannot be run is reported in one line, and the others are kept. Unpruned answers
+    are taken from the cache, and put there. Of several processes the first writes the results.
+
+    Raises:
+        InputError: if the model cannot be used, or no task could be run.
+    """
+    datasets.disable_progress_bars()
+    config = folders[0].config
+    model = PrunedChat(
+        config.model, "none", batch_size=config.batch_size, device=config.device,
+        dtype=config.dtype, seed=config.seed, wings=config.wings,
+    )  # fmt: skip
+    model.keep_loaded = True
+    pruners = [folder.config.variant.build(config.seed) for folder in folders]
+    for pruner in pruners:
+        pruner.admit(model.model)
+    model.tick = lambda answered: progress(answered / (1 + len(folders)))
+    skipped: dict[str, str] = {}
+    metrics: list[dict[str, Any]] = [{} for _ in folders]
+    for leaf in leaves_of(config, skipped):
+        try:
+            with redirect_stderr(StringIO()):  # progress bars and chatter; our own bar stands
+                _compare(leaf, model, folders, pruners, metrics, data_root, skipped)
+        except Exception as error:
+            if _alone(error, model):
+                raise InputError(
+                    "another process of this run ended; the same command with the same --output "
+                    "resumes"
+                ) from error
+            skipped[leaf.shown] = in_one_line(error)
+    if model.rank != 0:
+        raise SystemExit(0)
+    for name, reason in skipped.items():
+        print(f"{name} skipped: {reason}", file=sys.stderr)
+    if not metrics[0]:
+        raise InputError("no task could be run")
+    return [
+        _finish(folder, found, skipped, model)
+        for folder, found in zip(folders, metrics, strict=True)
+    ]
+
+
+def _compare(
+    leaf: Leaf,
+    model: PrunedChat,
+    folders: list[RunFolder],
+    pruners: list[Any],
+    metrics: list[dict[str, Any]],
+    data_root: Path | None,
+    skipped: dict[str, str],
+) -> None:
+    """One task: the unpruned model, then each pruner, into rows and `metrics`."""
+    config = folders[0].config
+    task = task_of(leaf, folders[0], data_root, skipped)
+    before = one_pass(leaf, task, model, None, unpruned(leaf, model, config))
+    for folder, pruner, found in zip(folders, pruners, metrics, strict=True):
+        after = one_pass(leaf, task, model, pruner, _pruned(leaf, model, folder))
+        if before is not None and after is not None:
+            folder.append(_rows(leaf, task, before, after))
+            found[leaf.shown] = {"pruned": after.metrics, "baseline": before.metrics}
+
+
+def _alone(error: Exception, model: PrunedChat) -> bool:
+    """Whether talking to the other processes failed: no task's fault, and the others would too."""
+    said = str(error).lower()
+    return (
+        model.world_size > 1
+        and isinstance(error, RuntimeError)
+        and any(word in said for word in ("gloo", "nccl", "by peer"))
+    )
+
+
+def task_of(leaf: Leaf, folder: RunFolder, data_root: Path | None, skipped: dict[str, str]) -> Any:
+    """The leaf's task; rows that cannot be read are put into `skipped`."""
+    config = folder.config
+    task = load_task(leaf.name, data_root, config.seed, config.split, leaf.limit)
+    task.args = Namespace(output_path=str(folder.path), process_with_media=False)
+    for number, reason in getattr(task, "unreadable", {}).items():
+        skipped[f"{leaf.shown} row {number}"] = reason
+    return task
+
+
+def in_one_line(error: BaseException) -> str:
+    """One line; what lmms-eval tried several times is named by what went wrong."""
+    if isinstance(error, RetryError):
+        error = error.last_attempt.exception() or error
+    first = next(iter(str(error).strip().splitlines()), "")
+    return first if isinstance(error, InputError) else f"{type(error).__name__}: {first}"
+
+
+def leaves_of(config: RunConfig, skipped: dict[str, str]) -> list[Leaf]:
+    """The tasks behind the names, each with its share of the questions."""
+    found: dict[str, Leaf] = {}
+    for number, name in enumerate(config.tasks):
+        count = len(config.tasks)
+        share = config.limit * (number + 1) // count - config.limit * number // count
+        try:
+            names = leaves(name)
+        except InputError as error:
+            skipped[name] = str(error)
+            continue
+        for place, leaf in enumerate(names):
+            part = share * (place + 1) // len(names) - share * place // len(names)
+            if part and leaf not in found:
+                found[leaf] = Leaf(leaf, leaf.removeprefix("vlm_prune_"), part)
+    return list(found.values())
+
+
+def unpruned(leaf: Leaf, model: PrunedChat, config: RunConfig) -> Answers:
+    about = source(model.model, config.model, config.wings)
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    return Answers(cache_folder() / "unpruned" / key / leaf.name, about)
+
+
+def _pruned(leaf: Leaf, model: PrunedChat, folder: RunFolder) -> Answers:
+    about = source(model.model, folder.config.model, folder.config.wings)
+    about |= {
+        "variant": asdict(folder.config.variant),
+        "seed": folder.config.seed,
+    }
+    return Answers(folder.path / "answers" / leaf.name, about)
+
+
+def one_pass(
+    leaf: Leaf, task: Any, model: PrunedChat, pruner: Any | None, journal: Answers
+) -> Pass | None:
+    """Run one task; None in all processes but the first."""
+    from lmms_eval.evaluator import simple_evaluate
+
+    model.pruner, model.journal = pruner, journal
+    task._instances = None
+    results = simple_evaluate(
+        model, tasks=[task], limit=leaf.limit, batch_size=model.batch_size,
+        device=str(model.device), bootstrap_iters=0, cli_args=task.args, task_manager=catalog(),
+    )  # fmt: skip
+    if results is None:
+        return None
+    journal.read()
+    samples: dict[int, dict[str, Any]] = {}
+    for sample in results["samples"][leaf.name]:  # once for each of the task's filters
+        samples.setdefault(int(sample["doc_id"]), sample)
+    answers: dict[int, list[dict[str, Any]]] = {}
+    for row in journal.rows.values():
+        if PADDING not in row["id"].split("/"):
+            answers.setdefault(int(row["id"].split("/")[1]), []).append(row)
+    metrics = {
+        name: float(value)
+        for name, value in results["results"][leaf.name].items()
+        if isinstance(value, int | float) and "stderr" not in name
+    }
+    return Pass(samples, metrics, answers)
+
+
+def _rows(leaf: Leaf, task: Any, before: Pass, after: Pass) -> list[dict[str, Any]]:
+    rows = []
+    for number, sample in sorted(after.samples.items()):
+        other, own, base = before.samples[number], after.answers[number], before.answers[number]
+        times = {
+            prefix + phase: sum(row["time_ms"][phase] for row in answers)
+            for prefix, answers in (("", own), ("baseline_", base))
+            for phase in ("vision", "selection", "prefill", "decode")
+        }
+        del times["baseline_selection"]
+        rows.append(
+            {
+                "id": f"{leaf.shown}/{number:06d}",
+                "task": leaf.shown,
+                "subset": str(sample["doc"].get("category") or ""),
+                "question": own[0]["question"],
+                "answer": str(sample["target"]),
+                "baseline": reply_of(task, other),
+                "prediction": reply_of(task, sample),
+                "baseline_score": score_of(task, other),
+                "score": score_of(task, sample),
+                **{key: own[0][key] for key in SEEN if key in own[0]},
+                "time_ms": times,
+            }
+        )
+    return rows
+
+
+def _finish(
+    folder: RunFolder, metrics: dict[str, Any], skipped: dict[str, str], model: PrunedChat
+) -> dict[str, Any]:
+    """Write `results.json` over the tasks that were run."""
+    rows = sorted(
+        (row for row in folder.rows.values() if row["task"] in metrics), key=lambda row: row["id"]
+    )
+    results = summarise(replace(folder.config, tasks=tuple(metrics)), rows, model.model)
+    for name, found in metrics.items():
+        results["tasks"][name]["metrics"] = found["pruned"]
+        results["tasks"][name]["baseline_metrics"] = found["baseline"]
+    results["skipped"] = skipped
+    write_json(folder.path / "results.json", results)
+    return results

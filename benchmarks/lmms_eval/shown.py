@@ -1,0 +1,36 @@
+"""The images that a task of lmms-eval shows, for pictures of runs that are done."""
+
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
+
+import datasets
+from PIL import Image
+
+from vlm_prune.benchmarks.lmms_eval.chat import conversation
+from vlm_prune.benchmarks.lmms_eval.load import load_task
+from vlm_prune.benchmarks.lmms_eval.run import in_one_line
+from vlm_prune.vlm.common.errors import InputError
+
+
+def images_of(
+    name: str, asked: dict[int, str], data_root: Path | None
+) -> dict[int, list[Image.Image]]:
+    """The images of questions by their numbers.
+
+    Raises:
+        InputError: if the data are not there, or are not those that were asked about.
+    """
+    datasets.disable_progress_bars()
+    try:
+        with redirect_stderr(StringIO()):
+            task = load_task(name, data_root, limit=max(asked) + 1)
+            chats = {
+                number: conversation(task.doc_to_messages(task.eval_docs[number]))
+                for number in asked
+            }
+    except Exception as error:
+        raise InputError(in_one_line(error)) from error
+    if any(chats[number].question != question for number, question in asked.items()):
+        raise InputError("its data are not those that were asked about")
+    return {number: chat.images() for number, chat in chats.items()}

@@ -1,0 +1,266 @@
+"""A page to try methods on: one question, answered with and without pruning, side by side."""
+
+import os
+import threading
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from html import escape
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlm_prune.benchmarks.cli.options import parse_budget
+from vlm_prune.benchmarks.evaluation.engine import Variant
+from vlm_prune.benchmarks.evaluation.prompts import Prompts, make_prompts
+from vlm_prune.benchmarks.evaluation.timing import timed_generate
+from vlm_prune.benchmarks.report.overlay import kept_overlay
+from vlm_prune.benchmarks.speed.bench import PHASES
+from vlm_prune.benchmarks.stats.table import THREE_WAYS, as_markdown, three_ways
+from vlm_prune.benchmarks.tasks import TASKS
+from vlm_prune.pruning.registry import methods
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.images import open_image
+from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.load import load
+from vlm_prune.vlm.trace import Trace
+
+INSTALL = "pip install 'vlm-prune[demo]'"
+EXAMPLES = (("attribute", 1), ("ocr", 4), ("count", 2), ("relation", 3))
+NEW_TOKENS = 128
+LONGEST = 2000
+Pictures = list[tuple[Image.Image, str]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both answers, the kept tokens on the picture with a caption each, and a table in Markdown."""
+
+    unpruned: str
+    pruned: str
+    kept: Pictures
+    times: str
+
+
+class Comparer:
+    """Answers a question about an image with the unpruned and with a pruned model.
+
+    Args:
+        model: of a family whose images have one size.
+        processor: the model's.
+
+    Raises:
+        InputError: if the model is of another family.
+    """
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        if not family_of(model).fixed_size:
+            raise InputError(
+                f"the demo draws on images of one size, which {model.config.model_type} models do "
+                "not have; give a llava"
+            )
+        self.model, self.processor = model, processor
+        self._warm: set[str] = set()
+
+    @torch.inference_mode()
+    def __call__(
+        self, image: str | Path | None, question: str, method: str, budget: str
+    ) -> Comparison:
+        """Times are those of this one question, after one warm-up of each method.
+
+        Raises:
+            InputError: if one of the arguments is missing or cannot be used with the model.
+        """
+        if not image:
+            raise InputError("there is no image; upload one or pick an example")
+        if not question.strip():
+            raise InputError("there is no question; ask one about the image")
+        if len(question) > LONGEST:
+            raise InputError(f"the question has {len(question)} characters; at most {LONGEST}")
+        marker = str(getattr(self.processor, "image_token", ""))
+        if marker and marker in question:
+            raise InputError(f"{marker} stands for an image; leave it out of the question")
+        pruner = Variant(method.strip(), parse_budget(budget.strip())).build(0)
+        pruner.admit(self.model)
+        picture = open_image(image)
+        content = [{"type": "image"}, {"type": "text", "text": question.strip()}]
+        text = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        if method not in self._warm:  # allocations, lazy hooks and kernels are not what is timed
+            self._both(make_prompts(self.model, self.processor, [text], [[picture]]), pruner, 1)
+            self._warm.add(method)
+        prompts = make_prompts(self.model, self.processor, [text], [[picture]])
+        (unpruned, before, _), (pruned, after, trace) = self._both(prompts, pruner, NEW_TOKENS)
+        return Comparison(
+            self._text(unpruned),
+            self._text(pruned),
+            self._pictures(prompts, trace),
+            as_markdown(
+                [
+                    ["ms", "unpruned", "pruned"],
+                    *([p, f"{before[p]:.1f}", f"{after[p]:.1f}"] for p in PHASES),
+                    ["all", *(f"{sum(times.values()):.1f}" for times in (before, after))],
+                    ["answered tokens", str(len(unpruned)), str(len(pruned))],
+                    ["image tokens", *self._tokens(pruner, trace)],
+                ]
+            ),
+        )
+
+    def _both(
+        self, prompts: Prompts, pruner: Any, most: int
+    ) -> list[tuple[Tensor, dict[str, float], Trace]]:
+        """New tokens (T,), milliseconds by phase and what was pruned: unpruned, then pruned."""
+        found = []
+        for method in (None, pruner):
+            (new,), phases, trace = timed_generate(self.model, prompts, method, max_new_tokens=most)
+            seconds = asdict(phases) | {"vision": phases.vision or prompts.vision_s}
+            found.append((new, {phase: 1e3 * s for phase, s in seconds.items()}, trace))
+        return found
+
+    def _text(self, tokens: Tensor) -> str:
+        return str(self.processor.decode(tokens, skip_special_tokens=True)).strip()
+
+    def _tokens(self, pruner: Any, trace: Trace) -> tuple[str, str]:
+        full = family_of(self.model).tokens_per_image
+        return str(full), three_ways(pruner.counts(full, trace.layer_tokens))
+
+    def _pictures(self, prompts: Prompts, trace: Trace) -> Pictures:
+        """The picture as the tower sees it: what enters the language model, then every cut."""
+        assert prompts.vision is not None and prompts.pixel_values is not None
+        grid = prompts.vision.groups[0].tokens.grid
+        seen = as_seen(prompts.pixel_values[0], self.processor.image_processor)
+        steps = [("before the language model", trace.entered)] if trace.entered else []
+        steps += [(f"cut {number}", kept) for number, kept in enumerate(trace.cuts, 1)]
+        return [
+            (kept_overlay(seen, kept[0], grid), f"{name}: {len(kept[0])} of {grid[0] * grid[1]}")
+            for name, kept in steps
+        ]
+
+
+def as_seen(pixels: Tensor, image_processor: Any) -> Image.Image:
+    """What the tower gets of an image, (3, H, W), as a picture again."""
+    mean, deviation = (
+        torch.tensor(values)[:, None, None]
+        for values in (image_processor.image_mean, image_processor.image_std)
+    )
+    colors = (pixels.float().cpu() * deviation + mean).clamp(0, 1)
+    return Image.fromarray((255 * colors).round().byte().permute(1, 2, 0).numpy())
+
+
+def page(compare: Comparer, name: str) -> Any:
+    """The Gradio page; nothing in it is loaded from another machine."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    import gradio as gr
+
+    def refused(error: Exception, path: str | None) -> Any:
+        line = str(error).splitlines()[0]
+        if path:  # where an upload lies is not the reader's business
+            line = line.replace(f"{Path(path).parent}{os.sep}", "")
+        # the page reads the message as HTML, and it repeats what was typed
+        return gr.Error(escape(line), print_exception=False)
+
+    def show(path: str) -> Image.Image:
+        try:
+            return open_image(path)
+        except InputError as error:
+            raise refused(error, path) from None
+
+    def answer(path: str | None, question: str, method: str | None, budget: str) -> Any:
+        try:
+            found = compare(path, question, method or "", budget)
+        except (InputError, torch.OutOfMemoryError) as error:
+            raise refused(error, path) from None
+        return found.unpruned, found.pruned, found.kept, found.times
+
+    with gr.Blocks(title="vlm-prune", analytics_enabled=False) as blocks:
+        gr.Markdown(f"# vlm-prune\n\nModel `{name}`, with all of its image tokens and with few.")
+        with gr.Row():
+            with gr.Column():
+                # an upload gets here through `show`: Gradio would open hostile images itself
+                image = gr.Image(
+                    label="Image", type="filepath", image_mode=None, format="png",
+                    interactive=False, buttons=["fullscreen"], elem_id="image",
+                )  # fmt: skip
+                upload = gr.UploadButton("Upload an image", file_types=["image"])
+                question = gr.Textbox(label="Question", max_length=LONGEST, elem_id="question")
+                with gr.Row():
+                    method = gr.Dropdown(
+                        list(methods()), value="zoo", label="Method", allow_custom_value=True,
+                        info="Two joined by + cascade.",
+                    )  # fmt: skip
+                    budget = gr.Textbox(
+                        "64", label="Budget", info="Tokens per image (64), or a fraction (0.11)."
+                    )
+                ask = gr.Button("Ask", variant="primary")
+                samples = [TASKS[task].sample(index) for task, index in EXAMPLES]
+                gr.Examples(
+                    [[sample.images[0], sample.turns[-1].text] for sample in samples],
+                    [image, question],
+                    label="Test scenes",
+                )
+            with gr.Column():
+                with gr.Row():
+                    unpruned = gr.Textbox(label="Unpruned answer", interactive=False)
+                    pruned = gr.Textbox(label="Pruned answer", interactive=False)
+                kept = gr.Gallery(
+                    label="Kept tokens", format="png", interactive=False, buttons=["fullscreen"]
+                )
+                times = gr.Markdown()
+                gr.Markdown(
+                    f"Tokens are {THREE_WAYS}; one that averages others is drawn at one place."
+                )
+        upload.upload(show, upload, image, api_visibility="private")
+        gr.on(
+            [ask.click, question.submit],
+            answer,
+            [image, question, method, budget],
+            [unpruned, pruned, kept, times],
+            concurrency_limit=1,  # a pruner changes the model while it acts
+            api_visibility="private",
+        )
+    return blocks
+
+
+def launch(blocks: Any, host: str, port: int) -> str:
+    """Serve the page from another thread; returns its address.
+
+    Raises:
+        InputError: if there is no serving at this host and port.
+    """
+    import gradio as gr
+
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    try:
+        _, address, _ = blocks.launch(
+            server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
+            inbrowser=False, footer_links=[], run_history=False, ssr_mode=False, mcp_server=False,
+            pwa=False, max_file_size="100mb", theme=gr.themes.Default(**fonts),
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"cannot serve at {host}:{port} ({error}); give another --host or --port"
+        ) from error
+    return str(address)
+
+
+def serve(name: str, host: str, port: int, device: str, dtype: str) -> None:
+    """Load the model and serve the page until Ctrl-C; uploads are gone afterwards.
+
+    Raises:
+        InputError: if gradio is not installed, the model is of no use here, or the port is taken.
+    """
+    if find_spec("gradio") is None:
+        raise InputError(f"the demo needs gradio: {INSTALL}")
+    compare = Comparer(*load(name, device, dtype))
+    with TemporaryDirectory(prefix="vlm-prune-demo-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        blocks = page(compare, name)
+        print(f"{launch(blocks, host, port)} (Ctrl-C ends it)", flush=True)
+        with suppress(KeyboardInterrupt):
+            threading.Event().wait()
+        blocks.close()

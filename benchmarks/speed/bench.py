@@ -1,0 +1,278 @@
+"""Phase times of a pruned and the unpruned model on random weights, next to the roofline."""
+
+import resource
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import DeviceType, ProfilerActivity, profile
+from transformers import AutoModelForImageTextToText
+
+from vlm_prune.benchmarks.evaluation.engine import Variant
+from vlm_prune.benchmarks.evaluation.environment import environment
+from vlm_prune.benchmarks.evaluation.prompts import Prompts, encoded
+from vlm_prune.benchmarks.evaluation.timing import timed_generate
+from vlm_prune.benchmarks.speed.pictures import random_pictures
+from vlm_prune.benchmarks.speed.roofline import Ceilings, Timing, kept_memory, measured_ceilings
+from vlm_prune.benchmarks.speed.shapes import SHAPES
+from vlm_prune.vlm.common.errors import InputError, first_line
+from vlm_prune.vlm.cost import key_value_bytes, prefill_flops
+from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.trace import SELECTION, VISION
+
+PHASES = ("vision", "selection", "prefill", "decode")
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What is measured: one image and `text` other tokens per prompt, `new_tokens` answered.
+
+    With `layers` the decoder has so many only; ratios per layer stay those of the whole shape.
+    """
+
+    shape: str
+    variant: Variant
+    batch: int = 1
+    text: int = 60
+    new_tokens: int = 16
+    repeats: int = 10
+    device: str = "cpu"
+    dtype: str = "float32"
+    layers: int | None = None
+    seed: int = 0
+
+
+def random_model(config: BenchConfig, architecture: Any = None) -> Any:
+    """A Hugging Face model with random weights, made on the device itself; by default the shape's."""
+    architecture = architecture or SHAPES[config.shape]()
+    if config.layers is not None:
+        shorten(architecture.get_text_config(), config.layers, config.shape)
+    dtype = getattr(torch, config.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise InputError(f"unknown dtype {config.dtype!r}; give float32, bfloat16 or float16")
+    try:
+        with torch.device(config.device):
+            torch.manual_seed(config.seed)
+            return AutoModelForImageTextToText.from_config(architecture, dtype=dtype).eval()
+    except (RuntimeError, AssertionError) as error:
+        what = f"cannot build {config.shape} on {config.device}"
+        raise InputError(f"{what}: {first_line(error)}") from error
+
+
+def shorten(text: Any, layers: int, shape: str) -> None:
+    """Leave a language model's configuration its first decoder layers.
+
+    Raises:
+        InputError: when it has fewer.
+    """
+    if not 1 <= layers <= text.num_hidden_layers:
+        most = text.num_hidden_layers
+        raise InputError(f"{shape} has no {layers} decoder layers; give 1 to {most}")
+    text.num_hidden_layers = layers
+    kinds = getattr(text, "layer_types", None)
+    if kinds is not None:
+        text.layer_types = kinds[:layers]
+
+
+def random_text(config: BenchConfig, length: int, model: Any) -> Prompts:
+    """Prompts of random text tokens."""
+    generator = torch.Generator().manual_seed(config.seed)
+    ids = torch.randint(12, 200, (config.batch, length), generator=generator).to(model.device)
+    tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return Prompts(tensors, None, None, [0] * config.batch, 0.0)
+
+
+def random_prompt(config: BenchConfig, model: Any) -> dict[str, Tensor]:
+    """Placeholders of one image between random text tokens, and random pixels.
+
+    Markers of an image's tiles count as text.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    inputs = random_pictures(model, config.batch, generator)
+    image = inputs["input_ids"]
+    markers = int((image[0] != family_of(model).image_token).sum())
+    text = torch.randint(12, 200, (config.batch, config.text - markers), generator=generator)
+    before, after = text.to(model.device).split(
+        [config.text // 3, len(text[0]) - config.text // 3], 1
+    )
+    ids = torch.cat([before, image, after], 1)
+    return inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@torch.inference_mode()
+def bench(config: BenchConfig, variants: list[Variant]) -> list[dict[str, Any]]:
+    """Measure methods one after the other on one model, whose weights are made once."""
+    pruners = [variant.build(config.seed) for variant in variants]
+    model = random_model(config)
+    for pruner in pruners:
+        pruner.admit(model)
+    side = 8192 if model.device.type == "cuda" else 512
+    ceilings = measured_ceilings(model.device, model.dtype, side)
+    with kept_memory():
+        return [
+            _measured(replace(config, variant=variant), pruner, model, ceilings)
+            for variant, pruner in zip(variants, pruners, strict=True)
+        ]
+
+
+def _measured(config: BenchConfig, pruner: Any, model: Any, ceilings: Ceilings) -> dict[str, Any]:
+    """Run unpruned and pruned in turn, after one warm-up each; returns what is reported.
+
+    Times are milliseconds per call for the whole batch, `decode` per generated token. Vision is
+    timed with the same tower call for both, unless the method changes the images. `as_short` is
+    the unpruned prefill of a text with as many tokens as layers compute on average: what the model
+    and the device give at best.
+    """
+    inputs, images = random_prompt(config, model), [1] * config.batch
+    samples: dict[str, list[dict[str, float]]] = {"unpruned": [], "pruned": []}
+    layer_tokens, peak, as_short = {}, {}, []
+    for _ in range(config.repeats + 1):
+        for name, method in (("unpruned", None), ("pruned", pruner)):
+            if model.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(model.device)
+            prompts = encoded(model, inputs, images)
+            _, phases, trace = timed_generate(
+                model, prompts, method,
+                max_new_tokens=config.new_tokens, min_new_tokens=config.new_tokens,
+            )  # fmt: skip
+            times = asdict(phases) | {"vision": phases.vision or prompts.vision_s}
+            times["decode"] /= max(1, config.new_tokens - 1)
+            samples[name].append({phase: 1e3 * times[phase] for phase in PHASES})
+            layer_tokens[name], peak[name] = trace.layer_tokens, _peak_bytes(model.device)
+        text = random_text(config, config.text + round(mean(layer_tokens["pruned"])), model)
+        _, phases, _ = timed_generate(model, text, max_new_tokens=1, min_new_tokens=1)
+        as_short.append(1e3 * phases.prefill)
+    busy = {}
+    if model.device.type == "cuda":
+        for name, method in (("unpruned", None), ("pruned", pruner)):
+            busy[name] = busy_ms(
+                lambda method=method: timed_generate(  # type: ignore[misc]
+                    model, prompts, method, max_new_tokens=1, min_new_tokens=1
+                )
+            )
+    assert prompts.vision is not None
+    tokens, tower = prompts.vision.counts[0], prompts.vision.flops[0]
+    runs = {
+        name: {
+            "times_ms": {p: asdict(Timing.of([row[p] for row in rows[1:]])) for p in PHASES},
+            "floors_ms": floors(model, config, layer_tokens[name], tower, ceilings),
+            "tokens": pruner.counts(tokens, layer_tokens[name]),
+            "prefill_flops": prefill_flops(
+                model.config.get_text_config(), config.text, layer_tokens[name]
+            ),
+            "peak_memory_bytes": peak[name],
+            "busy_ms": busy.get(name),
+        }
+        for name, rows in samples.items()
+    }
+    least = Timing.of(as_short[1:])
+    return {
+        "config": asdict(config),
+        "environment": environment(model.device),
+        "ceilings": asdict(ceilings),
+        "as_short_ms": asdict(least),
+        "method": config.variant.method,
+        "definition": pruner.definition(tokens),
+        **runs,
+        "speedup": speedup(runs, least.median),
+    }
+
+
+def busy_ms(call: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds for which a GPU computes: in all, and during selection.
+
+    What is left of a call's time is spent launching, by Python and PyTorch.
+    """
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+    events = profiler.events() or []
+    selections = [
+        event.time_range
+        for event in events
+        if event.name == SELECTION and event.device_type == DeviceType.CPU
+    ]
+    spent = [
+        (event.time_range.start, event.time_range.elapsed_us() / 1e3)
+        for event in events
+        if event.device_type == DeviceType.CUDA and event.name not in (SELECTION, VISION)
+    ]
+    # the device is idle where a selection starts and ends
+    return {
+        "all": sum(ms for _, ms in spent),
+        "selection": sum(
+            ms for start, ms in spent if any(r.start <= start <= r.end for r in selections)
+        ),
+    }
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """Most memory in use on a GPU since its last reset; on a CPU by the process so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def floors(
+    model: Any, config: BenchConfig, layer_tokens: list[float], tower: float, ceilings: Ceilings
+) -> dict[str, float]:
+    """The least milliseconds of each phase: every matrix product and every weight once.
+
+    `tower` holds the tower's FLOPs on one image. Selection counts as nothing: it is overhead,
+    whatever the method.
+    """
+    family, text = family_of(model), model.config.get_text_config()
+    size = model.dtype.itemsize
+
+    def weights(module: Any) -> float:
+        return float(sum(p.numel() * p.itemsize for p in module.parameters()))
+
+    language = weights(family.decoder.layers) + text.vocab_size * text.hidden_size * size
+    cache = config.batch * key_value_bytes(text, config.text, layer_tokens, size)
+    vision = config.batch * tower
+    prefill = config.batch * prefill_flops(text, config.text, layer_tokens)
+    token = config.batch * prefill_flops(text, 1, [0.0] * len(layer_tokens))
+    return {
+        "vision": ceilings.floor_ms(vision, weights(family.tower_layers)),
+        "selection": 0.0,
+        "prefill": ceilings.floor_ms(prefill, language + cache),
+        "decode": ceilings.floor_ms(token, language + cache),
+    }
+
+
+def speedup(runs: dict[str, Any], as_short_ms: float) -> dict[str, float]:
+    """Unpruned over pruned medians: prefill with selection, to the first token, and decode.
+
+    `prefill_alone` leaves selection out and `promised` is the ratio of the prefills' FLOPs, so that
+    their quotient says how much of the promise the device keeps; `roofline` is the ratio of the
+    prefills' floors, which is less where weights take longer to read than to multiply with;
+    `as_short` is that of the unpruned prefill to one of a text as short.
+    `selection_share` is selection as a share of the unpruned prefill. On a GPU the `busy` ones say
+    the same of the time for which it computes, without that of launching.
+    """
+
+    def total(name: str, *phases: str) -> float:
+        return float(sum(runs[name]["times_ms"][phase]["median"] for phase in phases))
+
+    busy = {}
+    if runs["pruned"]["busy_ms"]:
+        whole, pruned = runs["unpruned"]["busy_ms"]["all"], runs["pruned"]["busy_ms"]
+        busy = {
+            "busy_prefill": whole / pruned["all"],
+            "busy_prefill_alone": whole / (pruned["all"] - pruned["selection"]),
+            "busy_selection_share": pruned["selection"] / whole,
+        }
+    return busy | {
+        "prefill": total("unpruned", "prefill") / total("pruned", "selection", "prefill"),
+        "first_token": total("unpruned", "vision", "prefill")
+        / total("pruned", "vision", "selection", "prefill"),
+        "decode": total("unpruned", "decode") / total("pruned", "decode"),
+        "prefill_alone": total("unpruned", "prefill") / total("pruned", "prefill"),
+        "as_short": total("unpruned", "prefill") / as_short_ms,
+        "promised": runs["unpruned"]["prefill_flops"] / runs["pruned"]["prefill_flops"],
+        "roofline": runs["unpruned"]["floors_ms"]["prefill"]
+        / runs["pruned"]["floors_ms"]["prefill"],
+        "selection_share": total("pruned", "selection") / total("unpruned", "prefill"),
+    }

@@ -1,0 +1,115 @@
+"""What `vlm-prune bench` prints of its measurements."""
+
+from typing import Any
+
+from vlm_prune.benchmarks.speed.bench import PHASES
+from vlm_prune.benchmarks.speed.roofline import Timing
+from vlm_prune.benchmarks.stats.table import THREE_WAYS, method_name, percent, three_ways
+
+
+def rows(results: dict[str, Any]) -> list[list[str]]:
+    """Header and one row per phase: median [quartiles] and floor, in ms, then memory."""
+    lines = [["phase", "unpruned ms", "floor", "pruned ms", "floor"]]
+    for phase in PHASES:
+        line = [f"{phase} per token" if phase == "decode" else phase]
+        for name in ("unpruned", "pruned"):
+            run = results[name]
+            line += [str(Timing(**run["times_ms"][phase])), f"{run['floors_ms'][phase]:.3f}"]
+        lines.append(line)
+    memory = (f"{results[n]['peak_memory_bytes'] / 1e6:.0f} MB" for n in ("unpruned", "pruned"))
+    lines.append(["peak memory", next(memory), "", next(memory), ""])
+    return lines
+
+
+def about(results: dict[str, Any]) -> list[str]:
+    """Lines that say what was measured, and the speed-ups."""
+    speed, busy = results["speedup"], []
+    if "busy_prefill" in speed:
+        kept = percent(speed["busy_prefill_alone"] / speed["roofline"])
+        busy = [
+            (
+                f"of the time for which the GPU computes: prefill with selection "
+                f"{speed['busy_prefill']:.2f}x, alone {speed['busy_prefill_alone']:.2f}x of the "
+                f"{speed['roofline']:.2f}x that the roofline promises ({kept} %); selection "
+                f"{percent(speed['busy_selection_share'])} %"
+            )
+        ]
+    return [
+        *about_setting(results),
+        (
+            f"{method_name(results)}: {three_ways(results['pruned']['tokens'])} image tokens "
+            f"({THREE_WAYS})"
+        ),
+        (
+            f"speed-up: prefill with selection {speed['prefill']:.2f}x, to the first token "
+            f"{speed['first_token']:.2f}x, decode {speed['decode']:.2f}x"
+        ),
+        (
+            f"prefill alone {speed['prefill_alone']:.2f}x of the {speed['promised']:.2f}x that its "
+            f"FLOPs promise ({percent(speed['prefill_alone'] / speed['promised'])} %); selection "
+            f"{percent(speed['selection_share'])} % of the unpruned prefill"
+        ),
+        (
+            f"a text as short, unpruned: {Timing(**results['as_short_ms'])} ms, "
+            f"{speed['as_short']:.2f}x"
+        ),
+        *busy,
+    ]
+
+
+def shape_of(config: dict[str, Any]) -> str:
+    """The shape's name, with the number of layers where they are not all."""
+    layers = config["layers"]
+    return str(config["shape"]) + (f" of {layers} layers" if layers else "")
+
+
+def about_setting(results: dict[str, Any]) -> list[str]:
+    """What was measured, on what, and what that can do at most."""
+    config, ceilings = results["config"], results["ceilings"]
+    return [
+        (
+            f"{shape_of(config)}, batch {config['batch']}, {config['dtype']}: "
+            f"{results['unpruned']['tokens']['kept']:.0f} image tokens and {config['text']} others "
+            f"per prompt, budget {config['variant']['budget']}"
+        ),
+        ", ".join(f"{key} {value}" for key, value in results["environment"].items()),
+        (
+            f"measured ceilings {ceilings['flops'] / 1e12:.2f} TFLOP/s, "
+            f"{ceilings['bandwidth'] / 1e9:.1f} GB/s"
+        ),
+    ]
+
+
+def overview(runs: list[dict[str, Any]]) -> list[list[str]]:
+    """Header and one row per method; on a GPU also what of the times is its own."""
+    on_gpu = "busy_prefill" in runs[0]["speedup"]
+    header = [
+        "method", f"tokens {THREE_WAYS}", "unpruned prefill ms", "selection ms", "prefill ms",
+        "text as short ms", "with selection", "of promise %", "selection %", "first token",
+        "decode",
+        *(["GPU alone: prefill", "of roofline %", "selection %"] if on_gpu else []),
+    ]  # fmt: skip
+    lines = [header]
+    for run in runs:
+        speed, times = run["speedup"], run["pruned"]["times_ms"]
+        line = [
+            method_name(run),
+            three_ways(run["pruned"]["tokens"]),
+            str(Timing(**run["unpruned"]["times_ms"]["prefill"])),
+            str(Timing(**times["selection"])),
+            str(Timing(**times["prefill"])),
+            str(Timing(**run["as_short_ms"])),
+            f"{speed['prefill']:.2f}x",
+            percent(speed["prefill_alone"] / speed["promised"]),
+            percent(speed["selection_share"]),
+            f"{speed['first_token']:.2f}x",
+            f"{speed['decode']:.2f}x",
+        ]
+        if on_gpu:
+            line += [
+                f"{speed['busy_prefill']:.2f}x",
+                percent(speed["busy_prefill_alone"] / speed["roofline"]),
+                percent(speed["busy_selection_share"]),
+            ]
+        lines.append(line)
+    return lines

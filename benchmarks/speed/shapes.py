@@ -1,0 +1,171 @@
+"""Real architectures by name, to be filled with random weights where only time counts."""
+
+from collections.abc import Callable
+
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    InternVLConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaOnevisionConfig,
+    PreTrainedConfig,
+    Qwen2_5_VLConfig,
+    Qwen2Config,
+    Qwen3VLConfig,
+    SiglipVisionConfig,
+    SmolVLMConfig,
+)
+
+from vlm_prune.vlm.common.registry import Registry
+from vlm_prune.vlm.tiny import checkpoint_path
+
+
+def _clip_large() -> CLIPVisionConfig:
+    """ViT-L/14 at 336 pixels: 576 tokens."""
+    return CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+        projection_dim=768, image_size=336, patch_size=14,
+    )  # fmt: skip
+
+
+def _llama_7b() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+        num_attention_heads=32, max_position_embeddings=4096,
+    )  # fmt: skip
+
+
+def _qwen2_05b(vocabulary: int, tied: bool) -> Qwen2Config:
+    return Qwen2Config(
+        vocab_size=vocabulary, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+        num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=tied,
+    )  # fmt: skip
+
+
+def _llava_7b() -> LlavaConfig:
+    return LlavaConfig(
+        vision_config=_clip_large(), text_config=_llama_7b(), image_token_index=32000,
+        image_seq_length=576,
+    )  # fmt: skip
+
+
+def _llava_next_7b() -> LlavaNextConfig:
+    return LlavaNextConfig(
+        vision_config=_clip_large(), text_config=_llama_7b(), image_token_index=32000
+    )
+
+
+def _llava_onevision_05b() -> LlavaOnevisionConfig:
+    return LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(
+            hidden_size=1152, intermediate_size=4304, num_hidden_layers=26, num_attention_heads=16,
+            image_size=384, patch_size=14, vision_use_head=False,
+        ),
+        text_config=_qwen2_05b(152000, tied=True), image_token_index=151646, video_token_index=151647,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+QWEN_IDS = {
+    "image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def _qwen2_5_vl_3b() -> Qwen2_5_VLConfig:
+    return Qwen2_5_VLConfig(
+        vision_config={
+            "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+            "out_hidden_size": 2048, "patch_size": 14, "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+        text_config={
+            "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 11008,
+            "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]
+            },
+        },
+        **QWEN_IDS,
+    )  # fmt: skip
+
+
+def _qwen3_vl_2b() -> Qwen3VLConfig:
+    return Qwen3VLConfig(
+        vision_config={
+            "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16,
+            "out_hidden_size": 2048, "patch_size": 16, "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [5, 11, 17],
+        },
+        text_config={
+            "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
+            "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
+            "head_dim": 128, "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20],
+                "mrope_interleaved": True,
+            },
+        },
+        **QWEN_IDS,
+    )  # fmt: skip
+
+
+def _internvl3_1b() -> InternVLConfig:
+    return InternVLConfig(
+        vision_config={
+            "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+            "num_attention_heads": 16, "image_size": [448, 448], "patch_size": [14, 14],
+            "norm_type": "layer_norm", "attention_bias": True,
+        },
+        text_config=_qwen2_05b(151674, tied=False), image_token_id=151667,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def _smolvlm_256m() -> SmolVLMConfig:
+    return SmolVLMConfig(
+        vision_config={
+            "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+            "num_attention_heads": 12, "image_size": 512, "patch_size": 16,
+        },
+        text_config=LlamaConfig(
+            vocab_size=49280, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+            num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=False,
+        ),
+        scale_factor=4, image_token_id=49190, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def _llava_05b() -> LlavaConfig:
+    """LLaVA-1.5 over Qwen1.5-0.5B."""
+    return LlavaConfig(
+        vision_config=_clip_large(),
+        text_config=Qwen2Config(
+            vocab_size=152000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=24,
+            num_attention_heads=16, num_key_value_heads=16, tie_word_embeddings=True,
+        ),
+        image_token_index=151646, image_seq_length=576, tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+def _tiny() -> LlavaConfig:
+    return AutoConfig.from_pretrained(checkpoint_path())
+
+
+SHAPES: Registry[Callable[[], PreTrainedConfig]] = Registry(
+    "model shape",
+    {
+        "llava-1.5-7b": _llava_7b,
+        "llava-0.5b": _llava_05b,
+        "llava-next-7b": _llava_next_7b,
+        "llava-onevision-0.5b": _llava_onevision_05b,
+        "qwen2.5-vl-3b": _qwen2_5_vl_3b,
+        "qwen3-vl-2b": _qwen3_vl_2b,
+        "internvl3-1b": _internvl3_1b,
+        "smolvlm-256m": _smolvlm_256m,
+        "tiny": _tiny,
+    },
+)

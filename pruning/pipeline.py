@@ -1,0 +1,95 @@
+"""`PrunedVLM`: model, processor and pruner in one object."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vlm_prune.pruning.registry import build
+from vlm_prune.vlm.common.images import open_image
+from vlm_prune.vlm.load import load
+
+
+class PrunedVLM:
+    """A vision-language model that answers questions with fewer image tokens.
+
+    Args:
+        model: an unmodified Hugging Face model of a supported family.
+        processor: its processor.
+        pruner: a pruner; None leaves the model as it is.
+    """
+
+    def __init__(self, model: Any, processor: Any, pruner: Any | None = None) -> None:
+        self.model, self.processor, self.pruner = model, processor, pruner
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str = "tiny",
+        pruner: str = "none",
+        budget: float = 64,
+        device: str = "cpu",
+        dtype: str = "auto",
+        **hyperparameters: Any,
+    ) -> "PrunedVLM":
+        """Load a checkpoint and build a pruner by its registered name."""
+        built = build(pruner, budget=budget, **hyperparameters)
+        return cls(*load(name, device, dtype), built)
+
+    def answer(self, image: str | Path | Image.Image, question: str, **generation: Any) -> str:
+        """The model's reply to one question about one image, a file or a Pillow image.
+
+        Raises:
+            InputError: if the image cannot be used.
+        """
+        return self.replies([image], [question], **generation)[0].text
+
+    def replies(
+        self,
+        images: Sequence[str | Path | Image.Image],
+        questions: Sequence[str],
+        **generation: Any,
+    ) -> list["Reply"]:
+        """The same for several images at once, one question about each.
+
+        Raises:
+            InputError: if an image cannot be used.
+        """
+        prompts = [
+            self.processor.apply_chat_template(
+                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}],
+                add_generation_prompt=True,
+            )
+            for text in questions
+        ]
+        inputs = self.processor(
+            text=prompts, images=[[open_image(image)] for image in images], padding=True,
+            padding_side="left", return_tensors="pt",
+        ).to(self.model.device)  # fmt: skip
+        block = nullcontext() if self.pruner is None else self.pruner(self.model)
+        with torch.inference_mode(), block as trace:
+            output = self.model.generate(**inputs, **generation)
+        texts = self.processor.batch_decode(
+            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        counts: list[tuple[int | None, int | None]] = [(None, None)] * len(texts)
+        if trace is not None:
+            counts = list(zip(trace.available, map(len, trace.kept), strict=True))
+        return [Reply(text.strip(), *each) for text, each in zip(texts, counts, strict=True)]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer, how many tokens its image had, and how many were left at the end of pruning.
+
+    For methods that prune inside the language model the latter are those of its last layer, fewer
+    than the budget, which is a mean over layers. Without a pruner both are None.
+    """
+
+    text: str
+    image_tokens: int | None
+    kept_tokens: int | None

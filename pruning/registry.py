@@ -1,0 +1,55 @@
+"""Pruners by name: ours, those of other packages, and names joined by `+`."""
+
+from dataclasses import is_dataclass, replace
+from importlib.metadata import entry_points
+from typing import Any
+
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.registry import Registry
+
+
+def methods() -> Registry[Any]:
+    """Every registered pruner: ours and those of packages with a `vlm_prune.methods` entry point."""
+    table: Registry[Any] = Registry("method")
+    for point in entry_points(group="vlm_prune.methods"):
+        for name, pruner in point.load().items():
+            table.register(name, pruner)
+    return table
+
+
+def build(name: str, **hyperparameters: Any) -> Any:
+    """A pruner by its registered name, or several joined by `+`.
+
+    `a+b` is the cascade of a, before the language model, and b, inside it; `+merge` averages what
+    the method in front of it drops into what that keeps. Hyperparameters are those of the whole;
+    those of a part are named after it, `inside.layer` (parts of a cascade are `pre` and `inside`,
+    that of a merge before the language model is `method`).
+
+    Raises:
+        InputError: if a name is unknown or two methods do not go together.
+    """
+    table = methods()
+    first, *more = name.split("+")
+    if not more and not any("." in key for key in hyperparameters):
+        return table[first](**hyperparameters)
+    pruner = table[first]()
+    for part in more:
+        joined = table[part]
+        if part == "merge":
+            pruner = joined.around(pruner)
+        else:
+            pruner = table["cascade"](pruner, joined())
+    return _replaced(pruner, hyperparameters)
+
+
+def _replaced(pruner: Any, hyperparameters: dict[str, Any]) -> Any:
+    own = {key: value for key, value in hyperparameters.items() if "." not in key}
+    inner: dict[str, dict[str, Any]] = {}
+    for key in hyperparameters.keys() - own.keys():
+        part, _, rest = key.partition(".")
+        inner.setdefault(part, {})[rest] = hyperparameters[key]
+    for part, values in inner.items():
+        if not is_dataclass(getattr(pruner, part, None)):
+            raise InputError(f"{type(pruner).__name__} has no part {part!r}")
+        own[part] = _replaced(getattr(pruner, part), values)
+    return replace(pruner, **own)

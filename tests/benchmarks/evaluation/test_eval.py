@@ -1,0 +1,126 @@
+"""The main command on a real checkpoint: results, resuming, refusing another configuration."""
+
+import json
+
+import pytest
+
+from vlm_prune.benchmarks.evaluation import engine
+
+FAST = ["--limit", "6", "--batch-size", "3", "--tasks", "exist,text"]
+
+
+def results(folder):
+    content = json.loads((folder / "results.json").read_text())
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return content, rows
+
+
+def untimed(rows):
+    return [{key: row[key] for key in row if key != "time_ms"} for row in rows]
+
+
+def test_eval_writes_the_promised_results(run, checkpoint, tmp_path):
+    code, out, err = run("eval", "--model", checkpoint, "--output", tmp_path, *FAST)
+    assert code == 0, err
+    assert "exist" in out and "speed-up" in out
+    content, rows = results(tmp_path)
+    assert {"model", "method", "budget", "seed", "versions", "command"} <= set(content)
+    for task in content["tasks"].values():
+        assert {"n", "accuracy", "baseline_accuracy", "retained", "ci"} <= set(task)
+    assert {"accuracy", "baseline_accuracy", "retained", "ci"} <= set(content["overall"])
+    assert content["tokens"] == {"full": 576, "kept": 64, "layer_mean": 64, "papers": 64}
+    assert {
+        "vision",
+        "selection",
+        "prefill",
+        "decode",
+        "baseline_prefill",
+        "baseline_decode",
+    } <= set(content["time_ms"])
+    assert content["time_ms"]["vision"] == content["time_ms"]["baseline_vision"]
+    assert content["flops"]["pruned"] < content["flops"]["baseline"]
+    assert len(rows) == 6 == len({row["id"] for row in rows})
+    assert [[len(set(kept)) for kept in row["kept"]] for row in rows] == [[64]] * 3 + [[]] * 3
+
+
+@pytest.mark.parametrize("lines", [0, 1, 4])
+def test_a_killed_run_resumes_with_the_same_results(run, checkpoint, tmp_path, lines):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run("eval", "--model", checkpoint, "--output", whole, *FAST)[0] == 0
+    assert run("eval", "--model", checkpoint, "--output", killed, *FAST)[0] == 0
+    log = killed / "samples.jsonl"
+    kept = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(kept[:lines]) + kept[lines][:40])
+    (killed / "results.json").unlink()
+    assert run("eval", "--model", checkpoint, "--output", killed, *FAST)[0] == 0
+    (first, first_rows), (second, second_rows) = results(whole), results(killed)
+    assert untimed(first_rows) == untimed(sorted(second_rows, key=lambda row: row["id"]))
+    assert first["tasks"] == second["tasks"] and first["overall"] == second["overall"]
+
+
+def test_another_configuration_in_the_folder_is_refused(run, checkpoint, tmp_path):
+    run("eval", "--model", checkpoint, "--output", tmp_path, *FAST)
+    before = (tmp_path / "samples.jsonl").read_text()
+    code, _, err = run("eval", "--model", checkpoint, "--output", tmp_path, *FAST, "--seed", "1")
+    assert code == 2 and "another seed" in err
+    assert (tmp_path / "samples.jsonl").read_text() == before
+
+
+def test_none_equals_the_unpruned_model(run, checkpoint, tmp_path):
+    run("eval", "--model", checkpoint, "--method", "none", "--output", tmp_path, *FAST)
+    _, rows = results(tmp_path)
+    assert all(row["baseline"] == row["prediction"] for row in rows)
+
+
+def test_the_tower_runs_once_for_baseline_and_all_methods(run, checkpoint, tmp_path, monkeypatch):
+    from vlm_prune.vlm.families.llava import Llava
+
+    calls, encode = [], Llava.encode
+
+    def counted(self, pixel_values, **inputs):
+        calls.append(len(pixel_values))
+        return encode(self, pixel_values, **inputs)
+
+    monkeypatch.setattr(Llava, "encode", counted)
+    run(
+        "compare", "--model", checkpoint, "--method", "random,zoo-exact,adaptinfer", "--budget",
+        "64,32", "--output", tmp_path, "--limit", "4", "--batch-size", "4", "--tasks", "exist",
+        "--against", "zoo-exact",
+    )  # fmt: skip
+    assert calls == [1, 4]  # one question to warm up, then the batch
+    assert len(list(tmp_path.glob("*/results.json"))) == 6
+    table, overview, pairs = (tmp_path / "compare.md").read_text().split("\n\n")
+    assert len(table.splitlines()) == 2 + 1 + 6
+    cut = json.loads((tmp_path / "adaptinfer-32" / "results.json").read_text())
+    header, _, *rows = overview.splitlines()
+    assert header.endswith("| 64 | 32 |")
+    assert rows[2].startswith("| adaptinfer | ")
+    low, high = cut["overall"]["ci"]
+    last = f"{100 * cut['overall']['retained']:.1f} [{100 * low:.1f}, {100 * high:.1f}] at "
+    assert rows[2].split(" | ")[2].startswith(last)
+    assert [line.split(" | ")[:2] for line in pairs.splitlines()[2:]] == [
+        ["| 64", "random"], ["| 64", "adaptinfer"], ["| 32", "random"], ["| 32", "adaptinfer"],
+    ]  # fmt: skip
+
+
+def test_limit_is_spread_evenly():
+    drawn = engine.samples_of(("text", "iit", "exist"), 10, 0, "test")
+    assert [sample.id.split("/")[0] for sample in drawn] == ["text"] * 3 + ["iit"] * 3 + [
+        "exist"
+    ] * 4
+
+
+def test_a_wings_adapter_is_attached_for_every_task_and_method(run, checkpoint, adapter, tmp_path):
+    common = ["eval", "--model", checkpoint, "--limit", "6", "--tasks", "exist,text,iit"]
+    plain, winged = tmp_path / "plain", tmp_path / "winged"
+    assert run(*common, "--output", plain)[0] == 0
+    code, _, err = run(*common, "--output", winged, "--wings", adapter)
+    assert code == 0, err
+    (without, before), (content, after) = results(plain), results(winged)
+    assert content["config"]["wings"] == str(adapter)
+    assert {row["task"] for row in after} == {"exist", "text", "iit"}
+    for key in ("baseline", "prediction"):
+        assert any(a[key] != b[key] for a, b in zip(before, after, strict=True)), key
+    assert content["flops"]["pruned"] > without["flops"]["pruned"]
+    code, _, err = run(*common, "--wings", tmp_path / "nothing")
+    assert code == 2 and "cannot read a Wings adapter" in err

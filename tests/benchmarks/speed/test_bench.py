@@ -1,0 +1,196 @@
+"""The bench command on the embedded architecture: phases, floors, files, wrong input."""
+
+import json
+
+import pytest
+import torch
+
+from vlm_prune.benchmarks.evaluation.engine import Variant
+from vlm_prune.benchmarks.speed.bench import BenchConfig, floors, random_model
+from vlm_prune.benchmarks.speed.roofline import Ceilings
+from vlm_prune.benchmarks.speed.shapes import SHAPES
+
+FAST = ["--repeats", "1", "--new-tokens", "2", "--budget", "32"]
+
+
+@pytest.mark.parametrize("method", ["fopru", "downsample"])
+def test_bench_reports_every_phase_of_both_models(run, tmp_path, method):
+    code, out, err = run("bench", "--method", method, *FAST, "--output", tmp_path)
+    assert code == 0, err
+    results = json.loads((tmp_path / "bench.json").read_text())
+    phases = {"vision", "selection", "prefill", "decode"}
+    for name, tokens in (("unpruned", 576), ("pruned", 32 if method == "fopru" else 30)):
+        assert set(results[name]["times_ms"]) == set(results[name]["floors_ms"]) == phases
+        counts = {"kept": tokens, "layer_mean": tokens, "papers": tokens}
+        assert results[name]["tokens"] == counts
+        assert min(results[name]["times_ms"][p]["median"] for p in phases - {"selection"}) > 0
+    assert results["unpruned"]["times_ms"]["selection"]["median"] == 0
+    assert results["pruned"]["times_ms"]["selection"]["median"] > 0
+    assert results["pruned"]["floors_ms"]["prefill"] < results["unpruned"]["floors_ms"]["prefill"]
+    speed, flops = results["speedup"], [results[n]["prefill_flops"] for n in ("unpruned", "pruned")]
+    assert speed["promised"] == flops[0] / flops[1] > 5
+    assert speed["prefill_alone"] > speed["prefill"]
+    unpruned, short = results["unpruned"]["times_ms"]["prefill"], results["as_short_ms"]
+    assert speed["as_short"] == unpruned["median"] / short["median"] > 1
+    assert 0 < speed["selection_share"] < results["pruned"]["times_ms"]["selection"]["median"]
+    assert f"of the {speed['promised']:.2f}x" in out and "of the unpruned prefill" in out
+    table = (tmp_path / "bench.md").read_text()
+    assert (
+        "measured ceilings" in table and "decode per token" in table and "576 image tokens" in out
+    )
+
+
+def test_several_methods_share_one_model(run, tmp_path):
+    code, out, err = run("bench", "--method", "divprune,fastv", *FAST, "--output", tmp_path)
+    assert code == 0, err
+    both = json.loads((tmp_path / "bench.json").read_text())
+    assert [results["config"]["variant"]["method"] for results in both] == ["divprune", "fastv"]
+    assert both[0]["ceilings"] == both[1]["ceilings"]
+    assert both[0]["pruned"]["tokens"]["kept"] == 32
+    lines = (tmp_path / "bench.md").read_text().splitlines()
+    (header,) = (line for line in lines if line.startswith("| method"))
+    assert "of promise %" in header and "GPU" not in header
+    for results in both:
+        name, speed = results["config"]["variant"]["method"], results["speedup"]
+        (line,) = (line for line in lines if line.startswith(f"| {name}"))
+        assert f"{speed['prefill']:.2f}x" in line and f"{speed['first_token']:.2f}x" in line
+        assert name in out
+    assert "tiny, batch 1, float32: 576 image tokens and 60 others per prompt, budget 32" in out
+
+
+def test_all_is_every_method_that_fits_the_shape(run, tmp_path, monkeypatch):
+    from vlm_prune.benchmarks.cli.support import every_method
+    from vlm_prune.vlm.families import FAMILIES
+
+    asked = []
+    monkeypatch.setattr(
+        "vlm_prune.benchmarks.speed.bench.bench",
+        lambda _, variants: asked.extend(variants) or 1 / 0,
+    )
+    with pytest.raises(ZeroDivisionError):
+        run("bench", "--method", "all", "--model-shape", "llava-0.5b")
+    assert [v.method for v in asked] == every_method(FAMILIES["llava"])
+    code, _, err = run("bench", "--method", "all", "--model-shape", "llava-0.5")
+    assert code == 2 and "did you mean 'llava-0.5b'" in err
+    code, _, err = run("bench", "--method", ",")
+    assert code == 2 and "no method given" in err
+
+
+def test_a_shape_can_have_fewer_layers(run, tmp_path):
+    for more, name in (([], "fastv"), (["--wings", "4"], "learners of rank 4")):
+        code, out, err = run(
+            "bench", "--layers", "3", "--method", "fastv", *FAST, *more, "--output", tmp_path
+        )
+        assert code == 0, err
+        assert "tiny of 3 layers, batch 1" in out and name in out
+    model = random_model(BenchConfig("internvl3-1b", Variant("none", 64), device="meta", layers=2))
+    text = model.config.get_text_config()
+    assert len(model.model.language_model.layers) == len(text.layer_types) == 2
+
+
+def test_floors_count_weights_once_and_flops_per_prompt():
+    config = BenchConfig("tiny", Variant("none", 576), batch=3)
+    model = random_model(config)
+    layers = [576.0] * 6
+    by_bytes = floors(model, config, layers, 0.0, Ceilings(flops=1e30, bandwidth=1e3))
+    text = model.config.get_text_config()
+    weights = sum(p.numel() for p in model.model.language_model.layers.parameters())
+    weights += text.vocab_size * text.hidden_size
+    cache = 3 * (60 + 576) * 2 * text.hidden_size * 6
+    assert by_bytes["prefill"] == by_bytes["decode"] == pytest.approx(4 * (weights + cache))
+    one, three = (
+        floors(
+            model, BenchConfig("tiny", config.variant, batch=b), layers, 0.0, Ceilings(1e9, 1e30)
+        )
+        for b in (1, 3)
+    )
+    assert three["prefill"] == pytest.approx(3 * one["prefill"])
+
+
+BILLIONS = {
+    "llava-1.5-7b": 7.06, "llava-0.5b": 0.77, "llava-next-7b": 7.06, "llava-onevision-0.5b": 0.89,
+    "qwen2.5-vl-3b": 3.75, "qwen3-vl-2b": 2.13, "internvl3-1b": 0.94, "smolvlm-256m": 0.256,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BILLIONS)
+def test_shapes_have_the_released_sizes(name):
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(SHAPES[name]())
+    billions = sum(p.numel() for p in model.parameters()) / 1e9
+    assert billions == pytest.approx(BILLIONS[name], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model-shape", "llava-1.5-8b"], "did you mean 'llava-1.5-7b'"),
+        (["--dtype", "float31"], "unknown dtype"),
+        (["--device", "cuda:99"], "cannot build tiny"),
+        (["--budget", "577"], "above the 576 tokens"),
+        (["--layers", "9"], "tiny has no 9 decoder layers; give 1 to 7"),
+        (["--batch", "0"], "greater than or equal to 1"),
+    ],
+)
+def test_wrong_input_is_one_line(run, arguments, message):
+    code, _, err = run("bench", *arguments)
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+
+
+def test_bench_measures_what_learners_cost(run, tmp_path):
+    code, out, err = run("bench", "--wings", "8", *FAST, "--output", tmp_path)
+    assert code == 0, err
+    results = json.loads((tmp_path / "bench.json").read_text())
+    for phase in ("prefill", "decode"):
+        plain, wings = (results["times_ms"][name][phase]["median"] for name in ("plain", "wings"))
+        assert 0 < plain and results["overhead"][phase] == pytest.approx(wings / plain - 1)
+    assert results["config"]["text"] == 271 and "1000 tokens, 729 of an image" in out
+    assert "decode per token" in (tmp_path / "bench.md").read_text() and "learners +" in out
+
+
+def test_learners_of_a_7b_model_cost_what_the_paper_s_equations_say():
+    from vlm_prune.benchmarks.speed.wings_cost import extra_flops
+
+    shares = extra_flops("llava-1.5-7b", 64)
+    width, inner, tokens, rank = 4096, 11008, 1000, 64
+    layer = 4 * width**2 + 3 * width * inner + 2 * tokens * width
+    # per token: maps of queries and outputs of two learners, of keys and values of one; products
+    learners = 12 * width * rank + 2 * tokens * width
+    head = 32064 * width / tokens / 32
+    assert shares["learners"] == pytest.approx(learners / (layer + head), rel=1e-6)
+    second = 2 * tokens * width / (layer + head)
+    assert shares["router on a GPU"] == pytest.approx(second, rel=1e-6)
+    assert shares["router"] == pytest.approx(second * 8 / 128, rel=1e-6)
+    assert shares["learners"] + shares["router"] <= 0.06
+
+
+@pytest.mark.parametrize("method", ["divprune", pytest.param("adaptinfer", marks=pytest.mark.slow)])
+def test_every_family(run, tiny, tmp_path, monkeypatch, method):
+    """Times and floors of a picture that has as many tokens as the family gives one of its size."""
+    monkeypatch.setitem(SHAPES._entries, "family", lambda: tiny.model.config)
+    monkeypatch.setattr("vlm_prune.benchmarks.speed.pictures.SIDE", 112)
+    fast = ["--repeats", "1", "--new-tokens", "2", "--batch", "2", "--budget", "0.5"]
+    code, _, err = run(
+        "bench", "--model-shape", "family", "--method", method, *fast, "--output", tmp_path
+    )
+    assert code == 0, err
+    results = json.loads((tmp_path / "bench.json").read_text())
+    before, after = results["unpruned"], results["pruned"]
+    assert before["tokens"]["kept"] > 8
+    spare = before["tokens"]["kept"] / 2 - after["tokens"]["layer_mean"]
+    assert -0.5 <= spare < 1 and results["speedup"]["promised"] > 1
+    for run_ in (before, after):
+        assert all(run_["floors_ms"][phase] > 0 for phase in ("vision", "prefill", "decode"))
+
+
+@pytest.mark.parametrize("tiny", ["smolvlm"], indirect=True)
+def test_what_a_family_lacks_is_said(run, tiny, monkeypatch):
+    monkeypatch.setitem(SHAPES._entries, "family", lambda: tiny.model.config)
+    for extra, message in (
+        ([], "Zoo needs a two-layer"),
+        (["--wings", "8"], "shapes of LLaVA-1.5"),
+    ):
+        code, _, err = run("bench", "--model-shape", "family", *extra)
+        assert code == 2 and message in err and len(err.strip().splitlines()) == 1
