@@ -8,9 +8,9 @@ import torch
 import typer
 
 from vlm_prune.benchmarks.cli.terminal import script
+from vlm_prune.benchmarks.embedded_models.clip import STATE, Pretraining, Recipe
+from vlm_prune.benchmarks.embedded_models.clip_card import write_card
 from vlm_prune.continual.tiny import checkpoint_path
-from vlm_prune.continual.tiny.card import write_card
-from vlm_prune.continual.tiny.train import STATE, Pretraining, Recipe
 
 
 def main(folder: Path, seed: int = 0, threads: int = 2, install: bool = False) -> None:

@@ -15,9 +15,9 @@ import typer
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vlm_prune.benchmarks.embedded_models.initial import look_back
+from vlm_prune.benchmarks.embedded_models.llava import STAGES, Recipe, Trainer
 from vlm_prune.benchmarks.embedded_models.source import SceneSource, corpus
 from vlm_prune.benchmarks.embedded_models.store import save_checkpoint
-from vlm_prune.benchmarks.embedded_models.train import STAGES, Recipe, Trainer
 from vlm_prune.vlm.common.files import write_text
 from vlm_prune.vlm.tiny import checkpoint_path
 from vlm_prune.vlm.tiny.config import make_model, make_processor

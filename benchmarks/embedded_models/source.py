@@ -106,7 +106,7 @@ def corpus(lines: int = 4000) -> Iterator[str]:
 
 
 class SceneExample:
-    """A training scene as `vlm_prune.benchmarks.embedded_models.train` takes it."""
+    """A training scene as `vlm_prune.benchmarks.embedded_models.llava` takes it."""
 
     def __init__(self, scene: Scene) -> None:
         self.scene = scene

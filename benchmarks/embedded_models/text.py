@@ -5,8 +5,8 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from vlm_prune.benchmarks.embedded_models.initial import look_back
 from vlm_prune.benchmarks.embedded_models.language import Row, train_language
+from vlm_prune.benchmarks.embedded_models.llava import Source, wake_to
 from vlm_prune.benchmarks.embedded_models.log import Say
-from vlm_prune.benchmarks.embedded_models.train import Source, wake_to
 
 
 def train_text(

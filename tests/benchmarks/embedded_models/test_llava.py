@@ -12,13 +12,13 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from vlm_prune.benchmarks.embedded_models.curriculum import block, pair, what
 from vlm_prune.benchmarks.embedded_models.initial import look_back, wake
 from vlm_prune.benchmarks.embedded_models.language import loss_of, pack, projected
+from vlm_prune.benchmarks.embedded_models.llava import STAGES, Recipe, Trainer
 from vlm_prune.benchmarks.embedded_models.log import recorder
 from vlm_prune.benchmarks.embedded_models.source import SceneSource, corpus, scenes
 from vlm_prune.benchmarks.embedded_models.store import save_language_model
 from vlm_prune.benchmarks.embedded_models.symbols import word_ids
 from vlm_prune.benchmarks.embedded_models.text import train_text
 from vlm_prune.benchmarks.embedded_models.tower import optimizers
-from vlm_prune.benchmarks.embedded_models.train import STAGES, Recipe, Trainer
 from vlm_prune.benchmarks.experiments.forgetting.experiment import load_language_model
 from vlm_prune.benchmarks.tasks.scenes import KINDS
 from vlm_prune.vlm.tiny.config import make_model, make_processor

@@ -7,13 +7,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vlm_prune.benchmarks.embedded_models.clip import (
+    Pretraining,
+    Recipe,
+    contrastive,
+    corpus,
+    pairs,
+)
+from vlm_prune.benchmarks.embedded_models.clip_card import hits, measure, write_card
 from vlm_prune.continual.clip import load_clip
 from vlm_prune.continual.metrics import accuracy
 from vlm_prune.continual.streams.packaged import DOMAINS, task
 from vlm_prune.continual.tiny import checkpoint_path
-from vlm_prune.continual.tiny.card import hits, measure, write_card
 from vlm_prune.continual.tiny.config import CONTEXT, WEIGHTS
-from vlm_prune.continual.tiny.train import Pretraining, Recipe, contrastive, corpus, pairs
 from vlm_prune.vlm.common.errors import InputError
 
 SMALL = Recipe(steps=6, stop=6, batch=16, warmup=2, per_class=1, width=32, layers=1, save_every=3)
