@@ -45,6 +45,6 @@ class AdaptInfer(DecoderScorePruner):
         return [(2, 133), (11, 27), (21, 3)]
 
     def score(self, tokens: DecoderTokens) -> Tensor:
-        rows = tokens.rows(slice(None))
+        rows = tokens.question_rows(slice(None))
         scores = text_guided_score(rows.query, rows.key, rows.columns, rows.key_valid, rows.scale)
         return scores.gather(1, rows.image)

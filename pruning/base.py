@@ -182,7 +182,7 @@ class DecoderPruner(Pruner):
 
     stage: ClassVar[Stage] = "decoder"
     reads: ClassVar[Side] = "before"
-    chooses_readers: ClassVar[bool] = False
+    chooses_queries: ClassVar[bool] = False
     counted: ClassVar[Counted] = "computed"
     presets: ClassVar[Registry[tuple[float, ...]]] = Registry("preset")
     compact = staticmethod(compact_tokens)
@@ -204,9 +204,9 @@ class DecoderPruner(Pruner):
     def reduce(self, tokens: DecoderTokens, keep: int) -> Kept:
         """Choose or merge the tokens of each image, to `keep` each; `keep` is below n."""
 
-    def readers(self, tokens: DecoderTokens) -> Tensor:
-        """Question places (M, T) to read attention from, given the first layer's input."""
-        return tokens.asked
+    def query_mask(self, tokens: DecoderTokens) -> Tensor:
+        """Question mask (M, T): tokens to read attention from, given the first layer's input."""
+        return tokens.question_mask
 
     def cuts(self, tokens: int, layers: int) -> list[Cut]:
         """Where to cut, and to how many tokens, for images of `tokens` in `layers` layers."""

@@ -146,6 +146,6 @@ def merging(method: DecoderPruner) -> DecoderPruner:
 def _merged(kept: Kept, tokens: Tensor) -> Kept:
     """What was kept of `tokens` (M, N, d), the rest averaged into it."""
     features = torch.stack(kept.features)
-    dropped = take(tokens, others(torch.stack(kept.places), tokens.shape[1]))
+    dropped = take(tokens, others(torch.stack(kept.indices), tokens.shape[1]))
     nearest = pairwise_cosine(dropped, features).argmax(-1)
-    return Kept(kept.places, list(averaged(features, dropped, nearest)))
+    return Kept(kept.indices, list(averaged(features, dropped, nearest)))

@@ -50,9 +50,9 @@ class Dart(DecoderPruner):
         chosen = []
         for image, features in enumerate(tokens.features):
             pivots = top(image_keys[image].float().norm(dim=-1), min(keep, self.image_pivots))
-            asked = tokens.asked[image]
-            length = text_keys[image][asked].float().norm(dim=-1)
-            texts = tokens.question[image][asked][top(length, self.text_pivots)]
+            mask = tokens.question_mask[image]
+            length = text_keys[image][mask].float().norm(dim=-1)
+            texts = tokens.question[image][mask][top(length, self.text_pivots)]
             chosen.append(distinct(features, pivots, texts, keep))
         return Kept.at(tokens.features, torch.stack(chosen))
 

@@ -46,6 +46,6 @@ class FastV(DecoderScorePruner):
 
     def score(self, tokens: DecoderTokens) -> Tensor:
         if self.queries == "last":
-            return in_decoder(tokens, tokens.asked[:, -1:])
-        rows = tokens.every()
+            return in_decoder(tokens, tokens.question_mask[:, -1:])
+        rows = tokens.prompt_rows()
         return from_rows(rows, rows.columns)

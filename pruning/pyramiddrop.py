@@ -46,4 +46,4 @@ class PyramidDrop(DecoderScorePruner):
         return [(8 * stage, self.ratio**stage) for stage in (1, 2, 3)]
 
     def score(self, tokens: DecoderTokens) -> Tensor:
-        return in_decoder(tokens, tokens.asked[:, -1:])
+        return in_decoder(tokens, tokens.question_mask[:, -1:])

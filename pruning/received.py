@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vlm_prune.kernels.attention_received import attention_received
-from vlm_prune.vlm.tokens import DecoderTokens, QuestionRows, VisionTokens
+from vlm_prune.vlm.tokens import AttentionRows, DecoderTokens, VisionTokens
 
 Queries = Literal["all", "patches", "cls"]
 
@@ -24,13 +24,13 @@ def in_tower(vision: VisionTokens, queries: Queries) -> Tensor:
     return vision.pool(received[..., None])[..., 0]
 
 
-def in_decoder(tokens: DecoderTokens, readers: Tensor) -> Tensor:
-    """Mean over heads and the question places where `readers` (M, T) is true; (M, n)."""
-    rows = tokens.rows(slice(-readers.shape[1], None))
-    return from_rows(rows, torch.where(readers, rows.columns, -1))
+def in_decoder(tokens: DecoderTokens, query_mask: Tensor) -> Tensor:
+    """Mean over heads and the question tokens where `query_mask` (M, T) is true; (M, n)."""
+    rows = tokens.question_rows(slice(-query_mask.shape[1], None))
+    return from_rows(rows, torch.where(query_mask, rows.columns, -1))
 
 
-def from_rows(rows: QuestionRows, columns: Tensor) -> Tensor:
+def from_rows(rows: AttentionRows, columns: Tensor) -> Tensor:
     """Mean over heads and the queries that stand at `columns` (M, T), -1 for none; (M, n)."""
     scores = attention_received(rows.query, rows.key, columns, rows.key_positions, rows.scale)
     return scores.gather(1, rows.image)

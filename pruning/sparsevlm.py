@@ -38,7 +38,7 @@ class SparseVLM(DecoderScorePruner):
     recycle: float = 0.3
     clusters: float = 0.1
     neighbours: int = 5
-    chooses_readers: ClassVar[bool] = True
+    chooses_queries: ClassVar[bool] = True
     counted: ClassVar[Counted] = "at the cut"
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.04417"
     presets: ClassVar[Registry[tuple[float, ...]]] = Registry(
@@ -86,11 +86,11 @@ class SparseVLM(DecoderScorePruner):
             before = computed
         return super().papers_count(tokens, counts)
 
-    def readers(self, tokens: DecoderTokens) -> Tensor:
-        return raters(tokens.features, tokens.question, tokens.asked)
+    def query_mask(self, tokens: DecoderTokens) -> Tensor:
+        return raters(tokens.features, tokens.question, tokens.question_mask)
 
     def score(self, tokens: DecoderTokens) -> Tensor:
-        return in_decoder(tokens, tokens.readers)
+        return in_decoder(tokens, tokens.query_mask)
 
     def reduce(self, tokens: DecoderTokens, keep: int) -> Kept:
         scores, count = self.score(tokens), tokens.features.shape[1]
@@ -110,16 +110,18 @@ class SparseVLM(DecoderScorePruner):
         return Kept(places, features)
 
 
-def raters(image: Tensor, text: Tensor, asked: Tensor) -> Tensor:
+def raters(image: Tensor, text: Tensor, question_mask: Tensor) -> Tensor:
     """Text whose mean over image tokens v of softmax(v t^T) is at least the mean over the text.
 
-    Shapes: image (M, n, D), text (M, T, D), asked (M, T) -> (M, T).
+    Shapes: image (M, n, D), text (M, T, D), question_mask (M, T) -> (M, T).
     """
     similarity = image.float() @ text.float().transpose(1, 2)
-    shares = similarity.masked_fill(~asked[:, None], torch.finfo(torch.float32).min).softmax(-1)
-    relevance = shares.mean(1) * asked
-    mean = relevance.sum(1, keepdim=True) / asked.sum(1, keepdim=True).clamp_min(1)
-    return asked & (relevance >= mean)
+    shares = similarity.masked_fill(
+        ~question_mask[:, None], torch.finfo(torch.float32).min
+    ).softmax(-1)
+    relevance = shares.mean(1) * question_mask
+    mean = relevance.sum(1, keepdim=True) / question_mask.sum(1, keepdim=True).clamp_min(1)
+    return question_mask & (relevance >= mean)
 
 
 def density_peaks(features: Tensor, count: int, neighbours: int) -> tuple[Tensor, Tensor]:

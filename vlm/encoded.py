@@ -112,7 +112,7 @@ class Images:
         layers = zip(*(group.deepstack for group in self.groups), strict=True)
         return (
             Kept(
-                self._in_order([[g.standing(at) for at in kept.places] for g, kept in both]),
+                self._in_order([[g.standing(at) for at in kept.indices] for g, kept in both]),
                 self._in_order(
                     [
                         [
@@ -126,7 +126,7 @@ class Images:
             [
                 self._in_order(
                     [
-                        [own[at] for own, at in zip(part, kept.places, strict=True)]
+                        [own[at] for own, at in zip(part, kept.indices, strict=True)]
                         for part, kept in zip(layer, reduced, strict=True)
                     ]
                 )

@@ -21,7 +21,7 @@ from vlm_prune.vlm.layout import Standing, alike, repeated
 from vlm_prune.vlm.prompt_pruning import Positions, keeps_positions, on_host
 from vlm_prune.vlm.reducer import CutsFor, Reducer
 from vlm_prune.vlm.segment import Segment
-from vlm_prune.vlm.tokens import DecoderTokens, QuestionRows, compact, is_right_padded, take
+from vlm_prune.vlm.tokens import AttentionRows, DecoderTokens, compact, is_right_padded, take
 from vlm_prune.vlm.trace import SELECTION, Trace, measured
 
 
@@ -107,13 +107,13 @@ class _MidStack:
         if self.prefill and 0 < number <= len(self.deepstack):
             columns, valid = self.now.column.to(hidden.device), self.now.valid.to(hidden.device)
             hidden = hidden + take(self.deepstack[number - 1], columns) * valid[..., None]
-        if number == 0 and self.prefill and self.now.left and self.reducer.chooses_readers:
+        if number == 0 and self.prefill and self.now.left and self.reducer.chooses_queries:
             with measured(SELECTION, hidden.device, self.trace):
                 shape = len(self.now.left), compact(self.now.asked)[0].shape[1]
-                self.readers = torch.zeros(shape, dtype=torch.bool, device=hidden.device)
+                self.query_mask = torch.zeros(shape, dtype=torch.bool, device=hidden.device)
                 for group in alike(self.now.left):
                     tokens = self._tokens(0, layer, hidden, kwargs, group)
-                    self.readers[group] = self.reducer.readers(tokens)
+                    self.query_mask[group] = self.reducer.query_mask(tokens)
         if self.prefill and number in self.due:
             with measured(SELECTION, hidden.device, self.trace):
                 hidden = self._cut(number, layer, hidden, kwargs)
@@ -150,15 +150,15 @@ class _MidStack:
         at = (row[:, None], moved(torch.stack([columns_of[image] for image in images])))
         text_at = (row[:, None], texts)
 
-        def queries_at(places: Tensor, real: Tensor) -> QuestionRows:
+        def queries_at(places: Tensor, real: Tensor) -> AttentionRows:
             query, key = decoder_query_key(source, before, rotary, places)
             columns, scale = torch.where(real, places, -1)[row], source.self_attn.scaling
-            return QuestionRows(query[row], key[row], columns, valid[row], at[1], scale)
+            return AttentionRows(query[row], key[row], columns, valid[row], at[1], scale)
 
-        def rows(queries: slice) -> QuestionRows:
+        def rows(queries: slice) -> AttentionRows:
             return queries_at(index[:, queries], real[:, queries])
 
-        def every() -> QuestionRows:
+        def every() -> AttentionRows:
             places = torch.arange(valid.shape[1], device=valid.device)
             return queries_at(places.expand(len(valid), -1), valid)
 
@@ -181,10 +181,10 @@ class _MidStack:
             features: list[Tensor] = []
             if wanted < count:
                 tokens = self._tokens(number, layer, hidden, seen, group)
-                if self.reducer.chooses_readers:
-                    tokens = replace(tokens, readers=self.readers[group])
+                if self.reducer.chooses_queries:
+                    tokens = replace(tokens, query_mask=self.query_mask[group])
                 reduced = self.reducer.reduce(tokens, wanted)
-                places, features = on_host(reduced.places), reduced.features
+                places, features = on_host(reduced.indices), reduced.features
             row = torch.cat([rows[i].expand(len(p)) for i, p in zip(group, places, strict=True)])
             column = torch.cat([columns[i][p] for i, p in zip(group, places, strict=True)])
             keep[row, column] = True

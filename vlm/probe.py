@@ -9,14 +9,14 @@ from torch import Tensor
 from vlm_prune.vlm.attention import decoder_query_key
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.layout import alike, image_ordinals, image_places, question_places
-from vlm_prune.vlm.tokens import QuestionRows, compact
+from vlm_prune.vlm.tokens import AttentionRows, compact
 
 
 @torch.inference_mode()
-def question_rows(model: Any, inputs: Mapping[str, Any]) -> Iterator[list[QuestionRows]]:
+def question_rows(model: Any, inputs: Mapping[str, Any]) -> Iterator[list[AttentionRows]]:
     """Queries of each image's question and all keys, layer by layer, of the unpruned model.
 
-    Each layer gives one `QuestionRows` for the images of each number of tokens, in order of first
+    Each layer gives one `AttentionRows` for the images of each number of tokens, in order of first
     appearance.
 
     Args:
@@ -51,6 +51,6 @@ def question_rows(model: Any, inputs: Mapping[str, Any]) -> Iterator[list[Questi
         query, key = decoder_query_key(layer, hidden, rotary, index)
         scale = layer.self_attn.scaling
         yield [
-            QuestionRows(query[row], key[row], columns[row], valid[row], at, scale)
+            AttentionRows(query[row], key[row], columns[row], valid[row], at, scale)
             for row, at in groups
         ]

@@ -121,7 +121,7 @@ def pruned(
 
         with measured(SELECTION, model.device, trace):
             kept, deepstack = images.reduce(reduced)
-            places = on_host(kept.places)
+            places = on_host(kept.indices)
         trace.kept = trace.entered = places
         trace.available = counts
         trace.computed = [list(map(len, places))] * len(family.decoder.layers)

@@ -24,14 +24,14 @@ class Reducer(Protocol):
     """What the engine asks of a method.
 
     `reads` names the layer whose attention and keys the method sees, on either side of the cut; a
-    cut at 0 has only the layer after it. `chooses_readers` says whether to ask for `readers`.
+    cut at 0 has only the layer after it. `chooses_queries` says whether to ask for `query_mask`.
     """
 
     reads: ClassVar[Side]
-    chooses_readers: ClassVar[bool]
+    chooses_queries: ClassVar[bool]
 
-    def readers(self, tokens: DecoderTokens) -> Tensor:
-        """Question places (M, T) to read attention from, given the first layer's input."""
+    def query_mask(self, tokens: DecoderTokens) -> Tensor:
+        """Question mask (M, T): tokens to read attention from, given the first layer's input."""
 
     def reduce(self, tokens: DecoderTokens, keep: int) -> Kept:
         """Keep `keep` tokens of each image."""

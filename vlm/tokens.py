@@ -86,7 +86,7 @@ class VisionTokens:
 
 
 @dataclass(frozen=True)
-class QuestionRows:
+class AttentionRows:
     """What the causal attention of T places of a prompt in one decoder layer is made of.
 
     Args:
@@ -122,37 +122,37 @@ class DecoderTokens:
     Args:
         features: hidden states of the image tokens, (M, n, D).
         question: hidden states of the question, (M, T, D).
-        asked: which places of the question are real, (M, T).
-        readers: places of the question that the method reads attention from, (M, T).
-        rows: queries of the question places in the slice, and all keys.
-        every: queries of all places of the prompt, and all keys.
+        question_mask: which tokens of the question are real, (M, T).
+        query_mask: tokens of the question whose attention the method reads, (M, T).
+        question_rows: queries of the question's tokens in the slice, and all keys.
+        prompt_rows: queries of all tokens of the prompt, and all keys.
         keys: keys before rotation, heads side by side, of image tokens (M, n, d) and question
             (M, T, d).
     """
 
     features: Tensor
     question: Tensor
-    asked: Tensor
-    readers: Tensor
-    rows: Callable[[slice], QuestionRows] = field(repr=False)
-    every: Callable[[], QuestionRows] = field(repr=False)
+    question_mask: Tensor
+    query_mask: Tensor
+    question_rows: Callable[[slice], AttentionRows] = field(repr=False)
+    prompt_rows: Callable[[], AttentionRows] = field(repr=False)
     keys: Callable[[], tuple[Tensor, Tensor]] = field(repr=False)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What a pruner keeps of each image: places (k,), ascending, and their features (k, d).
+    """What a pruner keeps of each image: indices (k,), ascending, and their features (k, d).
 
-    Places count the image's tokens as the pruner got them.
+    Indices count the image's tokens as the pruner got them.
     """
 
-    places: list[Tensor]
+    indices: list[Tensor]
     features: list[Tensor]
 
     @classmethod
-    def at(cls, features: Tensor, places: Tensor) -> "Kept":
-        """Keep tokens of (M, N, d) as they are; `places` is (M, k), ascending."""
-        return cls(list(places), list(take(features, places)))
+    def at(cls, features: Tensor, indices: Tensor) -> "Kept":
+        """Keep tokens of (M, N, d) as they are; `indices` is (M, k), ascending."""
+        return cls(list(indices), list(take(features, indices)))
 
 
 def take(tokens: Tensor, indices: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn.functional import gelu
 
 from vlm_prune.kernels.dispatch import backend, chosen, implementation
 from vlm_prune.pruning import METHODS
-from vlm_prune.vlm.tokens import DecoderTokens, Projector, QuestionRows, VisionTokens
+from vlm_prune.vlm.tokens import AttentionRows, DecoderTokens, Projector, VisionTokens
 
 
 def test_a_cpu_runs_the_reference_and_the_override_ends_with_its_block():
@@ -61,7 +61,7 @@ def vision(make):
 
 @pytest.fixture
 def decoder(make, device):
-    rows = QuestionRows(
+    rows = AttentionRows(
         make(2, 4, 5, 8), make(2, 2, 20, 8), torch.arange(15, 20, device=device).repeat(2, 1),
         torch.ones(2, 20, dtype=torch.bool, device=device),
         torch.arange(2, 14, device=device).repeat(2, 1), 0.3,
@@ -86,6 +86,6 @@ def test_a_pruner_keeps_the_same_tokens_on_both(name, vision, decoder):
                 reduced = method.reduce(decoder, 5)
             else:
                 reduced = method.reduce(vision)
-        kept[side] = [places.tolist() for places in reduced.places]
+        kept[side] = [places.tolist() for places in reduced.indices]
     assert kept["triton"] == kept["reference"]
     assert [len(places) for places in kept["triton"]] == [5, 5]

@@ -57,7 +57,7 @@ def test_the_question_decides(llava, vision, images, make_inputs):
             llava(**make_inputs([(1, question)], images))
         kept.append(trace.kept[0].tolist())
     assert kept[0] != kept[1]
-    alone = CDPruner(budget=32).reduce(vision).places[0]
+    alone = CDPruner(budget=32).reduce(vision).indices[0]
     plain = dpp(conditioned(torch.ones(2, 576), vision.projected.double()), 32)[0]
     assert alone.tolist() == plain.sort().values.tolist()
 
@@ -66,7 +66,7 @@ def test_negated_relevance_prefers_the_least_similar(vision):
     text = vision.projected[:, 7]
     asked = replace(vision, question=lambda: tuple(text[:, None]))
     straight, negated = (
-        CDPruner(budget=1, negated=flag).reduce(asked).places for flag in (False, True)
+        CDPruner(budget=1, negated=flag).reduce(asked).indices for flag in (False, True)
     )
     assert [int(p) for p in straight] == [7, 7]
     towards = relevance(vision.projected, text[:, None])

@@ -33,7 +33,7 @@ def test_a_cascade_meets_both_budgets(inside, budget, llava, vision, images, mak
         llava(**make_inputs([(1, QUESTION)], images))
     entered = min(576, 2 * budget)
     assert [len(places) for places in trace.entered] == [entered] == [method.entering(576)]
-    expected = DivPrune(budget=entered).reduce(vision).places[0]
+    expected = DivPrune(budget=entered).reduce(vision).indices[0]
     assert trace.entered[0].tolist() == expected.tolist()
     assert budget - 1 < sum(trace.layer_tokens) / 6 <= budget
     assert set(trace.kept[0].tolist()) <= set(trace.entered[0].tolist())
@@ -76,14 +76,14 @@ def test_places_follow_the_images_through_beams(cache, llava, images, make_input
 def assert_merged(kept, plain, tokens):
     """`kept` is `plain` with every other one of `tokens` (M, N, d) averaged in, by a loop."""
     for image, own in enumerate(tokens):
-        places = plain.places[image].tolist()
+        places = plain.indices[image].tolist()
         groups = {place: [place] for place in places}
         for token in range(len(own)):
             if token not in groups:
                 similar = cosine_similarity(own[token], own[places])
                 groups[places[int(similar.argmax())]].append(token)
         means = torch.stack([own[groups[place]].mean(0) for place in places])
-        assert kept.places[image].tolist() == places
+        assert kept.indices[image].tolist() == places
         torch.testing.assert_close(kept.features[image], means)
 
 
@@ -97,7 +97,7 @@ def test_merging_at_a_cut_equals_a_loop():
     features, question = torch.randn(2, 30, 8), torch.randn(2, 6, 8)
     keys = torch.randn(2, 30, 8), torch.randn(2, 6, 8)
     tokens = SimpleNamespace(
-        features=features, question=question, asked=torch.ones(2, 6, dtype=torch.bool),
+        features=features, question=question, question_mask=torch.ones(2, 6, dtype=torch.bool),
         keys=lambda: keys,
     )  # fmt: skip
     kept = merging(Dart()).reduce(tokens, 9)

@@ -78,7 +78,7 @@ def test_cached_decoding_equals_a_full_forward(case, llava, images, make_inputs,
 
         def recorded(*given, reduce=part.reduce):
             kept = reduce(*given)
-            reduced.append((kept.places[0], kept.features[0]))
+            reduced.append((kept.indices[0], kept.features[0]))
             return kept
 
         monkeypatch.setattr(part, "reduce", recorded)

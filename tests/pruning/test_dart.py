@@ -18,7 +18,7 @@ def test_reduce_equals_the_papers_loop(keep):
     keys, text_keys = torch.randn(2, 30, 8), torch.randn(2, 6, 8)
     asked = torch.tensor([[True] * 6, [False] * 5 + [True]])
     tokens = SimpleNamespace(
-        features=features, question=question, asked=asked, keys=lambda: (keys, text_keys)
+        features=features, question=question, question_mask=asked, keys=lambda: (keys, text_keys)
     )
     kept = Dart(image_pivots=4, text_pivots=2).reduce(tokens, keep)
     for image in range(2):
@@ -36,7 +36,7 @@ def test_reduce_equals_the_papers_loop(keep):
                 chosen.add(
                     min(free, key=lambda i: float(cosine_similarity(features[image, i], pivot, 0)))
                 )
-        assert kept.places[image].tolist() == sorted(chosen)
+        assert kept.indices[image].tolist() == sorted(chosen)
         assert torch.equal(kept.features[image], features[image, sorted(chosen)])
 
 

@@ -8,7 +8,7 @@ import torch
 
 from vlm_prune.pruning.sparsevlm import SparseVLM, density_peaks, raters
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.tokens import QuestionRows
+from vlm_prune.vlm.tokens import AttentionRows
 
 
 def test_raters_equal_the_papers_loop():
@@ -32,12 +32,12 @@ def test_raters_equal_the_papers_loop():
 def test_only_raters_score():
     torch.manual_seed(1)
     query, key = torch.randn(1, 3, 4, 8), torch.randn(1, 3, 10, 8)
-    readers = torch.tensor([[False, True, False, True]])
-    whole = QuestionRows(
+    query_mask = torch.tensor([[False, True, False, True]])
+    whole = AttentionRows(
         query, key, torch.arange(6, 10)[None], torch.ones(1, 10, dtype=torch.bool),
         image=torch.arange(1, 6)[None], scale=0.5,
     )  # fmt: skip
-    tokens = SimpleNamespace(rows=lambda queries: whole, readers=readers)
+    tokens = SimpleNamespace(question_rows=lambda queries: whole, query_mask=query_mask)
     expected = torch.zeros(5)
     for head in range(3):
         for row in (1, 3):
@@ -71,7 +71,7 @@ def test_best_tokens_stay_and_recycled_ones_are_summed(keep):
     method = SparseVLM(recycle=0.5)
     method.score = lambda tokens: scores
     kept = method.reduce(SimpleNamespace(features=features), keep)
-    places = kept.places[0].tolist()
+    places = kept.indices[0].tolist()
     assert places == sorted(set(places)) and len(places) == keep
     order = scores[0].argsort(descending=True).tolist()
     unchanged = [
@@ -92,7 +92,7 @@ def test_without_recycling_it_is_plain_selection():
     method = SparseVLM(recycle=0)
     method.score = lambda tokens: scores
     kept = method.reduce(SimpleNamespace(features=features), 3)
-    assert kept.places[0].tolist() == [7, 8, 9]
+    assert kept.indices[0].tolist() == [7, 8, 9]
     assert torch.equal(kept.features[0], features[0, 7:])
 
 

@@ -26,7 +26,7 @@ def test_reduce_equals_the_papers_loop(budget, merged, vision):
         for target, members in groups.items():
             mean = vision.features[image, members].mean(0)
             expected[target] = vision.projector(mean)
-        assert kept.places[image].tolist() == sorted(expected)
+        assert kept.indices[image].tolist() == sorted(expected)
         stacked = torch.stack([expected[i] for i in sorted(expected)])
         torch.testing.assert_close(kept.features[image], stacked, atol=1e-5, rtol=1e-4)
 

@@ -49,14 +49,14 @@ def test_reduce_equals_the_papers_loop(vision):
             closest = {i: max(similar[i][j] for j in odd) for i in even}
             worst = sorted(even, key=lambda i: -closest[i])[: min(8, len(left) - 32)]
             left = [i for i in left if i not in worst]
-        assert kept.places[image].tolist() == sorted(important + left)
-        assert torch.equal(kept.features[image], vision.projected[image, kept.places[image]])
+        assert kept.indices[image].tolist() == sorted(important + left)
+        assert torch.equal(kept.features[image], vision.projected[image, kept.indices[image]])
 
 
 def test_all_by_attention_is_the_cls_ranking(vision):
     kept = VisPruner(budget=64, important=1).reduce(vision)
     expected = in_tower(vision, "cls").topk(64).indices.sort().values
-    assert torch.equal(torch.stack(kept.places), expected)
+    assert torch.equal(torch.stack(kept.indices), expected)
 
 
 def test_a_step_of_zero_is_refused():
