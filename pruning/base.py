@@ -134,10 +134,6 @@ class VisionPruner(Pruner):
     def reduce(self, vision: VisionTokens) -> Kept:
         """Choose or merge tokens."""
 
-    def pixels(self, pixel_values: Tensor) -> Tensor:
-        """Change the images before the tower sees them; (M, 3, H, W) -> (M, 3, H', W')."""
-        return pixel_values
-
     def count(self, vision: VisionTokens) -> int:
         """Tokens to keep of each image; newlines come with all N of them, never with fewer."""
         tokens, wanted = vision.projected.shape[1], tokens_for(self.budget, vision.available)
@@ -147,8 +143,7 @@ class VisionPruner(Pruner):
 
     def __call__(self, model: Any, vision: Images | None = None) -> AbstractContextManager[Trace]:
         self.admit(model)
-        pixels = self.pixels if self.stage == "input" else None
-        return prompt_pruning.pruned(model, self.reduce, self.positions, pixels, vision)
+        return prompt_pruning.pruned(model, self.reduce, self.positions, None, vision)
 
 
 @dataclass

@@ -62,9 +62,16 @@ class Cascade(Pruner):
         if self.widening < 1:
             raise InputError(f"widening {self.widening} is below 1; give 1 or more")
 
+    @property
+    def entering_budget(self) -> int | float:
+        """The budget of `pre`."""
+        if isinstance(self.budget, int):
+            return round(self.widening * self.budget)
+        return min(1.0, self.widening * self.budget)
+
     def entering(self, tokens: int) -> int:
-        """Tokens of an image that enter the language model."""
-        return min(tokens, round(self.widening * tokens_for(self.budget, tokens)))
+        """Returns how many tokens of an image of `tokens` enter the language model."""
+        return tokens_for(self.entering_budget, tokens)
 
     def cuts(self, tokens: int, layers: int) -> list[Cut]:
         """The cuts of `inside` for images of `tokens` before `pre`."""
@@ -79,11 +86,9 @@ class Cascade(Pruner):
     def __call__(self, model: Any, vision: Images | None = None) -> Iterator[Trace]:
         family = self.admit(model)
         cuts = partial(self.cuts, layers=len(family.decoder.layers))
-        entering = min(1.0, self.widening * self.budget)
-        if isinstance(self.budget, int):
-            entering = round(self.widening * self.budget)
-            if family.fixed_size:
-                entering = min(family.tokens_per_image, entering)
+        entering = self.entering_budget
+        if isinstance(entering, int) and family.fixed_size:
+            entering = self.entering(family.tokens_per_image)
         pre = replace(self.pre, budget=entering, positions=self.positions, seed=self.seed)
         inside = replace(self.inside, positions=self.positions, seed=self.seed)
         with (
@@ -144,8 +149,10 @@ def merging(method: DecoderPruner) -> DecoderPruner:
 
 
 def _merged(kept: Kept, tokens: Tensor) -> Kept:
-    """What was kept of `tokens` (M, N, d), the rest averaged into it."""
+    """Returns what was kept of `tokens` (M, N, d) with the rest averaged into it."""
     features = torch.stack(kept.features)
+    if features.shape[1] == 0:
+        return kept
     dropped = take(tokens, others(torch.stack(kept.indices), tokens.shape[1]))
     nearest = pairwise_cosine(dropped, features).argmax(-1)
     return Kept(kept.indices, list(averaged(features, dropped, nearest)))

@@ -1,27 +1,37 @@
 """Control: a smaller image."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from vlm_prune.pruning.base import Stage, VisionPruner
+from vlm_prune.vlm import prompt_pruning
 from vlm_prune.vlm.budget import tokens_for
+from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.families import Need
 from vlm_prune.vlm.tokens import Kept, VisionTokens
+from vlm_prune.vlm.trace import Trace
 
 
 def grid_for(k: int, rows: int, columns: int, stretch: float = 1.5) -> tuple[int, int]:
-    """The largest grid of at most `k` cells whose shape is within `stretch` of rows x columns."""
-    fits = [
-        (r * c, -abs(r * columns - c * rows), r, c)
-        for r in range(1, rows + 1)
-        for c in range(1, columns + 1)
-        if r * c <= k and max(r * columns, c * rows) <= stretch * min(r * columns, c * rows)
-    ]
-    return max(fits)[2:]
+    """Returns the largest grid of at most `k` cells whose shape is within `stretch` of rows x columns.
+
+    Where no grid is, because a long image has few cells, it is the one of nearest shape.
+    """
+    grids = [(r, c) for r in range(1, rows + 1) for c in range(1, columns + 1) if r * c <= k]
+
+    def stretched(r: int, c: int) -> float:
+        one, other = r * columns, c * rows
+        return max(one, other) / min(one, other)
+
+    near = [(r * c, -stretched(r, c), r, c) for r, c in grids if stretched(r, c) <= stretch]
+    if near:
+        return max(near)[2:]
+    return min(grids, key=lambda grid: stretched(*grid))
 
 
 @dataclass
@@ -32,25 +42,41 @@ class Downsample(VisionPruner):
     used is reported. Position embeddings are interpolated.
     """
 
-    patch: int = 14
     stage: ClassVar[Stage] = "input"
 
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset({"a fixed image size"})
 
-    def pixels(self, pixel_values: Tensor) -> Tensor:
-        rows, columns = (side // self.patch for side in pixel_values.shape[-2:])
+    def __call__(self, model: Any, vision: Images | None = None) -> AbstractContextManager[Trace]:
+        patch, full = self.admit(model).patch_size, [(1, 1)]
+
+        def shrink(pixel_values: Tensor) -> Tensor:
+            full[0] = pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
+            return self.shrunk(pixel_values, patch)
+
+        def reduce(vision: VisionTokens) -> Kept:
+            return self.within(vision, full[0])
+
+        return prompt_pruning.pruned(model, reduce, self.positions, shrink, vision)
+
+    def shrunk(self, pixel_values: Tensor, patch: int) -> Tensor:
+        """Returns images (M, 3, H, W) of fewer patches, each of `patch` x `patch` pixels."""
+        rows, columns = (side // patch for side in pixel_values.shape[-2:])
         small = grid_for(tokens_for(self.budget, rows * columns), rows, columns)
-        self._full = (rows, columns)
-        size = [side * self.patch for side in small]
-        if size == list(pixel_values.shape[-2:]):
+        if small == (rows, columns):
             return pixel_values
+        size = [side * patch for side in small]
         return interpolate(pixel_values, size, mode="bicubic", antialias=True)
 
-    def reduce(self, vision: VisionTokens) -> Kept:
-        (rows, columns), (full_rows, full_columns) = vision.grid, self._full
+    def within(self, vision: VisionTokens, full: tuple[int, int]) -> Kept:
+        """Returns all tokens of the small image, each at its middle in the `full` grid."""
+        (rows, columns), (full_rows, full_columns) = vision.grid, full
         down = torch.arange(rows) * full_rows // rows + full_rows // rows // 2
         across = torch.arange(columns) * full_columns // columns + full_columns // columns // 2
-        places = (down[:, None] * full_columns + across).flatten().to(vision.projected.device)
-        return Kept([places] * len(vision.projected), list(vision.projected))
+        indices = (down[:, None] * full_columns + across).flatten().to(vision.projected.device)
+        return Kept([indices] * len(vision.projected), list(vision.projected))
+
+    def reduce(self, vision: VisionTokens) -> Kept:
+        """Returns the tokens as they are: they are those of an image that was not shrunk."""
+        return self.within(vision, vision.grid)

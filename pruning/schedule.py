@@ -73,13 +73,20 @@ def scaled(places: list[int], layers: int) -> list[int]:
 def fit(
     budget: int, tokens: int, layers: int, places: list[int], shares: list[float]
 ) -> tuple[list[int], list[int]]:
-    """Places and counts of cuts whose mean over `layers` of the tokens computed is `budget`.
+    """Returns where to cut and the counts after each cut whose mean over `layers` is `budget`.
 
-    Where the layers before the first cut alone would spend the budget, that cut moves up, at most
-    to the input of the first layer.
+    Where the layers before the first cut would leave less than one token for each layer after it,
+    that cut moves up, at most to the input of the first layer.
+
+    Args:
+        budget: mean number of image tokens that a layer computes, 1 to `tokens`.
+        tokens: image tokens that enter the first layer.
+        layers: decoder layers.
+        places: how many layers have run at each cut, ascending.
+        shares: relative number of tokens after each cut, not rising.
     """
     first = places[0]
-    while first > 0 and first * tokens >= budget * layers and budget < tokens:
+    while first * tokens + layers - first > budget * layers:
         first -= 1
     places = [first, *places[1:]]
     return places, solve(budget, tokens, layers, places, shares)
@@ -88,21 +95,30 @@ def fit(
 def solve(
     budget: int, tokens: int, layers: int, places: list[int], shares: list[float]
 ) -> list[int]:
-    """Counts after each cut, proportional to `shares`, that spend `budget` x `layers`.
+    """Returns the counts after each cut, proportional to `shares` and at least 1.
 
-    What rounding leaves goes to the earliest segments first, so the mean is off by less than one
-    token. The layers before the first cut must not exceed the budget; `fit` sees to it.
+    They spend `budget` x `layers`: what rounding leaves goes to the earliest segments first, so the
+    mean is off by less than one token. Arguments are those of `fit`, which sees to it that the
+    layers before the first cut leave enough for the others.
     """
+    # how many layers run between a cut and the next, and what they may compute together
     ends = [*places[1:], layers]
     spans = [end - start for start, end in zip(places, ends, strict=True)]
     left = budget * layers - places[0] * tokens
+
+    def counts_at(scale: float) -> list[int]:
+        return [min(tokens, max(1, int(scale * share))) for share in shares]
+
+    def spent_by(counts: list[int]) -> int:
+        return sum(span * count for span, count in zip(spans, counts, strict=True))
+
     low, high = 0.0, tokens / shares[-1] + 1
     for _ in range(60):
         scale = (low + high) / 2
-        spent = sum(s * min(tokens, int(scale * w)) for s, w in zip(spans, shares, strict=True))
-        low, high = (scale, high) if spent <= left else (low, scale)
-    counts = [min(tokens, int(low * share)) for share in shares]
-    left -= sum(span * count for span, count in zip(spans, counts, strict=True))
+        low, high = (scale, high) if spent_by(counts_at(scale)) <= left else (low, scale)
+    counts = counts_at(low)
+    # a segment takes what is left in whole tokens, never more than the segment before it has
+    left -= spent_by(counts)
     for segment, span in enumerate(spans):
         ceiling = tokens if segment == 0 else counts[segment - 1]
         extra = min(left // span, ceiling - counts[segment]) if span else 0

@@ -91,10 +91,20 @@ class Family(ABC):
         return tower_flops(width, sum(views), self.patch_embedding, layers)
 
     @property
-    def patch_embedding(self) -> int:
-        """Weights that turn a patch into a hidden state: the model's only convolution."""
+    def patch_convolution(self) -> Any:
+        """What turns patches of pixels into hidden states: the model's only convolution."""
         convolutions = nn.Conv2d | nn.Conv3d
-        return next(matrices(m) for m in self.multimodal.modules() if isinstance(m, convolutions))
+        return next(m for m in self.multimodal.modules() if isinstance(m, convolutions))
+
+    @property
+    def patch_embedding(self) -> int:
+        """Weights that turn a patch into a hidden state."""
+        return matrices(self.patch_convolution)
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return int(self.patch_convolution.kernel_size[-1])
 
     def counts(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> list[int]:
         """Placeholders of each image of an unpruned prompt, from what its forward is given."""
