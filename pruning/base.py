@@ -25,6 +25,7 @@ from vlm_prune.vlm.trace import Trace
 
 Stage = Literal["input", "encoder", "projector", "decoder"]
 Counted = Literal["computed", "at the cut", "kept"]
+Rule = Literal["contiguous", "original", "as its parts"]
 
 
 @dataclass(kw_only=True)
@@ -36,9 +37,9 @@ class Pruner(ABC):
 
     Args:
         budget: image tokens kept per image, or a fraction of them in (0, 1].
-        positions: what kept tokens' positions become: `contiguous` renumbers them, as all the
-            papers do; `original` keeps the gaps; `auto` is contiguous for one-dimensional
-            positions.
+        positions: what kept tokens' positions become: `contiguous` renumbers them, `original`
+            keeps the gaps, and `auto` is `authors_positions`. Positions with rows and columns
+            always stay.
         seed: for methods that draw random numbers; the same seed keeps the same tokens in any
             batch.
 
@@ -52,6 +53,8 @@ class Pruner(ABC):
 
     stage: ClassVar[Stage]
     paper: ClassVar[str] = ""
+    authors_positions: ClassVar[Rule] = "contiguous"
+    """What the authors' code does to positions of kept tokens."""
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
@@ -80,6 +83,12 @@ class Pruner(ABC):
     def check(self, tokens: int, layers: int) -> None:
         """Raises `InputError` when the budget cannot be met on such a model."""
         check_fits(self.budget, tokens)
+
+    def positions_on(self, family: Family) -> Positions:
+        """Returns `positions` with `auto` replaced by the authors' rule, where there is a choice."""
+        if self.positions != "auto" or family.mrope or self.authors_positions == "as its parts":
+            return self.positions
+        return self.authors_positions
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -142,8 +151,8 @@ class VisionPruner(Pruner):
         return min(wanted, tokens - (vision.available > tokens))
 
     def __call__(self, model: Any, vision: Images | None = None) -> AbstractContextManager[Trace]:
-        self.admit(model)
-        return prompt_pruning.pruned(model, self.reduce, self.positions, None, vision)
+        positions = self.positions_on(self.admit(model))
+        return prompt_pruning.pruned(model, self.reduce, positions, None, vision)
 
 
 @dataclass
@@ -237,8 +246,9 @@ class DecoderPruner(Pruner):
         return sum(layer_tokens) / len(layer_tokens)
 
     def __call__(self, model: Any, vision: Images | None = None) -> AbstractContextManager[Trace]:
-        layers = len(self.admit(model).decoder.layers)
-        return layer_pruning.pruned(model, partial(self.cuts, layers=layers), self, self.positions)
+        family = self.admit(model)
+        cuts = partial(self.cuts, layers=len(family.decoder.layers))
+        return layer_pruning.pruned(model, cuts, self, self.positions_on(family))
 
 
 @dataclass

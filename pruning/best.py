@@ -3,16 +3,17 @@
 import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from math import log
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vlm_prune.pruning.base import Pruner, Stage
+from vlm_prune.pruning.base import Pruner, Rule, Stage
 from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.budget import tokens_for
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.encoded import Images
-from vlm_prune.vlm.families import Need, family_of
+from vlm_prune.vlm.families import Need
 from vlm_prune.vlm.trace import Trace
 
 PACKAGED = Path(__file__).with_name("best.json")
@@ -20,7 +21,8 @@ PACKAGED = Path(__file__).with_name("best.json")
 
 @dataclass
 class Best(Pruner):
-    """The method that `vlm-prune search` chose for the budget nearest to this one.
+    """The method that `vlm-prune search` chose for the budget nearest to this one, positions
+    included: where `positions` is `auto` they are that method's.
 
     Args:
         definitions: file that the search wrote; the package's own unless given, which was found on
@@ -29,12 +31,12 @@ class Best(Pruner):
 
     definitions: str = str(PACKAGED)
     stage: ClassVar[Stage] = "decoder"
+    authors_positions: ClassVar[Rule] = "as its parts"
 
     def _entry(self, tokens: int) -> tuple[str, dict[str, Any]]:
-        whole, entries = definitions(self.definitions)
-        share = tokens_for(self.budget, tokens) / tokens
-        near = min(entries, key=lambda budget: abs(log(share * whole / int(budget))))
-        return entries[near]
+        found, share = definitions(self.definitions), tokens_for(self.budget, tokens) / tokens
+        near = min(found.entries, key=lambda budget: abs(log(share * found.tokens / int(budget))))
+        return found.entries[near]
 
     def chosen(self, tokens: int) -> Pruner:
         """The method itself, for images of so many tokens."""
@@ -47,10 +49,8 @@ class Best(Pruner):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Those of what it may stand for; and budgets mean something else where sizes differ."""
-        entries = definitions(self.definitions)[1].values()
-        parts = (build(name, **more).needs for name, more in entries)
-        return frozenset[Need]({"a fixed image size"}).union(*parts)
+        """Those of all that it may stand for."""
+        return definitions(self.definitions).needs
 
     def definition(self, tokens: int) -> str:
         return described(*self._entry(tokens))
@@ -62,7 +62,26 @@ class Best(Pruner):
         self.chosen(tokens).check(tokens, layers)
 
     def __call__(self, model: Any, vision: Images | None = None) -> AbstractContextManager[Trace]:
-        return self.chosen(family_of(model).tokens_per_image)(model, vision)
+        return self.chosen(self.admit(model).tokens_per_image)(model, vision)
+
+
+@dataclass(frozen=True)
+class Definitions:
+    """What a search found.
+
+    Args:
+        tokens: of an image in the search.
+        entries: for each budget a method and its hyperparameters.
+    """
+
+    tokens: int
+    entries: dict[str, tuple[str, dict[str, Any]]]
+
+    @cached_property
+    def needs(self) -> frozenset[Need]:
+        """What a model must have for all of them; budgets mean something else where sizes differ."""
+        parts = (build(name, **more).needs for name, more in self.entries.values())
+        return frozenset[Need]({"a fixed image size"}).union(*parts)
 
 
 def described(name: str, arguments: dict[str, Any]) -> str:
@@ -70,23 +89,29 @@ def described(name: str, arguments: dict[str, Any]) -> str:
     return ", ".join([name, *(f"{key}={value}" for key, value in arguments.items())])
 
 
-def definitions(path: str) -> tuple[int, dict[str, tuple[str, dict[str, Any]]]]:
-    """Tokens of an image in the search, and for each budget a method and its hyperparameters.
+def definitions(path: str) -> Definitions:
+    """Returns what a file defines; it is read once, and again when it has changed.
 
     Raises:
         InputError: if the file is no definition of a search.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        entries = {
-            str(int(budget)): (str(entry["method"]), dict(entry["arguments"]))
-            for budget, entry in content["budgets"].items()
-        }
-        if not entries:
-            raise ValueError("no budget")
-        return int(content["tokens"]), entries
+        status = Path(path).stat()
+        return _read(path, status.st_mtime_ns, status.st_size)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} defines no method ({type(error).__name__}: {error}); "
             "give the best.json of vlm-prune search"
         ) from error
+
+
+@lru_cache
+def _read(path: str, _time: int, _size: int) -> Definitions:
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    entries = {
+        str(int(budget)): (str(entry["method"]), dict(entry["arguments"]))
+        for budget, entry in content["budgets"].items()
+    }
+    if not entries:
+        raise ValueError("no budget")
+    return Definitions(int(content["tokens"]), entries)

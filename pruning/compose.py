@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
 from vlm_prune.pruning.adaptinfer import AdaptInfer
-from vlm_prune.pruning.base import DecoderPruner, Pruner, Stage, VisionPruner
+from vlm_prune.pruning.base import DecoderPruner, Pruner, Rule, Stage, VisionPruner
 from vlm_prune.pruning.divprune import DivPrune
 from vlm_prune.pruning.select import averaged, others
 from vlm_prune.pruning.zoo import ZooExact
@@ -19,7 +19,8 @@ from vlm_prune.vlm import layer_pruning
 from vlm_prune.vlm.budget import tokens_for
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.encoded import Images
-from vlm_prune.vlm.families import Need
+from vlm_prune.vlm.families import Family, Need
+from vlm_prune.vlm.prompt_pruning import Positions
 from vlm_prune.vlm.reducer import Cut
 from vlm_prune.vlm.tokens import DecoderTokens, Kept, VisionTokens, take
 from vlm_prune.vlm.trace import Trace
@@ -38,7 +39,8 @@ class Cascade(Pruner):
     """One method before the language model, then one inside it: `zoo-exact+adaptinfer`.
 
     `pre` keeps `widening` times the budget of each image, at most all tokens; `inside` then spends
-    the budget as the mean over decoder layers of the tokens really computed.
+    the budget as the mean over decoder layers of the tokens really computed. Where `positions` is
+    `auto`, each part follows its own authors, `inside` from what `pre` made of the prompt.
 
     Args:
         pre: acts first; its own budget, positions and seed are replaced by the cascade's.
@@ -50,6 +52,7 @@ class Cascade(Pruner):
     inside: DecoderPruner = field(default_factory=AdaptInfer)
     widening: float = 2.0
     stage: ClassVar[Stage] = "decoder"
+    authors_positions: ClassVar[Rule] = "as its parts"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,7 +96,7 @@ class Cascade(Pruner):
         inside = replace(self.inside, positions=self.positions, seed=self.seed)
         with (
             pre(model, vision) as trace,
-            layer_pruning.pruned(model, cuts, inside, self.positions, trace),
+            layer_pruning.pruned(model, cuts, inside, inside.positions_on(family), trace),
         ):
             yield trace
 
@@ -111,6 +114,7 @@ class Merge(VisionPruner):
 
     method: VisionPruner = field(default_factory=DivPrune)
     stage: ClassVar[Stage] = "projector"
+    authors_positions: ClassVar[Rule] = "as its parts"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,6 +123,9 @@ class Merge(VisionPruner):
     @property
     def needs(self) -> frozenset[Need]:
         return self.method.needs
+
+    def positions_on(self, family: Family) -> Positions:
+        return replace(self.method, positions=self.positions).positions_on(family)
 
     def reduce(self, vision: VisionTokens) -> Kept:
         method = replace(self.method, budget=self.budget, positions=self.positions, seed=self.seed)

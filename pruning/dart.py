@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vlm_prune.pruning.base import Counted, DecoderPruner
+from vlm_prune.pruning.base import Counted, DecoderPruner, Rule
 from vlm_prune.pruning.schedule import check_layer
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.tokens import DecoderTokens, Kept, top
@@ -27,7 +27,8 @@ class Dart(DecoderPruner):
     Similarity is the cosine of hidden states. The paper thresholds it; thresholds that meet a
     budget give each pivot an equal share of it. The norm of a key is L2 before rotation, which
     rotation leaves as it is, and before a decoder's own norm of keys (Qwen3), after which all are
-    nearly equal. Text pivots come from the question only.
+    nearly equal. Text pivots come from the question only. Kept tokens keep their positions, as in
+    the authors' code.
     """
 
     layer: int = 2
@@ -35,6 +36,7 @@ class Dart(DecoderPruner):
     text_pivots: int = 4
     counted: ClassVar[Counted] = "kept"
     paper: ClassVar[str] = "https://arxiv.org/abs/2502.11494"
+    authors_positions: ClassVar[Rule] = "original"
 
     def __post_init__(self) -> None:
         super().__post_init__()

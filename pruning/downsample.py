@@ -49,7 +49,8 @@ class Downsample(VisionPruner):
         return frozenset({"a fixed image size"})
 
     def __call__(self, model: Any, vision: Images | None = None) -> AbstractContextManager[Trace]:
-        patch, full = self.admit(model).patch_size, [(1, 1)]
+        family = self.admit(model)
+        patch, positions, full = family.patch_size, self.positions_on(family), [(1, 1)]
 
         def shrink(pixel_values: Tensor) -> Tensor:
             full[0] = pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
@@ -58,7 +59,7 @@ class Downsample(VisionPruner):
         def reduce(vision: VisionTokens) -> Kept:
             return self.within(vision, full[0])
 
-        return prompt_pruning.pruned(model, reduce, self.positions, shrink, vision)
+        return prompt_pruning.pruned(model, reduce, positions, shrink, vision)
 
     def shrunk(self, pixel_values: Tensor, patch: int) -> Tensor:
         """Returns images (M, 3, H, W) of fewer patches, each of `patch` x `patch` pixels."""

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from vlm_prune.pruning.base import DecoderScorePruner
+from vlm_prune.pruning.base import DecoderScorePruner, Rule
 from vlm_prune.pruning.received import from_rows, in_decoder
 from vlm_prune.pruning.schedule import check_layer
 from vlm_prune.vlm.common.registry import Registry
@@ -27,11 +27,14 @@ class FastV(DecoderScorePruner):
         queries: `all` averages the attention that a token receives from every token of the prompt,
             as the paper defines it; `last` reads the last token's alone, as the authors' code and
             later comparisons do.
+
+    Kept tokens keep their positions, as in the authors' code.
     """
 
     layer: int = 2
     queries: Readers = "all"
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.06764"
+    authors_positions: ClassVar[Rule] = "original"
     presets: ClassVar[Registry[tuple[float, ...]]] = Registry(
         "preset", {"r50": (0.5,), "r75": (0.25,)}
     )

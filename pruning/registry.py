@@ -1,6 +1,10 @@
 """Pruners by name: ours, those of other packages, and names joined by `+`."""
 
+import os
+import sys
+from collections.abc import Mapping
 from dataclasses import is_dataclass, replace
+from functools import lru_cache
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -9,12 +13,28 @@ from vlm_prune.vlm.common.registry import Registry
 
 
 def methods() -> Registry[Any]:
-    """Every registered pruner: ours and those of packages with a `vlm_prune.methods` entry point."""
+    """Returns every registered pruner: ours and those of packages with a `vlm_prune.methods` entry
+    point, packages installed since the last call included.
+    """
     table: Registry[Any] = Registry("method")
-    for point in entry_points(group="vlm_prune.methods"):
-        for name, pruner in point.load().items():
+    for entries in _entry_points(tuple(map(_folder_state, sys.path))):
+        for name, pruner in entries.items():
             table.register(name, pruner)
     return table
+
+
+def _folder_state(path: str) -> tuple[str, int]:
+    """Returns a folder and when it changed, which installing a package into it does."""
+    try:
+        return path, os.stat(path or ".").st_mtime_ns
+    except OSError:
+        return path, 0
+
+
+@lru_cache(maxsize=1)
+def _entry_points(_: tuple[tuple[str, int], ...]) -> list[Mapping[str, Any]]:
+    """Returns what each entry point names: a mapping that may grow later."""
+    return [point.load() for point in entry_points(group="vlm_prune.methods")]
 
 
 def build(name: str, **hyperparameters: Any) -> Any:

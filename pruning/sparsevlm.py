@@ -30,9 +30,9 @@ class SparseVLM(DecoderScorePruner):
 
     The paper sets each cut by the rank of the attention matrix; we keep a given number, as the
     authors' results at fixed budgets do, in the proportions of their `64`, and count recycled
-    tokens in it. A sum stands at the place
-    of its cluster's centre instead of behind the other tokens. Distances are divided by sqrt(D), so
-    that densities stay above zero.
+    tokens in it. A sum stands at the token index of its cluster's center instead of behind the
+    other tokens. Distances are divided by sqrt(D), so that densities stay above zero. Positions are
+    renumbered, as in the authors' first version; their second keeps them (`positions=original`).
     """
 
     recycle: float = 0.3

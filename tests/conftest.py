@@ -46,6 +46,12 @@ def tiny(request):
 
 
 @pytest.fixture(scope="session")
+def llava_tiny():
+    """A random LLaVA with 25 tokens per image, and its processor."""
+    return Tiny("llava")
+
+
+@pytest.fixture(scope="session")
 def images():
     rng = np.random.default_rng(0)
     return [

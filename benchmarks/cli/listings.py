@@ -24,12 +24,14 @@ def methods(
 
         typer.echo(markdown(), nl=False)
         return
-    table = Table("method", "acts at", "what", "paper")
+    table = Table("method", "acts at", "positions", "what", "paper")
     for name, pruner in registry.methods().items():
         what = (pruner.__doc__ or "").strip().split("\n\n")[0]
-        table.add_row(name, pruner.stage, " ".join(what.split()), pruner.paper)
+        table.add_row(
+            name, pruner.stage, pruner.authors_positions, " ".join(what.split()), pruner.paper
+        )
     show(table)
-    for budget, entry in definitions(str(PACKAGED))[1].items():
+    for budget, entry in definitions(str(PACKAGED)).entries.items():
         print(f"best at {budget} tokens: {described(*entry)}")
 
 

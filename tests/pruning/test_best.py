@@ -1,11 +1,13 @@
 """`best` stands for what the search found at the nearest budget."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from vlm_prune.pruning import Best, Cascade, DivPrune, FoPru, Merge
+from vlm_prune.pruning import Best, Cascade, DivPrune, FoPru, Merge, registry
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.families import family_of
 
 
 @pytest.fixture
@@ -56,3 +58,35 @@ def test_the_packaged_definitions_meet_their_budgets():
         best = Best(budget=budget)
         best.check(576, 6)
         assert best.chosen(576).budget == budget and best.definition(576)
+
+
+def test_a_family_that_it_does_not_fit_is_refused(tiny):
+    """A budget means something else where images differ in size."""
+    best = Best(budget=1.0)
+    if not best.needs & family_of(tiny.model).lacks:
+        return
+    with pytest.raises(InputError, match=r"Best needs a .*give one of") as refusal:
+        best(tiny.model)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_budget_above_the_images_tokens_is_refused(llava):
+    with pytest.raises(InputError, match="above the 576 tokens"):
+        Best(budget=577)(llava)
+
+
+def test_a_block_reads_no_file_and_looks_for_no_package(llava, found, monkeypatch):
+    best = Best(budget=64, definitions=found)
+    with best(llava):
+        pass
+    monkeypatch.setattr("pathlib.Path.read_text", None)
+    monkeypatch.setattr(registry, "entry_points", None)
+    with best(llava):
+        pass
+
+
+def test_a_definition_that_changes_is_read_again(found):
+    assert isinstance(Best(budget=32, definitions=found).chosen(576), FoPru)
+    entries = {"32": {"method": "divprune", "arguments": {}}}
+    Path(found).write_text(json.dumps({"tokens": 576, "budgets": entries}))
+    assert isinstance(Best(budget=32, definitions=found).chosen(576), DivPrune)

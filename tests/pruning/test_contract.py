@@ -93,26 +93,28 @@ def test_cached_decoding_equals_a_full_forward(case, llava, images, make_inputs,
         embeds[start : start + 576] = family.encode(inputs["pixel_values"]).projected[0]
         cuts = method.cuts(576, 6) if method.stage == "decoder" else []
         steps = {cut.layer: places[0] for cut, places in zip(cuts, trace.cuts, strict=True)}
-        here, hidden = torch.arange(len(embeds)), embeds
+        here, hidden, position = torch.arange(len(embeds)), embeds, torch.arange(len(embeds))
+        before, inside = (getattr(method, part, method) for part in ("pre", "inside"))
 
-        def drop(places):
-            """Keep these image tokens, with the features that the method gave them."""
-            nonlocal hidden, here
+        def drop(places, part):
+            """Keep these image tokens, with the features and positions that `part` gave them."""
+            nonlocal hidden, here, position
             image = (here >= start) & (here < start + 576)
             if len(places) == image.sum():
                 return
             kept = ~image | torch.isin(here, start + places)
-            hidden, here = hidden[kept], here[kept]
+            hidden, here, position = hidden[kept], here[kept], position[kept]
             hidden[torch.isin(here, start + places)] = reduced.pop(0)[1]
+            if part.positions_on(family) != "original":
+                position = torch.arange(len(here))
 
         if not isinstance(method, DecoderPruner):
-            drop(reduced[0][0])
+            drop(reduced[0][0], before)
         for number, layer in enumerate(family.decoder.layers):
             if number in steps:
-                drop(steps[number])
-            place = torch.arange(len(here))[None]
+                drop(steps[number], inside)
             mask = torch.full((len(here), len(here)), float("-inf")).triu(1)[None, None]
-            rotary = family.decoder.rotary_emb(hidden[None], position_ids=place)
+            rotary = family.decoder.rotary_emb(hidden[None], position_ids=position[None])
             hidden = layer(hidden[None], attention_mask=mask, position_embeddings=rotary)[0]
         logits = llava.lm_head(family.decoder.norm(hidden))
     for step, ours in enumerate(out.logits):

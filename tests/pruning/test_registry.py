@@ -5,7 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from vlm_prune.pruning import METHODS, DivPrune
+from vlm_prune.pruning.registry import build
+from vlm_prune.vlm.common.errors import InputError
+
 TESTS = Path(__file__).parents[1]
+ROOT = TESTS.parent
 CONTRACTS = [TESTS / "pruning" / "test_contract.py", TESTS / "pruning" / "families"]
 REGISTERING = """
 from vlm_prune.pruning import METHODS, DivPrune
@@ -38,3 +45,45 @@ def test_what_is_registered_is_held_to_the_contracts(tmp_path):
         assert methods, f"{test} does not try a new method"
         if "families" in test:
             assert any("new_family" in case for case in methods), f"{test} leaves out a new family"
+
+
+PLUG_IN = """
+from vlm_prune.pruning import DivPrune
+
+MORE = {"from-a-plug-in": DivPrune}
+"""
+
+
+def test_a_package_that_is_installed_later_is_found(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match="unknown method 'from-a-plug-in'"):
+        build("from-a-plug-in")
+    (tmp_path / "plug_in.py").write_text(PLUG_IN)
+    described = tmp_path / "plug_in-1.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: plug-in\nVersion: 1\n")
+    (described / "entry_points.txt").write_text("[vlm_prune.methods]\nmore = plug_in:MORE\n")
+    assert isinstance(build("from-a-plug-in", budget=3), DivPrune)
+
+
+@pytest.mark.parametrize("unknown", ["zo", "zo+adaptinfer", "zoo+adaptinfr", "zoo+merg", "zoo+"])
+def test_an_unknown_part_of_a_name_is_refused_in_one_line(unknown):
+    with pytest.raises(InputError, match="unknown method") as refusal:
+        build(unknown)
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_documentation_states_each_methods_positions():
+    rows = {}
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        header = []
+        for line in page.read_text().splitlines():
+            cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+            if "positions" in cells:
+                header = cells
+            elif header and len(cells) == len(header):
+                rows[cells[0].strip("`")] = cells[header.index("positions")]
+            else:
+                header = []
+    for name, method in METHODS.items():
+        assert rows[name] == method.authors_positions, name

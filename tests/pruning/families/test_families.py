@@ -157,9 +157,10 @@ def full_forward(tiny, inputs, sequences, method, trace, reduced):
     more = torch.arange(1, 1 + len(ids) - prompt.shape[1])
     places = torch.cat([places, places[..., -1:] + more], -1)
     here, left = torch.arange(len(ids)), [torch.arange(len(image)) for image in images]
+    position = torch.arange(len(ids))
 
-    def drop(kept, features, always=False):
-        nonlocal hidden, here, left
+    def drop(kept, features, part, always=False):
+        nonlocal hidden, here, left, position
         gone, new = torch.zeros_like(ids, dtype=torch.bool), {}
         for image, before, after in zip(images, left, kept, strict=True):
             given = features.pop(0) if always or len(after) < len(before) else None
@@ -168,12 +169,14 @@ def full_forward(tiny, inputs, sequences, method, trace, reduced):
                 gone[image[after]] = False
                 new |= dict(zip(image[after].tolist(), given, strict=True))
         keep = ~gone[here]
-        hidden, here, left = hidden[keep].clone(), here[keep], kept
+        hidden, here, position, left = hidden[keep].clone(), here[keep], position[keep], kept
+        if part.positions_on(family) != "original":
+            position = torch.arange(len(here))
         for row, column in enumerate(here.tolist()):
             hidden[row] = new.get(column, hidden[row])
 
     if trace.entered:
-        drop(trace.entered, reduced["pre"], always=True)
+        drop(trace.entered, reduced["pre"], getattr(method, "pre", method), always=True)
     cuts = set()
     if method.stage == "decoder":
         layers = len(family.decoder.layers)
@@ -181,8 +184,8 @@ def full_forward(tiny, inputs, sequences, method, trace, reduced):
     kept = iter(trace.cuts)
     for number, layer in enumerate(family.decoder.layers):
         if number in cuts:
-            drop(next(kept), reduced["inside"])
-        at = places[1:, :, here] if family.mrope else torch.arange(len(here))[None]
+            drop(next(kept), reduced["inside"], getattr(method, "inside", method))
+        at = places[1:, :, here] if family.mrope else position[None]
         mask = torch.full((len(here), len(here)), float("-inf")).triu(1)[None, None]
         rotary = family.decoder.rotary_emb(hidden[None], position_ids=at)
         hidden = layer(hidden[None], attention_mask=mask, position_embeddings=rotary)[0]
