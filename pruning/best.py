@@ -59,6 +59,7 @@ class Best(Pruner):
         return self.chosen(tokens).papers_count(tokens, layer_tokens)
 
     def check(self, tokens: int, layers: int) -> None:
+        super().check(tokens, layers)
         self.chosen(tokens).check(tokens, layers)
 
     def __call__(self, model: Any, vision: Images | None = None) -> AbstractContextManager[Trace]:
