@@ -3,6 +3,7 @@
 https://arxiv.org/abs/2412.01004
 """
 
+from math import ceil
 from typing import Literal
 
 import torch.nn.functional as F
@@ -40,22 +41,48 @@ def dense_steps(steps: int, dense: float) -> int:
     return int(dense * steps)
 
 
-def threshold(step: int, steps: int, dense: float, kappa: float, levels: int = LEVELS) -> float:
+def threshold(
+    step: int,
+    steps: int,
+    dense: float,
+    kappa: float,
+    levels: int = LEVELS,
+    ramp: Operator = "textbook",
+) -> float:
     """What `step` (from 0) of `steps` shrinks weights by: 0 at first, then a ramp up to `kappa`.
 
     After `dense` of the steps a level counter rises by one every floor(remaining / levels) steps,
     and the threshold is kappa * level / (levels - 1); 500 steps have 249 thresholds that add up to
-    0.6499. With fewer remaining steps than levels the counter rises at every step, so the ramp
-    ends below `kappa`.
+    0.6499.
+
+    Args:
+        step: the step just taken.
+        steps: of the task.
+        dense: share of the steps before pruning starts.
+        kappa: the last threshold.
+        levels: of the ramp, its zero included.
+        ramp: `textbook` starts after a whole number of steps, and where fewer than `levels` remain
+            the counter rises at every step, so that the ramp ends below `kappa`; `coded` is that of
+            the authors' code, which starts after `dense` times `steps` even where that is not
+            whole, and prunes nothing where fewer than `levels` steps remain.
     """
-    start = dense_steps(steps, dense)
+    start = dense * steps if ramp == "coded" else dense_steps(steps, dense)
     if step <= start:
         return 0.0
-    stride = max(1, (steps - start) // levels)
-    level = step // stride - -(-start // stride) + 1
+    stride = int((steps - start) // levels)
+    if stride == 0:
+        if ramp == "coded":
+            return 0.0
+        stride = 1
+    # multiples of the stride from the start on, up to this step
+    level = step // stride - ceil(start / stride) + 1
     return kappa * min(level, levels - 1) / (levels - 1)
 
 
-def total_shrinkage(steps: int, dense: float, kappa: float, levels: int = LEVELS) -> float:
-    """The sum of all thresholds: how far from 0 an untrained weight must start to survive."""
-    return sum(threshold(step, steps, dense, kappa, levels) for step in range(steps))
+def total_shrinkage(
+    steps: int, dense: float, kappa: float, levels: int = LEVELS, ramp: Operator = "textbook"
+) -> float:
+    """The sum of all thresholds: how far from 0 an untrained weight must start to survive;
+    arguments as for `threshold`.
+    """
+    return sum(threshold(step, steps, dense, kappa, levels, ramp) for step in range(steps))

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from vlm_prune.pruning.base import Counted, DecoderPruner, Rule
 from vlm_prune.pruning.schedule import check_layer
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.tokens import DecoderTokens, Kept, top
+from vlm_prune.vlm.tokens import DecoderTokens, Kept, take, top
 
 
 @dataclass
@@ -23,6 +23,9 @@ class Dart(DecoderPruner):
         layer: decoder layers (of 32) that have run when tokens are dropped.
         image_pivots: image tokens with the largest keys, always kept.
         text_pivots: question tokens with the largest keys.
+        released: compare as the authors' code does: keys after rotation by their L1 norm, and
+            hidden states after the model's final norm. The paper says neither; the default takes
+            keys before rotation by their L2 norm, and hidden states as they are.
 
     Similarity is the cosine of hidden states. The paper thresholds it; thresholds that meet a
     budget give each pivot an equal share of it. The norm of a key is L2 before rotation, which
@@ -34,6 +37,7 @@ class Dart(DecoderPruner):
     layer: int = 2
     image_pivots: int = 4
     text_pivots: int = 4
+    released: bool = False
     counted: ClassVar[Counted] = "kept"
     paper: ClassVar[str] = "https://arxiv.org/abs/2502.11494"
     authors_positions: ClassVar[Rule] = "original"
@@ -48,15 +52,28 @@ class Dart(DecoderPruner):
         return [(self.layer, 1)]
 
     def reduce(self, tokens: DecoderTokens, keep: int) -> Kept:
-        image_keys, text_keys = tokens.keys()
+        image_keys, text_keys = rotated_keys(tokens) if self.released else tokens.keys()
+        states, question, norm = tokens.features, tokens.question, 2
+        if self.released:
+            states, question, norm = tokens.final_norm(states), tokens.final_norm(question), 1
         chosen = []
-        for image, features in enumerate(tokens.features):
-            pivots = top(image_keys[image].float().norm(dim=-1), min(keep, self.image_pivots))
-            mask = tokens.question_mask[image]
-            length = text_keys[image][mask].float().norm(dim=-1)
-            texts = tokens.question[image][mask][top(length, self.text_pivots)]
+        for image, features in enumerate(states):
+            lengths = image_keys[image].float().norm(p=norm, dim=-1)
+            pivots = top(lengths, min(keep, self.image_pivots))
+            real = tokens.question_mask[image]
+            lengths = text_keys[image][real].float().norm(p=norm, dim=-1)
+            texts = question[image][real][top(lengths, self.text_pivots)]
             chosen.append(distinct(features, pivots, texts, keep))
         return Kept.at(tokens.features, torch.stack(chosen))
+
+
+def rotated_keys(tokens: DecoderTokens) -> tuple[Tensor, Tensor]:
+    """Returns keys after rotation, heads side by side, of image tokens (M, n, d) and question
+    (M, T, d).
+    """
+    rows = tokens.question_rows(slice(None))
+    keys = rows.key.transpose(1, 2).flatten(2)
+    return take(keys, rows.image), take(keys, rows.columns.clamp_min(0))
 
 
 def distinct(features: Tensor, pivots: Tensor, texts: Tensor, keep: int) -> Tensor:

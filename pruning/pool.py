@@ -10,11 +10,11 @@ from vlm_prune.vlm.tokens import Kept, VisionTokens
 
 
 def regions(k: int, rows: int, columns: int) -> list[tuple[slice, slice]]:
-    """Split a grid into `k` rectangles of nearly equal size, in reading order.
+    """Returns `k` rectangles of nearly equal size that make up a grid, in reading order.
 
     About sqrt(k) bands of rows, each cut into its share of columns.
     """
-    bands = min(rows, max(1, round((k * rows / columns) ** 0.5), -(-k // columns)))
+    bands = min(rows, k, max(1, round((k * rows / columns) ** 0.5), -(-k // columns)))
     out = []
     for band in range(bands):
         share = k * (band + 1) // bands - k * band // bands
@@ -29,7 +29,7 @@ def regions(k: int, rows: int, columns: int) -> list[tuple[slice, slice]]:
 class Pool(VisionPruner):
     """Average the projected tokens of rectangles, exactly as many as the budget.
 
-    Each average stands at the place of its rectangle's middle token. Several views of an image
+    Each average stands at the token index of its rectangle's middle token. Several views of an image
     share the budget by their numbers of tokens.
     """
 
@@ -47,6 +47,6 @@ class Pool(VisionPruner):
                 row, column = (r.start + r.stop - 1) // 2, (c.start + c.stop - 1) // 2
                 middles.append(start + row * columns + column)
             start = end
-        places = torch.tensor(middles, device=vision.projected.device)
-        order = places.argsort()
-        return Kept([places[order]] * len(vision.projected), list(torch.stack(means, 1)[:, order]))
+        indices = torch.tensor(middles, device=vision.projected.device)
+        order = indices.argsort()
+        return Kept([indices[order]] * len(vision.projected), list(torch.stack(means, 1)[:, order]))

@@ -18,7 +18,7 @@ from vlm_prune.vlm.tokens import DecoderTokens, Kept, top
 @dataclass
 class SparseVLM(DecoderScorePruner):
     """Three cuts scored by the attention of visually relevant text; dropped tokens are clustered
-    and come back as one sum per cluster.
+    and come back as one token per cluster, its sum as in the paper.
 
     https://arxiv.org/abs/2410.04417
 
@@ -27,6 +27,9 @@ class SparseVLM(DecoderScorePruner):
         recycle: tau, the share of dropped tokens, best scores first, that is recycled.
         clusters: theta, tokens made from the recycled ones, as a share of them.
         neighbours: k of the density estimate.
+        released: cluster as the authors' code does: a cluster comes back as its mean and not as its
+            sum, a density is taken over as many nearest tokens as there are clusters, itself among
+            them, and the densest token takes the largest distance of any two.
 
     The paper sets each cut by the rank of the attention matrix; we keep a given number, as the
     authors' results at fixed budgets do, in the proportions of their `64`, and count recycled
@@ -38,6 +41,7 @@ class SparseVLM(DecoderScorePruner):
     recycle: float = 0.3
     clusters: float = 0.1
     neighbours: int = 5
+    released: bool = False
     chooses_queries: ClassVar[bool] = True
     counted: ClassVar[Counted] = "at the cut"
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.04417"
@@ -101,9 +105,14 @@ class SparseVLM(DecoderScorePruner):
             at, kept = order[:whole], own[order[:whole]]
             if keep > whole:
                 recycled = order[whole:][: max(keep - whole, int(self.recycle * (count - whole)))]
-                centres, group = density_peaks(own[recycled], keep - whole, self.neighbours)
-                sums = one_hot(group, keep - whole).to(own.dtype).T @ own[recycled]
-                at, kept = torch.cat([at, recycled[centres]]), torch.cat([kept, sums])
+                centers, group = density_peaks(
+                    own[recycled], keep - whole, self.neighbours, self.released
+                )
+                members = one_hot(group, keep - whole).to(own.dtype).T
+                clusters = members @ own[recycled]
+                if self.released:
+                    clusters = clusters / members.sum(1, keepdim=True)
+                at, kept = torch.cat([at, recycled[centers]]), torch.cat([kept, clusters])
             ascending = at.argsort()
             places.append(at[ascending])
             features.append(kept[ascending])
@@ -124,21 +133,32 @@ def raters(image: Tensor, text: Tensor, question_mask: Tensor) -> Tensor:
     return question_mask & (relevance >= mean)
 
 
-def density_peaks(features: Tensor, count: int, neighbours: int) -> tuple[Tensor, Tensor]:
+def density_peaks(
+    features: Tensor, count: int, neighbours: int, released: bool = False
+) -> tuple[Tensor, Tensor]:
     """Density-peak clusters: the `count` tokens with the largest density x distance to a denser one.
 
-    Density is exp(-mean squared distance to the nearest neighbours); the densest token takes its
-    largest distance instead. Others join the nearest centre.
+    Density is exp(-mean squared distance to the nearest neighbors); the densest token takes its
+    largest distance instead. Others join the nearest center.
 
-    Shapes: (R, D) -> centres (C,), cluster of each token (R,).
+    Shapes: (R, D) -> centers (C,), cluster of each token (R,).
+
+    Args:
+        features: tokens to cluster.
+        count: clusters C.
+        neighbours: nearest other tokens that a density is taken over.
+        released: take it over the `count` nearest tokens, itself among them, and give the densest
+            token the largest distance of any two.
     """
     distance = torch.cdist(features.float(), features.float()) / features.shape[-1] ** 0.5
-    near = distance.sort(dim=1).values[:, 1 : neighbours + 1]
+    near = distance.sort(dim=1).values
+    near = near[:, :count] if released else near[:, 1 : neighbours + 1]
     density = near.square().sum(1).div(max(1, near.shape[1])).neg().exp()
     denser = density[None] > density[:, None]
     gap = distance.masked_fill(~denser, torch.inf).amin(1)
-    gap = torch.where(denser.any(1), gap, distance.amax(1))
-    centres = top(density * gap, count)
-    group = distance[:, centres].argmin(1)
-    group[centres] = torch.arange(count, device=features.device)
-    return centres, group
+    farthest = distance.amax() if released else distance.amax(1)
+    gap = torch.where(denser.any(1), gap, farthest)
+    centers = top(density * gap, count)
+    group = distance[:, centers].argmin(1)
+    group[centers] = torch.arange(count, device=features.device)
+    return centers, group

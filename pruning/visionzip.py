@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
 
 from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
 from vlm_prune.pruning.base import Stage, VisionPruner
@@ -22,14 +24,18 @@ class VisionZip(VisionPruner):
     Args:
         contextual: share of the budget that goes to merged tokens; the default gives the paper's
             10 of 64, 20 of 128 and 30 of 192.
+        released: merge as the authors' code does: compare keys averaged over heads, and add the
+            mean of the tokens that join a start to it. The paper averages all tokens of a group, by
+            their keys' similarity; the default takes the heads of a key side by side.
 
     Contextual tokens start from evenly spaced tokens outside the dominant set; every other one is
     averaged into the start whose key in the tower has the largest cosine, before the projector.
     The paper counts the CLS token itself as one dominant token; LLaVA's projector never sees it, so
-    here all are patches. Merged tokens stand at their start's place, not behind the dominant ones.
+    here all are patches. Merged tokens stand where their start stood, not behind the dominant ones.
     """
 
     contextual: float = 0.15625
+    released: bool = False
     stage: ClassVar[Stage] = "encoder"
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.04467"
 
@@ -50,9 +56,28 @@ class VisionZip(VisionPruner):
         starts = torch.arange(merged, device=rest.device) * (rest.shape[1] // merged)
         starts = starts.expand(len(rest), -1)
         targets, joining = rest.gather(1, starts), rest.gather(1, others(starts, rest.shape[1]))
-        keys = vision.keys()
+        keys = mean_keys(vision) if self.released else vision.keys()
         nearest = pairwise_cosine(take(keys, joining), take(keys, targets)).argmax(-1)
-        means = averaged(take(vision.features, targets), take(vision.features, joining), nearest)
-        features = torch.cat([take(vision.projected, dominant), vision.projector(means)], 1)
+        combine = with_mean_added if self.released else averaged
+        merged_tokens = combine(
+            take(vision.features, targets), take(vision.features, joining), nearest
+        )
+        features = torch.cat([take(vision.projected, dominant), vision.projector(merged_tokens)], 1)
         places, order = torch.cat([dominant, targets], 1).sort(1)
         return Kept(list(places), list(take(features, order)))
+
+
+def mean_keys(vision: VisionTokens) -> Tensor:
+    """Returns the tower's keys of the N tokens, averaged over heads, (M, N, d)."""
+    keys = vision.query_key()[1].mean(1)
+    return vision.pool(keys[:, int(vision.has_cls) :])
+
+
+def with_mean_added(kept: Tensor, dropped: Tensor, nearest: Tensor) -> Tensor:
+    """Returns each kept token plus the mean of the dropped ones that are assigned to it.
+
+    Shapes: kept (M, k, d), dropped (M, n, d), nearest (M, n) indices of kept tokens -> (M, k, d).
+    """
+    member = one_hot(nearest, kept.shape[1]).to(torch.float32)
+    means = member.transpose(1, 2) @ dropped.float() / member.sum(1).clamp_min(1)[..., None]
+    return (kept.float() + means).to(kept.dtype)

@@ -23,10 +23,14 @@ class VisPruner(VisionPruner):
     Args:
         important: share of the budget chosen by attention.
         step: duplicates removed at a time, by the cosine of tower features.
+        released: split the tokens as the authors' code does: first in the order of their attention,
+            then those of the smaller group that are left, most similar first, before the others.
+            The paper splits without saying how; the default keeps the image's order.
     """
 
     important: float = 0.5
     step: int = 8
+    released: bool = False
     stage: ClassVar[Stage] = "encoder"
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.01818"
 
@@ -37,18 +41,30 @@ class VisPruner(VisionPruner):
 
     def reduce(self, vision: VisionTokens) -> Kept:
         k, tokens = self.count(vision), vision.features.shape[1]
-        attended = top(in_tower(vision, "cls"), round(self.important * k))
+        scores, important = in_tower(vision, "cls"), int(self.important * k)
+        attended = top(scores, important)
         rest = others(attended, tokens)
-        distinct = without_duplicates(take(vision.features, rest), k - attended.shape[1], self.step)
+        if self.released:
+            rest = scores.argsort(dim=1, descending=True, stable=True)[:, important:]
+        distinct = without_duplicates(
+            take(vision.features, rest), k - important, self.step, sort=not self.released
+        )
         chosen = torch.cat([attended, rest.gather(1, distinct)], 1)
         return Kept.at(vision.projected, chosen.sort(1).values)
 
 
-def without_duplicates(features: Tensor, k: int, step: int) -> Tensor:
+def without_duplicates(features: Tensor, k: int, step: int, sort: bool = True) -> Tensor:
     """Split tokens into even and odd ones, remove the `step` even ones most similar to any odd one
     by cosine, and repeat until `k` are left.
 
-    Shapes: (M, R, d) -> (M, k), ascending.
+    Shapes: (M, R, d) -> (M, k), ascending if `sort`.
+
+    Args:
+        features: tokens in the order in which they are split.
+        k: tokens to keep.
+        step: tokens removed at a time.
+        sort: restore the order after each step; otherwise even tokens stand in front, the most
+            similar first.
     """
     similarity = pairwise_cosine(features, features)
     left = torch.arange(features.shape[1], device=features.device).repeat(len(features), 1)
@@ -58,6 +74,8 @@ def without_duplicates(features: Tensor, k: int, step: int) -> Tensor:
         rows = torch.arange(len(left), device=left.device)[:, None, None]
         closest = similarity[rows, even[..., None], odd[:, None]]
         closest = closest.amax(-1) if odd.shape[1] else closest.sum(-1)
-        distinct = even.gather(1, top(-closest, even.shape[1] - removed))
-        left = torch.cat([distinct, odd], 1).sort(1).values
+        # the least similar ones stay; without sorting, the most similar of them come first
+        order = closest.argsort(dim=1, stable=True)[:, : even.shape[1] - removed]
+        left = torch.cat([even.gather(1, order.flip(1)), odd], 1)
+        left = left.sort(1).values if sort else left
     return left

@@ -166,7 +166,8 @@ class _MidStack:
             unturned = decoder_keys(source, before)
             return unturned[at], unturned[text_at]
 
-        return DecoderTokens(hidden[at], hidden[text_at], asked, asked, rows, every, keys)
+        norm = self.family.decoder.norm
+        return DecoderTokens(hidden[at], hidden[text_at], asked, asked, rows, every, keys, norm)
 
     def _cut(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Hidden states of what is kept; notes where it stands."""

@@ -128,6 +128,7 @@ class DecoderTokens:
         prompt_rows: queries of all tokens of the prompt, and all keys.
         keys: keys before rotation, heads side by side, of image tokens (M, n, d) and question
             (M, T, d).
+        final_norm: the model's norm of its last hidden states, (..., D) -> (..., D).
     """
 
     features: Tensor
@@ -137,6 +138,7 @@ class DecoderTokens:
     question_rows: Callable[[slice], AttentionRows] = field(repr=False)
     prompt_rows: Callable[[], AttentionRows] = field(repr=False)
     keys: Callable[[], tuple[Tensor, Tensor]] = field(repr=False)
+    final_norm: Callable[[Tensor], Tensor] = field(default=as_is, repr=False)
 
 
 @dataclass(frozen=True)

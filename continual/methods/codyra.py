@@ -30,6 +30,10 @@ class CoDyRA(Gated):
             overrides `kappa`. The published schedule adds up to 0.6499.
         operator: `textbook` soft threshold, or `coded` as the authors' code has it, whose dead zone
             is twice as wide.
+        ramp: of the thresholds, `textbook` or `coded` as the authors' code has it, which differs where
+            `dense` times the steps is not whole, and prunes nothing where fewer than 50 steps
+            remain. With it and the `coded` operator the released code runs; the paper's equation is
+            the textbook operator, and it says nothing of either case of the ramp.
         importance: what is compared with the threshold: the `gate`, or the `normalised` product
             |w_i| |B_i| |A_i| over the site's mean |B| |A|, by which components that do more are
             shrunk less.
@@ -42,6 +46,7 @@ class CoDyRA(Gated):
     kappa: float = 0.005
     total: float | None = None
     operator: prox.Operator = "textbook"
+    ramp: prox.Operator = "textbook"
     importance: Literal["gate", "normalised"] = "gate"
     freeze_pruned: bool = False
     _pruned: Tensor | None = field(default=None, init=False, repr=False)
@@ -54,18 +59,20 @@ class CoDyRA(Gated):
         if self.total is not None:
             above("total", self.total, 0)
         one_of("operator", self.operator, tuple(prox.OPERATORS))
+        one_of("ramp", self.ramp, tuple(prox.OPERATORS))
         one_of("importance", self.importance, ("gate", "normalised"))
 
     def begin_task(self, context: Context) -> list[Group]:
         self._pruned, self._kappa = None, self.kappa
         if self.total is not None:
-            unit = prox.total_shrinkage(context.recipe.steps, self.dense, 1.0)
+            unit = prox.total_shrinkage(context.recipe.steps, self.dense, 1.0, ramp=self.ramp)
             self._kappa = self.total / unit if unit else 0.0
         return super().begin_task(context)
 
     def threshold(self, step: int) -> float:
         """What gates are shrunk by after `step`."""
-        return prox.threshold(step, self.context.recipe.steps, self.dense, self._kappa)
+        steps = self.context.recipe.steps
+        return prox.threshold(step, steps, self.dense, self._kappa, ramp=self.ramp)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

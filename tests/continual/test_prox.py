@@ -56,3 +56,23 @@ def test_the_ramp_is_the_counter_of_the_description(steps, dense):
             level = min(level + 1, 49)
         want = 0.005 * level / 49 if step > start else 0.0
         assert prox.threshold(step, steps, dense, 0.005) == pytest.approx(want)
+
+
+@pytest.mark.parametrize(
+    ("steps", "dense", "differs"),
+    [(500, 0.5, 0), (333, 0.3, 0), (101, 0.25, 48), (60, 0.5, 29), (7, 0, 6)],
+)
+def test_the_coded_ramp_is_a_counter_over_a_fractional_start(steps, dense, differs):
+    """It starts after `dense` times the steps, whole or not, and needs 50 steps to rise at all."""
+    start, level, different = dense * steps, 0, 0
+    stride = int((steps - start) // 50)
+    for step in range(steps):
+        if stride > 0 and step >= start and step % stride == 0:
+            level += 1
+        want = 0.005 * min(level, 49) / 49 if step > start else 0.0
+        got = prox.threshold(step, steps, dense, 0.005, ramp="coded")
+        assert got == pytest.approx(want)
+        different += got != prox.threshold(step, steps, dense, 0.005)
+    assert different == differs
+    if steps < 100:
+        assert prox.total_shrinkage(steps, dense, 0.005, ramp="coded") == 0

@@ -9,6 +9,7 @@ from vlm_prune.pruning import METHODS, Cascade, DecoderPruner
 from vlm_prune.pruning.downsample import grid_for
 from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.families import FAMILIES, family_of
+from vlm_prune.vlm.tokens import VisionTokens
 
 INSIDE = [name for name, method in METHODS.items() if issubclass(method, DecoderPruner)]
 MERGED = [f"{name}+merge" for name in INSIDE]
@@ -131,3 +132,30 @@ def test_a_smaller_image_has_as_many_tokens_as_the_budget_allows(patch, monkeypa
 )
 def test_a_long_image_has_a_small_grid_too(k, shape, grid):
     assert grid_for(k, *shape) == grid
+
+
+def test_newlines_come_with_all_tokens_and_never_with_fewer():
+    """Of 30 placeholders 26 are tokens: a budget of 26 to 29 keeps 25, as 26 would bring the rest."""
+    features = torch.randn(1, 26, 4)
+    tokens = VisionTokens(
+        features=features, projected=features, grids=((2, 3), (4, 5)), seeds=(0,), projector=None,
+        query_key=None, available=30,
+    )  # fmt: skip
+    counts = {budget: build("random", budget=budget).count(tokens) for budget in range(1, 31)}
+    assert counts == {budget: min(budget, 25) for budget in range(1, 30)} | {30: 26}
+    assert build("random", budget=1.0).count(tokens) == 26
+    assert build("random", budget=26 / 30).count(tokens) == 25
+
+
+@pytest.mark.parametrize("share", [0, 1])
+def test_a_budget_of_an_images_tokens_leaves_room_for_no_newline(share):
+    tiny = Tiny("llava_next")
+    inputs = tiny.inputs([[([1], "red?")]])
+    (group,) = tiny.encode(inputs).groups
+    whole, tokens = group.tokens.available, group.size
+    assert whole > tokens
+    budget = whole if share else tokens
+    with build("divprune", budget=budget)(tiny.model) as trace, torch.no_grad():
+        tiny.model(**inputs)
+    assert len(trace.kept[0]) == (whole if share else tokens - 1)
+    assert share or set(trace.kept[0].tolist()) < set(group.places.tolist())

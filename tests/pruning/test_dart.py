@@ -52,6 +52,37 @@ def test_key_norms_are_those_of_the_cache(llava, images, make_inputs):
     assert set(norms.topk(4).indices.tolist()) <= set(trace.kept[0].tolist())
 
 
+def test_the_released_rule_compares_rotated_keys_and_normed_states(llava, images, make_inputs):
+    """Against a loop over the cached keys and the states of the layer before the cut."""
+    inputs = make_inputs([(1, "Is there a 7?")], images)
+    decoder = llava.model.language_model
+    with torch.no_grad():
+        out = llava(**inputs, use_cache=True, output_hidden_states=True)
+        normed = decoder.norm(out.hidden_states[3])[0]
+    keys = out[CACHE].layers[2].keys[0].transpose(0, 1).flatten(1)
+    is_image = inputs["input_ids"][0] == llava.config.image_token_id
+    image, keep = is_image.nonzero()[:, 0].tolist(), (400 - 576 // 2) * 2
+    text = range(image[-1] + 1, len(is_image))
+    size = {place: float(keys[place].abs().sum()) for place in [*image, *text]}
+    pivots = sorted(sorted(image, key=lambda place: -size[place])[:4])
+    chosen = set(pivots)
+    pivots += sorted(sorted(text, key=lambda place: -size[place])[:4])
+    for number, pivot in enumerate(pivots):
+        share = (keep - 4) * (number + 1) // 8 - (keep - 4) * number // 8
+        similar = cosine_similarity(normed, normed[pivot], 1).tolist()
+        free = sorted((p for p in image if p not in chosen), key=lambda place: similar[place])
+        chosen |= set(free[:share])
+    kept = {}
+    for released in (False, True):
+        method = Dart(budget=400, layer=16, released=released)
+        with method(llava) as trace, torch.no_grad():
+            llava(**inputs)
+        kept[released] = {image[index] for index in trace.kept[0].tolist()}
+    assert len(chosen) == keep == len(kept[True])
+    assert len(chosen ^ kept[True]) <= 2  # rounding may order two like tokens differently
+    assert len(kept[False] ^ kept[True]) > 20
+
+
 def test_pivots_are_needed():
     with pytest.raises(InputError, match="pivot"):
         Dart(image_pivots=0)

@@ -64,6 +64,44 @@ def test_clusters_equal_the_papers_loop():
     assert group.tolist() == nearest
 
 
+def test_released_clusters_equal_a_loop():
+    """A density is over as many nearest tokens as there are clusters, itself among them."""
+    torch.manual_seed(2)
+    points, count = torch.randn(20, 8, dtype=torch.float64), 4
+    centers, group = density_peaks(points, count, 5, released=True)
+    distance = [[float((a - b).norm()) / 8**0.5 for b in points] for a in points]
+    density, peak = [], []
+    for i in range(20):
+        near = sorted(distance[i])[:count]
+        density.append(math.exp(-sum(d * d for d in near) / count))
+    for i in range(20):
+        denser = [distance[i][j] for j in range(20) if density[j] > density[i]]
+        peak.append(density[i] * (min(denser) if denser else max(map(max, distance))))
+    expected = sorted(sorted(range(20), key=lambda i: -peak[i])[:count])
+    assert centers.tolist() == expected
+    nearest = [min(range(count), key=lambda c: distance[i][expected[c]]) for i in range(20)]
+    assert group.tolist() == nearest
+
+
+def test_released_clusters_come_back_as_means():
+    torch.manual_seed(3)
+    features, scores = torch.randn(1, 40, 8), torch.rand(1, 40)
+    tokens, keep = SimpleNamespace(features=features), 12
+    summed, averaged = (SparseVLM(recycle=0.5, released=released) for released in (False, True))
+    summed.score = averaged.score = lambda tokens: scores
+    kept, whole = averaged.reduce(tokens, keep), averaged.whole(40, keep)
+    order = scores[0].argsort(descending=True)
+    recycled = order[whole:][: int(0.5 * (40 - whole))]
+    centers, group = density_peaks(features[0, recycled], keep - whole, 5, released=True)
+    for number, center in enumerate(recycled[centers].tolist()):
+        members = [
+            i for i, own in zip(recycled.tolist(), group.tolist(), strict=True) if own == number
+        ]
+        at = kept.indices[0].tolist().index(center)
+        torch.testing.assert_close(kept.features[0][at], features[0, members].mean(0))
+    assert not torch.equal(summed.reduce(tokens, keep).features[0], kept.features[0])
+
+
 @pytest.mark.parametrize("keep", [1, 2, 7, 12, 39])
 def test_best_tokens_stay_and_recycled_ones_are_summed(keep):
     torch.manual_seed(3)

@@ -31,6 +31,34 @@ def test_reduce_equals_the_papers_loop(budget, merged, vision):
         torch.testing.assert_close(kept.features[image], stacked, atol=1e-5, rtol=1e-4)
 
 
+def test_the_released_rule_equals_a_loop(vision):
+    """Keys averaged over heads say whom a token joins; the joined ones' mean is added to the start."""
+    budget, merged = 64, 10
+    kept = VisionZip(budget=budget, released=True).reduce(vision)
+    plain = VisionZip(budget=budget).reduce(vision)
+    attention, keys = in_tower(vision, "cls"), vision.query_key()[1]
+    for image in range(2):
+        ranked = sorted(range(576), key=lambda i: -float(attention[image, i]))
+        dominant, rest = ranked[: budget - merged], sorted(ranked[budget - merged :])
+        targets = [rest[j * (len(rest) // merged)] for j in range(merged)]
+        mean_key = [sum(head[1 + i] for head in keys[image]) / len(keys[image]) for i in range(576)]
+        joined = {target: [] for target in targets}
+        for i in rest:
+            if i not in joined:
+                similar = [float(cosine_similarity(mean_key[i], mean_key[t], 0)) for t in targets]
+                joined[targets[similar.index(max(similar))]].append(i)
+        expected = {i: vision.projected[image, i] for i in dominant}
+        for target, members in joined.items():
+            token = vision.features[image, target]
+            if members:
+                token = token + vision.features[image, members].mean(0)
+            expected[target] = vision.projector(token)
+        assert kept.indices[image].tolist() == sorted(expected) == plain.indices[image].tolist()
+        stacked = torch.stack([expected[i] for i in sorted(expected)])
+        torch.testing.assert_close(kept.features[image], stacked, atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(kept.features[image], plain.features[image], atol=1e-3)
+
+
 def test_keys_are_those_of_the_feature_layer(llava, images, make_inputs, vision):
     """Their products with the layer's queries give the attention that the tower reports."""
     pixels = make_inputs([(2, "Is there a 7?")], images)["pixel_values"]

@@ -53,6 +53,26 @@ def test_reduce_equals_the_papers_loop(vision):
         assert torch.equal(kept.features[image], vision.projected[image, kept.indices[image]])
 
 
+@pytest.mark.parametrize(("budget", "important"), [(61, 30), (63, 31)])
+def test_the_released_rule_equals_a_loop(budget, important, vision):
+    """Tokens are split in the order of their attention; what is left of the even ones comes first."""
+    vision = replace(vision, features=vision.features.double())
+    kept = VisPruner(budget=budget, released=True).reduce(vision)
+    attention = in_tower(vision, "cls")
+    for image, features in enumerate(vision.features):
+        ranked = sorted(range(576), key=lambda i: -float(attention[image, i]))
+        left = ranked[important:]
+        similar = cosine_similarity(features[:, None], features[None], -1).tolist()
+        while len(left) > budget - important:
+            even, odd = left[::2], left[1::2]
+            closest = {i: max(similar[i][j] for j in odd) for i in even}
+            removed = min(8, len(left) - (budget - important))
+            left = sorted(even, key=lambda i: -closest[i])[removed:] + odd
+        assert kept.indices[image].tolist() == sorted(ranked[:important] + left)
+    plain = VisPruner(budget=budget).reduce(vision)
+    assert any((a != b).any() for a, b in zip(kept.indices, plain.indices, strict=True))
+
+
 def test_all_by_attention_is_the_cls_ranking(vision):
     kept = VisPruner(budget=64, important=1).reduce(vision)
     expected = in_tower(vision, "cls").topk(64).indices.sort().values
