@@ -3,9 +3,13 @@
 import hashlib
 import importlib
 import json
+import math
 import os
+import re
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +20,23 @@ from torch import Tensor, nn
 
 from vlm_prune.continual.config import Tower
 from vlm_prune.continual.tiny import checkpoint_path
-from vlm_prune.vlm.common.errors import InputError, first_line
+from vlm_prune.vlm.checkpoint import (
+    VOCABULARIES,
+    check_finite,
+    check_pixels,
+    check_report,
+    load_weights,
+    locate,
+    make_view,
+    naming,
+    read_config,
+    view_of,
+)
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.files import read_object
 
+OPEN_CLIP, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+TOKENIZER_OPTIONS = ("clean", "strip_sep_token")
 DEFAULT = ("ViT-B-16-quickgelu", "openai")
 Transform = Callable[[Image.Image], Tensor]
 
@@ -143,6 +162,7 @@ def from_open_clip(model: Any, tokenize: Any, config: dict[str, Any] | None = No
     transform = extra("open_clip.transform")
     settings = dict(getattr(model.visual, "preprocess_cfg", None) or {})
     size = settings.get("size") or model.visual.image_size
+    check_pixels(**{f"preprocess_cfg's {key}": settings.get(key) for key in ("mean", "std")})
     settings["size"] = tuple(size) if isinstance(size, list | tuple) else size
     preprocess = transform.PreprocessCfg(**settings)
     train, test = (transform.image_transform_v2(preprocess, is_train=t) for t in (True, False))
@@ -153,6 +173,7 @@ def from_hugging_face(model: Any, processor: Any) -> Clip:
     """Wrap a `CLIPModel` and its processor."""
     transform, pictures = extra("open_clip.transform"), processor.image_processor
     size, mean, std = model.config.vision_config.image_size, pictures.image_mean, pictures.image_std
+    check_pixels(image_mean=mean, image_std=std)
     train, test = (
         transform.image_transform(size, is_train=t, mean=tuple(mean), std=tuple(std))
         for t in (True, False)
@@ -189,6 +210,8 @@ def check_activation(name: str, pretrained: str) -> None:
 def load_clip(name: str = DEFAULT[0], pretrained: str | None = DEFAULT[1]) -> Clip:
     """A CLIP by open_clip's name and weights, by Hugging Face's, or from a folder of either.
 
+    Only safetensors are read, and no code from a checkpoint is run.
+
     Args:
         name: `tiny` for the embedded CLIP, a model of open_clip, a hub name "owner/model" of a Hugging Face CLIP, or a folder
             with `open_clip_config.json` or `config.json`.
@@ -196,38 +219,117 @@ def load_clip(name: str = DEFAULT[0], pretrained: str | None = DEFAULT[1]) -> Cl
             model of open_clip.
 
     Raises:
-        InputError: if there is no such model, the weights are not safetensors or need another
+        InputError: if there is no such model, its folder is damaged, or weights are missing, not
+            finite, no safetensors, more than its configuration describes, or need another
             activation.
     """
     folder = checkpoint_path() if name == "tiny" else Path(name)
-    try:
-        if (folder / "config.json").is_file() or ("/" in name and not folder.exists()):
+    with naming(f"cannot load CLIP {name!r}"):
+        if (folder / OPEN_CLIP).is_file():
+            return _load_folder(folder)
+        if folder.is_dir() or "/" in name:
             return _load_hugging_face(name)
-        return _load_open_clip(str(folder) if folder.is_dir() else name, pretrained)
-    except InputError:
-        raise
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise InputError(f"cannot load CLIP {name!r}: {first_line(error)}") from error
+        return _load_open_clip(name, pretrained)
 
 
 def _load_hugging_face(name: str) -> Clip:
     transformers = extra("transformers")
-    model = transformers.CLIPModel.from_pretrained(name, use_safetensors=True)
-    return from_hugging_face(model.float(), transformers.CLIPProcessor.from_pretrained(name))
+    view = view_of(locate(name, {}))
+    kind = read_object(view / "config.json").get("model_type")
+    if kind != "clip":
+        raise InputError(f"its model type is {kind!r}; give a CLIP of Hugging Face or open_clip")
+    model = load_weights(transformers.CLIPModel, view, read_config(view), dtype="float32")
+    model.name_or_path = model.config.name_or_path = name
+    processor = transformers.CLIPProcessor.from_pretrained(view, trust_remote_code=False)
+    return from_hugging_face(model, processor)
+
+
+def _load_folder(folder: Path) -> Clip:
+    """A CLIP from a folder of open_clip's layout.
+
+    open_clip hands `tokenizer_kwargs` of a folder to the tokenizer's loader and builds towers of
+    other libraries by name, from the network too; so it sees a folder with checked settings alone.
+    """
+    open_clip = extra("open_clip")
+    if not (folder / OPEN_CLIP_WEIGHTS).is_file():
+        raise InputError(f"{folder} holds no {OPEN_CLIP_WEIGHTS}")
+    view = make_view(
+        folder,
+        [OPEN_CLIP, "tokenizer_config.json", "special_tokens_map.json"],
+        [*VOCABULARIES, OPEN_CLIP_WEIGHTS],
+    )
+    settings = read_object(view / OPEN_CLIP)
+    config = _checked(settings.get("model_cfg"))
+    _check_weights(open_clip, config, view / OPEN_CLIP_WEIGHTS)
+    model = open_clip.create_model(f"local-dir:{view}")
+    check_finite(model.state_dict())
+    tokenizer = _tokenizer(open_clip, f"local-dir:{view}", config)
+    return from_open_clip(model, tokenizer, config)
+
+
+def _checked(config: Any) -> dict[str, Any]:
+    """A model's settings; what would make open_clip load more than the folder is refused."""
+    towers = ("vision_cfg", "text_cfg")
+    if not isinstance(config, dict) or any(not isinstance(config.get(t), dict) for t in towers):
+        raise InputError(f"{OPEN_CLIP} describes no model with {' and '.join(towers)}")
+    vision, text = (config[tower] for tower in towers)
+    for name in ("hf_model_name", "hf_model_config"):
+        if text.get(name):
+            raise InputError(f"text_cfg has {name}; text towers of other checkpoints are not read")
+    tower = vision.get("timm_model_name")
+    if tower and not (re.fullmatch(r"[\w.]+", str(tower)) and extra("timm").is_model(tower)):
+        raise InputError(f"timm has no model {tower!r}")
+    options = text.get("tokenizer_kwargs") or {}
+    for name in options:
+        if name not in TOKENIZER_OPTIONS:
+            known = ", ".join(TOKENIZER_OPTIONS)
+            raise InputError(f"tokenizer_kwargs has {name!r}; only {known} are passed on")
+    return config
+
+
+def _check_weights(open_clip: Any, config: dict[str, Any], weights: Path) -> None:
+    """Compare the names and shapes in a file with those of a model that takes no memory."""
+    safetensors = extra("safetensors")
+    with safetensors.safe_open(weights, "pt") as file:
+        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    for tower in ("vision_cfg", "text_cfg"):
+        layers = config[tower].get("layers")
+        if isinstance(layers, int) and layers > len(stored):
+            raise InputError(
+                f"{tower} has {layers} layers, but the weights are {len(stored)} tensors"
+            )
+    arguments = deepcopy(config)
+    custom = arguments.pop("custom_text", False)
+    kind = "CoCa" if "multimodal_cfg" in config else "CustomTextCLIP" if custom else "CLIP"
+    with torch.device("meta"):
+        state = getattr(open_clip, kind)(**arguments).state_dict()
+    described = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    check_report(
+        described.keys() - stored.keys(),
+        stored.keys() - described.keys(),
+        [
+            (name, stored[name], shape)
+            for name, shape in described.items()
+            if name in stored
+            and stored[name] != shape
+            and not math.prod(stored[name]) == math.prod(shape) == 1  # older logit scales
+        ],
+    )
+
+
+def _tokenizer(open_clip: Any, name: str, config: dict[str, Any]) -> Any:
+    from_hub = bool(config["text_cfg"].get("hf_tokenizer_name"))
+    options = {"trust_remote_code": False} if from_hub else {}
+    return open_clip.get_tokenizer(name, **options)
 
 
 def _load_open_clip(name: str, pretrained: str | None) -> Clip:
     open_clip = extra("open_clip")
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "open_clip_model.safetensors").is_file():
-            raise InputError(f"{name} holds no open_clip_model.safetensors")
-        config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
-        name, pretrained = f"local-dir:{folder}", None
-    else:
-        config = open_clip.get_model_config(name)
-        if config is None:
-            raise InputError(f"open_clip has no model {name!r}; see open_clip.list_models()")
+    config = open_clip.get_model_config(name)
+    if config is None:
+        near = get_close_matches(name, ["tiny", *open_clip.list_models()], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "see open_clip.list_models()"
+        raise InputError(f"open_clip has no model {name!r}; {hint}")
     if pretrained is not None:
         check_activation(name, pretrained)
         tag = open_clip.pretrained.get_pretrained_cfg(name, pretrained)
@@ -235,4 +337,5 @@ def _load_open_clip(name: str, pretrained: str | None) -> Clip:
         if not os.fspath(file).endswith(".safetensors"):
             raise InputError(f"{file} is not a safetensors file; other formats are not read")
     model = open_clip.create_model(name, pretrained=pretrained)
-    return from_open_clip(model, open_clip.get_tokenizer(name), config)
+    check_finite(model.state_dict())
+    return from_open_clip(model, _tokenizer(open_clip, name, config), config)

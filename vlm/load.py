@@ -1,111 +1,152 @@
 """Loading a model and its processor; whatever is wrong with them is said in one line."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from vlm_prune.vlm.checkpoint import (
+    check_pixels,
+    load_weights,
+    locate,
+    naming,
+    read_config,
+    view_of,
+)
 from vlm_prune.vlm.common.errors import InputError, first_line
+from vlm_prune.vlm.common.files import read_object
+from vlm_prune.vlm.common.registry import unknown
 from vlm_prune.vlm.tiny import checkpoint_path
 
-EMBEDDED = "tiny"
+EMBEDDED = {"tiny": checkpoint_path()}
+PROMPT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def load(name: str = EMBEDDED, device: str = "cpu", dtype: str = "auto") -> tuple[Any, Any]:
-    """Model and processor from the embedded checkpoint (`tiny`), a folder, or a hub name.
+def load(name: str = "tiny", device: str = "cpu", dtype: str = "auto") -> tuple[Any, Any]:
+    """Return a model and its processor from an embedded checkpoint, a folder, or a hub name.
 
     Only safetensors are read, and no code from the checkpoint is run. `auto` is fp32 on a CPU and
     the checkpoint's own type elsewhere.
 
+    Args:
+        name: `tiny`, the folder of a checkpoint, or `owner/model`.
+        device: where to put the model.
+        dtype: one of `DTYPES`.
+
     Raises:
-        InputError: if there is no such checkpoint, it is damaged, or its family is unsupported.
+        InputError: if there is no such checkpoint, device or type, the checkpoint is damaged or of
+            an unsupported family, or weights are missing, not finite or more than its configuration
+            describes.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    return _load(name, device, dtype, _config, AutoModelForImageTextToText, AutoProcessor)
+    target, kind = device_of(device), _dtype(dtype, device)
+    with naming(f"cannot load model {name!r}"):
+        view = view_of(locate(name, EMBEDDED))
+        config = _config(view)
+        model = load_weights(AutoModelForImageTextToText, view, config, dtype=kind)
+        with naming("its tokenizer or image processor cannot be used"):
+            processor = AutoProcessor.from_pretrained(view, trust_remote_code=False)
+        check_processor(processor, config)
+        return _named(model.to(target).eval(), processor, processor.tokenizer, name)
 
 
 def load_language(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[Any, Any]:
-    """A text-only language model and its tokenizer, from a folder or a hub name.
+    """Return a text-only language model and its tokenizer, from a folder or a hub name.
 
-    Only safetensors are read, and no code from the checkpoint is run; `dtype` as for `load`.
+    Only safetensors are read, and no code from the checkpoint is run; `device` and `dtype` are as
+    for `load`.
 
     Raises:
-        InputError: if there is no such checkpoint, it is damaged, or the model sees images.
+        InputError: as for `load`, or if the model sees images.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    def text_only(path: str) -> Any:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    target, kind = device_of(device), _dtype(dtype, device)
+    with naming(f"cannot load model {name!r}"):
+        view = view_of(locate(name, EMBEDDED))
+        config = read_config(view)
         if hasattr(config, "vision_config"):
             raise InputError(f"{name!r} is a model that sees images; give a text-only one")
-        return config
-
-    return _load(name, device, dtype, text_only, AutoModelForCausalLM, AutoTokenizer)
-
-
-def _load(
-    name: str,
-    device: str,
-    dtype: str,
-    config_of: Callable[[str], Any],
-    model_class: Any,
-    processor_class: Any,
-) -> tuple[Any, Any]:
-    import torch
-
-    if dtype == "auto" and device == "cpu":
-        dtype = "float32"
-    with _readable(name) as path:
-        target = torch.device(device)
-        model = model_class.from_pretrained(
-            path, config=config_of(path), dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
-        processor = processor_class.from_pretrained(path, trust_remote_code=False)
-        return model.to(target).eval(), processor
-
-
-def _config(path: str) -> Any:
-    from transformers import AutoConfig
-
-    from vlm_prune.vlm.families import check_supported
-
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    check_supported(config.model_type)
-    return config
-
-
-@contextmanager
-def _readable(name: str) -> Iterator[str]:
-    """Where a checkpoint lies; what goes wrong while it is read becomes one line."""
-    from safetensors import SafetensorError
-
-    path = str(checkpoint_path()) if name == EMBEDDED else name
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise InputError(f"{path} holds no config.json, so it is no checkpoint folder")
-    try:
-        yield path
-    except InputError:
-        raise
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        AssertionError,
-        AttributeError,
-        KeyError,
-        SafetensorError,
-    ) as error:
-        hint = "give 'tiny', a checkpoint folder, or a hub name"
-        if get_close_matches(name, [EMBEDDED]):
-            hint = f"did you mean {EMBEDDED!r}?"
-        raise InputError(f"cannot load model {name!r}: {first_line(error)} ({hint})") from error
+        model = load_weights(AutoModelForCausalLM, view, config, dtype=kind)
+        with naming("its tokenizer cannot be used"):
+            tokenizer = AutoTokenizer.from_pretrained(view, trust_remote_code=False)
+        return _named(model.to(target).eval(), tokenizer, tokenizer, name)
 
 
 def family_type(name: str) -> Any:
-    """The adapter class for a checkpoint, from its config alone; `name` and errors as for `load`."""
+    """Return the adapter class for a checkpoint from its configuration alone.
+
+    Raises:
+        InputError: if there is no such checkpoint, or its family is unsupported.
+    """
     from vlm_prune.vlm.families import FAMILIES
 
-    with _readable(name) as path:
-        return FAMILIES[_config(path).model_type]
+    with naming(f"cannot load model {name!r}"):
+        view = view_of(locate(name, EMBEDDED, weights=False), weights=False)
+        return FAMILIES[_config(view).model_type]
+
+
+def device_of(name: str) -> Any:
+    """Return the device of a name.
+
+    Raises:
+        InputError: if there is no such kind of device, or none here.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"unknown device {name!r}; give cpu, cuda, cuda:1 or mps") from None
+    try:
+        torch.empty(1, device=device).cpu()
+    except Exception as error:
+        raise InputError(f"there is no device {name!r} here; give cpu") from error
+    return device
+
+
+def _dtype(name: str, device: str) -> str:
+    if name not in DTYPES:
+        raise InputError(unknown("dtype", name, DTYPES))
+    return "float32" if name == "auto" and device == "cpu" else name
+
+
+def _config(view: Path) -> Any:
+    from vlm_prune.vlm.families import check_supported
+
+    check_supported(str(read_object(view / "config.json").get("model_type")))
+    return read_config(view)
+
+
+def check_processor(processor: Any, config: Any) -> None:
+    """Refuse a processor that no prompt with an image can be made with.
+
+    Raises:
+        InputError: if it has no tokenizer, image processor or chat template, its image token is not
+            the one of the model's configuration, or its pixels are no usable numbers.
+    """
+    for part in ("tokenizer", "image_processor", "chat_template"):
+        if getattr(processor, part, None) is None:
+            fix = "; put a chat_template.jinja into its folder" if part == "chat_template" else ""
+            raise InputError(f"the checkpoint has no {part.replace('_', ' ')}{fix}")
+    names = ("image_mean", "image_std", "rescale_factor")
+    check_pixels(**{name: getattr(processor.image_processor, name, None) for name in names})
+    token = getattr(processor, "image_token", None)
+    wanted = getattr(config, "image_token_id", None)
+    if isinstance(token, str) and wanted is not None:
+        found = processor.tokenizer.convert_tokens_to_ids(token)
+        if found != wanted:
+            raise InputError(
+                f"image token {token!r} is {found} in the tokenizer, {wanted} in config.json"
+            )
+    try:
+        processor.apply_chat_template(PROMPT, add_generation_prompt=True)
+    except Exception as error:
+        raise InputError(f"the chat template fails: {first_line(error)}") from error
+
+
+def _named(model: Any, processor: Any, tokenizer: Any, name: str) -> tuple[Any, Any]:
+    """Model and processor that say where they come from, not which links were read."""
+    name = str(EMBEDDED.get(name, name))
+    model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = name
+    return model, processor

@@ -12,7 +12,6 @@ from vlm_prune.benchmarks.evaluation.environment import device_name, versions
 from vlm_prune.learners.store import adapter_digest
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.load import EMBEDDED
-from vlm_prune.vlm.tiny import checkpoint_path
 
 
 def fingerprint(ask: Any, text: str) -> str:
@@ -37,7 +36,7 @@ def answered(ask: Any, text: str, reply: str) -> dict[str, Any]:
 
 def source(model: Any, name: str, wings: str | None) -> dict[str, Any]:
     """What tells one state of a model's weights, its learners and its surroundings from another."""
-    path = checkpoint_path() if name == EMBEDDED else Path(name)
+    path = EMBEDDED.get(name, Path(name))
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
     return {
         "model": name,
