@@ -13,7 +13,9 @@ from PIL import Image
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.tiny.config import CHAT_TEMPLATE, SPECIAL, make_processor
 
-WIDTH, LAYERS = 32, 4
+HEAD, LAYERS = 16, 4
+WIDTH = 2 * HEAD
+MROPE = [HEAD // 8, 3 * HEAD // 16, 3 * HEAD // 16]
 CORPUS = ["USER: What color is the star? ASSISTANT: red", "Is there a 7? yes no green blue"]
 PICTURES = [(84, 84), (42, 84), (126, 60), (84, 84)]  # width, height
 
@@ -144,7 +146,7 @@ def qwen2_5_vl():
         },
         text_config=text_of(
             tokenizer,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": MROPE},
         ),
         tie_word_embeddings=False, **qwen_ids(tokenizer),
     )  # fmt: skip
@@ -163,9 +165,9 @@ def qwen3_vl():
             "patch_size": 14, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
         },
         text_config=text_of(
-            tokenizer, head_dim=16,
+            tokenizer, head_dim=HEAD,
             rope_parameters={
-                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3],
+                "rope_type": "default", "rope_theta": 1e4, "mrope_section": MROPE,
                 "mrope_interleaved": True,
             },
         ),

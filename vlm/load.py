@@ -86,6 +86,18 @@ def family_type(name: str) -> Any:
         return FAMILIES[_config(view).model_type]
 
 
+def stored_dtype(name: str) -> str:
+    """Return the type of a checkpoint's weights from its configuration alone.
+
+    Raises:
+        InputError: if there is no such checkpoint, or its family is unsupported.
+    """
+    with naming(f"cannot load model {name!r}"):
+        view = view_of(locate(name, EMBEDDED, weights=False), weights=False)
+        kind = str(_config(view).dtype).removeprefix("torch.")
+        return kind if kind in DTYPES else "float32"
+
+
 def device_of(name: str) -> Any:
     """Return the device of a name.
 

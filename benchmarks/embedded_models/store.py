@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from vlm_prune.vlm.common.files import whole
+from vlm_prune.vlm.serving.export import rename_weights
 
 
 def save_checkpoint(
@@ -17,7 +18,7 @@ def save_checkpoint(
     """Write model and processor beside `folder`, then rename; other files in it are kept.
 
     Tensors are stored as fp16 while the configuration says float32, so that the model loads
-    ready for a CPU.
+    ready for a CPU. Their names are those that vLLM reads too.
     """
     fresh = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -25,6 +26,7 @@ def save_checkpoint(
     processor.save_pretrained(fresh)
     weights = load_file(fresh / "model.safetensors")
     save_file(_half(weights), fresh / "model.safetensors", {"format": "pt"})
+    rename_weights(fresh)
     if folder.is_dir():
         for kept in folder.iterdir():
             if not (fresh / kept.name).exists():

@@ -1,0 +1,1 @@
+"""Pruning inside vLLM; nothing here imports vLLM before it is needed."""

@@ -1,0 +1,73 @@
+"""LLaVA-1.5 in vLLM: a CLIP or SigLIP tower that ends at the layer whose output is projected."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.models import llava
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from vlm_prune.vlm.families.base import seed_of
+from vlm_prune.vlm.serving.model import PrunedModel
+from vlm_prune.vlm.serving.processing import PrunedProcessor
+from vlm_prune.vlm.serving.selection import Image, all_heads, two_layers, watching
+from vlm_prune.vlm.tokens import Projector
+
+
+class PrunedLlavaProcessor(PrunedProcessor, llava.LlavaMultiModalProcessor):
+    """Placeholders of LLaVA's images."""
+
+
+class ClipTower(PrunedModel):
+    """What LLaVA and LLaVA-NeXT share: `vision_tower` and `multi_modal_projector`."""
+
+    vision_tower: Any
+    multi_modal_projector: Any
+
+    @property
+    def attention(self) -> Any:
+        """Of the tower layer whose output is projected."""
+        return self.vision_tower.vision_model.encoder.layers[-1].self_attn
+
+    @property
+    def has_cls(self) -> bool:
+        return bool(self.config.vision_feature_select_strategy == "default")
+
+    @cached_property
+    def projection(self) -> Projector:
+        module = self.multi_modal_projector
+        return two_layers(module.linear_1, module.act, module.linear_2)
+
+    def query_key(self, *tower: Tensor) -> tuple[Tensor, Tensor]:
+        attention, (normed,) = self.attention, tower
+        joint, _ = attention.qkv_proj(normed)
+        query, key, _ = joint.unflatten(-1, (3, -1, attention.head_dim)).unbind(2)
+        splits = attention.tp_size
+        return all_heads(query.transpose(1, 2), splits), all_heads(key.transpose(1, 2), splits)
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    PrunedLlavaProcessor,
+    info=llava.LlavaProcessingInfo,
+    dummy_inputs=llava.LlavaDummyInputsBuilder,
+)
+class PrunedLlava(ClipTower, llava.LlavaForConditionalGeneration):
+    """LLaVA-1.5 whose images are their kept tokens."""
+
+    def _process_image_input(self, image_input: Any) -> Tensor | Sequence[Tensor]:
+        if image_input["type"] == "image_embeds":
+            rows: Tensor = super()._process_image_input(image_input)
+            return rows
+        pixels = image_input["pixel_values"]
+        with watching(self.attention, self.multi_modal_projector.linear_1) as seen:
+            projected = super()._process_image_input(image_input)
+        side = round(projected.shape[1] ** 0.5)
+        images = [
+            Image(features, own, ((side, side),), seed_of(picture), (normed[None],), len(own))
+            for features, own, picture, normed in zip(
+                seen.features, projected, pixels, seen.normed, strict=True
+            )
+        ]
+        return torch.stack([features for _, features in self.reduced(images, self.has_cls)])

@@ -1,0 +1,36 @@
+"""What the pruned classes of all families share."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from vlm_prune.vlm.serving.selection import Image, choose
+from vlm_prune.vlm.serving.settings import KEY, Settings
+from vlm_prune.vlm.tokens import Projector
+
+
+class PrunedModel:
+    """Mixed in before a class of vLLM, which calls `reduced` on what its tower has seen."""
+
+    config: Any
+
+    @cached_property
+    def pruner(self) -> Any:
+        return Settings(**getattr(self.config, KEY)).pruner()
+
+    def reduced(
+        self, images: Sequence[Image], has_cls: bool, pool: Any = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Token indices and features of what is kept of each image."""
+        return choose(self.pruner, images, self.projection, self.query_key, has_cls, pool)
+
+    @property
+    def projection(self) -> Projector:
+        """The projector's two layers."""
+        raise NotImplementedError
+
+    def query_key(self, *tower: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys (M T, H, S, d) from `Image.tower`."""
+        raise NotImplementedError

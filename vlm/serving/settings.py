@@ -1,0 +1,153 @@
+"""What a server keeps of each image: one object that vLLM hands to all of its processes."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+import torch
+
+from vlm_prune.pruning.base import VisionPruner
+from vlm_prune.pruning.registry import build
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.registry import unknown
+from vlm_prune.vlm.tokens import Projector, VisionTokens
+
+KEY = "vlm_prune"
+ENVIRONMENT = "VLM_PRUNE"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A pruning method and its hyperparameters, the same for every request of a server.
+
+    Args:
+        method: registered name; `none` serves the unpruned model.
+        budget: image tokens kept per image, or a fraction of them in (0, 1].
+        seed: for methods that draw random numbers.
+        arguments: further hyperparameters of the method.
+    """
+
+    method: str
+    budget: int | float = 64
+    seed: int = 0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, values: Any) -> Self:
+        """The settings that a mapping holds, as it comes from JSON.
+
+        Raises:
+            InputError: if a key is unknown, the method is, or it cannot run in vLLM.
+        """
+        if not isinstance(values, Mapping) or "method" not in values:
+            raise InputError(f'{KEY} is {values!r}; give {{"method": "zoo", "budget": 64}}')
+        known = list(cls.__dataclass_fields__)
+        for key in values:
+            if key not in known:
+                raise InputError(unknown(f"{KEY} setting", str(key), known))
+        settings = cls(**values)
+        if not isinstance(settings.arguments, Mapping):
+            raise InputError(f"{KEY} arguments {settings.arguments!r} are no mapping")
+        check(settings.method, settings.pruner())
+        return settings
+
+    @classmethod
+    def find(cls, additional_config: Any) -> Self | None:
+        """The settings in vLLM's `additional_config`, else in the environment's `VLM_PRUNE`.
+
+        Raises:
+            InputError: as for `read`.
+        """
+        if isinstance(additional_config, Mapping) and additional_config.get(KEY) is not None:
+            return cls.read(additional_config[KEY])
+        text = os.environ.get(ENVIRONMENT, "")
+        if not text:
+            return None
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError:
+            raise InputError(f"{ENVIRONMENT}={text!r} is no JSON") from None
+        return cls.read(values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as JSON can hold them."""
+        return asdict(self) | {"arguments": dict(self.arguments)}
+
+    @property
+    def identity(self) -> str:
+        """Text that is equal for two settings only if they keep the same tokens of every image."""
+        return json.dumps(self.as_dict(), sort_keys=True)
+
+    def pruner(self) -> Any:
+        """The method, built."""
+        return build(self.method, budget=self.budget, seed=self.seed, **self.arguments)
+
+
+def check(name: str, pruner: Any) -> None:
+    """Raises `InputError` unless the method needs nothing but the vision tower and the projector."""
+    kind = type(pruner)
+    if not isinstance(pruner, VisionPruner) or kind.__call__ is not VisionPruner.__call__:
+        raise InputError(
+            f"{name} acts inside the language model, which vLLM runs itself; "
+            "give a method that chooses tokens before it, such as zoo or divprune"
+        )
+    if pruner.stage == "input":
+        raise InputError(
+            f"{name} changes the image before the vision tower; send vLLM smaller images instead"
+        )
+    if reads_question(pruner):
+        raise InputError(
+            f"{name} reads the question, which vLLM does not show to the vision tower; "
+            "choose tokens with vlm_prune.vlm.serving.image_embeds and send those"
+        )
+
+
+def reads_question(pruner: VisionPruner) -> bool:
+    """Whether the method looks at the question when it chooses tokens."""
+    seen = []
+
+    def question() -> tuple[torch.Tensor, ...]:
+        seen.append(True)
+        return (features[0],)
+
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 16, 4, generator=generator)
+    heads = torch.randn(1, 2, 17, 4, generator=generator)
+    projector = Projector(torch.eye(4), None, torch.tanh, torch.eye(4), None)
+    probe = VisionTokens(
+        features=features,
+        projected=projector(features),
+        grids=((4, 4),),
+        seeds=(0,),
+        projector=projector,
+        query_key=lambda: (heads, heads),
+        question=question,
+        has_cls=True,
+    )
+    pruner.reduce(probe)
+    return bool(seen)
+
+
+def kept_tokens(pruner: VisionPruner, tokens: int, placeholders: int | None = None) -> int:
+    """How many placeholders of an image the method keeps, from its size alone.
+
+    Args:
+        pruner: the method.
+        tokens: tokens of the image that the method sees.
+        placeholders: all of the image's, newlines included; as many unless given.
+    """
+    available = tokens if placeholders is None else placeholders
+    nothing = torch.empty(1, tokens, 0, device="meta")
+    image = VisionTokens(
+        features=nothing,
+        projected=nothing,
+        grids=((1, tokens),),
+        seeds=(0,),
+        projector=lambda features: features,
+        query_key=lambda: (nothing, nothing),
+        available=available,
+    )
+    count = pruner.count(image)
+    return available if count == tokens else count
