@@ -58,8 +58,11 @@ def test_settings_that_keep_other_tokens_have_another_identity():
         ({"method": "zo"}, "did you mean 'zoo'"),
         ({"method": "zoo", "buget": 8}, "did you mean 'budget'"),
         ({"method": "zoo", "budget": 0}, "out of range"),
-        ({"method": "zoo", "budget": "64"}, "budget"),
-        ({"method": "zoo", "arguments": [1]}, "no mapping"),
+        ({"method": "zoo", "budget": "64"}, "budget cannot be '64'"),
+        ({"method": "zoo", "seed": 0.5}, "seed cannot be 0.5"),
+        ({"method": "zoo", "arguments": {"step": 0}}, "step above 0"),
+        ({"method": "zoo", "arguments": {"stride": 2}}, "stride"),
+        ({"method": "zoo", "arguments": [1]}, "arguments cannot be"),
         ({"method": "fastv"}, "inside the language model"),
         ({"method": "cdpruner"}, "image_embeds"),
         ({"method": "downsample"}, "smaller images"),
@@ -90,7 +93,7 @@ def test_the_number_of_kept_tokens_is_known_from_the_size_alone(budget, newlines
         features, features, ((5, 5),), (0,), lambda f: f, lambda: (features, features),
         available=tokens + newlines,
     )  # fmt: skip
-    kept = len(pruner.reduce(image).places[0])
+    kept = len(pruner.reduce(image).indices[0])
     # all tokens bring the newlines with them
     expected = tokens + newlines if kept == tokens else kept
     assert kept_tokens(pruner, tokens, tokens + newlines) == expected

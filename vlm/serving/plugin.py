@@ -127,9 +127,10 @@ def check_model(config: Any, settings: Any) -> None:
         vision = config.vision_config
         check_fits(settings.budget, (vision.image_size // vision.patch_size) ** 2)
     whole = "original" if family.mrope else "contiguous"
-    if pruner.positions not in ("auto", whole):
+    positions = pruner.positions_on(family)
+    if positions not in ("auto", whole):
         raise InputError(
-            f"positions {pruner.positions!r} cannot be had: vLLM numbers the kept tokens of "
+            f"positions {positions!r} cannot be had: vLLM numbers the kept tokens of "
             f"{config.model_type} models as {whole!r}"
         )
     if not isinstance(getattr(config, "vision_feature_layer", -1), int):

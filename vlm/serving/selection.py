@@ -127,7 +127,7 @@ def choose(
         )
         reduced = pruner.reduce(tokens)
         expected = kept_tokens(pruner, tokens.projected.shape[1], first.placeholders)
-        for index, places, features in zip(members, reduced.places, reduced.features, strict=True):
+        for index, places, features in zip(members, reduced.indices, reduced.features, strict=True):
             if expected < first.placeholders and len(places) != expected:
                 raise InputError(
                     f"{type(pruner).__name__} kept {len(places)} tokens where its budget means "

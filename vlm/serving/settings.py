@@ -43,13 +43,15 @@ class Settings:
         """
         if not isinstance(values, Mapping) or "method" not in values:
             raise InputError(f'{KEY} is {values!r}; give {{"method": "zoo", "budget": 64}}')
-        known = list(cls.__dataclass_fields__)
-        for key in values:
+        known: dict[str, Any] = {
+            "method": str, "budget": int | float, "seed": int, "arguments": Mapping
+        }  # fmt: skip
+        for key, value in values.items():
             if key not in known:
-                raise InputError(unknown(f"{KEY} setting", str(key), known))
+                raise InputError(unknown(f"{KEY} setting", str(key), list(known)))
+            if not isinstance(value, known[key]) or isinstance(value, bool):
+                raise InputError(f"{KEY} {key} cannot be {value!r}")
         settings = cls(**values)
-        if not isinstance(settings.arguments, Mapping):
-            raise InputError(f"{KEY} arguments {settings.arguments!r} are no mapping")
         check(settings.method, settings.pruner())
         return settings
 
@@ -81,21 +83,27 @@ class Settings:
         return json.dumps(self.as_dict(), sort_keys=True)
 
     def pruner(self) -> Any:
-        """The method, built."""
-        return build(self.method, budget=self.budget, seed=self.seed, **self.arguments)
+        """The method, built.
+
+        Raises:
+            InputError: if it is unknown, or its hyperparameters are.
+        """
+        try:
+            return build(self.method, budget=self.budget, seed=self.seed, **self.arguments)
+        except TypeError as error:
+            raise InputError(f"{self.method}: {error}") from None
 
 
 def check(name: str, pruner: Any) -> None:
     """Raises `InputError` unless the method needs nothing but the vision tower and the projector."""
-    kind = type(pruner)
-    if not isinstance(pruner, VisionPruner) or kind.__call__ is not VisionPruner.__call__:
-        raise InputError(
-            f"{name} acts inside the language model, which vLLM runs itself; "
-            "give a method that chooses tokens before it, such as zoo or divprune"
-        )
     if pruner.stage == "input":
         raise InputError(
             f"{name} changes the image before the vision tower; send vLLM smaller images instead"
+        )
+    if not isinstance(pruner, VisionPruner) or type(pruner).__call__ is not VisionPruner.__call__:
+        raise InputError(
+            f"{name} acts inside the language model, which vLLM runs itself; "
+            "give a method that chooses tokens before it, such as zoo or divprune"
         )
     if reads_question(pruner):
         raise InputError(
