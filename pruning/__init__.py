@@ -1,6 +1,7 @@
 """Vision-token pruners, one paper per file; registering a method here is enough to test it."""
 
 from vlm_prune.pruning.adaptinfer import AdaptInfer
+from vlm_prune.pruning.apet import Apet, ApetInside
 from vlm_prune.pruning.base import (
     DecoderPruner,
     DecoderScorePruner,
@@ -10,16 +11,19 @@ from vlm_prune.pruning.base import (
 )
 from vlm_prune.pruning.best import Best
 from vlm_prune.pruning.cdpruner import CDPruner
+from vlm_prune.pruning.coin import CoIn
 from vlm_prune.pruning.compose import Cascade, Merge, merging
 from vlm_prune.pruning.dart import Dart
 from vlm_prune.pruning.divprune import DivPrune
 from vlm_prune.pruning.downsample import Downsample
 from vlm_prune.pruning.fastv import FastV
 from vlm_prune.pruning.fopru import FoPru
+from vlm_prune.pruning.mmtok import MMTok
 from vlm_prune.pruning.none import NoPruning
 from vlm_prune.pruning.pool import Pool
 from vlm_prune.pruning.pyramiddrop import PyramidDrop
 from vlm_prune.pruning.random import Random
+from vlm_prune.pruning.scope import Scope
 from vlm_prune.pruning.sparsevlm import SparseVLM
 from vlm_prune.pruning.visionzip import VisionZip
 from vlm_prune.pruning.vispruner import VisPruner
@@ -45,6 +49,10 @@ METHODS: Registry[type[Pruner]] = Registry(
         "vispruner": VisPruner,
         "divprune": DivPrune,
         "cdpruner": CDPruner,
+        "mmtok": MMTok,
+        "scope": Scope,
+        "apet": Apet,
+        "coin": CoIn,
         "cascade": Cascade,
         "merge": Merge,
         "best": Best,
@@ -54,9 +62,12 @@ METHODS: Registry[type[Pruner]] = Registry(
 __all__ = [
     "METHODS",
     "AdaptInfer",
+    "Apet",
+    "ApetInside",
     "Best",
     "CDPruner",
     "Cascade",
+    "CoIn",
     "Dart",
     "DecoderPruner",
     "DecoderScorePruner",
@@ -64,12 +75,14 @@ __all__ = [
     "Downsample",
     "FastV",
     "FoPru",
+    "MMTok",
     "Merge",
     "NoPruning",
     "Pool",
     "Pruner",
     "PyramidDrop",
     "Random",
+    "Scope",
     "ScorePruner",
     "SparseVLM",
     "VisPruner",

@@ -130,6 +130,15 @@ class Pruner(ABC):
             "papers": self.papers_count(tokens, layer_tokens),
         }
 
+    @classmethod
+    def at_layer(cls, layer: int) -> "Pruner":
+        """The method as a cut after `layer` of 32 decoder layers: `name@layer`.
+
+        Raises:
+            InputError: if it has no such form.
+        """
+        raise InputError(f"{cls.__name__} cannot cut after a decoder layer; apet@16 can")
+
     def definition(self, tokens: int) -> str:
         """What it stands for on such an image, for a name that stands for another method."""
         return ""
@@ -199,6 +208,12 @@ class DecoderPruner(Pruner):
             self.presets[str(self.preset)]
             if self.schedule is not None:
                 raise InputError("a preset says where to cut and so does a schedule; give one")
+
+    @classmethod
+    def at_layer(cls, layer: int) -> Pruner:
+        if "layer" not in {own.name for own in fields(cls)}:
+            return super().at_layer(layer)
+        return cls(layer=layer)  # type: ignore[call-arg]  # a field of those that have one cut
 
     @abstractmethod
     def pattern(self) -> list[tuple[int, float]]:

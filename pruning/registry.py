@@ -8,6 +8,7 @@ from functools import lru_cache
 from importlib.metadata import entry_points
 from typing import Any
 
+from vlm_prune.pruning.schedule import check_layer, entering
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import Registry
 
@@ -41,7 +42,8 @@ def build(name: str, **hyperparameters: Any) -> Any:
     """A pruner by its registered name, or several joined by `+`.
 
     `a+b` is the cascade of a, before the language model, and b, inside it; `+merge` averages what
-    the method in front of it drops into what that keeps. Hyperparameters are those of the whole;
+    the method in front of it drops into what that keeps. `b@16` is b as one cut after 16 of 32
+    decoder layers; in a cascade it leaves a third of the tokens that enter. Hyperparameters are those of the whole;
     those of a part are named after it, `inside.layer` (parts of a cascade are `pre` and `inside`,
     that of a merge before the language model is `method`).
 
@@ -50,16 +52,31 @@ def build(name: str, **hyperparameters: Any) -> Any:
     """
     table = methods()
     first, *more = name.split("+")
-    if not more and not any("." in key for key in hyperparameters):
+    if first in table and not more and not any("." in key for key in hyperparameters):
         return table[first](**hyperparameters)
-    pruner = table[first]()
+    pruner = _part(table, first)
     for part in more:
-        joined = table[part]
         if part == "merge":
-            pruner = joined.around(pruner)
+            pruner = table[part].around(pruner)
         else:
-            pruner = table["cascade"](pruner, joined())
+            late = {"widening": entering(_layer(part))} if "@" in part else {}
+            pruner = table["cascade"](pruner, _part(table, part), **late)
     return _replaced(pruner, hyperparameters)
+
+
+def _part(table: Registry[Any], name: str) -> Any:
+    method, late, _ = name.partition("@")
+    return table[method].at_layer(_layer(name)) if late else table[method]()
+
+
+def _layer(name: str) -> int:
+    layer = name.partition("@")[2]
+    if not layer.isdecimal():
+        raise InputError(
+            f"{name} names no decoder layer; give how many of 32 have run, as in apet@16"
+        )
+    check_layer(int(layer))
+    return int(layer)
 
 
 def _replaced(pruner: Any, hyperparameters: dict[str, Any]) -> Any:

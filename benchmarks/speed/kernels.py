@@ -15,6 +15,7 @@ from vlm_prune.kernels.attention_received import attention_received
 from vlm_prune.kernels.compact_tokens import compact_tokens
 from vlm_prune.kernels.dispatch import Backend, backend, chosen
 from vlm_prune.kernels.greedy_select import greedy_select
+from vlm_prune.kernels.greedy_select.reference import Rule
 from vlm_prune.kernels.lorra_attention import lorra_attention
 from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
 from vlm_prune.kernels.text_guided_score import text_guided_score
@@ -136,12 +137,16 @@ def cases(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Ca
     similarity = pairwise_cosine(projected, projected)
     scores = random(batch, shape.image).float().sigmoid()
     steps = float(batch * shape.keep * shape.image)
-    for rule in ("diverse", "farthest", "dpp"):
+    floors = {rule: (2 * steps, 4 * steps) for rule in get_args(Rule)}
+    floors["dpp"] = (shape.keep * steps, 4 * steps)
+    # every gain is computed once at least, from all that its token covers
+    floors["coverage"] = (2.0 * similarity.numel(), _bytes(similarity))
+    for rule, (flops, moved) in floors.items():
         yield Case(
             f"greedy_select {rule}",
             lambda rule=rule: (greedy_select(similarity, scores, shape.keep, rule),),  # type: ignore[misc]
-            steps * (shape.keep if rule == "dpp" else 2),
-            4 * steps + _bytes(scores),
+            flops,
+            moved + _bytes(scores),
         )
 
     keep = torch.rand(batch, length, generator=generator).to(device) < shape.keep / shape.image

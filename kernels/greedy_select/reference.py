@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Rule = Literal["diverse", "farthest", "dpp"]
+Rule = Literal["diverse", "farthest", "dpp", "coverage"]
 SPENT = 10
 
 
@@ -16,13 +16,17 @@ def greedy_select(
     images = torch.arange(len(scores), device=scores.device)
     chosen = torch.full((len(scores), k), -1, device=scores.device)
     nearest = torch.full_like(scores, -torch.inf)
-    residual = scores.square() * similarity.diagonal(dim1=1, dim2=2)
-    spent = SPENT * torch.finfo(scores.dtype).eps * residual.amax(1, keepdim=True)
-    factor = residual.new_empty(len(scores), k if rule == "dpp" else 0, scores.shape[1])
+    covered = similarity.new_zeros(len(scores), similarity.shape[2])
+    if rule == "dpp":
+        residual = scores.square() * similarity.diagonal(dim1=1, dim2=2)
+        spent = SPENT * torch.finfo(scores.dtype).eps * residual.amax(1, keepdim=True)
+        factor = residual.new_empty(len(scores), k, scores.shape[1])
     for step in range(min(k, scores.shape[1])):
         if rule == "dpp":
             residual = torch.where(residual > spent, residual, 0)
             gain = residual
+        elif rule == "coverage":
+            gain = scores * (similarity - covered[:, None]).clamp_(min=0).sum(-1)
         elif step == 0:
             gain = scores
         else:
@@ -32,7 +36,10 @@ def greedy_select(
         chosen[:, step] = torch.where(free.any(1), pick, -1)
         free[images, pick] = False
         closest = similarity[images, pick]
-        nearest = torch.maximum(nearest, closest)
+        if rule == "coverage":
+            covered = torch.maximum(covered, closest)
+        else:
+            nearest = torch.maximum(nearest, closest)
         if rule == "dpp":
             known = factor[:, :step]
             row = scores[images, pick][:, None] * scores * closest

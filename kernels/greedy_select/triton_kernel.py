@@ -55,6 +55,39 @@ def _select_kernel(
             residual -= part * part
 
 
+@triton.jit
+def _cover_kernel(
+    cover, weights, valid, chosen, by_image, by_row, by_column, k, tokens, things,
+    BLOCK: tl.constexpr, THINGS: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(0).to(tl.int64)
+    cover += image * by_image
+    rows, columns = tl.arange(0, BLOCK), tl.arange(0, THINGS)
+    free = rows < tokens
+    if valid is not None:
+        free = tl.load(valid + image * tokens + rows, mask=free, other=0) != 0
+    # gains only fall while tokens are added, so one computed earlier bounds the present one: the
+    # token with the largest is computed anew until it has the largest although it is up to date
+    gain = tl.where(free, float("inf"), float("-inf"))
+    covered = tl.zeros([THINGS], tl.float32)
+    for step in range(k):
+        current = tl.where(free, 0, 1)
+        best, pick = tl.max(gain, 0, return_indices=True, return_indices_tie_break_left=True)
+        while tl.sum(tl.where(rows == pick, current, 0)) == 0:
+            own = cover + pick * by_row + columns * by_column
+            more = tl.load(own, mask=columns < things, other=0.0) - covered
+            more = tl.sum(tl.maximum(more, 0.0)) * tl.load(weights + image * tokens + pick)
+            gain = tl.where(rows == pick, more, gain)
+            current = tl.where(rows == pick, 1, current)
+            best, pick = tl.max(gain, 0, return_indices=True, return_indices_tie_break_left=True)
+        tl.store(chosen + image * k + step, tl.where(best > float("-inf"), pick, -1))
+        free = free & (rows != pick)
+        gain = tl.where(free, gain, float("-inf"))
+        own = cover + pick * by_row + columns * by_column
+        own = tl.load(own, mask=columns < things, other=0.0)
+        covered = tl.maximum(covered, own)
+
+
 def greedy_select(
     similarity: Tensor, scores: Tensor, k: int, rule: Rule, valid: Tensor | None = None
 ) -> Tensor:
@@ -63,6 +96,13 @@ def greedy_select(
     if chosen.numel() == 0 or tokens == 0:
         return chosen.fill_(-1)
     free = None if valid is None else valid.contiguous().view(torch.int8)
+    if rule == "coverage":
+        things = similarity.shape[2]
+        _cover_kernel[(images,)](
+            similarity, scores.contiguous(), free, chosen, *similarity.stride(), k, tokens, things,
+            BLOCK=triton.next_power_of_2(tokens), THINGS=triton.next_power_of_2(things),
+        )  # fmt: skip
+        return chosen
     factor = None
     if rule == "dpp":
         factor = torch.empty(images, k, tokens, device=scores.device)

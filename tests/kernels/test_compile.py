@@ -60,7 +60,7 @@ with backend("triton"):
     closed_form(x, w1, w1[:, 0], gelu, weight_kernel(w1, w2))
     pairwise_cosine(x, x)
     compact_tokens(key_at >= 5, key[:, 0], key_at, key_at >= 3)
-    for rule in ("diverse", "farthest", "dpp"):
+    for rule in ("diverse", "farthest", "dpp", "coverage"):
         greedy_select(torch.ones(1, 70, 70), torch.ones(1, 70), 9, rule)
 print(*sorted(compiled))
 """
@@ -80,6 +80,7 @@ def test_every_kernel_compiles(capability, dtype):
     assert set(out.stdout.split()) == {
         "_compact_kernel",
         "_cosine_kernel",
+        "_cover_kernel",
         "_differences_kernel",
         "_forward_kernel",
         "_key_slope_kernel",

@@ -7,7 +7,7 @@ from torch.nn.functional import normalize
 from vlm_prune.kernels.dispatch import backend
 from vlm_prune.kernels.greedy_select import greedy_select
 
-RULES = ["diverse", "farthest", "dpp"]
+RULES = ["diverse", "farthest", "dpp", "coverage"]
 
 
 def similarity_of(features):
@@ -18,19 +18,22 @@ def similarity_of(features):
 def slow(similarity, scores, k, rule, valid):
     """One image, float64, each step from its definition; determinants taken whole."""
     picked = []
-    kernel = scores[:, None] * similarity * scores
+    kernel = scores[:, None] * similarity * scores if rule == "dpp" else None
     while len(picked) < k:
         gains = torch.full_like(scores, -torch.inf)
         for i in range(len(scores)):
             if i in picked or not valid[i]:
                 continue
-            near = similarity[i, picked].max() if picked else None
-            if rule == "dpp":
+            if rule == "coverage":
+                covered = similarity[picked].amax(0) if picked else torch.zeros(())
+                gains[i] = scores[i] * (similarity[i] - covered.clamp(min=0)).clamp(min=0).sum()
+            elif rule == "dpp":
                 both = [*picked, i]
                 gains[i] = torch.linalg.det(kernel[both][:, both])
-            elif near is None:
+            elif not picked:
                 gains[i] = scores[i]
             else:
+                near = similarity[i, picked].max()
                 gains[i] = scores[i] * (1 - near) if rule == "diverse" else -near
         picked.append(int(gains.argmax()))
     return picked
@@ -50,6 +53,22 @@ def test_equals_the_slow_loop(make, device, rule, name, shape):
     for image in range(images):
         inputs = (similarity[image].double().cpu(), scores[image].double().cpu())
         assert chosen[image].tolist() == slow(*inputs, k, rule, valid[image].tolist())
+
+
+@pytest.mark.parametrize("name", ["triton", "reference"])
+@pytest.mark.parametrize("things", [4, 40])
+def test_covering_other_things_than_tokens_equals_the_slow_loop(make, name, things):
+    """Of several images at once, some of which have fewer things: those of zeros add nothing."""
+    cover = make(3, 21, things).sigmoid()
+    cover[1, :, things // 2 :] = 0
+    scores, valid = make(3, 21).sigmoid(), torch.ones(21, dtype=torch.bool)
+    with backend(name):
+        chosen = greedy_select(cover, scores, 7, "coverage")
+        alone = greedy_select(cover[1:2, :, : things // 2], scores[1:2], 7, "coverage")
+    assert chosen[1].tolist() == alone[0].tolist()
+    for image in range(3):
+        inputs = (cover[image].double().cpu(), scores[image].double().cpu())
+        assert chosen[image].tolist() == slow(*inputs, 7, "coverage", valid)
 
 
 @pytest.mark.parametrize("rule", RULES)

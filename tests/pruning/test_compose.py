@@ -121,6 +121,16 @@ def test_names_joined_by_plus():
     assert (method.budget, method.seed, method.entering(576)) == (0.25, 5, 288)
 
 
+def test_a_name_says_after_which_layer_a_method_cuts():
+    assert build("fastv@5", budget=0.5) == FastV(budget=0.5, layer=5)
+    method = build("divprune+dart@8+merge", budget=48, **{"inside.image_pivots": 2})
+    assert (method.inside.layer, method.inside.image_pivots) == (8, 2)
+    assert type(method.inside).__name__ == "DartMerge"
+    # 2 x 48 x 8 layers and a third of it x 24: a mean of 48
+    assert method.entering(576) == 96
+    assert [(cut.layer, cut.keep) for cut in method.cuts(576, 32)] == [(8, 32)]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -129,6 +139,11 @@ def test_names_joined_by_plus():
         ("downsample+adaptinfer", "Downsample does not choose tokens before"),
         ("zoo+divprune", "DivPrune does not act inside"),
         ("best+merge", "Best does not choose tokens before"),
+        ("divprune@16", "DivPrune cannot cut after a decoder layer"),
+        ("divprune+adaptinfer@9", "AdaptInfer cannot cut after a decoder layer"),
+        ("divprune+fastv@", "fastv@ names no decoder layer"),
+        ("apet@32", "layer 32 is out of range"),
+        ("fastv@2+merge@3", "Merge cannot cut"),
     ],
 )
 def test_methods_that_do_not_go_together_are_refused(name, message):
