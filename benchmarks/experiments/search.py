@@ -25,7 +25,7 @@ from vlm_prune.vlm.common.files import write_json, write_text
 from vlm_prune.vlm.families import family_of
 
 WIDENINGS = (1.5, 2.0, 3.0, 4.0)
-MERGED = {"merge", "visionzip"}
+MERGED = {"merge", "visionzip", "apet"}
 NO_PART = {"none", "random", "pool", "downsample", "merge", "zoo"}  # zoo chooses as zoo-exact does
 COMBINED = {"cascade", "merge", "best"}
 VARIATIONS: dict[str, dict[str, tuple[Any, ...]]] = {
