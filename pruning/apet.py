@@ -125,4 +125,5 @@ def approximation_error(tokens: Tensor, basis: Tensor) -> Tensor:
     Shapes: tokens (M, N, d), basis (M, m, d), of any rank -> (M, N).
     """
     coefficients = tokens @ torch.linalg.pinv(basis)
-    return (tokens - coefficients @ basis).norm(dim=-1)
+    error: Tensor = (tokens - coefficients @ basis).norm(dim=-1)
+    return error

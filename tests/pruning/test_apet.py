@@ -34,7 +34,7 @@ def test_compression_equals_the_papers_loop(budget, vision):
     kept = Apet(budget=budget).reduce(vision)
     for image, own in enumerate(vision.features):
         groups = slow(own, budget, 10)
-        assert kept.places[image].tolist() == list(groups)
+        assert kept.indices[image].tolist() == list(groups)
         means = torch.stack([own[sorted(group)].mean(0) for group in groups.values()])
         torch.testing.assert_close(kept.features[image], vision.projector(means))
 
@@ -45,7 +45,7 @@ def test_inside_the_model_hidden_states_are_compressed():
     kept = ApetInside(basis=4).reduce(tokens, 9)
     for image, own in enumerate(tokens.features):
         groups = slow(own, 9, 4)
-        assert kept.places[image].tolist() == list(groups)
+        assert kept.indices[image].tolist() == list(groups)
         means = torch.stack([own[sorted(group)].mean(0) for group in groups.values()])
         torch.testing.assert_close(kept.features[image], means)
 

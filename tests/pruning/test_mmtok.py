@@ -39,10 +39,10 @@ def test_selection_equals_the_papers_loop(vision):
     pruner = MMTok(budget=8, text_temperature=0.1)
     kept = pruner.reduce(replace(vision, question=lambda: questions))
     for image, question in enumerate(questions):
-        assert kept.places[image].tolist() == slow(vision, image, question, pruner, 8)
+        assert kept.indices[image].tolist() == slow(vision, image, question, pruner, 8)
     alone = pruner.reduce(vision)
-    assert alone.places[0].tolist() == slow(vision, 0, questions[0][:0], pruner, 8)
-    assert kept.places[0].tolist() != alone.places[0].tolist()
+    assert alone.indices[0].tolist() == slow(vision, 0, questions[0][:0], pruner, 8)
+    assert kept.indices[0].tolist() != alone.indices[0].tolist()
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def test_selection_equals_the_papers_loop(alpha, vision):
             ]
             picked.append(max(range(len(gains)), key=gains.__getitem__))
             covered = torch.maximum(covered, similarity[:, picked[-1]])
-        assert kept.places[image].tolist() == sorted(picked)
+        assert kept.indices[image].tolist() == sorted(picked)
 
 
 def test_a_negative_power_is_refused():
