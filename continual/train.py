@@ -30,7 +30,8 @@ from vlm_prune.continual.parallel import average_gradients, gather, place
 from vlm_prune.continual.results import Results, read_results
 from vlm_prune.continual.streams.base import Task
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.files import claim, write_folder, write_json
+from vlm_prune.vlm.common.files import write_folder, write_json
+from vlm_prune.vlm.common.folder import check_settings, record_settings
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class _Trainer:
             "weights": clip.fingerprint(),
             "tasks": [facts(task) for task in tasks],
         }
-        claim(self.output / "run.json", ours, self.main)
+        (record_settings if self.main else check_settings)(self.output / "run.json", ours)
         path = self.output / "results.json"
         empty: dict[str, Any] = {"zero_shot": None}
         empty |= {key: [] for key in ("matrix", "trainable", "added", "norms", "drift")}

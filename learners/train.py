@@ -26,7 +26,8 @@ from vlm_prune.learners.model import attach, detach
 from vlm_prune.learners.recipe import METHODS, Group, Recipe, make_optimizer, open_parameters
 from vlm_prune.learners.store import load_adapter_state, read_adapter, save_pretrained
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.files import claim, write_json, write_text
+from vlm_prune.vlm.common.files import write_json, write_text
+from vlm_prune.vlm.common.folder import record_settings
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.load import load
 
@@ -244,7 +245,7 @@ def _claim(run: Run) -> None:
     ours = {name: value for name, value in asdict(run).items() if name not in free}
     path = run.output / "run.json"
     if (run.output / "log.jsonl").is_file():
-        claim(path, ours)
+        record_settings(path, ours)
     else:  # nothing is trained yet; the file may be of a start that was refused
         run.output.mkdir(parents=True, exist_ok=True)
         write_json(path, ours)

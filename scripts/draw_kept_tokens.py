@@ -1,50 +1,9 @@
-"""Draw which tokens each method keeps: `python scripts/draw_kept_tokens.py OUT.png [BUDGET]`."""
+"""Draw which tokens each method keeps: `vlm-prune draw-kept-tokens OUT.png [BUDGET]`.
 
-import argparse
-from pathlib import Path
+python scripts/draw_kept_tokens.py OUT.png 64
+"""
 
-import torch
-from PIL import Image, ImageDraw, ImageFont
-
-from vlm_prune.benchmarks.report.overlay import kept_overlay
-from vlm_prune.benchmarks.tasks import TASKS
-from vlm_prune.benchmarks.tasks.scenes import GRID, SIDE
-from vlm_prune.pruning import METHODS
-from vlm_prune.vlm.load import load
-
-SHOWN = ("random", "fopru", "adaptinfer", "zoo", "zoo-exact")
-LABEL = 24
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("budget", type=int, nargs="?", default=64)
-    arguments = parser.parse_args()
-    model, processor = load()
-    samples = [TASKS["attribute"].sample(index) for index in (1, 4)]
-    sheet = Image.new("RGB", (SIDE * (1 + len(SHOWN)), (SIDE + LABEL) * len(samples)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
-    for row, sample in enumerate(samples):
-        top = row * (SIDE + LABEL)
-        prompt = processor.apply_chat_template(sample.messages(), add_generation_prompt=True)
-        inputs = processor(text=[prompt], images=list(sample.images), return_tensors="pt")
-        sheet.paste(sample.images[0], (0, top + LABEL))
-        draw.text((4, top + 2), sample.turns[-1].text, "black", font)
-        for column, name in enumerate(SHOWN, 1):
-            pruner = METHODS[name](budget=arguments.budget)
-            with pruner(model) as trace, torch.inference_mode():
-                output = model.generate(**inputs)
-            # methods that cut several times: what the first cut keeps
-            kept = trace.cuts[0][0] if trace.cuts else trace.kept[0]
-            overlay = kept_overlay(sample.images[0], kept, (GRID, GRID))
-            sheet.paste(overlay, (column * SIDE, top + LABEL))
-            reply = processor.decode(
-                output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-            )
-            draw.text((column * SIDE + 4, top + 2), f"{name}: {reply.strip()}", "black", font)
-    sheet.resize((sheet.width // 2, sheet.height // 2)).quantize(96).save(arguments.out)
-
+from vlm_prune.benchmarks.cli.app import run_script
 
 if __name__ == "__main__":
-    main()
+    run_script("draw-kept-tokens")

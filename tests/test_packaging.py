@@ -54,7 +54,7 @@ def test_imports_go_one_way():
 
 
 def test_the_command_line_starts_without_torch():
-    code = "import sys, vlm_prune.benchmarks.cli.app; print('torch' in sys.modules)"
+    code = "import sys, vlm_prune.benchmarks.cli.commands; print('torch' in sys.modules)"
     out = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd="/"
     )

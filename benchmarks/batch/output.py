@@ -8,11 +8,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import parquet
+from numpy.typing import NDArray
+from pyarrow import compute, parquet
 
-from vlm_prune.benchmarks.evaluation.store import check_same, claim
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.files import whole
+from vlm_prune.vlm.common.files import check_output, whole
+from vlm_prune.vlm.common.folder import (
+    OutputFolder,
+    check_settings,
+    compare_settings,
+    record_settings,
+)
+from vlm_prune.vlm.common.records import decoded
 
 ANSWERS = pa.schema(
     [
@@ -23,6 +30,8 @@ ANSWERS = pa.schema(
         ("kept_tokens", pa.int32()),
     ]
 )
+IMAGES = pa.schema([("row", pa.int64()), ("path", pa.string()), ("prompt", pa.string())])
+ROWS = pa.schema([("row", pa.int64())])
 CONFIG = b"vlm_prune.map"
 
 
@@ -32,17 +41,16 @@ def finished(output: Path, config: dict[str, Any]) -> bool:
     Raises:
         InputError: if it is something else.
     """
+    check_output(output)
     if not output.exists():
         return False
-    if output.is_dir():
-        raise InputError(f"{output} is a folder; give a file such as {output / 'out.parquet'}")
+    advice = "give another --output or remove it"
     try:
-        found = json.loads((parquet.read_schema(output).metadata or {})[CONFIG])
-    except (KeyError, ValueError, pa.ArrowException):
-        raise InputError(
-            f"{output} is there and no table of map; give another --output or remove it"
-        ) from None
-    check_same(output, found, config)
+        noted = (parquet.read_schema(output).metadata or {})[CONFIG]
+    except (KeyError, pa.ArrowException):
+        raise InputError(f"{output} is there and no table of map; {advice}") from None
+    found = decoded(noted, dict[str, Any], f"the configuration in {output}", advice)
+    compare_settings(output, found, config)
     return True
 
 
@@ -60,16 +68,26 @@ class Parts:
 
     def __init__(self, output: Path, config: dict[str, Any], find: Callable[[], pa.Table]) -> None:
         self.output, self.config, self.folder = output, config, parts_of(output)
-        listed = self.folder / "images.parquet"
-        found = None if listed.is_file() else find()
-        self.lock = claim(self.folder, config, "*.parquet")
+        self.lock = OutputFolder(self.folder)
+        try:
+            self._open(find)
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _open(self, find: Callable[[], pa.Table]) -> None:
+        listed, settings = self.folder / "images.parquet", self.folder / "config.json"
+        if not check_settings(settings, self.config) and self._files():
+            raise InputError(f"{self.folder} holds answers without config.json; remove it")
         if not listed.is_file():
+            found = find()
             with whole(listed) as partial:
                 parquet.write_table(found, partial)
-        self.images = _read(listed, ["row", "path", "prompt"])
+        record_settings(settings, self.config)
+        self.images = _read(listed, IMAGES)
         self.done = np.zeros(len(self.images), bool)
         for part in self._files():
-            self.done[_read(part, ["row"])["row"].to_numpy()] = True
+            self.done[_rows_of(part, len(self.images))] = True
 
     @property
     def log(self) -> Path:
@@ -95,7 +113,7 @@ class Parts:
 
     def join(self) -> None:
         """Write the output whole, then remove the parts."""
-        answers = pa.concat_tables([_read(part, ANSWERS.names) for part in self._files()])
+        answers = pa.concat_tables([_read(part, ANSWERS) for part in self._files()])
         answers = answers.sort_by("row")
         if answers["row"].to_numpy().tolist() != list(range(len(self.images))):
             raise InputError(f"{self.folder} is damaged; remove it")
@@ -112,6 +130,10 @@ class Parts:
         shutil.rmtree(self.folder)
         self.lock.release()
 
+    def release(self) -> None:
+        """Let another run go on."""
+        self.lock.release()
+
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("part-*.parquet"))
 
@@ -121,8 +143,18 @@ def parts_of(output: Path) -> Path:
     return output.with_name(output.name + ".parts")
 
 
-def _read(path: Path, columns: list[str]) -> pa.Table:
+def _rows_of(part: Path, images: int) -> NDArray[np.int64]:
+    """The rows that a part answers, of so many images."""
+    rows = _read(part, ROWS)["row"]
+    ends = compute.min_max(rows).as_py()
+    if len(rows) and (rows.null_count or ends["min"] < 0 or ends["max"] >= images):
+        raise InputError(f"{part} is damaged; remove {part.parent}")
+    found: NDArray[np.int64] = rows.to_numpy()
+    return found
+
+
+def _read(path: Path, schema: pa.Schema) -> pa.Table:
     try:
-        return parquet.read_table(path, columns=columns).select(columns)
+        return parquet.read_table(path, columns=schema.names).select(schema.names).cast(schema)
     except (pa.ArrowException, KeyError) as error:
         raise InputError(f"{path} is damaged; remove {path.parent}") from error

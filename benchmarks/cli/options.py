@@ -18,6 +18,9 @@ Model = Annotated[
     ),
 ]
 Method = Annotated[str, typer.Option(help="See 'vlm-prune methods'; two joined by + cascade.")]
+OneBudget = Annotated[str, typer.Option(help="Tokens per image, or a fraction.")]
+Budgets = Annotated[str, typer.Option(help="Budgets, comma-separated.")]
+MethodArgs = Annotated[str, typer.Option(help="Hyperparameters, name=value,...")]
 Tasks = Annotated[
     str,
     typer.Option(help="Names, comma-separated, lmms-eval's included, or 'visual' or 'all'."),
@@ -78,6 +81,7 @@ def parse_arguments(text: str) -> dict[str, Any]:
 
 
 def parse_tasks(text: str) -> tuple[str, ...]:
+    """Names of tasks, comma-separated, or those of a group; raises `InputError` for unknown ones."""
     from vlm_prune.benchmarks.lmms_eval import check_tasks
     from vlm_prune.benchmarks.tasks import TASKS, VISUAL
 

@@ -1,19 +1,36 @@
 """What a command shows on the terminal while it works."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from vlm_prune.vlm.common.errors import InputError
+if TYPE_CHECKING:
+    from rich.console import Console
+
+WIDE = 160
+
+
+def console(stderr: bool = False) -> "Console":
+    """A terminal that shows texts as they are: brackets and colons in data are no markup.
+
+    Where there is none, lines are wide, so that no column is cut.
+    """
+    from rich.console import Console
+
+    plain = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    if plain.is_terminal:
+        return plain
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, width=WIDE)
 
 
 @contextmanager
 def progress(total: int, what: str = "questions") -> Iterator[Callable[[float], None]]:
     """A progress bar over questions; gives what to call with the number done."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True) as bar:
+    text = TextColumn("{task.description}", markup=False)
+    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, transient=True, console=console()) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.advance(task, done)
 
@@ -24,12 +41,3 @@ def quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def script(run: Callable[[], object]) -> None:
-    """Run a script's command; wrong input is one line and exit code 2."""
-    try:
-        run()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None

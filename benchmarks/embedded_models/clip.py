@@ -24,7 +24,8 @@ from vlm_prune.continual import checkpoint
 from vlm_prune.continual.clip import extra
 from vlm_prune.continual.streams.packaged import DOMAINS, PER_CLASS, Drawn
 from vlm_prune.continual.tiny.config import WEIGHTS, write_folder
-from vlm_prune.vlm.common.files import claim, whole
+from vlm_prune.vlm.common.files import whole
+from vlm_prune.vlm.common.folder import record_settings
 
 logger = logging.getLogger(__name__)
 STATE = "state.safetensors"
@@ -87,7 +88,7 @@ class Pretraining:
 
     def __init__(self, folder: Path, recipe: Recipe, data: Pairs | None = None) -> None:
         self.folder, self.recipe = folder, recipe
-        claim(folder / "recipe.json", asdict(recipe))
+        record_settings(folder / "recipe.json", asdict(recipe))
         self.data = pairs(recipe.per_class) if data is None else data
         write_folder(folder, corpus(), recipe.width, recipe.layers)
         torch.manual_seed(recipe.seed)

@@ -4,7 +4,7 @@ Each stage leaves a file in the working folder and is skipped when that file is 
 that was stopped goes on where it was.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -56,7 +56,7 @@ class Source(Protocol):
 
     def windows(self, batch: int, side: int, written: bool) -> Iterator[PatchBatch]: ...
     def whole(self, batch: int, part: int) -> Iterator[PatchBatch]: ...
-    def examples(self, number: int, things: int | None) -> list[Example]: ...
+    def examples(self, number: int, things: int | None) -> Sequence[Example]: ...
     def text(self, questions: int, seed: int) -> Row: ...
     def prose(self, questions: int, seed: int) -> Row: ...
 
@@ -229,8 +229,9 @@ class Trainer:
 
     def _draw(self) -> None:
         if not self.many:
-            self.many = self.source.examples(self.recipe.scenes, None)
-            self.few = [self.source.examples(self.recipe.scenes // 8, n) for n in (2, 3, 4)]
+            self.many = list(self.source.examples(self.recipe.scenes, None))
+            few = self.recipe.scenes // 8
+            self.few = [list(self.source.examples(few, n)) for n in (2, 3, 4)]
 
     @torch.no_grad()
     def _encoded(self, scenes: Iterable[int]) -> list[Tensor]:

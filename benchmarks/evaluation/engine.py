@@ -9,11 +9,9 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from filelock import FileLock
 from numpy.typing import NDArray
 
 from vlm_prune.benchmarks.evaluation.prompts import Prompts, make_prompts
-from vlm_prune.benchmarks.evaluation.store import claim
 from vlm_prune.benchmarks.evaluation.summarize import summarise
 from vlm_prune.benchmarks.evaluation.timing import Phases, timed_generate
 from vlm_prune.benchmarks.tasks import TASKS, Sample
@@ -23,6 +21,7 @@ from vlm_prune.pruning.registry import build
 from vlm_prune.pruning.schedule import Schedule
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import write_json
+from vlm_prune.vlm.common.folder import OutputFolder, check_settings, record_settings
 from vlm_prune.vlm.trace import Trace
 
 MAX_NEW_TOKENS = 16
@@ -92,29 +91,39 @@ class RunFolder:
     """`config.json`, one row per question in `samples.jsonl`, `results.json` at the end.
 
     One run writes to a folder at a time; of several processes of a run it is the first. A `with`
-    block lets go of the folder at its end.
+    block lets go of the folder at its end. A run that is refused before its first row leaves no
+    configuration behind.
     """
 
-    lock: FileLock | None = None
+    folder: OutputFolder | None = None
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path, self.config = path, config
-        noted = asdict(config)
+        self.settings = asdict(config)
         if config.wings is not None:  # an adapter may change under its name
-            noted["adapter"] = adapter_digest(config.wings)
-        path.mkdir(parents=True, exist_ok=True)
+            self.settings["adapter"] = adapter_digest(config.wings)
         self.rows: dict[str, dict[str, Any]] = {}
         if int(os.environ.get("RANK", "0")) > 0:
             return
-        self.lock = claim(path, noted, "*.jsonl")
-        self.rows = self._read()
+        self.folder = OutputFolder(path)
+        try:
+            if not check_settings(path / "config.json", self.settings) and self.log.exists():
+                raise InputError(f"{path} holds results without config.json; remove the folder")
+            self.rows = self._read()
+        except BaseException:
+            self.folder.release()
+            raise
+
+    def record(self) -> None:
+        """Write the configuration, once everything about the run was found to be right."""
+        record_settings(self.path / "config.json", self.settings)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.lock is not None:
-            self.lock.release()
+        if self.folder is not None:
+            self.folder.release()
 
     @property
     def log(self) -> Path:
@@ -136,6 +145,7 @@ class RunFolder:
             raise InputError(f"{self.log} is damaged ({error}); remove {self.path}") from error
 
     def append(self, rows: list[dict[str, Any]]) -> None:
+        self.record()
         new = [row for row in rows if row["id"] not in self.rows]
         with self.log.open("a") as file:
             file.write("".join(json.dumps(row) + "\n" for row in new))

@@ -17,10 +17,12 @@ from vlm_prune.pruning.received import from_rows
 from vlm_prune.pruning.schedule import Schedule
 from vlm_prune.pruning.shift import change_points, histogram, propose
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.files import write_json
+from vlm_prune.vlm.common.files import whole, write_json
 from vlm_prune.vlm.common.images import open_image
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.probe import question_rows
+
+FILES = ("schedule.json", "schedule.png")
 
 
 @dataclass(frozen=True)
@@ -129,11 +131,11 @@ def draw(content: dict[str, Any], path: Path) -> None:
         title=f"{content['change_points']} change points",
     )  # fmt: skip
     axes.legend()
-    figure.savefig(path)
+    figure.savefig(path, format="png")
 
 
 def save(content: dict[str, Any], folder: Path) -> None:
-    """`schedule.json` and `schedule.png`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    draw(content, folder / "schedule.png")
-    write_json(folder / "schedule.json", content)
+    """Write `schedule.json` and `schedule.png`."""
+    with whole(folder / FILES[1]) as partial:
+        draw(content, partial)
+    write_json(folder / FILES[0], content)

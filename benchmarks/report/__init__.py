@@ -6,9 +6,7 @@ policy runs the one script that is named by its hash; answers and questions are 
 
 import base64
 import hashlib
-import math
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -51,7 +49,7 @@ def render(runs: list[Run], most: int = 60, data_root: Path | None = None) -> st
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {
-        "count": count, "percent": _percent, "retained": _retained, "three_ways": three_ways
+        "count": count, "percent": percent, "retained": with_interval, "three_ways": three_ways
     }  # fmt: skip
     times = [(group, bars(group)) for group in groups]
     return environment.get_template("page.html.j2").render(
@@ -69,11 +67,3 @@ def render(runs: list[Run], most: int = 60, data_root: Path | None = None) -> st
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
-
-
-def _percent(value: float) -> str:
-    return percent(value) if math.isfinite(value) else "–"
-
-
-def _retained(entry: dict[str, Any]) -> str:
-    return with_interval(entry) if math.isfinite(entry["retained"]) else "–"

@@ -177,8 +177,9 @@ def _row(line: dict[str, Any]) -> Row:
 def _check(results: dict[str, Any], rows: list[Row]) -> None:
     """Raises what a missing part raises, or `ValueError` for rows that are not all there."""
     for entry in (results["overall"], *results["tasks"].values()):
-        [float(entry[key]) for key in ("accuracy", "baseline_accuracy", "retained")]
-        _, _ = map(float, entry["ci"])
+        [float(entry[key]) for key in ("accuracy", "baseline_accuracy")]
+        float(entry["retained"] or 0)
+        _, _ = map(float, entry["ci"] or (0, 0))
     for part, keys in (
         ("tokens", ("full", "layer_mean")),
         ("speedup", ("prefill", "end_to_end")),

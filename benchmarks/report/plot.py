@@ -73,8 +73,8 @@ def points_of(runs: list[Run]) -> list[Point]:
     points = []
     for run in runs:
         accuracy = float(run.results["overall"]["accuracy"])
-        low, high = (base * float(end) for end in run.results["overall"]["ci"])
-        interval = (low, high) if math.isfinite(low + high) else None
+        ends = run.results["overall"]["ci"]
+        interval = None if ends is None else (base * float(ends[0]), base * float(ends[1]))
         label = f"{run.label}, budget {run.budget}"
         series = labels.index(run.label)
         points.append(Point(label, series, run.computed, accuracy, interval))

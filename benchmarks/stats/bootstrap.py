@@ -8,11 +8,13 @@ from numpy.typing import NDArray
 Scores = Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 
-def retained(scores: Scores, draws: int = 2000, seed: int = 0) -> tuple[float, list[float]]:
+def retained(
+    scores: Scores, draws: int = 2000, seed: int = 0
+) -> tuple[float | None, list[float] | None]:
     """Mean pruned over mean unpruned accuracy, with a 95 % interval.
 
     `scores` maps a task to its questions' (unpruned, pruned) scores. Tasks weigh the same, and
-    questions are resampled within each task, in pairs. NaN when the unpruned model scores 0.
+    questions are resampled within each task, in pairs. None where the unpruned model scores 0.
     """
     rng = np.random.default_rng(seed)
     base, ours = np.zeros(draws), np.zeros(draws)
@@ -27,7 +29,7 @@ def retained(scores: Scores, draws: int = 2000, seed: int = 0) -> tuple[float, l
         ratios = ours / base
     ratios = ratios[np.isfinite(ratios)]
     if len(ratios) == 0:
-        return point, [float("nan"), float("nan")]
+        return point, None
     low, high = np.percentile(ratios, [2.5, 97.5])
     return point, [float(low), float(high)]
 
@@ -39,5 +41,5 @@ def accuracy_interval(scores: NDArray[np.float64], draws: int = 2000, seed: int 
     return [float(low), float(high)]
 
 
-def _ratio(ours: float, base: float) -> float:
-    return float(ours / base) if base > 0 else float("nan")
+def _ratio(ours: float, base: float) -> float | None:
+    return float(ours / base) if base > 0 else None

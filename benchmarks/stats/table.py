@@ -15,6 +15,9 @@ def percent(value: float) -> str:
 
 
 def with_interval(entry: dict[str, Any]) -> str:
+    """The share of the unpruned accuracy retained, with its interval, in per cent."""
+    if entry["retained"] is None or entry["ci"] is None:
+        return "–"
     low, high = entry["ci"]
     return f"{percent(entry['retained'])} [{percent(low)}, {percent(high)}]"
 

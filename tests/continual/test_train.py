@@ -187,7 +187,7 @@ def test_a_folder_of_another_run_is_refused(clip, make_clip, tasks, tmp_path):
         (same, make_clip(), tasks[::-1], "tasks"),
         (same, make_clip(), [renamed, tasks[1]], "tasks"),
     ):
-        with pytest.raises(InputError, match=f"holds another run, of other {what};") as error:
+        with pytest.raises(InputError, match=f"holds a run with another {what};") as error:
             train(changed, clip_, tasks_)
         assert "\n" not in str(error.value)
 

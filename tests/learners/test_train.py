@@ -165,7 +165,7 @@ def test_a_killed_run_goes_on_to_the_same_result(make_run, examples, monkeypatch
     assert not list(killed.output.glob("checkpoint*"))
     train(killed, examples)
     assert len(steps) == 2
-    with pytest.raises(InputError, match="holds another run"):
+    with pytest.raises(InputError, match="holds a run with another"):
         train(replace(killed, method="full"), examples)
 
 
@@ -328,10 +328,10 @@ def test_learners_of_another_model_or_rank_are_refused(make_run, examples):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--preset", "paper-3"], "error: unknown preset 'paper-3'"),
-        (["--rank", "0"], "error: rank 0 is out of range"),
-        (["--rank", "9999"], "error: rank 9999 is above the model's width; give 1 to "),
-        (["--layers", "99"], "error: layers [99] are outside the stack; give 0 to "),
+        (["--preset", "paper-3"], "Error: unknown preset 'paper-3'"),
+        (["--rank", "0"], "Error: rank 0 is out of range"),
+        (["--rank", "9999"], "Error: rank 9999 is above the model's width; give 1 to "),
+        (["--layers", "99"], "Error: layers [99] are outside the stack; give 0 to "),
     ],
 )
 def test_the_script_reports_wrong_input_in_one_line(options, message, conversations, tmp_path):

@@ -1,50 +1,87 @@
-"""Reading JSON that strangers wrote, and writing files whole or not at all."""
+"""Files: read only where they are regular, written whole or not at all."""
 
 import json
+import os
+import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from filelock import FileLock, Timeout
+import msgspec
 
 from vlm_prune.vlm.common.errors import InputError, first_line
 
-LARGEST_JSON = 64 * 2**20
+MOST_BYTES, MOST_JSON = 2**28, 2**26
+PARTIAL = ".partial"
+LEFTOVER_SECONDS = 600.0
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading; the caller closes it.
+
+    Raises:
+        InputError: if it is missing, a folder, a device, a pipe or a socket, or must not be read.
+    """
+    try:
+        # a pipe that nobody writes to must not block
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"cannot read {path}: {reason}") from None
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise InputError(f"cannot read {path}: it is {_kind(mode)}, not a file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+    """The content of a file.
+
+    Raises:
+        InputError: as `open_regular` does, or if the file has more than `most` bytes.
+    """
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise InputError(f"cannot read {path}: it has more than {most / 1e6:.0f} MB")
+    return content
+
+
+def read_text(path: Path, most: int = MOST_BYTES) -> str:
+    """The content of a UTF-8 file; raises `InputError` as `read_bytes` does, or if it is no text."""
+    try:
+        return read_bytes(path, most).decode("utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"cannot read {path}: it is not UTF-8 text") from None
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds.
+    """The content of a JSON file that is not ours, as plain values.
 
     Raises:
-        InputError: if the file is missing, no regular file, above 64 MiB, no JSON in UTF-8, or
-            nested deeper than Python reads.
+        InputError: as `read_bytes` does, or if the file is no JSON in UTF-8 or nested deeper than
+            Python reads.
     """
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise InputError(f"{path} is no regular file")
-        if found.st_size > LARGEST_JSON:
-            raise InputError(f"{path} is above {LARGEST_JSON >> 20} MiB, too large for JSON")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path, MOST_JSON))
     except InputError:
         raise
-    except FileNotFoundError:
-        raise InputError(f"there is no {path}") from None
     except RecursionError:
         raise InputError(f"{path} is nested too deeply") from None
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise InputError(f"cannot read {path} as JSON: {first_line(error)}") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object that a file holds.
+    """The JSON object that a file holds.
 
     Raises:
-        InputError: as for `read_json`, or if the file holds another kind of value.
+        InputError: as `read_json` does, or if the file holds another kind of value.
     """
     content = read_json(path)
     if not isinstance(content, dict):
@@ -52,38 +89,94 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-class _FolderLock(FileLock):
-    """A class of its own: lmms-eval turns `FileLock` itself into one lock per path and process."""
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder during the block; the folder is made if it is missing.
+def output_file(path: Path) -> Path:
+    """The file that writing to `path` will replace or make; links are followed.
 
     Raises:
-        InputError: if another run holds it, in this process or another one.
+        InputError: if `path` names no file, or something there is neither a file nor absent.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = _FolderLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
+    target = Path(os.path.realpath(path))
+    if not path.name or target == target.parent or target.is_dir():
+        raise InputError(f"{str(path)!r} is a folder; give the name of a file")
+    if target.is_symlink():  # realpath stops where links form a loop
+        raise InputError(f"{path} is a link that leads nowhere; give another name")
+    if target.exists() and not target.is_file():
         raise InputError(
-            f"another run writes to {folder}; wait for it, or give another folder"
-        ) from None
+            f"{path} is {_kind(target.stat().st_mode)}; give the name of a regular file"
+        )
+    return target
+
+
+def output_folder(path: Path) -> Path:
+    """The folder for results that `path` names, which need not be there yet; links are followed.
+
+    Raises:
+        InputError: if it is the working folder (what an empty name means, too), the root of the
+            file system, or no folder.
+    """
+    target = Path(os.path.realpath(path))
+    if target == Path.cwd() or target == target.parent:
+        raise InputError(f"{str(path)!r} is no folder for results; give one such as runs/one")
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{path} is {_kind(target.stat().st_mode)}; give a folder")
+    return target
+
+
+def check_output(path: Path) -> None:
+    """Find out before any work whether a file can be written at `path`; leaves nothing behind.
+
+    Raises:
+        InputError: as `output_file` and `make_folders` do.
+        OSError: if its folder cannot be made or written to.
+    """
+    target = output_file(path)
+    made = make_folders(target.parent)
     try:
-        yield
+        _new_partial(target).unlink()
     finally:
-        lock.release()
+        for folder in reversed(made):
+            folder.rmdir()
+
+
+def make_folders(path: Path) -> list[Path]:
+    """Make a folder and those above it; returns the ones that were not there, outermost first.
+
+    Raises:
+        InputError: if what is there is no folder.
+        OSError: if a folder cannot be made.
+    """
+    missing = []
+    for folder in (path, *path.parents):
+        if folder.is_dir():
+            break
+        if folder.exists():
+            raise InputError(f"{folder} is {_kind(folder.stat().st_mode)}, not a folder")
+        missing.insert(0, folder)
+    path.mkdir(parents=True, exist_ok=True)
+    return missing
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A file to write in the block; it becomes `path` when the block ends well, else it goes."""
-    partial = path.with_suffix(path.suffix + ".partial")
+    """Give a file to write in the block; it becomes `path` when the block ends well, else it goes.
+
+    Its name is the block's own, so that two writers do not meet. Folders above `path` are made, a
+    link is followed, and the file is on the disk when the block has ended.
+
+    Raises:
+        InputError: as `output_file` and `make_folders` do.
+    """
+    target = output_file(path)
+    make_folders(target.parent)
+    _remove_leftovers(target)
+    partial = _new_partial(target)
     try:
         yield partial
-        partial.replace(path)
+        if target.exists():
+            partial.chmod(stat.S_IMODE(target.stat().st_mode))
+        _flush(partial)
+        partial.replace(target)
+        _flush_names(target.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -95,39 +188,112 @@ def write_text(path: Path, content: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write all of the file or none of it."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    """Write all of the file or none of it; numbers that are not finite become null."""
+    write_text(path, encoded(content) + "\n")
+
+
+def encoded(content: Any) -> str:
+    """Records, dataclasses and plain values as indented JSON; numbers that are not finite are null."""
+    text = msgspec.json.encode(content, enc_hook=_plain)
+    return msgspec.json.format(text, indent=2).decode()
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a folder beside this one, then rename it; an older one is replaced."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    fill(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.replace(folder)
-
-
-def claim(path: Path, settings: dict[str, Any], write: bool = True) -> None:
-    """Note in the file what decides a run, so that another one cannot go on from its checkpoints.
+    """Fill a folder beside this one, then rename it; an older one is replaced.
 
     Raises:
-        InputError: if the file is of a run with other settings.
+        InputError: if `folder` is a file or a link.
     """
-    text = json.dumps(settings, indent=2, default=_plain) + "\n"
-    if path.is_file():
-        found, ours = json.loads(path.read_text()), json.loads(text)
-        changed = [key for key in found | ours if found.get(key) != ours.get(key)]
-        if changed:
-            raise InputError(
-                f"{path.parent} holds another run, of other {', '.join(changed)}; "
-                "give an empty folder, or its settings and model"
-            )
-    elif write:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise InputError(f"{folder} is no folder; remove it, or give another name")
+    make_folders(folder.parent)
+    _remove_leftovers(folder)
+    partial = _partial_name(folder)
+    partial.mkdir()
+    try:
+        fill(partial)
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        if folder.exists():
+            old = _partial_name(folder)
+            folder.replace(old)
+            partial.replace(folder)
+            shutil.rmtree(old)
+        else:
+            partial.replace(folder)
+        _flush_names(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial_name(target: Path) -> Path:
+    """A name of this process alone beside `target`, short enough for any file system."""
+    unique = f"{os.getpid()}-{secrets.token_hex(4)}"
+    return target.with_name(f".{target.name[:40]}.{unique}{PARTIAL}")
+
+
+def _new_partial(target: Path) -> Path:
+    partial = _partial_name(target)
+    os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    return partial
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what processes that were killed while they wrote to `target` left beside it.
+
+    A process of another machine may still write, so what changed a moment ago stays.
+    """
+    start = f".{target.name[:40]}."
+    for path in target.parent.iterdir():
+        if not (path.name.startswith(start) and path.name.endswith(PARTIAL)):
+            continue
+        number = path.name[len(start) :].partition("-")[0]
+        with suppress(OSError):
+            old = time.time() - path.stat().st_mtime > LEFTOVER_SECONDS
+            if old and number.isdecimal() and not _runs(int(number)):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _runs(process: int) -> bool:
+    """Whether there is a process of that number on this machine."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_names(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the file system can tell."""
+    with suppress(OSError):
+        _flush(folder)
+
+
+def _kind(mode: int) -> str:
+    """What is there instead of a file or folder."""
+    for is_kind, name in (
+        (stat.S_ISREG, "a file"),
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a named pipe"),
+        (stat.S_ISSOCK, "a socket"),
+    ):
+        if is_kind(mode):
+            return name
+    return "a device"
 
 
 def _plain(value: Any) -> Any:
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
+    """What JSON takes of numpy's numbers and of anything else that has a text."""
+    return value.item() if hasattr(value, "item") else str(value)

@@ -94,4 +94,4 @@ def draw(rows: Mapping[str, Mapping[str, Mapping[str, float]]], path: Path) -> N
     axes.set_ylabel("Last %: all tasks after the stream")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper")
-    figure.savefig(path)
+    figure.savefig(path, format="png")

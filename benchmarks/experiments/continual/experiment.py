@@ -22,7 +22,8 @@ from vlm_prune.continual.methods import Method
 from vlm_prune.continual.streams import Stream, Task, open_stream
 from vlm_prune.continual.streams.unseen import scenes
 from vlm_prune.continual.train import Run
-from vlm_prune.vlm.common.files import claim, write_json
+from vlm_prune.vlm.common.files import write_json
+from vlm_prune.vlm.common.folder import OutputFolder, record_settings
 
 ADAPTER_RATES, FULL_RATES = (3e-4, 1e-3, 3e-3, 1e-2), (3e-5, 1e-4, 3e-4)
 
@@ -98,16 +99,16 @@ class Experiment:
     tasks: int | None = None
     arms: tuple[str, ...] = tuple(ARMS)
 
-    def claim(self, write: bool = True) -> None:
-        """Note in the folder what decides its runs, or find it there; seeds and arms may grow.
+    @property
+    def file(self) -> Path:
+        """Where its settings are recorded."""
+        return self.output / "experiment.json"
 
-        Raises:
-            InputError: if the folder holds runs of other settings or of another CLIP.
-        """
+    def settings(self) -> dict[str, Any]:
+        """What decides its runs; seeds and arms may grow."""
         names = ("steps", "batch", "test_per_class", "search_tasks", "tasks")
-        settings = {name: getattr(self, name) for name in names}
-        settings["weights"] = load_clip("tiny").fingerprint()
-        claim(self.output / "experiment.json", settings, write)
+        found = {name: getattr(self, name) for name in names}
+        return found | {"weights": load_clip("tiny").fingerprint()}
 
     def folder(self, label: str, seed: int) -> Path:
         """Of one arm's run."""
@@ -120,7 +121,12 @@ def run_all(experiment: Experiment, tell: Callable[[str], None] = print) -> None
     Raises:
         InputError: if the folder belongs to other settings or to another CLIP.
     """
-    experiment.claim()
+    with OutputFolder(experiment.output):
+        record_settings(experiment.file, experiment.settings())
+        _run_all(experiment, tell)
+
+
+def _run_all(experiment: Experiment, tell: Callable[[str], None]) -> None:
     stream = open_stream("packaged")
     used = stream.tasks[: experiment.tasks]
     tasks = tuple(fewer(task, experiment.test_per_class) for task in used)

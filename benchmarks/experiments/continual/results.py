@@ -30,7 +30,8 @@ from vlm_prune.continual.diagnostics import survival
 from vlm_prune.continual.prox import total_shrinkage
 from vlm_prune.continual.results import read_results
 from vlm_prune.continual.streams import open_stream
-from vlm_prune.vlm.common.files import write_json, write_text
+from vlm_prune.vlm.common.files import whole, write_json, write_text
+from vlm_prune.vlm.common.folder import check_settings
 
 GAIN = "codyra", "lora"
 WHICH = "codyra", "random-rank, codyra's counts and norms"
@@ -45,6 +46,7 @@ QUESTIONS = (
     ("What is left of the gain at equal norms?", "codyra", "lora, codyra's norms"),
     ("Is the budgeted variant better than CoDyRA?", *BUDGETED),
 )  # fmt: skip
+FILES = ("README.md", "results.json", "methods.png")
 SHOWN = ("transfer", "average", "last", "forgetting")
 
 
@@ -253,10 +255,11 @@ def page(found: Mapping[str, Any]) -> str:
 
 def write(experiment: Experiment, folder: Path) -> None:
     """`results.json`, `README.md` and `methods.png` in `folder`."""
-    experiment.claim(write=False)
+    check_settings(experiment.file, experiment.settings())
     found = collect(experiment)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", found)
     write_text(folder / "README.md", page(found))
     metrics = {label: row["metrics"] for label, row in found["methods"].items()}
-    draw(metrics, folder / "methods.png")
+    with whole(folder / "methods.png") as partial:
+        draw(metrics, partial)

@@ -36,7 +36,8 @@ from vlm_prune.benchmarks.tasks.scenes import COLORS, NAMES
 from vlm_prune.learners.laws import attention_shift
 from vlm_prune.learners.merge import merge
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.files import claim, whole, write_folder, write_json
+from vlm_prune.vlm.common.files import whole, write_folder, write_json
+from vlm_prune.vlm.common.folder import OutputFolder, record_settings
 from vlm_prune.vlm.load import load
 from vlm_prune.vlm.tiny import text_language_model
 
@@ -67,7 +68,24 @@ def run(
     load_language_model(load()[0], base)  # a wrong file must not claim the folder
     digest = hashlib.sha256(base.read_bytes()).hexdigest()[:16]
     about = {"plan": asdict(plan), "base": f"{base.name} (sha256 {digest})"}
-    claim(output / "experiment.json", about)
+    with OutputFolder(output):
+        record_settings(output / "experiment.json", about)
+        found = _run_arms(plan, output, base, jobs)
+    arms = {name: [found[seed, name] for seed in plan.seeds] for name in ARMS}
+    everything = about | {
+        "device": device_name(torch.device("cpu")),
+        "versions": versions(),
+        "command": command(),
+        "arms": arms,
+    }
+    write_report(everything, results)
+    return everything
+
+
+def _run_arms(
+    plan: Plan, output: Path, base: Path, jobs: int
+) -> dict[tuple[int, str], dict[str, Any]]:
+    """What is measured of each arm with each seed; what is missing is run."""
     _shown(plan, output)  # here, so that not each process computes features
     spread = Parallel(n_jobs=jobs, return_as="generator")
     list(spread(delayed(_begun)(plan, output, base, seed) for seed in plan.seeds))
@@ -85,15 +103,7 @@ def run(
             rate = f"language model's LR {plan.rate(ARMS[name])}"
             place = f"{len(found)}/{len(pairs)} seed {seed}, {ARMS[name].title}"
             console.print(f"{place}, {rate}: {figures}")
-    arms = {name: [found[seed, name] for seed in plan.seeds] for name in ARMS}
-    everything = about | {
-        "device": device_name(torch.device("cpu")),
-        "versions": versions(),
-        "command": command(),
-        "arms": arms,
-    }
-    write_report(everything, results)
-    return everything
+    return found
 
 
 @cache

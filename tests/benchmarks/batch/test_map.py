@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from vlm_prune.benchmarks.batch import command
 from vlm_prune.benchmarks.batch.inputs import find_images, open_below
 from vlm_prune.benchmarks.batch.output import ANSWERS, Parts, parts_of
 from vlm_prune.benchmarks.batch.pipeline import local_ray, placed
+from vlm_prune.benchmarks.cli import map as command
 from vlm_prune.benchmarks.tasks import TASKS
 from vlm_prune.pruning.pipeline import PrunedVLM
 from vlm_prune.vlm.common.errors import InputError
@@ -195,7 +195,7 @@ WRONG = {
     "no prompt": (["--prompt", ""], "no prompt; give --prompt"),
     "method": (["--method", "zo"], "did you mean 'zoo'"),
     "budget": (["--budget", "0"], "out of range"),
-    "output below a file": (["--output", "in/a.png/out.parquet"], "Not a directory"),
+    "output below a file": (["--output", "in/a.png/out.parquet"], "not a folder"),
     "output is a folder": (["--output", "bare"], "is a folder"),
     "output is something else": (["--output", "in/a.png"], "no table of map"),
     "workers": (["--workers", "0"], "--workers"),
@@ -278,12 +278,12 @@ def test_a_row_is_counted_once_and_a_damaged_part_is_refused(tmp_path):
     parts.write([answers(2), answers(0, 2)])
     with pytest.raises(InputError, match="another run writes"):
         Parts(output, {"prompt": "?"}, lambda: images)
-    parts.lock.release()
+    parts.release()
 
     parts = Parts(output, {"prompt": "?"}, lambda: pytest.fail("the images are noted"))
     assert parts.missing()["row"].to_pylist() == [1]
     parts.write([answers(0, 1)])
-    parts.lock.release()
+    parts.release()
     first, second = sorted(parts_of(output).glob("part-*.parquet"))
     assert [len(parquet.read_table(part)) for part in (first, second)] == [2, 1]
     content = first.read_bytes()

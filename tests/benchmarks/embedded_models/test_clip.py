@@ -98,7 +98,7 @@ def test_a_killed_run_ends_like_one_without_a_break(tmp_path, data):
 
 def test_a_folder_holds_one_run(tmp_path, data):
     Pretraining(tmp_path, SMALL, data).run(until=1)
-    with pytest.raises(InputError, match="holds another run"):
+    with pytest.raises(InputError, match="holds a run with another"):
         Pretraining(tmp_path, Recipe(steps=7), data)
 
 

@@ -218,12 +218,12 @@ def test_a_finished_experiment_trains_nothing(experiment):
 
 def test_an_experiments_folder_belongs_to_its_settings_and_its_clip(experiment, monkeypatch):
     for changed in (replace(experiment, steps=5), replace(experiment, batch=8)):
-        with pytest.raises(InputError, match="holds another run, of other (steps|batch);"):
+        with pytest.raises(InputError, match="holds a run with another (steps|batch);"):
             run_all(changed)
-        with pytest.raises(InputError, match="holds another run, of other (steps|batch);"):
+        with pytest.raises(InputError, match="holds a run with another (steps|batch);"):
             write(changed, experiment.output / "never")
     monkeypatch.setattr(Clip, "fingerprint", lambda self: "another")
-    with pytest.raises(InputError, match="of other weights;"):
+    with pytest.raises(InputError, match="another weights;"):
         run_all(experiment)
 
 

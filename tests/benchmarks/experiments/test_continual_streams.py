@@ -121,7 +121,7 @@ def test_unseen_data_sets_are_read_by_name(tmp_path, monkeypatch):
 )
 def test_wrong_input_is_one_line_and_writes_nothing(arguments, message, run, tmp_path):
     code, _, err = run("--stream", "x-tail", "--data-root", x_tail_root(tmp_path), *arguments)
-    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    assert code == 2 and err.startswith("Error: ") and err.count("\n") == 1
     assert message in err
     assert not (tmp_path / "run").exists()
 

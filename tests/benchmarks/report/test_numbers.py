@@ -55,8 +55,7 @@ def test_plot_keeps_order_and_stays_inside(make_run, edit, tmp_path, width):
 
 
 def test_a_model_without_right_answers_has_no_intervals(make_run, edit, tmp_path):
-    nan = float("nan")
-    none = {"accuracy": 0.0, "baseline_accuracy": 0.0, "retained": nan, "ci": [nan, nan]}
+    none = {"accuracy": 0.0, "baseline_accuracy": 0.0, "retained": None, "ci": None}
     edit(make_run(tmp_path) / "results.json", lambda results: results["overall"].update(none))
     plot = draw(load_runs([tmp_path]), 860, 400)
     assert plot.series[0][0].low is None and plot.retained_ticks == []

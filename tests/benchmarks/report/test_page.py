@@ -119,8 +119,8 @@ WRONG = {
     "not text": (lambda f: (f / "samples.jsonl").write_bytes(b"\xff\xfe\xfd"), "is not text"),
     "fewer rows": (lambda f: (f / "samples.jsonl").write_text(""), "0 rows for 12"),
     "other keys": (lambda f: (f / "results.json").write_text('{"model": "x"}'), "another version"),
-    "directory": (lambda f: [f, "--output", f / "empty"], "irectory"),
-    "no such folder": (lambda f: [f, "--output", f / "no" / "page.html"], "No such file"),
+    "directory": (lambda f: [f, "--output", f / "empty"], "is a folder"),
+    "below a file": (lambda f: [f, "--output", f / "config.json" / "a.html"], "not a folder"),
     "nothing": (lambda f: [], "Missing argument"),
 }
 

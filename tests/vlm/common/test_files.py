@@ -1,29 +1,125 @@
-"""Files are written whole or not at all, and hostile JSON is refused in one line."""
+"""Files are read only where they are regular, and written whole, beside other writers or not at all."""
 
 import json
 import os
+import socket
+import stat
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.files import locked, read_json, read_object, whole, write_json
+from vlm_prune.vlm.common import files
+from vlm_prune.vlm.common.errors import InputError, one_line
+from vlm_prune.vlm.common.files import (
+    check_output,
+    output_folder,
+    read_bytes,
+    read_json,
+    read_object,
+    read_text,
+    whole,
+    write_folder,
+    write_json,
+    write_text,
+)
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = tmp_path / "results.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(OSError, match="disk"), whole(path) as partial:
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@dataclass
+class Settings:
+    name: str = "a"
+    path: Path = Path("b")
+
+
+def test_json_is_written_with_records_and_without_numbers_that_json_lacks(tmp_path):
+    content = {"a": np.float32(0.5), "b": float("nan"), "c": Settings(), "d": (1, np.int64(2))}
+    write_json(tmp_path / "new" / "file.json", content)
+    found = json.loads((tmp_path / "new" / "file.json").read_text())
+    assert found == {"a": 0.5, "b": None, "c": {"name": "a", "path": "b"}, "d": [1, 2]}
+    assert names(tmp_path / "new") == ["file.json"]
+
+
+def test_a_block_that_fails_leaves_the_older_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    write_text(path, "old")
+    path.chmod(0o640)
+    with pytest.raises(ZeroDivisionError), whole(path) as partial:
         partial.write_text("half")
-        raise OSError("disk full")
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+        1 / 0  # noqa: B018
+    assert path.read_text() == "old" and names(tmp_path) == ["file"]
+    write_text(path, "new")
+    assert path.read_text() == "new" and stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_two_writers_do_not_meet(tmp_path):
+    path = tmp_path / "file"
+    with whole(path) as first, whole(path) as second:
+        first.write_text("first")
+        second.write_text("second")
+        assert first != second and names(tmp_path) != ["file"]
+    assert path.read_text() == "first" and names(tmp_path) == ["file"]
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "there").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "there" / "file")
+    write_text(link, "content")
+    write_text(link, "again")
+    assert link.is_symlink() and (tmp_path / "there" / "file").read_text() == "again"
+    link.unlink()
+    link.symlink_to(link)
+    with pytest.raises(InputError, match="leads nowhere"):
+        write_text(link, "content")
+
+
+def odd(folder):
+    """What is no regular file, by kind."""
+    os.mkfifo(folder / "pipe")
+    (folder / "folder").mkdir()
+    with socket.socket(socket.AF_UNIX) as server:
+        here = Path.cwd()
+        os.chdir(folder)
+        server.bind("socket")
+        os.chdir(here)
+    return {
+        "a named pipe": folder / "pipe",
+        "a folder": folder / "folder",
+        "a socket": folder / "socket",
+        "a device": Path("/dev/null"),
+    }
+
+
+def test_only_regular_files_are_written_and_read(tmp_path):
+    for kind, path in odd(tmp_path).items():
+        for write in (check_output, lambda path: write_text(path, "content")):
+            with pytest.raises(InputError, match=f"is {kind}"):
+                write(path)
+        with pytest.raises(InputError, match=rf"cannot read .*({kind}|No such device)"):
+            read_bytes(path)
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    for path in (Path(), Path("."), Path("/"), Path("..")):
+        with pytest.raises(InputError, match="is a folder"):
+            check_output(path)
+    with pytest.raises(InputError, match="No such file"):
+        read_bytes(tmp_path / "nothing")
+    with pytest.raises(InputError, match="null byte"):
+        read_bytes(Path("a\0b"))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "cannot read .* as JSON"),
-        (b"\x80abc", "cannot read .* as JSON"),
+        (b"\x80abc", "is not UTF-8 text"),
         (b'{"a": ', "cannot read .* as JSON"),
         (b"[" * 200_000, "is nested too deeply"),
         (b'{"a":' * 200_000, "is nested too deeply"),
@@ -47,21 +143,90 @@ def test_other_values_than_an_object_are_refused(content, tmp_path):
         read_object(path)
 
 
-def test_pipes_folders_and_endless_files_are_no_json(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
+def test_endless_files_are_no_json(tmp_path):
     with (tmp_path / "large.json").open("wb") as large:
         large.truncate(2**31)
-    for name, message in (
-        ("pipe", "no regular file"), (".", "no regular file"), ("large.json", "too large"),
-        ("missing.json", "there is no"),
-    ):  # fmt: skip
-        with pytest.raises(InputError, match=message):
-            read_json(tmp_path / name)
+    with pytest.raises(InputError, match="more than"):
+        read_json(tmp_path / "large.json")
 
 
-def test_a_folder_is_locked_against_a_second_run(tmp_path):
-    folder = tmp_path / "new"
-    with locked(folder), pytest.raises(InputError, match="another run writes to"), locked(folder):
-        pass
-    with locked(folder):
-        pass
+def test_a_file_that_is_too_large_or_no_text_is_refused(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"\xff" * 100)
+    assert read_bytes(path, 100) == b"\xff" * 100
+    with pytest.raises(InputError, match="more than"):
+        read_bytes(path, 99)
+    with pytest.raises(InputError, match="not UTF-8"):
+        read_text(path)
+
+
+def test_the_working_folder_and_the_root_are_no_folders_for_results(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    for path in ("", ".", "./", "/", "/tmp/..", tmp_path):
+        with pytest.raises(InputError, match="no folder for results"):
+            output_folder(Path(path))
+    with pytest.raises(InputError, match="is a file; give a folder"):
+        output_folder(Path("file"))
+    assert output_folder(Path("runs/one")) == tmp_path / "runs" / "one"
+
+
+def test_checking_an_output_leaves_nothing_behind(tmp_path):
+    check_output(tmp_path / "a" / "b" / "file")
+    assert not names(tmp_path)
+    (tmp_path / "file").write_text("old")
+    check_output(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "old" and names(tmp_path) == ["file"]
+    with pytest.raises(InputError, match="file is a file, not a folder"):
+        check_output(tmp_path / "file" / "below")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self"), reason="needs /proc")
+def test_an_output_that_cannot_be_written_is_found_before(tmp_path):
+    with pytest.raises(OSError):
+        check_output(Path("/proc/vlm-prune/file"))
+
+
+def test_a_folder_is_written_whole(tmp_path):
+    def fill(content):
+        return lambda folder: (folder / "part").write_text(content)
+
+    def fail(folder):
+        fill("half")(folder)
+        raise KeyboardInterrupt
+
+    target = tmp_path / "deep" / "folder"
+    write_folder(target, fill("old"))
+    (target / "more").write_text("")
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(target, fail)
+    assert names(target) == ["more", "part"] and names(target.parent) == ["folder"]
+    write_folder(target, fill("new"))
+    assert (target / "part").read_text() == "new" and names(target) == ["part"]
+    (tmp_path / "link").symlink_to(target)
+    with pytest.raises(InputError, match="no folder"):
+        write_folder(tmp_path / "link", fill("new"))
+
+
+def test_what_killed_writers_left_goes_with_the_next_one(tmp_path):
+    code = (
+        "import os, sys, pathlib; from vlm_prune.vlm.common.files import whole, write_folder\n"
+        "target = pathlib.Path(sys.argv[1])\n"
+        "with whole(target / 'file') as partial:\n"
+        "    write_folder(target / 'folder', lambda folder: os.kill(os.getpid(), 9))\n"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=False)
+    left = list(tmp_path.iterdir())
+    assert len(left) == 2 and all(path.name.endswith(".partial") for path in left)
+    write_text(tmp_path / "file", "")
+    assert len(names(tmp_path)) == 3  # another machine's writer may still be at it
+    past = time.time() - 2 * files.LEFTOVER_SECONDS
+    for path in left:
+        os.utime(path, (past, past))
+    write_text(tmp_path / "file", "")
+    write_folder(tmp_path / "folder", lambda folder: None)
+    assert names(tmp_path) == ["file", "folder"]
+
+
+def test_one_line_escapes_what_moves_a_terminal():
+    assert one_line("a\n b\t\x1b[31mred\u202e") == "a b \\x1b[31mred\\u202e"

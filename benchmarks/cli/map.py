@@ -11,7 +11,9 @@ from vlm_prune.benchmarks.cli.options import (
     BatchSize,
     Dtype,
     Method,
+    MethodArgs,
     Model,
+    OneBudget,
     parse_arguments,
     parse_budget,
 )
@@ -19,7 +21,7 @@ from vlm_prune.benchmarks.cli.terminal import progress, quiet
 from vlm_prune.vlm.common.errors import InputError
 
 
-def map_command(
+def map_images(
     source: Annotated[
         Path,
         typer.Option(
@@ -32,7 +34,7 @@ def map_command(
     prompt: Annotated[str, typer.Option(help="Asked about every image without its own.")] = "",
     model: Model = "tiny",
     method: Method = "zoo",
-    budget: Annotated[str, typer.Option(help="Tokens per image, or a fraction.")] = "64",
+    budget: OneBudget = "64",
     batch_size: BatchSize = 8,
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda (Ray hands out the GPUs), mps.")
@@ -42,7 +44,7 @@ def map_command(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer; the model's own limit unless given.")
     ] = None,
-    method_args: Annotated[str, typer.Option(help="Hyperparameters, name=value,...")] = "",
+    method_args: MethodArgs = "",
     workers: Annotated[
         int | None, typer.Option(min=1, help="Models at a time; one per GPU, or one on the CPUs.")
     ] = None,
@@ -51,14 +53,14 @@ def map_command(
     """Answer one prompt about every image of a folder, with Ray Data; it resumes."""
     if find_spec("ray") is None or find_spec("pyarrow") is None:
         raise InputError("map needs Ray Data; install it with: pip install 'vlm-prune[ray]'")
-    from vlm_prune.benchmarks.batch.pipeline import MapConfig, map_images
+    from vlm_prune.benchmarks.batch import pipeline
     from vlm_prune.benchmarks.evaluation.engine import Variant
 
     quiet()
     variant = Variant(method, parse_budget(budget), arguments=parse_arguments(method_args))
-    config = MapConfig(
+    config = pipeline.MapConfig(
         str(source.absolute()), prompt, model, variant, device, dtype, limit, max_new_tokens
     )
     bar = partial(progress, what="images")
-    rows, errors = map_images(config, output, batch_size, workers, cpus, bar)
+    rows, errors = pipeline.map_images(config, output, batch_size, workers, cpus, bar)
     print(f"{output}: {rows} rows, {errors} with an error instead of an answer")

@@ -1,0 +1,83 @@
+"""`vlm-prune bench`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlm_prune.benchmarks.cli.options import (
+    Device,
+    MethodArgs,
+    OneBudget,
+    ScheduleFile,
+    parse_arguments,
+    parse_budget,
+    with_schedule,
+)
+from vlm_prune.benchmarks.cli.terminal import quiet
+
+
+def bench(
+    model_shape: Annotated[
+        str, typer.Option(help="Architecture: tiny, llava-1.5-7b, qwen2.5-vl-3b or another's.")
+    ] = "tiny",
+    method: Annotated[
+        str, typer.Option(help="See 'vlm-prune methods'; several comma-separated, or all.")
+    ] = "zoo",
+    budget: OneBudget = "64",
+    batch: Annotated[int, typer.Option(min=1, help="Prompts per call, one image each.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured calls of each model.")] = 10,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens answered per prompt.")] = 16,
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
+    layers: Annotated[
+        int | None, typer.Option(help="Decoder layers, where all are too many for the machine.")
+    ] = None,
+    method_args: MethodArgs = "",
+    schedule: ScheduleFile = None,
+    wings: Annotated[
+        int | None, typer.Option(min=1, help="Time Wings' learners of this rank, not a method.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for bench.json, bench.md.")] = None,
+) -> None:
+    """Time a pruned and the unpruned architecture on random weights, phase by phase."""
+    from vlm_prune.benchmarks.cli.support import named_methods
+    from vlm_prune.benchmarks.evaluation.engine import Variant
+    from vlm_prune.benchmarks.speed.bench import BenchConfig
+    from vlm_prune.benchmarks.speed.bench import bench as measure
+    from vlm_prune.benchmarks.speed.bench_table import about, about_setting, overview, rows
+    from vlm_prune.benchmarks.speed.shapes import SHAPES
+    from vlm_prune.benchmarks.speed.wings_cost import about_wings, bench_wings, wings_rows
+    from vlm_prune.benchmarks.stats.table import as_markdown, as_table, show
+    from vlm_prune.vlm.common.files import check_output, write_json, write_text
+    from vlm_prune.vlm.families import FAMILIES
+
+    quiet()
+    if output is not None:
+        for name in ("bench.json", "bench.md"):
+            check_output(output / name)
+    names = named_methods(method, lambda: FAMILIES[SHAPES[model_shape]().model_type])
+    more = parse_arguments(method_args)
+    variants = [Variant(name, parse_budget(budget), arguments=more) for name in names]
+    variants = with_schedule(variants, schedule)
+    config = BenchConfig(
+        model_shape, variants[0], batch=batch, repeats=repeats, new_tokens=new_tokens,
+        device=device, dtype=dtype, layers=layers,
+    )  # fmt: skip
+    results: Any
+    if wings is not None:
+        results = bench_wings(config, wings)
+        lines, table = about_wings(results), wings_rows(results)
+    elif len(variants) == 1:
+        (results,) = measure(config, variants)
+        lines, table = about(results), rows(results)
+    else:
+        results = measure(config, variants)
+        lines, table = about_setting(results[0]), overview(results)
+    for line in lines:
+        print(line)
+    show(as_table(table))
+    if output is not None:
+        write_json(output / "bench.json", results)
+        intro = "".join(f"- {line}\n" for line in lines)
+        write_text(output / "bench.md", f"{intro}\n{as_markdown(table)}")

@@ -1,0 +1,86 @@
+"""`vlm-prune compare`."""
+
+from typing import Annotated
+
+import typer
+
+from vlm_prune.benchmarks.cli.options import (
+    BatchSize,
+    Budgets,
+    DataRoot,
+    Device,
+    Dtype,
+    Limit,
+    Model,
+    Output,
+    Positions,
+    ScheduleFile,
+    Seed,
+    Split,
+    Tasks,
+    parse_budget,
+    with_schedule,
+)
+from vlm_prune.benchmarks.cli.runs import execute, run_configs
+from vlm_prune.benchmarks.cli.terminal import quiet
+from vlm_prune.vlm.common.errors import InputError
+
+
+def compare(
+    model: Model = "tiny",
+    method: Annotated[str, typer.Option(help="Names, comma-separated, or 'all'.")] = "all",
+    budget: Budgets = "192,128,64,32",
+    tasks: Tasks = "visual",
+    limit: Limit = 200,
+    batch_size: BatchSize = 8,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    positions: Positions = "auto",
+    schedule: ScheduleFile = None,
+    rival: Annotated[
+        str, typer.Option("--against", help="A method to test against each other one, in pairs.")
+    ] = "",
+    split: Split = "test",
+    data_root: DataRoot = None,
+    output: Output = None,
+) -> None:
+    """Methods and budgets side by side; images and unpruned answers are computed once."""
+    from vlm_prune.benchmarks.cli.support import named_methods
+    from vlm_prune.benchmarks.evaluation.engine import Variant
+    from vlm_prune.benchmarks.stats.table import (
+        against,
+        as_markdown,
+        as_table,
+        comparison,
+        overview,
+        show,
+    )
+    from vlm_prune.vlm.common.files import write_text
+    from vlm_prune.vlm.load import family_type
+
+    quiet()
+    chosen = named_methods(method, lambda: family_type(model))
+    budgets = [parse_budget(text) for text in budget.split(",")]
+    for what, given in (("method", chosen), ("budget", budgets)):
+        if len(set(map(str, given))) < len(given):
+            raise InputError(f"a {what} is named twice in {','.join(map(str, given))}")
+    if rival and rival not in chosen:
+        raise InputError(f"--against {rival} is not among the methods; add it to --method")
+    variants = [Variant(name, each, positions) for each in budgets for name in chosen]
+    variants = with_schedule(variants, schedule)
+    configs = run_configs(
+        variants, split, tasks, limit, model=model, batch_size=batch_size, device=device,
+        dtype=dtype, seed=seed,
+    )  # fmt: skip
+    names = [f"{variant.method}-{variant.budget}" for variant in variants]
+    runs, folders = execute(configs, output, names, data_root)
+    tables = [comparison(runs)]
+    if len({run["budget"] for run in runs}) > 1:
+        tables.append(overview(runs))
+    if rival:
+        tables.append(against(rival, runs, [folder.scores() for folder in folders]))
+    for lines in tables:
+        show(as_table(lines))
+    if output is not None:
+        write_text(output / "compare.md", "\n".join(map(as_markdown, tables)))

@@ -1,0 +1,24 @@
+"""`vlm-prune demo`."""
+
+from typing import Annotated
+
+import typer
+
+from vlm_prune.benchmarks.cli.options import Device, Dtype, Model
+from vlm_prune.benchmarks.cli.terminal import quiet
+
+
+def demo(
+    model: Model = "tiny",
+    host: Annotated[str, typer.Option(help="Address to serve at; others can reach 0.0.0.0.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve at.")] = 7860,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+) -> None:
+    """Serve a page to try methods on: answers, kept tokens and times, pruned and unpruned."""
+    from vlm_prune.benchmarks.report.demo import serve
+
+    quiet()
+    serve(model, host, port, device, dtype)

@@ -1,0 +1,88 @@
+"""`vlm-prune eval`."""
+
+from typing import Annotated, Any
+
+import typer
+
+from vlm_prune.benchmarks.cli.options import (
+    BatchSize,
+    DataRoot,
+    Device,
+    Dtype,
+    Limit,
+    Method,
+    MethodArgs,
+    Model,
+    OneBudget,
+    Output,
+    Positions,
+    ScheduleFile,
+    Seed,
+    Split,
+    Tasks,
+    Wings,
+    parse_arguments,
+    parse_budget,
+    with_schedule,
+)
+from vlm_prune.benchmarks.cli.runs import execute, run_configs
+from vlm_prune.vlm.common.errors import InputError
+
+PRUNING = {"method", "budget", "positions", "method_args", "schedule"}
+
+
+def evaluate(
+    context: typer.Context,
+    model: Model = "tiny",
+    method: Method = "zoo",
+    budget: OneBudget = "64",
+    tasks: Tasks = "visual",
+    limit: Limit = 200,
+    batch_size: BatchSize = 8,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    positions: Positions = "auto",
+    method_args: MethodArgs = "",
+    schedule: ScheduleFile = None,
+    wings: Wings = None,
+    split: Split = "test",
+    data_root: DataRoot = None,
+    output: Output = None,
+    suite: Annotated[
+        str | None, typer.Option(help="forgetting: base LLM, VLM and Wings, unpruned; all tasks.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Folder or hub name of a text-only LLM, for the suite.")
+    ] = None,
+) -> None:
+    """Compare one pruned model with the unpruned one, or unpruned models with each other."""
+    from vlm_prune.benchmarks.evaluation.engine import Variant
+    from vlm_prune.benchmarks.stats.table import run_table, show
+
+    common: dict[str, Any] = {
+        "model": model, "limit": limit, "batch_size": batch_size, "device": device,
+        "dtype": dtype, "seed": seed, "wings": wings,
+    }  # fmt: skip
+    given = {name for name in context.params if _is_given(context, name)}
+    if suite is not None:
+        from vlm_prune.benchmarks.evaluation.suite import run_suite
+
+        if pruning := sorted(given & PRUNING):
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in pruning)
+            raise InputError(f"--suite compares unpruned models; leave out {options}")
+        chosen = tasks if "tasks" in given else "all"
+        (config,) = run_configs([Variant("none", 1.0)], split, chosen, **common)
+        run_suite(suite, config, base, output, data_root)
+        return
+    if base is not None:
+        raise InputError("--base is a model of a suite; add --suite forgetting")
+    variant = Variant(method, parse_budget(budget), positions, parse_arguments(method_args))
+    configs = run_configs(with_schedule([variant], schedule), split, tasks, **common)
+    (results,), _ = execute(configs, output, [""], data_root)
+    show(run_table(results))
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

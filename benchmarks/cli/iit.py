@@ -1,0 +1,63 @@
+"""`vlm-prune iit`: build the IIT reconstruction from public benchmarks, or evaluate a model on it."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlm_prune.benchmarks.cli.options import Device, Model, OneBudget, Seed, Wings, parse_budget
+from vlm_prune.benchmarks.cli.terminal import quiet
+
+SOURCES = ("mmlu", "cmmlu", "openbookqa", "hellaswag", "mmmu", "mmbench", "seed", "ai2d")
+
+app = typer.Typer(
+    pretty_exceptions_enable=False, help="Interleaved conversations: build or evaluate."
+)
+
+
+@app.command()
+def build(
+    folder: Annotated[Path, typer.Argument(help="Where the conversations go.")],
+    source: Annotated[list[str], typer.Option(help=f"NAME or NAME=PATH; {', '.join(SOURCES)}")],
+    size: Annotated[int, typer.Option(min=1, help="Conversations per setting.")] = 500,
+    seed: Seed = 0,
+) -> None:
+    """Write conversations in six settings; sources without a path come from the hub."""
+    from vlm_prune.benchmarks.experiments.iit.build import build
+
+    named = [part.partition("=") for part in source]
+    counts = build(folder, {name: where or None for name, _, where in named}, size, seed)
+    typer.echo(f"{folder}: " + ", ".join(f"({s}) {n}" for s, n in counts.items()))
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="What `build` wrote.")],
+    output: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs/iit"),
+    model: Model = "tiny",
+    wings: Wings = None,
+    method: Annotated[str, typer.Option(help="See 'vlm-prune methods'.")] = "none",
+    budget: OneBudget = "1.0",
+    context: Annotated[str, typer.Option(help="own or gold earlier replies.")] = "own",
+    limit: Annotated[int | None, typer.Option(min=1, help="Conversations of a setting.")] = None,
+    device: Device = "cpu",
+) -> None:
+    """Score the last turn of each conversation."""
+    from vlm_prune.benchmarks.experiments.iit.evaluate import evaluate
+    from vlm_prune.learners import from_pretrained
+    from vlm_prune.pruning.registry import build as build_pruner
+    from vlm_prune.vlm.load import load
+
+    quiet()
+    pruner: Any = None
+    if method != "none":
+        pruner = build_pruner(method, budget=parse_budget(budget))
+    loaded, processor = load(model, device)
+    if wings is not None:
+        from_pretrained(loaded, wings)
+    if pruner is not None:
+        pruner.admit(loaded)
+    results = evaluate(loaded, processor, folder, output, context, pruner, limit)  # type: ignore[arg-type]
+    for setting, entry in results["settings"].items():
+        low, high = entry["ci"]
+        typer.echo(f"({setting}) {entry['accuracy']:.3f} [{low:.3f}, {high:.3f}], n {entry['n']}")

@@ -1,0 +1,19 @@
+"""`vlm-prune models`."""
+
+import sys
+
+
+def models() -> None:
+    """List model families, which methods work on each, and the embedded model."""
+    from vlm_prune.benchmarks.cli.support import support
+    from vlm_prune.benchmarks.stats.table import as_table, show
+    from vlm_prune.vlm.families import FAMILIES
+
+    matrix = support()
+    rows = [["model", "what", "methods"]]
+    rows.append(["tiny", "the embedded LLaVA; needs no download", "all"])
+    for name, family in FAMILIES.items():
+        what = (sys.modules[family.__module__].__doc__ or "").strip().split("\n\n")[0]
+        without = [method for method, works in matrix.items() if not works[name]]
+        rows.append([name, what, f"all but {', '.join(without)}" if without else "all"])
+    show(as_table(rows))

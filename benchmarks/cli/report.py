@@ -1,0 +1,23 @@
+"""`vlm-prune report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlm_prune.benchmarks.cli.options import DataRoot
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="--output folders of eval or compare.")],
+    output: Annotated[
+        Path | None, typer.Option(help="HTML file; report.html in the first folder unless given.")
+    ] = None,
+    gallery: Annotated[int, typer.Option(min=0, help="Questions shown with pictures.")] = 60,
+    data_root: DataRoot = None,
+) -> None:
+    """Put runs on one self-contained HTML page."""
+    from vlm_prune.benchmarks.report import report
+
+    page, found = report(runs, output, gallery, data_root)
+    print(f"{page}: {len(found)} runs, {page.stat().st_size / 1e6:.1f} MB")

@@ -1,0 +1,75 @@
+"""`vlm-prune schedule`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlm_prune.benchmarks.cli.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    Limit,
+    Model,
+    OneBudget,
+    Seed,
+    parse_budget,
+    parse_tasks,
+)
+from vlm_prune.benchmarks.cli.terminal import progress, quiet
+from vlm_prune.vlm.common.errors import InputError
+
+
+def schedule(
+    model: Model = "tiny",
+    data: Annotated[
+        str, typer.Option(help="Tasks (their validation split), or a LLaVA-format JSON file.")
+    ] = "visual",
+    images: Annotated[Path, typer.Option(help="Folder of the images of a JSON file.")] = Path("."),
+    budget: OneBudget = "64",
+    cuts: Annotated[int, typer.Option(min=1, max=3, help="Cuts to propose, at most.")] = 3,
+    limit: Limit = 200,
+    batch_size: BatchSize = 8,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    output: Annotated[Path, typer.Option(help="Folder for schedule.json and schedule.png.")] = Path(
+        "runs/schedule"
+    ),
+) -> None:
+    """Propose cuts inside the LLM from where a model's attention to the image shifts."""
+    from statistics import median_low
+
+    from vlm_prune.benchmarks.experiments import schedule as analysis
+    from vlm_prune.benchmarks.stats.table import THREE_WAYS, three_ways
+    from vlm_prune.vlm.budget import check_fits, tokens_for
+    from vlm_prune.vlm.common.files import check_output
+    from vlm_prune.vlm.families import family_of
+    from vlm_prune.vlm.load import load
+
+    quiet()
+    for name in analysis.FILES:
+        check_output(output / name)
+    share = parse_budget(budget)
+    if data.endswith(".json"):
+        prompts = analysis.prompts_of_file(Path(data), images, limit)
+    else:
+        prompts = analysis.prompts_of_tasks(parse_tasks(data), limit, seed)
+    if not prompts:
+        raise InputError(f"{data} holds no question about an image")
+    loaded, processor = load(model, device, dtype)
+    family = family_of(loaded)
+    if family.fixed_size:
+        check_fits(share, family.tokens_per_image)
+    with progress(len(prompts)) as advance:
+        points, sizes = analysis.points_of(loaded, processor, prompts, batch_size, advance)
+    whole = median_low(sizes)
+    wanted = tokens_for(share, whole)
+    content = analysis.proposal(loaded, points, wanted, cuts, whole)
+    analysis.save(content, output)
+    print(f"change points after 0, 1, ... layers: {content['histogram']}")
+    print(f"proposed: cut after {list(content['places'])} of {content['layers']} layers")
+    kept = ", ".join(f"{cut['keep']} after layer {cut['layer']}" for cut in content["cuts"])
+    print(f"at budget {wanted} of {whole} tokens: keep {kept}")
+    print(f"which is {three_ways(content['counts'])} tokens per image ({THREE_WAYS})")
+    print(f"{output / 'schedule.json'}: for --schedule of eval, compare and bench")

@@ -1,0 +1,76 @@
+"""`vlm-prune train-tiny`: make the embedded models again."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from vlm_prune.benchmarks.cli.options import Seed
+
+STAGES = ("tower", "reading", "symbols", "stories", "projector", "language", "practice")
+Folder = Annotated[Path, typer.Argument(help="Where a killed training goes on.")]
+Threads = Annotated[int, typer.Option(min=1, help="Of torch.")]
+Bf16 = Annotated[bool, typer.Option(help="Fast if the CPU has bf16 instructions.")]
+Install = Annotated[bool, typer.Option("--install", help="Put the result into the package.")]
+Keep = Literal["tower", "all"]
+
+app = typer.Typer(pretty_exceptions_enable=False, help="Train the embedded models on a CPU.")
+
+
+def _begin(threads: int) -> None:
+    import logging
+
+    import torch
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(threads)
+
+
+@app.command()
+def llava(
+    folder: Folder,
+    stage: Annotated[list[str] | None, typer.Option(help=", ".join(STAGES))] = None,
+    seed: Seed = 0,
+    threads: Threads = 2,
+    keep: Annotated[Keep | None, typer.Option(help="Start from the packaged weights.")] = None,
+    bf16: Bf16 = False,
+    install: Install = False,
+) -> None:
+    """Train the LLaVA on the embedded tasks' training scenes, in about two and a half hours.
+
+    The result is written to `FOLDER/checkpoint`. Stages that the folder already holds are loaded,
+    not repeated.
+    """
+    from vlm_prune.benchmarks.embedded_models.packaged import train_llava
+
+    _begin(threads)
+    train_llava(folder, tuple(stage or ()), seed, keep, bf16, install)
+
+
+@app.command()
+def text(
+    folder: Folder,
+    steps: Annotated[int, typer.Option(min=1)] = 1200,
+    seed: Seed = 0,
+    threads: Threads = 2,
+    bf16: Bf16 = False,
+    install: Install = False,
+) -> None:
+    """Train a language model of the LLaVA's shape on text alone, in about half an hour.
+
+    The result is `FOLDER/text.safetensors`, the base of the experiment `forgetting`. Tokenizer and
+    shape are those of the packaged model; its weights are not used.
+    """
+    from vlm_prune.benchmarks.embedded_models.packaged import train_base
+
+    _begin(threads)
+    train_base(folder, steps, seed, bf16, install)
+
+
+@app.command()
+def clip(folder: Folder, seed: Seed = 0, threads: Threads = 2, install: Install = False) -> None:
+    """Pre-train the CLIP; a training that was killed goes on from its last checkpoint."""
+    from vlm_prune.benchmarks.embedded_models.packaged import train_clip
+
+    _begin(threads)
+    train_clip(folder, seed, install)

@@ -1,0 +1,98 @@
+"""`vlm-prune train-wings`: train Wings or a baseline, merge models, or run the experiment."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlm_prune.benchmarks.cli.options import Seed
+from vlm_prune.benchmarks.cli.terminal import quiet
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.registry import unknown
+
+EXPERIMENTS = ("forgetting",)
+METHODS = (
+    "full", "lora", "frozen-llm", "replay", "wings", "wings-visual", "wings-textual",
+    "wings-no-router",
+)  # fmt: skip
+PRESETS = (
+    "paper-1", "paper-2", "scripts-1-qwen", "scripts-1-llama", "scripts-2", "scripts-2-llava",
+    "recommended-1",
+)  # fmt: skip
+
+app = typer.Typer(pretty_exceptions_enable=False)
+
+
+@app.callback(invoke_without_command=True)
+def choose_experiment(
+    context: typer.Context,
+    experiment: Annotated[str | None, typer.Option(help=", ".join(EXPERIMENTS))] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Safetensors of a text-only language model.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(help="Folder for the experiment's files; it resumes there.")
+    ] = Path("runs/forgetting"),
+    results: Annotated[Path, typer.Option(help="Folder for JSON, table and plot.")] = Path(
+        "benchmarks/results/forgetting"
+    ),
+    jobs: Annotated[int, typer.Option(min=1, help="Processes; each does one arm at a time.")] = 1,
+    quick: Annotated[bool, typer.Option(help="A few steps, to see that it runs.")] = False,
+) -> None:
+    """Train Wings learners, merge models, or run an experiment."""
+    if context.invoked_subcommand is not None:
+        return
+    if experiment is None:
+        raise InputError(f"give a command, or --experiment {EXPERIMENTS[0]}")
+    if experiment not in EXPERIMENTS:
+        raise InputError(unknown("experiment", experiment, EXPERIMENTS))
+    from vlm_prune.benchmarks.experiments.forgetting.arms import QUICK, Plan
+    from vlm_prune.benchmarks.experiments.forgetting.experiment import run
+
+    quiet()
+    run(QUICK if quick else Plan(), output, results, base, jobs)
+
+
+@app.command()
+def train(
+    data: Annotated[list[Path], typer.Option(help="LLaVA-format JSON or JSONL; may be repeated.")],
+    output: Annotated[Path, typer.Option(help="Folder of the run; resumes what is in it.")],
+    images: Annotated[Path, typer.Option(help="Folder of the images.")] = Path("."),
+    model: Annotated[str, typer.Option(help="Checkpoint, or a finished run's folder.")] = "tiny",
+    method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "wings",
+    preset: Annotated[str, typer.Option(help=", ".join(PRESETS))] = "recommended-1",
+    text_ratio: Annotated[float | None, typer.Option(help="Share of text-only samples.")] = None,
+    micro_batch: Annotated[int, typer.Option(min=1, help="Samples per forward and device.")] = 1,
+    rank: Annotated[int, typer.Option(help="Of the learners.")] = 64,
+    layers: Annotated[list[int] | None, typer.Option(help="Decoder layers with learners.")] = None,
+    seed: Seed = 42,
+) -> None:
+    """Run one stage of one method; start it with `accelerate launch` for several processes."""
+    from dataclasses import replace
+
+    from vlm_prune.learners import WingsConfig
+    from vlm_prune.learners import train as training
+    from vlm_prune.learners.data import read_llava
+    from vlm_prune.learners.recipe import PRESETS as presets
+
+    quiet()
+    recipe = replace(presets[preset], seed=seed)
+    wings = WingsConfig(rank=rank, layers=tuple(layers) if layers else None)
+    examples = [example for file in data for example in read_llava(file, images)]
+    run = training.Run(model, output, method, recipe, wings, text_ratio, micro_batch)
+    training.train(run, examples)
+
+
+@app.command()
+def merge(
+    base: str,
+    tuned: str,
+    output: Path,
+    alpha: Annotated[list[float] | None, typer.Option(help="0.5 unless given; repeatable.")] = None,
+) -> None:
+    """Write base + alpha (tuned - base), language model only, as OUTPUT/alpha-*."""
+    from vlm_prune.learners.merge import sweep
+
+    quiet()
+    for folder in sweep(base, tuned, output, alpha or [0.5]):
+        typer.echo(folder)

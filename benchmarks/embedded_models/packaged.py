@@ -1,0 +1,107 @@
+"""How the weights in the package were made: whole trainings, and putting their results there."""
+
+import json
+import shutil
+from itertools import takewhile
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from vlm_prune.benchmarks.embedded_models.clip import STATE, Pretraining
+from vlm_prune.benchmarks.embedded_models.clip import Recipe as ClipRecipe
+from vlm_prune.benchmarks.embedded_models.clip_card import write_card
+from vlm_prune.benchmarks.embedded_models.initial import look_back
+from vlm_prune.benchmarks.embedded_models.llava import STAGES, Recipe, Trainer
+from vlm_prune.benchmarks.embedded_models.log import recorder
+from vlm_prune.benchmarks.embedded_models.source import SceneSource, corpus
+from vlm_prune.benchmarks.embedded_models.store import save_checkpoint, save_language_model
+from vlm_prune.benchmarks.embedded_models.text import train_text
+from vlm_prune.continual.tiny import checkpoint_path as clip_path
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.files import write_text
+from vlm_prune.vlm.common.registry import unknown
+from vlm_prune.vlm.tiny import checkpoint_path
+from vlm_prune.vlm.tiny.config import make_model, make_processor
+
+
+def train_llava(
+    folder: Path,
+    chosen: tuple[str, ...] = (),
+    seed: int = 0,
+    keep: Literal["tower", "all"] | None = None,
+    bf16: bool = False,
+    install: bool = False,
+) -> None:
+    """Train the embedded LLaVA; stages that `folder` already holds are loaded, not repeated.
+
+    Args:
+        folder: where stages, a log and the result, `checkpoint`, go.
+        chosen: stages to do; all, or those after what is kept, unless given.
+        seed: of weights and data.
+        keep: which of the packaged weights to start from.
+        bf16: whether to compute in bfloat16.
+        install: whether the result replaces the packaged weights.
+
+    Raises:
+        InputError: for an unknown stage.
+    """
+    for name in chosen:
+        if name not in STAGES:
+            raise InputError(unknown("stage", name, STAGES))
+    torch.manual_seed(seed)
+    packaged = checkpoint_path()
+    processor = AutoProcessor.from_pretrained(packaged) if keep else make_processor(corpus(), 768)
+    model = make_model(processor)
+    look_back(model.model.language_model)
+    if keep:
+        trained = LlavaForConditionalGeneration.from_pretrained(packaged).state_dict()
+        tower = {name: weight for name, weight in trained.items() if "vision_tower" in name}
+        model.load_state_dict(trained if keep == "all" else tower, strict=keep == "all")
+    trainer = Trainer(processor, SceneSource(seed), folder, Recipe(seed=seed, bf16=bf16), model)
+    begin = {None: "tower", "tower": "symbols", "all": "language"}[keep]
+    stages = STAGES[STAGES.index(begin) :]
+    trainer.run(chosen or stages)
+    if not install:
+        return
+    save_checkpoint(trainer.model, processor, packaged)
+    log = packaged / "training_log.jsonl"
+    before = log.read_text().splitlines(keepends=True) if keep else []
+    if keep == "tower":  # what came after the tower did not make these weights
+        before = list(takewhile(lambda line: json.loads(line)["stage"] not in stages, before))
+    write_text(log, "".join(before) + (folder / "log.jsonl").read_text())
+
+
+def train_base(
+    folder: Path, steps: int = 1200, seed: int = 0, bf16: bool = False, install: bool = False
+) -> None:
+    """Train a language model of the LLaVA's shape on text alone, the base of `forgetting`.
+
+    Args:
+        folder: where `text.safetensors` and `text_log.jsonl` go.
+        steps: of the optimizer.
+        seed: of weights and data.
+        bf16: whether to compute in bfloat16.
+        install: whether the result replaces the packaged one.
+    """
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    log, weights = folder / "text_log.jsonl", folder / "text.safetensors"
+    log.unlink(missing_ok=True)
+    processor = AutoProcessor.from_pretrained(checkpoint_path())
+    model = make_model(processor)
+    train_text(model, processor, SceneSource(seed), steps, recorder(log, "text"), seed, bf16)
+    save_language_model(model, weights)
+    if install:
+        for file in (log, weights):
+            shutil.copy2(file, checkpoint_path())
+
+
+def train_clip(folder: Path, seed: int = 0, install: bool = False) -> None:
+    """Pre-train the embedded CLIP in `folder`, from its last checkpoint; perhaps install it."""
+    Pretraining(folder, ClipRecipe(seed=seed)).run()
+    write_card(folder)
+    if install:
+        state = shutil.ignore_patterns(f"{STATE}*")
+        shutil.copytree(folder, clip_path(), ignore=state, dirs_exist_ok=True)

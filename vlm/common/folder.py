@@ -1,0 +1,101 @@
+"""A folder of results: one writer at a time, and one set of settings."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+from filelock import FileLock, Timeout
+
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.files import encoded, make_folders, output_folder, write_text
+from vlm_prune.vlm.common.records import read_record
+
+LOCK = ".lock"
+
+
+class _Lock(FileLock):
+    """lmms-eval turns `FileLock` itself into one lock per path, which a process may take twice."""
+
+
+class OutputFolder:
+    """A folder that this process alone writes to, from now to `release` or the end of a block.
+
+    It is made if it is not there, and goes again if nothing was written to it.
+
+    Raises:
+        InputError: if the path is no folder for results, or another process writes there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        target = output_folder(path)
+        self._made = make_folders(target)
+        self._lock = _Lock(target / LOCK)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(
+                f"another run writes to {path}; wait for it, or give another --output"
+            ) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let others write."""
+        if not self._lock.is_locked:
+            return
+        lock = Path(self._lock.lock_file)
+        if lock.exists() and [path.name for path in lock.parent.iterdir()] == [LOCK]:
+            lock.unlink()
+            for folder in reversed(self._made):
+                if any(folder.iterdir()):
+                    break
+                folder.rmdir()
+        self._lock.release()
+
+
+def check_settings(path: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether a file of settings is there; they are those of what a folder holds.
+
+    Args:
+        path: the file, such as `config.json`.
+        settings: what decides the results that belong to them.
+
+    Raises:
+        InputError: if it is damaged, or has others.
+    """
+    if not path.exists():
+        return False
+    advice = f"give another --output or remove {path.parent}"
+    compare_settings(path.parent, read_record(path, dict[str, Any], advice), settings)
+    return True
+
+
+def compare_settings(place: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise `InputError` unless the settings found at `place`, plain values, are the ones wanted."""
+    plain = msgspec.json.decode(encoded(wanted))
+    if found.keys() != plain.keys():
+        raise InputError(
+            f"{place} holds a run of another version; give another --output or remove it"
+        )
+    changed = [key for key in plain if found[key] != plain[key]]
+    if changed:
+        raise InputError(
+            f"{place} holds a run with another {', '.join(changed)}; "
+            "give another --output or remove it"
+        )
+
+
+def record_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write a file of settings, unless it is there.
+
+    Raises:
+        InputError: as `check_settings` does.
+    """
+    if not check_settings(path, settings):
+        write_text(path, encoded(settings) + "\n")

@@ -1,0 +1,43 @@
+"""Records: typed, validated content of JSON files."""
+
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from vlm_prune.vlm.common.errors import InputError, first_line
+from vlm_prune.vlm.common.files import read_bytes
+
+T = TypeVar("T")
+
+
+def read_record(path: Path, kind: type[T], advice: str) -> T:
+    """The content of a JSON file as a record of a kind.
+
+    Args:
+        path: a regular file.
+        kind: a msgspec structure, a dataclass or a type of plain values. Numbers are finite, and
+            a text is not taken for a number.
+        advice: what helps where the file is damaged, as the end of a sentence.
+
+    Raises:
+        InputError: if the file cannot be read or holds anything else.
+    """
+    return decoded(read_bytes(path), kind, str(path), advice)
+
+
+def read_lines(path: Path, kind: type[T], advice: str) -> list[T]:
+    """The records of a file with one JSON value a line; arguments and errors as `read_record`."""
+    lines = read_bytes(path).splitlines()
+    return [
+        decoded(line, kind, f"line {number} of {path}", advice)
+        for number, line in enumerate(lines, 1)
+    ]
+
+
+def decoded(text: bytes | str, kind: type[T], name: str, advice: str) -> T:
+    """JSON as a record; `name` says in messages what holds it, other arguments as `read_record`."""
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{name} is damaged ({first_line(error)}); {advice}") from error
