@@ -145,7 +145,7 @@ def make_folders(path: Path) -> list[Path]:
         InputError: if what is there is no folder.
         OSError: if a folder cannot be made.
     """
-    missing = []
+    missing: list[Path] = []
     for folder in (path, *path.parents):
         if folder.is_dir():
             break
