@@ -188,14 +188,9 @@ def write_text(path: Path, content: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write all of the file or none of it; numbers that are not finite become null."""
-    write_text(path, encoded(content) + "\n")
-
-
-def encoded(content: Any) -> str:
-    """Records, dataclasses and plain values as indented JSON; numbers that are not finite are null."""
-    text = msgspec.json.encode(content, enc_hook=_plain)
-    return msgspec.json.format(text, indent=2).decode()
+    """Write records, dataclasses and plain values as `read_json` reads them, or nothing."""
+    plain = msgspec.to_builtins(content, str_keys=True, enc_hook=plain)
+    write_text(path, json.dumps(plain, indent=2) + "\n")
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -294,6 +289,6 @@ def _kind(mode: int) -> str:
     return "a device"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """What JSON takes of numpy's numbers and of anything else that has a text."""
     return value.item() if hasattr(value, "item") else str(value)

@@ -8,8 +8,8 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.files import encoded, make_folders, output_folder, write_text
-from vlm_prune.vlm.common.records import read_record
+from vlm_prune.vlm.common.files import make_folders, output_folder, write_text
+from vlm_prune.vlm.common.records import encoded, read_record
 
 LOCK = ".lock"
 

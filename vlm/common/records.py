@@ -1,12 +1,12 @@
 """Records: typed, validated content of JSON files."""
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from vlm_prune.vlm.common.errors import InputError, first_line
-from vlm_prune.vlm.common.files import read_bytes
+from vlm_prune.vlm.common.files import plain, read_bytes
 
 T = TypeVar("T")
 
@@ -33,6 +33,18 @@ def read_lines(path: Path, kind: type[T], advice: str) -> list[T]:
         decoded(line, kind, f"line {number} of {path}", advice)
         for number, line in enumerate(lines, 1)
     ]
+
+
+def encoded(content: Any) -> str:
+    """A record, or plain values with records among them, as indented JSON.
+
+    Raises:
+        ValueError: if what a record holds is not what its type says, or a number is not finite.
+    """
+    text = msgspec.json.encode(content, enc_hook=plain)
+    if isinstance(content, msgspec.Struct):
+        msgspec.json.decode(text, type=type(content))
+    return msgspec.json.format(text, indent=2).decode()
 
 
 def decoded(text: bytes | str, kind: type[T], name: str, advice: str) -> T:
