@@ -189,8 +189,8 @@ def write_text(path: Path, content: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write records, dataclasses and plain values as `read_json` reads them, or nothing."""
-    plain = msgspec.to_builtins(content, str_keys=True, enc_hook=plain)
-    write_text(path, json.dumps(plain, indent=2) + "\n")
+    values = msgspec.to_builtins(content, str_keys=True, enc_hook=plain)
+    write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
