@@ -58,6 +58,11 @@ class GatedLoRA(nn.Module):
         return self.base.weight
 
     @property
+    def bias(self) -> Tensor | None:
+        """The base's; a model that reads it instead of calling this module trains nothing."""
+        return self.base.bias
+
+    @property
     def weights(self) -> Tensor:
         """The gates (r,); ones for plain LoRA."""
         return torch.ones_like(self.A[:, 0]) if self.gate is None else self.gate

@@ -200,6 +200,8 @@ class _Trainer:
                 loss = method.loss(pixels, labels, step)
             self._note(number, step, loss.item())
             loss.backward()
+            if step == first:
+                method.check_gradients()
             average_gradients(parameters)
             if recipe.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)

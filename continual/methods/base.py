@@ -13,6 +13,7 @@ from vlm_prune.continual import losses
 from vlm_prune.continual.clip import Clip
 from vlm_prune.continual.config import Recipe
 from vlm_prune.continual.delta import Delta
+from vlm_prune.vlm.common.errors import InputError
 
 Group = dict[str, Any]
 
@@ -91,6 +92,25 @@ class Method(ABC):
     @abstractmethod
     def end_task(self) -> Delta | None:
         """Write what was learned into the model and make it plain; returns it as factors if any."""
+
+    def adapters(self) -> dict[str, nn.Parameter]:
+        """Parameters of adapters by name; the model's forward must reach every one of them."""
+        return {}
+
+    def check_gradients(self) -> None:
+        """Called after a task's first backward pass.
+
+        Raises:
+            InputError: if an adapter got no gradient: the model does not call the module that it
+                wraps, as fused attention, which reads weights, does not.
+        """
+        missed = [name for name, parameter in self.adapters().items() if parameter.grad is None]
+        if missed:
+            raise InputError(
+                f"{len(missed)} trainable parameters of {self.name} get no gradient, "
+                f"{missed[0]} first: the model does not call the modules they wrap; "
+                "leave these modules out of the placement"
+            )
 
     def added_parameters(self) -> int:
         """Parameters that answering needs beside the model's own; none where all is merged."""

@@ -46,6 +46,14 @@ class LowRank(Method):
         """The initial gate of one site (r,); None for plain LoRA."""
         return None
 
+    def adapters(self) -> dict[str, nn.Parameter]:
+        return {
+            f"{site}.{name}": parameter
+            for site, layer in self.layers.items()
+            for name, parameter in layer.named_parameters()
+            if parameter.requires_grad
+        }
+
     def gates(self) -> list[Tensor]:
         return [layer.gate for layer in self.layers.values() if layer.gate is not None]
 

@@ -62,6 +62,9 @@ class PeftAdapter(Method):
             raise InputError(f"peft adapted {len(adapted)} of {len(names)} sites for {self.name}")
         return [{"params": list(self.trained().values()), "lr": context.recipe.lr}]
 
+    def adapters(self) -> dict[str, torch.nn.Parameter]:
+        return self.trained()
+
     def trained(self) -> dict[str, torch.nn.Parameter]:
         return {n: p for n, p in self.context.clip.model.named_parameters() if p.requires_grad}
 

@@ -1,6 +1,7 @@
 """Every method on two tasks: it runs, leaves a plain model, and does what it says."""
 
 import copy
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -196,6 +197,34 @@ def test_silent_no_ops_of_peft_are_errors(begin):
     method, _ = begin("dora")
     with pytest.raises(InputError, match="changed no weight"):
         method.end_task()
+
+
+ADAPTERS = [
+    name for name, kind in METHODS.items() if "placement" in {field.name for field in fields(kind)}
+]
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_every_adapter_gets_a_gradient_in_every_library(name, begin, any_clip, batch):
+    method, _ = begin(name, model=any_clip)
+    method.loss(batch[0], torch.tensor([0, 1, 0]), 0).backward()
+    method.check_gradients()
+    adapters = method.adapters()
+    sites = {n.rpartition(".")[0].partition(".lora_")[0] for n in adapters}
+    assert len(sites) >= 6 * 2 * 2  # six maps in each of two blocks of two towers
+    trained = {id(p) for p in any_clip.model.parameters() if p.requires_grad}
+    assert {id(p) for p in adapters.values()} == trained
+
+
+@pytest.mark.parametrize("name", ["lora", "codyra", "dora"])
+def test_an_adapter_without_a_gradient_is_an_error(name, learn, monkeypatch):
+    """PyTorch's fused attention reads the weight of `out_proj` and never calls it."""
+    for module in ("model", "methods.peft_adapter"):
+        monkeypatch.setattr(f"vlm_prune.continual.{module}.split", lambda model: None)
+        monkeypatch.setattr(f"vlm_prune.continual.{module}.fuse", lambda model: None)
+    with pytest.raises(InputError, match=r"get no gradient, .*out_proj") as error:
+        learn(name, placement=Placement(modules=("o", "in")))
+    assert "\n" not in str(error.value)
 
 
 def test_adalora_says_when_a_task_is_too_short(begin):
