@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import (
     AttentionInterface,
     LlavaForConditionalGeneration,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -131,7 +132,10 @@ def attend(
     return torch.cat(heard, 2).transpose(1, 2), None
 
 
-AttentionInterface.register("packed", attend)
+def attend_packed(decoder: PreTrainedModel) -> None:
+    """Let a decoder attend by `attend`, which transformers then knows as `packed`."""
+    AttentionInterface.register("packed", attend)
+    decoder.set_attn_implementation("packed")
 
 
 def _layout(
@@ -226,7 +230,7 @@ def train_language(
     level, entered = 0, 0
     decoder = model.model.language_model
     usual = decoder.config._attn_implementation
-    decoder.set_attn_implementation("packed")
+    attend_packed(decoder)
     for step in range(steps):
         warm, left = min(1.0, (step + 1) / 20), min(1.0, (steps - step) / (0.4 * steps))
         for stepper, peak in zip(steppers, (rate, rate / 2), strict=True):

@@ -11,7 +11,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vlm_prune.benchmarks.embedded_models.curriculum import block, pair, what
 from vlm_prune.benchmarks.embedded_models.initial import look_back, wake
-from vlm_prune.benchmarks.embedded_models.language import loss_of, pack, projected
+from vlm_prune.benchmarks.embedded_models.language import attend_packed, loss_of, pack, projected
 from vlm_prune.benchmarks.embedded_models.llava import STAGES, Recipe, Trainer
 from vlm_prune.benchmarks.embedded_models.log import recorder
 from vlm_prune.benchmarks.embedded_models.source import SceneSource, corpus, scenes
@@ -207,8 +207,8 @@ def test_attention_over_packed_rows_leaves_out_only_what_the_mask_forbids(proces
     assert len(batch.spans) > 1
     assert batch.spans[-1].seen > batch.spans[-1].prefix  # pairs are left out
     found = []
-    for attention in ("sdpa", "packed"):
-        decoder.set_attn_implementation(attention)
+    for use in (lambda decoder: decoder.set_attn_implementation("sdpa"), attend_packed):
+        use(decoder)
         model.zero_grad()
         loss, _ = loss_of(model, batch, images, projected(model))
         loss.backward()
