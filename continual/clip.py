@@ -28,11 +28,10 @@ from vlm_prune.vlm.checkpoint import (
     load_weights,
     locate,
     make_view,
-    naming,
     read_config,
     view_of,
 )
-from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.errors import InputError, naming
 from vlm_prune.vlm.common.files import read_object
 
 OPEN_CLIP, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlm_prune.continual.attention import fuse, sites, split
 from vlm_prune.continual.layer import GatedLoRA, product
-from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.errors import InputError, naming
+from vlm_prune.vlm.common.state import writing
 
 
 @dataclass
@@ -39,6 +40,24 @@ class Factors:
     @property
     def rank(self) -> int:
         return len(self.gate)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """d_out and d_in of the weight."""
+        return len(self.B), self.A.shape[-1]
+
+    def check(self, site: str) -> None:
+        """Raise `InputError` unless all factors have matrices' shapes of one rank and are finite."""
+        k = self.gate.numel()
+        shapes = [self.A.shape[:1], self.B.shape[1:], self.gate.shape, self.kept.shape]
+        if self.A.ndim != 2 or self.B.ndim != 2 or any(shape != (k,) for shape in shapes):
+            raise InputError(f"the factors of {site!r} do not fit each other")
+        if k and not 0 <= int(self.kept.min()) <= int(self.kept.max()) < self.start.numel():
+            raise InputError(f"the components of {site!r} are not among the initial ones")
+        for name in ("A", "B", "gate", "start"):
+            factor: Tensor = getattr(self, name)
+            if not (factor.is_floating_point() and factor.isfinite().all()):
+                raise InputError(f"factor {name} of {site!r} has values that are not finite")
 
     def matrix(self) -> Tensor:
         """The change of the weight in float32, (d_out, d_in)."""
@@ -70,25 +89,30 @@ class Delta:
             for name, tensor in vars(factors).items()
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path, metadata={"facts": json.dumps(self.facts)})
+        with writing(path):
+            save_file(tensors, path, metadata={"facts": json.dumps(self.facts)})
 
     @classmethod
     def load(cls, path: Path) -> "Delta":
         """Read what `save` wrote.
 
         Raises:
-            InputError: if the file is missing or holds something else.
+            InputError: if the file is missing, damaged or holds something else, its factors do not
+                multiply, or they are not finite.
         """
         grouped: dict[str, dict[str, Tensor]] = {}
-        try:
+        with naming(f"{path} is no readable delta of a task"):
             with safe_open(path, "pt") as file:
                 facts = json.loads((file.metadata() or {})["facts"])
                 for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                     site, _, name = key.rpartition("|")
                     grouped.setdefault(site, {})[name] = file.get_tensor(key)
-            return cls({site: Factors(**parts) for site, parts in grouped.items()}, facts)
-        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-            raise InputError(f"{path} is no readable delta of a task: {error}") from error
+            if not isinstance(facts, dict):
+                raise InputError("its facts are no JSON object")
+            factors = {site: Factors(**parts) for site, parts in grouped.items()}
+            for site, each in factors.items():
+                each.check(site)
+        return cls(factors, facts)
 
     def apply(self, model: nn.Module, sign: float = 1.0) -> None:
         """Add the change to a plain CLIP, in place; `sign=-1` takes it away again (unmerge).
@@ -96,17 +120,20 @@ class Delta:
         Sums are taken in float32, so a weight comes back to float32 rounding, not bit for bit.
 
         Raises:
-            InputError: if the model lacks a site or has it in another size.
+            InputError: if the model lacks a site or has it in another size, or a factor does not
+                fit the others; the model is left as it was.
         """
         split(model)
         try:
-            known = sites(model)
+            known, weights = sites(model), {}
             for name, factors in self.factors.items():
+                factors.check(name)
                 weight = model.get_submodule(name).weight if name in known else None
-                change = sign * factors.matrix()
-                if weight is None or weight.shape != change.shape:
+                if weight is None or weight.shape != factors.shape:
                     raise InputError(f"this delta is of another model: {name} does not fit")
-                add(weight, change)
+                weights[name] = weight
+            for name, weight in weights.items():
+                add(weight, sign * self.factors[name].matrix())
         finally:
             fuse(model)
 

@@ -29,9 +29,10 @@ from vlm_prune.continual.metrics import drift
 from vlm_prune.continual.parallel import average_gradients, gather, place
 from vlm_prune.continual.results import Results, read_results
 from vlm_prune.continual.streams.base import Task
-from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.errors import InputError, naming
 from vlm_prune.vlm.common.files import write_folder, write_json
 from vlm_prune.vlm.common.folder import check_settings, record_settings
+from vlm_prune.vlm.common.state import save_tensors
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,9 @@ class _Trainer:
         if self.record["zero_shot"] is None:
             self.record["zero_shot"] = self._row("zero-shot", None)
             self._write()
-        done, weights, state = checkpoint.load_state(self.output)
+        done, state = checkpoint.load_state(self.output, self.clip.model.state_dict())
         if done:
-            self.clip.model.load_state_dict(weights)
-            self.method.load_state(state)
+            self._take_back(state)
         for number in range(done, len(self.tasks)):
             if len(self.record["matrix"]) < number:
                 self._finish_row(number - 1)
@@ -177,7 +177,7 @@ class _Trainer:
         data = {name: parameter.detach() for name, parameter in trained.items()}
         first, state = checkpoint.load_step(self.output, number, data, optimizer)
         if first:
-            method.load_state(state)
+            self._take_back(state)
         if self.main:
             log = self.output / "log.jsonl"
             checkpoint.cut_log(log, lambda line: (line["task"], line["step"]) < (number, first))
@@ -211,6 +211,10 @@ class _Trainer:
             taken = step + 1
             if self.run.save_every and taken % self.run.save_every == 0 < recipe.steps - taken:
                 self._save_step(number, taken, data, optimizer)
+
+    def _take_back(self, state: checkpoint.Tensors) -> None:
+        with naming(f"the state of {self.method.name} in {self.output} cannot be used"):
+            self.method.load_state(state)
 
     def _context(self, number: int) -> Context:
         task, earlier = self.tasks[number], self.tasks[:number]
@@ -246,7 +250,7 @@ class _Trainer:
             folder = self.output / "correct"
             folder.mkdir(exist_ok=True)
             named = {task.name: hits for task, hits in zip(self.tasks, right, strict=True)}
-            checkpoint.save_tensors(folder / f"{name}.safetensors", named)
+            save_tensors(folder / f"{name}.safetensors", named)
         return [float(hits.double().mean()) for hits in right]
 
     def _write(self) -> None:

@@ -162,18 +162,23 @@ def open_parameters(model: Any, method: Method, stage: int) -> dict[Group, list[
 
 
 def make_optimizer(
-    groups: dict[Group, list[nn.Parameter]], recipe: Recipe, steps: int
+    groups: dict[Group, list[nn.Parameter]], recipe: Recipe, steps: int, done: int = 0
 ) -> tuple[torch.optim.AdamW, Any]:
-    """AdamW with each group's own rate, and a cosine schedule over `steps`."""
+    """AdamW with each group's own rate, and a cosine schedule over `steps` as it is after `done`."""
     rates = {
         "projector": recipe.projector_lr,
         "learners": recipe.learner_lr,
         "language": recipe.language_lr,
     }
     optimizer = torch.optim.AdamW(
-        [{"params": p, "lr": rates[name]} for name, p in groups.items() if p],
+        [
+            {"params": p, "lr": rates[name], "initial_lr": rates[name]}
+            for name, p in groups.items()
+            if p
+        ],
         weight_decay=recipe.weight_decay,
         fused=True,
     )
     warmup = round(recipe.warmup * steps)
-    return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup, steps)
+    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps, last_epoch=done - 1)
+    return optimizer, schedule

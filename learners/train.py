@@ -5,6 +5,7 @@ kill. When it is done the folder holds `model`, a plain Hugging Face checkpoint,
 adapter, if the method has learners. The next stage starts from that folder.
 """
 
+import hashlib
 import importlib
 import json
 import math
@@ -26,11 +27,23 @@ from vlm_prune.learners.model import attach, detach
 from vlm_prune.learners.recipe import METHODS, Group, Recipe, make_optimizer, open_parameters
 from vlm_prune.learners.store import load_adapter_state, read_adapter, save_pretrained
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.files import write_json, write_text
-from vlm_prune.vlm.common.folder import record_settings
+from vlm_prune.vlm.common.files import write_folder, write_json, write_text
+from vlm_prune.vlm.common.folder import OutputFolder, check_settings
+from vlm_prune.vlm.common.state import (
+    newest,
+    optimizer_tensors,
+    refuse_pickles,
+    restore,
+    restore_optimizer,
+    save_tensors,
+    seed_step,
+    writing,
+)
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.load import load
 
+TRAINED, OPTIMIZER = "trained.safetensors", "optimizer.safetensors"
+ENDS = 4096  # bytes at each end of an image that tell it from others
 TRACKERS = ("tensorboard", "trackio")
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 
@@ -84,7 +97,7 @@ def prepare(run: Run) -> tuple[Any, Any, dict[Group, list[torch.nn.Parameter]], 
     method, stage = METHODS[run.method], run.recipe.stage
     before = Path(run.model)
     finished = (before / "model").is_dir()
-    model, processor = load(str(before / "model") if finished else run.model, dtype="float32")
+    model, processor = load(str(before / "model") if finished else run.model, "cpu", "float32")
     lora = None
     if stage == 2 and method.language == "lora":
         peft, rank = _extra("peft"), run.recipe.lora_rank
@@ -108,22 +121,40 @@ def train(run: Run, examples: list[Example]) -> None:
     """Train, or finish training.
 
     Raises:
-        InputError: if the data cannot be used, `run.output` holds another run, memory runs out or
-            the loss is no number; the last checkpoint is whole, and the same call goes on from it.
+        InputError: if the data cannot be used, `run.output` holds another run or is being written
+            to, memory runs out or the loss is no number; the last checkpoint is whole, and the same
+            call goes on from it.
     """
-    accelerate, output, recipe = _extra("accelerate"), run.output, run.recipe
-    _claim(run)
-    if (output / "model").is_dir():
-        return
+    accelerate = _extra("accelerate")
     installed = accelerate.tracking.get_available_trackers()
     accelerator = accelerate.Accelerator(
         mixed_precision="bf16" if run.bf16 else "no",
         cpu=run.cpu,
         log_with=[tracker for tracker in installed if str(tracker) in TRACKERS] or None,
-        project_dir=output,
+        project_dir=run.output,
         # a batch of text alone leaves the projector without gradients
         kwargs_handlers=[accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    kinds = accelerate.DistributedType
+    if accelerator.distributed_type in (kinds.FSDP, kinds.DEEPSPEED, kinds.MEGATRON_LM):
+        raise InputError(
+            f"training is data parallel; {accelerator.distributed_type.value} is not supported"
+        )
+    with OutputFolder(run.output) if accelerator.is_main_process else nullcontext():
+        _train(run, examples, accelerate, accelerator)
+    accelerator.end_training()  # closes the process group, too
+
+
+def _train(run: Run, examples: list[Example], accelerate: Any, accelerator: Any) -> None:
+    output, recipe, main = run.output, run.recipe, accelerator.is_main_process
+    settings = _settings(run, examples) if main else {}
+    begun = (output / "log.jsonl").is_file()
+    if begun and main:
+        check_settings(output / "run.json", settings)
+    if (output / "model").is_dir():
+        if main:
+            _remove_checkpoints(output)
+        return
     accelerate.utils.set_seed(recipe.seed)
     model, processor, groups, lora = prepare(run)
     checkpoint_activations(model)
@@ -131,16 +162,27 @@ def train(run: Run, examples: list[Example]) -> None:
     ratio = method.text_ratio if run.text_ratio is None else run.text_ratio
     drawn = order([bool(e.images) for e in examples], ratio, recipe.epochs, recipe.seed)
     steps = -(-len(drawn) // recipe.batch)
-    optimizer, schedule = make_optimizer(groups, recipe, steps)
-    accelerator.register_for_checkpointing(schedule)
+    done, saved = newest(output, "checkpoint-N")
+    optimizer, schedule = make_optimizer(groups, recipe, steps, done)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     wrapped, optimizer = accelerator.prepare(model.train(), optimizer)
-    done = _resume(accelerator, output)
+    if saved is not None:
+        refuse_pickles(saved)
+        restore(saved / TRAINED, named)
+        restore_optimizer(saved / OPTIMIZER, optimizer.optimizer)
+    if main:
+        log = output / "log.jsonl"
+        if begun:  # steps after the checkpoint will be taken again
+            write_text(log, "".join(log.read_text().splitlines(keepends=True)[:done]))
+        else:  # what is there is of a start that was refused, or killed before its first step
+            write_json(output / "run.json", settings)
     accelerator.init_trackers(output.name, {"method": run.method} | asdict(recipe))
     family = family_of(model)
     layout = family.image_token, family.tokens_per_image, recipe.max_length
     data = Conversations(examples, processor, *layout)
     share = drawn[done * recipe.batch :]
     for step, (names, batches) in enumerate(_steps(data, share, run, accelerator), done + 1):
+        seed_step(recipe.seed, step, accelerator.process_index)
         try:
             loss = _step(accelerator, wrapped, optimizer, batches, recipe.clip)
         except (_NotFinite, MemoryError, RuntimeError) as error:
@@ -148,17 +190,18 @@ def train(run: Run, examples: list[Example]) -> None:
         entry = {"step": step, "loss": loss, "rates": schedule.get_last_lr()}
         accelerator.log({"loss": loss, "rate": max(entry["rates"])}, step)
         schedule.step()
-        if accelerator.is_main_process:
+        if main:
             with (output / "log.jsonl").open("a") as file:
                 file.write(json.dumps(entry) + "\n")
         if step % run.save_every == 0 and step < steps:
-            _checkpoint(accelerator, output, step)
+            if main:
+                _checkpoint(output, step, named, optimizer.optimizer)
+            accelerator.wait_for_everyone()
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    if main:
         _finish(model, processor, lora, output)
         last = json.loads((output / "log.jsonl").read_text().splitlines()[-1])
         print(f"{output}: {run.method}, {recipe.rates(method)}; loss {last['loss']:.4f}")
-    accelerator.end_training()  # closes the process group, too
 
 
 class _NotFinite(Exception):
@@ -167,8 +210,8 @@ class _NotFinite(Exception):
 
 def _stopped(error: Exception, step: int, names: list[list[str]], output: Path) -> Exception:
     """What a user can do about a step that failed; an error of another kind as it is."""
-    kept = next((path.name for path in output.glob("checkpoint-*")), None)
-    rest = f"{kept} is kept" if kept else "there is no checkpoint yet"
+    _, kept = newest(output, "checkpoint-N")
+    rest = f"{kept.name} is kept" if kept else "there is no checkpoint yet"
     if isinstance(error, _NotFinite):
         (bad,) = error.args
         where = ", ".join(n for micro in (names if bad is None else [names[bad]]) for n in micro)
@@ -239,44 +282,47 @@ def _steps(
         yield names, batches
 
 
-def _claim(run: Run) -> None:
-    """Mark the folder as this run's, so that another one cannot go on from its checkpoints."""
+def _settings(run: Run, examples: list[Example]) -> dict[str, Any]:
+    """What decides the result of a run: its options, and what its samples are."""
     free = ("output", "micro_batch", "save_every", "workers", "cpu")
     ours = {name: value for name, value in asdict(run).items() if name not in free}
-    path = run.output / "run.json"
-    if (run.output / "log.jsonl").is_file():
-        record_settings(path, ours)
-    else:  # nothing is trained yet; the file may be of a start that was refused
-        run.output.mkdir(parents=True, exist_ok=True)
-        write_json(path, ours)
+    return ours | {"data": data_digest(examples)}
 
 
-def _checkpoint(accelerator: Any, output: Path, step: int) -> None:
-    """Write beside the last checkpoint and rename, so that one of them is always whole."""
-    partial, final = output / "checkpoint.partial", output / f"checkpoint-{step}"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        os.replace(partial, final)
-        for old in output.glob("checkpoint-*"):
-            if old != final:
-                shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+def data_digest(examples: list[Example]) -> str:
+    """16 hexadecimal digits that change with the samples' texts, their order and their images.
+
+    Of an image count its size and its first and last 4 KiB, so that a large set is not read twice;
+    neither names nor folders count, and a set that moved is the same.
+    """
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps(example.turns).encode())
+        for path in example.images:
+            with path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                digest.update(size.to_bytes(8, "little"))
+                for place in (0, max(0, size - ENDS)):
+                    file.seek(place)
+                    digest.update(file.read(ENDS))
+    return digest.hexdigest()[:16]
 
 
-def _resume(accelerator: Any, output: Path) -> int:
-    """Load the newest checkpoint, if any; returns the steps done. Later log lines are dropped."""
-    found = sorted(int(path.name.split("-")[1]) for path in output.glob("checkpoint-*"))
-    done = found[-1] if found else 0
-    if done:
-        accelerator.load_state(str(output / f"checkpoint-{done}"))
-    log = output / "log.jsonl"
-    if log.is_file() and accelerator.is_main_process:
-        write_text(log, "".join(log.read_text().splitlines(keepends=True)[:done]))
-    return done
+def _checkpoint(output: Path, step: int, named: dict[str, Tensor], optimizer: Any) -> None:
+    """Write beside the last checkpoint and rename, so that one of them is always whole.
+
+    The weights that are trained and the optimizer's moments are all that a run needs: rates and
+    random draws follow from the step.
+    """
+
+    def fill(folder: Path) -> None:
+        save_tensors(folder / TRAINED, named)
+        save_tensors(folder / OPTIMIZER, optimizer_tensors(optimizer))
+
+    write_folder(output / f"checkpoint-{step}", fill)
+    for old in output.glob("checkpoint-*"):
+        if old.name != f"checkpoint-{step}":
+            shutil.rmtree(old)
 
 
 def _finish(model: Any, processor: Any, lora: Any, output: Path) -> None:
@@ -285,9 +331,16 @@ def _finish(model: Any, processor: Any, lora: Any, output: Path) -> None:
         detach(model)
     if lora is not None:
         model = lora.merge_and_unload()
-    partial = output / "model.partial"
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    os.replace(partial, output / "model")
+
+    def fill(folder: Path) -> None:
+        with writing(folder):
+            model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    write_folder(output / "model", fill)
+    _remove_checkpoints(output)
+
+
+def _remove_checkpoints(output: Path) -> None:
     for old in output.glob("checkpoint-*"):
         shutil.rmtree(old)

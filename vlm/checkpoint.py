@@ -10,14 +10,13 @@ import math
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.errors import InputError, naming
 from vlm_prune.vlm.common.files import read_object, write_json
 
 CONFIG = "config.json"
@@ -265,20 +264,6 @@ def _weight_map(index: Path) -> dict[str, str]:
         if not (isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name)):
             raise InputError(f"{index} names {name!r}, which is no safetensors file beside it")
     return found
-
-
-@contextmanager
-def naming(what: str) -> Iterator[None]:
-    """Turn whatever is raised in the block into an `InputError` of one line that begins with `what`."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, RecursionError):
-            raise InputError(f"{what}: it is nested too deeply") from error
-        # "Error(s) in loading state_dict for CLIP:" says what is wrong in its next line
-        first, *rest = str(error).strip().splitlines() or [type(error).__name__]
-        line = f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first
-        raise InputError(f"{what}: {line}") from error
 
 
 def read_config(view: Path) -> Any:

@@ -7,11 +7,10 @@ from vlm_prune.vlm.checkpoint import (
     check_pixels,
     load_weights,
     locate,
-    naming,
     read_config,
     view_of,
 )
-from vlm_prune.vlm.common.errors import InputError, first_line
+from vlm_prune.vlm.common.errors import InputError, first_line, naming
 from vlm_prune.vlm.common.files import read_object
 from vlm_prune.vlm.common.registry import unknown
 from vlm_prune.vlm.tiny import checkpoint_path

@@ -113,6 +113,6 @@ class AdaLoRA(PeftAdapter):
             kind, _, name = key.partition("|")
             if kind == "pattern":
                 pattern[name] = tensor.bool().tolist()
-            else:
+            elif kind in STATISTICS:
                 getattr(base.rankallocator, kind)[name] = tensor.to(device)
         base.peft_config[base.trainable_adapter_name].rank_pattern = pattern or None

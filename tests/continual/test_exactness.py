@@ -6,6 +6,7 @@ import open_clip
 import pytest
 import torch
 from open_clip.model import CLIP
+from safetensors.torch import load_file, save_file
 
 from vlm_prune.continual import clip as clip_module
 from vlm_prune.continual.attention import fuse, sites, split
@@ -102,14 +103,76 @@ def test_merging_sums_in_float32(clip):
     assert torch.equal(clip.model.get_submodule(name).weight, exact.bfloat16())
 
 
-def test_a_delta_of_another_model_is_refused_and_changes_nothing(clip, make_clip):
-    layers = insert(clip, Placement("vision", ("in",)), make_layer)
-    delta = Delta({name: Factors.of(layer, layer.gate) for name, layer in layers.items()})
+@pytest.fixture
+def delta(clip):
+    """A delta of three sites of the tower."""
+    layers = insert(clip, Placement("vision", ("in", "q", "o")), make_layer)
+    scatter(layers)
+    found = Delta({name: Factors.of(layer, layer.gate) for name, layer in layers.items()})
+    remove(clip, layers, {})
+    return found
+
+
+def test_a_delta_of_another_model_is_refused_and_changes_nothing(delta, make_clip):
     other = make_clip(width=48)
     weights = copy.deepcopy(other.model.state_dict())
     with pytest.raises(InputError, match="another model"):
         delta.apply(other.model)
-    assert list(other.model.state_dict()) == list(weights)
+    after = other.model.state_dict()
+    assert list(after) == list(weights)
+    assert all(torch.equal(after[name], tensor) for name, tensor in weights.items())
+
+
+DAMAGE = {
+    "A of another width": lambda f: setattr(f, "A", f.A[:, :-1]),
+    "B of another height": lambda f: setattr(f, "B", f.B[:-1]),
+    "A of another rank": lambda f: setattr(f, "A", f.A[:-1]),
+    "B of another rank": lambda f: setattr(f, "B", f.B[:, :-1]),
+    "a gate of another rank": lambda f: setattr(f, "gate", f.gate[:-1]),
+    "a vector": lambda f: setattr(f, "A", f.A[0]),
+    "nan": lambda f: setattr(f, "B", f.B * torch.nan),
+    "an infinite gate": lambda f: setattr(f, "gate", f.gate / 0),
+    "whole numbers": lambda f: setattr(f, "A", f.A.long()),
+    "a component that there is not": lambda f: setattr(f, "kept", f.kept + 100),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_delta_with_a_bad_factor_is_refused_and_changes_nothing(kind, delta, clip, tmp_path):
+    """The bad site is the last one, so that changes before it would show."""
+    DAMAGE[kind](list(delta.factors.values())[-1])
+    weights = copy.deepcopy(clip.model.state_dict())
+    with pytest.raises(InputError) as caught:
+        delta.apply(clip.model)
+    assert "\n" not in str(caught.value)
+    after = clip.model.state_dict()
+    assert list(after) == list(weights)
+    assert all(torch.equal(after[name], tensor) for name, tensor in weights.items())
+    delta.save(tmp_path / "delta.safetensors")
+    if "of another width" not in kind and "of another height" not in kind:
+        with pytest.raises(InputError, match="is no readable delta of a task"):
+            Delta.load(tmp_path / "delta.safetensors")
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [None, "null", "[1]", "{", "[" * 100_000, '{"name": ' * 100_000],
+    ids=lambda f: str(f)[:9],
+)
+def test_a_file_that_is_no_delta_is_refused(facts, delta, tmp_path):
+    path = tmp_path / "delta.safetensors"
+    delta.save(path)
+    tensors = load_file(path)
+    save_file(tensors, path, None if facts is None else {"facts": facts})
+    with pytest.raises(InputError, match="is no readable delta of a task") as caught:
+        Delta.load(path)
+    assert "\n" not in str(caught.value)
+    for content in (b"", b"x" * 64, (1 << 50).to_bytes(8, "little"), path.read_bytes()[:200]):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="is no readable delta of a task"):
+            Delta.load(path)
+    with pytest.raises(InputError, match="is no readable delta of a task"):
+        Delta.load(tmp_path)
 
 
 def test_vit_b_16_has_4425984_trainable_parameters():

@@ -1,6 +1,8 @@
 """A few steps of every method on a random model: what moves, what stays, and what a kill costs."""
 
 import json
+import resource
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from vlm_prune.learners import WingsConfig, from_pretrained
 from vlm_prune.learners import train as train_module
@@ -19,6 +21,8 @@ from vlm_prune.learners.model import wings_layers
 from vlm_prune.learners.recipe import METHODS, PRESETS
 from vlm_prune.learners.train import Run, prepare, train
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.folder import OutputFolder
+from vlm_prune.vlm.common.state import newest
 from vlm_prune.vlm.load import load
 
 QUICK = {"projector_lr": 1e-2, "learner_lr": 1e-2, "language_lr": 1e-2, "batch": 4, "lora_rank": 2}
@@ -127,46 +131,181 @@ def test_stage_two_starts_from_stage_ones_visual_learners(make_run, examples):
 
 def outcome(run):
     weights = load_file(run.output / "model" / "model.safetensors")
-    weights |= load_file(run.output / "wings" / "adapter_model.safetensors")
+    adapter = run.output / "wings" / "adapter_model.safetensors"
+    if adapter.is_file():
+        weights |= load_file(adapter)
     return weights, (run.output / "log.jsonl").read_text()
 
 
-def test_a_killed_run_goes_on_to_the_same_result(make_run, examples, monkeypatch):
-    whole = make_run("wings", 2, "whole", save_every=1)
+@pytest.fixture(scope="module")
+def dropping(checkpoint, tmp_path_factory):
+    """The checkpoint with dropout, so that every step draws random numbers."""
+    folder = shutil.copytree(checkpoint, tmp_path_factory.mktemp("dropping") / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["attention_dropout"] = 0.2
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+QUICKLY = ("wings", "lora")
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=[] if m in QUICKLY else pytest.mark.slow) for m in METHODS]
+)
+def test_a_killed_run_goes_on_to_the_same_result(method, make_run, examples, dropping, monkeypatch):
+    whole = make_run(method, 2, "whole", model=dropping, save_every=1)
     train(whole, examples)
     weights, log = outcome(whole)
-    assert [json.loads(line)["step"] for line in log.splitlines()] == [1, 2, 3]
+    count = len(log.splitlines())
+    assert [json.loads(line)["step"] for line in log.splitlines()] == [*range(1, count + 1)]
 
-    killed = make_run("wings", 2, "killed", save_every=1)
+    killed = make_run(method, 2, "killed", model=dropping, save_every=1, workers=1)
     honest, steps = train_module._checkpoint, []
 
-    def kill(accelerator, output, step):
+    def kill(output, step, *state):
         if step == 2:
             raise KeyboardInterrupt
-        honest(accelerator, output, step)
+        honest(output, step, *state)
 
     monkeypatch.setattr(train_module, "_checkpoint", kill)
     with pytest.raises(KeyboardInterrupt):
         train(killed, examples)
     assert len((killed.output / "log.jsonl").read_text().splitlines()) == 2
+    files = {path.suffix for path in (killed.output / "checkpoint-1").iterdir()}
+    assert files == {".safetensors"}
     monkeypatch.setattr(train_module, "_checkpoint", honest)
     one_step = train_module._step
 
-    def count(*arguments):
+    def counted(*arguments):
         steps.append(1)
         return one_step(*arguments)
 
-    monkeypatch.setattr(train_module, "_step", count)
+    monkeypatch.setattr(train_module, "_step", counted)
     train(killed, examples)
-    assert len(steps) == 2
+    assert len(steps) == count - 1
     resumed, resumed_log = outcome(killed)
     assert resumed_log == log
     assert all(torch.equal(resumed[name], tensor) for name, tensor in weights.items())
     assert not list(killed.output.glob("checkpoint*"))
     train(killed, examples)
-    assert len(steps) == 2
+    assert len(steps) == count - 1
+    other = "wings" if method == "full" else "full"
     with pytest.raises(InputError, match="holds a run with another"):
-        train(replace(killed, method="full"), examples)
+        train(replace(killed, method=other), examples)
+
+
+@pytest.fixture
+def stopped(make_run, examples, monkeypatch):
+    """A run that was killed after its first checkpoint."""
+
+    def stop():
+        run = make_run("full", 2, save_every=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(train_module, "seed_step", lambda _, step, __: 1 // (2 - step))
+            with pytest.raises(ZeroDivisionError):
+                train(run, examples)
+        AcceleratorState._reset_state(True)
+        assert (run.output / "checkpoint-1").is_dir()
+        return run
+
+    return stop
+
+
+def test_a_pickle_in_a_run_folder_is_refused_by_name_and_not_read(stopped, examples, tmp_path):
+    run, marker = stopped(), tmp_path / "marker"
+
+    class Evil:
+        def __reduce__(self):
+            return (marker.write_text, ("ran",))
+
+    for name in ("optimizer.bin", "random_states_0.pkl"):
+        path = run.output / "checkpoint-1" / name
+        torch.save({"state": Evil()}, path)
+        with pytest.raises(InputError, match=f"{name} is a pickle, which is not read") as caught:
+            train(run, examples)
+        assert "\n" not in str(caught.value)
+        path.unlink()
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.safetensors"])
+def test_a_damaged_checkpoint_of_a_run_is_named(name, stopped, examples):
+    run = stopped()
+    path = run.output / "checkpoint-1" / name
+    tensors = load_file(path)
+    first = max(tensors, key=lambda name: tensors[name].numel())
+    for content, message in (
+        (
+            {n: t for n, t in tensors.items() if n != first} | {"x|y": tensors[first]},
+            "of another run",
+        ),
+        (tensors | {first: tensors[first][:-1].clone()}, "has another shape"),
+        (None, "is damaged"),
+    ):
+        if content is None:
+            path.write_bytes(path.read_bytes()[:100])
+        else:
+            save_file(content, path)
+        AcceleratorState._reset_state(True)
+        with pytest.raises(InputError, match=message) as caught:
+            train(run, examples)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    path.unlink()
+    AcceleratorState._reset_state(True)
+    with pytest.raises(InputError, match=f"there is no {path}"):
+        train(run, examples)
+
+
+def test_a_run_goes_on_with_its_own_data_alone(stopped, examples, conversations, tmp_path):
+    run = stopped()
+    said = replace(examples[0], turns=((examples[0].turns[0][0], "no"), *examples[0].turns[1:]))
+    moved = shutil.copytree(conversations, tmp_path / "moved")
+    picture = moved / "0.png"
+    picture.write_bytes((conversations / "1.png").read_bytes())
+    shown = read_llava(moved / "data.json", moved)
+    for other in ([said, *examples[1:]], examples[1:], examples[::-1], shown):
+        AcceleratorState._reset_state(True)
+        with pytest.raises(InputError, match="holds a run with another data"):
+            train(run, other)
+    picture.write_bytes((conversations / "0.png").read_bytes())
+    AcceleratorState._reset_state(True)
+    train(run, read_llava(moved / "data.json", moved))
+    assert (run.output / "model").is_dir()
+
+
+def test_two_trainings_do_not_share_a_folder(make_run, examples):
+    run = make_run("full", 2)
+    with OutputFolder(run.output), pytest.raises(InputError, match="another run writes to"):
+        train(run, examples)
+    AcceleratorState._reset_state(True)
+    train(run, examples)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(make_run, examples, monkeypatch):
+    """A limit on the size of files stands for the disk: safetensors reports both alike."""
+    whole, full = (make_run("full", 2, name, save_every=1) for name in ("whole", "full"))
+    train(whole, examples)
+    AcceleratorState._reset_state(True)
+    honest, before = train_module._checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(output, step, *state):
+        if step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        try:
+            honest(output, step, *state)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    monkeypatch.setattr(train_module, "_checkpoint", limited)
+    with pytest.raises(OSError, match="File too large") as caught:
+        train(full, examples)
+    assert caught.value.filename.endswith("trained.safetensors")
+    assert newest(full.output, "checkpoint-N")[0] == 1
+    monkeypatch.undo()
+    AcceleratorState._reset_state(True)
+    train(full, examples)
+    assert outcome(full)[1] == outcome(whole)[1]
 
 
 def test_the_result_does_not_depend_on_the_micro_batch(make_run, examples):
@@ -293,7 +432,7 @@ def test_a_step_that_fails_keeps_the_last_good_checkpoint(
         train(run, examples)
     assert "checkpoint-1 is kept" in str(caught.value) and "\n" not in str(caught.value)
     assert [path.name for path in run.output.glob("checkpoint-*")] == ["checkpoint-1"]
-    kept = load_file(run.output / "checkpoint-1" / "model.safetensors")
+    kept = load_file(run.output / "checkpoint-1" / "trained.safetensors")
     assert all(tensor.isfinite().all() for tensor in kept.values())
     monkeypatch.undo()
     AcceleratorState._reset_state(True)

@@ -1,5 +1,8 @@
 """The one exception that a user's input can raise."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class InputError(ValueError):
     """Something the user gave cannot work; the message is one line that says what would.
@@ -17,3 +20,17 @@ def one_line(text: str) -> str:
     """A text on one line of a terminal: white space is single, control characters are escaped."""
     joined = " ".join(text.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Turn whatever is raised in the block into an `InputError` of one line that begins with `what`."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RecursionError):
+            raise InputError(f"{what}: it is nested too deeply") from error
+        # "Error(s) in loading state_dict for CLIP:" says what is wrong in its next line
+        first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+        line = f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first
+        raise InputError(f"{what}: {line}") from error
