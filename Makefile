@@ -1,19 +1,26 @@
-# Each target does all of its own set-up in .venv.
+# Each target does all of its own set-up in .venv. `eval` installs what that command needs,
+# the others also what the tests need.
 PYTHON ?= python3
 TORCH ?= "torch>=2.6"
 GPU ?= runs/gpu
 VENV := .venv
 RUN := $(VENV)/bin
+# Modules are compiled when they are first imported: compiling all of them takes longer than `eval`.
+PIP := $(RUN)/python -m pip --disable-pip-version-check install --no-compile
 
-.PHONY: eval test gpu style matrix
+.PHONY: eval test docs gpu style tables
 
-eval: $(VENV)/ready
+eval: $(VENV)/ready-eval
 	$(RUN)/vlm-prune eval --method zoo --budget 64
 
 test: $(VENV)/ready
 	$(RUN)/ruff check .
 	$(RUN)/mypy
+	$(RUN)/mkdocs build --strict --quiet --site-dir $(VENV)/site
 	$(RUN)/python -m pytest -q
+
+docs: $(VENV)/ready
+	$(RUN)/mkdocs serve
 
 # Checks on a CUDA device, then kernels and phases at LLaVA-1.5-7B's shape; figures in $(GPU).
 BENCH = $(RUN)/vlm-prune bench --model-shape llava-1.5-7b --device cuda --dtype bfloat16
@@ -30,12 +37,17 @@ style: $(VENV)/ready
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
 
-matrix: $(VENV)/ready
-	$(RUN)/vlm-prune methods --families | sed -i -e '/<!-- matrix -->/,/<!-- end -->/{//!d}' -e '/<!-- matrix -->/r /dev/stdin' README.md
+tables: $(VENV)/ready
+	$(RUN)/python scripts/document_tables.py
 
-$(VENV)/ready: pyproject.toml
+$(VENV)/ready-eval: pyproject.toml
+	@echo "Installing torch, transformers and this package into $(VENV); the downloads come to about 3 GB."
 	$(PYTHON) -m venv $(VENV) || { apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv $(VENV); }
-	$(RUN)/python -m pip install --quiet --upgrade pip
-	$(RUN)/pip install --quiet $(TORCH) --editable ".[eval]" --group dev
-	$(RUN)/pip install --quiet --no-deps lmms_eval==0.7.3 gradio==6.31.0
+	$(PIP) $(TORCH) --editable .
+	touch $@
+
+$(VENV)/ready: $(VENV)/ready-eval
+	$(PIP) --quiet --upgrade pip
+	$(PIP) $(TORCH) --editable ".[eval]" --group dev
+	$(PIP) --no-deps lmms_eval==0.7.3 gradio==6.31.0
 	touch $@

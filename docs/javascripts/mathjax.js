@@ -1,0 +1,11 @@
+// Let MathJax set what the arithmatex extension marks, again after each change of page.
+window.MathJax = {
+  tex: { inlineMath: [["\\(", "\\)"]], displayMath: [["\\[", "\\]"]], processEscapes: true },
+  options: { ignoreHtmlClass: ".*|", processHtmlClass: "arithmatex" },
+};
+document$.subscribe(() => {
+  MathJax.startup?.output.clearCache();
+  MathJax.typesetClear?.();
+  MathJax.texReset?.();
+  MathJax.typesetPromise?.();
+});

@@ -1,0 +1,57 @@
+"""Fill the tables of README and docs from the registries and the measured results: `make tables`."""
+
+import re
+from pathlib import Path
+
+from vlm_prune.benchmarks.cli.support import markdown
+
+ROOT = Path(__file__).resolve().parents[1]
+BUDGET = "64"
+
+
+def pages() -> dict[str, str]:
+    """The pages that hold such tables, by path, with their tables as they should be."""
+    comparison, overview = (ROOT / "docs/results/compare.md").read_text().split("\n\n")[:2]
+    retained = retained_at(BUDGET, comparison)
+    return {
+        "README.md": with_column(read("README.md"), retained),
+        "docs/methods.md": with_column(read("docs/methods.md"), retained),
+        "docs/families.md": between(read("docs/families.md"), "matrix", markdown()),
+        "docs/results.md": between(read("docs/results.md"), "overview", f"{overview.strip()}\n"),
+    }
+
+
+def read(page: str) -> str:
+    """A page of the repository."""
+    return (ROOT / page).read_text()
+
+
+def retained_at(budget: str, table: str) -> dict[str, str]:
+    """For each method of a comparison what it retained at the budget, with its interval."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    column = next(i for i, name in enumerate(rows[0]) if name.startswith("% retained"))
+    return {row[0].split(" (")[0]: row[column] for row in rows[2:] if row[1] == budget}
+
+
+def with_column(page: str, values: dict[str, str]) -> str:
+    """The page with these values in the last column of the rows that begin with a method's name."""
+
+    def filled(row: re.Match[str]) -> str:
+        return f"{row[1]} {values.get(row[2], '')} |"
+
+    return re.sub(r"^(\| `([\w-]+)` \|.*\|)[^|\n]*\|$", filled, page, flags=re.MULTILINE)
+
+
+def between(page: str, mark: str, table: str) -> str:
+    """The page with the table between the comments `mark` and `end`."""
+    before, rest = page.split(f"<!-- {mark} -->\n")
+    return f"{before}<!-- {mark} -->\n{table}{rest[rest.index('<!-- end -->') :]}"
+
+
+def main() -> None:
+    for page, content in pages().items():
+        (ROOT / page).write_text(content)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""What the repository's rules for names and docstrings find in the source, as plain AST checks.
+
+`python tests/language.py FOLDER...` prints each finding.
+"""
+
+import ast
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("kernels", "vlm", "pruning", "learners", "continual", "benchmarks", "scripts")
+FROM_ARGUMENTS = 3
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+@dataclass(frozen=True)
+class Found:
+    """One definition in the source: its file, its line, its name with that of its class, its node."""
+
+    path: Path
+    name: str
+    node: Definition
+
+    def __str__(self) -> str:
+        return f"{self.path.relative_to(ROOT)}:{self.node.lineno} {self.name}"
+
+
+def definitions(path: Path) -> Iterator[Found]:
+    """Functions, classes and methods of a file; those inside functions are nobody else's."""
+    pending: list[tuple[str, ast.AST]] = [("", ast.parse(path.read_text()))]
+    while pending:
+        prefix, parent = pending.pop(0)
+        for node in ast.iter_child_nodes(parent):
+            if isinstance(node, Definition):
+                yield Found(path, prefix + node.name, node)
+            if isinstance(node, ast.ClassDef):
+                pending.append((f"{prefix}{node.name}.", node))
+            elif isinstance(node, ast.If | ast.Try):
+                pending.append((prefix, node))
+
+
+def source(*folders: str) -> list[Found]:
+    """Definitions of all files below these folders of the repository."""
+    paths = (path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
+    return [found for path in paths for found in definitions(path)]
+
+
+def undocumented(*folders: str) -> list[Found]:
+    """Public functions of three or more arguments whose docstring has no `Args:`.
+
+    Left out: what a documented method of the same name in another class already describes, commands
+    whose parameters carry their own help, and kernels, whose arguments their `op` describes.
+    """
+    everything = source(*PACKAGES)
+    described = {
+        found.name.split(".")[-1]
+        for found in everything
+        if "." in found.name and "Args:" in (ast.get_docstring(found.node) or "")
+    }
+    return [
+        found
+        for found in source(*folders)
+        if isinstance(found.node, ast.FunctionDef)
+        and is_public(found.name)
+        and len(arguments(found.node)) >= FROM_ARGUMENTS
+        and "Args:" not in (ast.get_docstring(found.node) or "")
+        and not ("." in found.name and found.node.name in described)
+        and not any(decorator(d) in ("overload", "triton.jit") for d in found.node.decorator_list)
+        and not all(carries_help(argument) for argument in arguments(found.node))
+    ]
+
+
+def is_public(name: str) -> bool:
+    """Whether no part of a dotted name is private; `__call__` and the like are public."""
+    return all(not part.startswith("_") or part.startswith("__") for part in name.split("."))
+
+
+def arguments(function: ast.FunctionDef) -> list[ast.arg]:
+    """A function's parameters without `self` and `cls`, starred ones included."""
+    given = function.args
+    named = [*given.posonlyargs, *given.args, *given.kwonlyargs]
+    named += [star for star in (given.vararg, given.kwarg) if star is not None]
+    return [argument for argument in named if argument.arg not in ("self", "cls")]
+
+
+def decorator(node: ast.expr) -> str:
+    return ast.unparse(node.func if isinstance(node, ast.Call) else node)
+
+
+def carries_help(argument: ast.arg) -> bool:
+    """Whether an annotation says what the parameter is: `Annotated[...]`, or an alias of one."""
+    annotation = ast.unparse(argument.annotation) if argument.annotation else ""
+    return annotation.startswith("Annotated[") or annotation in OPTIONS
+
+
+OPTIONS = set(
+    re.findall(
+        r"^(\w+) = Annotated\[", (ROOT / "benchmarks/cli/options.py").read_text(), re.MULTILINE
+    )
+) | {"typer.Context"}
+
+
+def repeated(*folders: str) -> dict[str, list[Found]]:
+    """Names of functions and classes that more than one file defines at its top level.
+
+    Every script has a `main`, and every operation of `kernels` has its reference and its kernel
+    under its own name.
+    """
+    wanted = {str(found.path) for found in source(*folders)}
+    by_name: dict[str, list[Found]] = defaultdict(list)
+    for found in source(*PACKAGES):
+        if "." not in found.name and found.name not in ("main", "__getattr__"):
+            by_name[found.name].append(found)
+    return {
+        name: places
+        for name, places in sorted(by_name.items())
+        if len({place.path for place in places}) > 1
+        and any(str(place.path) in wanted for place in places)
+    }
+
+
+def untyped_records(*folders: str) -> list[Found]:
+    """Definitions whose signature or fields say `dict[str, Any]`."""
+    return [
+        found
+        for found in source(*folders)
+        if isinstance(found.node, ast.FunctionDef | ast.ClassDef)
+        and re.search(r"\bdict\[str, Any\]", signature(found.node))
+    ]
+
+
+def signature(node: ast.FunctionDef | ast.ClassDef) -> str:
+    """The annotations of a function's parameters and result, or of a class's fields."""
+    if isinstance(node, ast.FunctionDef):
+        given = [argument.annotation for argument in arguments(node)] + [node.returns]
+    else:
+        given = [field.annotation for field in node.body if isinstance(field, ast.AnnAssign)]
+    return " ".join(ast.unparse(annotation) for annotation in given if annotation)
+
+
+def missing_docstrings(*folders: str) -> list[Found]:
+    """Public functions, classes and methods without a docstring of their own or of a base."""
+    described = {f.name.split(".")[-1] for f in source(*PACKAGES) if ast.get_docstring(f.node)}
+    return [
+        found
+        for found in source(*folders)
+        if is_public(found.name)
+        and not ast.get_docstring(found.node)
+        and not ("." in found.name and found.node.name in described)
+        and not found.node.name.startswith("__")
+    ]
+
+
+if __name__ == "__main__":
+    chosen = sys.argv[1:] or PACKAGES
+    for folder in chosen:
+        undoc, nodoc = undocumented(folder), missing_docstrings(folder)
+        print(f"== {folder}: {len(undoc)} without Args, {len(nodoc)} without docstring")
+        for found in (*undoc, *nodoc):
+            print("  ", found, "" if found in nodoc else "(Args)")
+    names = repeated(*chosen)
+    print(f"== {len(names)} names in more than one file")
+    for name, places in names.items():
+        print("  ", name, *(str(place.path.relative_to(ROOT)) for place in places))
+    records = untyped_records("benchmarks/evaluation")
+    print(f"== {len(records)} dict[str, Any] in benchmarks/evaluation")
+    for found in records:
+        print("  ", found)
