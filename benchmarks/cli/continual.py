@@ -13,7 +13,7 @@ METHODS = (
     "zero-shot", "codyra", "codyra-plus", "random-rank", "lora", "o-lora", "dora", "randlora",
     "adalora", "full", "wise-ft", "lwf", "zscl", "rail",
 )  # fmt: skip
-RESULTS = Path("benchmarks/results/continual")
+RESULTS = Path("docs/results/continual")
 
 app = typer.Typer(
     pretty_exceptions_enable=False, help="Continual learning of CLIP: train, compare, time."

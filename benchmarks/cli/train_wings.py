@@ -34,7 +34,7 @@ def choose_experiment(
         Path, typer.Option(help="Folder for the experiment's files; it resumes there.")
     ] = Path("runs/forgetting"),
     results: Annotated[Path, typer.Option(help="Folder for JSON, table and plot.")] = Path(
-        "benchmarks/results/forgetting"
+        "docs/results/forgetting"
     ),
     jobs: Annotated[int, typer.Option(min=1, help="Processes; each does one arm at a time.")] = 1,
     quick: Annotated[bool, typer.Option(help="A few steps, to see that it runs.")] = False,
