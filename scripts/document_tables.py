@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from vlm_prune.benchmarks.cli.support import markdown
+from vlm_prune.pruning import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = "64"
@@ -15,7 +16,9 @@ def pages() -> dict[str, str]:
     retained = retained_at(BUDGET, comparison)
     return {
         "README.md": with_column(read("README.md"), retained),
-        "docs/methods.md": with_column(read("docs/methods.md"), retained),
+        "docs/methods.md": between(
+            with_column(read("docs/methods.md"), retained), "positions", positions()
+        ),
         "docs/families.md": between(read("docs/families.md"), "matrix", markdown()),
         "docs/results.md": between(read("docs/results.md"), "overview", f"{overview.strip()}\n"),
     }
@@ -34,12 +37,21 @@ def retained_at(budget: str, table: str) -> dict[str, str]:
 
 
 def with_column(page: str, values: dict[str, str]) -> str:
-    """The page with these values in the last column of the rows that begin with a method's name."""
+    """The page with these values in the last of five columns, in rows that begin with a method."""
 
     def filled(row: re.Match[str]) -> str:
         return f"{row[1]} {values.get(row[2], '')} |"
 
-    return re.sub(r"^(\| `([\w-]+)` \|.*\|)[^|\n]*\|$", filled, page, flags=re.MULTILINE)
+    five = r"^(\| `([\w-]+)` \|(?:[^|\n]*\|){3})[^|\n]*\|$"
+    return re.sub(five, filled, page, flags=re.MULTILINE)
+
+
+def positions() -> str:
+    """Returns where each method acts and what its authors do with positions, as a table."""
+    rows = [("method", "acts at", "positions"), ("---",) * 3]
+    for name, method in METHODS.items():
+        rows.append((f"`{name}`", method.stage, method.authors_positions))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def between(page: str, mark: str, table: str) -> str:
