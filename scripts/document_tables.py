@@ -12,8 +12,8 @@ BUDGET = "64"
 
 def pages() -> dict[str, str]:
     """The pages that hold such tables, by path, with their tables as they should be."""
-    comparison, overview = (ROOT / "docs/results/compare.md").read_text().split("\n\n")[:2]
-    retained = retained_at(BUDGET, comparison)
+    overview = read("docs/results/compare.md").split("\n\n")[1]
+    retained = retained_at(BUDGET, "docs/results/newer_methods.md", "docs/results/compare.md")
     return {
         "README.md": with_column(read("README.md"), retained),
         "docs/methods.md": between(
@@ -29,11 +29,15 @@ def read(page: str) -> str:
     return (ROOT / page).read_text()
 
 
-def retained_at(budget: str, table: str) -> dict[str, str]:
-    """For each method of a comparison what it retained at the budget, with its interval."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    column = next(i for i, name in enumerate(rows[0]) if name.startswith("% retained"))
-    return {row[0].split(" (")[0]: row[column] for row in rows[2:] if row[1] == budget}
+def retained_at(budget: str, *results: str) -> dict[str, str]:
+    """Returns what each method of these comparisons retained at the budget, with its interval."""
+    retained: dict[str, str] = {}
+    for page in results:
+        lines = [line for line in read(page).splitlines() if line.startswith("|")]
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+        column = next(i for i, name in enumerate(rows[0]) if name.startswith("% retained"))
+        retained |= {row[0].split(" (")[0]: row[column] for row in rows if row[1] == budget}
+    return retained
 
 
 def with_column(page: str, values: dict[str, str]) -> str:
