@@ -36,7 +36,8 @@ def retained_at(budget: str, *results: str) -> dict[str, str]:
         lines = [line for line in read(page).splitlines() if line.startswith("|")]
         rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
         column = next(i for i, name in enumerate(rows[0]) if name.startswith("% retained"))
-        retained |= {row[0].split(" (")[0]: row[column] for row in rows if row[1] == budget}
+        same = [row for row in rows if len(row) == len(rows[0]) and row[1] == budget]
+        retained |= {row[0].split(" (")[0]: row[column] for row in same}
     return retained
 
 
