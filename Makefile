@@ -16,11 +16,11 @@ eval: $(VENV)/ready-eval
 test: $(VENV)/ready
 	$(RUN)/ruff check .
 	$(RUN)/mypy
-	$(RUN)/mkdocs build --strict --quiet --site-dir $(VENV)/site
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet --site-dir $(VENV)/site
 	$(RUN)/python -m pytest -q
 
 docs: $(VENV)/ready
-	$(RUN)/mkdocs serve
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs serve
 
 # Checks on a CUDA device, then kernels and phases at LLaVA-1.5-7B's shape; figures in $(GPU).
 BENCH = $(RUN)/vlm-prune bench --model-shape llava-1.5-7b --device cuda --dtype bfloat16
