@@ -140,12 +140,17 @@ def weighted_columns(
     weights: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Sum over heads and queries of a query's weight times its attention, fp32.
+    """Returns the sum over heads and queries of a query's weight times its attention, (B, N) in fp32.
 
-    Without weights it is a mean. Without positions all see all.
-
-    Shapes: query (B, H, T, d), key (B, G, N, d), query_positions (B, T) int32, key_positions (B, N)
-    int32 or an int8 mask of places, lse and weights (B, H, T) fp32 -> (B, N).
+    Args:
+        query: (B, H, T, d).
+        key: (B, G, N, d), H a multiple of G.
+        query_positions: (B, T) int32; without positions all see all.
+        key_positions: (B, N) int32, or an int8 mask of valid keys, which then stand at their
+            indices.
+        lse: log of each row's softmax denominator, (B, H, T) in fp32.
+        weights: of the queries, (B, H, T) in fp32; None takes the mean.
+        scale: factor of the products.
     """
     (batch, heads, queries, width), (keys, groups) = query.shape, (key.shape[2], key.shape[1])
     out = torch.empty(batch, heads, keys, device=query.device)
@@ -153,19 +158,19 @@ def weighted_columns(
     _weighted_columns_kernel[(triton.cdiv(keys, block), batch * heads)](
         query, key, query_positions, key_positions, lse, weights, out,
         1 / (heads * queries), query.stride(), key.stride(), scale, heads, heads // groups, queries, keys, width,
-        BLOCK_T=block_size(queries), BLOCK_N=block, BLOCK_D=padded(width), DTYPE=tile_dtype(query),
+        BLOCK_T=block_size(queries), BLOCK_N=block, BLOCK_D=tile_width(width), DTYPE=tile_dtype(query),
     )  # fmt: skip
     return out.sum(1)
 
 
-def padded(size: int) -> int:
+def tile_width(size: int) -> int:
     """The tile width that holds `size` columns: a power of two that `tl.dot` takes."""
     return max(16, int(triton.next_power_of_2(size)))
 
 
 def block_size(rows: int, most: int = 64) -> int:
     """Rows of a tile."""
-    return min(most, padded(rows))
+    return min(most, tile_width(rows))
 
 
 def tile_dtype(tensor: Tensor) -> tl.dtype:

@@ -28,10 +28,11 @@ def backend(name: Backend) -> Iterator[None]:
 
 @cache
 def has_triton() -> bool:
+    """Returns whether the triton package is installed."""
     return find_spec("triton") is not None
 
 
-def chosen(tensor: Tensor) -> Backend:
+def backend_for(tensor: Tensor) -> Backend:
     """The backend for `tensor`. float64 runs the reference, because kernels accumulate in fp32."""
     if _forced is not None:
         return _forced
@@ -41,5 +42,5 @@ def chosen(tensor: Tensor) -> Backend:
 
 def implementation(op: str, tensor: Tensor) -> Any:
     """The module that computes `op` on `tensor`; triton is imported only when it is chosen."""
-    file = {"triton": "triton_kernel", "reference": "reference"}[chosen(tensor)]
+    file = {"triton": "triton_kernel", "reference": "reference"}[backend_for(tensor)]
     return import_module(f"vlm_prune.kernels.{op}.{file}")

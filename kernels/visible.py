@@ -9,9 +9,12 @@ from torch import Tensor
 
 
 def visible_softmax(scores: Tensor, query_positions: Tensor, key_positions: Tensor) -> Tensor:
-    """Softmax over the keys that each query sees; a row that sees none is zero.
+    """Returns the softmax over the keys that each query sees; a row that sees none is zero.
 
-    Shapes: scores (B, H, T, N), query_positions (B, T), key_positions (B, N) -> (B, H, T, N).
+    Args:
+        scores: products of queries and keys (B, H, T, N).
+        query_positions: (B, T).
+        key_positions: (B, N).
     """
     keys = key_positions[:, None]
     seen = ((keys <= query_positions[..., None]) & (keys >= 0))[:, None]
@@ -24,4 +27,5 @@ def share_heads(heads: Tensor, query: Tensor) -> Tensor:
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:
+    """Returns the tensor in fp32, or in its own dtype where that is more precise."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -9,6 +9,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,8 +30,13 @@ class Found:
         return f"{self.path.relative_to(ROOT)}:{self.node.lineno} {self.name}"
 
 
-def definitions(path: Path) -> Iterator[Found]:
+@cache
+def definitions(path: Path) -> tuple[Found, ...]:
     """Functions, classes and methods of a file; those inside functions are nobody else's."""
+    return tuple(_walk(path))
+
+
+def _walk(path: Path) -> Iterator[Found]:
     pending: list[tuple[str, ast.AST]] = [("", ast.parse(path.read_text()))]
     while pending:
         prefix, parent = pending.pop(0)
@@ -53,14 +59,13 @@ def undocumented(*folders: str) -> list[Found]:
     """Public functions of three or more arguments whose docstring has no `Args:`.
 
     Left out: what a documented method of the same name in another class already describes, commands
-    whose parameters carry their own help, and kernels, whose arguments their `op` describes.
+    whose parameters carry their own help, and the implementations of an operation of `kernels`,
+    whose `op` describes them.
     """
     everything = source(*PACKAGES)
-    described = {
-        found.name.split(".")[-1]
-        for found in everything
-        if "." in found.name and "Args:" in (ast.get_docstring(found.node) or "")
-    }
+    documented = [f for f in everything if "Args:" in (ast.get_docstring(f.node) or "")]
+    described = {f.node.name for f in documented if "." in f.name}
+    operations = {(f.path.parent, f.name) for f in documented if f.path.name == "op.py"}
     return [
         found
         for found in source(*folders)
@@ -69,6 +74,7 @@ def undocumented(*folders: str) -> list[Found]:
         and len(arguments(found.node)) >= FROM_ARGUMENTS
         and "Args:" not in (ast.get_docstring(found.node) or "")
         and not ("." in found.name and found.node.name in described)
+        and (found.path.parent, found.name) not in operations
         and not any(decorator(d) in ("overload", "triton.jit") for d in found.node.decorator_list)
         and not all(carries_help(argument) for argument in arguments(found.node))
     ]
@@ -118,9 +124,15 @@ def repeated(*folders: str) -> dict[str, list[Found]]:
     return {
         name: places
         for name, places in sorted(by_name.items())
-        if len({place.path for place in places}) > 1
+        if len({home(place) for place in places}) > 1
         and any(str(place.path) in wanted for place in places)
     }
+
+
+def home(found: Found) -> Path:
+    """The file of a definition; for an operation of `kernels` the folder of its implementations."""
+    folder = found.path.parent
+    return folder if folder.parent == ROOT / "kernels" else found.path
 
 
 def untyped_records(*folders: str) -> list[Found]:

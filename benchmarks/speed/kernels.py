@@ -13,7 +13,7 @@ from vlm_prune.benchmarks.speed.roofline import Ceilings, Timing, timed
 from vlm_prune.benchmarks.stats.table import as_markdown
 from vlm_prune.kernels.attention_received import attention_received
 from vlm_prune.kernels.compact_tokens import compact_tokens
-from vlm_prune.kernels.dispatch import Backend, backend, chosen
+from vlm_prune.kernels.dispatch import Backend, backend, backend_for
 from vlm_prune.kernels.greedy_select import greedy_select
 from vlm_prune.kernels.greedy_select.reference import Rule
 from vlm_prune.kernels.lorra_attention import lorra_attention
@@ -115,13 +115,13 @@ def cases(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Ca
             roots[name], kernels[name] = weight_root(w2), weight_kernel(w1, w2)
     yield Case(
         "monte_carlo",
-        lambda: (monte_carlo(features, w1, b1, gelu, roots[chosen(features)], bank, 0.01),),
+        lambda: (monte_carlo(features, w1, b1, gelu, roots[backend_for(features)], bank, 0.01),),
         first * (images + shape.directions) + 1.0 * images * shape.directions * shape.width**2,
         _bytes(features, w1, b1, bank) + _bytes(w2) / 2 + 4.0 * images,
     )
     yield Case(
         "closed_form",
-        lambda: (closed_form(features, w1, b1, gelu, kernels[chosen(features)]),),
+        lambda: (closed_form(features, w1, b1, gelu, kernels[backend_for(features)]),),
         images * (first + 2.0 * shape.width**2),
         _bytes(features, w1, b1, kernels["triton"]) + 4.0 * images,
     )

@@ -12,14 +12,17 @@ def attention_received(
     key_positions: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Mean over heads and queries of the softmax attention that each key receives.
+    """Returns the mean over heads and queries of the softmax attention that each key receives.
 
     Shapes: query (B, H, T, d), key (B, G, N, d) with H a multiple of G, query_positions (B, T),
     key_positions (B, N) -> (B, N), in at least fp32. No T x N map is held in memory.
 
     Args:
+        query: after the position rotation.
+        key: likewise.
         query_positions: with `key_positions`, a query sees the keys at its position or before;
             negative positions are padding and count nowhere. Without both, all see all.
+        key_positions: of the keys, see `query_positions`.
         scale: factor of the products; d ** -0.5 by default.
     """
     if (query_positions is None) != (key_positions is None):

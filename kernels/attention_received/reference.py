@@ -15,6 +15,7 @@ def attention_received(
     key_positions: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
+    """Returns what `op.attention_received` describes, 64 rows of attention at a time."""
     query, key = at_least_fp32(query), at_least_fp32(share_heads(key, query))
     query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
     total = key.new_zeros(key.shape[0], key.shape[2])

@@ -8,10 +8,10 @@ from torch import Tensor
 from vlm_prune.kernels.attention_received import reference
 from vlm_prune.kernels.attention_tiles import (
     block_size,
-    padded,
     query_tile,
     row_lse,
     tile_dtype,
+    tile_width,
     weighted_columns,
 )
 
@@ -43,6 +43,7 @@ def attention_received(
     key_positions: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
+    """Returns what `op.attention_received` describes, in two launches."""
     (batch, heads, queries, width), (keys, groups) = query.shape, (key.shape[2], key.shape[1])
     if 0 in (batch, queries, keys):
         return reference.attention_received(query, key, query_positions, key_positions, scale)
@@ -58,6 +59,6 @@ def attention_received(
     _lse_kernel[(triton.cdiv(queries, block), batch * heads)](
         query, key, query_at, key_at, lse,
         query.stride(), key.stride(), factor, heads, heads // groups, queries, keys, width,
-        BLOCK_T=block, BLOCK_N=block_size(keys), BLOCK_D=padded(width), DTYPE=tile_dtype(query),
+        BLOCK_T=block, BLOCK_N=block_size(keys), BLOCK_D=tile_width(width), DTYPE=tile_dtype(query),
     )  # fmt: skip
     return weighted_columns(query, key, query_at, key_at, lse, weights, factor)

@@ -10,9 +10,13 @@ def compact_tokens(
 ) -> tuple[Tensor, list[Tensor]]:
     """Gather the kept tokens of a ragged batch, for all tensors in one launch.
 
-    Shapes: keep (B, L) bool, each tensor (B, L, ...), such as hidden states, positions, cosines and
-    sines -> valid (B, L') bool and each tensor as (B, L', ...), with L' the longest row. Shorter
-    rows are padded with zeros on the left, or on the right if `right_padded`.
+    Shapes: keep (B, L), each tensor (B, L, ...) -> valid (B, L') bool and each tensor as (B, L', ...),
+    with L' the longest row. Shorter rows are padded with zeros.
+
+    Args:
+        keep: bool, which tokens stay.
+        tensors: what belongs to the tokens, such as hidden states, positions, cosines and sines.
+        right_padded: whether padding stands on the right instead of the left.
     """
     moved: tuple[Tensor, list[Tensor]] = implementation("compact_tokens", keep).compact_tokens(
         keep, *tensors, right_padded=right_padded

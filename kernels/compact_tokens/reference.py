@@ -6,6 +6,7 @@ from torch import Tensor
 def compact_tokens(
     keep: Tensor, *tensors: Tensor, right_padded: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
+    """Returns what `op.compact_tokens` describes, row by row."""
     counts = keep.sum(1).tolist()
     length = max(counts, default=0)
     starts = [0 if right_padded else length - count for count in counts]

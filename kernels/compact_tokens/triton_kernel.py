@@ -41,6 +41,7 @@ def _compact_kernel(
 def compact_tokens(
     keep: Tensor, *tensors: Tensor, right_padded: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
+    """Returns what `op.compact_tokens` describes, in one launch."""
     batch, tokens = keep.shape
     counts = keep.sum(1)
     length = int(counts.max()) if batch else 0

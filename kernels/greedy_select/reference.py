@@ -12,6 +12,7 @@ SPENT = 10
 def greedy_select(
     similarity: Tensor, scores: Tensor, k: int, rule: Rule, valid: Tensor | None = None
 ) -> Tensor:
+    """Returns what `op.greedy_select` describes, one step of all images after the other."""
     free = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid.clone()
     images = torch.arange(len(scores), device=scores.device)
     chosen = torch.full((len(scores), k), -1, device=scores.device)

@@ -91,6 +91,7 @@ def _cover_kernel(
 def greedy_select(
     similarity: Tensor, scores: Tensor, k: int, rule: Rule, valid: Tensor | None = None
 ) -> Tensor:
+    """Returns what `op.greedy_select` describes, all steps in one launch."""
     images, tokens = scores.shape
     chosen = torch.empty(images, k, dtype=torch.long, device=scores.device)
     if chosen.numel() == 0 or tokens == 0:

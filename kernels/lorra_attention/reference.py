@@ -14,6 +14,7 @@ def lorra_attention(
     router: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
+    """Returns what `op.lorra_attention` describes, with the attention map in memory."""
     key, wide = share_heads(key, query), at_least_fp32(share_heads(value, query))
     scores = at_least_fp32(query) @ at_least_fp32(key).transpose(-1, -2) * scale
     weights = visible_softmax(scores, query_positions, key_positions)

@@ -10,10 +10,10 @@ from torch import Tensor
 from vlm_prune.kernels.attention_tiles import (
     block_size,
     load_tile,
-    padded,
     query_tile,
     seen_until,
     tile_dtype,
+    tile_width,
     unseen_before,
     visible_logits,
 )
@@ -242,9 +242,9 @@ def _sizes(
         "BLOCK_T": block_size(queries, most["BLOCK_T"]),
         "BLOCK_N": block_size(keys, most["BLOCK_N"]),
         "num_warps": most["num_warps"],
-        "BLOCK_D": padded(width),
-        "BLOCK_E": padded(value.shape[3]),
-        "BLOCK_R": padded(router.shape[2]),
+        "BLOCK_D": tile_width(width),
+        "BLOCK_E": tile_width(value.shape[3]),
+        "BLOCK_R": tile_width(router.shape[2]),
         "DTYPE": tile_dtype(query),
     }
     return sizes, blocks
@@ -259,6 +259,7 @@ def lorra_attention(
     router: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
+    """Returns what `op.lorra_attention` describes, without an attention map; gradients included."""
     if 0 in (*query.shape, *key.shape):
         return reference.lorra_attention(
             query, key, value, query_positions, key_positions, router, scale

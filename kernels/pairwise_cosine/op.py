@@ -6,7 +6,7 @@ from vlm_prune.kernels.dispatch import implementation
 
 
 def pairwise_cosine(one: Tensor, other: Tensor) -> Tensor:
-    """Cosine of every token of `one` with every token of `other`, image by image.
+    """Returns the cosine of every token of `one` with every token of `other`, image by image.
 
     Shapes: (M, N, d), (M, K, d) -> (M, N, K), in at least fp32; zero for a token of zeros.
     Products of half-precision features are exact and summed in fp32.

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlm_prune.kernels.attention_tiles import block_size, load_tile, padded, tile_dtype
+from vlm_prune.kernels.attention_tiles import block_size, load_tile, tile_dtype, tile_width
 
 
 @triton.jit
@@ -41,6 +41,7 @@ def _cosine_kernel(
 
 
 def pairwise_cosine(one: Tensor, other: Tensor) -> Tensor:
+    """Returns what `op.pairwise_cosine` describes, in one launch."""
     (images, rows, width), columns = one.shape, other.shape[1]
     out = torch.empty(images, rows, columns, dtype=torch.float32, device=one.device)
     if out.numel() == 0:
@@ -49,6 +50,6 @@ def pairwise_cosine(one: Tensor, other: Tensor) -> Tensor:
     grid = (triton.cdiv(rows, tall), triton.cdiv(columns, wide), images)
     _cosine_kernel[grid](
         one, other, out, one.stride(), other.stride(), rows, columns, width,
-        BLOCK_N=tall, BLOCK_K=wide, BLOCK_D=min(128, padded(width)), DTYPE=tile_dtype(one),
+        BLOCK_N=tall, BLOCK_K=wide, BLOCK_D=min(128, tile_width(width)), DTYPE=tile_dtype(one),
     )  # fmt: skip
     return out

@@ -9,6 +9,7 @@ from vlm_prune.kernels.visible import at_least_fp32, share_heads, visible_softma
 def text_guided_score(
     query: Tensor, key: Tensor, columns: Tensor, key_valid: Tensor, scale: float
 ) -> Tensor:
+    """Returns what `op.text_guided_score` describes, with the text rows of attention in memory."""
     query, key = at_least_fp32(query), at_least_fp32(share_heads(key, query))
     places = torch.arange(key.shape[2], device=key.device)
     scores = query @ key.transpose(-1, -2) * scale

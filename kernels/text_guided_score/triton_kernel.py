@@ -8,10 +8,10 @@ from torch import Tensor
 from vlm_prune.kernels.attention_tiles import (
     block_size,
     load_tile,
-    padded,
     query_tile,
     row_lse,
     tile_dtype,
+    tile_width,
     visible_logits,
     weighted_columns,
 )
@@ -61,6 +61,7 @@ def _prior_kernel(
 def text_guided_score(
     query: Tensor, key: Tensor, columns: Tensor, key_valid: Tensor, scale: float
 ) -> Tensor:
+    """Returns what `op.text_guided_score` describes, in two launches."""
     (batch, heads, queries, width), (keys, groups) = query.shape, (key.shape[2], key.shape[1])
     if 0 in (batch, queries):
         return reference.text_guided_score(query, key, columns, key_valid, scale)
@@ -74,7 +75,7 @@ def text_guided_score(
     _prior_kernel[(tiles, batch * heads)](
         query, key, columns, key_at, lse, prior, column_sums,
         query.stride(), key.stride(), scale, heads, heads // groups, queries, keys, width,
-        BLOCK_T=block, BLOCK_N=block_size(keys), BLOCK_D=padded(width), DTYPE=tile_dtype(query),
+        BLOCK_T=block, BLOCK_N=block_size(keys), BLOCK_D=tile_width(width), DTYPE=tile_dtype(query),
     )  # fmt: skip
     if column_sums is not None:
         prior = prior + column_sums.sum(2)

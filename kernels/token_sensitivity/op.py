@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from vlm_prune.kernels.dispatch import backend, chosen, implementation
+from vlm_prune.kernels.dispatch import backend, backend_for, implementation
 
 __all__ = ["closed_form", "monte_carlo", "weight_kernel", "weight_root"]
 
@@ -25,7 +25,7 @@ def monte_carlo(
     bank: Tensor,
     step: float,
 ) -> Tensor:
-    """Mean over directions u of |M(x + hu) - M(x - hu)| / 2h, ZOO-Prune's estimate.
+    """Returns the mean over directions u of |M(x + hu) - M(x - hu)| / 2h, ZOO-Prune's estimate.
 
     https://arxiv.org/abs/2509.24837
 
@@ -35,6 +35,9 @@ def monte_carlo(
     the rounding of x + hu. On a GPU matrix products run in the dtype of the weights.
 
     Args:
+        features: tokens x as the projector reads them.
+        w1: weights of the first layer.
+        b1: its bias, or None.
         activation: acts elementwise.
         root: the second layer's `weight_root`.
         bank: directions u, one per row.
@@ -46,7 +49,7 @@ def monte_carlo(
 
 
 def weight_root(w2: Tensor) -> Tensor:
-    """R of W2 = Q R, upper triangular: |R x| = |W2 x|, at about half the products.
+    """Returns R of W2 = Q R, upper triangular: |R x| = |W2 x|, at about half the products.
 
     Shapes: w2 (d_l, h) -> (min(d_l, h), h), once per projector. In at least fp32, on a GPU in the
     dtype of the weights.
@@ -56,7 +59,7 @@ def weight_root(w2: Tensor) -> Tensor:
 
 
 def weight_kernel(w1: Tensor, w2: Tensor) -> Tensor:
-    """K = (W2^T W2) * (W1 W1^T), (h, h); one per projector serves all images.
+    """Returns K = (W2^T W2) * (W1 W1^T), (h, h); one per projector serves all images.
 
     Shapes: w1 (h, d_v), w2 (d_l, h). In at least fp32, on a GPU in bf16 where the weights are in
     half precision.
@@ -68,10 +71,18 @@ def weight_kernel(w1: Tensor, w2: Tensor) -> Tensor:
 def closed_form(
     features: Tensor, w1: Tensor, b1: Tensor | None, activation: Activation, kernel: Tensor
 ) -> Tensor:
-    """sqrt(d^T K d / d_v), the root mean square over directions in the limit of small steps.
+    """Returns sqrt(d^T K d / d_v), the root mean square over directions in the limit of small steps.
 
-    d is the activation's derivative at W1 x + b1 and K, (h, h), the projector's `weight_kernel`.
-    Other shapes as in `monte_carlo`. Ours.
+    d is the activation's derivative at W1 x + b1. Ours, after https://arxiv.org/abs/2509.24837.
+
+    Shapes: features (..., d_v), w1 (h, d_v), b1 (h,), kernel (h, h) -> (...), in at least fp32.
+
+    Args:
+        features: tokens x as the projector reads them.
+        w1: weights of the first layer.
+        b1: its bias, or None.
+        activation: acts elementwise.
+        kernel: K, the projector's `weight_kernel`.
     """
     module = _implementation(features, activation)
     sensitivity: Tensor = module.closed_form(features, w1, b1, activation, kernel)
@@ -80,5 +91,5 @@ def closed_form(
 
 def _implementation(features: Tensor, activation: Activation) -> Any:
     known = getattr(activation, "act", activation) is gelu  # Hugging Face keeps it in `.act`
-    with backend(chosen(features) if known else "reference"):
+    with backend(backend_for(features) if known else "reference"):
         return implementation("token_sensitivity", features)

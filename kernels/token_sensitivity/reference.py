@@ -9,19 +9,25 @@ from vlm_prune.kernels.visible import at_least_fp32
 
 
 def pre_activation(features: Tensor, w1: Tensor, b1: Tensor | None) -> Tensor:
-    """The first layer's output (..., h), in at least fp32."""
+    """Returns the first layer's output (..., h), in at least fp32.
+
+    Args:
+        features: (..., d_v).
+        w1: its weights (h, d_v).
+        b1: its bias (h,), or None.
+    """
     before = at_least_fp32(features) @ at_least_fp32(w1).T
     return before if b1 is None else before + b1
 
 
 def weight_kernel(w1: Tensor, w2: Tensor) -> Tensor:
-    """K = (W2^T W2) * (W1 W1^T), (h, h)."""
+    """Returns what `op.weight_kernel` describes."""
     w1, w2 = at_least_fp32(w1), at_least_fp32(w2)
     return (w2.T @ w2) * (w1 @ w1.T)
 
 
 def weight_root(w2: Tensor) -> Tensor:
-    """R of W2 = Q R, upper triangular (min(d_l, h), h)."""
+    """Returns what `op.weight_root` describes."""
     root: Tensor = torch.linalg.qr(at_least_fp32(w2), mode="r").R
     return root
 
@@ -41,6 +47,7 @@ def monte_carlo(
     bank: Tensor,
     step: float,
 ) -> Tensor:
+    """Returns what `op.monte_carlo` describes, one direction after the other."""
     before, root = pre_activation(features, w1, b1), at_least_fp32(root)
     total = before.new_zeros(features.shape[:-1])
     for shift in pre_activation(bank, w1, None) * step:
@@ -60,6 +67,7 @@ def closed_form(
     activation: Callable[[Tensor], Tensor],
     kernel: Tensor,
 ) -> Tensor:
+    """Returns what `op.closed_form` describes, the derivative by automatic differentiation."""
     before = pre_activation(features, w1, b1)
     with torch.inference_mode(False), torch.enable_grad():
         point = before.clone().detach().requires_grad_()

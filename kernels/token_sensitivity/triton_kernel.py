@@ -93,12 +93,12 @@ def _first_layer(features: Tensor, w1: Tensor) -> Tensor:
 
 
 def weight_root(w2: Tensor) -> Tensor:
-    """In the dtype of the weights."""
+    """Returns what `op.weight_root` describes, in the dtype of the weights."""
     return reference.weight_root(w2).to(w2.dtype)
 
 
 def weight_kernel(w1: Tensor, w2: Tensor) -> Tensor:
-    """In half precision as bf16, which has the range of its products."""
+    """Returns what `op.weight_kernel` describes; bf16, which has its range, for half precision."""
     kernel = reference.weight_kernel(w1, w2)
     return kernel if w2.dtype == torch.float32 else kernel.to(torch.bfloat16)
 
@@ -112,6 +112,7 @@ def monte_carlo(
     bank: Tensor,
     step: float,
 ) -> Tensor:
+    """Returns what `op.monte_carlo` describes for GELU, in chunks of directions."""
     before = _first_layer(features, w1)
     shifts = (pre_activation(bank, w1, None) * step).contiguous()
     (tokens, hidden), directions = before.shape, len(shifts)
@@ -140,6 +141,7 @@ def closed_form(
     activation: Callable[[Tensor], Tensor],
     kernel: Tensor,
 ) -> Tensor:
+    """Returns what `op.closed_form` describes for GELU."""
     before = _first_layer(features, w1)
     tokens, hidden = before.shape
     if tokens == 0:

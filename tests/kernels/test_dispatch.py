@@ -8,27 +8,27 @@ import pytest
 import torch
 from torch.nn.functional import gelu
 
-from vlm_prune.kernels.dispatch import backend, chosen, implementation
+from vlm_prune.kernels.dispatch import backend, backend_for, implementation
 from vlm_prune.pruning import METHODS
 from vlm_prune.vlm.tokens import AttentionRows, DecoderTokens, Projector, VisionTokens
 
 
 def test_a_cpu_runs_the_reference_and_the_override_ends_with_its_block():
     tensor = torch.zeros(1)
-    assert chosen(tensor) == "reference"
+    assert backend_for(tensor) == "reference"
     with backend("triton"):
         with backend("reference"):
             assert implementation("greedy_select", tensor).__name__.endswith("reference")
-        assert chosen(tensor) == "triton"
+        assert backend_for(tensor) == "triton"
     with pytest.raises(KeyError), backend("triton"):
         raise KeyError
-    assert chosen(tensor) == "reference"
+    assert backend_for(tensor) == "reference"
 
 
 @pytest.mark.gpu
 def test_a_gpu_runs_triton_except_in_float64():
-    assert chosen(torch.zeros(1, device="cuda")) == "triton"
-    assert chosen(torch.zeros(1, device="cuda", dtype=torch.float64)) == "reference"
+    assert backend_for(torch.zeros(1, device="cuda")) == "triton"
+    assert backend_for(torch.zeros(1, device="cuda", dtype=torch.float64)) == "reference"
 
 
 def test_every_operation_runs_without_triton():

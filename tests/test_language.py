@@ -1,0 +1,21 @@
+"""The rules for names and docstrings hold in every folder: see CONTRIBUTING, Style."""
+
+import pytest
+from language import missing_docstrings, repeated, undocumented
+
+STRICT = ("kernels",)
+
+
+@pytest.mark.parametrize("folder", STRICT)
+def test_three_arguments_and_more_are_documented(folder):
+    assert not undocumented(folder), "\n".join(map(str, undocumented(folder)))
+
+
+@pytest.mark.parametrize("folder", STRICT)
+def test_public_definitions_have_docstrings(folder):
+    assert not missing_docstrings(folder), "\n".join(map(str, missing_docstrings(folder)))
+
+
+def test_names_are_defined_once():
+    names = repeated(*STRICT)
+    assert not names, "\n".join(f"{name}: {', '.join(map(str, at))}" for name, at in names.items())
