@@ -4,7 +4,6 @@
 after them up to step S. Only the newest of each stays.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from vlm_prune.vlm.common.files import write_folder, write_text
+from vlm_prune.vlm.common.errors import naming
+from vlm_prune.vlm.common.files import read_text, write_folder, write_text
+from vlm_prune.vlm.common.records import decoded
 from vlm_prune.vlm.common.state import (
     load_tensors,
     newest,
@@ -27,11 +28,20 @@ Tensors = dict[str, Tensor]
 
 
 def cut_log(path: Path, before: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the lines of steps that will be taken again, and a torn last line."""
-    if path.is_file():
-        lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and before(json.loads(line))]
-        write_text(path, "".join(kept))
+    """Drop the lines of steps that will be taken again, and a torn last line.
+
+    Raises:
+        InputError: if another line is damaged.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in read_text(path).splitlines(keepends=True):
+        if line.endswith("\n"):
+            entry = decoded(line, dict[str, Any], str(path), "remove it")
+            with naming(f"{path} is damaged, remove it"):
+                kept += [line] if before(entry) else []
+    write_text(path, "".join(kept))
 
 
 def save_state(output: Path, done: int, model: Tensors, method: Tensors) -> None:

@@ -1,12 +1,30 @@
 """What a finished run says: accuracies, hits, and what each task cost and changed."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
+
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.records import read_record
+from vlm_prune.vlm.common.state import load_tensors
+
+ADVICE = "remove the folder and train again"
+
+
+class Record(msgspec.Struct, kw_only=True):
+    """What `results.json` holds; lists grow by an entry with each task, fields as in `Results`."""
+
+    method: str
+    tasks: list[str]
+    zero_shot: list[float] | None = None
+    matrix: list[list[float]] = []
+    trainable: list[int] = []
+    added: list[int] = []
+    norms: list[float | None] = []
+    drift: list[float] = []
 
 
 @dataclass(frozen=True)
@@ -37,12 +55,30 @@ class Results:
 
 
 def read_results(output: Path) -> Results:
-    """What a finished run wrote into its folder."""
-    record = json.loads((output / "results.json").read_text())
-    names, matrix = record["tasks"], np.array(record["matrix"], dtype=np.float64)
-    rows = ["zero-shot", *(f"task-{number}" for number in range(len(names)))]
-    before, *after = [load_file(output / "correct" / f"{row}.safetensors") for row in rows]
+    """Return what a finished run wrote into its folder.
+
+    Raises:
+        InputError: if a file is missing or damaged, or the run is not finished.
+    """
+    path = output / "results.json"
+    record = read_record(path, Record, ADVICE)
+    names, count = record.tasks, len(record.tasks)
+    rows = [record.zero_shot or [], *record.matrix]
+    lists = (record.trainable, record.added, record.norms, record.drift)
+    if not count or [len(row) for row in rows] != [count] * (count + 1):
+        raise InputError(f"{path} is of a run that has not finished; train on, or {ADVICE}")
+    if any(len(values) != count for values in lists):
+        raise InputError(f"{path} does not say the same of each task; {ADVICE}")
+    files = ["zero-shot", *(f"task-{number}" for number in range(count))]
+    before, *after = [_hits(output / "correct" / f"{name}.safetensors", names) for name in files]
     hits = [np.stack([row[name] for row in after]) for name in names]
-    zero_shot, first = np.array(record["zero_shot"]), [before[name] for name in names]
-    counts = (record[key] for key in ("trainable", "added", "norms", "drift"))
-    return Results(names, zero_shot, matrix, first, hits, *counts)
+    zero_shot, matrix = np.array(rows[0]), np.array(rows[1:], dtype=np.float64)
+    return Results(names, zero_shot, matrix, [before[name] for name in names], hits, *lists)
+
+
+def _hits(path: Path, names: list[str]) -> dict[str, NDArray[np.uint8]]:
+    """Which test images of each task were right, (n,) of 0 and 1."""
+    tensors = load_tensors(path)
+    if tensors.keys() != set(names) or any(tensor.ndim != 1 for tensor in tensors.values()):
+        raise InputError(f"{path} is not of these tasks; {ADVICE}")
+    return {name: tensor.numpy() for name, tensor in tensors.items()}

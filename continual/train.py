@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,12 @@ from vlm_prune.continual.methods import Context, Method
 from vlm_prune.continual.methods.base import Group
 from vlm_prune.continual.metrics import drift
 from vlm_prune.continual.parallel import average_gradients, gather, place
-from vlm_prune.continual.results import Results, read_results
+from vlm_prune.continual.results import ADVICE, Record, Results, read_results
 from vlm_prune.continual.streams.base import Task
 from vlm_prune.vlm.common.errors import InputError, naming
 from vlm_prune.vlm.common.files import write_folder, write_json
-from vlm_prune.vlm.common.folder import check_settings, record_settings
+from vlm_prune.vlm.common.folder import OutputFolder, check_settings, record_settings
+from vlm_prune.vlm.common.records import read_record
 from vlm_prune.vlm.common.state import save_tensors
 
 
@@ -73,10 +75,13 @@ def train(run: Run, clip: Clip, tasks: Sequence[Task]) -> Results:
     Pass the CLIP that the run began with; of a finished run only the results are read.
 
     Raises:
-        InputError: if the tasks cannot be used, `run.output` holds another run, or training fails.
+        InputError: if the tasks cannot be used, `run.output` holds another run or is being written
+            to, or training fails.
     """
     check(tasks)
-    _Trainer(run, clip, tasks).run_all()
+    accelerator = accelerator_of(run)
+    with OutputFolder(run.output) if accelerator.is_main_process else nullcontext():
+        _Trainer(run, clip, tasks, accelerator).run_all()
     return read_results(run.output)
 
 
@@ -89,11 +94,11 @@ def accelerator_of(run: Run) -> Any:
 
 
 class _Trainer:
-    def __init__(self, run: Run, clip: Clip, tasks: Sequence[Task]) -> None:
+    def __init__(self, run: Run, clip: Clip, tasks: Sequence[Task], accelerator: Any) -> None:
         self.run, self.clip, self.tasks = run, clip, tasks
         self.output, self.recipe = run.output, run.recipe
         self.method: Method = replace(run.method)
-        self.accelerator = accelerator_of(run)
+        self.accelerator = accelerator
         self.rank, self.world = place()
         self.main: bool = self.accelerator.is_main_process
         ours = {
@@ -106,9 +111,9 @@ class _Trainer:
         }
         (record_settings if self.main else check_settings)(self.output / "run.json", ours)
         path = self.output / "results.json"
-        empty: dict[str, Any] = {"zero_shot": None}
-        empty |= {key: [] for key in ("matrix", "trainable", "added", "norms", "drift")}
-        self.record = json.loads(path.read_text()) if path.is_file() else empty
+        self.record = Record(method=self.method.name, tasks=[task.name for task in tasks])
+        if path.exists():
+            self.record = read_record(path, Record, ADVICE)
         state = clip.model.state_dict()
         self.initial = {name: t.detach().cpu().clone() for name, t in state.items()}
         self.texts: list[Tensor] | None = None  # class features, until the text tower changes
@@ -120,14 +125,14 @@ class _Trainer:
     def run_all(self) -> None:
         if (self.output / "model").is_dir():
             return
-        if self.record["zero_shot"] is None:
-            self.record["zero_shot"] = self._row("zero-shot", None)
+        if self.record.zero_shot is None:
+            self.record.zero_shot = self._row("zero-shot", None)
             self._write()
         done, state = checkpoint.load_state(self.output, self.clip.model.state_dict())
         if done:
             self._take_back(state)
         for number in range(done, len(self.tasks)):
-            if len(self.record["matrix"]) < number:
+            if len(self.record.matrix) < number:
                 self._finish_row(number - 1)
             self._learn(number)
             if self.main:
@@ -136,7 +141,7 @@ class _Trainer:
                 checkpoint.save_state(self.output, number + 1, model, state)
             self.accelerator.wait_for_everyone()
             self._finish_row(number)
-        if len(self.record["matrix"]) < len(self.tasks):
+        if len(self.record.matrix) < len(self.tasks):
             self._finish_row(len(self.tasks) - 1)
         if self.main:
             write_folder(self.output / "model", self.clip.save)
@@ -156,11 +161,11 @@ class _Trainer:
             self._fit(number, groups, trained)
             self.clip.model.eval()
         delta = self.method.end_task()
-        self.record["trainable"][number:] = [sum(p.numel() for p in trained.values())]
-        self.record["added"][number:] = [self.method.added_parameters()]
-        self.record["norms"][number:] = [None if delta is None else delta.norm()]
+        self.record.trainable[number:] = [sum(p.numel() for p in trained.values())]
+        self.record.added[number:] = [self.method.added_parameters()]
+        self.record.norms[number:] = [None if delta is None else delta.norm()]
         state = {name: t.cpu() for name, t in self.clip.model.state_dict().items()}
-        self.record["drift"][number:] = [drift(self.initial, state)]
+        self.record.drift[number:] = [drift(self.initial, state)]
         if self.main:
             if delta is not None:
                 delta.facts["name"] = self.tasks[number].name
@@ -237,7 +242,7 @@ class _Trainer:
 
     def _finish_row(self, number: int) -> None:
         row = self._row(f"task-{number}", self.method)
-        self.record["matrix"][number:] = [row]
+        self.record.matrix[number:] = [row]
         self._write()
 
     def _row(self, name: str, method: Method | None) -> list[float]:
@@ -255,8 +260,7 @@ class _Trainer:
 
     def _write(self) -> None:
         if self.main:
-            named = {"method": self.method.name, "tasks": [task.name for task in self.tasks]}
-            write_json(self.output / "results.json", named | self.record)
+            write_json(self.output / "results.json", self.record)
 
     def _note(self, number: int, step: int, loss: float) -> None:
         if not math.isfinite(loss):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from vlm_prune.continual import checkpoint, losses
 from vlm_prune.continual.clip import load_clip
@@ -20,9 +21,11 @@ from vlm_prune.continual.evaluate import class_features
 from vlm_prune.continual.methods import Context, make_method
 from vlm_prune.continual.methods.codyra import CoDyRA
 from vlm_prune.continual.metrics import drift
+from vlm_prune.continual.results import read_results
 from vlm_prune.continual.streams.files import Files
 from vlm_prune.continual.train import Run, train
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.folder import OutputFolder
 
 RECIPE = Recipe(steps=6, batch=4, lr=1e-2)
 
@@ -170,6 +173,102 @@ def test_a_half_written_folder_is_never_read(tmp_path):
     model = {"w": torch.zeros(2)}
     done, method = checkpoint.load_state(tmp_path, model)
     assert done == 1 and torch.equal(model["w"], torch.ones(2)) and not method
+
+
+@pytest.fixture
+def killed(make_clip, tasks, tmp_path, monkeypatch):
+    """A run with a state after its first task and a step of its second, and how to go on with it."""
+    run = Run(tmp_path / "run", make_method("codyra", rank=2), RECIPE, save_every=2, cpu=True)
+    original, calls = CoDyRA.loss, []
+
+    def loss(self, *arguments):
+        calls.append(1)
+        if len(calls) == RECIPE.steps + 4:
+            raise Killed
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CoDyRA, "loss", loss)
+        with pytest.raises(Killed):
+            train(run, make_clip(), tasks)
+    assert (run.output / "state-1").is_dir() and (run.output / "step-1-2").is_dir()
+    return run, lambda: train(run, make_clip(), tasks)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "state-1/model.safetensors", "state-1/method.safetensors", "step-1-2/trained.safetensors",
+        "step-1-2/optimizer.safetensors", "step-1-2/method.safetensors",
+    ],
+)  # fmt: skip
+def test_damaged_state_is_named_and_a_pickle_is_not_read(name, killed, tmp_path):
+    run, go_on = killed
+    path = run.output / name
+    whole, tensors = path.read_bytes(), load_file(path)
+    contents = [b"", whole[: len(whole) // 2], b"[" * 1000, (1 << 50).to_bytes(8, "little")]
+    if tensors:
+        first = max(tensors, key=lambda name: tensors[name].numel())
+        save_file(tensors | {first: tensors[first][:-1].clone()}, path)
+        contents.append(path.read_bytes())
+    for content in contents[: 4 if "method" in name else 5]:
+        path.write_bytes(content)
+        with pytest.raises(InputError) as caught:
+            go_on()
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    path.write_bytes(whole)
+    marker = tmp_path / "marker"
+
+    class Evil:
+        def __reduce__(self):
+            return (marker.write_text, ("ran",))
+
+    bad = path.with_name("optimizer.bin")
+    torch.save({"state": Evil()}, bad)
+    with pytest.raises(InputError, match=r"optimizer.bin is a pickle, which is not read"):
+        go_on()
+    assert not marker.exists()
+    bad.unlink()
+    assert go_on().matrix.shape == (2, 2)
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "{", "[" * 100_000, '{"tasks": 3}', "{}"])
+def test_a_damaged_record_or_log_is_named(content, killed):
+    run, go_on = killed
+    record, log = run.output / "results.json", run.output / "log.jsonl"
+    for path, damaged in ((record, content), (log, content + "\n")):
+        whole = path.read_text()
+        path.write_text(damaged)
+        with pytest.raises(InputError, match=f"{path}.* is damaged") as caught:
+            go_on()
+        assert "\n" not in str(caught.value)
+        path.write_text(whole)
+
+
+def test_two_trainings_do_not_share_a_folder(killed):
+    run, go_on = killed
+    with OutputFolder(run.output), pytest.raises(InputError, match="another run writes to"):
+        go_on()
+
+
+def test_results_that_do_not_fit_are_named(clip, tasks, tmp_path):
+    train(Run(tmp_path, make_method("zero-shot"), RECIPE, cpu=True), clip, tasks)
+    path = tmp_path / "results.json"
+    whole = json.loads(path.read_text())
+    for name, value, message in (
+        ("matrix", whole["matrix"][:1], "has not finished"),
+        ("matrix", [[1.0], [1.0]], "has not finished"),
+        ("zero_shot", None, "has not finished"),
+        ("zero_shot", "1", "is damaged"),
+        ("drift", [1], "does not say the same"),
+        ("tasks", [], "has not finished"),
+        ("tasks", ["a", "b"], "is not of these tasks"),
+        ("matrix", [[1e400, 1], [1, 1]], "is damaged"),
+    ):
+        path.write_text(json.dumps(whole | {name: value}))
+        with pytest.raises(InputError, match=message) as caught:
+            read_results(tmp_path)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_folder_of_another_run_is_refused(clip, make_clip, tasks, tmp_path):
