@@ -1,9 +1,12 @@
 """What a set of Wings learners looks like."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from vlm_prune.vlm.common.errors import InputError
+import msgspec
+
+from vlm_prune.vlm.common.errors import InputError, first_line
 from vlm_prune.vlm.common.registry import unknown
 
 Modality = Literal["visual", "textual"]
@@ -74,6 +77,10 @@ class WingsConfig:
         for name in self.modalities:
             if name not in MODALITIES:
                 raise InputError(unknown("modality", name, MODALITIES))
+        if not math.isfinite(self.scale):
+            raise InputError(f"scale {self.scale} is not finite")
+        if self.layers is not None and len(set(self.layers)) < len(self.layers):
+            raise InputError(f"layers {self.layers} must name each layer once")
         if not self.modalities or len(set(self.modalities)) < len(self.modalities):
             raise InputError(f"modalities {self.modalities} must name each learner once")
 
@@ -99,14 +106,13 @@ class WingsConfig:
         """Read what `dataclasses.asdict` wrote to JSON.
 
         Raises:
-            InputError: for a field this version does not know.
+            InputError: for a field this version does not know, or a value of another kind.
         """
         known = cls.__dataclass_fields__
         for name in values:
             if name not in known:
                 raise InputError(unknown("Wings option", name, known))
-        arguments: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in values.items()
-        }
-        return cls(**arguments)
+        try:
+            return msgspec.convert(values, cls)
+        except msgspec.ValidationError as error:
+            raise InputError(f"the options of Wings are damaged: {first_line(error)}") from error

@@ -8,7 +8,7 @@ import torch
 
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import family_of
-from vlm_prune.vlm.load import load
+from vlm_prune.vlm.load import load, save
 
 
 @torch.no_grad()
@@ -20,8 +20,7 @@ def merge(base: Any, tuned: Any, alpha: float) -> None:
     Raises:
         InputError: if `alpha` is out of range, or the two language models differ in shape.
     """
-    if not 0 <= alpha <= 1:
-        raise InputError(f"alpha {alpha} is out of range; give 0 (the base) to 1 (as tuned)")
+    _check(alpha)
     ours, theirs = (
         dict(family_of(model).decoder.named_parameters())
         | {f"head.{n}": p for n, p in model.get_output_embeddings().named_parameters()}
@@ -36,16 +35,22 @@ def merge(base: Any, tuned: Any, alpha: float) -> None:
             moved.add(parameter.data_ptr())
 
 
+def _check(alpha: float) -> None:
+    if not 0 <= alpha <= 1:
+        raise InputError(f"alpha {alpha} is out of range; give 0 (the base) to 1 (as tuned)")
+
+
 def sweep(base: str, tuned: str, output: Path, alphas: Sequence[float]) -> list[Path]:
     """Write one checkpoint of a tuned model for each alpha; returns their folders.
 
     Raises:
         InputError: if an alpha is out of range, or the two language models differ in shape.
     """
-    original, folders = load(base)[0], [output / f"alpha-{alpha:g}" for alpha in alphas]
+    for alpha in alphas:
+        _check(alpha)
+    original, folders = load(base, "cpu")[0], [output / f"alpha-{alpha:g}" for alpha in alphas]
     for alpha, folder in zip(alphas, folders, strict=True):
-        model, processor = load(tuned)
+        model, processor = load(tuned, "cpu")
         merge(original, model, alpha)
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
+        save(model, processor, folder)
     return folders

@@ -1,21 +1,22 @@
 """The learners alone on disk: safetensors and a JSON, laid out as peft lays out adapters."""
 
 import hashlib
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers.utils import cached_file
 
 from vlm_prune.learners.config import WingsConfig
 from vlm_prune.learners.model import attach, attached, detach, wings_layers
-from vlm_prune.vlm.common.errors import InputError, first_line
-from vlm_prune.vlm.common.files import whole, write_json
+from vlm_prune.vlm.checkpoint import check_finite, locate_files
+from vlm_prune.vlm.common.errors import InputError, naming
+from vlm_prune.vlm.common.files import open_regular, whole, write_json
+from vlm_prune.vlm.common.records import read_record
+from vlm_prune.vlm.common.state import load_tensors, writing
 from vlm_prune.vlm.families import family_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -41,7 +42,7 @@ def save_pretrained(model: Any, folder: str | Path) -> None:
         "wings": asdict(attached(model).config),
     }
     tensors = {name: tensor.contiguous() for name, tensor in adapter_state(model).items()}
-    with whole(folder / WEIGHTS) as partial:
+    with whole(folder / WEIGHTS) as partial, writing(folder / WEIGHTS):
         save_file(tensors, partial, metadata={"format": "pt"})
     write_json(folder / CONFIG, described)
 
@@ -67,16 +68,25 @@ def read_adapter(model: Any, name: str | Path) -> tuple[WingsConfig, dict[str, T
     Raises:
         InputError: if there is none, it is damaged, or it belongs to another model.
     """
-    try:
-        described = json.loads(Path(cached_file(str(name), CONFIG)).read_text())
-        weights = load_file(cached_file(str(name), WEIGHTS))
-        base, config = described["base"], WingsConfig.from_dict(described["wings"])
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise _unreadable(name, error) from error
-    if base != _base(model):
-        raise InputError(f"this adapter is for {_words(base)}; the model is {_words(_base(model))}")
+    with naming(f"cannot read a Wings adapter from {str(name)!r}"):
+        folder = locate_files(name, [CONFIG, WEIGHTS])
+        described = read_record(
+            folder / CONFIG, _Described, "it is no adapter_config.json of Wings"
+        )
+        config = WingsConfig.from_dict(described.wings)
+        weights = load_tensors(folder / WEIGHTS)
+        check_finite(weights)
+        # the one size that nothing else bounds
+        positions = [len(t) for n, t in weights.items() if n.endswith("router.weight") and t.ndim]
+        if config.routed and set(positions) != {config.max_positions}:
+            raise InputError(
+                f"max_positions is {config.max_positions}, which its weights are not for"
+            )
+    base = _base(model)
+    if described.base != base:
+        raise InputError(
+            f"this adapter is for {_words(described.base)}; the model is {_words(base)}"
+        )
     return config, weights
 
 
@@ -87,11 +97,12 @@ def adapter_digest(name: str | Path) -> str:
         InputError: if there is none in the folder or under the hub name.
     """
     found = hashlib.sha256()
-    try:
+    with naming(f"cannot read a Wings adapter from {str(name)!r}"):
+        folder = locate_files(name, [CONFIG, WEIGHTS])
         for part in (CONFIG, WEIGHTS):
-            found.update(Path(cached_file(str(name), part)).read_bytes())
-    except (OSError, ValueError) as error:
-        raise _unreadable(name, error) from error
+            with open_regular(folder / part) as file:
+                while block := file.read(2**20):
+                    found.update(block)
     return found.hexdigest()[:16]
 
 
@@ -115,8 +126,11 @@ def load_adapter_state(model: Any, weights: dict[str, Tensor], strict: bool = Tr
             own[name].copy_(tensor)
 
 
-def _unreadable(name: str | Path, error: Exception) -> InputError:
-    return InputError(f"cannot read a Wings adapter from {str(name)!r}: {first_line(error)}")
+class _Described(msgspec.Struct):
+    """What `adapter_config.json` holds of learners."""
+
+    base: dict[str, Any]
+    wings: dict[str, Any]
 
 
 def _base(model: Any) -> dict[str, Any]:

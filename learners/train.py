@@ -37,10 +37,9 @@ from vlm_prune.vlm.common.state import (
     restore_optimizer,
     save_tensors,
     seed_step,
-    writing,
 )
 from vlm_prune.vlm.families import family_of
-from vlm_prune.vlm.load import load
+from vlm_prune.vlm.load import load, save
 
 TRAINED, OPTIMIZER = "trained.safetensors", "optimizer.safetensors"
 ENDS = 4096  # bytes at each end of an image that tell it from others
@@ -331,13 +330,7 @@ def _finish(model: Any, processor: Any, lora: Any, output: Path) -> None:
         detach(model)
     if lora is not None:
         model = lora.merge_and_unload()
-
-    def fill(folder: Path) -> None:
-        with writing(folder):
-            model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-
-    write_folder(output / "model", fill)
+    save(model, processor, output / "model")
     _remove_checkpoints(output)
 
 

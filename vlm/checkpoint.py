@@ -131,6 +131,26 @@ def locate(name: str, embedded: Mapping[str, Path], weights: bool = True) -> Pat
     raise InputError(f"there is no such model; {hint}")
 
 
+def locate_files(name: str | Path, files: list[str]) -> Path:
+    """Return the folder with some files that lie beside a model, such as an adapter's.
+
+    Args:
+        name: a folder, or a name of the form `owner/model` on the Hub.
+        files: what is downloaded; a folder may lack them.
+
+    Raises:
+        InputError: if there is no such folder and the name is none of the Hub's.
+        OSError: if the Hub has nothing of that name, or cannot be reached.
+    """
+    if str(name) and Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists() or not HUB_NAME.fullmatch(str(name)):
+        raise InputError("there is no such folder; give one, or owner/model of the Hub")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(name), allow_patterns=files))
+
+
 def _names(folder: Path) -> list[str]:
     """Folders in a folder that hold a checkpoint."""
     if not folder.is_dir():

@@ -11,7 +11,7 @@ from vlm_prune.vlm.checkpoint import (
     view_of,
 )
 from vlm_prune.vlm.common.errors import InputError, first_line, naming
-from vlm_prune.vlm.common.files import read_object
+from vlm_prune.vlm.common.files import read_object, write_folder
 from vlm_prune.vlm.common.registry import unknown
 from vlm_prune.vlm.tiny import checkpoint_path
 
@@ -70,6 +70,22 @@ def load_language(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[
         with naming("its tokenizer cannot be used"):
             tokenizer = AutoTokenizer.from_pretrained(view, trust_remote_code=False)
         return _named(model.to(target).eval(), tokenizer, tokenizer, name)
+
+
+def save(model: Any, processor: Any, folder: Path) -> None:
+    """Write a model and its processor as a plain checkpoint, all of it or nothing.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    from vlm_prune.vlm.common.state import writing
+
+    def fill(partial: Path) -> None:
+        with writing(folder):
+            model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+
+    write_folder(folder, fill)
 
 
 def family_type(name: str) -> Any:

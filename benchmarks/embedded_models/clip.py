@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax, normalize, pad
 
@@ -24,8 +23,15 @@ from vlm_prune.continual import checkpoint
 from vlm_prune.continual.clip import extra
 from vlm_prune.continual.streams.packaged import DOMAINS, PER_CLASS, Drawn
 from vlm_prune.continual.tiny.config import WEIGHTS, write_folder
+from vlm_prune.vlm.common.errors import naming
 from vlm_prune.vlm.common.files import whole
-from vlm_prune.vlm.common.folder import record_settings
+from vlm_prune.vlm.common.folder import OutputFolder, record_settings
+from vlm_prune.vlm.common.state import (
+    load_tensors,
+    optimizer_tensors,
+    restore_moments,
+    save_tensors,
+)
 
 logger = logging.getLogger(__name__)
 STATE = "state.safetensors"
@@ -119,7 +125,15 @@ class Pretraining:
             self._initialise()
 
     def run(self, until: int | None = None) -> None:
-        """Train to the end, or to step `until`; at the end the folder holds half-precision weights."""
+        """Train to the end, or to step `until`; at the end the folder holds half-precision weights.
+
+        Raises:
+            InputError: if another training writes to the folder.
+        """
+        with OutputFolder(self.folder):
+            self._run(until)
+
+    def _run(self, until: int | None) -> None:
         recipe, begin = self.recipe, time.monotonic()
         for step in range(self.done, recipe.stop if until is None else until):
             loss, accuracy = self._step(step)
@@ -130,8 +144,9 @@ class Pretraining:
             if self.done % recipe.save_every == 0:
                 self._save()
         if self.done == recipe.stop:
-            half = {name: t.half().contiguous() for name, t in self.model.state_dict().items()}
-            save_file(half, self.folder / WEIGHTS)
+            half = {name: t.half() for name, t in self.model.state_dict().items()}
+            with whole(self.folder / WEIGHTS) as partial:
+                save_tensors(partial, half)
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Normalised pixels (B, 3, 48, 48), each shifted a little, and their captions (B,)."""
@@ -190,26 +205,24 @@ class Pretraining:
         table[1:] = 0.4 * waves(table.shape[1], visual.grid_size[0])
 
     def _save(self) -> None:
-        """Model and both moments of every parameter; written beside the last state and renamed."""
+        """Model and moments of every parameter; written beside the last state and renamed."""
         state = {f"model.{name}": t for name, t in self.model.state_dict().items()}
-        for number, parameter in enumerate(self.parameters):
-            moments = self.optimizer.state[parameter]
-            state |= {f"{key}.{number}": moments[key] for key in ("exp_avg", "exp_avg_sq")}
-        state["step"] = torch.tensor(self.done)
+        moments = optimizer_tensors(self.optimizer)
+        state |= {f"optimizer.{name}": tensor for name, tensor in moments.items()}
         with whole(self.folder / STATE) as partial:
-            save_file({k: t.contiguous() for k, t in state.items()}, partial)
+            save_tensors(partial, state | {"step": torch.tensor(self.done)})
 
     def _load(self) -> None:
-        state = load_file(self.folder / STATE)
-        self.done = int(state["step"])
-        weights = {k.removeprefix("model."): t for k, t in state.items() if k.startswith("model.")}
-        self.model.load_state_dict(weights)
-        for number, parameter in enumerate(self.parameters):
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(self.done)),
-                "exp_avg": state[f"exp_avg.{number}"],
-                "exp_avg_sq": state[f"exp_avg_sq.{number}"],
-            }
+        path = self.folder / STATE
+        state = load_tensors(path)
+        with naming(f"{path} cannot be used; remove it"):
+            parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "step": {}}
+            for name, tensor in state.items():
+                part, _, rest = name.partition(".")
+                parts[part][rest] = tensor
+            self.done = int(state["step"])
+            self.model.load_state_dict(parts["model"])
+            restore_moments(path, self.optimizer, parts["optimizer"])
         checkpoint.cut_log(self.folder / "log.jsonl", lambda line: line["step"] < self.done)
 
     def _log(self, **figures: float) -> None:

@@ -5,7 +5,7 @@ that was stopped goes on where it was.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -34,6 +34,10 @@ from vlm_prune.benchmarks.embedded_models.tower import (
     tower_features,
     train_tower,
 )
+from vlm_prune.vlm.common.errors import naming
+from vlm_prune.vlm.common.files import whole
+from vlm_prune.vlm.common.folder import OutputFolder, record_settings
+from vlm_prune.vlm.common.state import writing
 
 STAGES = ("tower", "reading", "symbols", "stories", "projector", "language", "practice")
 
@@ -107,19 +111,30 @@ class Trainer:
         self.few: list[list[Example]] = []
         self.many: list[Example] = []
         self.features: dict[int, Tensor] = {}
-        folder.mkdir(parents=True, exist_ok=True)
 
     def run(self, stages: tuple[str, ...] = STAGES) -> None:
-        """Do the stages that are not done yet; then write the checkpoint."""
+        """Do the stages that are not done yet; then write the checkpoint.
+
+        Raises:
+            InputError: if the folder holds a training by another recipe or is being written to, or
+                what a stage left is damaged.
+        """
+        with OutputFolder(self.folder):
+            record_settings(self.folder / "recipe.json", asdict(self.recipe))
+            self._run(stages)
+
+    def _run(self, stages: tuple[str, ...]) -> None:
         for stage in stages:
             kept = self.folder / f"{stage}.safetensors"
             if kept.is_file():
-                load_model(self.parts, kept)
+                with naming(f"{kept} cannot be used; remove it, and the stage is done again"):
+                    load_model(self.parts, kept)
                 continue
             torch.manual_seed(self.recipe.seed)
             self.generator.manual_seed(self.recipe.seed + STAGES.index(stage))
             getattr(self, f"_{stage}")()
-            save_model(self.parts, str(kept))
+            with whole(kept) as partial, writing(kept):
+                save_model(self.parts, str(partial))
         save_checkpoint(self.model, self.processor, self.folder / "checkpoint")
 
     def say(self, stage: str) -> Say:

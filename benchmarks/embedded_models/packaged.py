@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vlm_prune.benchmarks.embedded_models.clip import STATE, Pretraining
 from vlm_prune.benchmarks.embedded_models.clip import Recipe as ClipRecipe
@@ -22,6 +21,7 @@ from vlm_prune.continual.tiny import checkpoint_path as clip_path
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import write_text
 from vlm_prune.vlm.common.registry import unknown
+from vlm_prune.vlm.load import load
 from vlm_prune.vlm.tiny import checkpoint_path
 from vlm_prune.vlm.tiny.config import make_model, make_processor
 
@@ -52,11 +52,11 @@ def train_llava(
             raise InputError(unknown("stage", name, STAGES))
     torch.manual_seed(seed)
     packaged = checkpoint_path()
-    processor = AutoProcessor.from_pretrained(packaged) if keep else make_processor(corpus(), 768)
+    kept, processor = load("tiny", "cpu") if keep else (None, make_processor(corpus(), 768))
     model = make_model(processor)
     look_back(model.model.language_model)
-    if keep:
-        trained = LlavaForConditionalGeneration.from_pretrained(packaged).state_dict()
+    if kept is not None:
+        trained = kept.state_dict()
         tower = {name: weight for name, weight in trained.items() if "vision_tower" in name}
         model.load_state_dict(trained if keep == "all" else tower, strict=keep == "all")
     trainer = Trainer(processor, SceneSource(seed), folder, Recipe(seed=seed, bf16=bf16), model)
@@ -89,7 +89,7 @@ def train_base(
     folder.mkdir(parents=True, exist_ok=True)
     log, weights = folder / "text_log.jsonl", folder / "text.safetensors"
     log.unlink(missing_ok=True)
-    processor = AutoProcessor.from_pretrained(checkpoint_path())
+    _, processor = load("tiny", "cpu")
     model = make_model(processor)
     train_text(model, processor, SceneSource(seed), steps, recorder(log, "text"), seed, bf16)
     save_language_model(model, weights)

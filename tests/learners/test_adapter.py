@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from vlm_prune.learners import WingsConfig, attach, detach, from_pretrained, save_pretrained
 from vlm_prune.vlm.cache import CACHE
@@ -77,6 +78,97 @@ def test_a_damaged_adapter_is_refused(winged, tmp_path):
         from_pretrained(model, tmp_path)
     with pytest.raises(InputError, match="cannot read a Wings adapter"):
         from_pretrained(model, tmp_path / "nothing")
+
+
+VALUES = (
+    None,
+    -1,
+    10**30,
+    1.5,
+    float("inf"),
+    float("nan"),
+    "text",
+    "3",
+    [],
+    {},
+    True,
+    [0, 0],
+    "\ud800",
+)
+
+
+@pytest.mark.parametrize("llava", ["llama"], indirect=True)
+def test_no_option_of_another_kind_leaves_anything_but_one_line(winged, tmp_path):
+    model = winged()
+    save_pretrained(model, tmp_path)
+    detach(model)
+    path = tmp_path / "adapter_config.json"
+    whole = json.loads(path.read_text())
+    for part in (whole, whole["wings"], whole["base"]):
+        for key in list(part):
+            before = part[key]
+            for value in VALUES:
+                part[key] = value
+                path.write_text(json.dumps(whole))
+                try:
+                    from_pretrained(model, tmp_path)
+                    detach(model)
+                    assert part is not whole["base"] and key not in (
+                        "rank",
+                        "max_positions",
+                        "base",
+                    )
+                except InputError as error:
+                    assert "\n" not in str(error), (key, value)
+                assert getattr(model, "wings", None) is None
+            part[key] = before
+
+
+@pytest.mark.parametrize("llava", ["llama"], indirect=True)
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"null", b"[1]", b"[" * 100_000, b'{"a":' * 100_000, bytes(range(256)), (1 << 60).to_bytes(8, "little")],
+    ids=["empty", "null", "list", "brackets", "objects", "bytes", "a header of 2^60 bytes"],
+)  # fmt: skip
+def test_files_of_other_contents_are_refused(name, content, winged, tmp_path):
+    model = winged()
+    save_pretrained(model, tmp_path)
+    detach(model)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match="cannot read a Wings adapter") as caught:
+        from_pretrained(model, tmp_path)
+    assert "\n" not in str(caught.value) and getattr(model, "wings", None) is None
+
+
+@pytest.mark.parametrize("llava", ["llama"], indirect=True)
+def test_weights_of_another_kind_are_refused(winged, tmp_path):
+    model = winged()
+    save_pretrained(model, tmp_path)
+    detach(model)
+    path = tmp_path / "adapter_model.safetensors"
+    whole = load_file(path)
+    for name in ("layers.0.learners.visual.query.down.weight", "layers.1.router.weight"):
+        weight = whole[name]
+        for changed, message in (
+            (weight * torch.nan, "has values that are not finite"),
+            (weight / 0, "has values that are not finite"),
+            (weight[:-1].clone(), "do not fit its configuration|which its weights are not for"),
+            (torch.tensor(1.0), "do not fit its configuration|which its weights are not for"),
+            (None, "do not fit its configuration"),
+        ):
+            rest = {n: t for n, t in whole.items() if n != name}
+            save_file(rest if changed is None else rest | {name: changed}, path)
+            with pytest.raises(InputError, match=message) as caught:
+                from_pretrained(model, tmp_path)
+            assert "\n" not in str(caught.value) and getattr(model, "wings", None) is None
+
+
+def test_a_misspelt_adapter_is_not_looked_up_in_the_network(llava, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: 1 / 0)
+    for name in ("runs/one/wings", "wigns", "", "/nowhere"):
+        with pytest.raises(InputError, match="there is no such folder; give one"):
+            from_pretrained(llava, name)
 
 
 @pytest.mark.parametrize(

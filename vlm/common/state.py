@@ -94,9 +94,25 @@ def restore_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
     Raises:
         InputError: if the file is missing, damaged or of an optimizer of other parameters.
     """
+    restore_moments(path, optimizer, load_tensors(path))
+
+
+def restore_moments(
+    path: Path, optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]
+) -> None:
+    """Give an optimizer what `optimizer_tensors` returned.
+
+    Args:
+        path: where it was stored, for messages.
+        optimizer: one of the same parameters.
+        moments: its tensors by name.
+
+    Raises:
+        InputError: if they are of an optimizer of other parameters.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in load_tensors(path).items():
+    for key, tensor in moments.items():
         number, _, name = key.partition("|")
         if not (number.isdecimal() and int(number) < len(parameters)):
             raise InputError(f"{path} is of another run: there is no parameter {number!r}")

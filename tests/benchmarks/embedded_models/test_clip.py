@@ -5,9 +5,10 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from vlm_prune.benchmarks.embedded_models.clip import (
+    STATE,
     Pretraining,
     Recipe,
     contrastive,
@@ -21,6 +22,7 @@ from vlm_prune.continual.streams.packaged import DOMAINS, task
 from vlm_prune.continual.tiny import checkpoint_path
 from vlm_prune.continual.tiny.config import CONTEXT, WEIGHTS
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.folder import OutputFolder
 
 SMALL = Recipe(steps=6, stop=6, batch=16, warmup=2, per_class=1, width=32, layers=1, save_every=3)
 
@@ -100,6 +102,33 @@ def test_a_folder_holds_one_run(tmp_path, data):
     Pretraining(tmp_path, SMALL, data).run(until=1)
     with pytest.raises(InputError, match="holds a run with another"):
         Pretraining(tmp_path, Recipe(steps=7), data)
+
+
+def test_damaged_state_is_named(tmp_path, data):
+    Pretraining(tmp_path, SMALL, data).run(until=5)
+    path = tmp_path / STATE
+    tensors = load_file(path)
+    first = next(name for name in tensors if name.startswith("model.") and tensors[name].ndim > 1)
+    for changed in (
+        {n: t for n, t in tensors.items() if n != first},
+        tensors | {"x": tensors[first]},
+        tensors | {first: tensors[first][:-1].clone()},
+        tensors | {"optimizer.0|exp_avg": torch.ones(3)},
+        None,
+    ):
+        if changed is None:
+            path.write_bytes(path.read_bytes()[:99])
+        else:
+            save_file(changed, path)
+        with pytest.raises(InputError, match=str(path)) as caught:
+            Pretraining(tmp_path, SMALL, data)
+        assert "\n" not in str(caught.value)
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path, data):
+    first = Pretraining(tmp_path, SMALL, data)
+    with OutputFolder(tmp_path), pytest.raises(InputError, match="another run writes to"):
+        first.run()
 
 
 def test_training_learns(tmp_path, data):

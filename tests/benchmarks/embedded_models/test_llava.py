@@ -3,10 +3,12 @@
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vlm_prune.benchmarks.embedded_models.curriculum import block, pair, what
@@ -21,6 +23,8 @@ from vlm_prune.benchmarks.embedded_models.text import train_text
 from vlm_prune.benchmarks.embedded_models.tower import optimizers
 from vlm_prune.benchmarks.experiments.forgetting.experiment import load_language_model
 from vlm_prune.benchmarks.tasks.scenes import KINDS
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.folder import OutputFolder
 from vlm_prune.vlm.tiny.config import make_model, make_processor
 
 SHORT = Recipe(
@@ -64,6 +68,26 @@ def test_a_stopped_training_ends_with_the_same_weights(processor, tmp_path):
     AutoProcessor.from_pretrained(tmp_path / "whole" / "checkpoint")
     half = whole["lm_head.weight"].half().float()
     torch.testing.assert_close(loaded.lm_head.weight.data, half)
+
+
+def test_a_folder_is_of_one_recipe_and_one_training(processor, tmp_path):
+    model = make_model(processor)
+
+    def trainer(recipe):
+        return Trainer(processor, SceneSource(0), tmp_path, recipe, model)
+
+    trainer(SHORT).run(())
+    with pytest.raises(InputError, match="holds a run with another"):
+        trainer(replace(SHORT, seed=1)).run(())
+    with OutputFolder(tmp_path), pytest.raises(InputError, match="another run writes to"):
+        trainer(SHORT).run(())
+    stage = tmp_path / "tower.safetensors"
+    save_file({"x": torch.ones(1)}, stage)
+    for content in (stage.read_bytes(), b"", b"x" * 99):
+        stage.write_bytes(content)
+        with pytest.raises(InputError, match=f"{stage} cannot be used; remove it") as caught:
+            trainer(SHORT).run(("tower",))
+        assert "\n" not in str(caught.value)
 
 
 def test_the_first_layer_looks_back_and_adds_nothing_until_it_is_woken(processor):
