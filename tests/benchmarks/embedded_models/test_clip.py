@@ -111,7 +111,7 @@ def test_damaged_state_is_named(tmp_path, data):
     first = next(name for name in tensors if name.startswith("model.") and tensors[name].ndim > 1)
     for changed in (
         {n: t for n, t in tensors.items() if n != first},
-        tensors | {"x": tensors[first]},
+        tensors | {"x": tensors[first].clone()},
         tensors | {first: tensors[first][:-1].clone()},
         tensors | {"optimizer.0|exp_avg": torch.ones(3)},
         None,
