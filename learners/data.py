@@ -1,7 +1,7 @@
 """Conversations in LLaVA's JSON format, as token sequences that teach the assistant's turns."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.chat import encode_text, render
+from vlm_prune.vlm.common.errors import InputError, first_line
 from vlm_prune.vlm.common.images import open_image
+from vlm_prune.vlm.common.paths import DataRoot
 
 IGNORED = -100
 PLACEHOLDER = "<image>"
+OTHER_MEDIA = ("video", "videos", "audio", "audios")
+# of a chat template, for each turn: more than any template adds
+TEMPLATE_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -26,63 +31,97 @@ class Example:
     turns: tuple[tuple[str, str], ...]
 
 
-def read_llava(path: str | Path, images: str | Path = ".") -> list[Example]:
+def read_llava(
+    path: str | Path, images: str | Path | DataRoot = ".", left_out: list[str] | None = None
+) -> list[Example]:
     """Read `{"id", "image" (optional, one or a list), "conversations"}`, one JSON list or JSON lines.
 
     Args:
         path: a file that holds a list, or one entry a line if it ends in `.jsonl`.
-        images: folder that image names are relative to.
+        images: folder that image names are relative to, and must not leave unless it is a
+            `DataRoot` that allows it.
+        left_out: takes a line on each entry that cannot be used, and these are left out; None
+            refuses the first of them.
 
     Raises:
-        InputError: if the file or an entry of it is not in this format, or an image is missing.
+        InputError: if the file is not in this format, or an entry of it cannot be used: it is in
+            another format, shows a video or audio, or an image is missing.
     """
-    path = Path(path)
-    lines = path.suffix == ".jsonl"
+    path, root = Path(path), DataRoot.of(images)
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no regular file; give a JSON file")
     try:
-        text = path.read_text(encoding="utf-8")
-        entries = None if lines else json.loads(text)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-    if lines:
-        numbered = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-        return [
-            _example(_entry(path, n, line), f"{path}:{n}", Path(images)) for n, line in numbered
-        ]
-    if not isinstance(entries, list):
-        raise InputError(f"{path} must hold a JSON list of conversations")
-    return [_example(entry, f"{path}[{n}]", Path(images)) for n, entry in enumerate(entries)]
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".jsonl":
+            # not splitlines: JSON may hold other characters that it takes for the end of a line
+            lines = enumerate(text.split("\n"), 1)
+            numbered = [(f"{path}:{n}", line) for n, line in lines if line.strip()]
+        else:
+            entries = json.loads(text)
+            if not isinstance(entries, list):
+                raise InputError(f"{path} must hold a JSON list of conversations")
+            numbered = [(f"{path}[{n}]", entry) for n, entry in enumerate(entries)]
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"cannot read {path}: {first_line(error)}") from error
+    examples = []
+    for where, entry in numbered:
+        try:
+            if path.suffix == ".jsonl":
+                entry = _entry(where, entry)
+            examples.append(_example(entry, where, root))
+        except InputError as error:
+            if left_out is None:
+                raise
+            left_out.append(str(error))
+    return examples
 
 
-def _entry(path: Path, number: int, line: str) -> Any:
+def _entry(where: str, line: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{path}:{number} is no JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is no JSON: {first_line(error)}") from None
 
 
-def _example(entry: Any, where: str, images: Path) -> Example:
+def _example(entry: Any, where: str, root: DataRoot) -> Example:
     if isinstance(entry, dict) and "id" in entry:
-        where = f"{where} (id {entry['id']!r})"
+        where = f"{where} (id {repr(entry['id'])[:80]})"
     try:
         turns = [(turn["from"], turn["value"]) for turn in entry["conversations"]]
         named = entry.get("image") or []
+        other = [kind for kind in OTHER_MEDIA if entry.get(kind)]
     except (TypeError, KeyError, AttributeError):
         raise InputError(f"{where} needs 'conversations', a list of {{'from', 'value'}}") from None
+    if other:
+        raise InputError(
+            f"{where} has {other[0]!r}, and training takes images and text; leave it out"
+        )
     if not turns or [who for who, _ in turns] != ["human", "gpt"] * (len(turns) // 2):
         raise InputError(f"{where}: turns must alternate 'human', 'gpt'")
     if not all(isinstance(text, str) for _, text in turns):
         raise InputError(f"{where}: every 'value' must be a text")
+    if any("\ud800" <= character <= "\udfff" for _, text in turns for character in text):
+        raise InputError(f"{where}: a 'value' is no Unicode text")
     files = [named] if isinstance(named, str) else named
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
         raise InputError(f"{where}: 'image' must be a file name or a list of them")
     pairs = tuple((turns[n][1], turns[n + 1][1]) for n in range(0, len(turns), 2))
     shown = sum(asked.count(PLACEHOLDER) for asked, _ in pairs)
     if shown != len(files):
-        raise InputError(f"{where}: {shown} {PLACEHOLDER} placeholders for {len(files)} images")
-    missing = [images / file for file in files if not (images / file).is_file()]
+        raise InputError(
+            f"{where}: {shown} {PLACEHOLDER} placeholders for {len(files)} images; the questions "
+            f"need one for each file under 'image', and no other {PLACEHOLDER}"
+        )
+    try:
+        paths = tuple(root.path(file) for file in files)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    missing = [path for path in paths if not path.is_file()]
     if missing:
         raise InputError(f"{where}: there is no image file {missing[0]}")
-    return Example(where, tuple(images / file for file in files), pairs)
+    return Example(where, paths, pairs)
 
 
 def messages(example: Example) -> list[dict[str, Any]]:
@@ -105,31 +144,82 @@ def encode(
     """Token ids and labels, both (L,), with -100 on everything but the assistant's turns.
 
     Every turn is tokenized where a prompt for it would end, so training sees the tokens that
-    generation will.
+    generation will. Special tokens in the texts, such as the model's image token, are text.
+
+    Args:
+        example: a conversation.
+        processor: the model's.
+        image_token: id of the placeholder of an image token.
+        tokens_per_image: placeholders of each image.
+        max_length: of the tokens, those of images included.
 
     Raises:
-        InputError: if `max_length` cuts into an image, or the chat template writes a reply
-            differently from its generation prompt.
+        InputError: if there are more tokens, or the chat template writes a reply differently from
+            its generation prompt.
     """
     chat, written = messages(example), ""
     ids: list[int] = []
     labels: list[int] = []
     for turn in range(1, len(chat), 2):
-        prompt = processor.apply_chat_template(chat[:turn], add_generation_prompt=True)
-        whole = processor.apply_chat_template(chat[: turn + 1])
+        try:
+            prompt = render(processor, chat[:turn], add_generation_prompt=True)
+            whole = render(processor, chat[: turn + 1])
+        except InputError as error:
+            raise InputError(f"{example.name}: {error}") from error
         if not (prompt.startswith(written) and whole.startswith(prompt)):
             raise InputError("the chat template does not continue its own generation prompt")
         for text, taught in ((prompt[len(written) :], False), (whole[len(prompt) :], True)):
-            piece = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+            piece = encode_text(processor, text)
             ids += piece
             labels += piece if taught else [IGNORED] * len(piece)
         written = whole
     tokens, targets = torch.tensor(ids), torch.tensor(labels)
     repeats = torch.where(tokens == image_token, tokens_per_image, 1)
-    tokens, targets = tokens.repeat_interleave(repeats), targets.repeat_interleave(repeats)
-    if (tokens[max_length:] == image_token).any():
-        raise InputError(f"{example.name}: the images do not fit into {max_length} tokens")
-    return tokens[:max_length], targets[:max_length]
+    length = int(repeats.sum())
+    if length > max_length:
+        raise InputError(
+            f"{example.name}: {length} tokens are above the limit of {max_length} (the smaller of "
+            "max_length and the model's window); shorten it, or leave it out (--skip-bad)"
+        )
+    return tokens.repeat_interleave(repeats), targets.repeat_interleave(repeats)
+
+
+def leave_out_too_long(
+    examples: Sequence[Example],
+    processor: Any,
+    image_token: int,
+    tokens_per_image: int,
+    max_length: int,
+    left_out: list[str] | None = None,
+) -> list[Example]:
+    """Return the examples that `encode` takes; only those that may be too long are tokenized.
+
+    Args:
+        examples: conversations.
+        processor: the model's.
+        image_token: id of the placeholder of an image token.
+        tokens_per_image: placeholders of each image.
+        max_length: of the tokens, those of images included.
+        left_out: takes a line on each example that is too long; None refuses the first of them.
+
+    Raises:
+        InputError: if an example is too long and `left_out` is None.
+    """
+    layout = image_token, tokens_per_image, max_length
+    fitting = []
+    for example in examples:
+        # no token is shorter than a byte
+        size = sum(len(text.encode("utf-8", "replace")) for turn in example.turns for text in turn)
+        size += TEMPLATE_TOKENS * (1 + len(example.turns)) + tokens_per_image * len(example.images)
+        try:
+            if size > max_length:
+                encode(example, processor, *layout)
+            fitting.append(example)
+        except InputError as error:
+            if left_out is None:
+                raise
+            left_out.append(str(error))
+    return fitting
 
 
 def order(images: Sequence[bool], text_ratio: float | None, epochs: int, seed: int) -> list[int]:
@@ -174,32 +264,44 @@ def order(images: Sequence[bool], text_ratio: float | None, epochs: int, seed: i
 
 
 class Conversations(Dataset[dict[str, Tensor]]):
-    """Examples as `input_ids`, `labels` and `pixel_values` (images, 3, H, W)."""
+    """Examples as `input_ids`, `labels` and `pixel_values` (images, 3, H, W).
+
+    Args:
+        examples: conversations.
+        processor: the model's.
+        image_token: id of the placeholder of an image token.
+        tokens_per_image: placeholders of each image.
+        max_length: of the tokens, those of images included.
+        check_size: refuses images of a width and height, given the image processor.
+    """
 
     def __init__(
         self,
-        examples: list[Example],
+        examples: Sequence[Example],
         processor: Any,
         image_token: int,
         tokens_per_image: int,
         max_length: int,
+        check_size: Callable[[Any, int, int], None] = lambda processor, width, height: None,
     ) -> None:
-        self.examples, self.processor = examples, processor
+        self.examples, self.processor, self.check_size = examples, processor, check_size
         self.layout = image_token, tokens_per_image, max_length
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        example = self.examples[index]
+        example, image_processor = self.examples[index], self.processor.image_processor
         ids, labels = encode(example, self.processor, *self.layout)
         row = {"input_ids": ids, "labels": labels}
         if example.images:
             try:
                 opened = [open_image(path) for path in example.images]
-            except InputError as error:
-                raise InputError(f"{example.name}: {error}") from error
-            row |= self.processor.image_processor(images=opened, return_tensors="pt")
+                for image in opened:
+                    self.check_size(image_processor, *image.size)
+                row |= image_processor(images=opened, return_tensors="pt")
+            except ValueError as error:
+                raise InputError(f"{example.name}: {first_line(error)}") from error
         return row
 
 

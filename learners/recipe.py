@@ -29,7 +29,7 @@ class Recipe:
         epochs: passes over the data.
         warmup: share of the steps in which the rates rise.
         clip: largest gradient norm.
-        max_length: tokens, image tokens included, at which samples are cut off.
+        max_length: tokens, image tokens included, above which a sample is refused or left out.
         seed: of data order, new weights and dropout.
         lora_rank: of the `lora` method, whose alpha is twice that, as in LLaVA.
     """

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -22,7 +23,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vlm_prune.learners.config import WingsConfig
-from vlm_prune.learners.data import IGNORED, Conversations, Example, collate, order
+from vlm_prune.learners.data import (
+    IGNORED,
+    Conversations,
+    Example,
+    collate,
+    leave_out_too_long,
+    order,
+)
 from vlm_prune.learners.model import attach, detach
 from vlm_prune.learners.recipe import METHODS, Group, Recipe, make_optimizer, open_parameters
 from vlm_prune.learners.store import load_adapter_state, read_adapter, save_pretrained
@@ -61,6 +69,8 @@ class Run:
         micro_batch: samples per forward and process; the result does not depend on it.
         save_every: optimizer steps between checkpoints.
         workers: processes that load images.
+        skip_bad: leave out samples that are too long for the recipe or the model's window, and say
+            how many, where otherwise the first of them is refused.
         bf16: compute in bfloat16; weights and optimizer stay in float32.
         cpu: stay off the GPU.
     """
@@ -74,6 +84,7 @@ class Run:
     micro_batch: int = 1
     save_every: int = 200
     workers: int = 0
+    skip_bad: bool = False
     bf16: bool = True
     cpu: bool = False
 
@@ -157,7 +168,16 @@ def _train(run: Run, examples: list[Example], accelerate: Any, accelerator: Any)
     accelerate.utils.set_seed(recipe.seed)
     model, processor, groups, lora = prepare(run)
     checkpoint_activations(model)
-    method = METHODS[run.method]
+    family, method = family_of(model), METHODS[run.method]
+    if not family.fixed_size:
+        kind = model.config.model_type
+        raise InputError(f"training needs images of one size, which {kind} models do not have")
+    window = getattr(family.decoder.config, "max_position_embeddings", recipe.max_length)
+    layout = family.image_token, family.tokens_per_image, min(recipe.max_length, window)
+    left_out: list[str] | None = [] if run.skip_bad else None
+    examples = leave_out_too_long(examples, processor, *layout, left_out)
+    if left_out and accelerator.is_main_process:
+        print(f"{len(left_out)} sample(s) left out; the first: {left_out[0]}", file=sys.stderr)
     ratio = method.text_ratio if run.text_ratio is None else run.text_ratio
     drawn = order([bool(e.images) for e in examples], ratio, recipe.epochs, recipe.seed)
     steps = -(-len(drawn) // recipe.batch)
@@ -176,9 +196,7 @@ def _train(run: Run, examples: list[Example], accelerate: Any, accelerator: Any)
         else:  # what is there is of a start that was refused, or killed before its first step
             write_json(output / "run.json", settings)
     accelerator.init_trackers(output.name, {"method": run.method} | asdict(recipe))
-    family = family_of(model)
-    layout = family.image_token, family.tokens_per_image, recipe.max_length
-    data = Conversations(examples, processor, *layout)
+    data = Conversations(examples, processor, *layout, family.check_size)
     share = drawn[done * recipe.batch :]
     for step, (names, batches) in enumerate(_steps(data, share, run, accelerator), done + 1):
         seed_step(recipe.seed, step, accelerator.process_index)

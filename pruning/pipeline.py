@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from vlm_prune.pruning.registry import build
-from vlm_prune.vlm.common.images import open_image
+from vlm_prune.vlm.chat import encode_prompts, render
+from vlm_prune.vlm.common.images import ImageSource
 from vlm_prune.vlm.load import load
 
 
@@ -40,36 +39,35 @@ class PrunedVLM:
         built = build(pruner, budget=budget, **hyperparameters)
         return cls(*load(name, device, dtype), built)
 
-    def answer(self, image: str | Path | Image.Image, question: str, **generation: Any) -> str:
-        """The model's reply to one question about one image, a file or a Pillow image.
+    def answer(self, image: ImageSource, question: str, **generation: Any) -> str:
+        """The model's reply to one question about one image: a file, a Pillow image or an array.
 
         Raises:
-            InputError: if the image cannot be used.
+            InputError: if image or question cannot be used.
         """
         return self.replies([image], [question], **generation)[0].text
 
     def replies(
         self,
-        images: Sequence[str | Path | Image.Image],
+        images: Sequence[ImageSource],
         questions: Sequence[str],
         **generation: Any,
     ) -> list["Reply"]:
         """The same for several images at once, one question about each.
 
         Raises:
-            InputError: if an image cannot be used.
+            InputError: if an image or a question cannot be used.
         """
         prompts = [
-            self.processor.apply_chat_template(
+            render(
+                self.processor,
                 [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}],
                 add_generation_prompt=True,
             )
             for text in questions
         ]
-        inputs = self.processor(
-            text=prompts, images=[[open_image(image)] for image in images], padding=True,
-            padding_side="left", return_tensors="pt",
-        ).to(self.model.device)  # fmt: skip
+        rows = [[image] for image in images]
+        inputs = encode_prompts(self.model, self.processor, prompts, rows)
         block = nullcontext() if self.pruner is None else self.pruner(self.model)
         with torch.inference_mode(), block as trace:
             output = self.model.generate(**inputs, **generation)

@@ -68,22 +68,26 @@ def llava():
     return hf.LlavaForConditionalGeneration(config), processor
 
 
-TILES = {
-    "size": {"shortest_edge": 42}, "crop_size": {"height": 42, "width": 42},
-    "image_grid_pinpoints": [[42, 84], [84, 42], [84, 84]],
-}  # fmt: skip
+def tiles(side):
+    return {
+        "size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side},
+        "image_grid_pinpoints": [[side, 2 * side], [2 * side, side], [2 * side, 2 * side]],
+    }  # fmt: skip
 
 
-def llava_next():
+TILES = tiles(42)
+
+
+def llava_next(side=42):
     tokenizer = tokenizer_with(image_token="<image>")
     config = hf.LlavaNextConfig(
-        vision_config=hf.CLIPVisionConfig(**vit(image_size=42, patch_size=14)),
+        vision_config=hf.CLIPVisionConfig(**vit(image_size=side, patch_size=14)),
         text_config=hf.LlamaConfig(**text_of(tokenizer)),
         image_token_index=token_id(tokenizer, "<image>"),
-        image_grid_pinpoints=TILES["image_grid_pinpoints"],
+        image_grid_pinpoints=tiles(side)["image_grid_pinpoints"],
     )
     processor = hf.LlavaNextProcessor(
-        hf.LlavaNextImageProcessor(**TILES), tokenizer, patch_size=14,
+        hf.LlavaNextImageProcessor(**tiles(side)), tokenizer, patch_size=14,
         vision_feature_select_strategy="default", num_additional_image_tokens=1,
         chat_template=template("<image>"),
     )  # fmt: skip
@@ -244,10 +248,10 @@ def picture(draw, size):
 class Tiny:
     """A model, its processor, and prompts with pictures of several sizes."""
 
-    def __init__(self, name):
+    def __init__(self, name, **options):
         self.name = name
         torch.manual_seed(0)
-        self.model, self.processor = MAKERS[name]()
+        self.model, self.processor = MAKERS[name](**options)
         self.model.eval()
         with torch.no_grad():  # sharp enough that tokens matter
             for parameter in self.model.parameters():

@@ -21,6 +21,7 @@ def draw_kept_tokens(
     from vlm_prune.benchmarks.tasks import TASKS
     from vlm_prune.benchmarks.tasks.scenes import GRID, SIDE
     from vlm_prune.pruning import METHODS
+    from vlm_prune.vlm.chat import encode_prompts, render
     from vlm_prune.vlm.common.files import check_output, whole
     from vlm_prune.vlm.load import load
 
@@ -34,8 +35,8 @@ def draw_kept_tokens(
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
     for row, sample in enumerate(samples):
         top = row * (SIDE + LABEL)
-        prompt = processor.apply_chat_template(sample.messages(), add_generation_prompt=True)
-        inputs = processor(text=[prompt], images=list(sample.images), return_tensors="pt")
+        prompt = render(processor, sample.messages(), add_generation_prompt=True)
+        inputs = encode_prompts(model, processor, [prompt], [sample.images])
         sheet.paste(sample.images[0], (0, top + LABEL))
         draw.text((4, top + 2), sample.turns[-1].text, "black", font)
         for column, (name, pruner) in enumerate(pruners.items(), 1):

@@ -42,6 +42,10 @@ DataRoot = Annotated[
     Path | None,
     typer.Option(envvar="VLM_PRUNE_DATA", help="Folder of data sets, for lmms-eval's tasks."),
 ]
+AllowOutside = Annotated[
+    bool,
+    typer.Option("--allow-outside", help="Let data name files outside of their folder."),
+]
 
 ScheduleFile = Annotated[
     Path | None,

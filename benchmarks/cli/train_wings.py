@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vlm_prune.benchmarks.cli.options import Seed
+from vlm_prune.benchmarks.cli.options import AllowOutside, Seed
 from vlm_prune.benchmarks.cli.terminal import quiet
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import unknown
@@ -58,6 +58,10 @@ def train(
     data: Annotated[list[Path], typer.Option(help="LLaVA-format JSON or JSONL; may be repeated.")],
     output: Annotated[Path, typer.Option(help="Folder of the run; resumes what is in it.")],
     images: Annotated[Path, typer.Option(help="Folder of the images.")] = Path("."),
+    allow_outside: AllowOutside = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out samples of no use, and say how many.")
+    ] = False,
     model: Annotated[str, typer.Option(help="Checkpoint, or a finished run's folder.")] = "tiny",
     method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "wings",
     preset: Annotated[str, typer.Option(help=", ".join(PRESETS))] = "recommended-1",
@@ -74,12 +78,19 @@ def train(
     from vlm_prune.learners import train as training
     from vlm_prune.learners.data import read_llava
     from vlm_prune.learners.recipe import PRESETS as presets
+    from vlm_prune.vlm.common.paths import DataRoot
 
     quiet()
     recipe = replace(presets[preset], seed=seed)
     wings = WingsConfig(rank=rank, layers=tuple(layers) if layers else None)
-    examples = [example for file in data for example in read_llava(file, images)]
-    run = training.Run(model, output, method, recipe, wings, text_ratio, micro_batch)
+    root, left_out = DataRoot(images, allow_outside), list[str]()
+    bad = left_out if skip_bad else None
+    examples = [example for file in data for example in read_llava(file, root, bad)]
+    if left_out:
+        typer.echo(f"{len(left_out)} sample(s) left out; the first: {left_out[0]}", err=True)
+    run = training.Run(
+        model, output, method, recipe, wings, text_ratio, micro_batch, skip_bad=skip_bad
+    )
     training.train(run, examples)
 
 

@@ -19,6 +19,7 @@ from vlm_prune.learners.store import adapter_digest
 from vlm_prune.pruning import DecoderPruner
 from vlm_prune.pruning.registry import build
 from vlm_prune.pruning.schedule import Schedule
+from vlm_prune.vlm.chat import render
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import write_json
 from vlm_prune.vlm.common.folder import OutputFolder, check_settings, record_settings
@@ -240,7 +241,7 @@ def _answer(
 
 def prompts_of(model: Any, processor: Any, batch: list[Sample]) -> Prompts:
     """The conversations of samples, their images encoded."""
-    texts = [processor.apply_chat_template(s.messages(), add_generation_prompt=True) for s in batch]
+    texts = [render(processor, s.messages(), add_generation_prompt=True) for s in batch]
     return make_prompts(model, processor, texts, [list(sample.images) for sample in batch])
 
 

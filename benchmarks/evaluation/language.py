@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
+from vlm_prune.vlm.chat import encode_text, render, special_tokens
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.load import load_language
 
@@ -45,23 +45,23 @@ class Language:
             {"role": turn["role"], "content": "".join(part["text"] for part in turn["content"])}
             for turn in messages
         ]
+        hidden = [special_tokens(self.tokenizer).hide(turn["content"]) for turn in whole]
         for form in (whole, messages):
             try:
-                text = self.tokenizer.apply_chat_template(
-                    form, tokenize=False, add_generation_prompt=True
-                )
-            except (TemplateError, TypeError):
+                text = render(self.tokenizer, form, add_generation_prompt=True)
+            except InputError:
                 continue
-            if all(turn["content"].strip() in text for turn in whole):
-                return str(text)
+            if all(content.strip() in text for content in hidden):
+                return text
         raise InputError(f"the chat template of {self.name!r} does not take such a conversation")
 
     @torch.inference_mode()
     def generate(self, texts: list[str], **options: Any) -> tuple[Tensor, list[int]]:
-        """New tokens (B, T), greedy unless `options` say otherwise, and the prompts' lengths."""
-        inputs = self.tokenizer(
-            texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
-        ).to(self.model.device)
+        """New tokens (B, T) of rendered prompts, greedy unless `options` say otherwise, and their lengths."""
+        ids = [encode_text(self.tokenizer, text) for text in texts]
+        inputs = self.tokenizer.pad(
+            {"input_ids": ids}, padding_side="left", return_tensors="pt"
+        ).to(self.model.device)  # fmt: skip
         tensors = {key: inputs[key] for key in ("input_ids", "attention_mask")}
         output = self.model.generate(
             **tensors,

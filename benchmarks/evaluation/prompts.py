@@ -7,6 +7,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from vlm_prune.vlm.chat import encode_prompts
 from vlm_prune.vlm.common.timing import now
 from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.families import family_of
@@ -60,13 +61,7 @@ def make_prompts(
     model: Any, processor: Any, texts: list[str], images: list[list[Image.Image]]
 ) -> Prompts:
     """Tokenise rendered conversations, and run the tower once over all their images."""
-    family = family_of(model)
-    every = [image for row in images for image in row]
-    given: Any = images if family.by_row else every
-    inputs = processor(
-        text=texts, images=given if every else None, padding=True, padding_side="left",
-        return_tensors="pt",
-    ).to(model.device)  # fmt: skip
+    inputs = encode_prompts(model, processor, texts, images)
     cropped = bool(getattr(processor.image_processor, "do_center_crop", False))
     return replace(encoded(model, inputs, [len(row) for row in images]), cropped=cropped)
 

@@ -16,6 +16,7 @@ from vlm_prune.pruning import AdaptInfer
 from vlm_prune.pruning.received import from_rows
 from vlm_prune.pruning.schedule import Schedule
 from vlm_prune.pruning.shift import change_points, histogram, propose
+from vlm_prune.vlm.chat import render
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import whole, write_json
 from vlm_prune.vlm.common.images import open_image
@@ -62,9 +63,7 @@ def points_of(
     family, points, sizes = family_of(model), list[int](), list[int]()
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        texts = [
-            processor.apply_chat_template(p.messages, add_generation_prompt=True) for p in batch
-        ]
+        texts = [render(processor, p.messages, add_generation_prompt=True) for p in batch]
         asked = make_prompts(model, processor, texts, [prompt.images for prompt in batch])
         assert asked.vision is not None
         encoded = family.output(asked.vision.projected, asked.vision.deepstack)

@@ -35,19 +35,18 @@ class Chat:
             if part["type"] == "image"
         ]
 
-    def messages(self, marker: str) -> list[dict[str, Any]]:
-        """For a chat template; a task's own `marker` in a text would count as one more image."""
+    def messages(self) -> list[dict[str, Any]]:
+        """For a chat template, which takes images as parts without content."""
         return [
-            {"role": turn["role"], "content": [_part(part, marker) for part in turn["content"]]}
+            {"role": turn["role"], "content": [_part(part) for part in turn["content"]]}
             for turn in self.turns
         ]
 
 
-def _part(part: dict[str, Any], marker: str) -> dict[str, Any]:
+def _part(part: dict[str, Any]) -> dict[str, Any]:
     if part["type"] == "image":
         return {"type": "image"}
-    text = part["text"]
-    return {"type": "text", "text": text.replace(marker, "") if marker else text}
+    return {"type": "text", "text": part["text"]}
 
 
 def user_turn(visuals: Any, text: str) -> Chat:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from vlm_prune.vlm.chat import encode_text, special_tokens
+
 
 @dataclass
 class Forced(LogitsProcessor):  # type: ignore[misc]
@@ -30,14 +32,14 @@ class Forced(LogitsProcessor):  # type: ignore[misc]
         self.greedy = list(torch.ones(rows, dtype=torch.bool, device=self.device))
 
     @classmethod
-    def of(cls, tokenizer: Any, prompts: list[str], texts: list[str], device: torch.device) -> Self:
-        """The tokens that each text adds to its prompt."""
+    def of(cls, processor: Any, prompts: list[str], texts: list[str], device: torch.device) -> Self:
+        """The tokens that each text adds to its rendered prompt."""
         tokens = []
-        for prompt, text in zip(prompts, texts, strict=True):
-            before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            whole = tokenizer(prompt + text, add_special_tokens=False)["input_ids"]
+        for prompt, text in zip(prompts, map(special_tokens(processor).hide, texts), strict=True):
+            before = encode_text(processor, prompt)
+            whole = encode_text(processor, prompt + text)
             if whole[: len(before)] != before:  # prompt and text share a token
-                whole = before + tokenizer(text, add_special_tokens=False)["input_ids"]
+                whole = before + encode_text(processor, text)
             tokens.append(whole[len(before) :])
         return cls(tokens, device)
 

@@ -31,7 +31,7 @@ class LanguageChat(PrunedChat):
     def _render(self, batch: list[Ask]) -> list[str]:
         if any(ask.chat.images() for ask in batch):
             raise InputError("it shows images, and this model reads text alone")
-        return [self.language.render(ask.chat.messages("")) for ask in batch]
+        return [self.language.render(ask.chat.messages()) for ask in batch]
 
     def _answer(self, batch: list[Ask]) -> Iterator[dict[str, Any]]:
         texts, options, forced = self._render(batch), dict(batch[0].options), None

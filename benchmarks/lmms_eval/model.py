@@ -18,6 +18,7 @@ from vlm_prune.benchmarks.lmms_eval.chat import Chat, chat_of, rounds_of, shared
 from vlm_prune.benchmarks.lmms_eval.forced import Forced
 from vlm_prune.benchmarks.lmms_eval.throughput import log_throughput
 from vlm_prune.learners import from_pretrained
+from vlm_prune.vlm.chat import render
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.load import load
 
@@ -200,10 +201,8 @@ class PrunedChat(lmms):  # type: ignore[misc]
         return [row for row in rows if row is not None]
 
     def _render(self, batch: list[Ask]) -> list[str]:
-        template = self.processor.apply_chat_template
-        marker = str(getattr(self.processor, "image_token", ""))
-        messages = [ask.chat.messages(marker) for ask in batch]
-        return [template(each, add_generation_prompt=True) for each in messages]
+        messages = [ask.chat.messages() for ask in batch]
+        return [render(self.processor, each, add_generation_prompt=True) for each in messages]
 
     @torch.inference_mode()
     def _answer(self, batch: list[Ask]) -> Iterator[dict[str, Any]]:
@@ -211,10 +210,9 @@ class PrunedChat(lmms):  # type: ignore[misc]
         images = [ask.chat.images() for ask in batch]
         prompts = make_prompts(self.model, self.processor, texts, images)
         options, forced = dict(batch[0].options), None
-        tokenizer = self.processor.tokenizer
         if batch[0].forced is not None:
             wanted = [str(ask.forced) for ask in batch]
-            forced = Forced.of(tokenizer, texts, wanted, self.device)
+            forced = Forced.of(self.processor, texts, wanted, self.device)
             options = forced.options()
         new, phases, trace = timed_generate(self.model, prompts, self.pruner, **options)
         replies = self.processor.batch_decode(new, skip_special_tokens=True)

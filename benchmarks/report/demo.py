@@ -23,6 +23,7 @@ from vlm_prune.benchmarks.speed.bench import PHASES
 from vlm_prune.benchmarks.stats.table import THREE_WAYS, as_markdown, three_ways
 from vlm_prune.benchmarks.tasks import TASKS
 from vlm_prune.pruning.registry import methods
+from vlm_prune.vlm.chat import render
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.images import open_image
 from vlm_prune.vlm.families import family_of
@@ -81,15 +82,12 @@ class Comparer:
             raise InputError("there is no question; ask one about the image")
         if len(question) > LONGEST:
             raise InputError(f"the question has {len(question)} characters; at most {LONGEST}")
-        marker = str(getattr(self.processor, "image_token", ""))
-        if marker and marker in question:
-            raise InputError(f"{marker} stands for an image; leave it out of the question")
         pruner = Variant(method.strip(), parse_budget(budget.strip())).build(0)
         pruner.admit(self.model)
         picture = open_image(image)
         content = [{"type": "image"}, {"type": "text", "text": question.strip()}]
-        text = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
+        text = render(
+            self.processor, [{"role": "user", "content": content}], add_generation_prompt=True
         )
         if method not in self._warm:  # allocations, lazy hooks and kernels are not what is timed
             self._both(make_prompts(self.model, self.processor, [text], [[picture]]), pruner, 1)

@@ -1,12 +1,24 @@
 """LLaVA-format data: what is taught, what is mixed in, what is refused."""
 
 import json
+import os
 
 import pytest
 import torch
+from PIL import Image
 
-from vlm_prune.learners.data import Conversations, Example, collate, encode, order, read_llava
+from vlm_prune.learners.data import (
+    Conversations,
+    Example,
+    collate,
+    encode,
+    leave_out_too_long,
+    order,
+    read_llava,
+)
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.paths import DataRoot
+from vlm_prune.vlm.families import family_of
 
 
 def test_only_the_assistants_turns_are_taught(processor_56, conversations):
@@ -67,13 +79,119 @@ def test_ratios_that_cannot_be():
         order([False], 0, 1, 0)
 
 
-def test_an_image_is_never_cut(processor_56, conversations):
-    image = processor_56.tokenizer.convert_tokens_to_ids("<image>")
-    example = read_llava(conversations / "data.json", conversations)[0]
-    ids, _ = encode(example, processor_56, image, 16, 26)
-    assert len(ids) == 26
-    with pytest.raises(InputError, match="do not fit into 12 tokens"):
-        encode(example, processor_56, image, 16, 12)
+def entry(*texts, **more):
+    turns = [
+        {"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)
+    ]
+    return {"conversations": turns} | more
+
+
+def written(folder, *entries):
+    (folder / "data.json").write_text(json.dumps(entries))
+    return folder / "data.json"
+
+
+def test_a_sample_above_the_limit_is_refused_or_left_out(processor_56, conversations):
+    """It is never cut: what would be left may teach nothing."""
+    layout = processor_56, processor_56.tokenizer.convert_tokens_to_ids("<image>"), 16
+    examples = read_llava(conversations / "data.json", conversations)
+    lengths = [len(encode(example, *layout, 2048)[0]) for example in examples]
+    for limit in sorted({*lengths, *(length - 1 for length in lengths)}):
+        left_out = []
+        fitting = leave_out_too_long(examples, *layout, limit, left_out)
+        assert fitting == [e for e, n in zip(examples, lengths, strict=True) if n <= limit]
+        assert len(left_out) == len(examples) - len(fitting)
+        for example, length in zip(examples, lengths, strict=True):
+            if length <= limit:
+                assert len(encode(example, *layout, limit)[0]) == length
+                continue
+            message = rf"data.json\[.*{length} tokens are above the limit of {limit}.*--skip-bad"
+            with pytest.raises(InputError, match=message):
+                encode(example, *layout, limit)
+    with pytest.raises(InputError, match="above the limit"):
+        leave_out_too_long(examples, *layout, max(lengths) - 1)
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_special_tokens_in_texts_are_text(image, processor_56, conversations, tmp_path):
+    """A reply with the image token teaches its characters, and no image tokens."""
+    tokenizer = processor_56.tokenizer
+    token = tokenizer.convert_tokens_to_ids("<image>")
+    first = "<image>\nWhat</s> is this?" if image else "What</s> is this?"
+    more = {"image": "0.png"} if image else {}
+    path = written(tmp_path, entry(first, "It is an <image> token</s>.", "Why?", "<image>", **more))
+    (example,) = read_llava(path, conversations)
+    ids, labels = encode(example, processor_56, token, 16, 2048)
+    assert int((ids == token).sum()) == (16 if image else 0)
+    assert not (labels == token).any()
+    assert int((ids == tokenizer.eos_token_id).sum()) == 2  # where the template ends the replies
+    taught = "".join(tokenizer.decode(ids[labels != -100]).split())
+    assert taught == "Itisan<image>token</s>.</s><image></s>"
+    asked = "".join(tokenizer.decode(ids[labels == -100]).split())
+    assert "What</s>isthis?" in asked
+    if image:
+        row = Conversations([example], processor_56, token, 16, 2048)[0]
+        assert row["pixel_values"].shape == (1, 3, 56, 56)
+
+
+@pytest.mark.parametrize("kind", ["video", "videos", "audio"])
+def test_samples_that_show_something_else_are_named_or_left_out(kind, tmp_path):
+    path = written(tmp_path, entry("a", "b", id="v", **{kind: "a.mp4"}), entry("c", "d"))
+    with pytest.raises(InputError, match=rf"data.json\[0\] \(id 'v'\) has '{kind}'"):
+        read_llava(path)
+    left_out = []
+    assert [example.turns for example in read_llava(path, left_out=left_out)] == [(("c", "d"),)]
+    assert len(left_out) == 1 and kind in left_out[0]
+
+
+def test_images_lie_in_their_folder_unless_the_user_says_more(conversations, tmp_path):
+    outside = str(conversations / "0.png")
+    (tmp_path / "link.png").symlink_to(outside)
+    asked = ("<image>\na", "b")
+    for name in (outside, f"../{conversations.name}/0.png", "link.png"):
+        path = written(tmp_path, entry(*asked, image=name))
+        with pytest.raises(InputError, match=r"data.json\[0\].* leads out of .*--allow-outside"):
+            read_llava(path, tmp_path)
+        if name != f"../{conversations.name}/0.png":
+            (example,) = read_llava(path, DataRoot(tmp_path, allow_outside=True))
+            assert example.images[0].is_file()
+    for allow in (False, True):
+        path = written(tmp_path, entry(*asked, image="http://127.0.0.1:9/a.png"))
+        with pytest.raises(InputError, match="nothing is downloaded"):
+            read_llava(path, DataRoot(tmp_path, allow))
+
+
+def test_an_image_that_the_processor_makes_too_large_is_named(processor_56, build, tmp_path):
+    Image.new("RGB", (20_000, 1)).save(tmp_path / "thin.png")
+    path = written(tmp_path, entry("<image>\na", "b", id="thin", image="thin.png"))
+    family = family_of(build("llama"))
+    layout = processor_56.tokenizer.convert_tokens_to_ids("<image>"), 16, 2048
+    data = Conversations(read_llava(path, tmp_path), processor_56, *layout, family.check_size)
+    with pytest.raises(
+        InputError, match=r"\(id 'thin'\): an image of 20000 x 1 becomes 1120000 x 56"
+    ):
+        data[0]
+
+
+def test_lines_end_where_json_lines_end(tmp_path):
+    texts = ("a\u2028b\x85c", "d")
+    path = tmp_path / "data.jsonl"
+    path.write_text(
+        "\ufeff" + json.dumps(entry(*texts), ensure_ascii=False) + "\r\n\n", encoding="utf-8"
+    )
+    assert [example.turns for example in read_llava(path)] == [(texts,)]
+
+
+def test_files_that_would_hang_or_overflow_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(InputError, match="no regular file"):
+        read_llava(tmp_path / "pipe.json")
+    for name in ("deep.json", "deep.jsonl"):
+        (tmp_path / name).write_text("[" * 200_000)
+        with pytest.raises(InputError, match=r"cannot read|is no JSON"):
+            read_llava(tmp_path / name)
+    with pytest.raises(InputError, match="no Unicode"):
+        read_llava(written(tmp_path, entry("\ud800", "b")))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +204,7 @@ def test_an_image_is_never_cut(processor_56, conversations):
                 "image": "a.png",
                 "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}],
             },
-            "0 <image> placeholders for 1 images",
+            "0 <image> placeholders for 1 images; the questions need one for each file",
         ),
     ],
 )

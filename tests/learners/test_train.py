@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from vlm_prune.learners import WingsConfig, from_pretrained
 from vlm_prune.learners import train as train_module
-from vlm_prune.learners.data import read_llava
+from vlm_prune.learners.data import Example, read_llava
 from vlm_prune.learners.merge import merge, sweep
 from vlm_prune.learners.model import wings_layers
 from vlm_prune.learners.recipe import METHODS, PRESETS
@@ -484,3 +484,18 @@ def test_the_script_reports_wrong_input_in_one_line(options, message, conversati
     assert out.returncode == 2
     assert out.stderr.startswith(message)
     assert len(out.stderr.strip().splitlines()) == 1
+
+
+def test_samples_beyond_the_models_window_are_refused_or_left_out_and_counted(
+    make_run, examples, capsys
+):
+    """The window is 512 tokens, the recipe's limit 2048; a cut sample may teach nothing."""
+    long = Example("long.json[0]", (), (("Is 7 red? " * 200, "no"),))
+    with pytest.raises(InputError, match=r"long.json\[0\]: \d+ tokens are above the limit of 512"):
+        train(make_run("full", 1, "refused"), [*examples, long])
+    assert not (make_run("full", 1, "refused").output / "model").exists()
+    train(make_run("full", 1, "left", skip_bad=True), [*examples, long])
+    assert "1 sample(s) left out; the first: long.json[0]" in capsys.readouterr().err
+    train(make_run("full", 1, "without"), examples)
+    left, without = (make_run("full", 1, name).output / "log.jsonl" for name in ("left", "without"))
+    assert left.read_text() == without.read_text()

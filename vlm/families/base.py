@@ -9,10 +9,12 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.cost import tower_flops
 from vlm_prune.vlm.encoded import Images
 
 Need = Literal["a two-layer projector", "a fixed image size"]
+MAX_RESIZED_PIXELS = 16_000_000
 
 
 def seed_of(pixels: Tensor) -> int:
@@ -105,6 +107,26 @@ class Family(ABC):
     def patch_size(self) -> int:
         """Side of a patch in pixels."""
         return int(self.patch_convolution.kernel_size[-1])
+
+    def check_size(self, image_processor: Any, width: int, height: int) -> None:
+        """Refuse a picture that the processor would make too large on its way to the tower.
+
+        Where images have a fixed size, the shorter edge is scaled to it and the rest cropped
+        afterwards. Other families' processors limit the pixels or tiles of any picture themselves.
+
+        Raises:
+            InputError: if the picture would have more than 16 million pixels then.
+        """
+        size = getattr(image_processor, "size", None) or {}
+        edge = size.get("shortest_edge")
+        if not self.fixed_size or edge is None or size.get("longest_edge") is not None:
+            return
+        scale = edge / min(width, height)
+        if scale * width * scale * height > MAX_RESIZED_PIXELS:
+            raise InputError(
+                f"an image of {width} x {height} becomes {scale * width:.0f} x {scale * height:.0f} "
+                f"for this model, above {MAX_RESIZED_PIXELS // 10**6} million pixels; crop it"
+            )
 
     def counts(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> list[int]:
         """Placeholders of each image of an unpruned prompt, from what its forward is given."""

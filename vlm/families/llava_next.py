@@ -113,9 +113,12 @@ class LlavaNext(Llava):
         return torch.stack([packing(own, None) for own in values.split(tiles)])
 
     def grids(self, newline: Tensor, tiles: int) -> tuple[tuple[int, int], ...]:
-        """Of the overview, and of the tiles where there are some."""
+        """Of the overview, and of the tiles where there are some.
+
+        Of the tiles of a very flat image unpadding leaves no row.
+        """
         side = round(self.tokens_per_image**0.5)
-        if tiles == 1:
-            return ((side, side),)
         rows = int(newline.sum())
+        if tiles == 1 or not rows:
+            return ((side, side),)
         return (side, side), (rows, (len(newline) - rows - side**2) // rows)

@@ -16,6 +16,7 @@ from vlm_prune.benchmarks.experiments.iit.sources import LETTERS
 from vlm_prune.benchmarks.stats.bootstrap import accuracy_interval
 from vlm_prune.benchmarks.tasks.base import Sample, Turn
 from vlm_prune.benchmarks.tasks.iit import SETTINGS
+from vlm_prune.vlm.chat import encode_prompts, render
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import write_json, write_text
 from vlm_prune.vlm.common.images import open_image
@@ -63,9 +64,8 @@ def letter_of(reply: str) -> str:
 
 @torch.inference_mode()
 def _reply(model: Any, processor: Any, sample: Sample, pruner: Any | None) -> str:
-    prompt = processor.apply_chat_template(sample.messages(), add_generation_prompt=True)
-    images = list(sample.images) or None
-    inputs = processor(text=[prompt], images=images, return_tensors="pt").to(model.device)
+    prompt = render(processor, sample.messages(), add_generation_prompt=True)
+    inputs = encode_prompts(model, processor, [prompt], [sample.images])
     with nullcontext() if pruner is None else pruner(model):
         output = model.generate(**inputs, do_sample=False, max_new_tokens=16)
     answer = output[0, inputs["input_ids"].shape[1] :]

@@ -165,14 +165,21 @@ def test_multi_round(lm, boxes):
     assert lm.generate_until(once)[0].text == answers[0][0]
 
 
-def test_a_task_s_own_image_marker_is_no_image(lm, boxes):
+def test_a_task_s_own_image_marker_is_text(lm, boxes):
     options = {"max_new_tokens": 3}
     asked = [
         simple(lm, "generate_until", f"{mark}What?", options, boxes) for mark in ("<image>", "")
     ]
     marked, plain = lm.generate_until(asked)
-    assert marked.text == plain.text
-    assert marked.token_counts.input_tokens == plain.token_counts.input_tokens
+    characters = lm.processor.tokenizer("<image>", split_special_tokens=True)["input_ids"]
+    more = marked.token_counts.input_tokens - plain.token_counts.input_tokens
+    assert 0 < more <= len(characters)
+    scored = [
+        simple(lm, "loglikelihood", "What?", choice, boxes) for choice in (" a", " <image></s>")
+    ]
+    plain, marked = lm.loglikelihood(scored)
+    assert marked.token_counts.output_tokens > 2 + plain.token_counts.output_tokens
+    assert math.isfinite(marked.text[0])
 
 
 def test_generation_arguments(lm, boxes):

@@ -1,0 +1,205 @@
+"""Conversations as a processor takes them, in which what people write is text.
+
+A model's special tokens, such as the placeholder of an image or the end of a turn, count where the
+chat template writes them. In questions, replies and options the same characters are text: while a
+conversation is rendered one private character stands for each such token, and in the end the tokens
+of its plain characters take that character's place.
+"""
+
+import copy
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+
+from vlm_prune.vlm.common.errors import InputError, first_line
+from vlm_prune.vlm.common.images import ImageSource, open_image
+from vlm_prune.vlm.families import family_of
+
+# the end of the last private plane, one character for each special token
+FIRST, LAST = 0x10E000, 0x10FFFD
+STAND_INS = re.compile(f"[{chr(FIRST)}-{chr(LAST)}]")
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """The special tokens of a processor, which the n-th private character stands for."""
+
+    names: tuple[str, ...]
+    pattern: re.Pattern[str]
+
+    def hide(self, text: str) -> str:
+        """Return the text with a private character in place of every special token.
+
+        Raises:
+            InputError: if it is no Unicode text.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"a text is no Unicode ({error.reason}); mend it") from None
+        foreign = STAND_INS.sub("\N{REPLACEMENT CHARACTER}", text)
+        return self.pattern.sub(lambda found: chr(FIRST + self.names.index(found[0])), foreign)
+
+
+_special: WeakKeyDictionary[Any, SpecialTokens] = WeakKeyDictionary()
+_widened: WeakKeyDictionary[Any, tuple[Any, dict[int, list[int]]]] = WeakKeyDictionary()
+
+
+def special_tokens(processor: Any) -> SpecialTokens:
+    """Return the special tokens of a processor or a tokenizer."""
+    if processor not in _special:
+        tokenizer = getattr(processor, "tokenizer", processor)
+        added = list(tokenizer.added_tokens_decoder.values())
+        names = {str(token) for token in added if token.special}
+        # some checkpoints hold placeholders as tokens that are not marked as special
+        own = {value for key, value in vars(processor).items() if key.endswith("_token")}
+        names |= own & set(map(str, added))
+        longest_first = sorted(names - {""}, key=lambda name: (-len(name), name))
+        longest_first = longest_first[: LAST - FIRST]
+        pattern = "|".join(map(re.escape, longest_first)) or "(?!)"
+        _special[processor] = SpecialTokens(tuple(longest_first), re.compile(pattern))
+    return _special[processor]
+
+
+def render(processor: Any, messages: list[dict[str, Any]], **options: Any) -> str:
+    """Return a conversation as its chat template writes it, special tokens in people's text hidden.
+
+    Only `encode_text` and `encode_prompts` read such a string.
+
+    Args:
+        processor: a processor, or the tokenizer of a language model.
+        messages: turns whose `content` is a string or a list of parts, as `transformers` has them.
+        options: of the template, such as `add_generation_prompt`.
+
+    Raises:
+        InputError: if there is no chat template, or it does not take the conversation.
+    """
+    special = special_tokens(processor)
+
+    def hidden(content: Any) -> Any:
+        if isinstance(content, str):
+            return special.hide(content)
+        return [
+            part | {"text": special.hide(part["text"])} if part["type"] == "text" else part
+            for part in content
+        ]
+
+    chat = [turn | {"content": hidden(turn["content"])} for turn in messages]
+    try:
+        return str(processor.apply_chat_template(chat, tokenize=False, **options))
+    except (TemplateError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"the model's chat template cannot be used: {first_line(error)}"
+        ) from error
+
+
+def encode_text(processor: Any, text: str) -> list[int]:
+    """Return the tokens of a piece of a rendered conversation, or of a text that was hidden."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not STAND_INS.search(text):
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+    wide, plain = _wide(processor)
+    found = wide(text, add_special_tokens=False)["input_ids"]
+    return [token for own in found for token in plain.get(own, [own])]
+
+
+def encode_prompts(
+    model: Any,
+    processor: Any,
+    texts: Sequence[str],
+    images: Sequence[Sequence[ImageSource]],
+    **options: Any,
+) -> Any:
+    """Return what a processor makes of rendered conversations and their images, on the model's device.
+
+    Args:
+        model: of a supported family.
+        processor: its processor.
+        texts: from `render`, one for each row.
+        images: those of each row.
+        options: of the processor; rows are padded on the left unless these say otherwise.
+
+    Raises:
+        InputError: if an image cannot be used, or the processor refuses the row.
+    """
+    family = family_of(model)
+    rows = [[open_image(image) for image in row] for row in images]
+    for row in rows:
+        for image in row:
+            family.check_size(processor.image_processor, *image.size)
+    flat = [image for row in rows for image in row]
+    given: Any = (rows if family.by_row else flat) if flat else None
+    options = {"padding": True, "padding_side": "left", "return_tensors": "pt"} | options
+    hidden = any(map(STAND_INS.search, texts))
+    used, plain = processor, dict[int, list[int]]()
+    if hidden:
+        used = copy.copy(processor)
+        used.tokenizer, plain = _wide(processor)
+    try:
+        inputs = used(text=list(texts), images=given, **options)
+    except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:
+        raise InputError(f"the model's processor refuses this: {first_line(error)}") from error
+    if hidden:
+        left = options["padding_side"] == "left"
+        _replace(inputs, plain, left, processor.tokenizer.pad_token_id or 0)
+    return inputs.to(model.device)
+
+
+def _wide(processor: Any) -> tuple[Any, dict[int, list[int]]]:
+    """A copy of the tokenizer that knows the private characters, and what their tokens become."""
+    if processor not in _widened:
+        from transformers import AddedToken
+
+        tokenizer = getattr(processor, "tokenizer", processor)
+        names = special_tokens(processor).names
+        wide = copy.deepcopy(tokenizer)
+        characters = [chr(FIRST + n) for n in range(len(names))]
+        wide.add_tokens([AddedToken(own, special=False, normalized=False) for own in characters])
+        ids = wide.convert_tokens_to_ids(characters)
+        plain = {}
+        for name, own in zip(names, ids, strict=True):
+            token = wide.convert_tokens_to_ids(name)
+            # behind another token, as in a prompt: at the start of a text some add a space
+            whole = wide(characters[0] + name, add_special_tokens=False, split_special_tokens=True)
+            plain[own] = whole["input_ids"][1:]
+            if token in plain[own]:  # it is not marked as special, so it has to be cut
+                parts = (characters[0] + name[:1], characters[0] + name[1:])
+                found = [wide(part, add_special_tokens=False)["input_ids"][1:] for part in parts]
+                plain[own] = [*found[0], *found[1]]
+        _widened[processor] = wide, plain
+    return _widened[processor]
+
+
+def _replace(inputs: Any, plain: dict[int, list[int]], left: bool, pad: int) -> None:
+    """Put tokens of plain characters in place of private ones, in every (B, L) tensor alike."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+    rows = [own[valid].tolist() for own, valid in zip(ids, mask, strict=True)]
+    counts = [torch.tensor([len(plain.get(own, [own])) for own in row]) for row in rows]
+    fills = {"input_ids": pad}
+    for name in [key for key, value in inputs.items() if _like(value, ids)]:
+        values = [
+            own[valid].repeat_interleave(count)
+            for own, valid, count in zip(inputs[name], mask, counts, strict=True)
+        ]
+        if name == "input_ids":
+            values = [
+                torch.tensor([token for own in row for token in plain.get(own, [own])])
+                for row in rows
+            ]
+        inputs[name] = torch.nn.utils.rnn.pad_sequence(
+            values, batch_first=True, padding_value=fills.get(name, 0),
+            padding_side="left" if left else "right",
+        )  # fmt: skip
+
+
+def _like(value: Any, ids: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == ids.shape
