@@ -7,7 +7,9 @@ import typer
 from vlm_prune.benchmarks.cli.options import (
     BatchSize,
     Budgets,
+    AllowOutside,
     DataRoot,
+    root_of,
     Device,
     Dtype,
     Limit,
@@ -43,6 +45,7 @@ def compare(
     ] = "",
     split: Split = "test",
     data_root: DataRoot = None,
+    allow_outside: AllowOutside = False,
     output: Output = None,
 ) -> None:
     """Methods and budgets side by side; images and unpruned answers are computed once."""
@@ -74,7 +77,7 @@ def compare(
         dtype=dtype, seed=seed,
     )  # fmt: skip
     names = [f"{variant.method}-{variant.budget}" for variant in variants]
-    runs, folders = execute(configs, output, names, data_root)
+    runs, folders = execute(configs, output, names, root_of(data_root, allow_outside))
     tables = [comparison(runs)]
     if len({run["budget"] for run in runs}) > 1:
         tables.append(overview(runs))

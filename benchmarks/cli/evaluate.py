@@ -6,7 +6,9 @@ import typer
 
 from vlm_prune.benchmarks.cli.options import (
     BatchSize,
+    AllowOutside,
     DataRoot,
+    root_of,
     Device,
     Dtype,
     Limit,
@@ -48,6 +50,7 @@ def evaluate(
     wings: Wings = None,
     split: Split = "test",
     data_root: DataRoot = None,
+    allow_outside: AllowOutside = False,
     output: Output = None,
     suite: Annotated[
         str | None, typer.Option(help="forgetting: base LLM, VLM and Wings, unpruned; all tasks.")
@@ -73,13 +76,13 @@ def evaluate(
             raise InputError(f"--suite compares unpruned models; leave out {options}")
         chosen = tasks if "tasks" in given else "all"
         (config,) = run_configs([Variant("none", 1.0)], split, chosen, **common)
-        run_suite(suite, config, base, output, data_root)
+        run_suite(suite, config, base, output, root_of(data_root, allow_outside))
         return
     if base is not None:
         raise InputError("--base is a model of a suite; add --suite forgetting")
     variant = Variant(method, parse_budget(budget), positions, parse_arguments(method_args))
     configs = run_configs(with_schedule([variant], schedule), split, tasks, **common)
-    (results,), _ = execute(configs, output, [""], data_root)
+    (results,), _ = execute(configs, output, [""], root_of(data_root, allow_outside))
     show(run_table(results))
 
 

@@ -10,6 +10,7 @@ from vlm_prune.vlm.common.errors import InputError
 
 if TYPE_CHECKING:
     from vlm_prune.benchmarks.evaluation.engine import Variant
+    from vlm_prune.vlm.common.paths import DataRoot as Root
 
 Model = Annotated[
     str,
@@ -68,6 +69,13 @@ def parse_budget(text: str) -> int | float:
             ) from None
     check_budget(budget)
     return budget
+
+
+def root_of(data_root: Path | None, allow_outside: bool) -> "Root | None":
+    """The folder of data sets with what the user allows its files to name."""
+    from vlm_prune.vlm.common.paths import DataRoot as Root
+
+    return None if data_root is None else Root(data_root, allow_outside)
 
 
 def parse_arguments(text: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vlm_prune.benchmarks.cli.options import DataRoot
+from vlm_prune.benchmarks.cli.options import AllowOutside, DataRoot, root_of
 
 
 def report(
@@ -15,9 +15,10 @@ def report(
     ] = None,
     gallery: Annotated[int, typer.Option(min=0, help="Questions shown with pictures.")] = 60,
     data_root: DataRoot = None,
+    allow_outside: AllowOutside = False,
 ) -> None:
     """Put runs on one self-contained HTML page."""
     from vlm_prune.benchmarks.report import report
 
-    page, found = report(runs, output, gallery, data_root)
+    page, found = report(runs, output, gallery, root_of(data_root, allow_outside))
     print(f"{page}: {len(found)} runs, {page.stat().st_size / 1e6:.1f} MB")

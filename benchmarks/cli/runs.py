@@ -13,6 +13,7 @@ from vlm_prune.vlm.common.errors import InputError
 
 if TYPE_CHECKING:
     from vlm_prune.benchmarks.evaluation.engine import RunConfig, RunFolder, Variant
+    from vlm_prune.vlm.common.paths import DataRoot
 
 
 def run_configs(
@@ -36,7 +37,7 @@ def run_configs(
 
 
 def execute(
-    configs: "list[RunConfig]", output: Path | None, names: Sequence[str], data_root: Path | None
+    configs: "list[RunConfig]", output: Path | None, names: Sequence[str], data_root: "DataRoot | None"
 ) -> "tuple[list[dict[str, Any]], list[RunFolder]]":
     """Results of runs that differ only in their variant, and the folders that hold their rows.
 
@@ -58,7 +59,7 @@ def execute(
 
 
 def _run(
-    configs: "list[RunConfig]", folders: list[Path], data_root: Path | None
+    configs: "list[RunConfig]", folders: list[Path], data_root: "DataRoot | None"
 ) -> "tuple[list[dict[str, Any]], list[RunFolder]]":
     """Run with a progress bar."""
     from vlm_prune.benchmarks import lmms_eval

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from vlm_prune.benchmarks.cli.options import (
+    AllowOutside,
     BatchSize,
     Device,
     Dtype,
@@ -26,6 +27,7 @@ def schedule(
         str, typer.Option(help="Tasks (their validation split), or a LLaVA-format JSON file.")
     ] = "visual",
     images: Annotated[Path, typer.Option(help="Folder of the images of a JSON file.")] = Path("."),
+    allow_outside: AllowOutside = False,
     budget: OneBudget = "64",
     cuts: Annotated[int, typer.Option(min=1, max=3, help="Cuts to propose, at most.")] = 3,
     limit: Limit = 200,
@@ -44,6 +46,7 @@ def schedule(
     from vlm_prune.benchmarks.stats.table import THREE_WAYS, three_ways
     from vlm_prune.vlm.budget import check_fits, tokens_for
     from vlm_prune.vlm.common.files import check_output
+    from vlm_prune.vlm.common.paths import DataRoot
     from vlm_prune.vlm.families import family_of
     from vlm_prune.vlm.load import load
 
@@ -52,7 +55,7 @@ def schedule(
         check_output(output / name)
     share = parse_budget(budget)
     if data.endswith(".json"):
-        prompts = analysis.prompts_of_file(Path(data), images, limit)
+        prompts = analysis.prompts_of_file(Path(data), DataRoot(images, allow_outside), limit)
     else:
         prompts = analysis.prompts_of_tasks(parse_tasks(data), limit, seed)
     if not prompts:

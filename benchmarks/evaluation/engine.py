@@ -15,6 +15,7 @@ from vlm_prune.benchmarks.evaluation.prompts import Prompts, make_prompts
 from vlm_prune.benchmarks.evaluation.summarize import summarise
 from vlm_prune.benchmarks.evaluation.timing import Phases, timed_generate
 from vlm_prune.benchmarks.tasks import TASKS, Sample
+from vlm_prune.benchmarks.tasks.base import shares
 from vlm_prune.learners.store import adapter_digest
 from vlm_prune.pruning import DecoderPruner
 from vlm_prune.pruning.registry import build
@@ -80,10 +81,9 @@ class RunConfig:
 
 def samples_of(tasks: tuple[str, ...], limit: int, seed: int, split: str) -> list[Sample]:
     """`limit` questions in all, spread evenly over the tasks."""
-    shares = [limit * (i + 1) // len(tasks) - limit * i // len(tasks) for i in range(len(tasks))]
     return [
         TASKS[name].sample(index, seed, split)  # type: ignore[arg-type]
-        for name, share in zip(tasks, shares, strict=True)
+        for name, share in shares(tasks, limit).items()
         for index in range(share)
     ]
 

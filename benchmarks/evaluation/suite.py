@@ -33,6 +33,7 @@ from vlm_prune.benchmarks.tasks import TASKS, Sample
 from vlm_prune.learners import from_pretrained
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import write_json
+from vlm_prune.vlm.common.paths import DataRoot
 from vlm_prune.vlm.common.registry import unknown
 from vlm_prune.vlm.load import load
 
@@ -45,7 +46,11 @@ Scores = dict[str, dict[str, NDArray[np.float64]]]
 
 
 def run_suite(
-    name: str, config: RunConfig, base: str | None, output: Path | None, data_root: Path | None
+    name: str,
+    config: RunConfig,
+    base: str | None,
+    output: Path | None,
+    data_root: DataRoot | Path | None,
 ) -> None:
     """Run a suite in `output`, or in a folder that goes, and print its table.
 
@@ -69,7 +74,7 @@ def forgetting(
     config: RunConfig,
     base: str | None,
     output: Path,
-    data_root: Path | None = None,
+    data_root: DataRoot | Path | None = None,
     tick: Progress = lambda done: None,
 ) -> dict[str, Any]:
     """Ask the base language model, the unpruned VLM and the VLM with Wings the same questions.
@@ -173,7 +178,7 @@ def _row(sample: Sample, reply: str) -> dict[str, Any]:
 
 
 def _through_lmms(
-    folders: dict[str, RunFolder], data_root: Path | None, tick: Progress
+    folders: dict[str, RunFolder], data_root: DataRoot | Path | None, tick: Progress
 ) -> dict[str, dict[str, str]]:
     """The same where some of the tasks are lmms-eval's; why some were skipped, for each model."""
     from vlm_prune.benchmarks.lmms_eval.alone import answer_alone

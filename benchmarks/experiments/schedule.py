@@ -20,6 +20,7 @@ from vlm_prune.vlm.chat import render
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import whole, write_json
 from vlm_prune.vlm.common.images import open_image
+from vlm_prune.vlm.common.paths import DataRoot
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.probe import question_rows
 
@@ -40,7 +41,7 @@ def prompts_of_tasks(tasks: tuple[str, ...], limit: int, seed: int) -> list[Prom
     return [Prompt(s.messages(), list(s.images)) for s in samples if s.images]
 
 
-def prompts_of_file(path: Path, images: Path, limit: int) -> list[Prompt]:
+def prompts_of_file(path: Path, images: Path | DataRoot, limit: int) -> list[Prompt]:
     """The first questions of conversations in LLaVA's JSON format, those with images."""
     shown = [example for example in read_llava(path, images) if "<image>" in example.turns[0][0]]
     return [

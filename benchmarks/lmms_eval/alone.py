@@ -11,10 +11,11 @@ from vlm_prune.benchmarks.evaluation.engine import RunFolder
 from vlm_prune.benchmarks.lmms_eval.model import PrunedChat
 from vlm_prune.benchmarks.lmms_eval.run import in_one_line, leaves_of, one_pass, task_of, unpruned
 from vlm_prune.benchmarks.lmms_eval.score import reply_of, score_of
+from vlm_prune.vlm.common.paths import DataRoot
 
 
 def answer_alone(
-    model: PrunedChat, folder: RunFolder, data_root: Path | None = None
+    model: PrunedChat, folder: RunFolder, data_root: DataRoot | Path | None = None
 ) -> dict[str, str]:
     """Fill the folder with a row for each question; returns why tasks were skipped.
 
@@ -25,7 +26,7 @@ def answer_alone(
     for leaf in leaves_of(config, skipped):
         try:
             with redirect_stderr(StringIO()):
-                task = task_of(leaf, folder, data_root, skipped)
+                task = task_of(leaf, folder, data_root, skipped, model.check_image)
                 found = one_pass(leaf, task, model, None, unpruned(leaf, model, config))
             assert found is not None  # only in other processes, which the suite does not have
             rows: list[dict[str, Any]] = [

@@ -23,14 +23,17 @@ def fingerprint(ask: Any, text: str) -> str:
 
 
 def answered(ask: Any, text: str, reply: str) -> dict[str, Any]:
-    """The part of a row that says what was asked in `text`, and the reply up to its first stop."""
+    """The part of a row that says what was asked in `text`, and the reply up to its first stop.
+
+    Metrics of lmms-eval get the reply as the model wrote it, spaces at its ends included.
+    """
     for stop in ask.until:
-        reply = reply.split(stop)[0]
+        reply = reply.split(stop)[0] if stop else reply
     return {
         "id": ask.id,
         "question": ask.chat.question,
         "question_hash": fingerprint(ask, text),
-        "reply": reply.strip(),
+        "reply": reply,
     }
 
 

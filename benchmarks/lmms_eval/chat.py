@@ -134,9 +134,18 @@ def rounds_of(request: Instance, documents: dict[str, Any]) -> Rounds:
     return Rounds(by_text, options)
 
 
-def shared_options(options: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A task's generation arguments as `generate` takes them, and the texts that end a reply."""
+def stops_of(options: dict[str, Any]) -> tuple[str, ...]:
+    """The texts that end a reply in simple mode, as lmms-eval's own classes have them.
+
+    Those end no reply at a blank line, which a task gets that names no stop, and in chat mode they
+    end it nowhere.
+    """
     until = options.get("until") or []
+    return tuple(text for text in ([until] if isinstance(until, str) else until) if text != "\n\n")
+
+
+def shared_options(options: dict[str, Any]) -> dict[str, Any]:
+    """A task's generation arguments as `generate` takes them."""
     kept = {key: options[key] for key in PASSED if options.get(key) is not None}
     kept.setdefault("max_new_tokens", options.get("max_gen_toks", NEW_TOKENS))
     if kept.get("temperature", 0) > 0 and kept.get("do_sample", True):
@@ -144,4 +153,4 @@ def shared_options(options: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, 
     else:
         kept = {key: kept[key] for key in kept if key not in ("temperature", "top_p", "top_k")}
         kept["do_sample"] = False
-    return kept, tuple([until] if isinstance(until, str) else until)
+    return kept

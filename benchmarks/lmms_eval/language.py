@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lmms_eval.api.model import lmms
+from PIL import Image
 
 from vlm_prune.benchmarks.evaluation.language import Language
 from vlm_prune.benchmarks.lmms_eval.answers import answered
@@ -27,6 +28,9 @@ class LanguageChat(PrunedChat):
         self.pruner = self.journal = None
         self.keep_loaded = True
         self.tick = lambda answered: None
+
+    def check_image(self, image: Image.Image) -> None:
+        """None is refused here: whole tasks that show images are."""
 
     def _render(self, batch: list[Ask]) -> list[str]:
         if any(ask.chat.images() for ask in batch):

@@ -1,32 +1,58 @@
 """lmms-eval's task objects, their data from a local copy or the Hub, and what stands against it."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
+import datasets
 from lmms_eval.api.task import ConfigurableMessagesTask, ConfigurableTask
 
 from vlm_prune.benchmarks.lmms_eval.catalog import catalog, settings
 from vlm_prune.benchmarks.lmms_eval.embedded import EmbeddedTask
 from vlm_prune.benchmarks.lmms_eval.local import folder_of, load_split
-from vlm_prune.benchmarks.lmms_eval.readable import image_columns, readable
+from vlm_prune.benchmarks.lmms_eval.rows import (
+    Check,
+    image_columns,
+    readable,
+    row_images,
+    whole_groups,
+)
 from vlm_prune.vlm.common.errors import InputError, first_line
+from vlm_prune.vlm.common.paths import DataRoot
 
 KEYS = ("OPENAI_API_KEY", "AZURE_API_KEY")
+Key = Callable[[dict[str, Any]], Hashable]
+# Tasks whose metrics compare rows: rows of one key are scored together, and so asked together
+GROUPS: dict[str, Key] = {
+    "mme": lambda row: (row["category"], row["question_id"]),
+    "mmvp": lambda row: max(0, int(row.get("Index") or row.get("index") or 0) - 1) // 2,
+    "hallusion_bench_image": lambda row: (row["category"], row["subcategory"], row["set_id"]),
+    "ConBench": lambda row: row["image_id"],
+    "3dsrbench_circular": lambda row: row["qid"][:8],
+    "naturalbench": lambda row: "all",
+}
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 
 def load_task(
     name: str,
-    data_root: Path | None,
+    data_root: DataRoot | Path | None,
     seed: int = 0,
     split: str = "test",
     limit: int | None = None,
+    check: Check = lambda image: None,
 ) -> Any:
-    """A task with its data; seed and split are those of embedded tasks.
+    """A task with its data, whose `unreadable` names the rows left out and why.
 
-    Its `unreadable` names the rows left out, among the first `limit`, whose images cannot be read.
+    Args:
+        name: of a task of lmms-eval.
+        data_root: copies of data sets; what it does not hold comes from the Hub.
+        seed: of an embedded task.
+        split: of an embedded task.
+        limit: how many rows are going to be asked; where a metric needs several rows at once, the
+            task has no others. None for all.
+        check: raises `InputError` for an image that the model does not take.
 
     Raises:
         InputError: if it needs a judge, packages or data that are not there.
@@ -39,7 +65,8 @@ def load_task(
     _check_judge(name, config)
     generates = str(config.get("output_type", "generate_until")).startswith("generate")
     kind = _ChatTask if generates else _SimpleTask
-    return kind.with_data(config, data_root, limit)
+    root = None if data_root is None else DataRoot.of(data_root)
+    return kind.with_data(config, root, limit, check)
 
 
 def _judged(config: dict[str, Any]) -> bool:
@@ -62,12 +89,17 @@ def _check_judge(name: str, config: dict[str, Any]) -> None:
 class _DataTask(ConfigurableTask):  # type: ignore[misc]
     """Loads from `data_root` where it holds the data set, and says clearly what is missing."""
 
-    data_root: Path | None = None
+    data_root: DataRoot | None = None
     limit: int | None = None
+    check: Check
+    dataset: Any
+    dataset_no_image: Any
 
     @classmethod
-    def with_data(cls, config: dict[str, Any], data_root: Path | None, limit: int | None) -> Any:
-        own: dict[str, Any] = {"data_root": data_root, "limit": limit}
+    def with_data(
+        cls, config: dict[str, Any], data_root: DataRoot | None, limit: int | None, check: Check
+    ) -> Any:
+        own = {"data_root": data_root, "limit": limit, "check": staticmethod(check)}
         if not _judged(config):  # a judge may fail and be asked again; a wrong row stays wrong
             own["process_results"] = ConfigurableTask.process_results.__wrapped__
         bound = type(cls.__name__, (cls,), own)
@@ -86,18 +118,38 @@ class _DataTask(ConfigurableTask):  # type: ignore[misc]
             self._from(folder)
         else:
             self._from_hub(dataset_kwargs)
-        self._leave_out_unreadable()
-
-    def _leave_out_unreadable(self) -> None:
         split = self.config.test_split or self.config.validation_split
+        key = GROUPS.get(self.config.task)
+        if key is not None:
+            self._keep_whole_groups(split, key)
+            self.limit = None
         whole = self.dataset[split]
-        rows, self.unreadable = readable(whole, self.limit)
-        if not self.unreadable:
-            return
-        kept = [number for number in range(len(whole)) if number not in self.unreadable]
+        _, self.unreadable = readable(whole, self.limit, self.check)
+        if self.unreadable:
+            broken = {key(row) for row in self._texts(split, self.unreadable)} if key else set()
+            self._select(
+                split,
+                [
+                    number
+                    for number, row in enumerate(self._texts(split))
+                    if number not in self.unreadable and not (key and key(row) in broken)
+                ],
+            )
+
+    def _texts(self, split: str, numbers: Iterable[int] | None = None) -> Any:
+        """The rows of a split without their images."""
+        rows = self.dataset[split]
+        texts = rows.remove_columns(image_columns(rows))
+        return texts if numbers is None else texts.select(list(numbers))
+
+    def _keep_whole_groups(self, split: str, key: Key) -> None:
+        if self.limit is not None and self.limit < len(self.dataset[split]):
+            self._select(split, whole_groups(list(map(key, self._texts(split))), self.limit))
+
+    def _select(self, split: str, numbers: list[int]) -> None:
         if self.dataset_no_image is not self.dataset:
-            self.dataset_no_image[split] = self.dataset_no_image[split].select(kept)
-        self.dataset[split] = rows
+            self.dataset_no_image[split] = self.dataset_no_image[split].select(numbers)
+        self.dataset[split] = self.dataset[split].select(numbers)
 
     def _from_hub(self, dataset_kwargs: Any) -> None:
         options = dict(dataset_kwargs or {})
@@ -109,9 +161,18 @@ class _DataTask(ConfigurableTask):  # type: ignore[misc]
             download(self, options)
         except Exception as error:  # the Hub, datasets, pyarrow and the network each have theirs
             raise InputError(self._why(error)) from error
+        shared = self.dataset_no_image is self.dataset
+        cache = DataRoot(Path(datasets.config.HF_CACHE_HOME), allow_outside=self.allow_outside)
+        for split, rows in self.dataset.items():
+            self.dataset[split] = row_images(rows, cache)
+        if shared:
+            self.dataset_no_image = self.dataset
 
-    def _from(self, folder: Path) -> None:
-        import datasets
+    @property
+    def allow_outside(self) -> bool:
+        return self.data_root is not None and self.data_root.allow_outside
+
+    def _from(self, folder: DataRoot) -> None:
 
         wanted = {getattr(self.config, key) for key in SPLITS} - {None}
         tested = self.config.test_split or self.config.validation_split
@@ -128,7 +189,13 @@ class _DataTask(ConfigurableTask):  # type: ignore[misc]
         ):
             found[tested] = _with_gqa_images(found[tested], folder, tested)
         elif self.config.process_docs is not None and "GQA" not in self.DATASET_PATH:
-            found = {split: self.config.process_docs(rows) for split, rows in found.items()}
+            try:
+                found = {split: self.config.process_docs(rows) for split, rows in found.items()}
+            except Exception as error:
+                raise InputError(
+                    f"the task cannot rewrite the rows of {folder.folder} ({first_line(error)}); "
+                    "give every column values of one type, as the Hub's copy has them"
+                ) from error
         self.dataset = datasets.DatasetDict(found)
         self.dataset_no_image = self.dataset
         if not self.config.process_results_use_image:
@@ -165,22 +232,21 @@ class _SimpleTask(_DataTask):
     """Scores given texts, which lmms-eval offers in simple mode alone."""
 
 
-def _with_gqa_images(questions: Any, folder: Path, split: str) -> Any:
+def _with_gqa_images(questions: Any, root: DataRoot, split: str) -> Any:
     """GQA keeps its images apart: `testdev_balanced_images`, or `images/<imageId>.jpg`."""
-    import datasets
-
+    folder = root.folder
     if (folder / "images").is_dir():
-        paths = [str(folder / "images" / f"{number}.jpg") for number in questions["imageId"]]
-        lost = next((path for path in paths if not Path(path).is_file()), None)
+        names = [f"images/{number}.jpg" for number in questions["imageId"]]
+        lost = next((name for name in names if not root.path(name).is_file()), None)
         if lost:
-            raise InputError(f"{folder} lacks the image {lost}; download it again")
-        return questions.add_column("image", paths).cast_column("image", datasets.Image())
-    pictures = load_split(folder, "testdev_balanced_images", split)
+            raise InputError(f"{folder} lacks the image {folder / lost}; download it again")
+        return row_images(questions.add_column("image", names), root)
+    pictures = load_split(root, "testdev_balanced_images", split)
     place = {number: row for row, number in enumerate(pictures["id"])}
     lost = next((number for number in questions["imageId"] if number not in place), None)
     if lost:
         raise InputError(f"{folder} lacks the image {lost!r}; download it again")
     raw = pictures.cast_column("image", datasets.Image(decode=False))
     chosen = raw.select([place[number] for number in questions["imageId"]])
-    column = chosen["image"]
-    return questions.add_column("image", list(column)).cast_column("image", datasets.Image())
+    column = questions.add_column("image", list(chosen["image"]))
+    return row_images(column.cast_column("image", datasets.Image()), root)

@@ -6,49 +6,72 @@ from pathlib import Path
 from typing import Any
 
 from vlm_prune.vlm.common.errors import InputError, first_line
+from vlm_prune.vlm.common.paths import DataRoot
 
 KINDS = ("parquet", "jsonl", "json")
 
 
-def folder_of(root: Path, dataset: str) -> Path | None:
-    """Where below `root` a data set of the Hub lies: `org/name`, or `name` in any case."""
-    if not root.is_dir():
-        raise InputError(f"--data-root {root} is no folder")
-    if (root / dataset).is_dir():
-        return root / dataset
-    name = dataset.split("/")[-1].lower()
-    return next((p for p in sorted(root.iterdir()) if p.is_dir() and p.name.lower() == name), None)
-
-
-def load_split(folder: Path, config: str | None, split: str) -> Any:
-    """One split as a `datasets.Dataset`.
-
-    Files are `[config/][data/]<split>-00000-of-00003*.parquet`, `<split>.parquet`, `.json`,
-    `.jsonl`, or `<config>` with these endings. In JSON, `image` is a file's path, seen from the folder.
+def folder_of(root: DataRoot, dataset: str) -> DataRoot | None:
+    """Where below `root` a data set of the Hub lies: `org/name`, or `name` in any case.
 
     Raises:
-        InputError: if there is no such file, or one is missing, damaged or half downloaded.
+        InputError: if `root` is no folder, or that of the data set is a link that leads out of it.
+    """
+    folder = root.folder
+    if not folder.is_dir():
+        raise InputError(f"--data-root {folder} is no folder")
+    name = dataset.split("/")[-1].lower()
+    found = next(
+        (p.name for p in sorted(folder.iterdir()) if p.is_dir() and p.name.lower() == name), None
+    )
+    found = dataset if (folder / dataset).is_dir() else found
+    if found is None:
+        return None
+    root.path(found)
+    return root.below(found)
+
+
+def load_split(root: DataRoot, config: str | None, split: str) -> Any:
+    """One split as a `datasets.Dataset`; its images are opened as `row_images` says.
+
+    Files are `[config/][data/]<split>-00000-of-00003*.parquet`, `<split>.parquet`, `.json`,
+    `.jsonl`, or `<config>` with these endings. In JSON, `image` is a file's path or a list of them,
+    seen from the folder, and all values stay what the file says.
+
+    Args:
+        root: the folder of the data set.
+        config: its configuration, where it has several.
+        split: such as `test`.
+
+    Raises:
+        InputError: if there is no such file, or one is missing, damaged or half downloaded, or leads
+            out of the root.
     """
     import datasets
 
+    from vlm_prune.benchmarks.lmms_eval.rows import from_json, row_images
+
+    folder = root.folder
     files = _files(folder, config, split)
     if not files:
         shown = f"{config + '/' if config else ''}{split}-*.parquet, {split}.json or .jsonl"
         raise InputError(f"{folder} holds no split {split!r}: expected {shown}")
     _check_shards(files)
+    for file in files:
+        root.path(file.relative_to(folder))
     try:
         if files[0].suffix == ".parquet":
             tables = [datasets.Dataset.from_parquet(str(file)) for file in files]
-            return datasets.concatenate_datasets(tables)
-        rows = [row for file in files for row in _rows(file, folder)]
-        table = datasets.Dataset.from_list(rows)
+            table = datasets.concatenate_datasets(tables)
+        else:
+            table = from_json([row for file in files for row in _rows(file, root)])
+        return row_images(table, root)
     except InputError:
         raise
     except Exception as error:  # pyarrow, datasets and json each raise their own
         raise InputError(
             f"{files[0].parent} is damaged or half downloaded ({first_line(error)}); download it again"
         ) from error
-    return table.cast_column("image", datasets.Image()) if "image" in table.features else table
 
 
 def _files(folder: Path, config: str | None, split: str) -> list[Path]:
@@ -80,20 +103,22 @@ def _check_shards(files: list[Path]) -> None:
         )
 
 
-def _rows(file: Path, folder: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON list, of an object of rows by id, or one a line."""
-    text = file.read_text(encoding="utf-8")
+def _rows(file: Path, root: DataRoot) -> list[dict[str, Any]]:
+    """Rows of a JSON list, of an object of rows by id, or one a line; names of images are checked."""
+    if not file.is_file():
+        raise InputError(f"{file} is no regular file")
+    text = file.read_text(encoding="utf-8-sig")
     if file.suffix == ".jsonl":
-        content: Any = [json.loads(line) for line in text.splitlines() if line.strip()]
+        content: Any = [json.loads(line) for line in text.split("\n") if line.strip()]
     else:
         content = json.loads(text)
     if isinstance(content, dict):
         content = [{"id": key, **row} for key, row in content.items()]
-    rows: list[dict[str, Any]] = content
-    for row in rows:
-        if isinstance(row.get("image"), str):
-            path = folder / row["image"]
-            if not path.is_file():
-                raise InputError(f"{file} names the image {path}, which is not there")
-            row["image"] = str(path)
-    return rows
+    for number, row in enumerate(content):
+        if not isinstance(row, dict):
+            raise InputError(f"{file}, row {number}, is no JSON object")
+        images = row.get("image")
+        for name in images if isinstance(images, list) else [images]:
+            if isinstance(name, str) and not root.path(name).is_file():
+                raise InputError(f"{file} names the image {root.path(name)}, which is not there")
+    return list(content)

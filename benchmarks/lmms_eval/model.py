@@ -8,18 +8,20 @@ from typing import Any
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
+from PIL import Image
 from tqdm import tqdm
 
 from vlm_prune.benchmarks.evaluation.engine import Variant
 from vlm_prune.benchmarks.evaluation.prompts import make_prompts
 from vlm_prune.benchmarks.evaluation.timing import timed_generate
 from vlm_prune.benchmarks.lmms_eval.answers import Answers, answered, fingerprint
-from vlm_prune.benchmarks.lmms_eval.chat import Chat, chat_of, rounds_of, shared_options
+from vlm_prune.benchmarks.lmms_eval.chat import Chat, chat_of, rounds_of, shared_options, stops_of
 from vlm_prune.benchmarks.lmms_eval.forced import Forced
 from vlm_prune.benchmarks.lmms_eval.throughput import log_throughput
 from vlm_prune.learners import from_pretrained
 from vlm_prune.vlm.chat import render
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.load import load
 
 PADDING = "padding"
@@ -83,9 +85,7 @@ class PrunedChat(lmms):  # type: ignore[misc]
         **hyperparameters: Any,
     ) -> None:
         super().__init__()
-        if str(batch_size) == "auto" or int(batch_size) < 1:
-            raise InputError(f"batch_size {batch_size!r} is not a number of questions; give 1 or 8")
-        self.batch_size = int(batch_size)
+        self.batch_size = questions_at_once(batch_size)
         variant = Variant(method, budget, positions, hyperparameters)
         self.pruner: Any | None = variant.build(seed)
         self.model, self.processor = load(pretrained, self._place(device), dtype)
@@ -109,6 +109,10 @@ class PrunedChat(lmms):  # type: ignore[misc]
             return str(self.accelerator.device)
         return device
 
+    def check_image(self, image: Image.Image) -> None:
+        """Raises `InputError` for an image that the model does not take."""
+        family_of(self.model).check_size(self.processor.image_processor, *image.size)
+
     @property
     def device(self) -> torch.device:
         place: torch.device = self.model.device
@@ -124,8 +128,8 @@ class PrunedChat(lmms):  # type: ignore[misc]
         asks, names = [], Counter[str]()
         for request in requests:
             chat, options = chat_of(request, self.task_dict)
-            options, until = shared_options(options)
-            asks.append(Ask(_name(request, names), chat, options, until))
+            until = stops_of(options) if self.is_simple else ()
+            asks.append(Ask(_name(request, names), chat, shared_options(options), until))
         return [_result(row, row["reply"]) for row in self._rows(asks)]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
@@ -141,8 +145,10 @@ class PrunedChat(lmms):  # type: ignore[misc]
             for index in open_talks:
                 chat = talks[index].ask(number, answers[index])
                 if chat is not None:
-                    options, until = shared_options(talks[index].options)
-                    asks.append(Ask(f"{ids[index]}/round{number}", chat, options, until))
+                    options = talks[index].options
+                    until = stops_of(options) if self.is_simple else ()
+                    name = f"{ids[index]}/round{number}"
+                    asks.append(Ask(name, chat, shared_options(options), until))
                     asked.append(index)
             for index, row in zip(asked, self._rows(asks), strict=True):
                 answers[index].append(row["reply"])
@@ -240,6 +246,17 @@ class PrunedSimple(PrunedChat):
     """The same model for tasks that lmms-eval gives to simple-mode models: `--force_simple`."""
 
     is_simple = True
+
+
+def questions_at_once(batch_size: int | str) -> int:
+    """A batch size as lmms-eval passes it.
+
+    Raises:
+        InputError: if it is no number from 1; sizes that lmms-eval would find out are not offered.
+    """
+    if not str(batch_size).strip().isdecimal() or int(batch_size) < 1:
+        raise InputError(f"batch_size {batch_size!r} is not a number of questions; give 1 or 8")
+    return int(batch_size)
 
 
 def _result(row: dict[str, Any], answer: Any) -> GenerationResult:

@@ -21,9 +21,12 @@ from vlm_prune.benchmarks.lmms_eval.answers import Answers, source
 from vlm_prune.benchmarks.lmms_eval.catalog import catalog, leaves
 from vlm_prune.benchmarks.lmms_eval.load import load_task
 from vlm_prune.benchmarks.lmms_eval.model import PADDING, PrunedChat
+from vlm_prune.benchmarks.lmms_eval.rows import Check
 from vlm_prune.benchmarks.lmms_eval.score import reply_of, score_of
+from vlm_prune.benchmarks.tasks.base import shares
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import write_json
+from vlm_prune.vlm.common.paths import DataRoot
 
 SEEN = (
     "images", "image_tokens", "cropped", "grids", "text_tokens", "vision_flops", "layer_tokens",
@@ -56,7 +59,7 @@ def cache_folder() -> Path:
 
 def evaluate(
     folders: list[RunFolder],
-    data_root: Path | None = None,
+    data_root: DataRoot | Path | None = None,
     progress: Callable[[float], None] = lambda done: None,
 ) -> list[dict[str, Any]]:
     """Fill the folders, which differ only in their variant, and return their results.
@@ -109,12 +112,12 @@ def _compare(
     folders: list[RunFolder],
     pruners: list[Any],
     metrics: list[dict[str, Any]],
-    data_root: Path | None,
+    data_root: DataRoot | Path | None,
     skipped: dict[str, str],
 ) -> None:
     """One task: the unpruned model, then each pruner, into rows and `metrics`."""
     config = folders[0].config
-    task = task_of(leaf, folders[0], data_root, skipped)
+    task = task_of(leaf, folders[0], data_root, skipped, model.check_image)
     before = one_pass(leaf, task, model, None, unpruned(leaf, model, config))
     for folder, pruner, found in zip(folders, pruners, metrics, strict=True):
         after = one_pass(leaf, task, model, pruner, _pruned(leaf, model, folder))
@@ -133,10 +136,16 @@ def _alone(error: Exception, model: PrunedChat) -> bool:
     )
 
 
-def task_of(leaf: Leaf, folder: RunFolder, data_root: Path | None, skipped: dict[str, str]) -> Any:
-    """The leaf's task; rows that cannot be read are put into `skipped`."""
+def task_of(
+    leaf: Leaf,
+    folder: RunFolder,
+    data_root: DataRoot | Path | None,
+    skipped: dict[str, str],
+    check: Check,
+) -> Any:
+    """The leaf's task; rows whose images cannot be used are put into `skipped`."""
     config = folder.config
-    task = load_task(leaf.name, data_root, config.seed, config.split, leaf.limit)
+    task = load_task(leaf.name, data_root, config.seed, config.split, leaf.limit, check)
     task.args = Namespace(output_path=str(folder.path), process_with_media=False)
     for number, reason in getattr(task, "unreadable", {}).items():
         skipped[f"{leaf.shown} row {number}"] = reason
@@ -152,19 +161,17 @@ def in_one_line(error: BaseException) -> str:
 
 
 def leaves_of(config: RunConfig, skipped: dict[str, str]) -> list[Leaf]:
-    """The tasks behind the names, each with its share of the questions."""
+    """The tasks behind the names, each with its share of the questions, in whichever order."""
     found: dict[str, Leaf] = {}
-    for number, name in enumerate(config.tasks):
-        count = len(config.tasks)
-        share = config.limit * (number + 1) // count - config.limit * number // count
+    for name, share in shares(config.tasks, config.limit).items():
         try:
             names = leaves(name)
         except InputError as error:
             skipped[name] = str(error)
             continue
-        for place, leaf in enumerate(names):
-            part = share * (place + 1) // len(names) - share * place // len(names)
-            if part and leaf not in found:
+        for leaf, part in shares(list(dict.fromkeys(names)), share).items():
+            part = max(part, found[leaf].limit if leaf in found else 0)
+            if part:
                 found[leaf] = Leaf(leaf, leaf.removeprefix("vlm_prune_"), part)
     return list(found.values())
 

@@ -50,4 +50,4 @@ def reply_of(task: Any, sample: dict[str, Any]) -> str:
     first = replies[0] if replies else ""
     if isinstance(first, list | tuple) and len(first) == 2 and _number(first[0]):
         return str(int(np.argmin([reply[0] for reply in replies])))
-    return " | ".join(map(str, first)) if isinstance(first, list) else str(first)
+    return " | ".join(map(str, first)) if isinstance(first, list) else str(first).strip()

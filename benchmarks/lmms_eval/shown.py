@@ -11,10 +11,11 @@ from vlm_prune.benchmarks.lmms_eval.chat import conversation
 from vlm_prune.benchmarks.lmms_eval.load import load_task
 from vlm_prune.benchmarks.lmms_eval.run import in_one_line
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.paths import DataRoot
 
 
 def images_of(
-    name: str, asked: dict[int, str], data_root: Path | None
+    name: str, asked: dict[int, str], data_root: DataRoot | Path | None
 ) -> dict[int, list[Image.Image]]:
     """The images of questions by their numbers.
 

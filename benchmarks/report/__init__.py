@@ -17,12 +17,16 @@ from vlm_prune.benchmarks.report.numbers import CONTROLS, PHASES, bars, budgets
 from vlm_prune.benchmarks.report.plot import draw, series_of
 from vlm_prune.benchmarks.stats.table import count, percent, three_ways, with_interval
 from vlm_prune.vlm.common.files import write_text
+from vlm_prune.vlm.common.paths import DataRoot
 
 HERE = Path(__file__).parent
 
 
 def report(
-    paths: list[Path], output: Path | None = None, most: int = 60, data_root: Path | None = None
+    paths: list[Path],
+    output: Path | None = None,
+    most: int = 60,
+    data_root: DataRoot | Path | None = None,
 ) -> tuple[Path, list[Run]]:
     """Write the page about the runs in `paths`; returns where, and the runs.
 
@@ -41,7 +45,7 @@ def report(
     return target, runs
 
 
-def render(runs: list[Run], most: int = 60, data_root: Path | None = None) -> str:
+def render(runs: list[Run], most: int = 60, data_root: DataRoot | Path | None = None) -> str:
     """The page as text."""
     groups, script = budgets(runs), (HERE / "page.js").read_text(encoding="utf-8")
     environment = Environment(

@@ -15,6 +15,7 @@ from vlm_prune.benchmarks.report.numbers import Budget
 from vlm_prune.benchmarks.report.plot import series_of
 from vlm_prune.benchmarks.report.shown import pictures_of
 from vlm_prune.benchmarks.tasks import TASKS
+from vlm_prune.vlm.common.paths import DataRoot
 
 LARGEST = 448  # pixels
 Grids = list[list[int] | None]
@@ -35,7 +36,7 @@ def chosen(runs: list[Run], most: int) -> list[str]:
 
 
 def gallery(
-    runs: list[Run], groups: list[Budget], most: int, data_root: Path | None
+    runs: list[Run], groups: list[Budget], most: int, data_root: DataRoot | Path | None
 ) -> dict[str, Any]:
     """What the script needs: pictures once each, and for each question an answer per run.
 

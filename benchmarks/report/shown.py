@@ -8,12 +8,13 @@ from vlm_prune.benchmarks import lmms_eval
 from vlm_prune.benchmarks.report.load import Row, Run
 from vlm_prune.benchmarks.tasks import TASKS
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.paths import DataRoot
 
 Pictures = list[Image.Image]
 
 
 def pictures_of(
-    run: Run, rows: list[Row], data_root: Path | None
+    run: Run, rows: list[Row], data_root: DataRoot | Path | None
 ) -> tuple[dict[str, Pictures], dict[str, str]]:
     """Images by the question's id, and by task why there are none.
 
@@ -33,7 +34,9 @@ def pictures_of(
     return found, missing
 
 
-def _read(task: str, asked: dict[int, str], data_root: Path | None) -> dict[int, Pictures]:
+def _read(
+    task: str, asked: dict[int, str], data_root: DataRoot | Path | None
+) -> dict[int, Pictures]:
     if not lmms_eval.installed():
         raise InputError(f"its images are read by lmms-eval: {lmms_eval.INSTALL}")
     from vlm_prune.benchmarks.lmms_eval.shown import images_of

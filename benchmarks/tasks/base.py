@@ -1,6 +1,6 @@
 """What a task is: questions about images with one gold answer each, made from a seed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -84,6 +84,16 @@ class Task:
         """The `index`-th sample of the stream."""
         key = [SPLITS.index(split), seed, index, *self.name.encode()]
         return replace(self.make(np.random.default_rng(key), split), id=f"{self.name}/{index:06d}")
+
+
+def shares(names: Sequence[str], limit: int) -> dict[str, int]:
+    """How many of `limit` questions each task has, as evenly as they go.
+
+    The first names of the alphabet have one more, so that the order of the tasks changes nothing.
+    """
+    each, rest = divmod(limit, len(names))
+    first = set(sorted(names)[:rest])
+    return {name: each + (name in first) for name in names}
 
 
 def about_scene(

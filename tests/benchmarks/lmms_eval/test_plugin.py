@@ -4,12 +4,14 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
+from transformers import PreTrainedTokenizerBase
 
 from vlm_prune.benchmarks.lmms_eval import TASK_FOLDER
 from vlm_prune.benchmarks.lmms_eval.model import PrunedChat, PrunedSimple
@@ -182,19 +184,76 @@ def test_a_task_s_own_image_marker_is_text(lm, boxes):
     assert math.isfinite(marked.text[0])
 
 
+PARAGRAPHS = " First I count the cars.\n\nThe answer is 5.\nASSISTANT: 6 "
+
+
+@pytest.fixture
+def says(monkeypatch):
+    """Whatever a model generates, its text is `PARAGRAPHS`."""
+
+    def decoded(self, sequences, *_, **__):
+        return [PARAGRAPHS] * len(sequences)
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "batch_decode", decoded)
+
+
+@pytest.mark.parametrize("stops", [None, "\n\n", ["\n\n"], ["ASSISTANT:"], ["\n", "ASSISTANT:"]])
+def test_replies_are_those_of_lmms_eval_s_own_class(
+    lm, boxes, checkpoint, says, stops, monkeypatch
+):
+    """Its LLaVA class in chat mode; its others there do the same, whatever a task's stops are."""
+    monkeypatch.setitem(sys.modules, "decord", SimpleNamespace(VideoReader=None, cpu=None))
+    from lmms_eval.models.chat.llava_hf import LlavaHf
+
+    theirs = LlavaHf(str(checkpoint), device="cpu", dtype="float32", device_map="cpu")
+
+    def messages(doc):
+        shown = [{"type": "image", "url": image} for image in boxes(doc)]
+        return [{"role": "user", "content": [*shown, {"type": "text", "text": "How many?"}]}]
+
+    options = {"max_new_tokens": 3} | ({} if stops is None else {"until": stops})
+    found = []
+    for model in (lm, theirs):
+        model.task_dict = lm.task_dict
+        asked = [simple(model, "generate_until", "How many?", messages, dict(options))]
+        found.append(model.generate_until(asked)[0].text)
+    assert found == [PARAGRAPHS, PARAGRAPHS]
+
+
+def test_in_simple_mode_a_named_stop_ends_a_reply_and_a_blank_line_does_not(
+    lm, boxes, says, monkeypatch
+):
+    monkeypatch.setattr(lm, "is_simple", True)
+    for stops, reply in (
+        (None, PARAGRAPHS),
+        (["\n\n"], PARAGRAPHS),
+        (["\n\n", "ASSISTANT:"], PARAGRAPHS.split("ASSISTANT:")[0]),
+    ):
+        options = {"max_new_tokens": 3} | ({} if stops is None else {"until": stops})
+        asked = [simple(lm, "generate_until", "How many?", options, boxes)]
+        assert lm.generate_until(asked)[0].text == reply
+
+
 def test_generation_arguments(lm, boxes):
-    whole, cut, beams = (
+    whole, beams = (
         simple(lm, "generate_until", "What?", {"max_new_tokens": 8, "temperature": 0} | more, boxes)
-        for more in ({}, {"until": ["e"]}, {"num_beams": 2, "image_aspect_ratio": "original"})
+        for more in ({}, {"num_beams": 2, "image_aspect_ratio": "original"})
     )
     reply = lm.generate_until([whole])[0].text
-    assert lm.generate_until([cut])[0].text == reply.split("e")[0].strip()
     assert lm.generate_until([beams])[0].text
     sampled = simple(
         lm, "generate_until", "What?", {"max_new_tokens": 8, "temperature": 5.0}, boxes
     )
     torch.manual_seed(0)
     assert lm.generate_until([sampled])[0].text != reply
+
+
+@pytest.mark.parametrize("size", ["auto", "auto:4", "0", -1, "1.5", "", "²"])
+def test_batch_sizes_that_are_no_number_of_questions(checkpoint, size):
+    with pytest.raises(
+        InputError, match=r"batch_size .* is not a number of questions; give 1 or 8"
+    ):
+        PrunedChat(str(checkpoint), batch_size=size, device="cpu")
 
 
 def test_videos_are_refused(lm):
