@@ -5,11 +5,10 @@ from typing import Annotated
 import typer
 
 from vlm_prune.benchmarks.cli.options import (
+    AllowOutside,
     BatchSize,
     Budgets,
-    AllowOutside,
     DataRoot,
-    root_of,
     Device,
     Dtype,
     Limit,
@@ -21,6 +20,7 @@ from vlm_prune.benchmarks.cli.options import (
     Split,
     Tasks,
     parse_budget,
+    root_of,
     with_schedule,
 )
 from vlm_prune.benchmarks.cli.runs import execute, run_configs

@@ -5,10 +5,9 @@ from typing import Annotated, Any
 import typer
 
 from vlm_prune.benchmarks.cli.options import (
-    BatchSize,
     AllowOutside,
+    BatchSize,
     DataRoot,
-    root_of,
     Device,
     Dtype,
     Limit,
@@ -25,6 +24,7 @@ from vlm_prune.benchmarks.cli.options import (
     Wings,
     parse_arguments,
     parse_budget,
+    root_of,
     with_schedule,
 )
 from vlm_prune.benchmarks.cli.runs import execute, run_configs

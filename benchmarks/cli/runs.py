@@ -37,7 +37,10 @@ def run_configs(
 
 
 def execute(
-    configs: "list[RunConfig]", output: Path | None, names: Sequence[str], data_root: "DataRoot | None"
+    configs: "list[RunConfig]",
+    output: Path | None,
+    names: Sequence[str],
+    data_root: "DataRoot | None",
 ) -> "tuple[list[dict[str, Any]], list[RunFolder]]":
     """Results of runs that differ only in their variant, and the folders that hold their rows.
 
