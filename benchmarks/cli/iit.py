@@ -5,7 +5,15 @@ from typing import Annotated, Any
 
 import typer
 
-from vlm_prune.benchmarks.cli.options import Device, Model, OneBudget, Seed, Wings, parse_budget
+from vlm_prune.benchmarks.cli.options import (
+    AllowOutside,
+    Device,
+    Model,
+    OneBudget,
+    Seed,
+    Wings,
+    parse_budget,
+)
 from vlm_prune.benchmarks.cli.terminal import quiet
 
 SOURCES = ("mmlu", "cmmlu", "openbookqa", "hellaswag", "mmmu", "mmbench", "seed", "ai2d")
@@ -20,13 +28,15 @@ def build(
     folder: Annotated[Path, typer.Argument(help="Where the conversations go.")],
     source: Annotated[list[str], typer.Option(help=f"NAME or NAME=PATH; {', '.join(SOURCES)}")],
     size: Annotated[int, typer.Option(min=1, help="Conversations per setting.")] = 500,
+    allow_outside: AllowOutside = False,
     seed: Seed = 0,
 ) -> None:
     """Write conversations in six settings; sources without a path come from the hub."""
     from vlm_prune.benchmarks.experiments.iit.build import build
 
     named = [part.partition("=") for part in source]
-    counts = build(folder, {name: where or None for name, _, where in named}, size, seed)
+    sources = {name: where or None for name, _, where in named}
+    counts = build(folder, sources, size, seed, allow_outside)
     typer.echo(f"{folder}: " + ", ".join(f"({s}) {n}" for s, n in counts.items()))
 
 
@@ -40,12 +50,14 @@ def evaluate(
     budget: OneBudget = "1.0",
     context: Annotated[str, typer.Option(help="own or gold earlier replies.")] = "own",
     limit: Annotated[int | None, typer.Option(min=1, help="Conversations of a setting.")] = None,
+    allow_outside: AllowOutside = False,
     device: Device = "cpu",
 ) -> None:
     """Score the last turn of each conversation."""
     from vlm_prune.benchmarks.experiments.iit.evaluate import evaluate
     from vlm_prune.learners import from_pretrained
     from vlm_prune.pruning.registry import build as build_pruner
+    from vlm_prune.vlm.common.paths import DataRoot
     from vlm_prune.vlm.load import load
 
     quiet()
@@ -57,7 +69,8 @@ def evaluate(
         from_pretrained(loaded, wings)
     if pruner is not None:
         pruner.admit(loaded)
-    results = evaluate(loaded, processor, folder, output, context, pruner, limit)  # type: ignore[arg-type]
+    root = DataRoot(folder, allow_outside)
+    results = evaluate(loaded, processor, root, output, context, pruner, limit)  # type: ignore[arg-type]
     for setting, entry in results["settings"].items():
         low, high = entry["ci"]
         typer.echo(f"({setting}) {entry['accuracy']:.3f} [{low:.3f}, {high:.3f}], n {entry['n']}")

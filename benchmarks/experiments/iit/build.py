@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.neighbors import NearestNeighbors
 
@@ -118,7 +117,11 @@ def _distinct(items: list[Item], target: int, near: list[int], number: int) -> l
 
 
 def build(
-    folder: Path, sources: dict[str, str | None], size: int = 500, seed: int = 0
+    folder: Path,
+    sources: dict[str, str | None],
+    size: int = 500,
+    seed: int = 0,
+    allow_outside: bool = False,
 ) -> dict[str, int]:
     """Write `iit.jsonl`, `manifest.json` and `images/`; returns conversations per setting.
 
@@ -127,11 +130,14 @@ def build(
         sources: file, folder or hub name of each source; None for its own hub name.
         size: conversations per setting.
         seed: of the drawing.
+        allow_outside: whether files and rows of a source may lead out of its folder.
 
     Raises:
         InputError: if sources cannot be read or do not suffice.
     """
-    items = [item for name, where in sources.items() for item in read_source(name, where)]
+    items = [
+        item for name, where in sources.items() for item in read_source(name, where, allow_outside)
+    ]
     built = conversations(items, size, seed)
     wanted = {i for talks in built.values() for talk in talks for i in talk if i.visual}
     pictures = _images(wanted, folder)
@@ -168,8 +174,8 @@ def _images(items: set[Item], folder: Path) -> dict[Item, str]:
             if number not in places:
                 continue
             cell = row["image"] if row.get("image") is not None else row.get("image_1")
-            content = image_bytes(cell, path.parent)
-            picture = open_image(Image.open(io.BytesIO(content)))
+            content = image_bytes(cell, places[number].root)
+            picture = open_image(io.BytesIO(content))
             name = f"images/{hashlib.sha256(content).hexdigest()[:16]}.png"
             picture.save(folder / name)
             names[places[number]] = name

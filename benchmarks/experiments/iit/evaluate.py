@@ -20,36 +20,57 @@ from vlm_prune.vlm.chat import encode_prompts, render
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import write_json, write_text
 from vlm_prune.vlm.common.images import open_image
+from vlm_prune.vlm.common.paths import DataRoot
 
 Context = Literal["own", "gold"]
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 
 
-def read(folder: Path) -> list[Sample]:
+def read(folder: Path | DataRoot) -> list[Sample]:
     """The conversations that `build` wrote, all replies gold.
 
     Raises:
-        InputError: if there are none.
+        InputError: if there are none, or one is in another format or names an image that cannot be
+            used.
     """
-    path = folder / "iit.jsonl"
+    root = DataRoot.of(folder)
+    path, samples = root.folder / "iit.jsonl", list[Sample]()
     try:
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [_sample(entry, folder) for entry in entries]
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
         raise InputError(f"cannot read conversations from {path}: {error}") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                samples.append(_sample(json.loads(line), root))
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            IndexError,
+            AttributeError,
+            RecursionError,
+        ) as error:
+            what = (
+                str(error) if isinstance(error, InputError) else f"{type(error).__name__} {error}"
+            )
+            raise InputError(f"{path}:{number} is no conversation: {what}") from error
+    if not samples:
+        raise InputError(f"{path} holds no conversations; build them with 'vlm-prune iit build'")
+    return samples
 
 
-def _sample(entry: dict[str, Any], folder: Path) -> Sample:
+def _sample(entry: dict[str, Any], root: DataRoot) -> Sample:
+    if entry["setting"] not in SETTINGS:
+        raise InputError(f"its setting {entry['setting']!r} is none of {'; '.join(SETTINGS)}")
     turns = []
     for said in entry["turns"]:
         options = "\n".join(
             f"{letter}. {option}" for letter, option in zip(LETTERS, said["options"], strict=False)
         )
-        images = (open_image(folder / said["image"]),) if said["image"] else ()
+        images = (open_image(root.path(said["image"])),) if said["image"] else ()
         text = f"{said['question']}\n{options}\n{INSTRUCTION}"
-        turns.append(Turn(text, images, said["answer"]))
+        turns.append(Turn(text, images, str(said["answer"])))
     last = turns[-1]
     return Sample(
         (*turns[:-1], replace(last, reply=None)), str(last.reply), entry["setting"], entry["id"]
@@ -75,7 +96,7 @@ def _reply(model: Any, processor: Any, sample: Sample, pruner: Any | None) -> st
 def evaluate(
     model: Any,
     processor: Any,
-    folder: Path,
+    folder: Path | DataRoot,
     output: Path,
     context: Context = "own",
     pruner: Any | None = None,

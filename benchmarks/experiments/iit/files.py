@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.paths import DataRoot
 
 Row = dict[str, Any]
+LONGEST_NAME = 250
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".zip")
 IMAGE_COLUMNS = tuple(f"image_{n}" for n in range(1, 8)) + ("image",)
 
@@ -65,11 +67,11 @@ def _table(file: Any, delimiter: str, subject: str) -> Iterator[Row]:
         yield {"subject": subject} | row
 
 
-def image_bytes(value: Any, folder: Path) -> bytes:
+def image_bytes(value: Any, root: DataRoot) -> bytes:
     """The file content of an image cell: `{"bytes"}`, a list of one, base64, or a file name.
 
     Raises:
-        InputError: if it is none of these.
+        InputError: if it is none of these, or the file is outside of the data.
     """
     if isinstance(value, list) and len(value) == 1:
         (value,) = value
@@ -78,10 +80,17 @@ def image_bytes(value: Any, folder: Path) -> bytes:
             return bytes(value["bytes"])
         value = value.get("path")
     if isinstance(value, str):
-        if len(value) < 1000 and (folder / value).is_file():
-            return (folder / value).read_bytes()
         try:
-            return base64.b64decode(value, validate=True)
+            content = base64.b64decode(value, validate=True)
         except (binascii.Error, ValueError):
-            pass
-    raise InputError(f"a row of {folder} has no image that can be read, but {str(value)[:40]!r}")
+            content = b""
+        # a name may look like base64, too
+        named = len(value) < LONGEST_NAME and (root.folder / value).is_file()
+        if named or not content:
+            path = root.path(value[:LONGEST_NAME])
+            content = path.read_bytes() if named else b""
+        if content:
+            return content
+    raise InputError(
+        f"a row of {root.folder} has no image that can be read, but {str(value)[:40]!r}"
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vlm_prune.benchmarks.experiments.iit.files import SUFFIXES, Row, rows
 from vlm_prune.vlm.common.errors import InputError, first_line
+from vlm_prune.vlm.common.paths import DataRoot
 from vlm_prune.vlm.common.registry import Registry
 
 LETTERS = "ABCDEFGHIJ"
@@ -15,7 +16,10 @@ LETTERS = "ABCDEFGHIJ"
 
 @dataclass(frozen=True)
 class Item:
-    """One multiple-choice question; `place` is its file and row, where its image is, if any."""
+    """One multiple-choice question; `place` is its file and row, where its image is, if any.
+
+    `root` is the file's folder, from which the row's own names start.
+    """
 
     source: str
     subject: str
@@ -24,6 +28,7 @@ class Item:
     answer: str
     visual: bool
     place: tuple[Path, int]
+    root: DataRoot
 
 
 Parsed = tuple[str, str, list[str], str]
@@ -122,22 +127,34 @@ SOURCES: Registry[Source] = Registry(
 )
 
 
-def files_of(name: str, where: str | None) -> list[Path]:
-    """A source's test files: a file, a folder of a local copy, or a hub name (by default its own).
+def files_of(
+    name: str, where: str | None, allow_outside: bool = False
+) -> list[tuple[Path, DataRoot]]:
+    """A source's test files, each with its folder as the root of what its rows name.
+
+    Args:
+        name: of the source.
+        where: a file, a folder of a local copy, or a hub name; None is the source's own.
+        allow_outside: whether files and rows may lead out of that folder.
 
     Raises:
-        InputError: if there are none.
+        InputError: if there are none, or one leads out of the folder.
     """
     source = SOURCES[name]
     path = Path(where) if where else Path(source.hub)
     if path.is_file():
-        return [path]
+        return [(path, DataRoot(path.parent, allow_outside))]
+    top = path
     if not path.is_dir():
         path = _download(where or source.hub, source)
+        top = path.parents[1]  # the Hub's cache links into another folder of the same data set
+    root = DataRoot(path, allow_outside, top)
     for pattern in (*source.files, "**/*"):
         found = sorted(p for p in path.glob(pattern) if p.suffix in SUFFIXES and p.is_file())
         if found:
-            return found
+            for file in found:
+                root.path(file.relative_to(path))
+            return [(p, root.below(str(p.parent.relative_to(path)))) for p in found]
     raise InputError(f"{path} holds no {', '.join(SUFFIXES)} file for {name}")
 
 
@@ -153,14 +170,19 @@ def _download(hub: str, source: Source) -> Path:
         ) from error
 
 
-def read_source(name: str, where: str | None = None) -> list[Item]:
+def read_source(name: str, where: str | None = None, allow_outside: bool = False) -> list[Item]:
     """All questions of a source that have one right letter and, if visual, one image.
 
+    Args:
+        name: of the source.
+        where: a file, a folder of a local copy, or a hub name; None is the source's own.
+        allow_outside: whether files and rows may lead out of that folder.
+
     Raises:
-        InputError: if its files are missing or in another format.
+        InputError: if its files are missing, in another format, or lead out of their folder.
     """
     source, items = SOURCES[name], []
-    for path in files_of(name, where):
+    for path, root in files_of(name, where, allow_outside):
         for number, row in enumerate(rows(path, images=False)):
             try:
                 parsed = source.parse(row)
@@ -176,7 +198,7 @@ def read_source(name: str, where: str | None = None) -> list[Item]:
                 items.append(
                     Item(
                         name, subject, question.strip(), tuple(map(str, options)), answer,
-                        source.visual, (path, number),
+                        source.visual, (path, number), root,
                     )
                 )  # fmt: skip
     if not items:

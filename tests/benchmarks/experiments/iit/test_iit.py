@@ -12,9 +12,11 @@ from PIL import Image
 
 from vlm_prune.benchmarks.experiments.iit.build import build, conversations, group_of
 from vlm_prune.benchmarks.experiments.iit.evaluate import evaluate, letter_of, read
+from vlm_prune.benchmarks.experiments.iit.files import image_bytes
 from vlm_prune.benchmarks.experiments.iit.sources import SOURCES, read_source
 from vlm_prune.benchmarks.tasks.iit import SETTINGS
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.paths import DataRoot
 
 TOPICS = ("planets orbit the sun", "plants make sugar", "magnets attract iron", "ice melts")
 
@@ -255,3 +257,77 @@ def test_wrong_input_is_named(copies, tmp_path):
         build(tmp_path / "out", {"ai2d": copies["ai2d"]})
     with pytest.raises(InputError, match="cannot read conversations"):
         read(tmp_path / "empty")
+
+
+LINE = {
+    "id": "V/0000",
+    "setting": "V",
+    "turns": [{"question": "What?", "options": ["a", "b"], "answer": "A", "image": "images/a.png"}],
+}
+
+
+def written(folder, *lines):
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8)).save(folder / "images" / "a.png")
+    (folder / "iit.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "holds no conversations; build them"),
+        ("\n\n", "holds no conversations; build them"),
+        ("{}", r"iit.jsonl:1 is no conversation: KeyError 'setting'"),
+        ("null", "is no conversation: TypeError"),
+        (json.dumps(LINE | {"turns": []}), "is no conversation: IndexError"),
+        (json.dumps(LINE | {"setting": "W"}), "its setting 'W' is none of T; T,T"),
+        ("[" * 100_000, "is no conversation"),
+        ("{", "is no conversation"),
+    ],
+)
+def test_files_without_conversations_are_named(line, message, tmp_path):
+    """An empty file had no accuracy at all, and ended well."""
+    with pytest.raises(InputError, match=message) as caught:
+        evaluate(None, None, written(tmp_path / "iit", line), tmp_path / "out")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_conversations_name_images_of_their_folder(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    for name in ("../secret.png", str(tmp_path / "secret.png"), "http://127.0.0.1:9/a.png"):
+        turns = [LINE["turns"][0] | {"image": name}]
+        folder = written(tmp_path / "iit", json.dumps(LINE | {"turns": turns}))
+        with pytest.raises(InputError, match=r"iit.jsonl:1 .*(leads out of|nothing is downloaded)"):
+            read(folder)
+        if "://" not in name:
+            (sample,) = read(DataRoot(folder, allow_outside=True))
+            assert len(sample.images) == 1
+
+
+def test_sources_name_images_of_their_folder(tmp_path):
+    copy = tmp_path / "copy"
+    for folder in ("images", "dev"):
+        (copy / folder).mkdir(parents=True)
+    for path in (tmp_path / "secret.png", copy / "images" / "a.png", copy / "AAAA"):
+        Image.new("RGB", (8, 8)).save(path, "PNG")
+    content = (copy / "images" / "a.png").read_bytes()
+    root = DataRoot(copy / "dev", top=copy)
+    for cell in ("../images/a.png", "../AAAA", {"path": "../images/a.png"}):
+        assert image_bytes(cell, root) == content
+    encoded = base64.b64encode(content).decode()
+    assert image_bytes(encoded, root) == image_bytes([{"bytes": content}], root) == content
+    for cell in ("../../secret.png", str(tmp_path / "secret.png"), "http://127.0.0.1:9/a.png"):
+        with pytest.raises(InputError, match="leads out of|nothing is downloaded"):
+            image_bytes(cell, root)
+    assert image_bytes("../../secret.png", DataRoot(copy / "dev", True, copy)) == content
+
+
+def test_special_tokens_in_conversations_are_text(llava, processor, tmp_path):
+    turns = [
+        {"question": "What <image> is </s>?", "options": ["<image>", "b"], "answer": "A", "image": None},
+        LINE["turns"][0] | {"question": "And <image>?"},
+    ]  # fmt: skip
+    folder = written(tmp_path / "iit", json.dumps(LINE | {"setting": "T,V", "turns": turns}))
+    results = evaluate(llava, processor, folder, tmp_path / "out", "gold")
+    assert results["settings"]["T,V"]["n"] == 1
