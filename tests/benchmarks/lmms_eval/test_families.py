@@ -38,7 +38,7 @@ def test_both_roads_give_the_same_accuracy(run, tiny, folder, tmp_path):
         assert found["results"][task]["exact_match,none"] == ours["tasks"][name]["accuracy"]
         for sample in found["samples"][task]:
             (reply,) = sample["filtered_resps"]
-                assert reply.strip() == said[f"{name}/{sample['doc_id']:06d}"]
+            assert reply.strip() == said[f"{name}/{sample['doc_id']:06d}"]
     (full,) = {tokens for row in rows for tokens in row["image_tokens"]}
     throughput = found["throughput"]
     assert throughput["avg_visual_tokens"] == full > 6
