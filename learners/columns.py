@@ -38,7 +38,14 @@ class Reader:
 
 
 def watch(attention: Any, kwargs: dict[str, Any], reader: Reader) -> dict[str, Any]:
-    """From a forward pre-hook of an attention module: have `reader.result` filled by this call."""
+    """Have `reader.result` filled by this call of an attention module; for its forward pre-hook,
+    which returns the keyword arguments that this returns.
+
+    Args:
+        attention: the module that is about to run.
+        kwargs: its keyword arguments.
+        reader: the columns to sum up.
+    """
     ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
     if attention.config._attn_implementation != NAME:
         routed = copy.copy(attention.config)
@@ -90,9 +97,14 @@ def _per_head(columns: Tensor, key: Tensor) -> Tensor:
 
 
 def weights_of_one(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Attention of one query, by groups of heads that share keys.
+    """Returns the attention weights of one query, by groups of heads that share keys, (B, G, H / G,
+    N).
 
-    Shapes: query (B, H, 1, d), key (B, G, N, d), mask (B, 1, 1, N) -> (B, G, H / G, N).
+    Args:
+        query: (B, H, 1, d), after the position rotation.
+        key: (B, G, N, d), likewise.
+        mask: (B, 1, 1, N), bool or additive; None sees all.
+        scaling: factor of the products.
     """
     scores = query.unflatten(1, (key.shape[1], -1)).squeeze(3) @ key.transpose(-1, -2) * scaling
     if mask is not None and mask.dtype == torch.bool:

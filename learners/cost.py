@@ -39,10 +39,15 @@ def router_flops(
     image_per_layer: list[float],
     rides: bool,
 ) -> float:
-    """FLOPs of the router's reading, as `columns` does it.
+    """Returns the FLOPs of one prefill that the router's reading takes, as `columns` does it.
 
-    Its columns widen the heads of the main attention where it `rides` along, on a CPU; on a GPU
-    it passes over queries and keys once more.
+    Args:
+        text_config: the language model's config.
+        config: the learners.
+        text: tokens that are not image tokens.
+        image_per_layer: image tokens each layer computes.
+        rides: whether the columns widen the heads of the main attention, as on a CPU; on a GPU the
+            router passes over queries and keys once more.
     """
     if not config.routed:
         return 0.0

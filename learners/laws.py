@@ -22,11 +22,15 @@ GROUPS = ("before", "itself", "after")
 
 
 def segments(is_image: Tensor, valid: Tensor, first_token: bool = True) -> Tensor:
-    """Indicator columns of the three groups; (B, N) -> (B, N, 3).
+    """Returns indicator columns of the three groups, (B, N, 3).
 
     With several images `before` ends at the first one and `after` starts behind the last; text
-    between them belongs to no group. Rows without an image are all zero. Without `first_token`
-    the first valid token is left out of `before`.
+    between them belongs to no group. Rows without an image are all zero.
+
+    Args:
+        is_image: which tokens are an image's, (B, N).
+        valid: which are no padding, (B, N).
+        first_token: whether the first valid token belongs to `before`.
     """
     image = is_image & valid
     seen = image.cumsum(1)

@@ -24,9 +24,15 @@ def rotated(heads: Tensor, rotary: Rotary) -> Tensor:
 def attend(
     query: Tensor, key: Tensor, value: Tensor, visible: Tensor, dropout: float = 0.0
 ) -> Tensor:
-    """Attention that gives zero, not a uniform mean, to a query with no visible key.
+    """Returns attention that gives zero, not a uniform mean, to a query with no visible key, (B, S,
+    H d).
 
-    Shapes: query (B, H, S, d), key and value (B, H, M, d), visible (B, S, M) -> (B, S, H d).
+    Args:
+        query: (B, H, S, d).
+        key: (B, H, M, d).
+        value: (B, H, M, d).
+        visible: which keys each query sees, (B, S, M).
+        dropout: of attention weights.
     """
     empty = ~visible.any(-1, keepdim=True)
     output = F.scaled_dot_product_attention(
@@ -38,7 +44,15 @@ def attend(
 def attend_runs(
     query: Tensor, key: Tensor, value: Tensor, runs: tuple[Run, ...], dropout: float = 0.0
 ) -> Tensor:
-    """`attend`, run by run without the keys that a run does not see; shapes as there."""
+    """Returns what `attend` does, run by run without the keys that a run does not see.
+
+    Args:
+        query: (B, H, S, d).
+        key: (B, H, M, d).
+        value: (B, H, M, d).
+        runs: what each run of queries sees; together they are all S queries.
+        dropout: of attention weights.
+    """
     outputs = []
     for start, stop, before, own in runs:
         part, seen = query[:, :, start:stop], before + (stop - start if own else 0)
@@ -61,13 +75,19 @@ def attend_runs(
 def attend_one(
     query: Tensor, key: Tensor, features: Tensor, inner: Tensor, up: Tensor, visible: Tensor | None
 ) -> Tensor:
-    """One query per row, with values x + u W_b that are never written out.
+    """Returns the attention (B, 1, H d) of one query per row, with values x + u W_b that are never
+    written out.
 
     A weighted mean of values is that of x plus that of u, mapped: the wide x are the same in all
     layers, so that a layer reads its keys and the narrow u.
 
-    Shapes: query (B, H, 1, d), key and features (B, H, M, d), inner u (B, M, rank), up W_b^T
-    (H d, rank), visible (B, 1, M) or None for all -> (B, 1, H d).
+    Args:
+        query: (B, H, 1, d).
+        key: (B, H, M, d).
+        features: x, (B, H, M, d).
+        inner: u, (B, M, rank).
+        up: W_b^T, (H d, rank).
+        visible: which keys the query sees, (B, 1, M); None for all.
     """
     mask = None if visible is None else visible[:, None]
     weights = weights_of_one(query, key, mask, query.shape[-1] ** -0.5)
@@ -79,7 +99,14 @@ def attend_one(
 
 
 class LowRank(nn.Module):
-    """x -> x W_a W_b with W_a (D, rank) Gaussian and W_b (rank, D) zero, so that it starts at 0."""
+    """Map x to x W_a W_b with W_a (D, rank) Gaussian and W_b (rank, D) zero, so that it starts at
+    0.
+
+    Args:
+        width: D.
+        rank: inner width.
+        generator: draws the initial weights.
+    """
 
     def __init__(self, width: int, rank: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -138,10 +165,15 @@ class LoRRA(nn.Module):
         weight: Tensor | float,
         total: Tensor,
     ) -> Tensor:
-        """`total` plus `weight` times what the learner says.
+        """Returns `total` plus `weight` times the learner's attention, (B, S, D).
 
-        Shapes: hidden and total (B, S, D), `rotary` cos and sin (B or 1, S, head_dim), weight
-        (B, S, 1) -> (B, S, D).
+        Args:
+            hidden: the layer's input, (B, S, D).
+            keys: the modality's tokens.
+            rotary: cos and sin of the queries, (B or 1, S, head_dim); None for no position
+                rotation.
+            weight: of the learner, (B, S, 1) or one for all.
+            total: what the learner is added to, (B, S, D).
         """
         attended = self._attended(hidden, keys, rotary)
         return self.output.onto(total, self.output.down(attended) * weight)

@@ -17,6 +17,11 @@ def merge(base: Any, tuned: Any, alpha: float) -> None:
 
     Needs no training, and rescues a model that has been tuned already; sweep `alpha` over [0, 1].
 
+    Args:
+        base: the model before tuning.
+        tuned: the tuned model, which is changed.
+        alpha: share of the tuning that stays, in [0, 1].
+
     Raises:
         InputError: if `alpha` is out of range, or the two language models differ in shape.
     """
@@ -43,8 +48,11 @@ def _check(alpha: float) -> None:
 def sweep(base: str, tuned: str, output: Path, alphas: Sequence[float]) -> list[Path]:
     """Write one checkpoint of a tuned model for each alpha; returns their folders.
 
-    Raises:
-        InputError: if an alpha is out of range, or the two language models differ in shape.
+    Args:
+        base: folder or name of the checkpoint before tuning.
+        tuned: folder or name of the tuned checkpoint.
+        output: folder that gets a folder for each alpha.
+        alphas: as for `merge`.
     """
     for alpha in alphas:
         _check(alpha)

@@ -23,7 +23,14 @@ from vlm_prune.vlm.families import family_of
 
 
 class WingsLayer(nn.Module):
-    """The learners and the router of one decoder layer."""
+    """The learners and the router of one decoder layer.
+
+    Args:
+        config: which learners, and their hyperparameters.
+        decoder: the language model's decoder, for its widths.
+        head_dim: width of one head.
+        generator: draws the initial weights.
+    """
 
     def __init__(
         self, config: WingsConfig, decoder: Any, head_dim: int, generator: torch.Generator
@@ -49,10 +56,15 @@ class WingsLayer(nn.Module):
     def forward(
         self, main: Tensor, hidden: Tensor, tokens: Tokens, rotary: Rotary, read: Tensor | None
     ) -> Tensor:
-        """The main attention's output with what the learners add.
+        """Returns the main attention's output with what the learners add, (B, S, D).
 
-        Shapes: main and hidden (B, S, D), rotary (B or 1, S, head_dim), `read` what the main
-        attention made of the router's columns (B, S, learners) -> (B, S, D).
+        Args:
+            main: the main attention's output, (B, S, D).
+            hidden: the layer's input, (B, S, D).
+            tokens: what the learners attend to.
+            rotary: cos and sin of the queries, (B or 1, S, head_dim).
+            read: what the main attention made of the router's columns, (B, S, learners); None
+                without a router.
         """
         turn = rotary if self.config.rope else None
         weights: tuple[Any, ...] = (self.config.scale,) * len(self.learners)

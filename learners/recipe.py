@@ -124,6 +124,11 @@ def open_parameters(model: Any, method: Method, stage: int) -> dict[Group, list[
 
     The language model opens as a whole: layers, embeddings, norms and head. LoRA weights must be
     in place already, learners too. The vision tower never trains.
+
+    Args:
+        model: with its LoRA weights or learners in place.
+        method: what is trained.
+        stage: 1 or 2.
     """
     family = family_of(model)
     for parameter in model.parameters():
@@ -164,7 +169,15 @@ def open_parameters(model: Any, method: Method, stage: int) -> dict[Group, list[
 def make_optimizer(
     groups: dict[Group, list[nn.Parameter]], recipe: Recipe, steps: int, done: int = 0
 ) -> tuple[torch.optim.AdamW, Any]:
-    """AdamW with each group's own rate, and a cosine schedule over `steps` as it is after `done`."""
+    """Returns AdamW with each group's own rate, and a cosine schedule over `steps` as it is after
+    `done`.
+
+    Args:
+        groups: parameters by learning-rate group.
+        recipe: the stage's hyperparameters.
+        steps: of the whole training.
+        done: of them before this optimizer was made.
+    """
     rates = {
         "projector": recipe.projector_lr,
         "learners": recipe.learner_lr,

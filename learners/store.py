@@ -111,6 +111,12 @@ def load_adapter_state(model: Any, weights: dict[str, Tensor], strict: bool = Tr
 
     Not `strict`, learners without weights keep theirs: so stage 2 takes over stage 1's.
 
+    Args:
+        model: with learners.
+        weights: tensors by the names that `adapter_state` gives.
+        strict: whether every learner's weights must be there; otherwise learners without weights
+            keep theirs, so that stage 2 takes over stage 1's.
+
     Raises:
         InputError: if names or shapes do not fit.
     """

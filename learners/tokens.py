@@ -95,7 +95,13 @@ class Keys(NamedTuple):
 
 
 def keys_of(is_image: Tensor, valid: Tensor, config: WingsConfig) -> dict[Modality, Tensor]:
-    """Which tokens each learner attends to; all shapes (B, N)."""
+    """Returns which tokens each learner attends to, (B, N) each.
+
+    Args:
+        is_image: which tokens are an image's, (B, N).
+        valid: which are no padding, (B, N).
+        config: the learners.
+    """
     image, text = is_image & valid, ~is_image & valid
     if config.images == "first":
         before = torch.nn.functional.pad(image[:, :-1], (1, 0))
@@ -181,10 +187,12 @@ class Tokens:
         )
 
     def select_tokens(self, columns: Tensor, valid: Tensor, positions: Tensor) -> "Tokens":
-        """The tokens that layers after a cut see; `columns` (B, L) point into these N.
+        """Returns the tokens that layers after a cut see.
 
-        Raises:
-            InputError: for packed rows.
+        Args:
+            columns: token indices among these N, (B, L).
+            valid: which of them are no padding, (B, L).
+            positions: of the tokens selected, (B, L).
         """
         if self.seen is not None:
             raise InputError("packed rows cannot be pruned in the stack; give a 2D attention mask")
@@ -246,6 +254,12 @@ def remember(
     """Append new tokens' features (B, S, D) and facts (B, S, 3) to a cache; returns all so far.
 
     With them comes what the learners made of earlier tokens, where no gradient needs it anew.
+
+    Args:
+        cache: the model's cache.
+        depth: decoder layers, which come before the layer that is added here.
+        features: new tokens' input features, (B, S, D).
+        facts: for each of them its image flag, validity and position, (B, S, 3).
 
     Raises:
         InputError: when the cache was filled without the learners.

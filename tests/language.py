@@ -65,6 +65,7 @@ def undocumented(*folders: str) -> list[Found]:
     everything = source(*PACKAGES)
     documented = [f for f in everything if "Args:" in (ast.get_docstring(f.node) or "")]
     described = {f.node.name for f in documented if "." in f.name}
+    classes = {(f.path, f.name) for f in documented if isinstance(f.node, ast.ClassDef)}
     operations = {(f.path.parent, f.name) for f in documented if f.path.name == "op.py"}
     return [
         found
@@ -74,6 +75,7 @@ def undocumented(*folders: str) -> list[Found]:
         and len(arguments(found.node)) >= FROM_ARGUMENTS
         and "Args:" not in (ast.get_docstring(found.node) or "")
         and not ("." in found.name and found.node.name in described)
+        and (found.path, found.name.removesuffix(".__init__")) not in classes
         and (found.path.parent, found.name) not in operations
         and not any(decorator(d) in ("overload", "triton.jit") for d in found.node.decorator_list)
         and not all(carries_help(argument) for argument in arguments(found.node))
