@@ -12,7 +12,7 @@ from vlm_prune.learners.model import wings_layers
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import Registry
 from vlm_prune.vlm.families import family_of
-from vlm_prune.vlm.tokens import Projector
+from vlm_prune.vlm.projector import Projector
 
 Group = Literal["projector", "learners", "language"]
 
@@ -137,11 +137,7 @@ def open_parameters(model: Any, method: Method, stage: int) -> dict[Group, list[
     if not isinstance(projector, Projector):
         raise InputError("training needs a projector of two layers, as LLaVA has")
     groups: dict[Group, list[nn.Parameter]] = {
-        "projector": [
-            weight
-            for weight in (projector.w1, projector.b1, projector.w2, projector.b2)
-            if isinstance(weight, nn.Parameter)
-        ],
+        "projector": projector.parameters(),
         "learners": [],
         "language": [],
     }

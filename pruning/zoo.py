@@ -1,20 +1,20 @@
 """ZOO-Prune: keep tokens to which the projector is sensitive, and that differ from each other."""
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from vlm_prune.kernels.token_sensitivity import closed_form, monte_carlo, weight_kernel, weight_root
 from vlm_prune.pruning.base import Stage, VisionPruner
 from vlm_prune.pruning.select import diverse, min_max
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import Need
-from vlm_prune.vlm.tokens import Kept, Projector, VisionTokens, top
+from vlm_prune.vlm.projector import Projector, Weights
+from vlm_prune.vlm.tokens import Kept, VisionTokens, top
 
 Combine = Literal["product", "sensitivity", "diversity"]
 
@@ -51,14 +51,16 @@ class Zoo(VisionPruner):
     def needs(self) -> frozenset[Need]:
         return frozenset({"a two-layer projector"} if self.combine != "diversity" else ())
 
+    @torch.no_grad()
     def sensitivity(self, vision: VisionTokens) -> Tensor:
         """(M, N), the mean change of the output along random directions."""
         width = vision.features.shape[-1]
         generator = torch.Generator().manual_seed(self.seed)
         bank = torch.randn(self.directions, width, generator=generator)
         bank = (bank / bank.norm(dim=1, keepdim=True)).to(vision.features.device)
-        w = two_layers(vision)
-        return monte_carlo(vision.features, w.w1, w.b1, w.act, root_of(w), bank, self.step)
+        projector = two_layers(vision)
+        w = projector.weights(vision.features)
+        return monte_carlo(vision.features, w.w1, w.b1, projector.act, root_of(w), bank, self.step)
 
     def reduce(self, vision: VisionTokens) -> Kept:
         k, features = self.count(vision), vision.projected
@@ -72,7 +74,7 @@ class Zoo(VisionPruner):
 
 
 def two_layers(vision: VisionTokens) -> Projector:
-    """The projector's weights; a linear one would make all tokens equally sensitive.
+    """Returns the projector; a linear one would make all tokens equally sensitive.
 
     Raises:
         InputError: when it has no two layers.
@@ -93,30 +95,28 @@ class ZooExact(Zoo):
 
     paper: ClassVar[str] = ""
 
+    @torch.no_grad()
     def sensitivity(self, vision: VisionTokens) -> Tensor:
-        w = two_layers(vision)
-        return closed_form(vision.features, w.w1, w.b1, w.act, kernel_of(w))
+        projector = two_layers(vision)
+        w = projector.weights(vision.features)
+        return closed_form(vision.features, w.w1, w.b1, projector.act, kernel_of(w))
 
 
-class PerProjector:
-    """What is made of a projector's weights, again only when they are others or have changed.
+class PerWeights:
+    """What is made of a projector's weights, once for each.
 
     It outlives the method, which a cascade makes anew for each prompt, but not the weights.
     """
 
-    def __init__(self, make: Callable[[Projector], Tensor]) -> None:
+    def __init__(self, make: Callable[[Weights], Tensor]) -> None:
         self.make = make
-        self.made = WeakIdKeyDictionary()
+        self.results: WeakKeyDictionary[Weights, Tensor] = WeakKeyDictionary()
 
-    def __call__(self, projector: Projector) -> Tensor:
-        one, two = projector.w1, projector.w2
-        versions = [0 if weight.is_inference() else weight._version for weight in (one, two)]
-        made = self.made.get(two)
-        if made is None or made[0]() is not one or made[1] != versions:
-            made = self.made[two] = (weakref.ref(one), versions, self.make(projector))
-        tensor: Tensor = made[2]
-        return tensor
+    def __call__(self, weights: Weights) -> Tensor:
+        if weights not in self.results:
+            self.results[weights] = self.make(weights)
+        return self.results[weights]
 
 
-root_of = PerProjector(lambda projector: weight_root(projector.w2))
-kernel_of = PerProjector(lambda projector: weight_kernel(projector.w1, projector.w2))
+root_of = PerWeights(lambda weights: weight_root(weights.w2))
+kernel_of = PerWeights(lambda weights: weight_kernel(weights.w1, weights.w2))

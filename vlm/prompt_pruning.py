@@ -102,7 +102,7 @@ def pruned(
         inputs = {name: value for name, value in inputs.items() if value is not None}
         images = vision
         if "pixel_values" in inputs:
-            with measured(VISION, model.device, trace):
+            with measured(VISION, family.device, trace):
                 seen = inputs["pixel_values"] if pixels is None else pixels(inputs["pixel_values"])
                 images = family.encode(**(inputs | {"pixel_values": seen, "input_ids": input_ids}))
         assert images is not None
@@ -119,7 +119,7 @@ def pruned(
         def reduced(group: Group) -> Kept:
             return reduce(replace(group.tokens, question=partial(questions, group.members)))
 
-        with measured(SELECTION, model.device, trace):
+        with measured(SELECTION, family.device, trace):
             kept, deepstack = images.reduce(reduced)
             places = on_host(kept.indices)
         trace.kept = trace.entered = places

@@ -5,24 +5,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from vlm_prune.vlm.common.errors import InputError
-
-
-@dataclass(frozen=True)
-class Projector:
-    """A two-layer MLP projector: W1 (h, d_v), b1 (h,), activation, W2 (d_l, h), b2 (d_l,)."""
-
-    w1: Tensor
-    b1: Tensor | None
-    act: Callable[[Tensor], Tensor]
-    w2: Tensor
-    b2: Tensor | None
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """(..., d_v) -> (..., d_l)."""
-        return linear(self.act(linear(features, self.w1, self.b1)), self.w2, self.b2)
+from vlm_prune.vlm.projector import Projector
 
 
 def as_is(values: Tensor) -> Tensor:
@@ -56,7 +41,7 @@ class VisionTokens:
     projected: Tensor
     grids: tuple[tuple[int, int], ...]
     seeds: tuple[int, ...]
-    projector: Callable[[Tensor], Tensor]
+    projector: Projector | Callable[[Tensor], Tensor]
     query_key: Callable[[], tuple[Tensor, Tensor]] = field(repr=False)
     question: Callable[[], tuple[Tensor, ...]] = field(default=tuple, repr=False)
     has_cls: bool = True

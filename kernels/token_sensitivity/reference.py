@@ -16,7 +16,8 @@ def pre_activation(features: Tensor, w1: Tensor, b1: Tensor | None) -> Tensor:
         w1: its weights (h, d_v).
         b1: its bias (h,), or None.
     """
-    before = at_least_fp32(features) @ at_least_fp32(w1).T
+    dtype = torch.promote_types(at_least_fp32(features).dtype, at_least_fp32(w1).dtype)
+    before = features.to(dtype) @ w1.to(dtype).T
     return before if b1 is None else before + b1
 
 

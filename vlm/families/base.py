@@ -3,9 +3,11 @@
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -23,8 +25,41 @@ def seed_of(pixels: Tensor) -> int:
 
 
 def matrices(module: nn.Module) -> int:
-    """Weights of a module's matrix products."""
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
+    """Returns the weights of a module's matrix products, however they are stored."""
+    total = 0
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            total += part.in_features * part.out_features
+        else:
+            total += sum(own.numel() for own in part.parameters(recurse=False) if own.ndim > 1)
+    return total
+
+
+def compute_device(model: Any) -> torch.device:
+    """Returns where a model computes. Weights that accelerate has offloaded are on no device: its
+    hooks bring them to theirs.
+    """
+    if model.device.type == "meta":
+        for module in model.modules():
+            hook = getattr(module, "_hf_hook", None)
+            for part in (hook, *getattr(hook, "hooks", ())):
+                if getattr(part, "execution_device", None) is not None:
+                    return torch.device(part.execution_device)
+    device: torch.device = model.device
+    return device
+
+
+def loaded(module: nn.Module) -> AbstractContextManager[None]:
+    """Bring a module's own parameters to where it computes, if accelerate has offloaded them.
+
+    Its hooks do so for a module that is called, not for one whose parameters are read.
+    """
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    context: AbstractContextManager[None] = align_module_device(module)
+    return context
 
 
 @dataclass(frozen=True)
@@ -45,6 +80,11 @@ class Family(ABC):
     mrope: ClassVar[bool] = False
     by_row: ClassVar[bool] = False
     tower_prefix: ClassVar[int] = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return compute_device(self.model)
 
     @property
     def fixed_size(self) -> bool:
@@ -80,6 +120,12 @@ class Family(ABC):
     @abstractmethod
     def projector(self) -> Callable[[Tensor], Tensor]:
         """From `VisionTokens.features` to `.projected`."""
+
+    def image_features(self, pixel_values: Tensor, **inputs: Any) -> Any:
+        """Returns what the model's method of that name does, which no hook on its forward sees."""
+        module: Any = self.multimodal
+        with loaded(module):
+            return module.get_image_features(pixel_values, **inputs)
 
     @abstractmethod
     def encode(self, pixel_values: Tensor, **inputs: Tensor) -> Images:

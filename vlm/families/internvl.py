@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.families.tiled import Tiled
 from vlm_prune.vlm.layout import image_runs
-from vlm_prune.vlm.tokens import Projector
+from vlm_prune.vlm.projector import Projector
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ class InternVL(Tiled):
     @property
     def projector(self) -> Projector:
         module = self.model.model.multi_modal_projector
-        one, two = module.linear_1, module.linear_2
-        return Projector(one.weight, one.bias, module.act, two.weight, two.bias)
+        return Projector(module.linear_1, module.act, module.linear_2)
 
     def sizes(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> list[int]:
         return [length for _, _, length in image_runs(input_ids == self.image_token)]
@@ -53,8 +52,8 @@ class InternVL(Tiled):
     def encode(self, pixel_values: Tensor, **inputs: Tensor) -> Images:
         """Run tower and projector on (T, 3, H, W) tiles; needs `input_ids`."""
         config, model = self.model.config, self.model.model
-        output = model.get_image_features(
-            pixel_values.to(self.model.device), output_hidden_states=True, return_dict=True
+        output = self.image_features(
+            pixel_values.to(self.device), output_hidden_states=True, return_dict=True
         )
         states, layer = output.hidden_states, config.vision_feature_layer
         first = 1 if config.vision_feature_select_strategy == "default" else 0

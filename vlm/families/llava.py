@@ -3,6 +3,7 @@
 The tower's attention is that of the layer whose output the projector gets, the last but one.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from vlm_prune.vlm.attention import encoder_query_key
 from vlm_prune.vlm.encoded import Group, Images
-from vlm_prune.vlm.families.base import Family, seed_of
-from vlm_prune.vlm.tokens import Projector, VisionTokens
+from vlm_prune.vlm.families.base import Family, loaded, seed_of
+from vlm_prune.vlm.projector import Projector
+from vlm_prune.vlm.tokens import VisionTokens
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,16 @@ class Llava(Family):
         config = self.model.config
         size, patch = config.vision_config.image_size, config.vision_config.patch_size
         resized = tuple(pixel_values.shape[-2:]) != (size, size)
-        output = self.model.model.get_image_features(
-            pixel_values.to(self.model.device, self.model.dtype),
-            output_hidden_states=True,
-            return_dict=True,
-            **({"interpolate_pos_encoding": True} if resized else {}),
-        )
+        tower = self.model.model.vision_tower
+        table = getattr(tower, "vision_model", tower).embeddings.position_embedding
+        # a table that is interpolated is read, not called
+        with loaded(table) if resized else nullcontext():
+            output = self.image_features(
+                pixel_values.to(self.device, self.model.dtype),
+                output_hidden_states=True,
+                return_dict=True,
+                **({"interpolate_pos_encoding": True} if resized else {}),
+            )
         states, first = output.hidden_states, self.prefix
         tokens = VisionTokens(
             features=states[config.vision_feature_layer][:, first:],
@@ -78,5 +84,4 @@ class Llava(Family):
     @property
     def projector(self) -> Projector:
         module = self.model.model.multi_modal_projector
-        one, two = module.linear_1, module.linear_2
-        return Projector(one.weight, one.bias, module.act, two.weight, two.bias)
+        return Projector(module.linear_1, module.act, module.linear_2)

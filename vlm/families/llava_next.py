@@ -45,7 +45,7 @@ class LlavaNext(Llava):
 
     def features(self, pixels: Tensor, inputs: Mapping[str, Any]) -> Any:
         """Output of tower and projector, all states included."""
-        return self.model.model.get_image_features(
+        return self.image_features(
             pixels, image_sizes=inputs["image_sizes"], output_hidden_states=True, return_dict=True
         )
 
@@ -61,8 +61,8 @@ class LlavaNext(Llava):
         return tokens
 
     def is_newline(self, packing: Packing, tiles: int) -> Tensor:
-        """Which placeholders of an image of that many tiles are newlines, (n,)."""
-        patches = torch.zeros(tiles, self.tokens_per_image, 1, device=self.model.device)
+        """Which placeholders of an image of that many tiles are newlines, (n,), on the host."""
+        patches = torch.zeros(tiles, self.tokens_per_image, 1)
         return packing(patches, patches.new_ones(1))[:, 0] > 0
 
     def sizes(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> list[int]:
@@ -78,7 +78,7 @@ class LlavaNext(Llava):
         Bilinear shrinking, where the model does it, is applied to features and attention alike.
         """
         tiles, sizes = self.tiles(inputs), inputs["image_sizes"]
-        pixels = pixel_values.to(self.model.device, self.model.dtype)
+        pixels = pixel_values.to(self.device, self.model.dtype)
         output = self.features(pixels, inputs)
         states, first = output.hidden_states, self.prefix
         layer = states[self.model.config.vision_feature_layer][:, first:].split(tiles)
@@ -88,7 +88,7 @@ class LlavaNext(Llava):
             count = tiles[members[0]]
             packing = partial(self.pack, sizes[members[0]])
             rows = [starts[i] + t for i in members for t in range(count)]
-            newline = self.is_newline(packing, count)
+            newline = self.is_newline(packing, count).to(output.pooler_output[0].device)
             whole = torch.stack([output.pooler_output[i] for i in members])
 
             pool = partial(self.pool, packing, count)

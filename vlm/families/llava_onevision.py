@@ -32,7 +32,7 @@ class LlavaOneVision(LlavaNext):
         return [count if single else 1 for count, single in zip(tiled, alone, strict=True)]
 
     def features(self, pixels: Tensor, inputs: Mapping[str, Any]) -> Any:
-        return self.model.model.get_image_features(
+        return self.image_features(
             pixels,
             image_sizes=inputs["image_sizes"],
             batch_num_images=inputs.get("batch_num_images"),

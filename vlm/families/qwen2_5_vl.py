@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu
 from transformers.vision_utils import get_vision_window_index
 
 from vlm_prune.vlm.common.errors import InputError
@@ -22,7 +21,8 @@ from vlm_prune.vlm.cost import tower_flops
 from vlm_prune.vlm.encoded import Group, Images
 from vlm_prune.vlm.families.base import Family, Need, matrices, seed_of
 from vlm_prune.vlm.layout import alike
-from vlm_prune.vlm.tokens import Projector, VisionTokens
+from vlm_prune.vlm.projector import Projector
+from vlm_prune.vlm.tokens import VisionTokens
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ class Qwen25VL(Family):
 
     @property
     def projector(self) -> Projector:
-        one, _, two = self.tower.merger.mlp
-        return Projector(one.weight, one.bias, gelu, two.weight, two.bias)
+        return Projector(*self.tower.merger.mlp)
 
     def normed(self, hidden: Tensor) -> Tensor:
         """What the projector reads of the last layer's output."""
@@ -69,7 +68,7 @@ class Qwen25VL(Family):
     @torch.no_grad()
     def encode(self, pixel_values: Tensor, **inputs: Tensor) -> Images:
         """Run tower and merger on flattened patches (P, c) of images `image_grid_thw` (M, 3)."""
-        grid = inputs["image_grid_thw"].to(self.model.device)
+        grid = inputs["image_grid_thw"].to(self.device)
         seen: dict[str, Any] = {}
 
         def note(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -77,8 +76,8 @@ class Qwen25VL(Family):
 
         hook = self.tower_layers[-1].register_forward_pre_hook(note, with_kwargs=True)
         try:
-            output = self.model.model.get_image_features(
-                pixel_values.to(self.model.device), image_grid_thw=grid, return_dict=True
+            output = self.image_features(
+                pixel_values.to(self.device), image_grid_thw=grid, return_dict=True
             )
         finally:
             hook.remove()

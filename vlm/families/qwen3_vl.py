@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.nn.functional import gelu
 
 from vlm_prune.vlm.families.qwen2_5_vl import Qwen25VL
-from vlm_prune.vlm.tokens import Projector
+from vlm_prune.vlm.projector import Projector
 
 
 @dataclass(frozen=True)
@@ -22,8 +21,8 @@ class Qwen3VL(Qwen25VL):
 
     @property
     def projector(self) -> Projector:
-        one, two = self.tower.merger.linear_fc1, self.tower.merger.linear_fc2
-        return Projector(one.weight, one.bias, gelu, two.weight, two.bias)
+        merger = self.tower.merger
+        return Projector(merger.linear_fc1, merger.act_fn, merger.linear_fc2)
 
     def normed(self, hidden: Tensor) -> Tensor:
         normed: Tensor = self.tower.merger.norm(hidden)

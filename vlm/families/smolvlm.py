@@ -77,8 +77,8 @@ class SmolVLM(Tiled):
     @torch.no_grad()
     def encode(self, pixel_values: Tensor, **inputs: Tensor) -> Images:
         """Run tower and connector on (B, T, 3, H, W), rows padded with zeros; needs `input_ids`."""
-        output = self.model.model.get_image_features(
-            pixel_values.to(self.model.device),
+        output = self.image_features(
+            pixel_values.to(self.device),
             pixel_attention_mask=inputs.get("pixel_attention_mask"),
             output_hidden_states=True,
             return_dict=True,

@@ -10,10 +10,10 @@ from vllm.model_executor.models import llava
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vlm_prune.vlm.families.base import seed_of
+from vlm_prune.vlm.projector import Projector
 from vlm_prune.vlm.serving.model import PrunedModel
 from vlm_prune.vlm.serving.processing import PrunedProcessor
 from vlm_prune.vlm.serving.selection import Image, all_heads, two_layers, watching
-from vlm_prune.vlm.tokens import Projector
 
 
 class PrunedLlavaProcessor(PrunedProcessor, llava.LlavaMultiModalProcessor):

@@ -17,11 +17,11 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.utils import copy_mm_embedding_modality
 
 from vlm_prune.vlm.families.base import seed_of
+from vlm_prune.vlm.projector import Projector
 from vlm_prune.vlm.serving.model import PrunedModel
 from vlm_prune.vlm.serving.positions import CHANNELS, expanded, split_grid, with_grid
 from vlm_prune.vlm.serving.processing import PrunedProcessor
 from vlm_prune.vlm.serving.selection import Image, all_heads, two_layers, watching
-from vlm_prune.vlm.tokens import Projector
 
 
 class QwenTower(PrunedModel):

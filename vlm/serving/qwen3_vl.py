@@ -10,10 +10,10 @@ from torch.nn.functional import gelu
 from vllm.model_executor.models import qwen3_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from vlm_prune.vlm.projector import Projector
 from vlm_prune.vlm.serving.processing import PrunedProcessor
 from vlm_prune.vlm.serving.qwen2_5_vl import QwenTower
 from vlm_prune.vlm.serving.selection import two_layers
-from vlm_prune.vlm.tokens import Projector
 
 
 class PrunedQwen3VLProcessor(PrunedProcessor, qwen3_vl.Qwen3VLMultiModalProcessor):

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from vlm_prune.pruning.base import VisionPruner
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.layout import alike
+from vlm_prune.vlm.projector import Projector
 from vlm_prune.vlm.serving.settings import kept_tokens
-from vlm_prune.vlm.tokens import Projector, VisionTokens, as_is
+from vlm_prune.vlm.tokens import VisionTokens, as_is
 
 
 @dataclass
@@ -162,7 +163,7 @@ def weight_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 def two_layers(one: nn.Module, act: Callable[[Tensor], Tensor], two: nn.Module) -> Projector:
     """The projector that two linear layers of vLLM and the activation between them are."""
-    return Projector(*weight_of(one), act, *weight_of(two))
+    return Projector.of(*weight_of(one), act, *weight_of(two))
 
 
 def all_heads(tensor: Tensor, splits: int) -> Tensor:

@@ -12,7 +12,8 @@ from vlm_prune.pruning.base import VisionPruner
 from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import unknown
-from vlm_prune.vlm.tokens import Projector, VisionTokens
+from vlm_prune.vlm.projector import Projector
+from vlm_prune.vlm.tokens import VisionTokens
 
 KEY = "vlm_prune"
 ENVIRONMENT = "VLM_PRUNE"
@@ -123,7 +124,7 @@ def reads_question(pruner: VisionPruner) -> bool:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(1, 16, 4, generator=generator)
     heads = torch.randn(1, 2, 17, 4, generator=generator)
-    projector = Projector(torch.eye(4), None, torch.tanh, torch.eye(4), None)
+    projector = Projector.of(torch.eye(4), None, torch.tanh, torch.eye(4), None)
     probe = VisionTokens(
         features=features,
         projected=projector(features),
