@@ -83,7 +83,14 @@ class SplitAttention(nn.Module):
         self._fused = (fused,)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Shapes: query (M, L, d), key and value (M, S, d), mask (L, S) or (M*heads, L, S)."""
+        """Returns the attention's output, (M, L, d).
+
+        Args:
+            query: (M, L, d).
+            key: (M, S, d).
+            value: (M, S, d).
+            mask: (L, S) or (M * heads, L, S), bool (true hides) or additive; None shows all.
+        """
         q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
         q, k, v = (
             t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v)
@@ -122,6 +129,15 @@ class SplitMultihead(SplitAttention):
         need_weights: bool = False,
         attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
+        """Returns the output and no weights, as `nn.MultiheadAttention` does.
+
+        Args:
+            query: (M, L, d), or (L, M, d) unless the fused module has the batch first.
+            key: likewise with S tokens.
+            value: likewise with S tokens.
+            need_weights: ignored; no block of a CLIP reads them.
+            attn_mask: as for `attend`.
+        """
         if self._fused[0].batch_first:
             return self.attend(query, key, value, attn_mask), None
         query, key, value = (t.transpose(0, 1) for t in (query, key, value))

@@ -45,7 +45,14 @@ def cut_log(path: Path, before: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def save_state(output: Path, done: int, model: Tensors, method: Tensors) -> None:
-    """What a run needs after `done` tasks; removes what came before."""
+    """Write what a run needs after `done` tasks; removes what came before.
+
+    Args:
+        output: folder of the run.
+        done: tasks that are trained.
+        model: all tensors of the model by name.
+        method: what the method needs to go on.
+    """
 
     def fill(folder: Path) -> None:
         save_tensors(folder / "model.safetensors", model)
@@ -74,7 +81,16 @@ def load_state(output: Path, model: Tensors) -> tuple[int, Tensors]:
 def save_step(
     output: Path, done: int, step: int, trained: Tensors, optimizer: Any, method: Tensors
 ) -> None:
-    """What a run needs after `step` steps of the task after `done` others."""
+    """Write what a run needs after `step` steps of the task after `done` others.
+
+    Args:
+        output: folder of the run.
+        done: tasks that are trained.
+        step: steps taken in the present one.
+        trained: the tensors in training by name.
+        optimizer: whose moments are stored.
+        method: what the method needs to go on.
+    """
     moments = optimizer_tensors(optimizer)
 
     def fill(folder: Path) -> None:
@@ -89,6 +105,12 @@ def save_step(
 
 def load_step(output: Path, done: int, trained: Tensors, optimizer: Any) -> tuple[int, Tensors]:
     """Fill in the trained tensors and the optimizer; returns the steps taken, the method's tensors.
+
+    Args:
+        output: folder of the run.
+        done: tasks that are trained.
+        trained: the tensors in training by name, which are filled in.
+        optimizer: whose moments are filled in.
 
     Raises:
         InputError: if a file is damaged, of another run, or a pickle.

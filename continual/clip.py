@@ -76,10 +76,12 @@ class Clip:
 
     @property
     def hugging_face(self) -> bool:
+        """Returns whether the model is Hugging Face's."""
         return hasattr(self.model, "get_image_features")
 
     @property
     def device(self) -> torch.device:
+        """Returns the device of the weights."""
         device: torch.device = self.model.logit_scale.device
         return device
 
@@ -157,7 +159,13 @@ def _unit(output: Any) -> Tensor:
 
 
 def from_open_clip(model: Any, tokenize: Any, config: dict[str, Any] | None = None) -> Clip:
-    """Wrap an open_clip model; its transforms follow its `preprocess_cfg`."""
+    """Returns an open_clip model as a `Clip`; its transforms follow its `preprocess_cfg`.
+
+    Args:
+        model: open_clip's `CLIP` or `CustomTextCLIP`.
+        tokenize: its tokenizer.
+        config: open_clip's `model_cfg`, for `Clip.save`.
+    """
     transform = extra("open_clip.transform")
     settings = dict(getattr(model.visual, "preprocess_cfg", None) or {})
     size = settings.get("size") or model.visual.image_size

@@ -15,7 +15,13 @@ TextTerm = Literal["all", "present", "none"]
 
 
 def check_options(kind: type[Any], what: str, options: Mapping[str, Any]) -> None:
-    """Raise `InputError` for an option that a dataclass lacks, or whose value is of another kind."""
+    """Raise `InputError` for an option that a dataclass lacks, or whose value is of another kind.
+
+    Args:
+        kind: the dataclass.
+        what: what it describes, for the message.
+        options: values by field name.
+    """
     known = {f.name: f for f in fields(kind) if f.init}
     for option, value in options.items():
         if option not in known:
@@ -35,20 +41,40 @@ def _alike(value: Any, default: Any) -> bool:
 
 
 def above(field: str, value: float, least: float, strict: bool = False) -> None:
-    """Raise `InputError` unless `value` is at least (or, if strict, above) `least`."""
+    """Raise `InputError` unless `value` is at least (or, if strict, above) `least`.
+
+    Args:
+        field: name for the message.
+        value: what the user gave.
+        least: the bound.
+        strict: whether the bound itself is refused.
+    """
     if not isinstance(value, int | float) or not (value > least if strict else value >= least):
         bound = f"above {least:g}" if strict else f"{least:g} or more"
         raise InputError(f"{field} {value} is out of range; give {bound}")
 
 
 def within(field: str, value: float, low: float = 0.0, high: float = 1.0) -> None:
-    """Raise `InputError` unless `value` lies in [low, high]."""
+    """Raise `InputError` unless `value` lies in [low, high].
+
+    Args:
+        field: name for the message.
+        value: what the user gave.
+        low: the smallest value allowed.
+        high: the largest value allowed.
+    """
     if not low <= value <= high:
         raise InputError(f"{field} {value} is out of range; give {low:g} to {high:g}")
 
 
 def one_of(field: str, value: str, known: tuple[str, ...]) -> None:
-    """Raise `InputError`, with a suggestion, unless `value` is `known`."""
+    """Raise `InputError`, with a suggestion, unless `value` is `known`.
+
+    Args:
+        field: name for the message.
+        value: what the user gave.
+        known: the values allowed.
+    """
     if value not in known:
         raise InputError(unknown(field, value, known))
 
@@ -77,6 +103,7 @@ class Placement:
 
     @property
     def towers(self) -> tuple[Tower, ...]:
+        """Returns the towers that get adapters."""
         return ("vision", "text") if self.encoder == "all" else (self.encoder,)
 
 

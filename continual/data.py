@@ -20,7 +20,15 @@ Draw = tuple[int, int]  # index of an image, seed of its augmentation
 
 
 def plan(images: int, batch: int, steps: int, key: Sequence[int]) -> list[list[int]]:
-    """Indices of each step's images: reshuffled passes, of which the last batch may be smaller."""
+    """Returns the indices of each step's images: reshuffled passes, of which the last batch may be
+    smaller.
+
+    Args:
+        images: how many there are.
+        batch: images per step.
+        steps: how many to plan.
+        key: of the random generator; the same key gives the same plan.
+    """
     generator, batches = np.random.default_rng(list(key)), list[list[int]]()
     while len(batches) < steps:
         order = generator.permutation(images).tolist()
@@ -78,12 +86,19 @@ def train_batches(
     task: Task, clip: Clip, batches: list[list[int]], first: int, key: Sequence[int],
     rank: int = 0, world: int = 1, workers: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
-    """This process's share of each step from `first` on: pixels (m, 3, H, W), labels (m,).
+    """Yields this process's share of each step from `first` on: pixels (m, 3, H, W), labels (m,).
 
     All processes get as many rows; those that only pad have the label -1.
 
-    Raises:
-        InputError: if an image cannot be read, or a label is none of the task's classes.
+    Args:
+        task: whose training images are read.
+        clip: for its transform and its device.
+        batches: indices of each step's images, as `plan` gives them.
+        first: the first step to yield.
+        key: of the augmentation's random generator.
+        rank: of this process.
+        world: number of processes.
+        workers: processes that load images.
     """
     mine: list[list[Draw]] = []
     for step, batch in enumerate(batches[first:], first):
@@ -105,7 +120,17 @@ def eval_batches(
     split: Sequence[tuple[Image.Image, int]], clip: Clip, batch: int,
     rank: int = 0, world: int = 1, workers: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
-    """Every world-th image of a split in order, not augmented."""
+    """Yields every world-th image of a split in order, not augmented: pixels (m, 3, H, W), labels
+    (m,).
+
+    Args:
+        split: images and labels.
+        clip: for its transform and its device.
+        batch: images at a time.
+        rank: of this process.
+        world: number of processes.
+        workers: processes that load images.
+    """
     draws = [(index, 0) for index in range(len(split))][rank::world]
     parts = [draws[at : at + batch] for at in range(0, len(draws), batch)]
     for pixels, labels in _load(split, clip.eval_transform, parts, workers):

@@ -39,6 +39,7 @@ class Factors:
 
     @property
     def rank(self) -> int:
+        """Returns the number of components."""
         return len(self.gate)
 
     @property

@@ -37,6 +37,7 @@ class Survival:
 
     @property
     def mean_rank_share(self) -> float:
+        """Returns the share of all components that survived."""
         return self.kept / self.components
 
 
@@ -89,7 +90,13 @@ def update_norms(delta: Delta) -> dict[str, float]:
 
 
 def draw_ranks(delta: Delta, places: Mapping[str, Site], path: Path) -> None:
-    """Write a picture of the kept ranks, module by layer, one panel per tower."""
+    """Write a picture of the kept ranks, module by layer, one panel per tower.
+
+    Args:
+        delta: the low-rank changes of a task.
+        places: where each of them sits.
+        path: the picture to write.
+    """
     figure_module = extra("matplotlib.figure")
     towers: list[Tower] = ["vision", "text"]
     tables = {t: table for t in towers if (table := ranks(delta, places, t)).size}

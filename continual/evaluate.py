@@ -16,7 +16,13 @@ from vlm_prune.continual.streams.base import Task
 
 @torch.no_grad()
 def class_features(clip: Clip, task: Task, ensemble: bool) -> Tensor:
-    """Unit features of a task's classes (C, d); with `ensemble`, means over its templates."""
+    """Returns unit features of a task's classes, (C, d).
+
+    Args:
+        clip: whose text tower encodes the prompts.
+        task: its classes and templates.
+        ensemble: whether to take the mean over all templates, instead of the first.
+    """
     used = range(len(task.templates) if ensemble else 1)
     features = [clip.encode_texts(prompts(task, number)) for number in used]
     return F.normalize(torch.stack(features).mean(0), dim=-1)

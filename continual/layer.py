@@ -11,7 +11,14 @@ GateInit = Literal["randn", "ones", "const", "|randn|"]
 
 
 def initial_gate(kind: GateInit, rank: int, value: float, generator: torch.Generator) -> Tensor:
-    """Gates (r,): standard normal (CoDyRA), all 1, all `value`, or the normal's absolute value."""
+    """Returns the gates (r,) that a task starts with.
+
+    Args:
+        kind: standard normal (CoDyRA), all 1, all `value`, or the normal's absolute value.
+        rank: r.
+        value: for the constant kind.
+        generator: draws the normal ones.
+    """
     if kind in ("randn", "|randn|"):
         gate = torch.randn(rank, generator=generator)
         return gate.abs() if kind == "|randn|" else gate
@@ -74,5 +81,11 @@ class GatedLoRA(nn.Module):
 
 
 def product(a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
-    """B diag(w) A in float32, (d_out, d_in)."""
+    """Returns B diag(w) A in float32, (d_out, d_in).
+
+    Args:
+        a: A, (r, d_in).
+        b: B, (d_out, r).
+        gate: w, (r,).
+    """
     return (b.float() * gate.float()) @ a.float()

@@ -11,7 +11,13 @@ from vlm_prune.continual.config import TextTerm
 
 
 def image_to_text(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of each image over the current classes: logits (M, C), labels (M,)."""
+    """Returns the cross-entropy of each image over the current classes, (M,).
+
+    Args:
+        logits: (M, C).
+        labels: (M,).
+        smoothing: of the labels.
+    """
     return F.cross_entropy(logits, labels, label_smoothing=smoothing)
 
 
@@ -35,9 +41,14 @@ def text_to_image(logits: Tensor, labels: Tensor, term: TextTerm, earlier: int =
 
 
 def distil(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Mean cross-entropy of the softened rows (n, C) of logits with those of the teacher, times T².
+    """Returns the mean cross-entropy of softened rows with those of the teacher, times T².
 
     https://arxiv.org/abs/1503.02531
+
+    Args:
+        student: logits (n, C).
+        teacher: logits (n, C).
+        temperature: T, by which both are divided.
     """
     target = (teacher / temperature).softmax(-1)
     log = (student / temperature).log_softmax(-1)
@@ -47,7 +58,15 @@ def distil(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 def chosen_prompts(
     labels: Tensor, classes: int, most: int | None, generator: torch.Generator
 ) -> Tensor:
-    """Indices of at most `most` class prompts (or as many as the batch has), the batch's first."""
+    """Returns the indices of at most `most` class prompts (or as many as the batch has), the
+    batch's first.
+
+    Args:
+        labels: of the batch, (m,).
+        classes: how many there are.
+        most: None takes all.
+        generator: draws the others.
+    """
     if most is None or most >= classes:
         return torch.arange(classes)
     present = labels.cpu().unique()

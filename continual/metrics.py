@@ -233,9 +233,14 @@ def drift(before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
 
 
 def resampled(hits: ArrayLike, draws: int, rng: np.random.Generator) -> Array:
-    """Bootstrap means of each row of `hits` (R, n), the same images in every row, (draws, R).
+    """Returns bootstrap means of each row of `hits`, the same images in every row, (draws, R).
 
     Images with one pattern of hits are exchangeable, so that counts of patterns are drawn.
+
+    Args:
+        hits: right (1) or wrong (0), (R, n).
+        draws: bootstrap samples.
+        rng: draws them.
     """
     rows = np.asarray(hits)
     patterns, counts = np.unique(rows, axis=1, return_counts=True)

@@ -64,7 +64,13 @@ def insert(
 
 
 def remove(clip: Clip, layers: Mapping[str, GatedLoRA], changes: Mapping[str, Tensor]) -> None:
-    """Add `changes` to the bases in float32, put the bases back and fuse attention again."""
+    """Add `changes` to the bases in float32, put the bases back and fuse attention again.
+
+    Args:
+        clip: with its layers replaced.
+        layers: the replaced ones by site.
+        changes: for each site, (d_out, d_in).
+    """
     for name, layer in layers.items():
         if name in changes:
             add(layer.base.weight, changes[name])

@@ -82,7 +82,13 @@ def threshold(
 def total_shrinkage(
     steps: int, dense: float, kappa: float, levels: int = LEVELS, ramp: Operator = "textbook"
 ) -> float:
-    """The sum of all thresholds: how far from 0 an untrained weight must start to survive;
-    arguments as for `threshold`.
+    """Returns the sum of all thresholds: how far from 0 an untrained weight must start to survive.
+
+    Args:
+        steps: of the task.
+        dense: share of the steps before the first threshold.
+        kappa: the largest threshold.
+        levels: of the ramp.
+        ramp: how the thresholds rise, as for `threshold`.
     """
     return sum(threshold(step, steps, dense, kappa, levels, ramp) for step in range(steps))

@@ -70,13 +70,12 @@ class Run:
 
 
 def train(run: Run, clip: Clip, tasks: Sequence[Task]) -> Results:
-    """Train, or finish training; the CLIP is changed in place.
+    """Train, or finish training; returns the results, and the CLIP is changed in place.
 
-    Pass the CLIP that the run began with; of a finished run only the results are read.
-
-    Raises:
-        InputError: if the tasks cannot be used, `run.output` holds another run or is being written
-            to, or training fails.
+    Args:
+        run: the method, the recipe and the folder.
+        clip: the one that the run began with; of a finished run only the results are read.
+        tasks: in their order.
     """
     check(tasks)
     accelerator = accelerator_of(run)

@@ -82,7 +82,13 @@ class Method(ABC):
         """Prepare the model; returns AdamW's parameter groups, none if nothing is trained."""
 
     def loss(self, pixels: Tensor, labels: Tensor, step: int) -> Tensor:
-        """The loss of a batch: pixels (m, 3, H, W) and labels (m,), -1 in rows that only pad."""
+        """Returns the loss of a batch, ().
+
+        Args:
+            pixels: (m, 3, H, W).
+            labels: (m,), -1 in rows that only pad.
+            step: of the task, from 0.
+        """
         return self.supervised(*self.features(pixels, labels), step)
 
     def after_step(self, step: int) -> None:
@@ -150,9 +156,14 @@ class Method(ABC):
         return self._frozen_texts[kept.to(self._frozen_texts.device)]
 
     def supervised(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
-        """CoDyRA's supervised loss, which all methods share: both cross-entropies, 1 to 1.
+        """Returns CoDyRA's supervised loss, which all methods share: both cross-entropies, 1 to 1.
 
         The text-to-image term is left out where only the text tower is trained.
+
+        Args:
+            images: unit features (m, d).
+            labels: (m,).
+            step: of the task, from 0; it decides which prompts are drawn.
         """
         context = self.context
         recipe, classes = context.recipe, len(context.ids)

@@ -55,6 +55,7 @@ class LowRank(Method):
         }
 
     def gates(self) -> list[Tensor]:
+        """The gates (r,) of each site, for methods that have some."""
         return [layer.gate for layer in self.layers.values() if layer.gate is not None]
 
     def end_task(self) -> Delta | None:

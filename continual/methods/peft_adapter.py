@@ -37,7 +37,13 @@ class PeftAdapter(Method):
 
     @abstractmethod
     def config(self, peft: Any, targets: str, names: list[str]) -> Any:
-        """peft's configuration for the sites `names`, which the pattern `targets` matches."""
+        """Returns peft's configuration for the method.
+
+        Args:
+            peft: the library.
+            targets: pattern that matches the sites.
+            names: the sites.
+        """
 
     def begin_task(self, context: Context) -> list[Group]:
         self.start(context)

@@ -12,7 +12,13 @@ from vlm_prune.continual.methods.base import Context, Group, Method, Space
 
 
 def ridge(gram: Tensor, cross: Tensor, strength: float) -> Tensor:
-    """Weights (h, C) that minimise |X W - Y|² + strength |W|², from X'X (h, h) and X'Y (h, C)."""
+    """Returns the weights (h, C) that minimize |X W - Y|² + strength |W|².
+
+    Args:
+        gram: X'X, (h, h).
+        cross: X'Y, (h, C).
+        strength: of the penalty.
+    """
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return torch.cholesky_solve(cross, torch.linalg.cholesky(gram + strength * eye))
 

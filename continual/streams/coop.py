@@ -41,6 +41,11 @@ def coop_task(key: str, root: Path, skip_bad: bool = False) -> Task:
     Aircraft uses its official text files, MNIST torchvision's full test set and no `val`; the
     others CoOp's JSON.
 
+    Args:
+        key: name of the data set.
+        root: folder that holds the data sets.
+        skip_bad: whether images that cannot be read are left out, each named in a warning.
+
     Raises:
         InputError: if the data set is unknown, not under `root`, or has another number of classes.
     """
@@ -68,10 +73,14 @@ def coop_task(key: str, root: Path, skip_bad: bool = False) -> Task:
 def read_coop_split(
     file: Path, images: Path, name: str, templates: tuple[str, ...], skip_bad: bool = False
 ) -> Task:
-    """A task from any JSON file in CoOp's format.
+    """Returns a task from any JSON file in CoOp's format.
 
-    Raises:
-        InputError: if the file is missing or not in that format, or a label has two names.
+    Args:
+        file: the JSON file.
+        images: folder that its paths are relative to.
+        name: of the task.
+        templates: class prompts with `{}` for the name.
+        skip_bad: as for `coop_task`.
     """
     if not file.is_file():
         raise InputError(f"{file} is missing; put CoOp's split file there")

@@ -62,7 +62,13 @@ SYMBOL_FACES: dict[Style, tuple[str, ...]] = {
 
 
 def shape(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
-    """A filled shape, upright; varied ones are turned, and half of them are outlines."""
+    """Returns a filled shape, upright; varied ones are turned, and half of them are outlines.
+
+    Args:
+        name: of the shape.
+        rng: draws place, size and colors.
+        style: plain or varied.
+    """
     outline = style == "varied" and rng.random() < 0.5
     turn = float(rng.uniform(-180, 180)) if style == "varied" else 0.0
     mask = shape_mask(name, round(SIDE * SUPERSAMPLE * rng.uniform(0.45, 0.75)), outline)
@@ -70,7 +76,13 @@ def shape(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
 
 
 def scene(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
-    """A shape in a colour, such as `red circle`, filled and upright."""
+    """Returns a shape in a color, such as `red circle`, filled and upright.
+
+    Args:
+        name: color and shape.
+        rng: draws place, size and tone.
+        style: plain or varied.
+    """
     colour, kind = name.split(" ")
     mask = shape_mask(kind, round(SIDE * SUPERSAMPLE * rng.uniform(0.45, 0.75)), False)
     ink = np.array(COLOURS[colour]) + rng.normal(0, 10, 3)
@@ -78,7 +90,14 @@ def scene(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
 
 
 def colour(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
-    """A surface of one colour; varied ones are unevenly lit, stained and further off the hue."""
+    """Returns a surface of one color; varied ones are unevenly lit, stained and further off the
+    hue.
+
+    Args:
+        name: of the color.
+        rng: draws the tone.
+        style: plain or varied.
+    """
     base = np.array(COLOURS[name]) + rng.normal(0, 8 if style == "plain" else 16, 3)
     pixels = np.broadcast_to(base, (SIDE, SIDE, 3)).astype(np.float64)
     if style == "varied":
@@ -89,22 +108,46 @@ def colour(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
 
 
 def letter(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
-    """A printed capital; the faces of the two styles are disjoint."""
+    """Returns a printed capital; the faces of the two styles are disjoint.
+
+    Args:
+        name: the letter.
+        rng: draws face, place, size and colors.
+        style: plain or varied.
+    """
     return _printed(name, FACES[style], 0.55, 0.85, rng, style)
 
 
 def word(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
-    """A printed word of three letters; the faces of the two styles are disjoint."""
+    """Returns a printed word of three letters; the faces of the two styles are disjoint.
+
+    Args:
+        name: the word.
+        rng: draws face, place, size and colors.
+        style: plain or varied.
+    """
     return _printed(name, FACES[style], 0.34, 0.44, rng, style)
 
 
 def symbol(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
-    """A printed mathematical symbol; the faces of the two styles are disjoint."""
+    """Returns a printed mathematical symbol; the faces of the two styles are disjoint.
+
+    Args:
+        name: of the symbol.
+        rng: draws face, place, size and colors.
+        style: plain or varied.
+    """
     return _printed(SYMBOLS[name], SYMBOL_FACES[style], 0.6, 0.9, rng, style)
 
 
 def texture(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
-    """A drawn pattern of two tones; varied ones are turned by up to 25 degrees and warped."""
+    """Returns a drawn pattern of two tones; varied ones are turned by up to 25 degrees and warped.
+
+    Args:
+        name: of the pattern.
+        rng: draws tones, phase and scale.
+        style: plain or varied.
+    """
     rows, columns = np.mgrid[0:SIDE, 0:SIDE].astype(np.float64)
     if style == "varied":
         turn = np.radians(rng.uniform(-25, 25))
@@ -121,7 +164,13 @@ def texture(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
 def digit_image(
     drawing: NDArray[np.float64], rng: np.random.Generator, style: Style
 ) -> Image.Image:
-    """An 8 x 8 drawing of scikit-learn's, enlarged; plain ones are white on black."""
+    """Returns an 8 x 8 drawing of scikit-learn's, enlarged; plain ones are white on black.
+
+    Args:
+        drawing: gray values (8, 8).
+        rng: draws place, size and colors.
+        style: plain or varied.
+    """
     size = int(rng.integers(34, 47))
     mask = Image.fromarray((drawing * (255 / 16)).astype(np.uint8)).resize((size, size), 3)
     if style == "varied":
@@ -131,7 +180,14 @@ def digit_image(
 
 
 def crop(name: str, cell: tuple[int, int], rng: np.random.Generator, grid: int = 4) -> Image.Image:
-    """A random part of one cell of a photograph cut into `grid` x `grid` cells."""
+    """Returns a random part of one cell of a photograph cut into `grid` x `grid` cells.
+
+    Args:
+        name: of the photograph.
+        cell: row and column.
+        rng: draws the part.
+        grid: cells along each side.
+    """
     photograph = _photograph(name)
     width, height = photograph.width // grid, photograph.height // grid
     corner = (cell[0] * width, cell[1] * height)

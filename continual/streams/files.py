@@ -45,14 +45,15 @@ def image_folder(
     classes: Sequence[str] | None = None,
     skip_bad: bool = False,
 ) -> Task:
-    """`root/{train,val,test}/<class>/*.jpg`; classes are folder names, `_` read as a space.
+    """Returns a task of `root/{train,val,test}/<class>/*.jpg`; classes are folder names, `_` read
+    as a space.
 
-    `val` may be missing, and is then empty. `classes` replaces the names, in the order of the
-    sorted folders.
-
-    Raises:
-        InputError: if `root`, `train` or `test` is missing, the splits' classes differ, a class
-            has no image, or two folders give one name.
+    Args:
+        root: folder of the splits; `val` may be missing, and is then empty.
+        name: of the task.
+        templates: class prompts with `{}` for the name.
+        classes: replaces the names, in the order of the sorted folders.
+        skip_bad: whether images that cannot be read are left out, each named in a warning.
     """
     missing = [part for part in ("train", "test") if not (root / part).is_dir()]
     if missing:
@@ -83,10 +84,12 @@ def list_classes(folder: Path) -> list[str]:
 
 
 def folder_split(folder: Path, classes: Sequence[str], skip_bad: bool = False) -> Files:
-    """The images of one split's class folders, sorted.
+    """Returns the images of one split's class folders, sorted.
 
-    Raises:
-        InputError: if a class has no image.
+    Args:
+        folder: of the split.
+        classes: its folders.
+        skip_bad: as for `Files`.
     """
     paths, labels = list[Path](), list[int]()
     for label, name in enumerate(classes):
@@ -105,14 +108,15 @@ def csv_manifest(
     root: Path | None = None,
     skip_bad: bool = False,
 ) -> Task:
-    """A CSV file with the columns `path`, `class` and `split` (train, val or test).
+    """Returns a task from a CSV file with the columns `path`, `class` and `split` (train, val or
+    test).
 
-    Paths are relative to `root`, by default the manifest's folder; classes are labelled in sorted
-    order.
-
-    Raises:
-        InputError: if the file or a column is missing, a row has an empty class or an unknown
-            split, or a file of the list is not there.
+    Args:
+        manifest: the file; its classes are labeled in sorted order.
+        name: of the task.
+        templates: class prompts with `{}` for the name.
+        root: folder that paths are relative to, by default the manifest's.
+        skip_bad: as for `Files`.
     """
     if not manifest.is_file():
         raise InputError(f"{manifest} is not a file; give a CSV with columns path,class,split")

@@ -65,7 +65,14 @@ class Domain:
 
 
 class Drawn(LabelledImages):
-    """Pictures of some classes of a domain, class after class in turn; drawn once, when asked for."""
+    """Pictures of some classes of a domain, class after class in turn; drawn once, when asked for.
+
+    Args:
+        domain: what is drawn.
+        split: train, val or test.
+        classes: of the domain.
+        style: plain or varied.
+    """
 
     def __init__(
         self, domain: Domain, split: Split, classes: tuple[str, ...], style: Style

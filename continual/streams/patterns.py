@@ -16,7 +16,13 @@ SHAPES = (
 
 
 def shape_mask(name: str, size: int, outline: bool) -> Image.Image:
-    """Opacity of a shape `size` wide on a supersampled canvas."""
+    """Returns the opacity of a shape on a supersampled canvas.
+
+    Args:
+        name: of the shape.
+        size: its width in pixels.
+        outline: whether it is not filled.
+    """
     side = SIDE * SUPERSAMPLE
     canvas = Image.new("L", (side, side))
     draw = ImageDraw.Draw(canvas)

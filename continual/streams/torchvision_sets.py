@@ -92,17 +92,18 @@ class Held(LabelledImages):
 
 
 def torchvision_task(key: str, root: Path, skip_bad: bool = False) -> Task:
-    """One of MTIL's eleven data sets as ZSCL splits it.
+    """Returns one of MTIL's eleven data sets as ZSCL splits it.
 
     Official splits where there are any; `train` without `val` for aircraft, dtd and flowers, and
     `trainval` for pets. Caltech101, EuroSAT and SUN397 have none and are cut 80 : 20 by a
     generator of seed 42. `val` is empty where there is no official one. CIFAR-100's own files are
-    pickles, which torchvision reads after checking their sums. With `skip_bad` every image is
-    opened now, and those that cannot be read are left out, after the cut.
+    pickles, which torchvision reads after checking their sums.
 
-    Raises:
-        InputError: if `key` is unknown, the data are not under `root`, or the classes differ from
-            the packaged table.
+    Args:
+        key: name of the data set.
+        root: folder that holds the data sets.
+        skip_bad: whether every image is opened now, and those that cannot be read are left out,
+            after the cut.
     """
     names = table()[key]
     splits = {part: Held(data, key) for part, data in _open(key, root).items()}

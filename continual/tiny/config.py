@@ -36,7 +36,13 @@ def make_tokenizer(corpus: Iterable[str], vocabulary: int = 512) -> PreTrainedTo
 
 
 def model_config(vocabulary: int, width: int = 128, layers: int = 4) -> dict[str, Any]:
-    """An open_clip model config: 48 px images in patches of 8, and texts of 20 tokens."""
+    """Returns an open_clip model config: 48 px images in patches of 8, and texts of 20 tokens.
+
+    Args:
+        vocabulary: tokens of the tokenizer.
+        width: of both towers.
+        layers: of both towers.
+    """
     return {
         "embed_dim": width,
         "vision_cfg": {
@@ -58,7 +64,14 @@ def model_config(vocabulary: int, width: int = 128, layers: int = 4) -> dict[str
 
 
 def write_folder(folder: Path, corpus: Iterable[str], width: int = 128, layers: int = 4) -> None:
-    """Config and tokenizer in the layout of open_clip's `local-dir:`."""
+    """Write config and tokenizer in the layout of open_clip's `local-dir:`.
+
+    Args:
+        folder: to write into.
+        corpus: texts that the tokenizer learns from.
+        width: of both towers.
+        layers: of both towers.
+    """
     tokenizer = make_tokenizer(corpus)
     tokenizer.save_pretrained(folder)
     config = {
