@@ -10,7 +10,7 @@ from vlm_prune.pruning.base import VisionPruner
 from vlm_prune.pruning.registry import build, methods
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.serving.plugin import CLASSES, check_installed, check_model
-from vlm_prune.vlm.serving.settings import Settings, kept_tokens, reads_question
+from vlm_prune.vlm.serving.settings import Settings, draws_numbers, kept_tokens, reads_question
 from vlm_prune.vlm.tokens import VisionTokens
 
 SERVED = {"none", "zoo", "zoo-exact", "fopru", "divprune", "visionzip", "vispruner", "random"}
@@ -37,6 +37,12 @@ def test_methods_of_tower_and_projector_are_served(name):
 def test_a_method_that_reads_the_question_is_told_apart():
     assert reads_question(build("cdpruner"))
     assert not reads_question(build("divprune"))
+
+
+def test_a_method_that_draws_from_the_pixels_is_told_apart():
+    assert draws_numbers(build("random"))
+    assert draws_numbers(build("random", budget=1.0))
+    assert not draws_numbers(build("zoo"))
 
 
 def test_settings_that_keep_other_tokens_have_another_identity():

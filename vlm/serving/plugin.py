@@ -80,7 +80,7 @@ def apply(vllm_config: Any) -> None:
     """
     from vllm.logger import init_logger
 
-    from vlm_prune.vlm.serving.settings import KEY, Settings
+    from vlm_prune.vlm.serving.settings import KEY, Settings, draws_numbers
 
     settings = Settings.find(vllm_config.additional_config)
     if settings is None or settings.method == "none":
@@ -100,6 +100,9 @@ def apply(vllm_config: Any) -> None:
         raise InputError("--mm-encoder-tp-mode data does not go with vlm_prune; give weights")
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise InputError("--pipeline-parallel-size does not go with vlm_prune; split by tensors")
+    if draws_numbers(settings.pruner()):
+        # numbers are drawn from the pixels that the Hugging Face route sees
+        multimodal.mm_device_do_normalize = False
     # captured or compiled towers would not say what the method reads
     vllm_config.compilation_config.cudagraph_mm_encoder = False
     vllm_config.compilation_config.compile_mm_encoder = False

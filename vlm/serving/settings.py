@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -119,24 +119,35 @@ def reads_question(pruner: VisionPruner) -> bool:
 
     def question() -> tuple[torch.Tensor, ...]:
         seen.append(True)
-        return (features[0],)
+        return (torch.ones(1, 4),)
 
+    pruner.reduce(_probe(question=question))
+    return bool(seen)
+
+
+def draws_numbers(pruner: VisionPruner) -> bool:
+    """Whether the tokens that the method keeps depend on a number drawn from the image's pixels."""
+    few = replace(pruner, budget=8)
+    one, other = (few.reduce(_probe(seed)).indices[0].tolist() for seed in (0, 1))
+    return bool(one != other)
+
+
+def _probe(seed: int = 0, question: Callable[[], tuple[torch.Tensor, ...]] = tuple) -> VisionTokens:
+    """The tokens of an image that shows nothing."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(1, 16, 4, generator=generator)
     heads = torch.randn(1, 2, 17, 4, generator=generator)
     projector = Projector.of(torch.eye(4), None, torch.tanh, torch.eye(4), None)
-    probe = VisionTokens(
+    return VisionTokens(
         features=features,
         projected=projector(features),
         grids=((4, 4),),
-        seeds=(0,),
+        seeds=(seed,),
         projector=projector,
         query_key=lambda: (heads, heads),
         question=question,
         has_cls=True,
     )
-    pruner.reduce(probe)
-    return bool(seen)
 
 
 def kept_tokens(pruner: VisionPruner, tokens: int, placeholders: int | None = None) -> int:

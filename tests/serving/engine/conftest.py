@@ -1,0 +1,185 @@
+"""An engine of vLLM in this process for each family, and the Hugging Face route to compare with."""
+
+import os
+
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine's parts can be looked at
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_LOGGING_LEVEL="ERROR",
+)
+
+import gc
+
+import pytest
+import tiny_families
+import torch
+from tiny_families import Tiny
+
+from vlm_prune.pruning.registry import build
+from vlm_prune.vlm.serving import model as serving_model
+from vlm_prune.vlm.serving.export import export
+from vlm_prune.vlm.serving.settings import KEY, Settings
+
+# vLLM's attention on CPUs takes heads of 32 and more
+HEAD = 32
+TOKENS = 10
+FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "engine" in item.path.parts:
+            item.add_marker(pytest.mark.vllm)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """An exported random checkpoint of each family, made when it is first asked for."""
+    made = {}
+
+    def folder(family):
+        if family not in made:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(tiny_families, "HEAD", HEAD)
+                patch.setattr(tiny_families, "WIDTH", 2 * HEAD)
+                patch.setattr(tiny_families, "MROPE", [HEAD // 8, *[3 * HEAD // 16] * 2])
+                tiny = Tiny(family)
+            saved = tmp_path_factory.mktemp("saved") / family
+            tiny.model.save_pretrained(saved)
+            tiny.processor.save_pretrained(saved)
+            made[family] = saved.parent / "exported"
+            export(str(saved), made[family])
+        return made[family]
+
+    return folder
+
+
+class Engine:
+    """vLLM with the plug-in on a checkpoint, and the same checkpoint in transformers."""
+
+    def __init__(self, folder, method="zoo", budget=8, **options):
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from vllm import LLM
+
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32").eval()
+        self.processor = AutoProcessor.from_pretrained(folder)
+        settings = {} if method is None else {KEY: {"method": method, "budget": budget}}
+        defaults = {
+            "dtype": "float32", "max_model_len": 1024, "enforce_eager": True, "seed": 0,
+            "skip_mm_profiling": True, "max_num_seqs": 4, "limit_mm_per_prompt": {"image": 2},
+            "distributed_executor_backend": "uni", "additional_config": settings,
+        }  # fmt: skip
+        self.llm = LLM(str(folder), **(defaults | options))
+
+    @property
+    def served(self):
+        """vLLM's model."""
+        core = self.llm.llm_engine.engine_core.engine_core
+        return core.model_executor.driver_worker.worker.get_model()
+
+    def use(self, **settings):
+        """Let the running engine prune in another way, with all of its caches as they are."""
+        values = Settings.read(settings).as_dict()
+        parts = self.served, self.llm.llm_engine.renderer.get_mm_processor()
+        for config in {id(c): c for c in (parts[0].config, parts[1].info.get_hf_config())}.values():
+            setattr(config, KEY, values)
+        for part in parts:
+            for name in ("settings", "pruner"):
+                vars(part).pop(name, None)
+
+    def answers(self, prompts, pictures):
+        """Token ids that vLLM answers prompts with, given as pairs of picture numbers and text."""
+        from vllm import SamplingParams
+
+        chats = [
+            [
+                {
+                    "role": "user",
+                    "content": [
+                        *({"type": "image_pil", "image_pil": pictures[n]} for n in numbers),
+                        {"type": "text", "text": text},
+                    ],
+                }
+            ]
+            for numbers, text in prompts
+        ]
+        sampling = SamplingParams(temperature=0, max_tokens=TOKENS)
+        outputs = self.llm.chat(chats, sampling, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def reference(self, prompt, pictures, pruner):
+        """What the Hugging Face route answers, and the token indices that it keeps."""
+        numbers, text = prompt
+        content = [{"type": "image"}] * len(numbers) + [{"type": "text", "text": text}]
+        chat = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        shown = [pictures[n] for n in numbers] or None
+        inputs = self.processor(text=[chat], images=shown, return_tensors="pt")
+        with pruner(self.model) as trace, torch.no_grad():
+            ids = self.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+        answer = ids[0, inputs["input_ids"].shape[1] :].tolist()
+        end = self.processor.tokenizer.eos_token_id
+        if end in answer:
+            answer = answer[: answer.index(end) + 1]
+        return answer, [kept.tolist() for kept in trace.kept] if numbers else []
+
+    def close(self):
+        """Give the memory back."""
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+
+
+def among_placeholders(image, indices):
+    """Where tokens stand among an image's placeholders, which may hold a newline after each row."""
+    if image.placeholders == len(image.projected):
+        return indices.tolist()
+    (rows, columns), (_, across) = image.grids
+    start = rows * columns
+    line = (indices - start).div(across, rounding_mode="floor")
+    return (indices + line.where(indices >= start, 0)).tolist()
+
+
+@pytest.fixture
+def choices(monkeypatch):
+    """The token indices that vLLM's models keep, image by image, as they are chosen."""
+    seen = []
+    choose = serving_model.choose
+
+    def noted(pruner, images, *rest):
+        kept = choose(pruner, images, *rest)
+        for image, (indices, _) in zip(images, kept, strict=True):
+            seen.append(among_placeholders(image, indices))
+        return kept
+
+    monkeypatch.setattr(serving_model, "choose", noted)
+    return seen
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def engine(request, folders):
+    """A chunk of the prompt is shorter than most prompts; prefixes are cached."""
+    engine = Engine(
+        folders(request.param), "random", max_num_batched_tokens=32, enable_prefix_caching=True
+    )
+    engine.family = request.param
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def pictures(folders):
+    import numpy as np
+
+    draw = np.random.default_rng(0)
+    return [tiny_families.picture(draw, size) for size in tiny_families.PICTURES]
+
+
+@pytest.fixture
+def pruner_of():
+    return lambda values: build(
+        values["method"], budget=values["budget"], **values.get("arguments", {})
+    )

@@ -1,0 +1,46 @@
+"""vLLM answers and keeps what the Hugging Face route does, for every method on every family."""
+
+from vlm_prune.pruning.registry import methods
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.families import FAMILIES
+from vlm_prune.vlm.serving.settings import Settings
+
+# texts of different lengths, two pictures in one prompt, one without, and a picture that repeats
+PROMPTS = [
+    ([0], "What color is the star?"),
+    ([1], "Is there a 7?"),
+    ([2, 0], "yes no green"),
+    ([], "hello there red"),
+    ([0], "What is it, red or blue? tell me more about the star and the 7 and the rest"),
+]
+ARGUMENTS = {"vispruner": {"step": 64}}
+
+
+def served():
+    for name in methods():
+        try:
+            Settings.read({"method": name})
+        except InputError:
+            continue
+        if name != "none":
+            yield name
+
+
+def test_one_engine_serves_every_method(engine, pictures, choices, pruner_of):
+    """The method changes under one encoder cache and one prefix cache, which must not mix them."""
+    lacks = FAMILIES[engine.family].lacks
+    for method in served():
+        for budget in (8, 0.3):
+            values = {"method": method, "budget": budget, "arguments": ARGUMENTS.get(method, {})}
+            pruner = pruner_of(values)
+            if pruner.needs & lacks:
+                continue
+            engine.use(**values)
+            expected = [engine.reference(prompt, pictures, pruner) for prompt in PROMPTS]
+            del choices[:]
+            together = engine.answers(PROMPTS, pictures)
+            assert together == [answer for answer, _ in expected], (method, budget)
+            kept = {tuple(indices) for _, own in expected for indices in own}
+            assert {tuple(indices) for indices in choices} == kept, (method, budget)
+            alone = [engine.answers([prompt], pictures)[0] for prompt in PROMPTS]
+            assert alone == together, (method, budget)
