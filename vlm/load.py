@@ -96,21 +96,17 @@ def family_type(name: str) -> Any:
     """
     from vlm_prune.vlm.families import FAMILIES
 
-    with naming(f"cannot load model {name!r}"):
-        view = view_of(locate(name, EMBEDDED, weights=False), weights=False)
-        return FAMILIES[_config(view).model_type]
+    return FAMILIES[config_of(name).model_type]
 
 
-def stored_dtype(name: str) -> str:
-    """Return the type of a checkpoint's weights from its configuration alone.
+def config_of(name: str) -> Any:
+    """Return the configuration of a checkpoint, without its weights.
 
     Raises:
         InputError: if there is no such checkpoint, or its family is unsupported.
     """
     with naming(f"cannot load model {name!r}"):
-        view = view_of(locate(name, EMBEDDED, weights=False), weights=False)
-        kind = str(_config(view).dtype).removeprefix("torch.")
-        return kind if kind in DTYPES else "float32"
+        return _config(view_of(locate(name, EMBEDDED, weights=False), weights=False))
 
 
 def device_of(name: str) -> Any:

@@ -14,6 +14,7 @@ from vlm_prune.benchmarks.cli import (
     demo,
     draw_kept_tokens,
     evaluate,
+    export,
     iit,
     map,
     methods,
@@ -21,6 +22,7 @@ from vlm_prune.benchmarks.cli import (
     report,
     schedule,
     search,
+    serve,
     tasks,
     train_tiny,
     train_wings,
@@ -59,6 +61,7 @@ for name, panel, command in (
     ("ask", USE, ask.ask),
     ("map", USE, map.map_images),
     ("demo", USE, demo.demo),
+    ("export", USE, export.export),
     ("methods", CHOOSE, methods.methods),
     ("tasks", CHOOSE, tasks.tasks),
     ("models", CHOOSE, models.models),
@@ -66,6 +69,7 @@ for name, panel, command in (
     ("search", CHOOSE, search.search),
 ):
     app.command(name, rich_help_panel=panel)(command)
+app.command("serve", rich_help_panel=USE, context_settings=serve.PASSED_ON)(serve.serve)
 for name, group in (
     ("train-wings", train_wings.app),
     ("continual", continual.app),

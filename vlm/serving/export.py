@@ -65,11 +65,12 @@ def export(name: str, folder: Path) -> int:
     Raises:
         InputError: if the folder holds something, or the model cannot be loaded.
     """
-    from vlm_prune.vlm.load import load, stored_dtype
+    from vlm_prune.vlm.load import DTYPES, config_of, load
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is not empty; give a new folder")
-    model, processor = load(name, dtype=stored_dtype(name))
+    dtype = str(config_of(name).dtype).removeprefix("torch.")
+    model, processor = load(name, dtype=dtype if dtype in DTYPES else "float32")
 
     def fill(partial: Path) -> None:
         model.save_pretrained(partial)

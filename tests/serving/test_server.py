@@ -1,0 +1,82 @@
+"""The command line that starts a server."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.serving import server
+from vlm_prune.vlm.serving.settings import Settings
+from vlm_prune.vlm.tiny import checkpoint_path
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch):
+    monkeypatch.setattr(server, "check_installed", lambda: None)
+
+
+def test_options_of_vllm_are_passed_on():
+    options = ["--port", "8001", "--additional-config", '{"other": 1}', "--dtype=bfloat16"]
+    line = server.command("tiny", Settings("zoo", 64), options)
+    assert line[0] == sys.executable and line[3:5] == ["serve", str(checkpoint_path())]
+    assert json.loads(line[6]) == {
+        "other": 1,
+        "vlm_prune": {"method": "zoo", "budget": 64, "seed": 0, "arguments": {}},
+    }
+    assert line[5] == "--additional-config"
+    assert line[7:] == ["--port", "8001", "--dtype=bfloat16", "--served-model-name", "tiny"]
+
+
+def test_a_name_of_ones_own_stays():
+    line = server.command("tiny", Settings("zoo", 64), ["--served-model-name=mine"])
+    assert line[7:] == ["--served-model-name=mine"]
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "options", "message"),
+    [
+        ("tiny", Settings("zoo", 577), [], "above the 576 tokens"),
+        ("tiny", Settings("zoo"), ["--additional-config", "x"], "no JSON object"),
+        ("tiny", Settings("zoo"), ["--additional-config"], "no JSON object"),
+        ("no/such/folder", Settings("zoo"), [], "no/such/folder"),
+    ],
+)
+def test_wrong_input_is_one_line(model, settings, options, message):
+    with pytest.raises(InputError) as error:
+        server.command(model, settings, options)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_family_without_a_pruned_class_is_served_when_asked_for_by_name(tmp_path):
+    import tiny_families
+
+    model, processor = tiny_families.MAKERS["smolvlm"]()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no pruned class"):
+        server.command(str(tmp_path), Settings("zoo"), [])
+    assert str(tmp_path) in server.command(str(tmp_path), Settings("none"), [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tiny", "--method", "fastv"], "inside the language model"),
+        (["tiny", "--method", "zo"], "did you mean 'zoo'"),
+        (["tiny", "--budget", "none"], "not a number"),
+        (["tiny"], "not installed"),
+    ],
+)
+def test_the_command_refuses_in_one_line(arguments, message):
+    from importlib.util import find_spec
+
+    if message == "not installed" and find_spec("vllm"):
+        pytest.skip("vLLM is installed")
+    run = subprocess.run(
+        [sys.executable, "-m", "vlm_prune.benchmarks.cli", "serve", *arguments],
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 2
+    assert message in run.stderr and run.stderr.count("\n") == 1

@@ -1,0 +1,72 @@
+"""vLLM's OpenAI-compatible server with pruned images."""
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.load import EMBEDDED, config_of
+from vlm_prune.vlm.serving.plugin import CLASSES, check_installed, check_model
+from vlm_prune.vlm.serving.settings import KEY, Settings
+
+CONFIG_OPTION = "--additional-config"
+NAME_OPTION = "--served-model-name"
+
+
+def check_served(model: str, settings: Settings) -> None:
+    """Raises `InputError` unless vLLM can serve the model with these settings.
+
+    Method `none` is served whatever the model is.
+    """
+    check_installed()
+    if settings.method == "none":
+        return
+    config = config_of(model)
+    architecture = (config.architectures or [""])[0]
+    if architecture not in CLASSES:
+        raise InputError(
+            f"{config.model_type} models have no pruned class in vLLM; there are those of "
+            f"{', '.join(CLASSES)}; give --method none to serve the unpruned model"
+        )
+    check_model(config, settings)
+
+
+def command(model: str, settings: Settings, options: Sequence[str]) -> list[str]:
+    """The command line that starts the server.
+
+    Args:
+        model: `tiny`, a checkpoint folder, or a hub name.
+        settings: what to keep of each image.
+        options: vLLM's own, passed on as they are.
+
+    Raises:
+        InputError: if vLLM cannot serve the model so.
+    """
+    check_served(model, settings)
+    config, rest = _taken(options)
+    config[KEY] = settings.as_dict()
+    start = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+    if model in EMBEDDED and not any(option.split("=")[0] == NAME_OPTION for option in rest):
+        rest += [NAME_OPTION, model]
+    return [*start, str(EMBEDDED.get(model, model)), CONFIG_OPTION, json.dumps(config), *rest]
+
+
+def _taken(options: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The additional configuration among vLLM's options, and the others."""
+    config: dict[str, Any] = {}
+    rest: list[str] = []
+    left = iter(options)
+    for option in left:
+        name, equals, value = option.partition("=")
+        if name != CONFIG_OPTION:
+            rest.append(option)
+            continue
+        try:
+            given = json.loads(value if equals else next(left, ""))
+        except json.JSONDecodeError:
+            given = None
+        if not isinstance(given, dict):
+            raise InputError(f"{CONFIG_OPTION} is no JSON object")
+        config |= given
+    return config, rest
