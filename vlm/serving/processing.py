@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from vllm.multimodal.hasher import MultiModalHasher
-from vllm.multimodal.parse import EmbeddingItems
+from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
 
 from vlm_prune.vlm.serving.metrics import observe
@@ -42,7 +42,7 @@ class PrunedProcessor:
             mm_items, hf_processor_mm_kwargs, out_mm_kwargs
         )
         images = mm_items.get("image")
-        if images is None or isinstance(images, EmbeddingItems):
+        if images is None or isinstance(images, EmbeddingItems | DictEmbeddingItems):
             return list(updates)
         return [
             replace(update, replacement=self._shortened(update, images))

@@ -68,7 +68,7 @@ class Engine:
         settings = {} if method is None else {KEY: {"method": method, "budget": budget}}
         defaults = {
             "dtype": "float32", "max_model_len": 1024, "enforce_eager": True, "seed": 0,
-            "skip_mm_profiling": True, "max_num_seqs": 4, "limit_mm_per_prompt": {"image": 2},
+            "skip_mm_profiling": True, "max_num_seqs": 4, "limit_mm_per_prompt": {"image": 2, "video": 0},
             "distributed_executor_backend": "uni", "additional_config": settings,
         }  # fmt: skip
         self.llm = LLM(str(folder), **(defaults | options))
@@ -109,15 +109,44 @@ class Engine:
         outputs = self.llm.chat(chats, sampling, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
-    def reference(self, prompt, pictures, pruner):
-        """What the Hugging Face route answers, and the token indices that it keeps."""
+    def embedded_answers(self, prompts, rows):
+        """The same for images that are given as rows."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0, max_tokens=TOKENS)
+        inputs = [
+            {"prompt": self.chat(prompt), "multi_modal_data": {"image": own}}
+            for prompt, own in zip(prompts, rows, strict=True)
+        ]
+        outputs = self.llm.generate(inputs, sampling, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def unpruned_rows(self, prompt, pictures):
+        """All rows of a Qwen-VL prompt's images, as vLLM takes them."""
+        from vlm_prune.vlm.families import family_of
+
+        shown = [pictures[n] for n in prompt[0]]
+        inputs = self.processor(text=[self.chat(prompt)], images=shown, return_tensors="pt")
+        grid = inputs["image_grid_thw"]
+        images = family_of(self.model).encode(
+            pixel_values=inputs["pixel_values"], image_grid_thw=grid
+        )
+        rows = torch.cat([torch.cat(images.projected), *map(torch.cat, images.deepstack)], 1)
+        return [{"image_embeds": rows, "image_grid_thw": grid}]
+
+    def chat(self, prompt):
+        """The text of a prompt."""
         numbers, text = prompt
         content = [{"type": "image"}] * len(numbers) + [{"type": "text", "text": text}]
-        chat = self.processor.apply_chat_template(
+        return self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
+
+    def reference(self, prompt, pictures, pruner):
+        """What the Hugging Face route answers, and the token indices that it keeps."""
+        numbers, _ = prompt
         shown = [pictures[n] for n in numbers] or None
-        inputs = self.processor(text=[chat], images=shown, return_tensors="pt")
+        inputs = self.processor(text=[self.chat(prompt)], images=shown, return_tensors="pt")
         with pruner(self.model) as trace, torch.no_grad():
             ids = self.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
         answer = ids[0, inputs["input_ids"].shape[1] :].tolist()
@@ -128,9 +157,13 @@ class Engine:
 
     def close(self):
         """Give the memory back."""
-        self.llm.llm_engine.engine_core.shutdown()
-        del self.llm
-        gc.collect()
+        if self.llm is not None:
+            from vllm.distributed.ec_transfer import ec_transfer_state
+
+            self.llm.llm_engine.engine_core.shutdown()
+            ec_transfer_state._EC_CONNECTOR_AGENT = None  # one process, many engines
+            self.llm = None
+            gc.collect()
 
 
 def among_placeholders(image, indices):
@@ -159,6 +192,20 @@ def choices(monkeypatch):
     return seen
 
 
+@pytest.fixture
+def start():
+    """Starts engines, and ends them after the test."""
+    started = []
+
+    def begin(*arguments, **options):
+        started.append(Engine(*arguments, **options))
+        return started[-1]
+
+    yield begin
+    for engine in started:
+        engine.close()
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def engine(request, folders):
     """A chunk of the prompt is shorter than most prompts; prefixes are cached."""
@@ -176,6 +223,20 @@ def pictures(folders):
 
     draw = np.random.default_rng(0)
     return [tiny_families.picture(draw, size) for size in tiny_families.PICTURES]
+
+
+@pytest.fixture
+def prompts():
+    """Picture numbers and texts of different lengths: two pictures in one prompt, one without, and a
+    picture that repeats.
+    """
+    return [
+        ([0], "What color is the star?"),
+        ([1], "Is there a 7?"),
+        ([2, 0], "yes no green"),
+        ([], "hello there red"),
+        ([0], "What is it, red or blue? tell me more about the star and the 7 and the rest"),
+    ]
 
 
 @pytest.fixture

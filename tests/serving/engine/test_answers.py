@@ -5,14 +5,6 @@ from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import FAMILIES
 from vlm_prune.vlm.serving.settings import Settings
 
-# texts of different lengths, two pictures in one prompt, one without, and a picture that repeats
-PROMPTS = [
-    ([0], "What color is the star?"),
-    ([1], "Is there a 7?"),
-    ([2, 0], "yes no green"),
-    ([], "hello there red"),
-    ([0], "What is it, red or blue? tell me more about the star and the 7 and the rest"),
-]
 ARGUMENTS = {"vispruner": {"step": 64}}
 
 
@@ -26,7 +18,7 @@ def served():
             yield name
 
 
-def test_one_engine_serves_every_method(engine, pictures, choices, pruner_of):
+def test_one_engine_serves_every_method(engine, pictures, prompts, choices, pruner_of):
     """The method changes under one encoder cache and one prefix cache, which must not mix them."""
     lacks = FAMILIES[engine.family].lacks
     for method in served():
@@ -36,11 +28,11 @@ def test_one_engine_serves_every_method(engine, pictures, choices, pruner_of):
             if pruner.needs & lacks:
                 continue
             engine.use(**values)
-            expected = [engine.reference(prompt, pictures, pruner) for prompt in PROMPTS]
+            expected = [engine.reference(prompt, pictures, pruner) for prompt in prompts]
             del choices[:]
-            together = engine.answers(PROMPTS, pictures)
+            together = engine.answers(prompts, pictures)
             assert together == [answer for answer, _ in expected], (method, budget)
             kept = {tuple(indices) for _, own in expected for indices in own}
             assert {tuple(indices) for indices in choices} == kept, (method, budget)
-            alone = [engine.answers([prompt], pictures)[0] for prompt in PROMPTS]
+            alone = [engine.answers([prompt], pictures)[0] for prompt in prompts]
             assert alone == together, (method, budget)

@@ -1,0 +1,98 @@
+"""What is served besides: the unpruned model, embeddings chosen elsewhere, other types."""
+
+import pytest
+import torch
+
+from vlm_prune.pruning.registry import build
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.serving import image_embeds
+from vlm_prune.vlm.serving.embeds import FAMILIES as BY_ROWS
+from vlm_prune.vlm.serving.plugin import CLASSES
+from vlm_prune.vlm.serving.selection import weight_of
+
+SPLIT = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
+
+
+@pytest.mark.parametrize("method", [None, "none"])
+def test_without_settings_it_is_the_class_of_vllm(method, folders, pictures, prompts, start):
+    engine = start(folders("llava"), method)
+    assert type(engine.served).__name__ in CLASSES
+    expected = [engine.reference(p, pictures, build("none"))[0] for p in prompts]
+    assert engine.answers(prompts, pictures) == expected
+
+
+def test_settings_come_from_the_environment_too(folders, pictures, prompts, start, monkeypatch):
+    monkeypatch.setenv("VLM_PRUNE", '{"method": "divprune", "budget": 5}')
+    engine = start(folders("llava"), None)
+    expected = engine.reference(prompts[0], pictures, build("divprune", budget=5))[0]
+    assert engine.answers(prompts[:1], pictures) == [expected]
+
+
+@pytest.mark.parametrize("family", BY_ROWS)
+def test_a_text_guided_method_over_embeddings(family, folders, pictures, prompts, start):
+    """A server without the plug-in's settings, and rows that were chosen here."""
+    engine = start(folders(family), None, enable_mm_embeds=True)
+    pruner = build("cdpruner", budget=6)
+    asked = [prompts[0], prompts[2]]
+    rows = image_embeds(
+        engine.model, [[pictures[n] for n in numbers] for numbers, _ in asked],
+        [text for _, text in asked], pruner, engine.processor,
+    )  # fmt: skip
+    expected = [engine.reference(prompt, pictures, pruner)[0] for prompt in asked]
+    assert engine.embedded_answers(asked, rows) == expected
+
+
+@pytest.mark.parametrize("family", ["llava", "internvl", "qwen3_vl"])
+def test_embeddings_are_left_whole_by_a_pruning_server(family, folders, pictures, prompts, start):
+    engine = start(folders(family), "zoo", 8, enable_mm_embeds=True)
+    if family == "qwen3_vl":
+        rows = engine.unpruned_rows(prompts[0], pictures)
+    else:
+        whole = image_embeds(
+            engine.model, [pictures[0]], [prompts[0][1]], build("none"), engine.processor
+        )
+        rows = whole
+    expected = engine.reference(prompts[0], pictures, build("none"))[0]
+    assert engine.embedded_answers([prompts[0]], rows) == [expected]
+    pruned = engine.reference(prompts[1], pictures, build("zoo", budget=8))[0]
+    assert engine.answers(prompts[1:2], pictures) == [pruned]
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "internvl"])
+def test_weights_are_read_back_from_packed_layers(family, folders, pictures, prompts, start):
+    """In bfloat16 vLLM packs weights for the processor and drops the originals."""
+    engine = start(folders(family), "zoo", 8, dtype="bfloat16")
+    projector = engine.served.projection
+    names = {
+        "qwen2_5_vl": ("visual.merger.mlp.0", "visual.merger.mlp.2"),
+        "qwen3_vl": ("visual.merger.linear_fc1", "visual.merger.linear_fc2"),
+    }.get(family, ("multi_modal_projector.linear_1", "multi_modal_projector.linear_2"))
+    one, two = (engine.model.model.get_submodule(name) for name in names)
+    for found, stored in (
+        (projector.w1, one.weight), (projector.b1, one.bias),
+        (projector.w2, two.weight), (projector.b2, two.bias),
+    ):  # fmt: skip
+        assert torch.equal(found, stored.to(torch.bfloat16))
+    assert len(engine.answers(prompts, pictures)) == len(prompts)
+
+
+def test_a_layer_of_torch_gives_its_own_weights():
+    linear = torch.nn.Linear(3, 2)
+    assert weight_of(linear) == (linear.weight, linear.bias)
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "budget", "options", "message"),
+    [
+        ("llava", "zoo", 26, {}, "above the 25 tokens"),
+        ("llava", "fastv", 8, {}, "inside the language model"),
+        ("llava", "zoo", 8, SPLIT, "--pipeline-parallel-size"),
+        ("qwen3_vl", "zoo", 8, {"mm_encoder_tp_mode": "data"}, "--mm-encoder-tp-mode"),
+        ("qwen3_vl", "zoo", 8, {"video_pruning_rate": 0.5}, "--video-pruning-rate"),
+    ],
+)
+def test_an_engine_that_cannot_prune_so_does_not_start(
+    family, method, budget, options, message, folders, start
+):
+    with pytest.raises((InputError, ValueError), match=message):
+        start(folders(family), method, budget, **options)
