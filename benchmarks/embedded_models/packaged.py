@@ -22,7 +22,7 @@ from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import write_text
 from vlm_prune.vlm.common.registry import unknown
 from vlm_prune.vlm.load import load
-from vlm_prune.vlm.tiny import checkpoint_path
+from vlm_prune.vlm.tiny import checkpoint_path, text_language_model
 from vlm_prune.vlm.tiny.config import make_model, make_processor
 
 
@@ -94,8 +94,8 @@ def train_base(
     train_text(model, processor, SceneSource(seed), steps, recorder(log, "text"), seed, bf16)
     save_language_model(model, weights)
     if install:
-        for file in (log, weights):
-            shutil.copy2(file, checkpoint_path())
+        shutil.copy2(log, checkpoint_path())
+        shutil.copy2(weights, text_language_model())
 
 
 def train_clip(folder: Path, seed: int = 0, install: bool = False) -> None:

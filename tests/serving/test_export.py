@@ -70,3 +70,8 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     with pytest.raises(InputError, match="not empty"):
         export("tiny", tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["mine"]
+
+
+def test_the_packaged_checkpoint_holds_its_own_weights_alone():
+    # vLLM reads every safetensors file of a folder without an index
+    assert [file.name for file in checkpoint_path().glob("*.safetensors")] == ["model.safetensors"]

@@ -10,4 +10,4 @@ def checkpoint_path() -> Path:
 
 def text_language_model() -> Path:
     """The packaged language model of the same shape that has seen text alone, in safetensors."""
-    return checkpoint_path() / "text.safetensors"
+    return Path(__file__).parent / "text.safetensors"

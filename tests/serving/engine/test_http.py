@@ -166,7 +166,7 @@ def test_it_stops_with_requests_under_way(shown, tmp_path):
 
     def ask():
         try:
-            client.with_options(max_retries=0).chat.completions.create(
+            client.with_options(max_retries=0, timeout=60).chat.completions.create(
                 model="tiny", messages=message(QUESTIONS[0], as_url(shown[0])),
                 max_tokens=900, extra_body={"ignore_eos": True},
             )  # fmt: skip
@@ -180,7 +180,9 @@ def test_it_stops_with_requests_under_way(shown, tmp_path):
         r"^vllm:num_requests_running\{[^}]*\} [1-9]", text, re.MULTILINE
     ):
         assert not failures and any(thread.is_alive() for thread in threads)
+    # it answers nothing more, and ends when its clients have given up
     assert server.stop() in (0, -signal.SIGTERM)
     for thread in threads:
         thread.join(PATIENCE)
         assert not thread.is_alive()
+    assert len(failures) == len(threads)

@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from vlm_prune.benchmarks.tasks import TASKS
 from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.serving import image_embeds
 from vlm_prune.vlm.serving.embeds import FAMILIES as BY_ROWS
 from vlm_prune.vlm.serving.plugin import CLASSES
 from vlm_prune.vlm.serving.selection import weight_of
+from vlm_prune.vlm.tiny import checkpoint_path
 
 SPLIT = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
 
@@ -18,6 +20,17 @@ def test_without_settings_it_is_the_class_of_vllm(method, folders, pictures, pro
     engine = start(folders("llava"), method)
     assert type(engine.served).__name__ in CLASSES
     expected = [engine.reference(p, pictures, build("none"))[0] for p in prompts]
+    assert engine.answers(prompts, pictures) == expected
+
+
+@pytest.mark.parametrize("method", ["zoo", "visionzip"])
+def test_the_embedded_model_answers_the_same(method, start):
+    engine = start(checkpoint_path(), method, 64)
+    samples = [TASKS[name].sample(i) for name in ("attribute", "exist", "count") for i in range(4)]
+    prompts = [([n], sample.turns[-1].text) for n, sample in enumerate(samples)]
+    pictures = [sample.images[0] for sample in samples]
+    pruner = build(method, budget=64)
+    expected = [engine.reference(prompt, pictures, pruner)[0] for prompt in prompts]
     assert engine.answers(prompts, pictures) == expected
 
 
