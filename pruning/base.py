@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlm_prune.kernels.compact_tokens import compact_tokens
 from vlm_prune.pruning.registry import methods
-from vlm_prune.pruning.schedule import Schedule, fit, scaled
+from vlm_prune.pruning.schedule import Schedule, fit_cuts, scaled
 from vlm_prune.vlm import layer_pruning, prompt_pruning
 from vlm_prune.vlm.budget import check_budget, check_fits, tokens_for
 from vlm_prune.vlm.common.errors import InputError
@@ -241,7 +241,7 @@ class DecoderPruner(Pruner):
             ]
         else:
             budget = tokens_for(self.budget, tokens)
-            places, counts = fit(budget, tokens, layers, places, shares)
+            places, counts = fit_cuts(budget, tokens, layers, places, shares)
         # in a shallow model two cuts may fall on one place; the later one decides
         at = dict(zip(places, counts, strict=True))
         return [Cut(place, min(keep, tokens)) for place, keep in at.items() if place < layers]

@@ -53,7 +53,7 @@ class Best(Pruner):
         return definitions(self.definitions).needs
 
     def definition(self, tokens: int) -> str:
-        return described(*self._entry(tokens))
+        return command_of(*self._entry(tokens))
 
     def papers_count(self, tokens: int, layer_tokens: list[float]) -> float | None:
         return self.chosen(tokens).papers_count(tokens, layer_tokens)
@@ -85,7 +85,7 @@ class Definitions:
         return frozenset[Need]({"a fixed image size"}).union(*parts)
 
 
-def described(name: str, arguments: dict[str, Any]) -> str:
+def command_of(name: str, arguments: dict[str, Any]) -> str:
     """A method and its hyperparameters, as on the command line."""
     return ", ".join([name, *(f"{key}={value}" for key, value in arguments.items())])
 
@@ -98,7 +98,7 @@ def definitions(path: str) -> Definitions:
     """
     try:
         status = Path(path).stat()
-        return _read(path, status.st_mtime_ns, status.st_size)
+        return _definitions(path, status.st_mtime_ns, status.st_size)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} defines no method ({type(error).__name__}: {error}); "
@@ -107,7 +107,7 @@ def definitions(path: str) -> Definitions:
 
 
 @lru_cache
-def _read(path: str, _time: int, _size: int) -> Definitions:
+def _definitions(path: str, _time: int, _size: int) -> Definitions:
     content = json.loads(Path(path).read_text(encoding="utf-8"))
     entries = {
         str(int(budget)): (str(entry["method"]), dict(entry["arguments"]))

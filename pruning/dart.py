@@ -82,6 +82,12 @@ def distinct(features: Tensor, pivots: Tensor, texts: Tensor, keep: int) -> Tens
     Pivots choose one after the other, image tokens first, among tokens not yet chosen.
 
     Shapes: features (n, D), pivots (p,), texts (q, D) -> (keep,).
+
+    Args:
+        features: image tokens.
+        pivots: indices of those that are kept as pivots.
+        texts: further pivots, which are no image tokens.
+        keep: tokens kept, pivots included.
     """
     unit = normalize(features.float(), dim=-1)
     against = torch.cat([unit[pivots], normalize(texts.float(), dim=-1)])

@@ -21,6 +21,12 @@ def grid_for(k: int, rows: int, columns: int, stretch: float = 1.5) -> tuple[int
     """Returns the largest grid of at most `k` cells whose shape is within `stretch` of rows x columns.
 
     Where no grid is, because a long image has few cells, it is the one of nearest shape.
+
+    Args:
+        k: cells at most.
+        rows: of the full grid.
+        columns: of the full grid.
+        stretch: how many times longer or shorter than the full grid's a side may be for the other.
     """
     grids = [(r, c) for r in range(1, rows + 1) for c in range(1, columns + 1) if r * c <= k]
 

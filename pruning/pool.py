@@ -9,10 +9,15 @@ from vlm_prune.pruning.base import Stage, VisionPruner
 from vlm_prune.vlm.tokens import Kept, VisionTokens
 
 
-def regions(k: int, rows: int, columns: int) -> list[tuple[slice, slice]]:
+def rectangles(k: int, rows: int, columns: int) -> list[tuple[slice, slice]]:
     """Returns `k` rectangles of nearly equal size that make up a grid, in reading order.
 
     About sqrt(k) bands of rows, each cut into its share of columns.
+
+    Args:
+        k: rectangles, at most rows x columns.
+        rows: of the grid.
+        columns: of the grid.
     """
     bands = min(rows, k, max(1, round((k * rows / columns) ** 0.5), -(-k // columns)))
     out = []
@@ -42,7 +47,7 @@ class Pool(VisionPruner):
             end = start + rows * columns
             grid = vision.projected[:, start:end].unflatten(1, (rows, columns))
             share = k * end // tokens - k * start // tokens
-            for r, c in regions(share, rows, columns) if share else []:
+            for r, c in rectangles(share, rows, columns) if share else []:
                 means.append(grid[:, r, c].mean(dim=(1, 2)))
                 row, column = (r.start + r.stop - 1) // 2, (c.start + c.stop - 1) // 2
                 middles.append(start + row * columns + column)

@@ -78,7 +78,7 @@ def scaled(places: list[int], layers: int) -> list[int]:
     return [round(place * layers / DEPTH) for place in places]
 
 
-def fit(
+def fit_cuts(
     budget: int, tokens: int, layers: int, places: list[int], shares: list[float]
 ) -> tuple[list[int], list[int]]:
     """Returns where to cut and the counts after each cut whose mean over `layers` is `budget`.
@@ -97,17 +97,24 @@ def fit(
     while first * tokens + layers - first > budget * layers:
         first -= 1
     places = [first, *places[1:]]
-    return places, solve(budget, tokens, layers, places, shares)
+    return places, solve_counts(budget, tokens, layers, places, shares)
 
 
-def solve(
+def solve_counts(
     budget: int, tokens: int, layers: int, places: list[int], shares: list[float]
 ) -> list[int]:
     """Returns the counts after each cut, proportional to `shares` and at least 1.
 
     They spend `budget` x `layers`: what rounding leaves goes to the earliest segments first, so the
-    mean is off by less than one token. Arguments are those of `fit`, which sees to it that the
-    layers before the first cut leave enough for the others.
+    mean is off by less than one token. `fit_cuts` sees to it that the layers before the first cut
+    leave enough for the others.
+
+    Args:
+        budget: mean number of image tokens that a layer computes.
+        tokens: image tokens that enter the first layer.
+        layers: decoder layers.
+        places: how many layers have run at each cut, ascending.
+        shares: relative number of tokens after each cut, not rising.
     """
     # how many layers run between a cut and the next, and what they may compute together
     ends = [*places[1:], layers]

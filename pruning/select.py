@@ -26,6 +26,11 @@ def diverse(scores: Tensor, features: Tensor, k: int) -> Tensor:
 
     Shapes: scores (M, N) in [0, 1], features (M, N, d) -> (M, k) in the order chosen. Ties go to
     the lowest index.
+
+    Args:
+        scores: how much each token matters by itself.
+        features: tokens whose cosines tell how alike they are.
+        k: tokens to choose.
     """
     return greedy_select(pairwise_cosine(features, features), scores, k, "diverse")
 
@@ -53,7 +58,12 @@ def dpp(kernel: Tensor, k: int) -> Tensor:
 def averaged(kept: Tensor, dropped: Tensor, nearest: Tensor) -> Tensor:
     """Each kept token averaged with the dropped ones that are assigned to it.
 
-    Shapes: kept (M, k, d), dropped (M, n, d), nearest (M, n) indices of kept tokens -> (M, k, d).
+    Shapes: kept (M, k, d), dropped (M, n, d), nearest (M, n) -> (M, k, d).
+
+    Args:
+        kept: tokens that take others in.
+        dropped: tokens that join one of them.
+        nearest: the index of the kept token that each dropped one joins.
     """
     member = one_hot(nearest, kept.shape[1]).to(torch.float32)
     total = kept.float() + member.transpose(1, 2) @ dropped.float()

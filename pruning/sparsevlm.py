@@ -26,7 +26,7 @@ class SparseVLM(DecoderScorePruner):
         preset: the authors' counts by name (`192`, `128`, `96`, `64`), recycled tokens on top.
         recycle: tau, the share of dropped tokens, best scores first, that is recycled.
         clusters: theta, tokens made from the recycled ones, as a share of them.
-        neighbours: k of the density estimate.
+        neighbors: k of the density estimate.
         released: cluster as the authors' code does: a cluster comes back as its mean and not as its
             sum, a density is taken over as many nearest tokens as there are clusters, itself among
             them, and the densest token takes the largest distance of any two.
@@ -40,7 +40,7 @@ class SparseVLM(DecoderScorePruner):
 
     recycle: float = 0.3
     clusters: float = 0.1
-    neighbours: int = 5
+    neighbors: int = 5
     released: bool = False
     chooses_queries: ClassVar[bool] = True
     counted: ClassVar[Counted] = "at the cut"
@@ -52,9 +52,9 @@ class SparseVLM(DecoderScorePruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (0 <= self.recycle <= 1 and 0 <= self.clusters <= 1 and self.neighbours >= 1):
+        if not (0 <= self.recycle <= 1 and 0 <= self.clusters <= 1 and self.neighbors >= 1):
             raise InputError(
-                "recycle and clusters must be shares in [0, 1] and neighbours at least 1"
+                "recycle and clusters must be shares in [0, 1] and neighbors at least 1"
             )
 
     def pattern(self) -> list[tuple[int, float]]:
@@ -67,25 +67,27 @@ class SparseVLM(DecoderScorePruner):
         with_recycled, here = [], tokens
         for cut in cuts:
             kept = min(cut.keep, here)
-            here = kept + self.made(here - kept)
+            here = kept + self.recycled_count(here - kept)
             with_recycled.append(Cut(cut.layer, here))
         return with_recycled
 
-    def made(self, dropped: int) -> int:
-        """Tokens made from `dropped` ones."""
+    def recycled_count(self, dropped: int) -> int:
+        """Returns how many tokens come back of `dropped` ones."""
         recycled = int(self.recycle * dropped)
         return min(recycled, int(self.clusters * recycled) + 1) if self.clusters else 0
 
-    def whole(self, count: int, keep: int) -> int:
-        """Tokens that stay as they are where `count` become `keep`, made ones included."""
-        return next((k for k in range(keep, 0, -1) if k + self.made(count - k) <= keep), 0)
+    def unmerged_count(self, count: int, keep: int) -> int:
+        """Returns how many tokens stay as they are where `count` become `keep`, recycled ones included."""
+        return next(
+            (k for k in range(keep, 0, -1) if k + self.recycled_count(count - k) <= keep), 0
+        )
 
     def papers_count(self, tokens: int, layer_tokens: list[float]) -> float | None:
         """The authors leave recycled tokens out."""
         counts, before, now = [], tokens, tokens
         for computed in map(round, layer_tokens):
             if computed < before:
-                now = self.whole(before, computed)
+                now = self.unmerged_count(before, computed)
             counts.append(float(now))
             before = computed
         return super().papers_count(tokens, counts)
@@ -98,31 +100,39 @@ class SparseVLM(DecoderScorePruner):
 
     def reduce(self, tokens: DecoderTokens, keep: int) -> Kept:
         scores, count = self.score(tokens), tokens.features.shape[1]
-        whole = self.whole(count, keep)
-        places, features = [], []
+        unmerged = self.unmerged_count(count, keep)
+        indices, features = [], []
         for score, own in zip(scores, tokens.features, strict=True):
             order = score.argsort(descending=True, stable=True)
-            at, kept = order[:whole], own[order[:whole]]
-            if keep > whole:
-                recycled = order[whole:][: max(keep - whole, int(self.recycle * (count - whole)))]
-                centers, group = density_peaks(
-                    own[recycled], keep - whole, self.neighbours, self.released
+            kept, kept_features = order[:unmerged], own[order[:unmerged]]
+            if keep > unmerged:
+                # the best of the dropped tokens come back as one token per cluster
+                share = int(self.recycle * (count - unmerged))
+                recycled = order[unmerged:][: max(keep - unmerged, share)]
+                centers, cluster = density_peaks(
+                    own[recycled], keep - unmerged, self.neighbors, self.released
                 )
-                members = one_hot(group, keep - whole).to(own.dtype).T
-                clusters = members @ own[recycled]
+                members = one_hot(cluster, keep - unmerged).to(own.dtype).T
+                merged = members @ own[recycled]
                 if self.released:
-                    clusters = clusters / members.sum(1, keepdim=True)
-                at, kept = torch.cat([at, recycled[centers]]), torch.cat([kept, clusters])
-            ascending = at.argsort()
-            places.append(at[ascending])
-            features.append(kept[ascending])
-        return Kept(places, features)
+                    merged = merged / members.sum(1, keepdim=True)
+                kept = torch.cat([kept, recycled[centers]])
+                kept_features = torch.cat([kept_features, merged])
+            ascending = kept.argsort()
+            indices.append(kept[ascending])
+            features.append(kept_features[ascending])
+        return Kept(indices, features)
 
 
 def raters(image: Tensor, text: Tensor, question_mask: Tensor) -> Tensor:
     """Text whose mean over image tokens v of softmax(v t^T) is at least the mean over the text.
 
     Shapes: image (M, n, D), text (M, T, D), question_mask (M, T) -> (M, T).
+
+    Args:
+        image: hidden states v of image tokens.
+        text: hidden states t of the question.
+        question_mask: which tokens of the question are real.
     """
     similarity = image.float() @ text.float().transpose(1, 2)
     shares = similarity.masked_fill(
@@ -134,7 +144,7 @@ def raters(image: Tensor, text: Tensor, question_mask: Tensor) -> Tensor:
 
 
 def density_peaks(
-    features: Tensor, count: int, neighbours: int, released: bool = False
+    features: Tensor, count: int, neighbors: int, released: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Density-peak clusters: the `count` tokens with the largest density x distance to a denser one.
 
@@ -146,13 +156,13 @@ def density_peaks(
     Args:
         features: tokens to cluster.
         count: clusters C.
-        neighbours: nearest other tokens that a density is taken over.
+        neighbors: nearest other tokens that a density is taken over.
         released: take it over the `count` nearest tokens, itself among them, and give the densest
             token the largest distance of any two.
     """
     distance = torch.cdist(features.float(), features.float()) / features.shape[-1] ** 0.5
     near = distance.sort(dim=1).values
-    near = near[:, :count] if released else near[:, 1 : neighbours + 1]
+    near = near[:, :count] if released else near[:, 1 : neighbors + 1]
     density = near.square().sum(1).div(max(1, near.shape[1])).neg().exp()
     denser = density[None] > density[:, None]
     gap = distance.masked_fill(~denser, torch.inf).amin(1)

@@ -76,7 +76,12 @@ def mean_keys(vision: VisionTokens) -> Tensor:
 def with_mean_added(kept: Tensor, dropped: Tensor, nearest: Tensor) -> Tensor:
     """Returns each kept token plus the mean of the dropped ones that are assigned to it.
 
-    Shapes: kept (M, k, d), dropped (M, n, d), nearest (M, n) indices of kept tokens -> (M, k, d).
+    Shapes: kept (M, k, d), dropped (M, n, d), nearest (M, n) -> (M, k, d).
+
+    Args:
+        kept: tokens that take others in.
+        dropped: tokens that join one of them.
+        nearest: the index of the kept token that each dropped one joins.
     """
     member = one_hot(nearest, kept.shape[1]).to(torch.float32)
     means = member.transpose(1, 2) @ dropped.float() / member.sum(1).clamp_min(1)[..., None]

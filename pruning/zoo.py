@@ -58,7 +58,7 @@ class Zoo(VisionPruner):
         generator = torch.Generator().manual_seed(self.seed)
         bank = torch.randn(self.directions, width, generator=generator)
         bank = (bank / bank.norm(dim=1, keepdim=True)).to(vision.features.device)
-        projector = two_layers(vision)
+        projector = two_layer_projector(vision)
         w = projector.weights(vision.features)
         return monte_carlo(vision.features, w.w1, w.b1, projector.act, root_of(w), bank, self.step)
 
@@ -73,7 +73,7 @@ class Zoo(VisionPruner):
         return Kept.at(features, diverse(scores, features, k).sort(1).values)
 
 
-def two_layers(vision: VisionTokens) -> Projector:
+def two_layer_projector(vision: VisionTokens) -> Projector:
     """Returns the projector; a linear one would make all tokens equally sensitive.
 
     Raises:
@@ -97,7 +97,7 @@ class ZooExact(Zoo):
 
     @torch.no_grad()
     def sensitivity(self, vision: VisionTokens) -> Tensor:
-        projector = two_layers(vision)
+        projector = two_layer_projector(vision)
         w = projector.weights(vision.features)
         return closed_form(vision.features, w.w1, w.b1, projector.act, kernel_of(w))
 

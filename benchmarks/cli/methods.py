@@ -14,7 +14,7 @@ def methods(
     """List pruning methods."""
     from vlm_prune.benchmarks.stats.table import as_table, show
     from vlm_prune.pruning import registry
-    from vlm_prune.pruning.best import PACKAGED, definitions, described
+    from vlm_prune.pruning.best import PACKAGED, command_of, definitions
 
     if families:
         from vlm_prune.benchmarks.cli.support import markdown
@@ -28,4 +28,4 @@ def methods(
         rows.append([name, pruner.stage, pruner.authors_positions, what, pruner.paper])
     show(as_table(rows))
     for budget, entry in definitions(str(PACKAGED)).entries.items():
-        print(f"best at {budget} tokens: {described(*entry)}")
+        print(f"best at {budget} tokens: {command_of(*entry)}")

@@ -19,7 +19,7 @@ from vlm_prune.benchmarks.evaluation.environment import command, versions
 from vlm_prune.benchmarks.stats.paired import difference, mcnemar
 from vlm_prune.benchmarks.stats.table import THREE_WAYS, as_gain, as_markdown, percent, three_ways
 from vlm_prune.pruning import DecoderPruner, VisionPruner
-from vlm_prune.pruning.best import described
+from vlm_prune.pruning.best import command_of
 from vlm_prune.pruning.registry import methods
 from vlm_prune.vlm.common.files import write_json, write_text
 from vlm_prune.vlm.families import family_of
@@ -198,7 +198,7 @@ def _compared(every: list[Variant], measured: Round, first: int, count: int) -> 
         "arguments": every[top].arguments,
         "accuracy": measured.accuracy(top),
         "wins": all(entry["ci"][0] > 0 for entry in against),
-        "combination": described(every[first].method, every[first].arguments),
+        "combination": command_of(every[first].method, every[first].arguments),
         "combination_accuracy": measured.accuracy(first),
         "tokens": measured.tokens[first],
         "against": against,
@@ -222,7 +222,7 @@ def verdict(budget: str, entry: dict[str, Any]) -> str:
     if entry["wins"]:
         return f"budget {budget}: {entry['combination']} beats every single method"
     equal = [other["method"] for other in entry["against"] if other["ci"][0] <= 0]
-    name = described(entry["method"], entry["arguments"])
+    name = command_of(entry["method"], entry["arguments"])
     return (
         f"budget {budget}: no combination beats every single method; {entry['combination']} is not "
         f"above {', '.join(equal)} beyond the interval; the most accurate is {name}"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlm_prune.pruning.pool import Pool, regions
+from vlm_prune.pruning.pool import Pool, rectangles
 from vlm_prune.vlm.tokens import VisionTokens
 
 
@@ -13,11 +13,11 @@ def test_rectangles_cover_the_grid_once(grid):
     for k in range(1, rows * columns + 1):
         cells = [
             (row, column)
-            for down, across in regions(k, rows, columns)
+            for down, across in rectangles(k, rows, columns)
             for row in range(rows)[down]
             for column in range(columns)[across]
         ]
-        assert len(regions(k, rows, columns)) == k
+        assert len(rectangles(k, rows, columns)) == k
         assert sorted(cells) == [(r, c) for r in range(rows) for c in range(columns)]
 
 
@@ -35,7 +35,7 @@ def test_averages_stand_at_the_middle_tokens_of_their_rectangles(budget):
     for start, (rows, columns) in zip((0, 4), grids, strict=True):
         end = start + rows * columns
         share = budget * end // 20 - budget * start // 20
-        for down, across in regions(share, rows, columns) if share else []:
+        for down, across in rectangles(share, rows, columns) if share else []:
             own_rows, own_columns = range(rows)[down], range(columns)[across]
             members = [start + r * columns + c for r in own_rows for c in own_columns]
             # of an even number of rows or columns it is the first of the two in the middle

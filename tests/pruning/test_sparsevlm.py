@@ -89,7 +89,7 @@ def test_released_clusters_come_back_as_means():
     tokens, keep = SimpleNamespace(features=features), 12
     summed, averaged = (SparseVLM(recycle=0.5, released=released) for released in (False, True))
     summed.score = averaged.score = lambda tokens: scores
-    kept, whole = averaged.reduce(tokens, keep), averaged.whole(40, keep)
+    kept, whole = averaged.reduce(tokens, keep), averaged.unmerged_count(40, keep)
     order = scores[0].argsort(descending=True)
     recycled = order[whole:][: int(0.5 * (40 - whole))]
     centers, group = density_peaks(features[0, recycled], keep - whole, 5, released=True)
@@ -117,7 +117,7 @@ def test_best_tokens_stay_and_recycled_ones_are_summed(keep):
         for p, feature in zip(places, kept.features[0], strict=True)
         if torch.equal(feature, features[0, p])
     ]
-    whole = max((k for k in range(keep) if k + method.made(40 - k) <= keep), default=0)
+    whole = max((k for k in range(keep) if k + method.recycled_count(40 - k) <= keep), default=0)
     assert set(order[:whole]) <= set(unchanged)
     recycled = order[whole:][: max(keep - whole, int(0.5 * (40 - whole)))]
     assert set(places) - set(order[:whole]) <= set(recycled)
