@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vlm_prune.benchmarks.cli.options import Seed, parse_arguments
+from vlm_prune.benchmarks.cli.options import AllowOutside, Seed, parse_arguments
 from vlm_prune.vlm.common.errors import InputError
 
 STREAMS = ("packaged", "mtil-1", "mtil-2", "mtil-5shot", "x-tail")
@@ -26,6 +26,7 @@ def train(
     stream: Annotated[str, typer.Option(help=", ".join(STREAMS))] = "packaged",
     method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "codyra",
     data_root: Annotated[Path, typer.Option(help="Folder of the data sets.")] = Path("."),
+    allow_outside: AllowOutside = False,
     model: Annotated[str | None, typer.Option(help="'tiny', a name or a folder.")] = None,
     pretrained: Annotated[str | None, typer.Option(help="open_clip's tag of the weights.")] = None,
     options: Annotated[str, typer.Option(help="The method's, as rank=8,gate_init=ones.")] = "",
@@ -57,6 +58,7 @@ def train(
         folder, stream, data_root, model, pretrained, method, *given, seed,
         test_per_class=test_per_class, shots=shots, skip_bad=skip_bad,
         retention=None if retention is None else tuple(retention.split(",")),
+        allow_outside=allow_outside,
     )  # fmt: skip
     report = learn(settings)
     if place()[0]:

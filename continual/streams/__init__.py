@@ -10,9 +10,10 @@ from vlm_prune.continual.streams.files import csv_manifest, image_folder
 from vlm_prune.continual.streams.packaged import packaged
 from vlm_prune.continual.streams.stream import Stream, few_shot, write_indices
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.paths import DataRoot
 from vlm_prune.vlm.common.registry import Registry
 
-Make = Callable[[Path, int, int | None, bool], Stream]
+Make = Callable[[DataRoot, int, int | None, bool], Stream]
 STREAMS: Registry[Make] = Registry(
     "stream",
     {
@@ -26,14 +27,15 @@ STREAMS: Registry[Make] = Registry(
 
 
 def open_stream(
-    name: str, root: Path = Path("."), seed: int = 0, shots: int | None = None,
+    name: str, root: Path | DataRoot = Path("."), seed: int = 0, shots: int | None = None,
     skip_bad: bool = False,
 ) -> Stream:  # fmt: skip
     """A stream by name.
 
     Args:
         name: in `STREAMS`.
-        root: folder of the data sets; the packaged stream needs none.
+        root: folder of the data sets, which their files must not leave unless it is a `DataRoot`
+            that allows it; the packaged stream needs none.
         seed: of the shots of few-shot streams.
         shots: training images per class; None is what the stream is published with.
         skip_bad: leave out images that cannot be read, each named in a warning.
@@ -42,10 +44,12 @@ def open_stream(
         InputError: if the name is unknown, data are missing under `root`, `shots` is not positive,
             or a class has fewer images.
     """
-    make = STREAMS[name]
-    if name != "packaged" and not root.is_dir():
-        raise InputError(f"data root {root} is not a folder; give the folder of the data sets")
-    return make(root, seed, shots, skip_bad)
+    make, data = STREAMS[name], DataRoot.of(root)
+    if name != "packaged" and not data.folder.is_dir():
+        raise InputError(
+            f"data root {data.folder} is not a folder; give the folder of the data sets"
+        )
+    return make(data, seed, shots, skip_bad)
 
 
 def _packaged(shots: int | None, seed: int) -> Stream:

@@ -9,6 +9,7 @@ from vlm_prune.continual.streams.coop import coop_task
 from vlm_prune.continual.streams.stream import Stream, few_shot
 from vlm_prune.continual.streams.torchvision_sets import torchvision_task
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.paths import DataRoot
 
 ORDER_1 = (
     "aircraft", "caltech101", "cifar100", "dtd", "eurosat", "flowers",
@@ -22,7 +23,11 @@ X_TAIL = tuple(key for key in ORDER_1 if key != "cifar100")
 
 
 def mtil(
-    root: Path, order: int = 1, shots: int | None = None, seed: int = 0, skip_bad: bool = False
+    root: Path | DataRoot,
+    order: int = 1,
+    shots: int | None = None,
+    seed: int = 0,
+    skip_bad: bool = False,
 ) -> Stream:
     """Eleven data sets, 1,201 classes; a test image is scored against its own data set's classes.
 
@@ -45,7 +50,11 @@ def mtil(
 
 
 def x_tail(
-    root: Path, shots: int = 16, seed: int = 0, repeat: bool = False, skip_bad: bool = False
+    root: Path | DataRoot,
+    shots: int = 16,
+    seed: int = 0,
+    repeat: bool = False,
+    skip_bad: bool = False,
 ) -> Stream:
     """Ten data sets, 1,100 classes; every test image is scored against all of them, seen or not.
 

@@ -4,15 +4,15 @@ The file holds {train, val, test: [[path, label, class name], ...]}; class names
 own, with `_` read as a space, and their number is checked against the packaged table.
 """
 
-import json
 from pathlib import Path
-from typing import Any
 
 from vlm_prune.continual.streams.base import Task
 from vlm_prune.continual.streams.files import Files
 from vlm_prune.continual.streams.names import table
 from vlm_prune.continual.streams.torchvision_sets import torchvision_task
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.files import read_object
+from vlm_prune.vlm.common.paths import DataRoot
 
 # folder names in use, the split file, and the folder of the images
 LAYOUT: dict[str, tuple[tuple[str, ...], str, str]] = {
@@ -35,21 +35,21 @@ def x_tail_classes(key: str) -> int:
     return len(table()[key].classes) - (key == "caltech101")
 
 
-def coop_task(key: str, root: Path, skip_bad: bool = False) -> Task:
+def coop_task(key: str, root: Path | DataRoot, skip_bad: bool = False) -> Task:
     """One of X-TAIL's ten data sets, with its one template.
 
     Aircraft uses its official text files, MNIST torchvision's full test set and no `val`; the
     others CoOp's JSON.
 
     Args:
-        key: name of the data set.
-        root: folder that holds the data sets.
-        skip_bad: whether images that cannot be read are left out, each named in a warning.
+        key: of the data set.
+        root: folder of the data sets.
+        skip_bad: leave out images that cannot be read.
 
     Raises:
         InputError: if the data set is unknown, not under `root`, or has another number of classes.
     """
-    template = (table()[key].x_tail,)
+    template, root = (table()[key].x_tail,), DataRoot.of(root)
     if key == "mnist":
         digits = torchvision_task("mnist", root, skip_bad)
         return Task(key, digits.classes, template, digits.train, digits.val, digits.test)
@@ -59,9 +59,9 @@ def coop_task(key: str, root: Path, skip_bad: bool = False) -> Task:
         if key not in LAYOUT:
             raise InputError(f"{key} has no CoOp split; it is no part of X-TAIL")
         folders, file, images = LAYOUT[key]
-        folder = _first(root, folders, file, key)
-        inner = folder / images if (folder / images).is_dir() else folder
-        task = read_coop_split(folder / file, inner, key, template, skip_bad)
+        data = _first(root, folders, file, key)
+        inner = data.below(images) if (data.folder / images).is_dir() else data
+        task = read_coop_split(data.path(file), inner, key, template, skip_bad)
     if len(task.classes) != x_tail_classes(key):
         raise InputError(
             f"{key} has {x_tail_classes(key)} classes in X-TAIL but {len(task.classes)} here; "
@@ -71,27 +71,38 @@ def coop_task(key: str, root: Path, skip_bad: bool = False) -> Task:
 
 
 def read_coop_split(
-    file: Path, images: Path, name: str, templates: tuple[str, ...], skip_bad: bool = False
+    file: Path,
+    images: Path | DataRoot,
+    name: str,
+    templates: tuple[str, ...],
+    skip_bad: bool = False,
 ) -> Task:
     """Returns a task from any JSON file in CoOp's format.
 
     Args:
-        file: the JSON file.
-        images: folder that its paths are relative to.
+        file: `split_zhou_<Name>.json` or another one in its format.
+        images: folder that its paths are relative to and must not leave.
         name: of the task.
-        templates: class prompts with `{}` for the name.
-        skip_bad: as for `coop_task`.
+        templates: prompts with one `{}` each.
+        skip_bad: leave out images that cannot be read.
+
+    Raises:
+        InputError: if the file is missing or not in that format, a label has two names, or a path
+            leads out of the folder.
     """
     if not file.is_file():
         raise InputError(f"{file} is missing; put CoOp's split file there")
+    rows, root, named = read_object(file), DataRoot.of(images), dict[int, str]()
+    files = dict[str, list[Path]](train=[], val=[], test=[])
     try:
-        rows: dict[str, list[Any]] = json.loads(file.read_text(encoding="utf-8"))
-        named: dict[int, str] = {}
-        for path, label, text in (row for part in ("train", "val", "test") for row in rows[part]):
-            clean = str(text).replace("_", " ")
-            if named.setdefault(int(label), clean) != clean:
-                raise InputError(f"{file}: label {label} is both {named[label]!r} and {clean!r}")
-            str(path)
+        for part, paths in files.items():
+            for path, label, text in rows[part]:
+                clean = str(text).replace("_", " ")
+                if named.setdefault(int(label), clean) != clean:
+                    raise InputError(
+                        f"{file}: label {label} is both {named[int(label)]!r} and {clean!r}"
+                    )
+                paths.append(root.path(str(path)))
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -101,14 +112,14 @@ def read_coop_split(
     if sorted(named) != list(range(len(named))):
         raise InputError(f"{file}: labels must be 0 to {len(named) - 1} without a gap")
     splits = [
-        Files([images / r[0] for r in rows[part]], [int(r[1]) for r in rows[part]], skip_bad)
-        for part in ("train", "val", "test")
+        Files(paths, [int(row[1]) for row in rows[part]], skip_bad) for part, paths in files.items()
     ]
     return Task(name, tuple(named[label] for label in range(len(named))), templates, *splits)
 
 
-def _aircraft(root: Path, templates: tuple[str, ...], skip_bad: bool) -> Task:
-    folder = _first(root, AIRCRAFT, "variants.txt", "aircraft")
+def _aircraft(root: DataRoot, templates: tuple[str, ...], skip_bad: bool) -> Task:
+    data = _first(root, AIRCRAFT, "variants.txt", "aircraft")
+    folder = data.folder
     classes = tuple(line.strip() for line in (folder / "variants.txt").read_text().splitlines())
     numbers = {name: label for label, name in enumerate(classes)}
     splits = []
@@ -117,18 +128,19 @@ def _aircraft(root: Path, templates: tuple[str, ...], skip_bad: bool) -> Task:
         if not file.is_file():
             raise InputError(f"{file} is missing; put FGVC-Aircraft's official files there")
         lines = [line.split(" ", 1) for line in file.read_text().splitlines() if line.strip()]
-        paths = [folder / "images" / f"{number}.jpg" for number, _ in lines]
+        paths = [data.path(f"images/{number}.jpg") for number, _ in lines]
         labels = [numbers[name.strip()] for _, name in lines]
         splits.append(Files(paths, labels, skip_bad))
     return Task("aircraft", classes, templates, *splits)
 
 
-def _first(root: Path, folders: tuple[str, ...], file: str, key: str) -> Path:
+def _first(root: DataRoot, folders: tuple[str, ...], file: str, key: str) -> DataRoot:
     """The first of the folders in use that holds `file`."""
+    top = root.folder
     for folder in folders:
-        if (root / folder / file).is_file():
-            return root / folder
+        if (top / folder / file).is_file():
+            return root.below(folder)
     raise InputError(
-        f"{key} is not under {root}: put its images and {file} into {root / folders[0]} "
+        f"{key} is not under {top}: put its images and {file} into {top / folders[0]} "
         "(nothing is downloaded)"
     )

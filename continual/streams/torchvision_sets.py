@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,46 +13,92 @@ from vlm_prune.continual.streams.names import in_own_order, table
 from vlm_prune.continual.streams.stream import Subset
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.images import open_image
+from vlm_prune.vlm.common.paths import DataRoot
 
 # class in torchvision.datasets, what must be there under the root, and each split's arguments
-SETS: dict[str, tuple[str, str, dict[str, dict[str, Any]]]] = {
+SETS: dict[str, tuple[str, tuple[str, ...], dict[str, dict[str, Any]]]] = {
     "aircraft": (
-        "FGVCAircraft", "fgvc-aircraft-2013b/data",
+        "FGVCAircraft",
+        ("fgvc-aircraft-2013b/data", "fgvc-aircraft-2013b/data/variants.txt"),
         {part: {"split": part} for part in ("train", "val", "test")},
     ),
     # torchvision leaves this folder out, and fails without it
-    "caltech101": ("Caltech101", "caltech101/101_ObjectCategories/BACKGROUND_Google", {"all": {}}),
-    "cifar100": (
-        "CIFAR100", "cifar-100-python", {"train": {"train": True}, "test": {"train": False}},
+    "caltech101": (
+        "Caltech101", ("caltech101/101_ObjectCategories/BACKGROUND_Google",), {"all": {}}
     ),
-    "dtd": ("DTD", "dtd/dtd/images", {part: {"split": part} for part in ("train", "val", "test")}),
-    "eurosat": ("EuroSAT", "eurosat/2750", {"all": {}}),
+    "cifar100": (
+        "CIFAR100",
+        ("cifar-100-python", *(f"cifar-100-python/{part}" for part in ("train", "test", "meta"))),
+        {"train": {"train": True}, "test": {"train": False}},
+    ),
+    "dtd": (
+        "DTD",
+        ("dtd/dtd/images", *(f"dtd/dtd/labels/{part}1.txt" for part in ("train", "val", "test"))),
+        {part: {"split": part} for part in ("train", "val", "test")},
+    ),
+    "eurosat": ("EuroSAT", ("eurosat/2750",), {"all": {}}),
     "flowers": (
-        "Flowers102", "flowers-102/jpg",
+        "Flowers102",
+        ("flowers-102/jpg", "flowers-102/imagelabels.mat", "flowers-102/setid.mat"),
         {part: {"split": part} for part in ("train", "val", "test")},
     ),
     "food101": (
-        "Food101", "food-101/images", {part: {"split": part} for part in ("train", "test")},
+        "Food101",
+        ("food-101/images", "food-101/meta/train.json", "food-101/meta/test.json"),
+        {part: {"split": part} for part in ("train", "test")},
     ),
-    "mnist": ("MNIST", "MNIST/raw", {"train": {"train": True}, "test": {"train": False}}),
+    "mnist": (
+        "MNIST",
+        (
+            "MNIST/raw",
+            *(
+                f"MNIST/raw/{part}-{kind}-ubyte"
+                for part in ("train", "t10k")
+                for kind in ("images-idx3", "labels-idx1")
+            ),
+        ),
+        {"train": {"train": True}, "test": {"train": False}},
+    ),
     "pets": (
-        "OxfordIIITPet", "oxford-iiit-pet/images",
+        "OxfordIIITPet",
+        (
+            "oxford-iiit-pet/images",
+            "oxford-iiit-pet/annotations/trainval.txt",
+            "oxford-iiit-pet/annotations/test.txt",
+        ),
         {"train": {"split": "trainval"}, "test": {"split": "test"}},
     ),
     "cars": (
-        "StanfordCars", "stanford_cars/devkit",
+        "StanfordCars",
+        (
+            "stanford_cars/devkit",
+            "stanford_cars/devkit/cars_meta.mat",
+            "stanford_cars/devkit/cars_train_annos.mat",
+            "stanford_cars/cars_test_annos_withlabels.mat",
+            "stanford_cars/cars_train",
+            "stanford_cars/cars_test",
+        ),
         {part: {"split": part} for part in ("train", "test")},
     ),
-    "sun397": ("SUN397", "SUN397/ClassName.txt", {"all": {}}),
+    "sun397": ("SUN397", ("SUN397/ClassName.txt",), {"all": {}}),
 }  # fmt: skip
 SPLIT_SEED = 42
 TRAIN_SHARE = 0.8
 
 
 class Held(LabelledImages):
-    """A torchvision data set as a sequence of RGB images and labels."""
+    """A torchvision data set as a sequence of RGB images and labels.
 
-    def __init__(self, data: Any, name: str) -> None:
+    Args:
+        data: the data set; image files are opened by our own function, not by torchvision's.
+        name: for messages.
+        root: folder that its files must lie in.
+
+    Raises:
+        InputError: if a file leads out of it.
+    """
+
+    def __init__(self, data: Any, name: str, root: DataRoot) -> None:
         self.data, self.name = data, name
         files = getattr(data, "_image_files", None)
         if files is not None:
@@ -59,8 +106,9 @@ class Held(LabelledImages):
             order = sorted(range(len(files)), key=lambda k: str(files[k]))
             data._image_files = [files[k] for k in order]
             data._labels = [data._labels[k] for k in order]
+        self.paths = [root.path(path.absolute()) for path in _paths(data)]
 
-    @property
+    @cached_property
     def labels(self) -> list[int]:
         """Labels without opening an image, wherever torchvision keeps them."""
         for attribute in ("targets", "_labels", "y"):
@@ -74,25 +122,33 @@ class Held(LabelledImages):
         return len(self.data)
 
     def item(self, index: int) -> Labelled:
+        file = f" ({self.paths[index]})" if self.paths else ""
         try:
+            if self.paths:
+                return open_image(self.paths[index]), self.labels[index]
             image, label = self.data[index]
             return open_image(image), int(label)
         except (OSError, SyntaxError, InputError) as error:
             raise InputError(
-                f"image {index} of {self.name}{self._file(index)} cannot be read: {error}"
+                f"image {index} of {self.name}{file} cannot be read: {error}"
             ) from error
 
-    def _file(self, index: int) -> str:
-        """The file's name in parentheses, wherever torchvision keeps it."""
-        for attribute in ("_image_files", "_images", "_samples", "samples", "imgs"):
-            if hasattr(self.data, attribute):
-                entry = getattr(self.data, attribute)[index]
-                return f" ({entry[0] if isinstance(entry, tuple) else entry})"
-        return ""
+
+def _paths(data: Any) -> list[Path]:
+    """The image files of a torchvision data set, in its order; none where images are arrays."""
+    for attribute in ("_image_files", "_images", "_samples", "samples", "imgs"):
+        if hasattr(data, attribute):
+            entries = getattr(data, attribute)
+            return [Path(entry[0] if isinstance(entry, tuple) else entry) for entry in entries]
+    if hasattr(data, "categories") and hasattr(data, "index"):  # Caltech101 has a rule for them
+        folder = Path(data.root) / "101_ObjectCategories"
+        pairs = zip(data.y, data.index, strict=True)
+        return [folder / data.categories[y] / f"image_{n:04d}.jpg" for y, n in pairs]
+    return []
 
 
-def torchvision_task(key: str, root: Path, skip_bad: bool = False) -> Task:
-    """Returns one of MTIL's eleven data sets as ZSCL splits it.
+def torchvision_task(key: str, root: Path | DataRoot, skip_bad: bool = False) -> Task:
+    """One of MTIL's eleven data sets as ZSCL splits it.
 
     Official splits where there are any; `train` without `val` for aircraft, dtd and flowers, and
     `trainval` for pets. Caltech101, EuroSAT and SUN397 have none and are cut 80 : 20 by a
@@ -100,13 +156,16 @@ def torchvision_task(key: str, root: Path, skip_bad: bool = False) -> Task:
     pickles, which torchvision reads after checking their sums.
 
     Args:
-        key: name of the data set.
-        root: folder that holds the data sets.
-        skip_bad: whether every image is opened now, and those that cannot be read are left out,
-            after the cut.
+        key: of the data set.
+        root: folder of the data sets.
+        skip_bad: leave out images that cannot be read.
+
+    Raises:
+        InputError: if `key` is unknown, the data are not under `root`, or the classes differ from
+            the packaged table.
     """
-    names = table()[key]
-    splits = {part: Held(data, key) for part, data in _open(key, root).items()}
+    names, root = table()[key], DataRoot.of(root)
+    splits = {part: Held(data, key, root) for part, data in _open(key, root.folder).items()}
     some = next(iter(splits.values())).data
     own = getattr(some, "categories", None) or getattr(some, "classes", None) or names.classes
     classes = in_own_order(key, own)
@@ -133,9 +192,10 @@ def torchvision_class(name: str) -> Any:
 
 def _open(key: str, root: Path) -> dict[str, Any]:
     kind, needed, parts = SETS[key]
-    if not (root / needed).exists():
+    lost = next((name for name in needed if not (root / name).exists()), None)
+    if lost is not None:
         raise InputError(
-            f"{key} is not under {root}: {root / needed} is missing; put torchvision's {kind} "
+            f"{key} is not under {root}: {root / lost} is missing; put torchvision's {kind} "
             "layout there (nothing is downloaded)"
         )
     cls = torchvision_class(kind)

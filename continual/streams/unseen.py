@@ -14,6 +14,7 @@ from vlm_prune.continual.streams.files import PHOTO, folder_split, list_classes
 from vlm_prune.continual.streams.packaged import task as packaged_task
 from vlm_prune.continual.streams.torchvision_sets import Held, torchvision_class, torchvision_task
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.paths import DataRoot
 from vlm_prune.vlm.common.registry import Registry
 
 
@@ -22,12 +23,12 @@ def scenes() -> Task:
     return replace(packaged_task("scenes"), train=(), val=())
 
 
-def cifar100(root: Path) -> Task:
+def cifar100(root: Path | DataRoot) -> Task:
     """CIFAR-100's test images in torchvision's layout."""
     return replace(torchvision_task("cifar100", root), templates=PHOTO, train=(), val=())
 
 
-def places365(root: Path, small: bool = True) -> Task:
+def places365(root: Path | DataRoot, small: bool = True) -> Task:
     """Places365's validation images in torchvision's layout, under the full category names.
 
     `/a/apartment_building/outdoor` is "apartment building outdoor": the last part alone would give
@@ -36,17 +37,18 @@ def places365(root: Path, small: bool = True) -> Task:
     Raises:
         InputError: if the files are not under `root`.
     """
+    root = DataRoot.of(root)
     try:
-        data = torchvision_class("Places365")(str(root), split="val", small=small)
+        data = torchvision_class("Places365")(str(root.folder), split="val", small=small)
     except (RuntimeError, OSError, ValueError) as error:
         needed = "categories_places365.txt, places365_val.txt and val_256/"
-        raise InputError(f"Places365 is not under {root}; put {needed} there") from error
+        raise InputError(f"Places365 is not under {root.folder}; put {needed} there") from error
     # torchvision sorts its list of classes; labels are the file's own numbers
     by_label = sorted(data.class_to_idx, key=data.class_to_idx.__getitem__)
     names = tuple(place_name(category) for category in by_label)
     if len(names) != 365:
         raise InputError(f"Places365 has 365 categories but {len(names)} here; get the full list")
-    return Task("places365", names, PHOTO, (), (), Held(data, "places365"))
+    return Task("places365", names, PHOTO, (), (), Held(data, "places365", root))
 
 
 def place_name(category: str) -> str:
@@ -54,7 +56,7 @@ def place_name(category: str) -> str:
     return category[3:].replace("/", " ").replace("_", " ").strip()
 
 
-def imagenet(root: Path) -> Task:
+def imagenet(root: Path | DataRoot) -> Task:
     """ImageNet-1k's validation images in 1,000 folders named by WordNet id, `root/val/n01440764/`.
 
     Names are open_clip's. It calls two pairs of classes alike; the WordNet lemmas `projectile`
@@ -63,13 +65,14 @@ def imagenet(root: Path) -> Task:
     Raises:
         InputError: if there are not 1,000 folders, or one has no image.
     """
-    folder = root / "val" if (root / "val").is_dir() else root
-    ids = list_classes(folder)
+    root = DataRoot.of(root)
+    data = root.below("val") if (root.folder / "val").is_dir() else root
+    folder, ids = data.folder, list_classes(data.folder)
     if len(ids) != 1000 or not all(name.startswith("n") for name in ids):
         raise InputError(
             f"{folder} has {len(ids)} class folders; put ImageNet's 1000 n... folders there"
         )
-    return Task("imagenet", imagenet_names(), PHOTO, (), (), folder_split(folder, ids))
+    return Task("imagenet", imagenet_names(), PHOTO, (), (), folder_split(data, ids))
 
 
 def imagenet_names() -> tuple[str, ...]:
@@ -79,12 +82,12 @@ def imagenet_names() -> tuple[str, ...]:
     return tuple(names)
 
 
-UNSEEN: Registry[Callable[[Path], Task]] = Registry(
+UNSEEN: Registry[Callable[[DataRoot], Task]] = Registry(
     "unseen data set",
     {
         "scenes": lambda root: scenes(),
         "cifar100": cifar100,
-        "places365": lambda root: places365(root / "places365"),
-        "imagenet": lambda root: imagenet(root / "imagenet"),
+        "places365": lambda root: places365(root.below("places365")),
+        "imagenet": lambda root: imagenet(root.below("imagenet")),
     },
 )

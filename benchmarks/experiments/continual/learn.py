@@ -28,6 +28,7 @@ from vlm_prune.continual.streams.unseen import UNSEEN
 from vlm_prune.continual.train import Run, accelerator_of, train
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import write_json
+from vlm_prune.vlm.common.paths import DataRoot
 
 PACKAGED = Recipe(steps=60, batch=32, lr=3e-3)
 # data sets that are in none of the stream's tasks
@@ -59,6 +60,7 @@ class Learning:
         skip_bad: leave out images that cannot be read.
         retention: data sets in `UNSEEN` that show what is forgotten outside of the stream; None for
             all that are no task of the stream, as far as their files are there.
+        allow_outside: whether data may name files outside of `data_root`.
 
     Raises:
         InputError: if open_clip's model has no weights named, or no test image is left.
@@ -78,6 +80,7 @@ class Learning:
     shots: int | None = None
     skip_bad: bool = False
     retention: tuple[str, ...] | None = None
+    allow_outside: bool = False
 
     def __post_init__(self) -> None:
         name, weights = self.clip
@@ -130,9 +133,8 @@ def learn(settings: Learning) -> dict[str, Any]:
     Raises:
         InputError: if a name is unknown, data are missing, or the folder holds another run.
     """
-    stream = open_stream(
-        settings.stream, settings.data_root, settings.seed, settings.shots, settings.skip_bad
-    )
+    root = DataRoot(settings.data_root, settings.allow_outside)
+    stream = open_stream(settings.stream, root, settings.seed, settings.shots, settings.skip_bad)
     recipe = recipe_of(stream, settings.recipe, settings.seed)
     method = method_of(stream, settings.method, settings.options)
     tasks = tuple(fewer(task, settings.test_per_class) for task in stream.tasks)
@@ -165,7 +167,8 @@ def outside_of(settings: Learning, stream: Stream) -> tuple[list[Task], dict[str
             raise InputError(f"{name} is a task of {stream.name}; give another retention")
         read = UNSEEN[name]
         try:
-            task = fewer(read(settings.data_root), settings.test_per_class)
+            root = DataRoot(settings.data_root, settings.allow_outside)
+            task = fewer(read(root), settings.test_per_class)
         except InputError as error:
             if given is not None:
                 raise
