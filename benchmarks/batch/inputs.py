@@ -10,14 +10,16 @@ from pyarrow import csv, parquet
 
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.images import open_image
+from vlm_prune.vlm.common.paths import DataRoot
 
 SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MANIFESTS = (".csv", ".parquet")
 
 
-def root_of(source: Path) -> Path:
-    """The folder that paths start from, and must not leave."""
-    return (source if source.is_dir() else source.parent).resolve()
+def root_of(source: Path, allow_outside: bool = False) -> DataRoot:
+    """The folder that paths start from, and must not leave unless the user allows it."""
+    folder = (source if source.is_dir() else source.parent).resolve()
+    return DataRoot(folder, allow_outside)
 
 
 def find_images(source: Path, prompt: str, limit: int | None = None) -> pa.Table:
@@ -91,15 +93,13 @@ def _manifest(source: Path, limit: int | None) -> tuple[list[str], list[str | No
     return [path or "" for path in paths], prompts
 
 
-def open_below(root: Path, path: str) -> Image.Image:
+def open_below(root: DataRoot, path: str) -> Image.Image:
     """The image at `path` below `root`, as RGB.
 
     Raises:
-        InputError: if it is no file, a link leads outside, or it is no sound image.
+        InputError: if it is no file, leads out of the root, or is no sound image.
     """
-    file = (root / path).resolve()
-    if not file.is_relative_to(root):
-        raise InputError(f"{path} leads out of {root}")
+    file = root.path(path)
     if not file.is_file():
         raise InputError(f"{path} is no file")
     return open_image(file)
@@ -117,7 +117,7 @@ PIXELS = pa.schema(
 )
 
 
-def decode(rows: pa.Table, root: Path) -> Iterator[pa.Table]:
+def decode(rows: pa.Table, root: DataRoot) -> Iterator[pa.Table]:
     """Rows of `find_images` with their pixels, one at a time so that Ray Data can cut blocks."""
     for row in rows.to_pylist():
         error, size, pixels = None, (0, 0), b""

@@ -43,7 +43,7 @@ class MapConfig:
     """What decides the answers; an output holds those of one configuration.
 
     `input` is a folder or a manifest, `max_new_tokens` the longest answer, None for the model's own
-    limit.
+    limit; `allow_outside` lets paths and links lead out of the folder.
     """
 
     input: str
@@ -54,6 +54,7 @@ class MapConfig:
     dtype: str = "auto"
     limit: int | None = None
     max_new_tokens: int | None = None
+    allow_outside: bool = False
 
 
 class Answerer:
@@ -186,7 +187,7 @@ def _answers(
         .map_batches(
             decode,
             batch_format="pyarrow",
-            fn_kwargs={"root": root_of(Path(config.input))},
+            fn_kwargs={"root": root_of(Path(config.input), config.allow_outside)},
             num_cpus=1,
             memory=DECODING,
         )

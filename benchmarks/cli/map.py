@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vlm_prune.benchmarks.cli.options import (
+    AllowOutside,
     BatchSize,
     Dtype,
     Method,
@@ -41,6 +42,7 @@ def map_images(
     ] = "auto",
     dtype: Dtype = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first images.")] = None,
+    allow_outside: AllowOutside = False,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer; the model's own limit unless given.")
     ] = None,
@@ -59,7 +61,15 @@ def map_images(
     quiet()
     variant = Variant(method, parse_budget(budget), arguments=parse_arguments(method_args))
     config = pipeline.MapConfig(
-        str(source.absolute()), prompt, model, variant, device, dtype, limit, max_new_tokens
+        str(source.absolute()),
+        prompt,
+        model,
+        variant,
+        device,
+        dtype,
+        limit,
+        max_new_tokens,
+        allow_outside,
     )
     bar = partial(progress, what="images")
     rows, errors = pipeline.map_images(config, output, batch_size, workers, cpus, bar)

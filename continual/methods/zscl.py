@@ -17,6 +17,7 @@ from vlm_prune.continual.methods.base import Context, Group
 from vlm_prune.continual.methods.full import FullFineTune
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.images import open_image
+from vlm_prune.vlm.common.paths import DataRoot
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -33,6 +34,7 @@ class ZSCL(FullFineTune):
 
     Args:
         images: a folder, or images; they are no part of any task.
+        allow_outside: whether links in the folder may lead out of it.
         captions: reference texts; None for prompts of ImageNet's 1,000 class names.
         weight: of each of the two distillation losses.
         temperature: of the distillation.
@@ -48,6 +50,7 @@ class ZSCL(FullFineTune):
     temperature: float = 2.0
     reference_batch: int = 64
     average_every: int = 100
+    allow_outside: bool = False
     _teacher: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _average: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _sources: Sequence[Path | Image.Image] = field(default=(), init=False, repr=False)
@@ -59,7 +62,7 @@ class ZSCL(FullFineTune):
         above("temperature", self.temperature, 0, strict=True)
         above("reference_batch", self.reference_batch, 1)
         above("average_every", self.average_every, 0)
-        self._sources = _sources(self.images)
+        self._sources = _sources(self.images, self.allow_outside)
         if not self._sources:
             raise InputError("zscl needs reference images: give images=FOLDER or a list of images")
 
@@ -136,12 +139,16 @@ class ZSCL(FullFineTune):
                 self._average[name].copy_(tensor)
 
 
-def _sources(images: Path | str | Sequence[Image.Image]) -> Sequence[Path | Image.Image]:
+def _sources(
+    images: Path | str | Sequence[Image.Image], allow_outside: bool
+) -> Sequence[Path | Image.Image]:
     if not isinstance(images, Path | str):
         return images
-    if not Path(images).is_dir():
+    root = DataRoot(Path(images), allow_outside)
+    if not root.folder.is_dir():
         raise InputError(f"{images} is no folder of reference images")
-    return sorted(p for p in Path(images).rglob("*") if p.suffix.lower() in SUFFIXES)
+    found = sorted(p for p in root.folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    return [root.path(path.relative_to(root.folder)) for path in found]
 
 
 def _texts(given: Sequence[str] | None) -> list[str]:

@@ -1,10 +1,12 @@
 """Special tokens that people write are text; what a template writes stays what it is."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny_families import Tiny
 
+from vlm_prune.pruning.pipeline import PrunedVLM
 from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.chat import encode_prompts, encode_text, render, special_tokens
 from vlm_prune.vlm.common.errors import InputError
@@ -125,6 +127,23 @@ def test_what_cannot_be_a_prompt_is_one_line(tiny):
             render(tiny.processor, chat((0, "x")))
     finally:
         tiny.processor.chat_template = template
+
+
+def test_prunedvlm_takes_any_text_and_any_picture(tiny, tmp_path):
+    """Questions with special tokens, files, arrays and 16 bits; one line for what is no image."""
+    vlm = PrunedVLM(tiny.model, tiny.processor, build("divprune", budget=4))
+    color = np.asarray(tiny.pictures[0])
+    tiny.pictures[0].save(tmp_path / "a.png")
+    deep = np.zeros((84, 84), np.uint16)
+    sources = [color, tmp_path / "a.png", str(tmp_path / "a.png"), tiny.pictures[0]]
+    question = f"Is {tiny.processor.image_token} red?"
+    replies = vlm.replies(sources, [question] * 4, max_new_tokens=3)
+    assert len({(reply.text, reply.image_tokens) for reply in replies}) == 1
+    assert vlm.answer(color, question, max_new_tokens=3) == replies[0].text
+    assert isinstance(vlm.answer(Image.fromarray(deep), "x", max_new_tokens=3), str)
+    for wrong in (tmp_path / "gone.png", deep.astype(np.float32)[None], None, 3):
+        with pytest.raises(InputError):
+            vlm.answer(wrong, "x")
 
 
 FLAT = [(10_000, 1), (1, 10_000), (5_000, 1), (150, 1), (1, 150), (1, 1), (3, 1)]

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from vlm_prune.benchmarks.batch.inputs import find_images, open_below
+from vlm_prune.benchmarks.batch.inputs import find_images, open_below, root_of
 from vlm_prune.benchmarks.batch.output import ANSWERS, Parts, parts_of
 from vlm_prune.benchmarks.batch.pipeline import local_ray, placed
 from vlm_prune.benchmarks.cli import map as command
@@ -66,13 +66,14 @@ def test_rows_are_what_the_images_get_alone(run, tmp_path, cluster):
     (pictures / "folder").symlink_to(tmp_path / "elsewhere")
     (pictures / "inner.png").symlink_to(pictures / "shelf0" / "0000.png")
     os.mkfifo(pictures / "pipe.png")
-    broken |= {"out.png", "folder", "pipe.png"}
+    Image.new("RGB", (20_000, 1)).save(pictures / "thin.png")
+    broken |= {"out.png", "folder", "pipe.png", "thin.png"}
 
     output = tmp_path / "out.parquet"
     given = arguments(pictures, output, "--batch-size", "5")
     code, out, err = run(*given)
     assert code == 0, err
-    assert f"20 rows, {len(broken)} with an error" in out
+    assert f"21 rows, {len(broken)} with an error" in out
 
     table = rows(output)
     assert list(table[0]) == ["path", "prompt", *ANSWERS.names[1:]]
@@ -259,8 +260,17 @@ def test_a_manifest_names_paths_and_prompts(tmp_path, kind):
     assert find_images(file, "blue?", 2).to_pydict()["row"] == [0, 1]
     with pytest.raises(InputError, match=r"row 2 .* has no prompt"):
         find_images(file, "")
-    with pytest.raises(InputError, match="leads out of"):
-        open_below(tmp_path, "../c.png")
+    if kind == "csv":
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+        assert find_images(file, "blue?").to_pydict() == found
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "c.png")
+    for name in ("../c.png", str(tmp_path / "c.png")):
+        with pytest.raises(InputError, match=r"leads out of .*--allow-outside"):
+            open_below(root_of(tmp_path / "in"), name)
+        assert open_below(root_of(tmp_path / "in", allow_outside=True), name).size == (8, 8)
+    with pytest.raises(InputError, match="nothing is downloaded"):
+        open_below(root_of(tmp_path / "in", allow_outside=True), "http://127.0.0.1:9/c.png")
     file.write_bytes(b"\xff\n\xfe")
     with pytest.raises(InputError):
         find_images(file, "blue?")

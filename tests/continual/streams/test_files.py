@@ -7,9 +7,11 @@ import re
 import pytest
 from PIL import Image
 
+from vlm_prune.continual.methods.zscl import ZSCL
 from vlm_prune.continual.streams import csv_manifest, image_folder, read_coop_split
 from vlm_prune.continual.streams.coop import coop_task
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.paths import DataRoot
 
 
 def one_line(error, *words):
@@ -197,3 +199,69 @@ def test_official_aircraft_files(tmp_path, folders):
     task = coop_task("aircraft", folders)
     assert task.classes == names and task.train.labels == list(range(100))
     assert task.val[5][0].size == (8, 8)
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_manifest_may_start_with_a_byte_order_mark(folders, mark):
+    rows = [f"{part}/dog/0.png,dog,{part}" for part in ("train", "val", "test")]
+    task = csv_manifest(manifest(folders, *rows, header=f"{mark}path,class,split"), "mine")
+    assert task.classes == ("dog",) and len(task.train) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["path,class,split\na.png\n", "path,class,split\n\x00\n", "path,class,split\n\xff\n"]
+)
+def test_broken_manifests_are_one_line(folders, text):
+    (folders / "list.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError) as error:
+        csv_manifest(folders / "list.csv", "mine")
+    one_line(error, "list.csv")
+
+
+@pytest.fixture
+def outside(folders, tmp_path_factory):
+    """A picture that is not below `folders`, and links to it and to its folder from there."""
+    folder = tmp_path_factory.mktemp("outside")
+    Image.new("RGB", (8, 8), "blue").save(folder / "secret.png")
+    (folders / "train" / "dog" / "link.png").symlink_to(folder / "secret.png")
+    (folders / "away").symlink_to(folder)
+    return folder
+
+
+def test_a_manifest_names_files_of_its_root(folders, outside):
+    names = ["train/dog/link.png", "away/secret.png", f"../{outside.name}/secret.png"]
+    for name in [*names, str(outside / "secret.png")]:
+        path = manifest(folders, f"{name},dog,train", "test/dog/0.png,dog,test")
+        with pytest.raises(InputError, match=r"list.csv:2: .*leads out of"):
+            csv_manifest(path, "mine")
+        with pytest.raises(InputError, match=r"list.csv:2: .*leads out of"):
+            csv_manifest(path, "mine", root=folders)
+        allowed = csv_manifest(path, "mine", root=DataRoot(folders, allow_outside=True))
+        if not name.startswith(".."):
+            assert allowed.train[0][0].getpixel((0, 0)) == (0, 0, 255)
+    path = manifest(folders, "https://example.org/a.png,dog,train")
+    with pytest.raises(InputError, match=r"list.csv:2: .*nothing is downloaded"):
+        csv_manifest(path, "mine", root=DataRoot(folders, allow_outside=True))
+
+
+def test_links_in_class_folders_stay_in_the_root(folders, outside):
+    with pytest.raises(InputError, match=r"link.png leads out of .*--allow-outside"):
+        image_folder(folders, "pets")
+    task = image_folder(DataRoot(folders, allow_outside=True), "pets")
+    assert task.train[task.train.paths.index(folders / "train/dog/link.png")][0].size == (8, 8)
+    with pytest.raises(InputError, match="leads out of"):
+        ZSCL(images=folders)
+    assert len(ZSCL(images=folders, allow_outside=True)._sources) == 15
+
+
+def test_coop_splits_name_files_of_their_root(folders, outside):
+    for name in ("train/dog/link.png", str(outside / "secret.png"), "http://h/a.png"):
+        rows = {"train": [[name, 0, "dog"]], "val": [], "test": [["test/dog/0.png", 0, "dog"]]}
+        (folders / "split.json").write_text(json.dumps(rows))
+        with pytest.raises(InputError, match="leads out of|nothing is downloaded"):
+            read_coop_split(folders / "split.json", folders, "mine", ("{}",))
+    root = coop_root(folders)
+    (root / "dtd" / "images").rename(root / "elsewhere")
+    (root / "dtd" / "images").symlink_to(outside)
+    with pytest.raises(InputError, match="leads out of"):
+        coop_task("dtd", root)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from dataset_layouts import mtil_root
 from PIL import Image
 
 from vlm_prune.continual.streams import STREAMS, few_shot, open_stream, write_indices
@@ -13,10 +14,11 @@ from vlm_prune.continual.streams.benchmarks import ORDER_1, ORDER_2, X_TAIL
 from vlm_prune.continual.streams.coop import x_tail_classes
 from vlm_prune.continual.streams.names import in_own_order, table
 from vlm_prune.continual.streams.packaged import task as packaged_task
-from vlm_prune.continual.streams.stream import Stream
+from vlm_prune.continual.streams.stream import Stream, Subset
 from vlm_prune.continual.streams.torchvision_sets import SETS, torchvision_task
 from vlm_prune.continual.streams.unseen import imagenet, imagenet_names, place_name, places365
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.paths import DataRoot
 
 COUNTS = {
     "aircraft": 100, "caltech101": 101, "cifar100": 100, "dtd": 47, "eurosat": 10, "flowers": 102,
@@ -76,13 +78,50 @@ def test_torchvision_eurosat_is_cut_once_and_for_all(tmp_path):
 def test_missing_torchvision_data_say_what_to_put_where(tmp_path, key):
     with pytest.raises(InputError, match="nothing is downloaded") as error:
         torchvision_task(key, tmp_path)
-    assert SETS[key][1] in str(error.value) and list(tmp_path.iterdir()) == []
+    assert SETS[key][1][0] in str(error.value) and list(tmp_path.iterdir()) == []
 
 
-def test_incomplete_torchvision_data(tmp_path):
-    (tmp_path / "MNIST" / "raw").mkdir(parents=True)
-    with pytest.raises(InputError, match="incomplete"):
-        torchvision_task("mnist", tmp_path)
+@pytest.fixture
+def layouts(tmp_path, monkeypatch):
+    return mtil_root(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("key", list(SETS))
+def test_incomplete_torchvision_data_name_the_file_that_is_missing(layouts, key):
+    """StanfordCars' devkit without its .mat, and whatever else may be gone."""
+    torchvision_task(key, layouts)
+    for name in SETS[key][1]:
+        (layouts / name).rename(layouts / "gone")
+        with pytest.raises(InputError, match="nothing is downloaded") as error:
+            torchvision_task(key, layouts)
+        assert f"{layouts / name} is missing" in str(error.value)
+        (layouts / "gone").rename(layouts / name)
+
+
+@pytest.mark.parametrize("key", [key for key in SETS if key not in ("cifar100", "mnist")])
+def test_links_of_torchvision_data_stay_in_the_root(layouts, key, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside") / "secret.jpg"
+    Image.new("RGB", (4, 4), "blue").save(outside)
+    first = torchvision_task(key, layouts).train
+    path = (first.split if isinstance(first, Subset) else first).paths[0]
+    path.unlink()
+    path.symlink_to(outside)
+    with pytest.raises(InputError, match=r"leads out of .*--allow-outside"):
+        torchvision_task(key, layouts)
+    allowed = torchvision_task(key, DataRoot(layouts, allow_outside=True))
+    held = allowed.train.split if isinstance(allowed.train, Subset) else allowed.train
+    image, _ = held[held.paths.index(path)]
+    assert image.getpixel((0, 0))[2] > 200
+
+
+def test_torchvision_images_open_as_every_picture_does(layouts):
+    """Turned by EXIF, which torchvision does not look at."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = torchvision_task("dtd", layouts).train.paths[0]
+    path.unlink()
+    Image.new("RGB", (8, 4)).save(path, exif=exif)
+    assert torchvision_task("dtd", layouts).train[0][0].size == (4, 8)
 
 
 def test_streams_by_name(tmp_path):
