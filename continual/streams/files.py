@@ -124,7 +124,7 @@ def csv_manifest(
     """Returns a task from a CSV file with the columns `path`, `class` and `split` (train, val or
     test).
 
-    Classes are labelled in sorted order.
+    Classes are labeled in sorted order.
 
     Args:
         manifest: the file.
