@@ -35,7 +35,7 @@ def test_eval(run, tiny, folder, tmp_path):
         "eval", "--model", folder, "--method", "zoo", "--budget", "6", "--output", tmp_path, *FAST
     )
     if lacking(tiny, "zoo"):
-        assert code == 2 and "Zoo needs a two-layer projector" in err
+        assert code == 2 and "Zoo needs a nonlinear projector" in err
         assert len(err.strip().splitlines()) == 1
         return
     assert code == 0, err

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cosine_similarity, gelu
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from vlm_prune.pruning.select import diverse, min_max
 from vlm_prune.pruning.zoo import Zoo, ZooExact
@@ -36,23 +38,28 @@ def test_greedy_selection_equals_the_papers_loop():
         assert chosen[image].tolist() == picked
 
 
+def slow_sensitivity(project, tokens, pruner):
+    """The mean over u of |M(x + h u) - M(x - h u)| / 2h for each of (N, d_v), in float64."""
+    generator, step = torch.Generator().manual_seed(pruner.seed), pruner.step
+    bank = torch.randn(pruner.directions, tokens.shape[-1], generator=generator).double()
+    total = torch.zeros(len(tokens), dtype=torch.float64)
+    for u in bank / bank.norm(dim=1, keepdim=True):
+        total += (project(tokens.double() + step * u) - project(tokens.double() - step * u)).norm(
+            dim=1
+        )
+    return total / (2 * step * len(bank))
+
+
 @pytest.mark.parametrize("combine", ["product", "sensitivity"])
 def test_reduce_equals_the_papers_loop_over_the_models_projector(combine, llava, vision):
     """S_i is the mean over u of |M(x_i + h u) - M(x_i - h u)| / 2h; then S_i (1 - max cos) by turns."""
     directions, step, budget = 3, 0.01, 12
     project = copy.deepcopy(llava.model.multi_modal_projector).double()
-    generator = torch.Generator().manual_seed(7)
-    bank = torch.randn(directions, vision.features.shape[-1], generator=generator).double()
-    kept = Zoo(budget=budget, directions=directions, step=step, seed=7, combine=combine).reduce(
-        vision
-    )
-    for image, tokens in enumerate(vision.features.double()):
-        sensitivity = torch.zeros(len(tokens), dtype=torch.float64)
-        for u in bank:
-            u = u / u.square().sum().sqrt()
-            with torch.no_grad():
-                change = (project(tokens + step * u) - project(tokens - step * u)) / (2 * step)
-            sensitivity += change.square().sum(1).sqrt() / directions
+    pruner = Zoo(budget=budget, directions=directions, step=step, seed=7, combine=combine)
+    kept = pruner.reduce(vision)
+    for image, tokens in enumerate(vision.features):
+        with torch.no_grad():
+            sensitivity = slow_sensitivity(project, tokens, pruner)
         low, high = sensitivity.min(), sensitivity.max()
         score = ((sensitivity - low) / (high - low + 1e-8)).tolist()
         ranked = sorted(range(len(score)), key=lambda i: -score[i])
@@ -68,11 +75,61 @@ def test_reduce_equals_the_papers_loop_over_the_models_projector(combine, llava,
         assert kept.indices[image].tolist() == sorted(expected)
 
 
+@pytest.mark.parametrize("rank", [1, 5, 10_000])
+@torch.no_grad()
+def test_a_rank_is_that_of_both_layers(rank, llava, vision):
+    """The estimate on a projector whose weights are cut by singular value decomposition."""
+    project = copy.deepcopy(llava.model.multi_modal_projector).double()
+    for layer in (project.linear_1, project.linear_2):
+        first, sizes, rows = torch.linalg.svd(layer.weight, full_matrices=False)
+        layer.weight.copy_(first[:, :rank] @ torch.diag(sizes[:rank]) @ rows[:rank])
+    pruner = Zoo(directions=4, rank=rank, seed=3)
+    ours = pruner.sensitivity(vision)
+    for image, tokens in enumerate(vision.features):
+        expected = slow_sensitivity(project, tokens, pruner).float()
+        torch.testing.assert_close(ours[image], expected, rtol=2e-3, atol=1e-5)
+    whole = Zoo(directions=4, seed=3).sensitivity(vision)
+    assert torch.allclose(ours, whole, rtol=1e-3) == (rank == 10_000)
+    closed = ZooExact(rank=rank).sensitivity(vision)
+    assert torch.allclose(closed, ZooExact().sensitivity(vision), rtol=1e-3) == (rank == 10_000)
+
+
+@torch.no_grad()
+def test_a_projector_of_other_layers_is_sampled_as_written():
+    """That of Gemma 3 is a norm and a linear map; a token's length decides how much it moves."""
+    torch.manual_seed(0)
+    project = nn.Sequential(Gemma3RMSNorm(8), nn.Linear(8, 6, bias=False)).eval()
+    features = torch.randn(2, 20, 8) * torch.rand(2, 20, 1).add(0.2)
+    vision = VisionTokens(
+        features=features, projected=project(features), grids=((4, 5),), seeds=(0, 1),
+        projector=project, query_key=None,
+    )  # fmt: skip
+    pruner = Zoo(budget=6, directions=8)
+    exact = copy.deepcopy(project).double()
+    for image, ours in enumerate(pruner.sensitivity(vision)):
+        expected = slow_sensitivity(exact, features[image], pruner)
+        torch.testing.assert_close(ours, expected.float(), rtol=2e-3, atol=1e-4)
+    assert [len(own) for own in pruner.reduce(vision).indices] == [6, 6]
+    for method in (ZooExact(), Zoo(rank=2)):
+        with pytest.raises(InputError, match="a projector of two layers"):
+            method.reduce(vision)
+
+
+def test_what_zoo_needs_of_a_projector():
+    linear = "a nonlinear projector (a linear one is equally sensitive to all tokens)"
+    assert Zoo().needs == {linear}
+    assert Zoo(rank=8).needs == {linear, "a two-layer projector"}
+    assert ZooExact().needs == {"a two-layer projector"}
+    assert not Zoo(combine="diversity").needs and not ZooExact(combine="diversity").needs
+
+
 def test_min_max_of_equal_scores_is_ones():
     assert torch.equal(min_max(torch.full((1, 4), 3.0)), torch.ones(1, 4))
 
 
-@pytest.mark.parametrize("wrong", [{"step": 0}, {"directions": 0}, {"combine": "sum"}])
+@pytest.mark.parametrize(
+    "wrong", [{"step": 0}, {"directions": 0}, {"combine": "sum"}, {"rank": -1}]
+)
 def test_bad_hyperparameters_are_refused(wrong):
     with pytest.raises(InputError):
         Zoo(**wrong)

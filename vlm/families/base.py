@@ -15,7 +15,11 @@ from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.cost import tower_flops
 from vlm_prune.vlm.encoded import Images
 
-Need = Literal["a two-layer projector", "a fixed image size"]
+Need = Literal[
+    "a two-layer projector",
+    "a nonlinear projector (a linear one is equally sensitive to all tokens)",
+    "a fixed image size",
+]
 MAX_RESIZED_PIXELS = 16_000_000
 
 

@@ -27,7 +27,10 @@ from vlm_prune.vlm.layout import image_runs
 class SmolVLM(Tiled):
     """Paths into a `SmolVLMForConditionalGeneration`."""
 
-    lacks: ClassVar[frozenset[Need]] = Tiled.lacks | {"a two-layer projector"}
+    lacks: ClassVar[frozenset[Need]] = Tiled.lacks | {
+        "a two-layer projector",
+        "a nonlinear projector (a linear one is equally sensitive to all tokens)",
+    }
     image_inputs: ClassVar[tuple[str, ...]] = ("pixel_attention_mask",)
     by_row: ClassVar[bool] = True
 

@@ -189,7 +189,7 @@ def test_every_family(run, tiny, tmp_path, monkeypatch, method):
 def test_what_a_family_lacks_is_said(run, tiny, monkeypatch):
     monkeypatch.setitem(SHAPES._entries, "family", lambda: tiny.model.config)
     for extra, message in (
-        ([], "Zoo needs a two-layer"),
+        ([], "Zoo needs a nonlinear"),
         (["--wings", "8"], "shapes of LLaVA-1.5"),
     ):
         code, _, err = run("bench", "--model-shape", "family", *extra)
