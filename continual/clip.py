@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib
-import json
 import math
 import os
 import re
@@ -32,7 +31,8 @@ from vlm_prune.vlm.checkpoint import (
     view_of,
 )
 from vlm_prune.vlm.common.errors import InputError, naming
-from vlm_prune.vlm.common.files import read_object
+from vlm_prune.vlm.common.files import read_object, write_json
+from vlm_prune.vlm.common.state import save_tensors, writing
 
 OPEN_CLIP, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 TOKENIZER_OPTIONS = ("clean", "strip_sep_token")
@@ -136,21 +136,20 @@ class Clip:
         with `open_clip.create_model(f"local-dir:{folder}")` if `config` is known. A tokenizer that
         is not open_clip's built-in one is stored beside it.
         """
-        if self.hugging_face:
-            self.model.save_pretrained(folder)
-            if self.processor is not None:
-                self.processor.save_pretrained(folder)
-            return
-        safetensors = extra("safetensors.torch")
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: t.contiguous() for name, t in self.model.state_dict().items()}
-        safetensors.save_file(tensors, folder / "open_clip_model.safetensors")
-        preprocess = getattr(self.model.visual, "preprocess_cfg", {})
-        config = {"model_cfg": self.config, "preprocess_cfg": preprocess}
-        if hasattr(self.tokenize, "save_pretrained"):
-            self.tokenize.save_pretrained(folder)
+        with writing(folder):
+            if self.hugging_face:
+                self.model.save_pretrained(folder)
+                if self.processor is not None:
+                    self.processor.save_pretrained(folder)
+                return
+            if hasattr(self.tokenize, "save_pretrained"):
+                self.tokenize.save_pretrained(folder)
+        save_tensors(folder / OPEN_CLIP_WEIGHTS, self.model.state_dict())
         if self.config is not None:
-            (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+            preprocess = getattr(self.model.visual, "preprocess_cfg", {})
+            config = {"model_cfg": self.config, "preprocess_cfg": preprocess}
+            write_json(folder / OPEN_CLIP, config)
 
 
 def _unit(output: Any) -> Tensor:

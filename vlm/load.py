@@ -83,7 +83,7 @@ def save(model: Any, processor: Any, folder: Path) -> None:
     def fill(partial: Path) -> None:
         with writing(folder):
             model.save_pretrained(partial)
-        processor.save_pretrained(partial)
+            processor.save_pretrained(partial)
 
     write_folder(folder, fill)
 

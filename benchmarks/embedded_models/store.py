@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from vlm_prune.vlm.common.files import whole
+from vlm_prune.vlm.common.state import writing
 from vlm_prune.vlm.serving.export import rename_weights
 
 
@@ -22,10 +23,11 @@ def save_checkpoint(
     """
     fresh = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    model.save_pretrained(fresh)
-    processor.save_pretrained(fresh)
-    weights = load_file(fresh / "model.safetensors")
-    save_file(_half(weights), fresh / "model.safetensors", {"format": "pt"})
+    with writing(folder):
+        model.save_pretrained(fresh)
+        processor.save_pretrained(fresh)
+        weights = load_file(fresh / "model.safetensors")
+        save_file(_half(weights), fresh / "model.safetensors", {"format": "pt"})
     rename_weights(fresh)
     if folder.is_dir():
         for kept in folder.iterdir():
@@ -46,7 +48,7 @@ def save_language_model(model: LlavaForConditionalGeneration, path: Path) -> Non
         for name, tensor in model.state_dict().items()
         if name.startswith("model.language_model.")
     }
-    with whole(path) as partial:
+    with whole(path) as partial, writing(path):
         save_file(_half(state), partial, {"format": "pt"})
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from vlm_prune.vlm.common.state import writing
+
 CONTEXT = 20
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -73,7 +75,8 @@ def write_folder(folder: Path, corpus: Iterable[str], width: int = 128, layers: 
         layers: of both towers.
     """
     tokenizer = make_tokenizer(corpus)
-    tokenizer.save_pretrained(folder)
+    with writing(folder):
+        tokenizer.save_pretrained(folder)
     config = {
         "model_cfg": model_config(len(tokenizer), width, layers),
         "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.3, 0.3, 0.3]},

@@ -18,10 +18,15 @@ PICKLES = (".bin", ".ckpt", ".joblib", ".npy", ".pickle", ".pkl", ".pt", ".pth")
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Let a full disk and the like be an `OSError` while safetensors writes in the block."""
+    """Let a full disk and the like be an `OSError` while models and tokenizers are saved in the block.
+
+    safetensors and tokenizers raise errors of their own, which tell the number in their text.
+    """
     try:
         yield
-    except SafetensorError as error:
+    except OSError:
+        raise
+    except Exception as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise

@@ -1,8 +1,12 @@
 """Training state: tensors come back bit for bit, and whatever else a file holds is refused."""
 
+import resource
+
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.state import (
@@ -12,6 +16,7 @@ from vlm_prune.vlm.common.state import (
     restore_optimizer,
     save_tensors,
     seed_step,
+    writing,
 )
 
 
@@ -78,3 +83,23 @@ def test_the_newest_is_the_largest_number_of_a_whole_name(tmp_path):
     assert newest(tmp_path, "step-N") == (10, tmp_path / "step-10")
     assert newest(tmp_path, "step-3-N") == (4, tmp_path / "step-3-4")
     assert newest(tmp_path, "checkpoint-N") == (0, None)
+
+
+def test_a_full_disk_is_an_os_error_whichever_library_writes(tmp_path):
+    """A limit on the size of files stands for the disk."""
+    tokenizer = Tokenizer(WordLevel({f"word-{n}": n for n in range(4000)}, unk_token="word-0"))
+    writers = {
+        "x.safetensors": lambda path: save_file({"x": torch.ones(10_000)}, path),
+        "tokenizer.json": lambda path: tokenizer.save(str(path)),
+        "x.txt": lambda path: path.write_text("x" * 10_000),
+    }
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for name, write in writers.items():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"), writing(tmp_path / name):
+                write(tmp_path / name)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with pytest.raises(ValueError, match="of our own"), writing(tmp_path):
+        raise ValueError("of our own")
