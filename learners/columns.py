@@ -37,20 +37,34 @@ class Reader:
     result: Tensor | None = None
 
 
-def watch(attention: Any, kwargs: dict[str, Any], reader: Reader) -> dict[str, Any]:
-    """Have `reader.result` filled by this call of an attention module; for its forward pre-hook,
-    which returns the keyword arguments that this returns.
+class Route:
+    """Attention of a module that sums columns up for the readers that it is given, until `remove`.
 
-    Args:
-        attention: the module that is about to run.
-        kwargs: its keyword arguments.
-        reader: the columns to sum up.
+    The module gets a configuration of its own that names our attention function. It stays there
+    between calls, so that nothing is left behind where a call fails; without readers the function is
+    the model's own.
     """
-    ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
-    if attention.config._attn_implementation != NAME:
-        routed = copy.copy(attention.config)
-        routed._attn_implementation_internal, routed.plain = NAME, attention.config
-        attention.config = routed
+
+    def __init__(self, attention: Any) -> None:
+        ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
+        self.attention, self.plain = attention, None
+        if attention.config._attn_implementation != NAME:
+            self.plain = attention.config
+            attention.config = copy.copy(self.plain)
+            attention.config._attn_implementation_internal = NAME
+            attention.config.plain = self.plain
+
+    def remove(self) -> None:
+        """Give the module its configuration back; an outer route stays."""
+        if self.plain is not None:
+            self.attention.config, self.plain = self.plain, None
+
+
+def watch(kwargs: dict[str, Any], reader: Reader) -> dict[str, Any]:
+    """Have `reader.result` filled by this call of a routed attention module.
+
+    It is for forward pre-hooks: returns the keyword arguments `kwargs` with the reader among them.
+    """
     return kwargs | {"readers": (*kwargs.get("readers", ()), reader)}
 
 
@@ -63,9 +77,31 @@ def _attend(
     readers: tuple[Reader, ...] = (),
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    module.config = module.config.plain
-    eager = sys.modules[type(module).__module__].eager_attention_forward
-    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
+    routed = module.config
+    module.config = routed.plain  # kernels look up there which of them they are
+    try:
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
+        if readers:
+            return _read(kernel, module, query, key, value, attention_mask, readers, **kwargs)
+        found: tuple[Tensor, Tensor | None] = kernel(
+            module, query, key, value, attention_mask, **kwargs
+        )
+        return found
+    finally:
+        module.config = routed
+
+
+def _read(
+    kernel: Any,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    readers: tuple[Reader, ...],
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     columns = torch.cat([reader.columns for reader in readers], -1).to(value.dtype)
     count, width = columns.shape[-1], value.shape[-1]
     maps = None

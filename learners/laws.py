@@ -8,13 +8,14 @@ no token-0 variant; since the first token is an attention sink and lies before t
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlm_prune.learners.columns import Reader, watch
+from vlm_prune.learners.columns import Reader, Route, watch
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import family_of
 
@@ -74,17 +75,14 @@ def laws(
 
     def read(attention: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         readers.append(Reader(columns))
-        return args, watch(attention, kwargs, readers[-1])
+        return args, watch(kwargs, readers[-1])
 
-    hooks = [
-        layer.self_attn.register_forward_pre_hook(read, with_kwargs=True)
-        for layer in family.decoder.layers
-    ]
-    try:
+    with ExitStack() as stack:
+        for layer in family.decoder.layers:
+            stack.callback(Route(layer.self_attn).remove)
+            hook = layer.self_attn.register_forward_pre_hook(read, with_kwargs=True)
+            stack.callback(hook.remove)
         model(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
     chosen = (valid if queries is None else queries & valid).float()[..., None]
     curves = [
         (reader.result.float() * chosen).sum(1) / chosen.sum(1)

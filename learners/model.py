@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from vlm_prune.learners.columns import Reader, watch
+from vlm_prune.learners.columns import Reader, Route, watch
 from vlm_prune.learners.config import WingsConfig
 from vlm_prune.learners.lorra import LoRRA, Rotary
 from vlm_prune.learners.router import Router
@@ -123,6 +123,7 @@ def attach(model: Any, config: WingsConfig | None = None, seed: int = 0) -> None
         attention.wings = WingsLayer(config, decoder, head_dim, generator).to(norm.weight)
         attention.wings.train(attention.training)
         handles += [
+            *([Route(attention)] if config.routed else []),
             attention.register_forward_pre_hook(_read_columns, with_kwargs=True),
             attention.register_forward_hook(_add_learners, with_kwargs=True),
         ]
@@ -225,7 +226,7 @@ def _read_columns(
     if router is None:
         return None
     kwargs["router"] = reader = Reader(router.columns(kwargs["wings"].ranks))
-    return args, watch(attention, kwargs, reader)
+    return args, watch(kwargs, reader)
 
 
 def _add_learners(attention: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:

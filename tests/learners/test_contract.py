@@ -8,6 +8,7 @@ from shaken import shake
 
 from vlm_prune.learners import WingsConfig, attach, detach
 from vlm_prune.learners import tokens as tokens_module
+from vlm_prune.learners.laws import laws
 from vlm_prune.learners.model import wings_layers
 from vlm_prune.learners.train import checkpoint_activations
 from vlm_prune.pruning import METHODS
@@ -52,6 +53,38 @@ def test_untrained_learners_leave_the_model_as_it_is_bit_for_bit(
     assert torch.equal(logits(llava, inputs), base)
     ours = greedy(llava, inputs)
     assert all(torch.equal(a, b) for a, b in zip(ours.logits, answer.logits, strict=True))
+
+
+@pytest.mark.parametrize("wings", [False, True])
+@pytest.mark.parametrize("place", ["q_proj", "o_proj", "attention"])
+def test_a_forward_that_fails_leaves_nothing_behind(place, wings, winged, prompts, monkeypatch):
+    """Out of memory before, inside and after the attention, with learners and in `laws`."""
+    model, inputs = winged(), prompts([(1, 5)])
+    if not wings:
+        detach(model)
+    layers = model.model.language_model.layers
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        configs = [layer.self_attn.config for layer in layers]
+
+        def fail(*_, **__):
+            raise torch.OutOfMemoryError("out of memory")
+
+        with monkeypatch.context() as patch:
+            if place == "attention":
+                patch.setattr("torch.nn.functional.scaled_dot_product_attention", fail)
+            else:
+                patch.setattr(getattr(layers[1].self_attn, place), "forward", fail)
+            for call in (lambda: model(**inputs), lambda: laws(model, inputs)):
+                with pytest.raises(torch.OutOfMemoryError):
+                    call()
+        assert all(layer.self_attn.config is c for layer, c in zip(layers, configs, strict=True))
+        assert torch.equal(model(**inputs).logits, expected)
+        model.generate(**inputs, max_new_tokens=2)
+        if wings:
+            detach(model)
+    plain = model.model.language_model.config
+    assert all(layer.self_attn.config is plain for layer in layers)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
