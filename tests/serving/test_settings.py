@@ -14,7 +14,7 @@ from vlm_prune.vlm.serving.settings import Settings, draws_numbers, kept_tokens,
 from vlm_prune.vlm.tokens import VisionTokens
 
 SERVED = {"none", "zoo", "zoo-exact", "fopru", "divprune", "visionzip", "vispruner", "random"}
-SERVED |= {"pool", "merge"}
+SERVED |= {"pool", "merge", "scope", "apet"}
 
 
 @pytest.mark.parametrize("name", list(methods()))
