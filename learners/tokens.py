@@ -186,13 +186,13 @@ class Tokens:
             Run(a - first, b - first, counts[a], own[a]) for a, b in pairwise(edges) if a < b
         )
 
-    def select_tokens(self, columns: Tensor, valid: Tensor, positions: Tensor) -> "Tokens":
+    def select_tokens(self, columns: Tensor, valid: Tensor, shift: Tensor) -> "Tokens":
         """Returns the tokens that layers after a cut see.
 
         Args:
             columns: token indices among these N, (B, L).
             valid: which of them are no padding, (B, L).
-            positions: of the tokens selected, (B, L).
+            shift: by how much lower their positions are, (B, L).
         """
         if self.seen is not None:
             raise InputError("packed rows cannot be pruned in the stack; give a 2D attention mask")
@@ -200,7 +200,7 @@ class Tokens:
             take(self.features, columns),
             self.is_image.gather(1, columns),
             valid,
-            positions,
+            (self.positions.gather(1, columns) - shift) * valid,
             min(self.queries, columns.shape[1]),
             self.rotary,
             self.config,

@@ -9,17 +9,16 @@ from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from vlm_prune.kernels.compact_tokens import compact_tokens
 from vlm_prune.pruning.registry import methods
 from vlm_prune.pruning.schedule import Schedule, fit_cuts, scaled
-from vlm_prune.vlm import layer_pruning, prompt_pruning
+from vlm_prune.vlm.block import pruned
 from vlm_prune.vlm.budget import check_budget, check_fits, tokens_for
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import Registry, unknown
 from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.families import Family, Need, family_of
-from vlm_prune.vlm.prompt_pruning import Positions
-from vlm_prune.vlm.reducer import Cut, Side
+from vlm_prune.vlm.layer_pruning import Cut, InsideModel, Side
+from vlm_prune.vlm.prompt_pruning import BeforeModel, Positions
 from vlm_prune.vlm.tokens import DecoderTokens, Kept, VisionTokens, top
 from vlm_prune.vlm.trace import Trace
 
@@ -160,8 +159,11 @@ class VisionPruner(Pruner):
         return min(wanted, tokens - (vision.available > tokens))
 
     def __call__(self, model: Any, vision: Images | None = None) -> AbstractContextManager[Trace]:
-        positions = self.positions_on(self.admit(model))
-        return prompt_pruning.pruned(model, self.reduce, positions, None, vision)
+        return pruned(model, before=self.before_model(self.admit(model), vision))
+
+    def before_model(self, family: Family, vision: Images | None) -> BeforeModel:
+        """What the engine is given of this method, on a model of `family`."""
+        return BeforeModel(self.reduce, self.positions_on(family), vision=vision)
 
 
 @dataclass
@@ -198,7 +200,6 @@ class DecoderPruner(Pruner):
     chooses_queries: ClassVar[bool] = False
     counted: ClassVar[Counted] = "computed"
     presets: ClassVar[Registry[tuple[float, ...]]] = Registry("preset")
-    compact = staticmethod(compact_tokens)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -261,9 +262,12 @@ class DecoderPruner(Pruner):
         return sum(layer_tokens) / len(layer_tokens)
 
     def __call__(self, model: Any, vision: Images | None = None) -> AbstractContextManager[Trace]:
-        family = self.admit(model)
+        return pruned(model, inside=self.inside_model(self.admit(model)))
+
+    def inside_model(self, family: Family) -> InsideModel:
+        """What the engine is given of this method, on a model of `family`."""
         cuts = partial(self.cuts, layers=len(family.decoder.layers))
-        return layer_pruning.pruned(model, cuts, self, self.positions_on(family))
+        return InsideModel(cuts, self, self.positions_on(family))
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Methods made of other methods: one before and one inside the language model, or with merging."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -15,13 +14,13 @@ from vlm_prune.pruning.base import DecoderPruner, Pruner, Rule, Stage, VisionPru
 from vlm_prune.pruning.divprune import DivPrune
 from vlm_prune.pruning.select import averaged, others
 from vlm_prune.pruning.zoo import ZooExact
-from vlm_prune.vlm import layer_pruning
+from vlm_prune.vlm.block import pruned
 from vlm_prune.vlm.budget import tokens_for
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.families import Family, Need
+from vlm_prune.vlm.layer_pruning import Cut, InsideModel
 from vlm_prune.vlm.prompt_pruning import Positions
-from vlm_prune.vlm.reducer import Cut
 from vlm_prune.vlm.tokens import DecoderTokens, Kept, VisionTokens, take
 from vlm_prune.vlm.trace import Trace
 
@@ -85,8 +84,7 @@ class Cascade(Pruner):
     def needs(self) -> frozenset[Need]:
         return self.pre.needs | self.inside.needs
 
-    @contextmanager
-    def __call__(self, model: Any, vision: Images | None = None) -> Iterator[Trace]:
+    def __call__(self, model: Any, vision: Images | None = None) -> AbstractContextManager[Trace]:
         family = self.admit(model)
         cuts = partial(self.cuts, layers=len(family.decoder.layers))
         entering = self.entering_budget
@@ -94,11 +92,8 @@ class Cascade(Pruner):
             entering = self.entering(family.tokens_per_image)
         pre = replace(self.pre, budget=entering, positions=self.positions, seed=self.seed)
         inside = replace(self.inside, positions=self.positions, seed=self.seed)
-        with (
-            pre(model, vision) as trace,
-            layer_pruning.pruned(model, cuts, inside, inside.positions_on(family), trace),
-        ):
-            yield trace
+        within = InsideModel(cuts, inside, inside.positions_on(family))
+        return pruned(model, pre.before_model(family, vision), within)
 
 
 @dataclass

@@ -1,20 +1,18 @@
 """Control: a smaller image."""
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from vlm_prune.pruning.base import Stage, VisionPruner
-from vlm_prune.vlm import prompt_pruning
 from vlm_prune.vlm.budget import tokens_for
 from vlm_prune.vlm.encoded import Images
-from vlm_prune.vlm.families import Need
+from vlm_prune.vlm.families import Family, Need
+from vlm_prune.vlm.prompt_pruning import BeforeModel
 from vlm_prune.vlm.tokens import Kept, VisionTokens
-from vlm_prune.vlm.trace import Trace
 
 
 def grid_for(k: int, rows: int, columns: int, stretch: float = 1.5) -> tuple[int, int]:
@@ -54,9 +52,8 @@ class Downsample(VisionPruner):
     def needs(self) -> frozenset[Need]:
         return frozenset({"a fixed image size"})
 
-    def __call__(self, model: Any, vision: Images | None = None) -> AbstractContextManager[Trace]:
-        family = self.admit(model)
-        patch, positions, full = family.patch_size, self.positions_on(family), [(1, 1)]
+    def before_model(self, family: Family, vision: Images | None) -> BeforeModel:
+        patch, full = family.patch_size, [(1, 1)]
 
         def shrink(pixel_values: Tensor) -> Tensor:
             full[0] = pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
@@ -65,7 +62,7 @@ class Downsample(VisionPruner):
         def reduce(vision: VisionTokens) -> Kept:
             return self.within(vision, full[0])
 
-        return prompt_pruning.pruned(model, reduce, positions, shrink, vision)
+        return BeforeModel(reduce, self.positions_on(family), shrink, vision)
 
     def shrunk(self, pixel_values: Tensor, patch: int) -> Tensor:
         """Returns images (M, 3, H, W) of fewer patches, each of `patch` x `patch` pixels."""

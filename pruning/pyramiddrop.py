@@ -9,7 +9,7 @@ from vlm_prune.pruning.base import DecoderScorePruner
 from vlm_prune.pruning.received import in_decoder
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import Registry
-from vlm_prune.vlm.reducer import Side
+from vlm_prune.vlm.layer_pruning import Side
 from vlm_prune.vlm.tokens import DecoderTokens
 
 

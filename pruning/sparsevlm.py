@@ -11,7 +11,7 @@ from vlm_prune.pruning.base import Counted, DecoderScorePruner
 from vlm_prune.pruning.received import in_decoder
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import Registry
-from vlm_prune.vlm.reducer import Cut
+from vlm_prune.vlm.layer_pruning import Cut
 from vlm_prune.vlm.tokens import DecoderTokens, Kept, top
 
 

@@ -1,13 +1,13 @@
 """The images of a prompt after the vision tower, in groups that share a shape."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from vlm_prune.vlm.tokens import Kept, VisionTokens
+from vlm_prune.vlm.tokens import VisionTokens
 
 T = TypeVar("T")
 
@@ -19,18 +19,18 @@ class Group:
     Args:
         members: which images of the prompt they are, M of them.
         tokens: theirs, N each.
-        places: where the N tokens stand among an image's placeholders, (N,); None where they are
-            all of them.
-        spare: features of the other placeholders in their order, (M, R, d_l): newlines, behind
-            which there are no pixels. They are the first to go: kept only with all N tokens.
+        indices: of the N tokens among an image's placeholders, (N,); None where they are all of
+            them.
+        newlines: features of the other placeholders in their order, (M, R, d_l), behind which there
+            are no pixels. They are the first to go: kept only with all N tokens.
         deepstack: features that decoder layers add to the N tokens, (M, N, d_l) for each layer.
         flops: what the tower spent on one of the images.
     """
 
     members: list[int]
     tokens: VisionTokens
-    places: Tensor | None = None
-    spare: Tensor | None = None
+    indices: Tensor | None = None
+    newlines: Tensor | None = None
     deepstack: list[Tensor] = field(default_factory=list)
     flops: float = 0.0
 
@@ -46,23 +46,51 @@ class Group:
         alone = not others and rows * columns == self.tokens.available
         return (rows, columns) if alone else None
 
-    def standing(self, places: Tensor) -> Tensor:
-        """Where tokens stand among the placeholders; all N bring the spare ones with them."""
-        if self.places is None:
-            return places
-        if len(places) == self.size:
-            return torch.arange(self.tokens.available, device=places.device)
-        return self.places[places]
+    def placeholders(self, indices: Tensor) -> Tensor:
+        """Indices among the placeholders of tokens; all N bring the newlines with them."""
+        if self.indices is None:
+            return indices
+        if len(indices) == self.size:
+            return torch.arange(self.tokens.available, device=indices.device)
+        return self.indices[indices]
 
     def filled(self, image: int, features: Tensor) -> Tensor:
         """All placeholders' features, given those (N, d_l) of one member's tokens."""
-        if self.places is None or self.spare is None:
+        if self.indices is None or self.newlines is None:
             return features
         whole = features.new_empty(self.tokens.available, features.shape[1])
         free = torch.ones(len(whole), dtype=torch.bool, device=whole.device)
-        free[self.places] = False
-        whole[self.places], whole[free] = features, self.spare[image]
+        free[self.indices] = False
+        whole[self.indices], whole[free] = features, self.newlines[image]
         return whole
+
+    def alone(self, image: int, visible: Tensor) -> "Group":
+        """One member without its masked placeholders, given which are `visible`, (n,).
+
+        Where some are masked the others no longer fill a grid: to methods they are one row.
+        """
+        visible = visible.to(self.tokens.projected.device)
+        own, indices = visible, None
+        if self.indices is not None:
+            own = visible[self.indices]
+            indices = (visible.cumsum(0) - 1)[self.indices[own]]
+        newlines = self.newlines
+        if newlines is not None and self.indices is not None:
+            free = torch.ones_like(visible)
+            free[self.indices] = False
+            newlines = newlines[image : image + 1, visible[free]]
+        tokens = self.tokens.of(image, own)
+        if not bool(visible.all()):
+            grids = ((1, int(own.sum())),)
+            tokens = replace(tokens, grids=grids, available=int(visible.sum()))
+        return Group(
+            [self.members[image]],
+            tokens,
+            indices,
+            newlines,
+            [layer[image : image + 1, own] for layer in self.deepstack],
+            self.flops,
+        )
 
 
 @dataclass(frozen=True)
@@ -105,34 +133,19 @@ class Images:
         layers = zip(*(group.deepstack for group in self.groups), strict=True)
         return [self._in_order([list(part) for part in layer]) for layer in layers]
 
-    def reduce(self, reduce: Callable[[Group], Kept]) -> tuple[Kept, list[list[Tensor]]]:
-        """What a pruner keeps: places among the placeholders and features, and the deepstack's."""
-        reduced = [reduce(group) for group in self.groups]
-        both = list(zip(self.groups, reduced, strict=True))
-        layers = zip(*(group.deepstack for group in self.groups), strict=True)
-        return (
-            Kept(
-                self._in_order([[g.standing(at) for at in kept.indices] for g, kept in both]),
-                self._in_order(
-                    [
-                        [
-                            g.filled(i, f) if len(f) == g.size else f
-                            for i, f in enumerate(k.features)
-                        ]
-                        for g, k in both
-                    ]
-                ),
-            ),
-            [
-                self._in_order(
-                    [
-                        [own[at] for own, at in zip(part, kept.indices, strict=True)]
-                        for part, kept in zip(layer, reduced, strict=True)
-                    ]
-                )
-                for layer in layers
-            ],
-        )
+    def visible(self, masks: Sequence[Tensor]) -> list[Group]:
+        """Groups of the images without masked placeholders; images that are masked are left out.
+
+        `masks` (n_i,) says of each image which of its placeholders are not masked.
+        """
+        groups = []
+        for group in self.groups:
+            if all(bool(masks[image].all()) for image in group.members):
+                groups.append(group)
+                continue
+            own = [group.alone(place, masks[image]) for place, image in enumerate(group.members)]
+            groups += [one for one in own if one.size]
+        return groups
 
     def _in_order(self, per_group: Sequence[Sequence[T]]) -> list[T]:
         found = {

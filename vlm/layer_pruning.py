@@ -1,268 +1,506 @@
-"""The in-LLM route: drop image tokens between decoder layers of an unmodified model.
+"""Dropping image tokens at the input of the language model and between its layers.
 
 Layers before a cut keep all keys and values, layers after it only the kept ones, so cache lengths
-differ between layers; masks and positions are rebuilt for each segment.
+differ between layers; masks and positions are made anew for each segment of layers.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
+from vlm_prune.kernels.compact_tokens import compact_tokens
 from vlm_prune.vlm.attention import decoder_keys, decoder_query_key
-from vlm_prune.vlm.cache import cache_of
+from vlm_prune.vlm.cache import CACHE, CachedPrompt, CachedTokens, cache_of
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.families import family_of
-from vlm_prune.vlm.layout import Standing, alike, repeated
-from vlm_prune.vlm.prompt_pruning import Positions, keeps_positions, on_host
-from vlm_prune.vlm.reducer import CutsFor, Reducer
-from vlm_prune.vlm.segment import Segment
-from vlm_prune.vlm.tokens import AttentionRows, DecoderTokens, compact, is_right_padded, take
+from vlm_prune.vlm.layout import TokenLayout, alike
+from vlm_prune.vlm.prompt_pruning import Positions, on_host
+from vlm_prune.vlm.tokens import AttentionRows, DecoderTokens, Kept, compact, take
 from vlm_prune.vlm.trace import SELECTION, Trace, measured
 
+Side = Literal["before", "after"]
 
-class _MidStack:
-    """Hooks that cut, and what they know of the prompt."""
 
-    def __init__(
-        self,
-        model: Any,
-        cuts: CutsFor,
-        reducer: Reducer,
-        positions: Positions,
-        trace: Trace | None,
-    ) -> None:
-        self.family = family_of(model)
-        self.cuts_for, self.reducer = cuts, reducer
-        self.contiguous = not keeps_positions(self.family, positions)
-        self.trace = trace or Trace()
-        self.due: dict[int, dict[int, int]] = {}
-        self.deepstack: list[Tensor] = []
-        self.segments: dict[int, Segment] = {}
-        self.prefill = False
-        self.seen = 0
+@dataclass(frozen=True)
+class Cut:
+    """After `layer` decoder layers have run, keep `keep` tokens of each image."""
 
-    def before_model(self, _: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Note what the prompt looks like, and whether this is a prefill."""
-        ids = args[0] if args else kwargs.get("input_ids")
-        past = cache_of(kwargs)
-        if ids is None:
-            raise InputError("pruning inside the language model needs input_ids, not inputs_embeds")
-        mask = kwargs.get("attention_mask")
-        self.prefill = past is None or past.get_seq_length() == 0
-        if not self.prefill:
-            self.incoming = (
-                torch.ones(ids.shape, dtype=torch.bool)
-                if mask is None
-                else mask[:, -ids.shape[1] :].bool().cpu()
-            )
-            if kwargs.get("position_ids") is None and not self.family.mrope:
-                step = torch.arange(ids.shape[1], device=ids.device)
-                ends = self.seen + step if mask is None else (mask.cumsum(1) - 1)[:, -len(step) :]
-                kwargs["position_ids"] = ends.expand(len(ids), -1)
-            self.steps = None if self.family.mrope else kwargs["position_ids"].cpu()
-            self.seen += ids.shape[1]
-            return args, kwargs
-        self.seen = ids.shape[1]
-        valid = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
-        self.right_padded = is_right_padded(valid)
-        is_image = ids.cpu() == self.family.image_token
-        if self.trace.entered:
-            order = repeated([len(places) for places in self.trace.entered], is_image)
-            available = [self.trace.available[image] for image in order]
-            self.trace.kept = [self.trace.entered[image] for image in order]
-        else:
-            available = self.family.counts(ids, kwargs)
-            self.trace.kept = [torch.arange(count) for count in available]
-            self.trace.available = available
-        self.now = Standing.of(is_image, valid, self.trace.kept)
-        self.segments, self.trace.cuts, self.due, self.deepstack = {}, [], {}, []
-        for image, count in enumerate(available):
-            for cut in self.cuts_for(count):
-                self.due.setdefault(cut.layer, {})[image] = cut.keep
-        self.trace.computed = [self.now.left] * len(self.family.decoder.layers)
-        return args, kwargs
+    layer: int
+    keep: int
 
-    def before_decoder(self, _: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Take features that the decoder would add to image tokens at places of the full prompt."""
+
+class Reducer(Protocol):
+    """What the engine asks of a method.
+
+    `reads` names the layer whose attention and keys the method sees, on either side of the cut; a
+    cut at 0 has only the layer after it. `chooses_queries` says whether to ask for `query_mask`.
+    """
+
+    reads: ClassVar[Side]
+    chooses_queries: ClassVar[bool]
+
+    def query_mask(self, tokens: DecoderTokens) -> Tensor:
+        """Question mask (M, T): tokens to read attention from, given the first layer's input."""
+
+    def reduce(self, tokens: DecoderTokens, keep: int) -> Kept:
+        """Keep `keep` tokens of each image."""
+
+
+@dataclass(frozen=True)
+class InsideModel:
+    """A method inside the language model.
+
+    Args:
+        cuts: those of an image, by its number of tokens before any pruning.
+        reducer: chooses what a cut keeps.
+        positions: what positions of kept tokens become.
+    """
+
+    cuts: Callable[[int], list[Cut]]
+    reducer: Reducer
+    positions: Positions
+
+
+@runtime_checkable
+class PerToken(Protocol):
+    """An argument of decoder layers that holds something for every token so far."""
+
+    def select_tokens(self, columns: Tensor, valid: Tensor, positions: Tensor) -> Self:
+        """The part that layers after a cut get: tokens `columns`, all shapes (B, L')."""
+
+
+@dataclass
+class Segment:
+    """What the layers from one cut to the next get.
+
+    Args:
+        layout: this forward's tokens.
+        cached: those, and what these layers' cache holds of tokens before them.
+        front: columns that the cache says stood in front of what it holds.
+        positions: position ids of this forward's tokens.
+        rotary: tables of their positions, where they differ from the decoder's own.
+        selected: arguments for every token so far.
+        masks: attention masks, by kind of layer.
+    """
+
+    layout: TokenLayout
+    cached: CachedTokens
+    front: int
+    positions: Tensor
+    rotary: tuple[Tensor, ...] = ()
+    selected: dict[str, Any] = field(default_factory=dict)
+    masks: dict[str, Any] = field(default_factory=dict)
+
+    def mask(self, device: torch.device, explicit: bool = False) -> Tensor | None:
+        """The 2D attention mask of these layers' keys, None where none is padding."""
+        if not explicit and bool(self.cached.valid.all()):
+            return None
+        front = self.cached.valid.new_zeros(len(self.cached.valid), self.front)
+        return torch.cat([front, self.cached.valid], 1).to(device)
+
+
+@dataclass
+class Forward:
+    """One forward through a model inside a pruning block.
+
+    Args:
+        layout: the full input's tokens.
+        past: tokens of the full prompt that stood before them.
+        prompt: what the cache holds of those.
+        right_padded: whether kept tokens of ragged rows move to the left.
+        available: tokens of each image before any pruning.
+        kept: what a method before the model keeps of the images.
+        due: for each layer that cuts how many tokens each image keeps.
+        positions: position ids of the full input, (B, L) or (3 or 4, B, L).
+        active: the segment of each layer; that of the decoder's input under -1.
+        states: a layer with its input and rotation, for the cut after it.
+        query_mask: the question's tokens that the method reads, of each image.
+        deepstack: features that layers add to the full input, by layer.
+        per_token: arguments of layers for every token so far, of the full input.
+        cuts: indices kept of each image at each cut.
+    """
+
+    layout: TokenLayout
+    past: int
+    prompt: CachedPrompt
+    right_padded: bool
+    available: list[int]
+    kept: Kept | None = None
+    due: dict[int, dict[int, int]] = field(default_factory=dict)
+    positions: Tensor = field(default_factory=lambda: torch.zeros(0))
+    active: dict[int, Segment] = field(default_factory=dict)
+    states: dict[int, tuple[Any, Tensor, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    query_mask: Tensor | None = None
+    deepstack: dict[int, Tensor] = field(default_factory=dict)
+    per_token: dict[str, PerToken] = field(default_factory=dict)
+    cuts: dict[int, list[Tensor]] = field(default_factory=dict)
+
+
+def mask_kind(config: Any, number: int) -> str:
+    """The kind of attention of decoder layer `number`: full, or within a sliding window."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return str(kinds[number])
+    sliding = getattr(config, "sliding_window", None) is not None
+    return "sliding_attention" if sliding else "full_attention"
+
+
+def gathered(
+    keep: Tensor, column: Tensor, valid: Tensor, tensors: list[Tensor], right_padded: bool
+) -> list[Tensor]:
+    """Tensors (B, L, d) without the tokens where `keep` (B, L) is false, padding zero.
+
+    `column` and `valid` (B, L') say the same; gradients flow through them, the kernel is faster.
+    """
+    device = tensors[0].device
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        column, mask = column.to(device), valid.to(device)[..., None]
+        return [take(tensor, column) * mask for tensor in tensors]
+    _, moved = compact_tokens(keep.to(device), *tensors, right_padded=right_padded)
+    return moved
+
+
+@dataclass(frozen=True)
+class LayerPruning:
+    """Cuts in one decoder.
+
+    Args:
+        decoder: the language model.
+        inside: the method that cuts between layers, if there is one.
+        renumbers: whether the cut at the decoder's input renumbers positions without gaps.
+        contiguous: whether cuts between layers do.
+        trace: gets the seconds that choosing took.
+    """
+
+    decoder: Any
+    inside: InsideModel | None
+    renumbers: bool
+    contiguous: bool
+    trace: Trace
+
+    def before_decoder(self, forward: Forward, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The decoder's arguments after the cut at its input, if there is one."""
+        hidden, layout = kwargs["inputs_embeds"], forward.layout
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            first = forward.past
+            positions = torch.arange(first, first + hidden.shape[1], device=hidden.device)[None]
+        forward.positions = positions.expand(*positions.shape[:-2], len(hidden), -1)
+        forward.per_token = {n: value for n, value in kwargs.items() if isinstance(value, PerToken)}
+        new: dict[str, Any] = {}
+        if forward.kept is not None:
+            keep = keep_mask(layout, forward.kept.indices)
+            if not bool((keep == layout.valid).all()):
+                layout, column = layout.keep(keep, forward.right_padded, self.renumbers)
+                (hidden,) = gathered(keep, column, layout.valid, [hidden], forward.right_padded)
+            new["inputs_embeds"] = filled(hidden, layout, forward.kept.features)
+        segment = self.segment(forward, layout, 0)
+        forward.active[-1] = segment
+        if segment.cached.pruned:
+            grown = cache_of(kwargs) is not None or kwargs.get("use_cache")
+            new["attention_mask"] = segment.mask(hidden.device, explicit=not grown)
+            new["position_ids"] = segment.positions
+            new |= self.selected(forward, segment, hidden.device)
+        return kwargs | new | self._deepstack(forward, layout, kwargs)
+
+    def _deepstack(
+        self, forward: Forward, layout: TokenLayout, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Features that the decoder adds to image tokens; those after a cut are added here."""
         layers = kwargs.get("deepstack_visual_embeds")
-        if self.prefill and self.due and layers is not None:
-            at = kwargs["visual_pos_masks"]
-            for features in layers:
-                whole = features.new_zeros(*at.shape, features.shape[-1])
-                whole[at] = features
-                self.deepstack.append(whole)
-            kwargs = kwargs | {"deepstack_visual_embeds": None, "visual_pos_masks": None}
-        return args, kwargs
+        if layers is None:
+            return {}
+        first, at = min(forward.due, default=len(layers)), kwargs["visual_pos_masks"]
+        new = {"deepstack_visual_embeds": layers[:first]}
+        if layout is not forward.layout:
+            column = layout.column.to(at.device)
+            new["visual_pos_masks"] = at.gather(1, column) & layout.valid.to(at.device)
+        for number, features in enumerate(layers):
+            if number < first and layout is forward.layout:
+                continue
+            whole = features.new_zeros(*at.shape, features.shape[-1])
+            whole[at] = features
+            if number < first:
+                moved = take(whole, layout.column.to(whole.device))
+                new["deepstack_visual_embeds"][number] = moved[new["visual_pos_masks"]]
+            else:
+                forward.deepstack[number] = whole
+        return new
+
+    def segment(self, forward: Forward, layout: TokenLayout, number: int) -> Segment:
+        """What layers from `number` on get: this forward's tokens after those that they hold."""
+        past, full = forward.prompt.of(number), forward.layout
+        shift = layout.shift + past.next_shift
+        cached = CachedTokens(
+            torch.cat([past.valid, layout.valid], 1),
+            torch.cat([past.column, layout.column + forward.past], 1),
+            torch.cat([past.shift, shift], 1),
+            past.next_shift + layout.next_shift,
+            past.missing + full.valid.shape[1] - layout.valid.shape[1],
+            past.pruned or layout is not full,
+        )
+        positions = forward.positions
+        column = layout.column.to(positions.device)
+        positions = positions.gather(-1, column.expand(*positions.shape[:-1], -1))
+        valid = layout.valid.to(positions.device)
+        if positions.ndim == 2:
+            positions = positions - shift.to(positions.device)
+        elif len(positions) == 4:
+            # the row of the text only orders tokens: gaps in it would read as packed sequences
+            order = (cached.valid.cumsum(1) - 1)[:, -layout.valid.shape[1] :]
+            positions = torch.cat([order[None].to(positions.device), positions[1:]])
+        return Segment(layout, cached, past.missing, positions * valid)
+
+    def selected(self, forward: Forward, segment: Segment, device: torch.device) -> dict[str, Any]:
+        """Arguments for every token so far, for the tokens of a segment."""
+        if not forward.per_token:
+            return {}
+        cached = segment.cached
+        given = [tensor.to(device) for tensor in (cached.column, cached.valid, cached.shift)]
+        return {name: value.select_tokens(*given) for name, value in forward.per_token.items()}
 
     def before_layer(
-        self, number: int, layer: Any, args: Any, kwargs: dict[str, Any]
-    ) -> tuple[Any, Any] | None:
-        """Cut if one is due; give the layer its segment's mask and positions."""
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        if self.prefill and 0 < number <= len(self.deepstack):
-            columns, valid = self.now.column.to(hidden.device), self.now.valid.to(hidden.device)
-            hidden = hidden + take(self.deepstack[number - 1], columns) * valid[..., None]
-        if number == 0 and self.prefill and self.now.left and self.reducer.chooses_queries:
-            with measured(SELECTION, hidden.device, self.trace):
-                shape = len(self.now.left), compact(self.now.asked)[0].shape[1]
-                self.query_mask = torch.zeros(shape, dtype=torch.bool, device=hidden.device)
-                for group in alike(self.now.left):
-                    tokens = self._tokens(0, layer, hidden, kwargs, group)
-                    self.query_mask[group] = self.reducer.query_mask(tokens)
-        if self.prefill and number in self.due:
-            with measured(SELECTION, hidden.device, self.trace):
-                hidden = self._cut(number, layer, hidden, kwargs)
-        elif number in self.segments:
-            self._extend(number, hidden, kwargs)
-        kwargs = self._seen_by(number, kwargs)
-        if self.prefill and number + 1 in self.due:
-            self.stash = (layer, hidden, kwargs["position_embeddings"])
-        return (hidden,), kwargs
+        self, forward: Forward, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Cut if one is due; give the layer its segment's arguments.
 
-    def _seen_by(self, number: int, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of layer `number`: its segment's mask and positions replace the model's."""
-        starts = [start for start in self.segments if start <= number]
-        return kwargs | self.segments[max(starts)].kwargs if starts else kwargs
-
-    def _tokens(
-        self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any], images: list[int]
-    ) -> DecoderTokens:
-        """What the method sees before layer `number` of images with equally many tokens.
-
-        `kwargs` are those of the layer before.
+        A layer that is run again, as recomputation for gradients does, gets the same ones again.
         """
+        segment, device = forward.active[number - 1], hidden.device
+        if (features := forward.deepstack.get(number - 1)) is not None:
+            column, valid = segment.layout.column.to(device), segment.layout.valid.to(device)
+            hidden = hidden + take(features.to(device), column) * valid[..., None]
+        cos, sin = segment.rotary or kwargs["position_embeddings"]
+        rotary = cos, sin
+        cutting = Cutting(self, forward, number, layer, hidden, rotary, segment, cache_of(kwargs))
+        if number == 0 and forward.due:
+            cutting.choose_queries()
+        if number in forward.due:
+            hidden, segment = cutting.cut()
+        elif number in forward.prompt.layers and number > 0:
+            segment = self.segment(forward, segment.layout, number)
+            segment.rotary = rotary
+            if self.contiguous:
+                segment.rotary = self.decoder.rotary_emb(hidden, position_ids=segment.positions)
+            segment.selected = self.selected(forward, segment, device)
+        forward.active[number] = segment
+        kwargs = self._arguments(forward, segment, number, hidden, kwargs)
+        if number + 1 in forward.due:
+            forward.states[number + 1] = (layer, hidden, kwargs["position_embeddings"])
+        return hidden, kwargs
+
+    def _arguments(
+        self,
+        forward: Forward,
+        segment: Segment,
+        number: int,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
+    ) -> dict[str, Any]:
+        """A layer's arguments; the decoder makes those of its own input itself."""
+        if segment is forward.active[-1]:
+            # attention kernels take gaps between positions for packed sequences
+            return kwargs | {"position_ids": None} if segment.cached.pruned else kwargs
+        kind = mask_kind(self.decoder.config, number)
+        if kind not in segment.masks:
+            segment.masks[kind] = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind](
+                config=self.decoder.config,
+                inputs_embeds=hidden,
+                attention_mask=segment.mask(hidden.device),
+                layer_idx=number,
+                **{CACHE: cache_of(kwargs)},
+            )
+        return (
+            kwargs
+            | segment.selected
+            | {
+                "position_ids": None,
+                "position_embeddings": segment.rotary,
+                "attention_mask": segment.masks[kind],
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """A cut before decoder layer `number`, which would get `hidden` (B, n, D).
+
+    Args:
+        pruning: the decoder, and the method.
+        forward: what this forward was given.
+        number: layers that have run.
+        layer: the layer after the cut.
+        hidden: its input without the cut.
+        rotary: cosines and sines of the tokens' positions.
+        segment: what the layers before the cut got.
+        cache: keys and values of tokens before this forward's.
+    """
+
+    pruning: LayerPruning
+    forward: Forward
+    number: int
+    layer: Any
+    hidden: Tensor
+    rotary: tuple[Tensor, Tensor]
+    segment: Segment
+    cache: Any
+
+    @property
+    def reducer(self) -> Reducer:
+        assert self.pruning.inside is not None
+        return self.pruning.inside.reducer
+
+    def tokens(self, images: list[int]) -> DecoderTokens:
+        """What the method sees of images with equally many tokens."""
+        layout, device = self.segment.layout, self.hidden.device
 
         def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(hidden.device)
+            return tensor.to(device)
 
-        source, before, rotary = layer, hidden, kwargs["position_embeddings"]
+        source: Any
+        source, before, rotary, number = self.layer, self.hidden, self.rotary, self.number
         if number and self.reducer.reads == "before":
-            source, before, rotary = self.stash
-        index, real = map(moved, compact(self.now.asked))
-        rows_of, columns_of = self.now.images()
-        row, valid = moved(rows_of[images]), moved(self.now.valid)
-        texts, asked = index[row], real[row]
+            number -= 1
+            source, before, rotary = self.forward.states[self.number]
+        index, real = map(moved, compact(layout.question_mask))
+        columns_of = layout.images()
+        row = moved(layout.rows[images])
+        texts, question = index[row], real[row]
         at = (row[:, None], moved(torch.stack([columns_of[image] for image in images])))
         text_at = (row[:, None], texts)
 
-        def queries_at(places: Tensor, real: Tensor) -> AttentionRows:
-            query, key = decoder_query_key(source, before, rotary, places)
-            columns, scale = torch.where(real, places, -1)[row], source.self_attn.scaling
-            return AttentionRows(query[row], key[row], columns, valid[row], at[1], scale)
+        def attention(columns: Tensor, real: Tensor) -> AttentionRows:
+            query, key = decoder_query_key(source, before, rotary, columns)
+            valid, first = layout.valid, 0
+            if self.forward.prompt.of(number).valid.shape[1]:
+                past, past_valid = self.past_keys(number)
+                key, first = torch.cat([past.to(key), key], 2), past.shape[2]
+                valid = torch.cat([past_valid, valid], 1)
+            return AttentionRows(
+                query[row],
+                key[row],
+                torch.where(real, columns + first, -1)[row],
+                moved(valid)[row],
+                at[1] + first,
+                source.self_attn.scaling,
+            )
 
-        def rows(queries: slice) -> AttentionRows:
-            return queries_at(index[:, queries], real[:, queries])
+        def question_rows(queries: slice) -> AttentionRows:
+            return attention(index[:, queries], real[:, queries])
 
-        def every() -> AttentionRows:
-            places = torch.arange(valid.shape[1], device=valid.device)
-            return queries_at(places.expand(len(valid), -1), valid)
+        def prompt_rows() -> AttentionRows:
+            columns = torch.arange(layout.valid.shape[1], device=device)
+            return attention(columns.expand(len(before), -1), moved(layout.prompt_mask))
 
         def keys() -> tuple[Tensor, Tensor]:
             unturned = decoder_keys(source, before)
             return unturned[at], unturned[text_at]
 
-        norm = self.family.decoder.norm
-        return DecoderTokens(hidden[at], hidden[text_at], asked, asked, rows, every, keys, norm)
-
-    def _cut(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Hidden states of what is kept; notes where it stands."""
-        seen, device, now = self._seen_by(number - 1, kwargs), hidden.device, self.now
-        due = [min(n, self.due[number].get(i, n)) for i, n in enumerate(now.left)]
-        rows, columns = now.images()
-        keep, changed = now.valid & (now.ordinal < 0), hidden
-        kept: list[Tensor] = list(self.trace.kept)
-        for group in alike(list(zip(now.left, due, strict=True))):
-            count, wanted = now.left[group[0]], due[group[0]]
-            places = [torch.arange(count)] * len(group)
-            features: list[Tensor] = []
-            if wanted < count:
-                tokens = self._tokens(number, layer, hidden, seen, group)
-                if self.reducer.chooses_queries:
-                    tokens = replace(tokens, query_mask=self.query_mask[group])
-                reduced = self.reducer.reduce(tokens, wanted)
-                places, features = on_host(reduced.indices), reduced.features
-            row = torch.cat([rows[i].expand(len(p)) for i, p in zip(group, places, strict=True)])
-            column = torch.cat([columns[i][p] for i, p in zip(group, places, strict=True)])
-            keep[row, column] = True
-            if features:
-                at = (row.to(device), column.to(device))
-                changed = changed.index_put(at, torch.cat(features))
-            split = now.place[row, column].split([len(own) for own in places])
-            for image, own in zip(group, split, strict=True):
-                kept[image] = own
-        index, valid = compact(keep, self.right_padded)
-        tables: tuple[Tensor, ...] = ()
-        positions = valid.cumsum(1) - 1
-        if not self.contiguous:
-            cos, sin = seen["position_embeddings"]
-            tables = cos.expand(len(hidden), -1, -1), sin.expand(len(hidden), -1, -1)
-            old = now.valid.cumsum(1) - 1
-            if seen.get("position_ids") is not None and not self.family.mrope:
-                old = seen["position_ids"].expand(len(hidden), -1).cpu()
-            positions = old.gather(1, index)
-        self.now = now.taken(index, valid, [len(places) for places in kept])
-        _, (hidden, *rotary) = self.reducer.compact(
-            keep.to(device), changed, *tables, right_padded=self.right_padded
+        mask = question if self.forward.query_mask is None else self.forward.query_mask[images]
+        return DecoderTokens(
+            self.hidden[at],
+            self.hidden[text_at],
+            question,
+            mask,
+            question_rows,
+            prompt_rows,
+            keys,
+            self.pruning.decoder.norm,
         )
-        dropped = now.valid.sum(1, keepdim=True) - valid.sum(1, keepdim=True)
-        if self.segments:
-            dropped = dropped + self.segments[max(self.segments)].dropped
-        positions = positions * valid
-        segment = Segment(valid, dropped, self.now.column, positions)
-        segment.rebuild(self.family.decoder, number, hidden, positions, kwargs, tuple(rotary))
-        self.segments[number] = segment
-        self.trace.kept = kept
-        self.trace.cuts.append(kept)
-        layers = len(self.trace.computed)
-        self.trace.computed[number:] = [self.now.left] * (layers - number)
+
+    def past_keys(self, number: int) -> tuple[Tensor, Tensor]:
+        """Keys (B, G, P, d) of tokens before this forward's in layer `number`, and which are valid.
+
+        Raises:
+            InputError: when the cache does not hold them as they are.
+        """
+        valid = self.forward.prompt.of(number).valid
+        keys, new = self.cache.layers[number].keys, self.segment.layout.valid.shape[1]
+        if number < self.number:
+            keys = keys[:, :, : keys.shape[2] - new]
+        if keys.shape[2] < valid.shape[1] and not self.sliding(number):
+            raise InputError(
+                "images behind a prefix need its keys; give the whole prompt at once, or a cache "
+                "that is not quantized"
+            )
+        return keys, valid[:, valid.shape[1] - keys.shape[2] :]
+
+    def sliding(self, number: int) -> bool:
+        """Whether layer `number` forgets keys that its window has passed."""
+        return mask_kind(self.pruning.decoder.config, number) == "sliding_attention"
+
+    def choose_queries(self) -> None:
+        """Note what the method wants to read of the question, from the first layer's input."""
+        if not self.reducer.chooses_queries:
+            return
+        layout, device = self.segment.layout, self.hidden.device
+        with measured(SELECTION, device, self.pruning.trace):
+            shape = len(layout.counts), compact(layout.question_mask)[0].shape[1]
+            self.forward.query_mask = torch.zeros(shape, dtype=torch.bool, device=device)
+            for group in alike(layout.counts):
+                if layout.counts[group[0]]:
+                    chosen = self.reducer.query_mask(self.tokens(group))
+                    self.forward.query_mask[group] = chosen
+
+    def cut(self) -> tuple[Tensor, Segment]:
+        """Hidden states of what is kept, and what the layers after the cut get."""
+        forward, layout, device = self.forward, self.segment.layout, self.hidden.device
+        due = forward.due[self.number]
+        wanted = [min(count, due.get(i, count)) for i, count in enumerate(layout.counts)]
+        if wanted == layout.counts:
+            forward.cuts[self.number] = layout.indices()
+            return self.hidden, self.segment
+        columns = layout.images()
+        keep = layout.valid & (layout.image < 0)
+        features: list[Tensor | None] = [None] * len(columns)
+        with measured(SELECTION, device, self.pruning.trace):
+            for group in alike(list(zip(layout.counts, wanted, strict=True))):
+                count, left = layout.counts[group[0]], wanted[group[0]]
+                indices = [torch.arange(count)] * len(group)
+                if left < count:
+                    reduced = self.reducer.reduce(self.tokens(group), left)
+                    indices = on_host(reduced.indices)
+                    for image, own in zip(group, reduced.features, strict=True):
+                        features[image] = own
+                for image, own in zip(group, indices, strict=True):
+                    keep[layout.rows[image], columns[image][own]] = True
+            kept, column = layout.keep(keep, forward.right_padded, self.pruning.contiguous)
+            tables = []
+            if not self.pruning.contiguous:
+                tables = [table.expand(len(self.hidden), -1, -1) for table in self.rotary]
+            hidden, *rotary = gathered(
+                keep, column, kept.valid, [self.hidden, *tables], forward.right_padded
+            )
+            hidden = filled(hidden, kept, features)
+        segment = self.pruning.segment(forward, kept, self.number)
+        segment.rotary = tuple(rotary) or self.pruning.decoder.rotary_emb(
+            hidden, position_ids=segment.positions
+        )
+        segment.selected = self.pruning.selected(forward, segment, device)
+        forward.cuts[self.number] = kept.indices()
+        return hidden, segment
+
+
+def keep_mask(layout: TokenLayout, indices: list[Tensor]) -> Tensor:
+    """Text, and of each image the placeholders at `indices` (k,), ascending; a mask (B, n)."""
+    keep = layout.valid & (layout.image < 0)
+    for row, columns, own in zip(layout.rows, layout.images(), indices, strict=True):
+        # masked placeholders have no columns
+        keep[row, columns[torch.searchsorted(layout.index[row, columns], own)]] = True
+    return keep
+
+
+def filled(hidden: Tensor, layout: TokenLayout, features: Sequence[Tensor | None]) -> Tensor:
+    """Hidden states (B, n, D) with each image's tokens replaced, by features (k, D) or None."""
+    columns = layout.images()
+    given = [image for image, own in enumerate(features) if own is not None and len(columns[image])]
+    if not given:
         return hidden
-
-    def _extend(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        segment, length = self.segments[number], hidden.shape[1]
-        new = torch.arange(self.seen - length, self.seen)
-        valid = torch.cat([segment.valid, self.incoming], 1)
-        positions = (valid.cumsum(1) - 1)[:, -length:]
-        if self.steps is not None:
-            positions = self.steps.expand(len(hidden), -1)
-        rotary = kwargs["position_embeddings"]
-        if self.contiguous:
-            positions, rotary = positions - segment.dropped, ()
-        segment.valid = valid
-        segment.columns = torch.cat([segment.columns, new.expand(len(hidden), -1)], 1)
-        segment.positions = torch.cat([segment.positions, positions], 1)
-        segment.rebuild(self.family.decoder, number, hidden, positions, kwargs, rotary)
-
-
-@contextmanager
-def pruned(
-    model: Any,
-    cuts: CutsFor,
-    reducer: Reducer,
-    positions: Positions,
-    trace: Trace | None = None,
-) -> Iterator[Trace]:
-    """Let `reducer` reduce the image tokens at `cuts` while the block is open.
-
-    `cuts` gives those of an image by its number of tokens before any pruning. Without a cache each
-    forward scores anew with the text so far. Where the prompt is shortened first, `trace` is that
-    of the shortening, and goes on here.
-    """
-    stack = _MidStack(model, cuts, reducer, positions, trace)
-    family = stack.family
-    hooks = [
-        family.multimodal.register_forward_pre_hook(stack.before_model, with_kwargs=True),
-        family.decoder.register_forward_pre_hook(stack.before_decoder, with_kwargs=True),
-    ]
-    for number, layer in enumerate(family.decoder.layers):
-        hook = partial(stack.before_layer, number)
-        hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-    try:
-        yield stack.trace
-    finally:
-        for handle in hooks:
-            handle.remove()
+    row = torch.cat([layout.rows[image].expand(len(columns[image])) for image in given])
+    column = torch.cat([columns[image] for image in given])
+    values = torch.cat([own for image in given if (own := features[image]) is not None])
+    at = (row.to(hidden.device), column.to(hidden.device))
+    return hidden.index_put(at, values.to(hidden.device, hidden.dtype))

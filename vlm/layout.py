@@ -1,7 +1,7 @@
 """Where the images of a prompt are, and which of them can be handled together."""
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Self
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.tokens import compact
 
 
 def alike(keys: Sequence[Hashable]) -> list[list[int]]:
@@ -38,11 +39,17 @@ def image_ordinals(is_image: Tensor, counts: Sequence[int]) -> Tensor:
     return ordinal
 
 
-def image_places(ordinal: Tensor, counts: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-    """Row (M,) and columns (n_i,) of each image's tokens, given (B, L) ordinals."""
-    rows, columns = (ordinal >= 0).nonzero(as_tuple=True)
-    starts = torch.tensor([0, *counts[:-1]] if counts else [], dtype=torch.long).cumsum(0)
-    return rows[starts.to(rows.device)], list(columns.split(list(counts)))
+def image_columns(ordinal: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """Columns (n_i,) of each image's tokens in its row, given (B, L) ordinals."""
+    return list((ordinal >= 0).nonzero(as_tuple=True)[1].split(list(counts)))
+
+
+def image_rows(ordinal: Tensor, images: int) -> Tensor:
+    """The row that each image is in, (M,), given (B, L) ordinals of images that all have tokens."""
+    rows = torch.zeros(images, dtype=torch.long, device=ordinal.device)
+    row, column = (ordinal >= 0).nonzero(as_tuple=True)
+    rows[ordinal[row, column]] = row
+    return rows
 
 
 def image_runs(is_image: Tensor) -> list[tuple[int, int, int]]:
@@ -75,55 +82,95 @@ def repeated(counts: Sequence[int], is_image: Tensor) -> list[int]:
     return out
 
 
-def question_places(is_image: Tensor, valid: Tensor) -> Tensor:
+def question_mask(is_image: Tensor, valid: Tensor) -> Tensor:
     """The text after the last image of each row that has one; (B, L) masks."""
     after = is_image.flip(1).cumsum(1).flip(1) == 0
     return after & valid.bool() & is_image.any(1, keepdim=True)
 
 
 @dataclass(frozen=True)
-class Standing:
-    """Where the tokens of a prompt, or of what a cut left of it, stand; shapes (B, L), on the host.
+class TokenLayout:
+    """The tokens of one forward that a decoder layer gets; tensors (B, n), on the host.
 
     Args:
         valid: whether it is a token, or padding.
-        ordinal: the image it belongs to, -1 for text and padding.
-        place: of an image token, among those that its image had at first.
-        column: where it stood in the full prompt.
-        asked: whether it is of the question.
-        left: how many tokens each image has.
+        image: the image it belongs to, -1 for text and padding.
+        index: of an image token, its index among the image's placeholders.
+        column: its column in the forward's full input.
+        prompt_mask: whether it is of the prompt, and not a draft of the answer.
+        question_mask: whether it is of the question.
+        shift: by how much lower its position is, tokens in front of it having been dropped.
+        next_shift: the shift of tokens that follow, (B, 1).
+        rows: the row of each image, (M,).
+        counts: how many tokens each image has.
     """
 
     valid: Tensor
-    ordinal: Tensor
-    place: Tensor
+    image: Tensor
+    index: Tensor
     column: Tensor
-    asked: Tensor
-    left: list[int]
+    prompt_mask: Tensor
+    question_mask: Tensor
+    shift: Tensor
+    next_shift: Tensor
+    rows: Tensor
+    counts: list[int]
 
     @classmethod
-    def of(cls, is_image: Tensor, valid: Tensor, kept: Sequence[Tensor]) -> Self:
-        """A prompt's, of whose images the places `kept` are there; masks (B, L).
+    def of(cls, ordinal: Tensor, valid: Tensor, counts: Sequence[int], drafts: int = 0) -> Self:
+        """A full input's layout.
 
-        Raises:
-            InputError: when the placeholders do not fit the images.
+        Args:
+            ordinal: the image of each placeholder, -1 for text, (B, L).
+            valid: tokens that are no padding, (B, L); a placeholder outside it is no token.
+            counts: placeholders of each image, in row order.
+            drafts: how many of the last tokens are no part of the prompt.
         """
-        left, every = [len(places) for places in kept], torch.arange(is_image.shape[1])
-        ordinal, place = image_ordinals(is_image, left), torch.zeros_like(valid, dtype=torch.long)
-        place[ordinal >= 0] = torch.cat([every[:0], *kept])
-        column = every.expand(len(is_image), -1)
-        return cls(valid, ordinal, place, column, question_places(is_image, valid), left)
-
-    def images(self) -> tuple[Tensor, list[Tensor]]:
-        """Row (M,) and places in it (n_i,) of each image's tokens."""
-        return image_places(self.ordinal, self.left)
-
-    def taken(self, index: Tensor, valid: Tensor, left: list[int]) -> Self:
-        """Of the tokens at `index` (B, L'), where they are `valid`."""
-        ordinal, place, column, asked = (
-            tensor.gather(1, index)
-            for tensor in (self.ordinal, self.place, self.column, self.asked)
+        index = torch.zeros_like(ordinal)
+        index[ordinal >= 0] = torch.cat([torch.arange(0), *map(torch.arange, counts)])
+        image = torch.where(valid, ordinal, -1)
+        column = torch.arange(ordinal.shape[1]).expand(len(ordinal), -1)
+        prompt = valid & (column < ordinal.shape[1] - drafts)
+        return cls(
+            valid,
+            image,
+            index,
+            column,
+            prompt,
+            question_mask(image >= 0, prompt),
+            torch.zeros_like(ordinal),
+            torch.zeros(len(ordinal), 1, dtype=torch.long),
+            image_rows(ordinal, len(counts)),
+            torch.bincount(image[image >= 0], minlength=len(counts)).tolist(),
         )
-        return type(self)(
-            valid, torch.where(valid, ordinal, -1), place, column, asked & valid, left
-        )
+
+    def images(self) -> list[Tensor]:
+        """Columns (n_i,) of each image's tokens, in the row that `rows` names."""
+        return image_columns(self.image, self.counts)
+
+    def indices(self) -> list[Tensor]:
+        """Indices (n_i,) of each image's tokens among its placeholders."""
+        return list(self.index[self.image >= 0].split(self.counts))
+
+    def keep(self, keep: Tensor, right_padded: bool, contiguous: bool) -> tuple[Self, Tensor]:
+        """The layout of the tokens where `keep` (B, n) is true, and their columns (B, n') here.
+
+        Positions are renumbered without gaps if `contiguous`.
+        """
+        column, valid = compact(keep, right_padded)
+        # a kept token's running count of dropped ones is that of the tokens in front of it
+        dropped = (self.valid & ~keep) & contiguous
+        shift = self.shift + dropped.cumsum(1)
+        image = torch.where(valid, self.image.gather(1, column), -1)
+        return replace(
+            self,
+            valid=valid,
+            image=image,
+            index=self.index.gather(1, column),
+            column=self.column.gather(1, column),
+            prompt_mask=self.prompt_mask.gather(1, column) & valid,
+            question_mask=self.question_mask.gather(1, column) & valid,
+            shift=shift.gather(1, column),
+            next_shift=self.next_shift + dropped.sum(1, keepdim=True),
+            counts=torch.bincount(image[image >= 0], minlength=len(self.counts)).tolist(),
+        ), column

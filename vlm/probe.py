@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vlm_prune.vlm.attention import decoder_query_key
 from vlm_prune.vlm.families import family_of
-from vlm_prune.vlm.layout import alike, image_ordinals, image_places, question_places
+from vlm_prune.vlm.layout import alike, image_columns, image_ordinals, image_rows, question_mask
 from vlm_prune.vlm.tokens import AttentionRows, compact
 
 
@@ -43,9 +43,10 @@ def question_rows(model: Any, inputs: Mapping[str, Any]) -> Iterator[list[Attent
         for hook in hooks:
             hook.remove()
     is_image = ids == family.image_token
-    rows, columns_of = image_places(image_ordinals(is_image, counts), counts)
-    index, asked = compact(question_places(is_image, valid))
-    columns = torch.where(asked, index, -1)
+    ordinal = image_ordinals(is_image, counts)
+    rows, columns_of = image_rows(ordinal, len(counts)), image_columns(ordinal, counts)
+    index, real = compact(question_mask(is_image, valid))
+    columns = torch.where(real, index, -1)
     groups = [(rows[own], torch.stack([columns_of[i] for i in own])) for own in alike(counts)]
     for layer, (hidden, rotary) in zip(layers, seen, strict=True):
         query, key = decoder_query_key(layer, hidden, rotary, index)

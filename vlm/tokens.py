@@ -1,7 +1,7 @@
 """Image tokens as plain tensors: what pruners see, what they give back, and index maths."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -51,6 +51,25 @@ class VisionTokens:
     def __post_init__(self) -> None:
         if self.available < 0:
             object.__setattr__(self, "available", self.projected.shape[1])
+
+    def of(self, image: int, chosen: Tensor) -> "VisionTokens":
+        """Some tokens of one image, `chosen` (N,) by a mask; grids stay those of the whole image."""
+
+        def query_key() -> tuple[Tensor, Tensor]:
+            query, key = self.query_key()
+            tiles = len(query) // len(self.projected)
+            own = slice(image * tiles, (image + 1) * tiles)
+            return query[own], key[own]
+
+        return replace(
+            self,
+            features=self.features[image : image + 1, chosen],
+            projected=self.projected[image : image + 1, chosen],
+            seeds=self.seeds[image : image + 1],
+            query_key=query_key,
+            question=lambda: self.question()[image : image + 1],
+            pool=lambda values: self.pool(values)[:, chosen],
+        )
 
     def keys(self) -> Tensor:
         """The tower's keys of the N tokens, heads side by side, (M, N, H d)."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -74,7 +75,8 @@ def encoded(model: Any, inputs: Mapping[str, Any], images: list[int]) -> Prompts
     if any(images):
         names = ("input_ids", "pixel_values", *family.image_inputs)
         start = now(device)
-        vision = family.encode(**{name: inputs[name] for name in names if name in inputs})
+        with torch.no_grad():
+            vision = family.encode(**{name: inputs[name] for name in names if name in inputs})
         seconds = now(device) - start
         if family.mrope:
             mask = tensors["attention_mask"]

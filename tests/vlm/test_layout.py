@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.layout import alike, image_ordinals, image_places, image_runs, repeated
+from vlm_prune.vlm.layout import (
+    alike,
+    image_columns,
+    image_ordinals,
+    image_rows,
+    image_runs,
+    repeated,
+)  # fmt: skip
 
 IS_IMAGE = torch.tensor([[0, 1, 1, 0, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 0]], dtype=torch.bool)
 
@@ -12,9 +19,8 @@ IS_IMAGE = torch.tensor([[0, 1, 1, 0, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 0]], dty
 def test_images_of_different_sizes_are_found():
     ordinal = image_ordinals(IS_IMAGE, [2, 1, 4])
     assert ordinal.tolist() == [[-1, 0, 0, -1, 1], [-1] * 5, [2, 2, 2, 2, -1]]
-    rows, columns = image_places(ordinal, [2, 1, 4])
-    assert rows.tolist() == [0, 0, 2]
-    assert [c.tolist() for c in columns] == [[1, 2], [4], [0, 1, 2, 3]]
+    assert image_rows(ordinal, 3).tolist() == [0, 0, 2]
+    assert [c.tolist() for c in image_columns(ordinal, [2, 1, 4])] == [[1, 2], [4], [0, 1, 2, 3]]
     assert image_runs(IS_IMAGE) == [(0, 1, 2), (0, 4, 1), (2, 0, 4)]
 
 

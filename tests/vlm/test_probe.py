@@ -5,7 +5,7 @@ import torch
 
 from vlm_prune.pruning.received import from_rows
 from vlm_prune.vlm.families import family_of
-from vlm_prune.vlm.layout import alike, image_ordinals, image_places
+from vlm_prune.vlm.layout import alike, image_columns, image_ordinals, image_rows
 from vlm_prune.vlm.probe import question_rows
 
 
@@ -44,7 +44,9 @@ def test_images_of_several_sizes_on_every_family(tiny):
     names = ("input_ids", "pixel_values", *family.image_inputs)
     images = family.encode(**{name: inputs[name] for name in names if name in inputs})
     is_image = inputs["input_ids"] == family.image_token
-    rows, columns = image_places(image_ordinals(is_image, images.counts), images.counts)
+    ordinal = image_ordinals(is_image, images.counts)
+    rows = image_rows(ordinal, len(images.counts))
+    columns = image_columns(ordinal, images.counts)
     mask = inputs["attention_mask"]
     encoded = {
         "input_ids": inputs["input_ids"], "attention_mask": mask,

@@ -36,11 +36,13 @@ def check_supported(kind: str) -> None:
 
 
 def family_of(model: Any) -> Family:
-    """The adapter of a loaded model, recognised by its config.
+    """The adapter of a loaded model, recognized by its config; of a `PeftModel`, the one inside.
 
     Raises:
         InputError: when the model is no supported vision-language model.
     """
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     check_supported(kind)
     return FAMILIES[kind](model)

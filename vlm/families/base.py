@@ -131,9 +131,41 @@ class Family(ABC):
         with loaded(module):
             return module.get_image_features(pixel_values, **inputs)
 
+    def run(self, encoder: Callable[..., Any], pixel_values: Tensor, **inputs: Any) -> Any:
+        """Output of tower and projector, with all that `images` reads of it.
+
+        Args:
+            encoder: the model's `get_image_features`.
+            pixel_values: as the processor gives them.
+            inputs: other arguments of `encoder`.
+        """
+        asked = {"output_hidden_states": True, "return_dict": True}
+        output = encoder(pixel_values=pixel_values, **inputs | asked)
+        states = output.hidden_states
+        read = {number % len(states) for number in self.states_read}
+        output.hidden_states = tuple(
+            state if number in read else None for number, state in enumerate(states)
+        )
+        return output
+
+    @property
+    def states_read(self) -> tuple[int, ...]:
+        """Numbers of the tower's hidden states that `images` reads; others are let go."""
+        return ()
+
     @abstractmethod
+    def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
+        """The images of a prompt, given what `run` gave for them and the same arguments.
+
+        `inputs` are those of `image_inputs`, and `input_ids`.
+        """
+
     def encode(self, pixel_values: Tensor, **inputs: Tensor) -> Images:
-        """Run tower and projector; `inputs` are those of `image_inputs`, and `input_ids`."""
+        """Run tower and projector on a prompt's images; arguments as for `images`."""
+        moved = pixel_values.to(self.device)
+        given = {name: inputs[name] for name in self.image_inputs if inputs.get(name) is not None}
+        output = self.run(self.image_features, moved, **given)
+        return self.images(output, pixel_values, **inputs)
 
     def tower_flops(self, views: Sequence[int]) -> float:
         """Matrix-product FLOPs of the tower on an image whose views have so many patches."""

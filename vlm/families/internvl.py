@@ -48,13 +48,14 @@ class InternVL(Tiled):
         shuffled: Tensor = self.model.model.pixel_shuffle(grid.contiguous(), ratio)
         return shuffled.flatten(1, 2)
 
-    @torch.no_grad()
-    def encode(self, pixel_values: Tensor, **inputs: Tensor) -> Images:
-        """Run tower and projector on (T, 3, H, W) tiles; needs `input_ids`."""
+    @property
+    def states_read(self) -> tuple[int, ...]:
+        layer = int(self.model.config.vision_feature_layer)
+        return layer, layer - 1
+
+    def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
+        """Images of (T, 3, H, W) tiles; needs `input_ids`."""
         config, model = self.model.config, self.model.model
-        output = self.image_features(
-            pixel_values.to(self.device), output_hidden_states=True, return_dict=True
-        )
         states, layer = output.hidden_states, config.vision_feature_layer
         first = 1 if config.vision_feature_select_strategy == "default" else 0
         last = output.last_hidden_state if layer == -1 else states[layer]
@@ -65,7 +66,7 @@ class InternVL(Tiled):
 
         features = model.multi_modal_projector.layer_norm(self.patches(last[:, first:]))
         projected = output.pooler_output
-        return self.images(inputs, pixel_values, features, projected, query_key, first > 0)
+        return self.grouped(inputs, pixel_values, features, projected, query_key, first > 0)
 
     @torch.no_grad()
     def query_key(self, layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 The tower's attention is that of the layer whose output the projector gets, the last but one.
 """
 
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -39,25 +39,26 @@ class Llava(Family):
         """Tokens of the tower in front of the patches: the CLS token."""
         return 1 if self.model.config.vision_feature_select_strategy == "default" else 0
 
-    @torch.no_grad()
-    def encode(self, pixel_values: Tensor, **inputs: Tensor) -> Images:
-        """Run tower and projector on (M, 3, H, W) pixels.
+    @property
+    def states_read(self) -> tuple[int, ...]:
+        layer = int(self.model.config.vision_feature_layer)
+        return layer, layer - 1
 
-        Sizes other than the trained one interpolate the position embeddings.
-        """
-        config = self.model.config
-        size, patch = config.vision_config.image_size, config.vision_config.patch_size
-        resized = tuple(pixel_values.shape[-2:]) != (size, size)
+    def run(self, encoder: Callable[..., Any], pixel_values: Tensor, **inputs: Any) -> Any:
+        """Sizes other than the trained one interpolate the position embeddings."""
+        size = self.model.config.vision_config.image_size
+        pixels = pixel_values.to(self.model.dtype)
+        if tuple(pixels.shape[-2:]) == (size, size):
+            return super().run(encoder, pixels, **inputs)
         tower = self.model.model.vision_tower
-        table = getattr(tower, "vision_model", tower).embeddings.position_embedding
         # a table that is interpolated is read, not called
-        with loaded(table) if resized else nullcontext():
-            output = self.image_features(
-                pixel_values.to(self.device, self.model.dtype),
-                output_hidden_states=True,
-                return_dict=True,
-                **({"interpolate_pos_encoding": True} if resized else {}),
-            )
+        with loaded(getattr(tower, "vision_model", tower).embeddings.position_embedding):
+            return super().run(encoder, pixels, **inputs | {"interpolate_pos_encoding": True})
+
+    def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
+        """Images of (M, 3, H, W) pixels, all of one group."""
+        config = self.model.config
+        patch = config.vision_config.patch_size
         states, first = output.hidden_states, self.prefix
         tokens = VisionTokens(
             features=states[config.vision_feature_layer][:, first:],

@@ -43,12 +43,6 @@ class LlavaNext(Llava):
             for size in inputs["image_sizes"]
         ]
 
-    def features(self, pixels: Tensor, inputs: Mapping[str, Any]) -> Any:
-        """Output of tower and projector, all states included."""
-        return self.image_features(
-            pixels, image_sizes=inputs["image_sizes"], output_hidden_states=True, return_dict=True
-        )
-
     def pack(self, size: Tensor, values: Tensor, newline: Tensor | None) -> Tensor:
         """Stitch (T, S, c) of the tiles of an image of `size` into (n, c), as the model does."""
         packed, _ = self.model.model.pack_image_features(
@@ -71,15 +65,12 @@ class LlavaNext(Llava):
             len(self.is_newline(p, t)) for p, t in zip(packings, self.tiles(inputs), strict=True)
         ]
 
-    @torch.no_grad()
-    def encode(self, pixel_values: Tensor, **inputs: Tensor) -> Images:
-        """Run tower and projector on (M, T, 3, H, W) tiles, padded to the longest image.
+    def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
+        """Images of (M, T, 3, H, W) tiles, padded to the longest image.
 
         Bilinear shrinking, where the model does it, is applied to features and attention alike.
         """
         tiles, sizes = self.tiles(inputs), inputs["image_sizes"]
-        pixels = pixel_values.to(self.device, self.model.dtype)
-        output = self.features(pixels, inputs)
         states, first = output.hidden_states, self.prefix
         layer = states[self.model.config.vision_feature_layer][:, first:].split(tiles)
         starts = [sum(tiles[:image]) for image in range(len(tiles))]
@@ -103,9 +94,9 @@ class LlavaNext(Llava):
                 pool=pool,
                 available=len(newline),
             )
-            places = (~newline).nonzero()[:, 0]
+            indices = (~newline).nonzero()[:, 0]
             flops = self.tower_flops([self.tokens_per_image] * count)
-            groups.append(Group(members, tokens, places, whole[:, newline], flops=flops))
+            groups.append(Group(members, tokens, indices, whole[:, newline], flops=flops))
         return Images(groups)
 
     def pool(self, packing: Packing, tiles: int, values: Tensor) -> Tensor:

@@ -31,15 +31,6 @@ class LlavaOneVision(LlavaNext):
         alone = [int(images) == 1 for images in in_row for _ in range(int(images))]
         return [count if single else 1 for count, single in zip(tiled, alone, strict=True)]
 
-    def features(self, pixels: Tensor, inputs: Mapping[str, Any]) -> Any:
-        return self.image_features(
-            pixels,
-            image_sizes=inputs["image_sizes"],
-            batch_num_images=inputs.get("batch_num_images"),
-            output_hidden_states=True,
-            return_dict=True,
-        )
-
     def pack(self, size: Tensor, values: Tensor, newline: Tensor | None) -> Tensor:
         packed, _ = self.model.model.pack_image_features(
             [values],

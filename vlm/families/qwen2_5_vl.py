@@ -7,9 +7,10 @@ config makes it windowed, attention is read as if it were not. There is no CLS t
 read its attention read the mean over all patches.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from threading import get_ident
 from typing import Any, ClassVar
 
 import torch
@@ -65,22 +66,27 @@ class Qwen25VL(Family):
         tokens: Tensor = values.unflatten(0, (-1, self.merged))
         return tokens[order.argsort().to(values.device)]
 
-    @torch.no_grad()
-    def encode(self, pixel_values: Tensor, **inputs: Tensor) -> Images:
-        """Run tower and merger on flattened patches (P, c) of images `image_grid_thw` (M, 3)."""
-        grid = inputs["image_grid_thw"].to(self.device)
+    def run(self, encoder: Callable[..., Any], pixel_values: Tensor, **inputs: Any) -> Any:
+        """The output's `last_layer` is what the tower's last layer gets: input and rotation."""
         seen: dict[str, Any] = {}
+        inputs["image_grid_thw"] = inputs["image_grid_thw"].to(self.device)
+        thread = get_ident()
 
         def note(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            seen.update(hidden=args[0], rotary=kwargs["position_embeddings"])
+            if get_ident() == thread:
+                seen.update(hidden=args[0], rotary=kwargs["position_embeddings"])
 
         hook = self.tower_layers[-1].register_forward_pre_hook(note, with_kwargs=True)
         try:
-            output = self.image_features(
-                pixel_values.to(self.device), image_grid_thw=grid, return_dict=True
-            )
+            output = encoder(pixel_values=pixel_values, **inputs | {"return_dict": True})
         finally:
             hook.remove()
+        output.last_layer = seen
+        return output
+
+    def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
+        """Images of flattened patches (P, c), of grids `image_grid_thw` (M, 3)."""
+        grid, seen = inputs["image_grid_thw"].to(self.device), output.last_layer
         patches = grid.prod(1).tolist()
         counts = [count // self.merged for count in patches]
         features = self.in_rows(self.normed(output.last_hidden_state), grid).flatten(1)

@@ -77,15 +77,12 @@ class SmolVLM(Tiled):
         shuffled: Tensor = connector.pixel_shuffle(values.contiguous(), connector.scale_factor)
         return shuffled
 
-    @torch.no_grad()
-    def encode(self, pixel_values: Tensor, **inputs: Tensor) -> Images:
-        """Run tower and connector on (B, T, 3, H, W), rows padded with zeros; needs `input_ids`."""
-        output = self.image_features(
-            pixel_values.to(self.device),
-            pixel_attention_mask=inputs.get("pixel_attention_mask"),
-            output_hidden_states=True,
-            return_dict=True,
-        )
+    @property
+    def states_read(self) -> tuple[int, ...]:
+        return (-2,)
+
+    def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
+        """Images of (B, T, 3, H, W) tiles, rows padded with zeros; needs `input_ids`."""
         before = output.hidden_states[-2]
 
         def query_key(rows: list[int]) -> tuple[Tensor, Tensor]:
@@ -96,4 +93,4 @@ class SmolVLM(Tiled):
         projected = torch.cat(list(output.pooler_output)).unflatten(0, (len(features), -1))
         pixels = pixel_values.flatten(0, 1)
         pixels = pixels[pixels.flatten(1).any(1)]
-        return self.images(inputs, pixels, features, projected, query_key, has_cls=False)
+        return self.grouped(inputs, pixels, features, projected, query_key, has_cls=False)

@@ -40,7 +40,7 @@ class Tiled(Family):
         pooled: Tensor = patches.unflatten(0, (-1, tiles)).flatten(1, 2)
         return pooled
 
-    def images(
+    def grouped(
         self,
         inputs: Mapping[str, Tensor],
         pixels: Tensor,

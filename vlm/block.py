@@ -1,0 +1,390 @@
+"""A pruning block: hooks on an unmodified model, and what keeps them from doing harm.
+
+Everything that a forward needs to know travels with it, as an argument of the modules inside, so
+several threads may use the model at once. Hooks say nothing to a copy of the model.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm_prune.vlm.cache import CachedPrompt, CachedTokens, cache_of, hold, prompt_in
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.families import Family, family_of
+from vlm_prune.vlm.layer_pruning import Forward, InsideModel, LayerPruning
+from vlm_prune.vlm.layout import TokenLayout, image_columns, image_ordinals
+from vlm_prune.vlm.prompt_pruning import BeforeModel, Choice, Encoder, Positions
+from vlm_prune.vlm.tokens import is_right_padded
+from vlm_prune.vlm.trace import Trace
+
+COMPILED = (
+    "a compiled model runs without the hooks that prune; prune the model that is not compiled, and "
+    "undo compile() on it and its modules"
+)
+
+FORWARD, CALL = "vlm_prune_forward", "vlm_prune_call"
+
+
+def keeps_positions(family: Family, positions: Positions) -> bool:
+    """Whether kept tokens keep the positions that they had in the full prompt.
+
+    Raises:
+        InputError: when the family's positions cannot be renumbered.
+    """
+    if positions == "contiguous" and family.mrope:
+        raise InputError(
+            "positions 'contiguous' would lose the rows and columns of this model's positions; "
+            "give 'auto' or 'original'"
+        )
+    return positions == "original" or family.mrope
+
+
+@dataclass
+class Call:
+    """What the whole model was asked for, beside what the modules inside it get.
+
+    Args:
+        labels: of the full prompt; shortened in place once it is known what is kept.
+        drafts: how many of the last tokens are no part of the prompt.
+    """
+
+    labels: Tensor | None = None
+    drafts: int = 0
+
+
+@dataclass
+class Hook:
+    """A hook of a block; in a copy of the model it does nothing."""
+
+    block: "Block | None"
+    call: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        return None if self.block is None else self.call(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Hook":
+        return Hook(None, print)
+
+
+@dataclass
+class Block:
+    """The hooks of one block, and what they know of its model.
+
+    Args:
+        family: the model's adapter.
+        layers: cuts inside the model.
+        before: the method before the language model, if there is one.
+        trace: what happened in the last prefill.
+        running: threads inside a forward, with the prompt that each one's cache holds.
+    """
+
+    family: Family
+    layers: LayerPruning
+    before: BeforeModel | None
+    trace: Trace
+    open: bool = True
+    running: dict[int, tuple[threading.Thread, CachedPrompt | None]] = field(default_factory=dict)
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    last: threading.local = field(default_factory=threading.local)
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Keep the hooks on the model, and its way of encoding images replaced, while open."""
+        family = self.family
+        model, multimodal, decoder = family.model, family.multimodal, family.decoder
+        handles = [
+            model.register_forward_pre_hook(Hook(self, self.before_model), with_kwargs=True),
+            multimodal.register_forward_pre_hook(Hook(self, self.before_merge), with_kwargs=True),
+            multimodal.register_forward_hook(Hook(self, self.after_merge), always_call=True),
+            decoder.register_forward_pre_hook(Hook(self, self.before_decoder), with_kwargs=True),
+            decoder.register_forward_hook(Hook(self, self.after_decoder), with_kwargs=True),
+        ]
+        for number, layer in enumerate(decoder.layers):
+            hook = Hook(self, partial(self.before_layer, number))
+            handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        own, name = vars(multimodal), "get_image_features"
+        # a model that was compiled in a function looks for it, and is compiled anew, with the hooks
+        previous, encoder = own.get(name), Encoder(family, self.before, self.trace)
+        setattr(multimodal, name, encoder)
+        try:
+            yield
+        finally:
+            self.close()
+            for handle in handles:
+                handle.remove()
+            if own.get(name) is encoder:
+                delattr(multimodal, name)
+                if previous is not None:
+                    setattr(multimodal, name, previous)
+
+    def close(self) -> None:
+        """Let no forward enter, and wait for those of other threads."""
+        me = threading.get_ident()
+        with self.changed:
+            self.open = False
+            self.running.pop(me, None)
+            while any(thread.is_alive() for thread, _ in self.running.values()):
+                self.changed.wait(0.1)
+
+    def before_model(
+        self, model: Any, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        """Note what the whole model is asked for."""
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break()
+            raise InputError(COMPILED)
+        labels, last = kwargs.get("labels"), kwargs.get("logits_to_keep", 0)
+        drafts = last - 1 if isinstance(last, int) and last > 1 else 0
+        if not self.open or (labels is None and not drafts):
+            return None
+        call = Call(drafts=drafts)
+        if labels is not None:
+            call.labels = kwargs["labels"] = labels.clone()
+        return args, kwargs | {CALL: call}
+
+    def before_merge(
+        self, module: Any, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        """Encode images and choose among their tokens, where there are some."""
+        call = kwargs.pop(CALL, None) or Call()
+        if not self.open:
+            return args, kwargs
+        refuse_compiled(self.family.model)
+        names = list(signature(type(module).forward).parameters)[1:]
+        kwargs = dict(zip(names, args, strict=False)) | kwargs
+        given = kwargs.get("mm_encoder_outputs") or {}
+        features = {} if isinstance(given, Tensor) else given
+        for videos in (kwargs.get("pixel_values_videos"), features.get("video")):
+            if videos is not None:
+                raise InputError("videos are not pruned; give their frames as images")
+        prompt = prompt_in(cache_of(kwargs))
+        with self.changed:
+            self.running[threading.get_ident()] = (threading.current_thread(), prompt)
+        if prompt is not None:
+            prompt.open = True
+        encoded = features.get("image")
+        shown = kwargs.get("pixel_values") is not None or encoded is not None
+        if not shown and prompt is None:
+            return (), kwargs
+        check_arguments(kwargs)
+        source = kwargs.get("pixel_values") if encoded is None else encoded
+        if shown and encoded is None:
+            kwargs = kwargs | {"mm_encoder_outputs": {"image": self.encode(module, kwargs)}}
+            del kwargs["pixel_values"]
+        kwargs[FORWARD] = call, self.forward(kwargs, call, source if shown else None)
+        return (), kwargs
+
+    def encode(self, module: Any, kwargs: dict[str, Any]) -> Any:
+        """Run tower and projector, as `generate` does before it calls the model."""
+        names = signature(module.get_image_features).parameters
+        given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        return module.get_image_features(**given, return_dict=True)
+
+    def forward(self, kwargs: dict[str, Any], call: Call, source: Any) -> Forward:
+        """Where the tokens of a forward are and what is kept of its images.
+
+        `source` is what the images were given as; None where the forward has none.
+        """
+        family, cache = self.family, cache_of(kwargs)
+        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        ids = self.input_ids(kwargs)
+        is_image = (ids == family.image_token) & (source is not None)
+        length = ids.shape[1]
+        prompt, past = prompt_in(cache), 0 if cache is None else int(cache.get_seq_length())
+        valid = torch.ones(ids.shape, dtype=torch.bool)
+        before = torch.ones(len(ids), past, dtype=torch.bool)
+        if mask is not None:
+            whole = mask.bool().cpu()
+            valid, before = whole[:, -length:], whole[:, : whole.shape[1] - length]
+        if prompt is None:
+            prompt = CachedPrompt(past, {0: CachedTokens.whole(before[:, :past])})
+        if prompt.batch != len(ids):
+            raise InputError(
+                f"this cache holds a pruned prompt of {prompt.batch} rows, not of {len(ids)}"
+            )
+        counts: list[int] = []
+        choice = None
+        if source is not None:
+            image = kwargs["mm_encoder_outputs"]["image"]
+            if self.before is not None:
+                choice = Choice.of(family, self.before, image, ids)
+                counts = choice.counts
+            else:
+                counts = family.counts(ids, kwargs)
+        ordinal = image_ordinals(is_image, counts)
+        drafts = call.drafts if source is not None else 0
+        if source is not None and cache is None:
+            drafts = self.drafts(source, ids, drafts)
+        layout = TokenLayout.of(ordinal, valid, counts, drafts)
+        forward = Forward(layout, past, prompt, is_right_padded(valid), layout.counts)
+        if choice is not None:
+            rows = zip(layout.rows, image_columns(ordinal, counts), strict=True)
+            visible = [valid[row, columns] for row, columns in rows]
+
+            def embed(row: int, chosen: Tensor) -> Tensor:
+                if embeds is not None:
+                    own: Tensor = embeds[row][chosen.to(embeds.device)]
+                    return own
+                table = family.model.get_input_embeddings()
+                found: Tensor = table(ids[row][chosen].to(family.device))
+                return found
+
+            forward.kept = choice.reduce(layout, visible, embed, self.trace)
+        if self.layers.inside is not None:
+            for number, count in enumerate(layout.counts):
+                for cut in self.layers.inside.cuts(count) if count else []:
+                    forward.due.setdefault(cut.layer, {})[number] = cut.keep
+        return forward
+
+    def input_ids(self, kwargs: dict[str, Any]) -> Tensor:
+        """Token ids on the host; where embeddings are given, zeros but for images.
+
+        Raises:
+            InputError: when nothing tells where images are.
+        """
+        if kwargs.get("input_ids") is not None:
+            ids: Tensor = kwargs["input_ids"].cpu()
+            return ids
+        embeds: Tensor = kwargs["inputs_embeds"]
+        table = self.family.model.get_input_embeddings()
+        shown = table(torch.tensor(self.family.image_token, device=embeds.device)).to(embeds)
+        is_image: Tensor = (embeds == shown).all(-1)
+        return is_image.cpu() * self.family.image_token
+
+    def drafts(self, source: Any, ids: Tensor, drafts: int) -> int:
+        """How many of the last tokens answer a prompt that was given before without a cache."""
+        seen, prompt = getattr(self.last, "prompt", (None, ids))
+        length = prompt.shape[1]
+        if seen is not None and seen() is source and torch.equal(ids[:, :length], prompt):
+            return ids.shape[1] - length
+        self.last.prompt = (weakref.ref(source), ids[:, : ids.shape[1] - drafts])
+        return drafts
+
+    def after_merge(self, module: Any, args: Any, output: Any) -> None:
+        """The thread's forward is over, or failed."""
+        with self.changed:
+            _, prompt = self.running.pop(threading.get_ident(), (None, None))
+            self.changed.notify_all()
+        if prompt is not None:
+            prompt.open = False
+
+    def before_decoder(
+        self, module: Any, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        """Cut at the decoder's input."""
+        if kwargs.get(FORWARD) is None:
+            return None
+        _, forward = kwargs[FORWARD]
+        return args, self.layers.before_decoder(forward, kwargs)
+
+    def before_layer(
+        self, number: int, layer: Any, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        """Cut before a layer, and give it what its tokens need."""
+        if kwargs.get(FORWARD) is None:
+            return None
+        kwargs = dict(kwargs)
+        _, forward = kwargs.pop(FORWARD)
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        hidden, kwargs = self.layers.before_layer(forward, number, layer, hidden, kwargs)
+        return (hidden,), kwargs
+
+    def after_decoder(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Note what the cache holds now, shorten labels, and say what was kept."""
+        if kwargs.get(FORWARD) is None:
+            return
+        call, forward = kwargs[FORWARD]
+        last = forward.active[max(forward.active)]
+        cache = cache_of(kwargs) or (cache_of(output) if isinstance(output, dict) else None)
+        if cache is not None:
+            active = forward.active
+            starts = [
+                n for n in range(len(module.layers)) if not n or active[n] is not active[n - 1]
+            ]
+            layers = {number: active[number].cached for number in starts}
+            length = forward.past + forward.layout.valid.shape[1]
+            if any(tokens.pruned for tokens in layers.values()):
+                prompt = prompt_in(cache) or CachedPrompt(0, {}, len(module.layers))
+                prompt.length, prompt.layers = length, layers
+                hold(cache, prompt)
+        if call.labels is not None and last.layout is not forward.layout:
+            column = last.layout.column.to(call.labels.device)
+            valid = last.layout.valid.to(call.labels.device)
+            call.labels.data = torch.where(valid, call.labels.gather(1, column), -100)
+        if forward.available:
+            self.note(forward, len(module.layers))
+
+    def note(self, forward: Forward, layers: int) -> None:
+        """Say in the trace what a prefill kept."""
+        trace, first = self.trace, forward.active[-1].layout
+        trace.available = forward.available
+        trace.entered = [] if forward.kept is None else first.indices()
+        trace.cuts = [forward.cuts[number] for number in sorted(forward.cuts)]
+        trace.kept = forward.active[layers - 1].layout.indices()
+        trace.computed = [forward.active[number].layout.counts for number in range(layers)]
+
+
+def refuse_compiled(model: Any) -> None:
+    """Raises `InputError` when a model or one of its modules is compiled."""
+    for module in model.modules():
+        own = vars(module)
+        compiled = own.get("_compiled_call_impl") is not None or "_orig_mod" in own["_modules"]
+        if compiled or hasattr(own.get("forward"), "_torchdynamo_orig_callable"):
+            raise InputError(COMPILED)
+
+
+def check_arguments(kwargs: dict[str, Any]) -> None:
+    """Raises `InputError` unless a forward's arguments are such that its prompt can be pruned."""
+    mask, cache = kwargs.get("attention_mask"), cache_of(kwargs)
+    if getattr(cache, "is_compileable", False) or not (
+        mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
+    ):
+        raise InputError(
+            "pruning needs a cache that grows and an attention mask (batch, length); leave out "
+            "static caches and masks made beforehand"
+        )
+
+
+@contextmanager
+def pruned(
+    model: Any,
+    before: BeforeModel | None = None,
+    inside: InsideModel | None = None,
+) -> Iterator[Trace]:
+    """Prune every `generate` and forward of `model` while the block is open.
+
+    `generate`, its stopping rules, streamers and caches see the full prompt. Logits and hidden
+    states of a direct forward have the length of what is kept; labels are shortened with it.
+
+    Args:
+        model: a model of a supported family, or a PEFT model around one.
+        before: a method before the language model.
+        inside: a method inside it, which may follow one before it.
+
+    Raises:
+        InputError: when the model is inside a block already.
+    """
+    refuse_compiled(model)
+    family, trace = family_of(model), Trace()
+    renumbers, contiguous = (
+        part is not None and not keeps_positions(family, part.positions)
+        for part in (before, inside)
+    )
+    layers = LayerPruning(family.decoder, inside, renumbers, contiguous, trace)
+    block = Block(family, layers, before, trace)
+    hooks = family.decoder._forward_pre_hooks.values()
+    if any(isinstance(hook, Hook) and hook.block is not None for hook in hooks):
+        raise InputError(
+            "this model is inside a pruning block already; leave that first, or combine methods "
+            "in one, such as 'divprune+fastv'"
+        )
+    with block.hooks():
+        yield trace
