@@ -302,8 +302,8 @@ class LayerPruning:
     ) -> dict[str, Any]:
         """A layer's arguments; the decoder makes those of its own input itself."""
         if segment is forward.active[-1]:
-            # attention kernels take gaps between positions for packed sequences
-            return kwargs | {"position_ids": None} if segment.cached.pruned else kwargs
+            moved = {"position_ids": self._given(segment)} if segment.cached.pruned else {}
+            return kwargs | moved
         kind = mask_kind(self.decoder.config, number)
         if kind not in segment.masks:
             segment.masks[kind] = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind](
@@ -313,15 +313,20 @@ class LayerPruning:
                 layer_idx=number,
                 **{CACHE: cache_of(kwargs)},
             )
-        return (
-            kwargs
-            | segment.selected
-            | {
-                "position_ids": None,
-                "position_embeddings": segment.rotary,
-                "attention_mask": segment.masks[kind],
-            }
-        )
+        own = {
+            "position_ids": self._given(segment),
+            "position_embeddings": segment.rotary,
+            "attention_mask": segment.masks[kind],
+        }
+        return kwargs | segment.selected | own
+
+    def _given(self, segment: Segment) -> Tensor | None:
+        """The position ids that layers are given, beside their rotation."""
+        flash, positions = "flash" in self.decoder.config._attn_implementation, segment.positions
+        if flash or positions.ndim == 3 and len(positions) == 3:
+            # flash attention takes gaps between positions for packed sequences
+            return None
+        return positions if positions.ndim == 2 else positions[0]
 
 
 @dataclass(frozen=True)
