@@ -19,7 +19,7 @@ from vlm_prune.learners.router import Router
 from vlm_prune.learners.tokens import Tokens, remember
 from vlm_prune.vlm.cache import CACHE, cache_of
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.families import Family, family_of
 
 
 class WingsLayer(nn.Module):
@@ -90,7 +90,7 @@ def attach(model: Any, config: WingsConfig | None = None, seed: int = 0) -> None
     optimizers and distributed training see them; the model is otherwise unmodified.
 
     Args:
-        model: a LLaVA whose language model is a Llama, Qwen2 or Qwen3.
+        model: of a family whose tokens have one position each: all but Qwen2.5-VL and Qwen3-VL.
         config: the learners; the default is `WingsConfig()`.
         seed: for their initial weights.
 
@@ -103,6 +103,9 @@ def attach(model: Any, config: WingsConfig | None = None, seed: int = 0) -> None
     if getattr(model, "wings", None) is not None:
         raise InputError("this model has Wings already; call detach(model) first")
     text = decoder.config
+    if family.mrope:
+        kind = model.config.model_type
+        raise InputError(f"Wings needs one position for each token, and {kind} models have three")
     if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
         raise InputError("Wings needs full attention in every layer; turn use_sliding_window off")
     width, head_dim = text.hidden_size, decoder.layers[0].self_attn.head_dim
@@ -111,25 +114,38 @@ def attach(model: Any, config: WingsConfig | None = None, seed: int = 0) -> None
     if width % head_dim:
         raise InputError(f"a width of {width} does not split into heads of {head_dim}")
     layers, generator = config.layers_of(len(decoder.layers)), torch.Generator().manual_seed(seed)
-    handles = [
-        family.multimodal.register_forward_pre_hook(
-            partial(_mark_images, family.image_token), with_kwargs=True
-        ),
-        decoder.register_forward_pre_hook(partial(_note_tokens, config), with_kwargs=True),
-    ]
-    for number in layers:
+    learners = {
+        number: WingsLayer(config, decoder, head_dim, generator).to(
+            decoder.layers[number].input_layernorm.weight
+        )
+        for number in layers
+    }
+    record = Attached(config, [])
+    model.wings = record
+    try:
+        _hook(family, record, learners)
+    except BaseException:
+        detach(model)
+        raise
+
+
+def _hook(family: Family, record: Attached, learners: dict[int, WingsLayer]) -> None:
+    """Put learners into the layers, and note the handles of all hooks as they are made."""
+    add, decoder = record.handles.append, family.decoder
+    mark = partial(_mark_images, family.image_token)
+    add(family.multimodal.register_forward_pre_hook(mark, with_kwargs=True))
+    note = partial(_note_tokens, record.config)
+    add(decoder.register_forward_pre_hook(note, with_kwargs=True))
+    for number, own in learners.items():
         layer = decoder.layers[number]
         attention, norm = layer.self_attn, layer.input_layernorm
-        attention.wings = WingsLayer(config, decoder, head_dim, generator).to(norm.weight)
-        attention.wings.train(attention.training)
-        handles += [
-            *([Route(attention)] if config.routed else []),
-            attention.register_forward_pre_hook(_read_columns, with_kwargs=True),
-            attention.register_forward_hook(_add_learners, with_kwargs=True),
-        ]
-        if config.query == "sequential":
-            handles.append(norm.register_forward_pre_hook(partial(_keep_residual, attention.wings)))
-    model.wings = Attached(config, handles)
+        attention.wings = own.train(attention.training)
+        if record.config.routed:
+            add(Route(attention))
+        add(attention.register_forward_pre_hook(_read_columns, with_kwargs=True))
+        add(attention.register_forward_hook(_add_learners, with_kwargs=True))
+        if record.config.query == "sequential":
+            add(norm.register_forward_pre_hook(partial(_keep_residual, own)))
 
 
 def detach(model: Any) -> None:
