@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vlm_prune.continual.config import Tower
-from vlm_prune.continual.tiny import checkpoint_path
+from vlm_prune.continual.tiny import clip_checkpoint_path
 from vlm_prune.vlm.checkpoint import (
     VOCABULARIES,
     check_finite,
@@ -229,7 +229,7 @@ def load_clip(name: str = DEFAULT[0], pretrained: str | None = DEFAULT[1]) -> Cl
             finite, no safetensors, more than its configuration describes, or need another
             activation.
     """
-    folder = checkpoint_path() if name == "tiny" else Path(name)
+    folder = clip_checkpoint_path() if name == "tiny" else Path(name)
     with naming(f"cannot load CLIP {name!r}"):
         if (folder / OPEN_CLIP).is_file():
             return _load_folder(folder)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlm_prune.continual.clip import Clip, Transform
-from vlm_prune.continual.streams.base import Task, check_names
+from vlm_prune.continual.streams.base import StreamTask, check_task_names
 from vlm_prune.vlm.common.errors import InputError
 
 PADDING = -1
@@ -83,7 +83,7 @@ def _load(
 
 
 def train_batches(
-    task: Task, clip: Clip, batches: list[list[int]], first: int, key: Sequence[int],
+    task: StreamTask, clip: Clip, batches: list[list[int]], first: int, key: Sequence[int],
     rank: int = 0, world: int = 1, workers: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Yields this process's share of each step from `first` on: pixels (m, 3, H, W), labels (m,).
@@ -137,25 +137,25 @@ def eval_batches(
         yield pixels.to(clip.device), labels.to(clip.device)
 
 
-def check(tasks: Sequence[Task]) -> None:
+def check_tasks(tasks: Sequence[StreamTask]) -> None:
     """Refuse tasks that cannot be trained and tested.
 
     Raises:
         InputError: for no task, names that are given twice, or a task without images.
     """
-    check_names(tasks)
+    check_task_names(tasks)
     for task in tasks:
         for split in ("train", "test"):
             if not len(getattr(task, split)):
                 raise InputError(f"task {task.name!r} has no images in its {split} split")
 
 
-def prompts(task: Task, template: int = 0) -> list[str]:
+def prompts(task: StreamTask, template: int = 0) -> list[str]:
     """The class prompts of a task, from one of its templates."""
     return [task.templates[template].replace("{}", name) for name in task.classes]
 
 
-def facts(task: Task) -> dict[str, Any]:
+def task_facts(task: StreamTask) -> dict[str, Any]:
     """What identifies a task in the record of a run."""
     drawn = [getattr(split, "indices", None) for split in (task.train, task.test)]
     names = json.dumps([task.classes, task.templates, drawn])

@@ -11,11 +11,11 @@ from vlm_prune.continual.config import Recipe
 from vlm_prune.continual.data import eval_batches, prompts
 from vlm_prune.continual.methods import Method, Space
 from vlm_prune.continual.parallel import place, total
-from vlm_prune.continual.streams.base import Task
+from vlm_prune.continual.streams.base import StreamTask
 
 
 @torch.no_grad()
-def class_features(clip: Clip, task: Task, ensemble: bool) -> Tensor:
+def class_features(clip: Clip, task: StreamTask, ensemble: bool) -> Tensor:
     """Returns unit features of a task's classes, (C, d).
 
     Args:
@@ -29,8 +29,8 @@ def class_features(clip: Clip, task: Task, ensemble: bool) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(
-    clip: Clip, tasks: Sequence[Task], recipe: Recipe, method: Method | None = None,
+def evaluate_tasks(
+    clip: Clip, tasks: Sequence[StreamTask], recipe: Recipe, method: Method | None = None,
     texts: Sequence[Tensor] | None = None, workers: int = 0,
 ) -> list[Tensor]:  # fmt: skip
     """For each task which of its test images are classified right, (n,) of 0 and 1.

@@ -133,7 +133,7 @@ class AccuracyMatrix:
             "tasks": list(self.names),
             "test_images": [hits.shape[1] for hits in self.hits],
             "zero_shot": None if zero is None else zero.tolist(),
-            "accuracy": values.tolist(),
+            "mean_accuracy": values.tolist(),
             "metrics": {
                 name: {"value": float(value), "ci": list(limits[name])}
                 for name, value in summary(values).items()
@@ -250,7 +250,7 @@ def resampled(hits: ArrayLike, draws: int, rng: np.random.Generator) -> Array:
     return means
 
 
-def accuracy(hits: Sequence[int] | ArrayLike, draws: int = 2000) -> tuple[float, float, float]:
+def mean_accuracy(hits: Sequence[int] | ArrayLike, draws: int = 2000) -> tuple[float, float, float]:
     """Mean of 0/1 hits (n,), and the ends of its 95 % interval."""
     row = np.asarray(hits)
     low, high = _interval(resampled(row[None], draws, np.random.default_rng(0))[:, 0])

@@ -12,7 +12,7 @@ from vlm_prune.continual.layer import GatedLoRA
 from vlm_prune.vlm.common.errors import InputError
 
 
-def placed(clip: Clip, placement: Placement) -> dict[str, Site]:
+def placed_sites(clip: Clip, placement: Placement) -> dict[str, Site]:
     """The sites that a placement names, in a CLIP that is split.
 
     Raises:
@@ -48,7 +48,7 @@ def insert(
     """
     split(clip.model)
     try:
-        names = placed(clip, placement)
+        names = placed_sites(clip, placement)
         layers = {n: make(clip.model.get_submodule(n), k) for k, n in enumerate(names)}
         for name, layer in layers.items():
             rank, most = len(layer.A), min(layer.base.weight.shape)

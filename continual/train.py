@@ -22,14 +22,21 @@ from torch import Tensor
 from vlm_prune.continual import checkpoint
 from vlm_prune.continual.clip import Clip, extra
 from vlm_prune.continual.config import Recipe, above
-from vlm_prune.continual.data import check, eval_batches, facts, plan, prompts, train_batches
-from vlm_prune.continual.evaluate import class_features, evaluate
+from vlm_prune.continual.data import (
+    check_tasks,
+    eval_batches,
+    plan,
+    prompts,
+    task_facts,
+    train_batches,
+)
+from vlm_prune.continual.evaluate import class_features, evaluate_tasks
 from vlm_prune.continual.methods import Context, Method
 from vlm_prune.continual.methods.base import Group
 from vlm_prune.continual.metrics import drift
 from vlm_prune.continual.parallel import average_gradients, gather, place
 from vlm_prune.continual.results import ADVICE, Record, Results, read_results
-from vlm_prune.continual.streams.base import Task
+from vlm_prune.continual.streams.base import StreamTask
 from vlm_prune.vlm.common.errors import InputError, naming
 from vlm_prune.vlm.common.files import write_folder, write_json
 from vlm_prune.vlm.common.folder import OutputFolder, check_settings, record_settings
@@ -38,7 +45,7 @@ from vlm_prune.vlm.common.state import save_tensors
 
 
 @dataclass(frozen=True)
-class Run:
+class ContinualRun:
     """One method on one stream.
 
     Args:
@@ -69,7 +76,7 @@ class Run:
         above("workers", self.workers, 0)
 
 
-def train(run: Run, clip: Clip, tasks: Sequence[Task]) -> Results:
+def train_tasks(run: ContinualRun, clip: Clip, tasks: Sequence[StreamTask]) -> Results:
     """Train, or finish training; returns the results, and the CLIP is changed in place.
 
     Args:
@@ -77,14 +84,14 @@ def train(run: Run, clip: Clip, tasks: Sequence[Task]) -> Results:
         clip: the one that the run began with; of a finished run only the results are read.
         tasks: in their order.
     """
-    check(tasks)
+    check_tasks(tasks)
     accelerator = accelerator_of(run)
     with OutputFolder(run.output) if accelerator.is_main_process else nullcontext():
         _Trainer(run, clip, tasks, accelerator).run_all()
     return read_results(run.output)
 
 
-def accelerator_of(run: Run) -> Any:
+def accelerator_of(run: ContinualRun) -> Any:
     """accelerate's view of the devices and processes."""
     precision = "bf16" if run.bf16 else "no"
     # without being told, accelerate runs several processes without a GPU as if each were alone
@@ -93,7 +100,9 @@ def accelerator_of(run: Run) -> Any:
 
 
 class _Trainer:
-    def __init__(self, run: Run, clip: Clip, tasks: Sequence[Task], accelerator: Any) -> None:
+    def __init__(
+        self, run: ContinualRun, clip: Clip, tasks: Sequence[StreamTask], accelerator: Any
+    ) -> None:
         self.run, self.clip, self.tasks = run, clip, tasks
         self.output, self.recipe = run.output, run.recipe
         self.method: Method = replace(run.method)
@@ -106,7 +115,7 @@ class _Trainer:
             "recipe": self.recipe,
             "bf16": run.bf16,
             "weights": clip.fingerprint(),
-            "tasks": [facts(task) for task in tasks],
+            "tasks": [task_facts(task) for task in tasks],
         }
         (record_settings if self.main else check_settings)(self.output / "run.json", ours)
         path = self.output / "results.json"
@@ -249,7 +258,7 @@ class _Trainer:
         clip, recipe = self.clip, self.recipe
         if self.texts is None:
             self.texts = [class_features(clip, task, recipe.ensemble) for task in self.tasks]
-        right = evaluate(clip, self.tasks, recipe, method, self.texts, self.run.workers)
+        right = evaluate_tasks(clip, self.tasks, recipe, method, self.texts, self.run.workers)
         if self.main:
             folder = self.output / "correct"
             folder.mkdir(exist_ok=True)

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 NAME = "vlm_prune_columns"
 
 
-def padded(columns: int) -> int:
+def padded_columns(columns: int) -> int:
     """Columns that ride along for so many: a width that vectors divide."""
     return -(-columns // 8) * 8
 
@@ -116,7 +116,7 @@ def _read(
         read = weights.mean((1, 2))[:, None] @ columns
     else:
         # kernels want queries, keys and values of one width
-        more = padded(count)
+        more = padded_columns(count)
         wide = torch.cat([value, _per_head(F.pad(columns, (0, more - count)), key)], -1)
         query, key = F.pad(query, (0, more)), F.pad(key, (0, more))
         both, maps = kernel(module, query, key, wide, attention_mask, **kwargs)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vlm_prune.learners.columns import padded
+from vlm_prune.learners.columns import padded_columns
 from vlm_prune.learners.config import WingsConfig
 
 _MULTIPLY_ADD = 2
@@ -53,7 +53,7 @@ def router_flops(
         return 0.0
     heads = text_config.num_attention_heads
     head = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
-    more = padded(len(config.modalities)) if rides else head
+    more = padded_columns(len(config.modalities)) if rides else head
     layers = config.layers_of(len(image_per_layer))
     squares = sum((text + image_per_layer[layer]) ** 2 for layer in layers)
     return float(_MULTIPLY_ADD * 2 * squares * heads * more)

@@ -104,7 +104,7 @@ def attention_shift(curves: Tensor) -> Tensor:
     return shift.masked_fill(product < 1e-12, torch.nan)
 
 
-def plot(curves: Tensor | Sequence[Tensor], path: str | Path) -> None:
+def plot_curves(curves: Tensor | Sequence[Tensor], path: str | Path) -> None:
     """Draw the mean curves, with a band of one standard deviation over rows, to an image file.
 
     Args:

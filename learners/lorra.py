@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_prune.learners.columns import weights_of_one
-from vlm_prune.learners.tokens import Keys, Run
+from vlm_prune.learners.tokens import Keys, QueryRun
 from vlm_prune.vlm.common.errors import InputError
 
 Rotary = tuple[Tensor, Tensor]
@@ -21,7 +21,7 @@ def rotated(heads: Tensor, rotary: Rotary) -> Tensor:
     return torch.addcmul(heads * cos, torch.cat([-second, first], -1), sin)
 
 
-def attend(
+def attend_visible(
     query: Tensor, key: Tensor, value: Tensor, visible: Tensor, dropout: float = 0.0
 ) -> Tensor:
     """Returns attention that gives zero, not a uniform mean, to a query with no visible key, (B, S,
@@ -42,7 +42,7 @@ def attend(
 
 
 def attend_runs(
-    query: Tensor, key: Tensor, value: Tensor, runs: tuple[Run, ...], dropout: float = 0.0
+    query: Tensor, key: Tensor, value: Tensor, runs: tuple[QueryRun, ...], dropout: float = 0.0
 ) -> Tensor:
     """Returns what `attend` does, run by run without the keys that a run does not see.
 
@@ -98,7 +98,7 @@ def attend_one(
     return attended.flatten(1)[:, None]
 
 
-class LowRank(nn.Module):
+class LowRankMap(nn.Module):
     """Map x to x W_a W_b with W_a (D, rank) Gaussian and W_b (rank, D) zero, so that it starts at
     0.
 
@@ -154,7 +154,7 @@ class LoRRA(nn.Module):
         super().__init__()
         self.head_dim, self.dropout = head_dim, dropout
         self.query, self.key, self.value, self.output = (
-            LowRank(width, rank, generator) for _ in range(4)
+            LowRankMap(width, rank, generator) for _ in range(4)
         )
 
     def forward(
@@ -190,7 +190,7 @@ class LoRRA(nn.Module):
         features = keys.new if whole else keys.features.transpose(1, 2).flatten(2)
         value = self._heads(self.value.onto(features, inner), None)
         if runs is None:
-            return attend(query, key, value, keys.visible, dropout)
+            return attend_visible(query, key, value, keys.visible, dropout)
         return attend_runs(query, key, value, runs, dropout)
 
     def _keys_and_values(self, keys: Keys, rotate: bool) -> tuple[Tensor, Tensor]:

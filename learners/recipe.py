@@ -18,7 +18,7 @@ Group = Literal["projector", "learners", "language"]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class StageRecipe:
     """One stage's hyperparameters; AdamW with a cosine schedule.
 
     Args:
@@ -47,7 +47,7 @@ class Recipe:
     seed: int = 42
     lora_rank: int = 128
 
-    def rates(self, method: "Method") -> str:
+    def rates(self, method: "TrainingMethod") -> str:
         """The peak rates in words: no result can be compared without them."""
         language = self.language_lr if self.stage == 2 and method.language != "frozen" else 0
         learners = self.learner_lr if method.config(WingsConfig(), self.stage) else 0
@@ -57,10 +57,10 @@ class Recipe:
         )
 
 
-_PAPER_1 = Recipe(1, 0, 1e-3, 1e-3, batch=32, weight_decay=1e-9)
-_PAPER_2 = Recipe(2, 2e-6, 1e-5, 2e-6, batch=32, weight_decay=1e-8)
+_PAPER_1 = StageRecipe(1, 0, 1e-3, 1e-3, batch=32, weight_decay=1e-9)
+_PAPER_2 = StageRecipe(2, 2e-6, 1e-5, 2e-6, batch=32, weight_decay=1e-8)
 
-PRESETS: Registry[Recipe] = Registry(
+PRESETS: Registry[StageRecipe] = Registry(
     "preset",
     {
         # rates and batches of the paper, weight decay of its scripts
@@ -79,7 +79,7 @@ PRESETS: Registry[Recipe] = Registry(
 
 
 @dataclass(frozen=True)
-class Method:
+class TrainingMethod:
     """What is trained in stage 2. Stage 1 always trains the projector and the visual learner, if any.
 
     Args:
@@ -104,22 +104,24 @@ class Method:
         return replace(base, modalities=names, router=base.router if self.routed else "none")
 
 
-METHODS: Registry[Method] = Registry(
+METHODS: Registry[TrainingMethod] = Registry(
     "method",
     {
-        "full": Method("full"),
-        "lora": Method("lora"),
-        "frozen-llm": Method("frozen", ("visual",)),
-        "replay": Method("full", text_ratio=0.1),
-        "wings": Method("full", MODALITIES, routed=True),
-        "wings-visual": Method("full", ("visual",)),
-        "wings-textual": Method("full", ("textual",)),
-        "wings-no-router": Method("full", MODALITIES),
+        "full": TrainingMethod("full"),
+        "lora": TrainingMethod("lora"),
+        "frozen-llm": TrainingMethod("frozen", ("visual",)),
+        "replay": TrainingMethod("full", text_ratio=0.1),
+        "wings": TrainingMethod("full", MODALITIES, routed=True),
+        "wings-visual": TrainingMethod("full", ("visual",)),
+        "wings-textual": TrainingMethod("full", ("textual",)),
+        "wings-no-router": TrainingMethod("full", MODALITIES),
     },
 )
 
 
-def open_parameters(model: Any, method: Method, stage: int) -> dict[Group, list[nn.Parameter]]:
+def open_parameters(
+    model: Any, method: TrainingMethod, stage: int
+) -> dict[Group, list[nn.Parameter]]:
     """Freeze all but what a stage trains, and return that by learning-rate group.
 
     The language model opens as a whole: layers, embeddings, norms and head. LoRA weights must be
@@ -163,7 +165,7 @@ def open_parameters(model: Any, method: Method, stage: int) -> dict[Group, list[
 
 
 def make_optimizer(
-    groups: dict[Group, list[nn.Parameter]], recipe: Recipe, steps: int, done: int = 0
+    groups: dict[Group, list[nn.Parameter]], recipe: StageRecipe, steps: int, done: int = 0
 ) -> tuple[torch.optim.AdamW, Any]:
     """Returns AdamW with each group's own rate, and a cosine schedule over `steps` as it is after
     `done`.

@@ -69,7 +69,7 @@ class Made:
         return self.by_learner.setdefault(learner, (Grown(), Grown()))
 
 
-class Run(NamedTuple):
+class QueryRun(NamedTuple):
     """Neighbouring queries `start` to `stop`, which see `before` keys, and each other if `own`."""
 
     start: int
@@ -90,7 +90,7 @@ class Keys(NamedTuple):
     features: Tensor
     rotary: tuple[Tensor, Tensor]
     visible: Tensor
-    runs: tuple[Run, ...] | None = None
+    runs: tuple[QueryRun, ...] | None = None
     made: Made | None = None
 
 
@@ -173,7 +173,7 @@ class Tokens:
             features = made.features.append(features)
         return Keys(new, features, rotary, visible, self._runs(chosen) if causal else None, made)
 
-    def _runs(self, chosen: Tensor) -> tuple[Run, ...] | None:
+    def _runs(self, chosen: Tensor) -> tuple[QueryRun, ...] | None:
         """Runs of queries when all rows are alike; on a CPU, since looking makes a GPU wait."""
         alike = chosen.device.type == "cpu" and self.seen is None
         if not alike or not self.valid.all() or (chosen != chosen[:1]).any():
@@ -183,7 +183,7 @@ class Tokens:
         cuts = [n for n in range(first + 1, len(own)) if own[n] != own[n - 1]]
         edges = [first, *cuts, len(own)]
         return tuple(
-            Run(a - first, b - first, counts[a], own[a]) for a, b in pairwise(edges) if a < b
+            QueryRun(a - first, b - first, counts[a], own[a]) for a, b in pairwise(edges) if a < b
         )
 
     def select_tokens(self, columns: Tensor, valid: Tensor, shift: Tensor) -> "Tokens":

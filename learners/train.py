@@ -32,7 +32,7 @@ from vlm_prune.learners.data import (
     order,
 )
 from vlm_prune.learners.model import attach, detach
-from vlm_prune.learners.recipe import METHODS, Group, Recipe, make_optimizer, open_parameters
+from vlm_prune.learners.recipe import METHODS, Group, StageRecipe, make_optimizer, open_parameters
 from vlm_prune.learners.store import load_adapter_state, read_adapter, save_pretrained
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import write_folder, write_json, write_text
@@ -56,7 +56,7 @@ LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 
 
 @dataclass(frozen=True)
-class Run:
+class WingsRun:
     """One stage of one method.
 
     Args:
@@ -78,7 +78,7 @@ class Run:
     model: str
     output: Path
     method: str
-    recipe: Recipe
+    recipe: StageRecipe
     wings: WingsConfig = field(default_factory=WingsConfig)
     text_ratio: float | None = None
     micro_batch: int = 1
@@ -102,7 +102,7 @@ def checkpoint_activations(model: Any) -> None:
     (enable or model.gradient_checkpointing_enable)()
 
 
-def prepare(run: Run) -> tuple[Any, Any, dict[Group, list[torch.nn.Parameter]], Any]:
+def prepare(run: WingsRun) -> tuple[Any, Any, dict[Group, list[torch.nn.Parameter]], Any]:
     """Model, processor, trainable parameters by group, and peft's wrapper for `lora`."""
     method, stage = METHODS[run.method], run.recipe.stage
     before = Path(run.model)
@@ -127,7 +127,7 @@ def prepare(run: Run) -> tuple[Any, Any, dict[Group, list[torch.nn.Parameter]], 
     return model, processor, open_parameters(model, method, stage), lora
 
 
-def train(run: Run, examples: list[Example]) -> None:
+def train_wings(run: WingsRun, examples: list[Example]) -> None:
     """Train, or finish training.
 
     Raises:
@@ -155,7 +155,7 @@ def train(run: Run, examples: list[Example]) -> None:
     accelerator.end_training()  # closes the process group, too
 
 
-def _train(run: Run, examples: list[Example], accelerate: Any, accelerator: Any) -> None:
+def _train(run: WingsRun, examples: list[Example], accelerate: Any, accelerator: Any) -> None:
     output, recipe, main = run.output, run.recipe, accelerator.is_main_process
     settings = _settings(run, examples) if main else {}
     begun = (output / "log.jsonl").is_file()
@@ -276,7 +276,7 @@ def _step(
 
 
 def _steps(
-    data: Conversations, share: list[int], run: Run, accelerator: Any
+    data: Conversations, share: list[int], run: WingsRun, accelerator: Any
 ) -> Iterator[tuple[list[list[str]], list[dict[str, Tensor]]]]:
     """This process's micro-batches of each optimizer step, and the names of their samples."""
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -299,7 +299,7 @@ def _steps(
         yield names, batches
 
 
-def _settings(run: Run, examples: list[Example]) -> dict[str, Any]:
+def _settings(run: WingsRun, examples: list[Example]) -> dict[str, Any]:
     """What decides the result of a run: its options, and what its samples are."""
     free = ("output", "micro_batch", "save_every", "workers", "cpu")
     ours = {name: value for name, value in asdict(run).items() if name not in free}

@@ -88,10 +88,10 @@ def train(
     examples = [example for file in data for example in read_llava(file, root, bad)]
     if left_out:
         typer.echo(f"{len(left_out)} sample(s) left out; the first: {left_out[0]}", err=True)
-    run = training.Run(
+    run = training.WingsRun(
         model, output, method, recipe, wings, text_ratio, micro_batch, skip_bad=skip_bad
     )
-    training.train(run, examples)
+    training.train_wings(run, examples)
 
 
 @app.command()

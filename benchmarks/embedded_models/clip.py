@@ -22,7 +22,7 @@ from vlm_prune.benchmarks.embedded_models.initial import waves, whitened
 from vlm_prune.continual import checkpoint
 from vlm_prune.continual.clip import extra
 from vlm_prune.continual.streams.packaged import DOMAINS, PER_CLASS, Drawn
-from vlm_prune.continual.tiny.config import WEIGHTS, write_folder
+from vlm_prune.continual.tiny.config import WEIGHTS, write_clip_folder
 from vlm_prune.vlm.common.errors import naming
 from vlm_prune.vlm.common.files import whole
 from vlm_prune.vlm.common.folder import OutputFolder, record_settings
@@ -96,7 +96,7 @@ class Pretraining:
         self.folder, self.recipe = folder, recipe
         record_settings(folder / "recipe.json", asdict(recipe))
         self.data = pairs(recipe.per_class) if data is None else data
-        write_folder(folder, corpus(), recipe.width, recipe.layers)
+        write_clip_folder(folder, corpus(), recipe.width, recipe.layers)
         torch.manual_seed(recipe.seed)
         open_clip = extra("open_clip")
         self.model: Any = open_clip.create_model(f"local-dir:{folder}", load_weights=False)

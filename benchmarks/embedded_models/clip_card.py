@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from vlm_prune.continual.clip import Clip, load_clip
 from vlm_prune.continual.config import Recipe
-from vlm_prune.continual.evaluate import evaluate
+from vlm_prune.continual.evaluate import evaluate_tasks
 from vlm_prune.continual.methods.full import FullFineTune
-from vlm_prune.continual.metrics import accuracy, retention
-from vlm_prune.continual.streams.base import Labelled, Task
+from vlm_prune.continual.metrics import mean_accuracy, retention
+from vlm_prune.continual.streams.base import Labelled, StreamTask
 from vlm_prune.continual.streams.packaged import DOMAINS, packaged, task
 from vlm_prune.continual.streams.stream import labels_of
-from vlm_prune.continual.train import Run, train
+from vlm_prune.continual.train import ContinualRun, train_tasks
 
 RATES = (1e-4, 3e-4, 1e-3)
 STEPS = 60
@@ -51,12 +51,12 @@ class Figures:
     gain: Figure
 
 
-def hits(clip: Clip, split: Sequence[Labelled], one: Task) -> NDArray[np.uint8]:
+def hits(clip: Clip, split: Sequence[Labelled], one: StreamTask) -> NDArray[np.uint8]:
     """Which images of a split are classified right, (n,)."""
-    return evaluate(clip, [replace(one, test=split)], Recipe())[0].numpy()
+    return evaluate_tasks(clip, [replace(one, test=split)], Recipe())[0].numpy()
 
 
-def measure(clip: Clip, one: Task, steps: int = STEPS) -> Figures:
+def measure(clip: Clip, one: StreamTask, steps: int = STEPS) -> Figures:
     """Accuracy of one domain, before and after fine-tuning a copy on it."""
     before, after = hits(clip, one.test, one), fine_tuned(clip, one, steps)
     labels = np.array(labels_of(one.test))
@@ -64,18 +64,21 @@ def measure(clip: Clip, one: Task, steps: int = STEPS) -> Figures:
     change = retention(before, after)
     low, high = change["ci"]
     return Figures(
-        accuracy(before), accuracy(before[seen]), accuracy(after), (change["difference"], low, high)
+        mean_accuracy(before),
+        mean_accuracy(before[seen]),
+        mean_accuracy(after),
+        (change["difference"], low, high),
     )
 
 
-def fine_tuned(clip: Clip, one: Task, steps: int) -> NDArray[np.uint8]:
+def fine_tuned(clip: Clip, one: StreamTask, steps: int) -> NDArray[np.uint8]:
     """Test hits of copies that are trained on a domain, of the one that is best on `val`."""
     found = []
     for rate in RATES:
         copy = replace(clip, model=deepcopy(clip.model))
         recipe = Recipe(steps=steps, batch=32, lr=rate)
         with TemporaryDirectory() as folder:
-            train(Run(Path(folder), FullFineTune(), recipe, cpu=True), copy, [one])
+            train_tasks(ContinualRun(Path(folder), FullFineTune(), recipe, cpu=True), copy, [one])
         found.append((hits(copy, one.val, one).mean(), hits(copy, one.test, one)))
     return max(found, key=lambda pair: pair[0])[1]
 

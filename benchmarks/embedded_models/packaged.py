@@ -17,7 +17,7 @@ from vlm_prune.benchmarks.embedded_models.log import recorder
 from vlm_prune.benchmarks.embedded_models.source import SceneSource, corpus
 from vlm_prune.benchmarks.embedded_models.store import save_checkpoint, save_language_model
 from vlm_prune.benchmarks.embedded_models.text import train_text
-from vlm_prune.continual.tiny import checkpoint_path as clip_path
+from vlm_prune.continual.tiny import clip_checkpoint_path as clip_path
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import write_text
 from vlm_prune.vlm.common.registry import unknown

@@ -14,7 +14,7 @@ from vlm_prune.continual.clip import extra
 from vlm_prune.continual.config import Placement, above
 from vlm_prune.continual.delta import Delta
 from vlm_prune.continual.methods.base import Context, Group, Method
-from vlm_prune.continual.model import placed
+from vlm_prune.continual.model import placed_sites
 from vlm_prune.vlm.common.errors import InputError
 
 
@@ -50,7 +50,7 @@ class PeftAdapter(Method):
         peft, model = extra("peft"), context.clip.model
         split(model)
         try:
-            names = list(placed(context.clip, self.placement))
+            names = list(placed_sites(context.clip, self.placement))
             # peft matches a list of names by their endings: a text site would match vision's too
             settings = self.config(peft, "|".join(re.escape(name) for name in names), names)
         except InputError:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from vlm_prune.continual.streams.base import Task
+from vlm_prune.continual.streams.base import StreamTask
 from vlm_prune.continual.streams.benchmarks import mtil, x_tail
 from vlm_prune.continual.streams.coop import read_coop_split
 from vlm_prune.continual.streams.files import csv_manifest, image_folder
@@ -66,7 +66,7 @@ def _or(shots: int | None, published: int) -> int:
 __all__ = [
     "STREAMS",
     "Stream",
-    "Task",
+    "StreamTask",
     "csv_manifest",
     "few_shot",
     "image_folder",

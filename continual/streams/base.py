@@ -31,7 +31,7 @@ class LabelledImages(Sequence[Labelled]):
         return self.item(index)
 
 
-def readable(split: Sequence[Labelled]) -> list[int]:
+def readable_indices(split: Sequence[Labelled]) -> list[int]:
     """Indices of the items that can be read; each of the others is named in a warning."""
     good = list[int]()
     for index in range(len(split)):
@@ -44,7 +44,7 @@ def readable(split: Sequence[Labelled]) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Task:
+class StreamTask:
     """A named classification data set: class names, prompt templates, and three splits.
 
     Args:
@@ -78,7 +78,7 @@ class Task:
                 raise InputError(f"template {template!r} of {self.name} needs exactly one {{}}")
 
 
-def check_names(tasks: Sequence[Task]) -> None:
+def check_task_names(tasks: Sequence[StreamTask]) -> None:
     """Raise `InputError` unless there are tasks, no two of them with one name."""
     names = [task.name for task in tasks]
     if not names:

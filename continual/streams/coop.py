@@ -6,7 +6,7 @@ own, with `_` read as a space, and their number is checked against the packaged 
 
 from pathlib import Path
 
-from vlm_prune.continual.streams.base import Task
+from vlm_prune.continual.streams.base import StreamTask
 from vlm_prune.continual.streams.files import Files
 from vlm_prune.continual.streams.names import table
 from vlm_prune.continual.streams.torchvision_sets import torchvision_task
@@ -35,7 +35,7 @@ def x_tail_classes(key: str) -> int:
     return len(table()[key].classes) - (key == "caltech101")
 
 
-def coop_task(key: str, root: Path | DataRoot, skip_bad: bool = False) -> Task:
+def coop_task(key: str, root: Path | DataRoot, skip_bad: bool = False) -> StreamTask:
     """One of X-TAIL's ten data sets, with its one template.
 
     Aircraft uses its official text files, MNIST torchvision's full test set and no `val`; the
@@ -52,7 +52,7 @@ def coop_task(key: str, root: Path | DataRoot, skip_bad: bool = False) -> Task:
     template, root = (table()[key].x_tail,), DataRoot.of(root)
     if key == "mnist":
         digits = torchvision_task("mnist", root, skip_bad)
-        return Task(key, digits.classes, template, digits.train, digits.val, digits.test)
+        return StreamTask(key, digits.classes, template, digits.train, digits.val, digits.test)
     if key == "aircraft":
         task = _aircraft(root, template, skip_bad)
     else:
@@ -76,7 +76,7 @@ def read_coop_split(
     name: str,
     templates: tuple[str, ...],
     skip_bad: bool = False,
-) -> Task:
+) -> StreamTask:
     """Returns a task from any JSON file in CoOp's format.
 
     Args:
@@ -114,10 +114,10 @@ def read_coop_split(
     splits = [
         Files(paths, [int(row[1]) for row in rows[part]], skip_bad) for part, paths in files.items()
     ]
-    return Task(name, tuple(named[label] for label in range(len(named))), templates, *splits)
+    return StreamTask(name, tuple(named[label] for label in range(len(named))), templates, *splits)
 
 
-def _aircraft(root: DataRoot, templates: tuple[str, ...], skip_bad: bool) -> Task:
+def _aircraft(root: DataRoot, templates: tuple[str, ...], skip_bad: bool) -> StreamTask:
     data = _first(root, AIRCRAFT, "variants.txt", "aircraft")
     folder = data.folder
     classes = tuple(line.strip() for line in (folder / "variants.txt").read_text().splitlines())
@@ -131,7 +131,7 @@ def _aircraft(root: DataRoot, templates: tuple[str, ...], skip_bad: bool) -> Tas
         paths = [data.path(f"images/{number}.jpg") for number, _ in lines]
         labels = [numbers[name.strip()] for _, name in lines]
         splits.append(Files(paths, labels, skip_bad))
-    return Task("aircraft", classes, templates, *splits)
+    return StreamTask("aircraft", classes, templates, *splits)
 
 
 def _first(root: DataRoot, folders: tuple[str, ...], file: str, key: str) -> DataRoot:

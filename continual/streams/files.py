@@ -4,7 +4,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm_prune.continual.streams.base import Labelled, LabelledImages, Task, readable
+from vlm_prune.continual.streams.base import Labelled, LabelledImages, StreamTask, readable_indices
 from vlm_prune.vlm.common.errors import InputError, first_line
 from vlm_prune.vlm.common.images import open_image
 from vlm_prune.vlm.common.paths import DataRoot
@@ -28,7 +28,7 @@ class Files(LabelledImages):
     ) -> None:
         self.paths, self.labels = list(paths), list(labels)
         if skip_bad:
-            good = readable(self)
+            good = readable_indices(self)
             self.paths = [self.paths[k] for k in good]
             self.labels = [self.labels[k] for k in good]
 
@@ -45,7 +45,7 @@ def image_folder(
     templates: tuple[str, ...] = PHOTO,
     classes: Sequence[str] | None = None,
     skip_bad: bool = False,
-) -> Task:
+) -> StreamTask:
     """Returns a task of `root/{train,val,test}/<class>/*.jpg`; classes are folder names, `_` read
     as a space.
 
@@ -83,7 +83,7 @@ def image_folder(
         raise InputError(
             f"{name} has {len(own)} folders but {len(chosen)} class names; give as many"
         )
-    return Task(name, chosen, templates, *splits)
+    return StreamTask(name, chosen, templates, *splits)
 
 
 def list_classes(folder: Path) -> list[str]:
@@ -120,7 +120,7 @@ def csv_manifest(
     templates: tuple[str, ...] = PHOTO,
     root: Path | DataRoot | None = None,
     skip_bad: bool = False,
-) -> Task:
+) -> StreamTask:
     """Returns a task from a CSV file with the columns `path`, `class` and `split` (train, val or
     test).
 
@@ -166,4 +166,4 @@ def csv_manifest(
         parts[row["split"]][0].append(path)
         parts[row["split"]][1].append(numbers[row["class"]])
     train, val, test = (Files(*parts[part], skip_bad) for part in ("train", "val", "test"))
-    return Task(name, classes, templates, train, val, test)
+    return StreamTask(name, classes, templates, train, val, test)

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_prune.continual.streams import drawing, patterns
-from vlm_prune.continual.streams.base import Labelled, LabelledImages, Task
+from vlm_prune.continual.streams.base import Labelled, LabelledImages, StreamTask
 from vlm_prune.continual.streams.drawing import Style
 from vlm_prune.vlm.common.registry import Registry
 
@@ -104,12 +104,12 @@ class Drawn(LabelledImages):
         return self.domain.draw(name, self.split, count, rng, self.style), label
 
 
-def packaged() -> tuple[Task, ...]:
+def packaged() -> tuple[StreamTask, ...]:
     """The eight tasks in the stream's order; `scenes` is not one of them."""
     return tuple(task(name) for name in DOMAINS if name != "scenes")
 
 
-def task(name: str) -> Task:
+def task(name: str) -> StreamTask:
     """One domain as a task, its splits in the varied style.
 
     `scenes` (coloured shapes, all seen in pre-training) belongs to no stream; it is there to
@@ -122,7 +122,7 @@ def task(name: str) -> Task:
     train, val, test = (
         Drawn(domain, split, domain.classes, "varied") for split in SPLITS if split != "pretraining"
     )
-    return Task(name, domain.classes, domain.templates, train, val, test)
+    return StreamTask(name, domain.classes, domain.templates, train, val, test)
 
 
 def _drawn(

@@ -7,7 +7,7 @@ from zlib import crc32
 
 import numpy as np
 
-from vlm_prune.continual.streams.base import Labelled, LabelledImages, Task, check_names
+from vlm_prune.continual.streams.base import Labelled, LabelledImages, StreamTask, check_task_names
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import write_json
 
@@ -28,12 +28,12 @@ class Stream:
     """
 
     name: str
-    tasks: tuple[Task, ...]
+    tasks: tuple[StreamTask, ...]
     joint: bool
     ensemble: bool
 
     def __post_init__(self) -> None:
-        check_names(self.tasks)
+        check_task_names(self.tasks)
 
     @property
     def classes(self) -> int:
@@ -72,7 +72,7 @@ def labels_of(split: Sequence[Labelled]) -> list[int]:
     return list(known) if known is not None else [label for _, label in split]
 
 
-def few_shot(task: Task, shots: int, seed: int = 0, repeat: bool = False) -> Task:
+def few_shot(task: StreamTask, shots: int, seed: int = 0, repeat: bool = False) -> StreamTask:
     """The task with `shots` training images per class, drawn without replacement.
 
     Each data set has a generator of its own, from the seed and the data set's name, so that its

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vlm_prune.continual.streams.base import Labelled, LabelledImages, Task, readable
+from vlm_prune.continual.streams.base import Labelled, LabelledImages, StreamTask, readable_indices
 from vlm_prune.continual.streams.names import in_own_order, table
 from vlm_prune.continual.streams.stream import Subset
 from vlm_prune.vlm.common.errors import InputError
@@ -147,7 +147,7 @@ def _paths(data: Any) -> list[Path]:
     return []
 
 
-def torchvision_task(key: str, root: Path | DataRoot, skip_bad: bool = False) -> Task:
+def torchvision_task(key: str, root: Path | DataRoot, skip_bad: bool = False) -> StreamTask:
     """One of MTIL's eleven data sets as ZSCL splits it.
 
     Official splits where there are any; `train` without `val` for aircraft, dtd and flowers, and
@@ -178,8 +178,8 @@ def torchvision_task(key: str, root: Path | DataRoot, skip_bad: bool = False) ->
         parts |= {"train": Subset(whole, order[:cut]), "test": Subset(whole, order[cut:])}
     train, val, test = (parts[part] for part in ("train", "val", "test"))
     if skip_bad:
-        train, val, test = (Subset(s, readable(s)) for s in (train, val, test))
-    return Task(key, classes, names.templates, train, val, test)
+        train, val, test = (Subset(s, readable_indices(s)) for s in (train, val, test))
+    return StreamTask(key, classes, names.templates, train, val, test)
 
 
 def torchvision_class(name: str) -> Any:

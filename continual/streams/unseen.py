@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vlm_prune.continual.clip import extra
-from vlm_prune.continual.streams.base import Task
+from vlm_prune.continual.streams.base import StreamTask
 from vlm_prune.continual.streams.files import PHOTO, folder_split, list_classes
 from vlm_prune.continual.streams.packaged import task as packaged_task
 from vlm_prune.continual.streams.torchvision_sets import Held, torchvision_class, torchvision_task
@@ -18,17 +18,17 @@ from vlm_prune.vlm.common.paths import DataRoot
 from vlm_prune.vlm.common.registry import Registry
 
 
-def scenes() -> Task:
+def unseen_scenes() -> StreamTask:
     """Coloured shapes, all known to the embedded CLIP; the packaged stream has none of them."""
-    return replace(packaged_task("scenes"), train=(), val=())
+    return replace(packaged_task("unseen_scenes"), train=(), val=())
 
 
-def cifar100(root: Path | DataRoot) -> Task:
+def cifar100(root: Path | DataRoot) -> StreamTask:
     """CIFAR-100's test images in torchvision's layout."""
     return replace(torchvision_task("cifar100", root), templates=PHOTO, train=(), val=())
 
 
-def places365(root: Path | DataRoot, small: bool = True) -> Task:
+def places365(root: Path | DataRoot, small: bool = True) -> StreamTask:
     """Places365's validation images in torchvision's layout, under the full category names.
 
     `/a/apartment_building/outdoor` is "apartment building outdoor": the last part alone would give
@@ -48,7 +48,7 @@ def places365(root: Path | DataRoot, small: bool = True) -> Task:
     names = tuple(place_name(category) for category in by_label)
     if len(names) != 365:
         raise InputError(f"Places365 has 365 categories but {len(names)} here; get the full list")
-    return Task("places365", names, PHOTO, (), (), Held(data, "places365", root))
+    return StreamTask("places365", names, PHOTO, (), (), Held(data, "places365", root))
 
 
 def place_name(category: str) -> str:
@@ -56,7 +56,7 @@ def place_name(category: str) -> str:
     return category[3:].replace("/", " ").replace("_", " ").strip()
 
 
-def imagenet(root: Path | DataRoot) -> Task:
+def imagenet(root: Path | DataRoot) -> StreamTask:
     """ImageNet-1k's validation images in 1,000 folders named by WordNet id, `root/val/n01440764/`.
 
     Names are open_clip's. It calls two pairs of classes alike; the WordNet lemmas `projectile`
@@ -72,7 +72,7 @@ def imagenet(root: Path | DataRoot) -> Task:
         raise InputError(
             f"{folder} has {len(ids)} class folders; put ImageNet's 1000 n... folders there"
         )
-    return Task("imagenet", imagenet_names(), PHOTO, (), (), folder_split(data, ids))
+    return StreamTask("imagenet", imagenet_names(), PHOTO, (), (), folder_split(data, ids))
 
 
 def imagenet_names() -> tuple[str, ...]:
@@ -82,10 +82,10 @@ def imagenet_names() -> tuple[str, ...]:
     return tuple(names)
 
 
-UNSEEN: Registry[Callable[[DataRoot], Task]] = Registry(
+UNSEEN: Registry[Callable[[DataRoot], StreamTask]] = Registry(
     "unseen data set",
     {
-        "scenes": lambda root: scenes(),
+        "unseen_scenes": lambda root: unseen_scenes(),
         "cifar100": cifar100,
         "places365": lambda root: places365(root.below("places365")),
         "imagenet": lambda root: imagenet(root.below("imagenet")),

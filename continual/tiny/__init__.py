@@ -3,6 +3,6 @@
 from pathlib import Path
 
 
-def checkpoint_path() -> Path:
+def clip_checkpoint_path() -> Path:
     """The packaged checkpoint; `open_clip.create_model_and_transforms(f"local-dir:{...}")` reads it."""
     return Path(__file__).parent / "checkpoint"

@@ -65,7 +65,9 @@ def model_config(vocabulary: int, width: int = 128, layers: int = 4) -> dict[str
     }
 
 
-def write_folder(folder: Path, corpus: Iterable[str], width: int = 128, layers: int = 4) -> None:
+def write_clip_folder(
+    folder: Path, corpus: Iterable[str], width: int = 128, layers: int = 4
+) -> None:
     """Write config and tokenizer in the layout of open_clip's `local-dir:`.
 
     Args:

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from vlm_prune.continual.clip import from_hugging_face, from_open_clip
-from vlm_prune.continual.streams.base import Task
+from vlm_prune.continual.streams.base import StreamTask
 
 VISION = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
@@ -123,7 +123,7 @@ def pictures(classes, count, seed):
 
 def make_task(name, classes, seed):
     splits = [pictures(classes, n, [seed, k]) for k, n in enumerate((9, 3, 6))]
-    return Task(name, classes, ("a photo of a {}.", "a sharp {}."), *splits)
+    return StreamTask(name, classes, ("a photo of a {}.", "a sharp {}."), *splits)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from vlm_prune.continual.delta import Delta, Factors
 from vlm_prune.continual.diagnostics import draw_ranks, null_ranks, ranks, survival, update_norms
 from vlm_prune.continual.methods import make_method
 from vlm_prune.continual.prox import total_shrinkage
-from vlm_prune.continual.train import Run, train
+from vlm_prune.continual.train import ContinualRun, train_tasks
 
 NAME = "visual.transformer.resblocks.1.attn.q_proj"
 
@@ -41,7 +41,7 @@ def test_survival_that_does_not():
 @pytest.mark.slow
 def test_the_published_schedule_keeps_what_started_large(clip, tasks, tmp_path):
     method = make_method("codyra", rank=16)
-    train(Run(tmp_path, method, Recipe(batch=9), cpu=True), clip, tasks[:1])
+    train_tasks(ContinualRun(tmp_path, method, Recipe(batch=9), cpu=True), clip, tasks[:1])
     path = tmp_path / "deltas" / "task-0.safetensors"
     found = survival(Delta.load(path), total_shrinkage(500, 0.5, 0.005))
     assert found.agreement > 0.95 and found.correlation > 0.7

@@ -14,7 +14,7 @@ from vlm_prune.continual.methods.adalora import AdaLoRA
 from vlm_prune.continual.methods.codyra_plus import kept_components
 from vlm_prune.continual.methods.olora import overlap
 from vlm_prune.continual.methods.rail import ridge
-from vlm_prune.continual.train import Run, train
+from vlm_prune.continual.train import ContinualRun, train_tasks
 from vlm_prune.vlm.common.errors import InputError
 
 RECIPE = Recipe(steps=8, batch=5, lr=1e-2, betas=(0.9, 0.999))
@@ -44,7 +44,7 @@ def learn(clip, tasks, tmp_path, references):
 
     def run(name, folder="run", recipe=RECIPE, model=clip, **options):
         method = build(name, references, **options)
-        return train(Run(tmp_path / folder, method, recipe, cpu=True), model, tasks)
+        return train_tasks(ContinualRun(tmp_path / folder, method, recipe, cpu=True), model, tasks)
 
     return run
 

@@ -23,7 +23,7 @@ from vlm_prune.continual.methods.codyra import CoDyRA
 from vlm_prune.continual.metrics import drift
 from vlm_prune.continual.results import read_results
 from vlm_prune.continual.streams.files import Files
-from vlm_prune.continual.train import Run, train
+from vlm_prune.continual.train import ContinualRun, train_tasks
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.folder import OutputFolder
 
@@ -135,7 +135,11 @@ def test_a_killed_run_ends_in_the_same_matrix(
 
     def run(folder):
         method = make_method(name, **options)
-        train(Run(tmp_path / folder, method, RECIPE, save_every=2, cpu=True), make_clip(), tasks)
+        train_tasks(
+            ContinualRun(tmp_path / folder, method, RECIPE, save_every=2, cpu=True),
+            make_clip(),
+            tasks,
+        )
 
     run("whole")
     calls = []
@@ -178,7 +182,9 @@ def test_a_half_written_folder_is_never_read(tmp_path):
 @pytest.fixture
 def killed(make_clip, tasks, tmp_path, monkeypatch):
     """A run with a state after its first task and a step of its second, and how to go on with it."""
-    run = Run(tmp_path / "run", make_method("codyra", rank=2), RECIPE, save_every=2, cpu=True)
+    run = ContinualRun(
+        tmp_path / "run", make_method("codyra", rank=2), RECIPE, save_every=2, cpu=True
+    )
     original, calls = CoDyRA.loss, []
 
     def loss(self, *arguments):
@@ -190,9 +196,9 @@ def killed(make_clip, tasks, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(CoDyRA, "loss", loss)
         with pytest.raises(Killed):
-            train(run, make_clip(), tasks)
+            train_tasks(run, make_clip(), tasks)
     assert (run.output / "state-1").is_dir() and (run.output / "step-1-2").is_dir()
-    return run, lambda: train(run, make_clip(), tasks)
+    return run, lambda: train_tasks(run, make_clip(), tasks)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +258,7 @@ def test_two_trainings_do_not_share_a_folder(killed):
 
 
 def test_results_that_do_not_fit_are_named(clip, tasks, tmp_path):
-    train(Run(tmp_path, make_method("zero-shot"), RECIPE, cpu=True), clip, tasks)
+    train_tasks(ContinualRun(tmp_path, make_method("zero-shot"), RECIPE, cpu=True), clip, tasks)
     path = tmp_path / "results.json"
     whole = json.loads(path.read_text())
     for name, value, message in (
@@ -272,13 +278,17 @@ def test_results_that_do_not_fit_are_named(clip, tasks, tmp_path):
 
 
 def test_a_folder_of_another_run_is_refused(clip, make_clip, tasks, tmp_path):
-    train(Run(tmp_path / "a", make_method("zero-shot"), RECIPE, cpu=True), clip, tasks)
-    again = train(Run(tmp_path / "a", make_method("zero-shot"), RECIPE, cpu=True), clip, tasks)
+    train_tasks(
+        ContinualRun(tmp_path / "a", make_method("zero-shot"), RECIPE, cpu=True), clip, tasks
+    )
+    again = train_tasks(
+        ContinualRun(tmp_path / "a", make_method("zero-shot"), RECIPE, cpu=True), clip, tasks
+    )
     assert again.matrix.shape == (2, 2)
     for number, hits in enumerate(again.hits):
         assert (hits.mean(1) == again.matrix[:, number]).all()
         assert again.zero_shot_hits[number].mean() == again.zero_shot[number]
-    same = Run(tmp_path / "a", make_method("zero-shot"), RECIPE, cpu=True)
+    same = ContinualRun(tmp_path / "a", make_method("zero-shot"), RECIPE, cpu=True)
     renamed = replace(tasks[0], classes=("red", "green", "azure"))
     for changed, clip_, tasks_, what in (
         (replace(same, method=make_method("full")), make_clip(), tasks, "method, options"),
@@ -288,7 +298,7 @@ def test_a_folder_of_another_run_is_refused(clip, make_clip, tasks, tmp_path):
         (same, make_clip(), [renamed, tasks[1]], "tasks"),
     ):
         with pytest.raises(InputError, match=f"holds a run with another {what};") as error:
-            train(changed, clip_, tasks_)
+            train_tasks(changed, clip_, tasks_)
         assert "\n" not in str(error.value)
 
 
@@ -302,7 +312,7 @@ def test_every_task_has_its_own_adamw_and_cosine(clip, tasks, tmp_path, monkeypa
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     recipe = Recipe(steps=4, batch=2)
-    train(Run(tmp_path, make_method("lora", rank=2), recipe, cpu=True), clip, tasks)
+    train_tasks(ContinualRun(tmp_path, make_method("lora", rank=2), recipe, cpu=True), clip, tasks)
     rates = [5e-4 * (1 + np.cos(np.pi * k / 4)) / 2 for k in range(4)]
     assert [rate for _, rate, _, _ in seen] == pytest.approx(rates * 2)
     assert {(betas, decay) for _, _, betas, decay in seen} == {((0.9, 0.9999), 0.0)}
@@ -310,7 +320,9 @@ def test_every_task_has_its_own_adamw_and_cosine(clip, tasks, tmp_path, monkeypa
 
 
 def test_drift_is_the_distance_after_each_task(clip, make_clip, tasks, tmp_path):
-    results = train(Run(tmp_path, make_method("lora", rank=2), RECIPE, cpu=True), clip, tasks)
+    results = train_tasks(
+        ContinualRun(tmp_path, make_method("lora", rank=2), RECIPE, cpu=True), clip, tasks
+    )
     before, after = (one.model.state_dict() for one in (make_clip(), clip))
     assert results.drift[1] == pytest.approx(drift(before, after))
     assert results.drift[0] == pytest.approx(results.norms[0], rel=1e-4)
@@ -322,7 +334,7 @@ def test_class_features_are_kept_while_the_text_tower_is(
 ):
     calls, encode = [], clip.encode_texts
     monkeypatch.setattr(clip, "encode_texts", lambda texts: calls.append(1) or encode(texts))
-    train(Run(tmp_path, make_method(name), RECIPE, cpu=True), clip, tasks)
+    train_tasks(ContinualRun(tmp_path, make_method(name), RECIPE, cpu=True), clip, tasks)
     assert len(calls) == times * len(tasks)
 
 
@@ -332,17 +344,21 @@ def test_a_corrupt_image_is_named_in_one_line(workers, clip, tasks, tmp_path):
     tasks[0].train[0][0].save(bad)
     bad.write_bytes(bad.read_bytes()[:60])
     task = replace(tasks[0], train=Files([bad], [0]))
-    run = Run(tmp_path / "run", make_method("lora", rank=2), RECIPE, workers=workers, cpu=True)
+    run = ContinualRun(
+        tmp_path / "run", make_method("lora", rank=2), RECIPE, workers=workers, cpu=True
+    )
     with pytest.raises(InputError, match=str(bad)) as error:
-        train(run, clip, [task])
+        train_tasks(run, clip, [task])
     assert "\n" not in str(error.value)
 
 
 def test_scoring_within_the_task_is_easier_and_templates_are_averaged(make_clip, tasks, tmp_path):
     kinds = {"joint": {}, "own": {"joint": False}}
     joint, own = (
-        train(
-            Run(tmp_path / name, make_method("zero-shot"), replace(RECIPE, **kind), cpu=True),
+        train_tasks(
+            ContinualRun(
+                tmp_path / name, make_method("zero-shot"), replace(RECIPE, **kind), cpu=True
+            ),
             make_clip(),
             tasks,
         ).zero_shot
@@ -360,7 +376,11 @@ def test_every_make_of_clip_goes_through_the_loop(any_clip, tasks, tmp_path):
     keys = list(any_clip.model.state_dict())
     recipe = Recipe(steps=2, batch=2, lr=1e-3)
     for name in ("codyra", "dora"):
-        train(Run(tmp_path / name, make_method(name, rank=2), recipe, cpu=True), any_clip, tasks)
+        train_tasks(
+            ContinualRun(tmp_path / name, make_method(name, rank=2), recipe, cpu=True),
+            any_clip,
+            tasks,
+        )
         loaded = load_clip(str(tmp_path / name / "model"))
         assert list(loaded.model.state_dict()) == keys
 
@@ -374,19 +394,27 @@ def test_bfloat16_keeps_gates_and_weights_in_float32(clip, tasks, tmp_path, monk
 
     monkeypatch.setattr(CoDyRA, "after_step", watch)
     recipe = Recipe(steps=3, batch=2)
-    results = train(Run(tmp_path, CoDyRA(rank=2), recipe, bf16=True, cpu=True), clip, tasks)
+    results = train_tasks(
+        ContinualRun(tmp_path, CoDyRA(rank=2), recipe, bf16=True, cpu=True), clip, tasks
+    )
     assert seen == {torch.float32} and results.norms[0] > 0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(clip, tasks, tmp_path):
     with pytest.raises(InputError, match="lower the lr"):
-        train(Run(tmp_path, make_method("full"), replace(RECIPE, lr=1e30), cpu=True), clip, tasks)
+        train_tasks(
+            ContinualRun(tmp_path, make_method("full"), replace(RECIPE, lr=1e30), cpu=True),
+            clip,
+            tasks,
+        )
 
 
 def test_a_label_outside_the_classes_is_named(clip, tasks, tmp_path):
     wrong = replace(tasks[0], train=[(tasks[0].train[0][0], 3)])
     with pytest.raises(InputError, match="'colours' has a label outside its classes; give 0 to 2"):
-        train(Run(tmp_path, make_method("lora", rank=2), RECIPE, cpu=True), clip, [wrong])
+        train_tasks(
+            ContinualRun(tmp_path, make_method("lora", rank=2), RECIPE, cpu=True), clip, [wrong]
+        )
 
 
 @pytest.mark.parametrize(
@@ -399,15 +427,15 @@ def test_a_label_outside_the_classes_is_named(clip, tasks, tmp_path):
 )
 def test_wrong_tasks_are_refused(change, message, clip, tasks, tmp_path):
     with pytest.raises(InputError, match=message):
-        run = Run(tmp_path, make_method("zero-shot"), RECIPE, cpu=True)
-        train(run, clip, [replace(tasks[0], **change), tasks[1]])
+        run = ContinualRun(tmp_path, make_method("zero-shot"), RECIPE, cpu=True)
+        train_tasks(run, clip, [replace(tasks[0], **change), tasks[1]])
 
 
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(clip, tasks, tmp_path):
     method = CoDyRA(rank=4, total=0.65)
     recipe = replace(RECIPE, batch=3)
-    one = train(Run(tmp_path / "one", method, recipe, cpu=True), clip, tasks)
+    one = train_tasks(ContinualRun(tmp_path / "one", method, recipe, cpu=True), clip, tasks)
     folder = Path(__file__).parent
     code = f"""
 import sys, torch
@@ -416,7 +444,7 @@ from dataclasses import replace
 from conftest import make_open_clip, make_task
 from vlm_prune.continual.config import Recipe
 from vlm_prune.continual.methods.codyra import CoDyRA
-from vlm_prune.continual.train import Run, train
+from vlm_prune.continual.train import ContinualRun, train_tasks
 import torch.distributed as dist
 tasks = [make_task("colours", ("red", "green", "blue"), 0), make_task("shapes", ("disc", "bar", "ring"), 1)]
 seen = []
@@ -428,9 +456,9 @@ class Watched(CoDyRA):
         dist.all_gather(both, gates)
         assert torch.equal(*both), step
         seen.append(step)
-run = Run({str(tmp_path / "two")!r}, Watched(rank=4, total=0.65), Recipe(steps=6, batch=3, lr=1e-2), cpu=True)
+run = ContinualRun({str(tmp_path / "two")!r}, Watched(rank=4, total=0.65), Recipe(steps=6, batch=3, lr=1e-2), cpu=True)
 run = replace(run, output=__import__("pathlib").Path(run.output))
-train(run, make_open_clip(), tasks)
+train_tasks(run, make_open_clip(), tasks)
 assert seen == [*range(6)] * 2
 """
     script = tmp_path / "two.py"

@@ -12,14 +12,14 @@ from accelerate.state import AcceleratorState
 from vlm_prune.learners import WingsConfig
 from vlm_prune.learners.data import read_llava
 from vlm_prune.learners.recipe import PRESETS
-from vlm_prune.learners.train import Run, train
+from vlm_prune.learners.train import WingsRun, train_wings
 
 WORKER = """
 import pickle, sys
-from vlm_prune.learners.train import train
+from vlm_prune.learners.train import train_wings
 
 with open(sys.argv[1], "rb") as file:
-    train(*pickle.load(file))
+    train_wings(*pickle.load(file))
 """
 RATES = {"projector_lr": 1e-2, "learner_lr": 1e-2, "language_lr": 1e-2}
 
@@ -33,11 +33,13 @@ def test_two_processes_lose_as_one_does_on_the_same_batches(
     examples = read_llava(conversations / "data.json", conversations)
     recipe, wings = replace(PRESETS["paper-2"], batch=4, **RATES), WingsConfig(4, max_positions=128)
     one, two = (
-        Run(str(checkpoint), tmp_path / name, "wings", recipe, wings, ratio, bf16=False, cpu=True)
+        WingsRun(
+            str(checkpoint), tmp_path / name, "wings", recipe, wings, ratio, bf16=False, cpu=True
+        )
         for name in ("one", "two")
     )
     AcceleratorState._reset_state(True)
-    train(one, examples)
+    train_wings(one, examples)
     (tmp_path / "worker.py").write_text(WORKER)
     (tmp_path / "run.pickle").write_bytes(pickle.dumps((two, examples)))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlm_prune.learners.laws import answer_queries, attention_shift, laws, plot, segments
+from vlm_prune.learners.laws import answer_queries, attention_shift, laws, plot_curves, segments
 
 ROWS = [(1, 5), (1, 9), (0, 6)]
 
@@ -69,6 +69,6 @@ def test_the_plot_is_a_picture(tmp_path):
     from PIL import Image
 
     pytest.importorskip("matplotlib")
-    plot([torch.rand(2, 3, 4), torch.rand(1, 3, 4)], tmp_path / "laws.png")
+    plot_curves([torch.rand(2, 3, 4), torch.rand(1, 3, 4)], tmp_path / "laws.png")
     with Image.open(tmp_path / "laws.png") as picture:
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 3

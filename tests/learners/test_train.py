@@ -19,7 +19,7 @@ from vlm_prune.learners.data import Example, read_llava
 from vlm_prune.learners.merge import merge, sweep
 from vlm_prune.learners.model import wings_layers
 from vlm_prune.learners.recipe import METHODS, PRESETS
-from vlm_prune.learners.train import Run, prepare, train
+from vlm_prune.learners.train import WingsRun, prepare, train_wings
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.folder import OutputFolder
 from vlm_prune.vlm.common.state import newest
@@ -47,7 +47,7 @@ def examples(conversations):
 def make_run(checkpoint, tmp_path):
     def make(method, stage, name="run", model=checkpoint, **options):
         options = {"wings": WINGS, "bf16": False, "cpu": True} | options
-        return Run(str(model), tmp_path / name, method, STAGES[stage], **options)
+        return WingsRun(str(model), tmp_path / name, method, STAGES[stage], **options)
 
     return make
 
@@ -98,9 +98,9 @@ def test_two_stages_change_what_they_opened_and_leave_plain_checkpoints(
     method, make_run, examples, checkpoint
 ):
     before = load(str(checkpoint))[0].state_dict()
-    train(make_run(method, 1, "one"), examples)
+    train_wings(make_run(method, 1, "one"), examples)
     second = make_run(method, 2, "two", model=make_run(method, 1, "one").output)
-    train(second, examples)
+    train_wings(second, examples)
     model, _ = load(str(second.output / "model"))
     after = model.state_dict()
     assert after.keys() == before.keys()
@@ -118,7 +118,7 @@ def test_two_stages_change_what_they_opened_and_leave_plain_checkpoints(
 
 
 def test_stage_two_starts_from_stage_ones_visual_learners(make_run, examples):
-    train(make_run("wings", 1, "one"), examples)
+    train_wings(make_run("wings", 1, "one"), examples)
     one = make_run("wings", 1, "one").output
     kept = load_file(one / "wings" / "adapter_model.safetensors")
     model, *_ = prepare(make_run("wings", 2, "two", model=one))
@@ -155,7 +155,7 @@ QUICKLY = ("wings", "lora")
 )
 def test_a_killed_run_goes_on_to_the_same_result(method, make_run, examples, dropping, monkeypatch):
     whole = make_run(method, 2, "whole", model=dropping, save_every=1)
-    train(whole, examples)
+    train_wings(whole, examples)
     weights, log = outcome(whole)
     count = len(log.splitlines())
     assert [json.loads(line)["step"] for line in log.splitlines()] == [*range(1, count + 1)]
@@ -170,7 +170,7 @@ def test_a_killed_run_goes_on_to_the_same_result(method, make_run, examples, dro
 
     monkeypatch.setattr(train_module, "_checkpoint", kill)
     with pytest.raises(KeyboardInterrupt):
-        train(killed, examples)
+        train_wings(killed, examples)
     assert len((killed.output / "log.jsonl").read_text().splitlines()) == 2
     files = {path.suffix for path in (killed.output / "checkpoint-1").iterdir()}
     assert files == {".safetensors"}
@@ -182,17 +182,17 @@ def test_a_killed_run_goes_on_to_the_same_result(method, make_run, examples, dro
         return one_step(*arguments)
 
     monkeypatch.setattr(train_module, "_step", counted)
-    train(killed, examples)
+    train_wings(killed, examples)
     assert len(steps) == count - 1
     resumed, resumed_log = outcome(killed)
     assert resumed_log == log
     assert all(torch.equal(resumed[name], tensor) for name, tensor in weights.items())
     assert not list(killed.output.glob("checkpoint*"))
-    train(killed, examples)
+    train_wings(killed, examples)
     assert len(steps) == count - 1
     other = "wings" if method == "full" else "full"
     with pytest.raises(InputError, match="holds a run with another"):
-        train(replace(killed, method=other), examples)
+        train_wings(replace(killed, method=other), examples)
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def stopped(make_run, examples, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(train_module, "seed_step", lambda _, step, __: 1 // (2 - step))
             with pytest.raises(ZeroDivisionError):
-                train(run, examples)
+                train_wings(run, examples)
         AcceleratorState._reset_state(True)
         assert (run.output / "checkpoint-1").is_dir()
         return run
@@ -223,7 +223,7 @@ def test_a_pickle_in_a_run_folder_is_refused_by_name_and_not_read(stopped, examp
         path = run.output / "checkpoint-1" / name
         torch.save({"state": Evil()}, path)
         with pytest.raises(InputError, match=f"{name} is a pickle, which is not read") as caught:
-            train(run, examples)
+            train_wings(run, examples)
         assert "\n" not in str(caught.value)
         path.unlink()
     assert not marker.exists()
@@ -249,12 +249,12 @@ def test_a_damaged_checkpoint_of_a_run_is_named(name, stopped, examples):
             save_file(content, path)
         AcceleratorState._reset_state(True)
         with pytest.raises(InputError, match=message) as caught:
-            train(run, examples)
+            train_wings(run, examples)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     path.unlink()
     AcceleratorState._reset_state(True)
     with pytest.raises(InputError, match=f"there is no {path}"):
-        train(run, examples)
+        train_wings(run, examples)
 
 
 def test_a_run_goes_on_with_its_own_data_alone(stopped, examples, conversations, tmp_path):
@@ -267,25 +267,25 @@ def test_a_run_goes_on_with_its_own_data_alone(stopped, examples, conversations,
     for other in ([said, *examples[1:]], examples[1:], examples[::-1], shown):
         AcceleratorState._reset_state(True)
         with pytest.raises(InputError, match="holds a run with another data"):
-            train(run, other)
+            train_wings(run, other)
     picture.write_bytes((conversations / "0.png").read_bytes())
     AcceleratorState._reset_state(True)
-    train(run, read_llava(moved / "data.json", moved))
+    train_wings(run, read_llava(moved / "data.json", moved))
     assert (run.output / "model").is_dir()
 
 
 def test_two_trainings_do_not_share_a_folder(make_run, examples):
     run = make_run("full", 2)
     with OutputFolder(run.output), pytest.raises(InputError, match="another run writes to"):
-        train(run, examples)
+        train_wings(run, examples)
     AcceleratorState._reset_state(True)
-    train(run, examples)
+    train_wings(run, examples)
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(make_run, examples, monkeypatch):
     """A limit on the size of files stands for the disk: safetensors reports both alike."""
     whole, full = (make_run("full", 2, name, save_every=1) for name in ("whole", "full"))
-    train(whole, examples)
+    train_wings(whole, examples)
     AcceleratorState._reset_state(True)
     honest, before = train_module._checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -299,19 +299,19 @@ def test_a_full_disk_keeps_the_last_checkpoint(make_run, examples, monkeypatch):
 
     monkeypatch.setattr(train_module, "_checkpoint", limited)
     with pytest.raises(OSError, match="File too large") as caught:
-        train(full, examples)
+        train_wings(full, examples)
     assert caught.value.filename.endswith("trained.safetensors")
     assert newest(full.output, "checkpoint-N")[0] == 1
     monkeypatch.undo()
     AcceleratorState._reset_state(True)
-    train(full, examples)
+    train_wings(full, examples)
     assert outcome(full)[1] == outcome(whole)[1]
 
 
 def test_the_result_does_not_depend_on_the_micro_batch(make_run, examples):
     runs = [make_run("wings", 2, f"of-{size}", micro_batch=size) for size in (1, 4)]
     for run in runs:
-        train(run, examples)
+        train_wings(run, examples)
     logs = [outcome(run)[1].splitlines() for run in runs]
     for a, b in zip(*logs, strict=True):
         assert json.loads(a)["loss"] == pytest.approx(json.loads(b)["loss"], rel=1e-3)
@@ -320,7 +320,7 @@ def test_the_result_does_not_depend_on_the_micro_batch(make_run, examples):
 def test_each_part_has_its_own_rate_that_warms_up_and_decays(make_run, examples, capsys):
     run = make_run("wings", 2)
     rates = {"projector_lr": 3e-3, "learner_lr": 2e-3, "language_lr": 1e-3}
-    train(replace(run, recipe=replace(run.recipe, batch=1, warmup=0.25, **rates)), examples)
+    train_wings(replace(run, recipe=replace(run.recipe, batch=1, warmup=0.25, **rates)), examples)
     lines = [json.loads(line) for line in (run.output / "log.jsonl").read_text().splitlines()]
     peak = max(lines, key=lambda line: line["rates"][0])
     assert peak["rates"] == pytest.approx([3e-3, 2e-3, 1e-3])
@@ -334,14 +334,14 @@ def test_each_part_has_its_own_rate_that_warms_up_and_decays(make_run, examples,
 def test_curves_go_to_tensorboard_where_it_is_installed(make_run, examples):
     pytest.importorskip("tensorboard")
     run = make_run("full", 1)
-    train(run, examples)
+    train_wings(run, examples)
     files = run.output.rglob("events.out.tfevents.*")
     assert any(b"loss" in events.read_bytes() for events in files)
 
 
 def test_bf16_keeps_float32_weights(make_run, examples):
     run = make_run("wings", 2, bf16=True)
-    train(run, examples)
+    train_wings(run, examples)
     weights, log = outcome(run)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     losses = [json.loads(line)["loss"] for line in log.splitlines()]
@@ -350,7 +350,7 @@ def test_bf16_keeps_float32_weights(make_run, examples):
 
 def test_batches_of_text_alone_train(make_run, examples):
     run = make_run("wings", 1, text_ratio=1.0)
-    train(run, examples)
+    train_wings(run, examples)
     weights, _ = outcome(run)
     assert not any(t.any() for n, t in weights.items() if n.endswith("visual.output.up.weight"))
 
@@ -397,9 +397,9 @@ def test_a_sweep_leaves_a_checkpoint_for_each_alpha(checkpoint, tmp_path):
 def test_a_refused_start_does_not_claim_its_folder(make_run, examples):
     wrong = make_run("wings", 2, wings=WingsConfig(rank=99, max_positions=128))
     with pytest.raises(InputError, match="rank 99 is above the model's width"):
-        train(wrong, examples)
+        train_wings(wrong, examples)
     AcceleratorState._reset_state(True)
-    train(replace(wrong, wings=WINGS), examples)
+    train_wings(replace(wrong, wings=WINGS), examples)
     assert (wrong.output / "model").is_dir()
 
 
@@ -429,14 +429,14 @@ def test_a_step_that_fails_keeps_the_last_good_checkpoint(
 
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", broken)
     with pytest.raises(InputError, match=message) as caught:
-        train(run, examples)
+        train_wings(run, examples)
     assert "checkpoint-1 is kept" in str(caught.value) and "\n" not in str(caught.value)
     assert [path.name for path in run.output.glob("checkpoint-*")] == ["checkpoint-1"]
     kept = load_file(run.output / "checkpoint-1" / "trained.safetensors")
     assert all(tensor.isfinite().all() for tensor in kept.values())
     monkeypatch.undo()
     AcceleratorState._reset_state(True)
-    train(run, examples)
+    train_wings(run, examples)
     assert len((run.output / "log.jsonl").read_text().splitlines()) == 3
 
 
@@ -447,13 +447,13 @@ def test_a_truncated_image_is_named_with_its_sample(workers, make_run, examples,
     broken.write_bytes(whole[: len(whole) // 2])
     bad = replace(examples[0], images=(broken,))
     with pytest.raises(InputError, match=r"^\S+data.json\[0\] \(id '0'\): .*cut.png") as caught:
-        train(make_run("full", 1, workers=workers), [bad])
+        train_wings(make_run("full", 1, workers=workers), [bad])
     assert "\n" not in str(caught.value)
 
 
 def test_learners_of_another_model_or_rank_are_refused(make_run, examples):
     one = make_run("wings", 1, "one")
-    train(one, examples)
+    train_wings(one, examples)
     other = WingsConfig(rank=2, max_positions=128)
     with pytest.raises(InputError, match="has learners of rank 4 in layers all; give the same"):
         prepare(make_run("wings", 2, "two", model=one.output, wings=other))
@@ -492,10 +492,10 @@ def test_samples_beyond_the_models_window_are_refused_or_left_out_and_counted(
     """The window is 512 tokens, the recipe's limit 2048; a cut sample may teach nothing."""
     long = Example("long.json[0]", (), (("Is 7 red? " * 200, "no"),))
     with pytest.raises(InputError, match=r"long.json\[0\]: \d+ tokens are above the limit of 512"):
-        train(make_run("full", 1, "refused"), [*examples, long])
+        train_wings(make_run("full", 1, "refused"), [*examples, long])
     assert not (make_run("full", 1, "refused").output / "model").exists()
-    train(make_run("full", 1, "left", skip_bad=True), [*examples, long])
+    train_wings(make_run("full", 1, "left", skip_bad=True), [*examples, long])
     assert "1 sample(s) left out; the first: long.json[0]" in capsys.readouterr().err
-    train(make_run("full", 1, "without"), examples)
+    train_wings(make_run("full", 1, "without"), examples)
     left, without = (make_run("full", 1, name).output / "log.jsonl" for name in ("left", "without"))
     assert left.read_text() == without.read_text()

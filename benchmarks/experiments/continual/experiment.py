@@ -19,9 +19,9 @@ from vlm_prune.benchmarks.experiments.continual.learn import (
 )
 from vlm_prune.continual.clip import load_clip
 from vlm_prune.continual.methods import Method
-from vlm_prune.continual.streams import Stream, Task, open_stream
-from vlm_prune.continual.streams.unseen import scenes
-from vlm_prune.continual.train import Run
+from vlm_prune.continual.streams import Stream, StreamTask, open_stream
+from vlm_prune.continual.streams.unseen import unseen_scenes
+from vlm_prune.continual.train import ContinualRun
 from vlm_prune.vlm.common.files import write_json
 from vlm_prune.vlm.common.folder import OutputFolder, record_settings
 
@@ -130,7 +130,7 @@ def _run_all(experiment: Experiment, tell: Callable[[str], None]) -> None:
     stream = open_stream("packaged")
     used = stream.tasks[: experiment.tasks]
     tasks = tuple(fewer(task, experiment.test_per_class) for task in used)
-    outside = fewer(scenes(), experiment.test_per_class)
+    outside = fewer(unseen_scenes(), experiment.test_per_class)
     chosen = search(experiment, stream, tasks)
     for seed in range(experiment.seeds):
         for label in experiment.arms:
@@ -139,7 +139,7 @@ def _run_all(experiment: Experiment, tell: Callable[[str], None]) -> None:
 
 
 def search(
-    experiment: Experiment, stream: Stream, tasks: tuple[Task, ...]
+    experiment: Experiment, stream: Stream, tasks: tuple[StreamTask, ...]
 ) -> dict[str, dict[str, Any]]:
     """The best candidate of each arm that has some, by Average on validation images; recorded."""
     path = experiment.output / "search.json"
@@ -153,7 +153,7 @@ def search(
                 continue
             folder = experiment.folder(f"search-{label}-{number}", 0)
             method, changes = _built(experiment, stream, label, candidate)
-            run = Run(folder, method, recipe_of(stream, changes, 0))
+            run = ContinualRun(folder, method, recipe_of(stream, changes, 0))
             report = learn_tasks(run, load_clip("tiny"), some)
             scores.append(candidate | {"average": report["metrics"]["average"]["value"]})
             write_json(path, record)
@@ -163,7 +163,7 @@ def search(
 
 def run_one(
     experiment: Experiment, stream: Stream, label: str, seed: int,
-    chosen: Mapping[str, dict[str, Any]], tasks: tuple[Task, ...], outside: Task,
+    chosen: Mapping[str, dict[str, Any]], tasks: tuple[StreamTask, ...], outside: StreamTask,
 ) -> None:  # fmt: skip
     """Train one arm with one seed, unless its report is there."""
     folder = experiment.folder(label, seed)
@@ -178,7 +178,7 @@ def run_one(
         {arm.follows: experiment.folder("codyra", seed)} if arm.follows else {}
     )
     method, changes = _built(experiment, stream, label, candidate | follows)
-    run = Run(folder, method, recipe_of(stream, changes, seed))
+    run = ContinualRun(folder, method, recipe_of(stream, changes, seed))
     report = learn_tasks(run, load_clip("tiny"), tasks, [outside])
     write_json(folder / "report.json", report)
 

@@ -14,18 +14,18 @@ from vlm_prune.continual.clip import DEFAULT, Clip, load_clip
 from vlm_prune.continual.config import Recipe, above, check_options
 from vlm_prune.continual.delta import Delta
 from vlm_prune.continual.diagnostics import draw_ranks
-from vlm_prune.continual.evaluate import evaluate
+from vlm_prune.continual.evaluate import evaluate_tasks
 from vlm_prune.continual.methods import Method, make_method
 from vlm_prune.continual.metrics import AccuracyMatrix, retention
 from vlm_prune.continual.parallel import place
 from vlm_prune.continual.prox import total_shrinkage
 from vlm_prune.continual.results import Results, read_results
-from vlm_prune.continual.streams import Stream, Task, open_stream, write_indices
-from vlm_prune.continual.streams.base import readable
+from vlm_prune.continual.streams import Stream, StreamTask, open_stream, write_indices
+from vlm_prune.continual.streams.base import readable_indices
 from vlm_prune.continual.streams.packaged import DOMAINS, Drawn
 from vlm_prune.continual.streams.stream import Subset, labels_of
 from vlm_prune.continual.streams.unseen import UNSEEN
-from vlm_prune.continual.train import Run, accelerator_of, train
+from vlm_prune.continual.train import ContinualRun, accelerator_of, train_tasks
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import write_json
 from vlm_prune.vlm.common.paths import DataRoot
@@ -140,7 +140,9 @@ def learn(settings: Learning) -> dict[str, Any]:
     tasks = tuple(fewer(task, settings.test_per_class) for task in stream.tasks)
     outside, missing = outside_of(settings, stream)
     clip = load_clip(*settings.clip)
-    run = Run(settings.output, method, recipe, save_every=settings.save_every, progress=True)
+    run = ContinualRun(
+        settings.output, method, recipe, save_every=settings.save_every, progress=True
+    )
     report = learn_tasks(run, clip, tasks, outside)
     about = {"stream": stream.name, "model": settings.clip[0], "command": command()}
     report = about | report | {"versions": versions("open_clip_torch", "timm", "peft")}
@@ -154,13 +156,13 @@ def learn(settings: Learning) -> dict[str, Any]:
     return report
 
 
-def outside_of(settings: Learning, stream: Stream) -> tuple[list[Task], dict[str, str]]:
+def outside_of(settings: Learning, stream: Stream) -> tuple[list[StreamTask], dict[str, str]]:
     """The data sets of `settings.retention`, and of those that are not there the reason.
 
     Raises:
         InputError: if one that was asked for is unknown, missing, or a task of the stream.
     """
-    found, missing = list[Task](), dict[str, str]()
+    found, missing = list[StreamTask](), dict[str, str]()
     given = settings.retention
     for name in OUTSIDE[settings.stream] if given is None else given:
         if name in {task.name for task in stream.tasks}:
@@ -175,7 +177,7 @@ def outside_of(settings: Learning, stream: Stream) -> tuple[list[Task], dict[str
             missing[name] = str(error)
             continue
         if settings.skip_bad:
-            task = replace(task, test=Subset(task.test, readable(task.test)))
+            task = replace(task, test=Subset(task.test, readable_indices(task.test)))
         found.append(task)
     return found, missing
 
@@ -193,7 +195,7 @@ def picture_ranks(folder: Path) -> None:
         draw_ranks(delta, sites(model), folder / "ranks" / f"{delta.facts['name']}.png")
 
 
-def fewer(task: Task, test_per_class: int | None) -> Task:
+def fewer(task: StreamTask, test_per_class: int | None) -> StreamTask:
     """The task with the first test images of each class; None for all of them."""
     if test_per_class is None:
         return task
@@ -203,7 +205,7 @@ def fewer(task: Task, test_per_class: int | None) -> Task:
 
 
 def learn_tasks(
-    run: Run, clip: Clip, tasks: Sequence[Task], outside: Sequence[Task] = ()
+    run: ContinualRun, clip: Clip, tasks: Sequence[StreamTask], outside: Sequence[StreamTask] = ()
 ) -> dict[str, Any]:
     """Train on tasks and measure what is left outside of them; the report as plain numbers.
 
@@ -211,7 +213,7 @@ def learn_tasks(
     """
     clip.model.to(accelerator_of(run).device)
     before = [hits_of(clip, task, run.recipe) for task in outside]
-    results = train(run, clip, tasks)
+    results = train_tasks(run, clip, tasks)
     final = load_clip(str(run.output / "model"))
     final.model.to(clip.device)
     return {
@@ -230,10 +232,10 @@ def learn_tasks(
     }
 
 
-def hits_of(clip: Clip, task: Task, recipe: Recipe) -> NDArray[np.uint8]:
+def hits_of(clip: Clip, task: StreamTask, recipe: Recipe) -> NDArray[np.uint8]:
     """Which test images of one task are right among its own classes, (n,)."""
     alone = replace(recipe, joint=False, ensemble=False)
-    found: NDArray[np.uint8] = evaluate(clip, [task], alone)[0].numpy()
+    found: NDArray[np.uint8] = evaluate_tasks(clip, [task], alone)[0].numpy()
     return found
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from vlm_prune.learners import WingsConfig
-from vlm_prune.learners.recipe import METHODS, Recipe
+from vlm_prune.learners.recipe import METHODS, StageRecipe
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import Registry
 
@@ -73,9 +73,11 @@ class Plan:
     def _language_lr(self, arm: "Arm") -> float:
         return {"stock": self.stock_lr, "wings": self.wings_lr, "new": self.new_lr}[arm.lr]
 
-    def recipe(self, arm: "Arm", stage: Literal[1, 2], seed: int, lora_rank: int = 1) -> Recipe:
+    def recipe(
+        self, arm: "Arm", stage: Literal[1, 2], seed: int, lora_rank: int = 1
+    ) -> StageRecipe:
         """Hyperparameters of one stage; `batch` counts rows."""
-        return Recipe(
+        return StageRecipe(
             stage,
             language_lr=self._language_lr(arm),
             projector_lr=self.new_lr,

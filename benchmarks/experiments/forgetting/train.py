@@ -19,7 +19,7 @@ from vlm_prune.benchmarks.experiments.forgetting.arms import Arm, Plan
 from vlm_prune.benchmarks.experiments.forgetting.data import Shown, training_rows
 from vlm_prune.learners.recipe import Group, make_optimizer
 from vlm_prune.learners.store import adapter_state, load_adapter_state
-from vlm_prune.learners.train import Run, prepare
+from vlm_prune.learners.train import WingsRun, prepare
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import whole
 from vlm_prune.vlm.families import family_of
@@ -60,7 +60,7 @@ def prepared(
     """The aligned model in `folder` with what the arm adds, its processor, what trains."""
     assert arm.method is not None
     recipe = plan.recipe(arm, stage, seed, _matched_rank(plan, folder))
-    run = Run(str(folder), folder, arm.method, recipe, plan.wings)
+    run = WingsRun(str(folder), folder, arm.method, recipe, plan.wings)
     model, processor, groups, _ = prepare(run)
     return model, processor, groups
 

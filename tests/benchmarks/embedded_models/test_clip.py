@@ -17,9 +17,9 @@ from vlm_prune.benchmarks.embedded_models.clip import (
 )
 from vlm_prune.benchmarks.embedded_models.clip_card import hits, measure, write_card
 from vlm_prune.continual.clip import load_clip
-from vlm_prune.continual.metrics import accuracy
+from vlm_prune.continual.metrics import mean_accuracy
 from vlm_prune.continual.streams.packaged import DOMAINS, task
-from vlm_prune.continual.tiny import checkpoint_path
+from vlm_prune.continual.tiny import clip_checkpoint_path
 from vlm_prune.continual.tiny.config import CONTEXT, WEIGHTS
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.folder import OutputFolder
@@ -38,11 +38,11 @@ def data():
 
 
 def test_packaged_weights_are_small_and_in_half_precision(packaged):
-    weights = load_file(checkpoint_path() / WEIGHTS)
+    weights = load_file(clip_checkpoint_path() / WEIGHTS)
     assert {t.dtype for t in weights.values()} == {torch.float16}
     assert sum(p.numel() for p in packaged.model.parameters()) < 8e6
-    assert sum(f.stat().st_size for f in checkpoint_path().iterdir()) < 16e6
-    assert (checkpoint_path() / "log.jsonl").read_text().count("\n") > 50
+    assert sum(f.stat().st_size for f in clip_checkpoint_path().iterdir()) < 16e6
+    assert (clip_checkpoint_path() / "log.jsonl").read_text().count("\n") > 50
 
 
 def test_no_prompt_is_cut_and_each_ends_with_the_highest_token(packaged):
@@ -55,13 +55,13 @@ def test_no_prompt_is_cut_and_each_ends_with_the_highest_token(packaged):
 @pytest.mark.parametrize(("name", "least"), [("colours", 0.3), ("symbols", 0.3), ("scenes", 0.85)])
 def test_zero_shot_is_above_chance(packaged, name, least):
     one = task(name)
-    assert accuracy(hits(packaged, [one.test[k] for k in range(96)], one))[1] > least
+    assert mean_accuracy(hits(packaged, [one.test[k] for k in range(96)], one))[1] > least
 
 
 def card_rows():
     """Of each domain its chance, and value, low and high of the other columns, from the card."""
     rows = {}
-    for line in (checkpoint_path() / "README.md").read_text().splitlines():
+    for line in (clip_checkpoint_path() / "README.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("| ").split("|")]
         if cells[0] in DOMAINS:
             figures = [[float(n) for n in re.findall(r"-?[\d.]+", cell)] for cell in cells[3:]]

@@ -9,7 +9,7 @@ from dataset_layouts import mtil_root
 from PIL import Image
 
 from vlm_prune.continual.streams import STREAMS, few_shot, open_stream, write_indices
-from vlm_prune.continual.streams.base import Task
+from vlm_prune.continual.streams.base import StreamTask
 from vlm_prune.continual.streams.benchmarks import ORDER_1, ORDER_2, X_TAIL
 from vlm_prune.continual.streams.coop import x_tail_classes
 from vlm_prune.continual.streams.names import in_own_order, table
@@ -136,7 +136,9 @@ def test_streams_by_name(tmp_path):
 
 def labelled(counts, name="mine"):
     split = [(Image.new("RGB", (1, 1)), label) for label, n in enumerate(counts) for _ in range(n)]
-    return Task(name, tuple(f"c{k}" for k in range(len(counts))), ("{}",), split, split, split)
+    return StreamTask(
+        name, tuple(f"c{k}" for k in range(len(counts))), ("{}",), split, split, split
+    )
 
 
 def test_shots_depend_on_seed_and_data_set_alone():
