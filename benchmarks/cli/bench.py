@@ -15,6 +15,10 @@ from vlm_prune.benchmarks.cli.options import (
     with_schedule,
 )
 from vlm_prune.benchmarks.cli.terminal import quiet
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.registry import unknown
+
+ENGINES = ("hf", "vllm")
 
 
 def bench(
@@ -38,6 +42,15 @@ def bench(
     wings: Annotated[
         int | None, typer.Option(min=1, help="Time Wings' learners of this rank, not a method.")
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help="hf, or vllm: requests per second and time to the first token.")
+    ] = "hf",
+    requests: Annotated[
+        int, typer.Option(min=1, help="Requests at each concurrency, with --engine vllm.")
+    ] = 32,
+    concurrency: Annotated[
+        str, typer.Option(help="Requests under way at a time, comma-separated, likewise.")
+    ] = "1,4,16",
     output: Annotated[Path | None, typer.Option(help="Folder for bench.json, bench.md.")] = None,
 ) -> None:
     """Time a pruned and the unpruned architecture on random weights, phase by phase."""
@@ -46,6 +59,9 @@ def bench(
     from vlm_prune.benchmarks.speed.bench import BenchConfig
     from vlm_prune.benchmarks.speed.bench import bench as measure
     from vlm_prune.benchmarks.speed.bench_table import about, about_setting, overview, rows
+    from vlm_prune.benchmarks.speed.serving import ServingConfig, bench_serving
+    from vlm_prune.benchmarks.speed.serving import about as about_serving
+    from vlm_prune.benchmarks.speed.serving import rows as serving_rows
     from vlm_prune.benchmarks.speed.shapes import SHAPES
     from vlm_prune.benchmarks.speed.wings_cost import about_wings, bench_wings, wings_rows
     from vlm_prune.benchmarks.stats.table import as_markdown, as_table, show
@@ -53,9 +69,13 @@ def bench(
     from vlm_prune.vlm.families import FAMILIES
 
     quiet()
+    if engine not in ENGINES:
+        raise InputError(unknown("engine", engine, ENGINES))
     if output is not None:
         for name in ("bench.json", "bench.md"):
             check_output(output / name)
+    if engine == "vllm" and (schedule is not None or wings is not None or "," in method):
+        raise InputError("--engine vllm measures one method, without --schedule or --wings")
     names = named_methods(method, lambda: FAMILIES[SHAPES[model_shape]().model_type])
     more = parse_arguments(method_args)
     variants = [Variant(name, parse_budget(budget), arguments=more) for name in names]
@@ -65,7 +85,15 @@ def bench(
         device=device, dtype=dtype, layers=layers,
     )  # fmt: skip
     results: Any
-    if wings is not None:
+    if engine == "vllm":
+        results = bench_serving(
+            ServingConfig(
+                model_shape, variants[0].method, variants[0].budget, requests,
+                _counts(concurrency), new_tokens, dtype=dtype, layers=layers, arguments=more,
+            )
+        )  # fmt: skip
+        lines, table = about_serving(results), serving_rows(results)
+    elif wings is not None:
         results = bench_wings(config, wings)
         lines, table = about_wings(results), wings_rows(results)
     elif len(variants) == 1:
@@ -81,3 +109,14 @@ def bench(
         write_json(output / "bench.json", results)
         intro = "".join(f"- {line}\n" for line in lines)
         write_text(output / "bench.md", f"{intro}\n{as_markdown(table)}")
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    """`1,4,16` as numbers."""
+    try:
+        counts = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 1:
+        raise InputError(f"concurrency {text!r} is no list of numbers from 1 on, such as 1,4,16")
+    return counts

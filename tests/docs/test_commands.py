@@ -26,7 +26,7 @@ from vlm_prune.benchmarks.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-NEEDS = {"gpu", "weights", "network", "files", "hours", "a browser", "your package"}
+NEEDS = {"gpu", "vllm", "weights", "network", "files", "hours", "a browser", "your package"}
 FENCE = re.compile(
     r"(?:^<!-- (?P<mark>[^\n]*?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,

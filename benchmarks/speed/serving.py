@@ -1,0 +1,269 @@
+"""Requests per second and time to the first token of vLLM, pruned and unpruned in turn.
+
+Both answer one fixed list of requests, each with an image of its own, a question and as many answer
+tokens, on random weights. So many requests are under way at a time; when one ends the next begins.
+"""
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from vlm_prune.benchmarks.evaluation.environment import environment
+from vlm_prune.benchmarks.speed.bench import shorten
+from vlm_prune.benchmarks.speed.shapes import SHAPES
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.serving.plugin import check_installed, check_model
+from vlm_prune.vlm.serving.settings import KEY, Settings
+from vlm_prune.vlm.tiny import checkpoint_path
+
+ARMS = ("unpruned", "pruned")
+
+
+@dataclass(frozen=True)
+class ServingConfig:
+    """What is measured.
+
+    Args:
+        shape: name of an architecture of the LLaVA-1.5 family.
+        method: keeps tokens in the pruned arm.
+        budget: tokens per image, or a fraction.
+        requests: answered at each concurrency.
+        concurrency: how many requests are under way at a time, each in turn.
+        new_tokens: answered per request.
+        text: tokens of a prompt besides its image's.
+        repeats: how often each arm is started and measured.
+        dtype: of weights and activations.
+        layers: decoder layers, the shape's own unless given.
+        arguments: further hyperparameters of the method.
+    """
+
+    shape: str
+    method: str
+    budget: int | float
+    requests: int = 32
+    concurrency: tuple[int, ...] = (1, 4, 16)
+    new_tokens: int = 16
+    text: int = 60
+    repeats: int = 2
+    dtype: str = "float32"
+    layers: int | None = None
+    arguments: dict[str, Any] | None = None
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(self.method, self.budget, arguments=self.arguments or {})
+
+
+@dataclass(frozen=True)
+class Load:
+    """One arm's answers to the list at one concurrency, once.
+
+    Args:
+        concurrency: requests under way at a time.
+        seconds: from the first request to the last answer.
+        requests: answered.
+        first_token_s: of each request, from when it was handed over.
+        prompt_tokens: of a request, as the language model got it.
+    """
+
+    concurrency: int
+    seconds: float
+    requests: int
+    first_token_s: list[float]
+    prompt_tokens: int
+
+
+def bench_serving(config: ServingConfig) -> dict[str, Any]:
+    """Measure both arms, each in processes of its own, in turn.
+
+    Raises:
+        InputError: if vLLM is not there, or cannot run the shape or the method.
+    """
+    import torch
+
+    check_installed()
+    Settings.read(config.settings.as_dict())
+    architecture = SHAPES[config.shape]()
+    if architecture.model_type != "llava":
+        known = [name for name, make in SHAPES.items() if make().model_type == "llava"]
+        raise InputError(f"the engine vllm measures shapes of LLaVA-1.5: {', '.join(known)}")
+    check_model(architecture, config.settings)
+    runs: dict[str, list[list[Load]]] = {arm: [] for arm in ARMS}
+    context = multiprocessing.get_context("spawn")
+    with TemporaryDirectory(prefix="vlm-prune-") as name:
+        _write_model(config, architecture, Path(name))
+        for _ in range(config.repeats):
+            for arm in ARMS:
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_measure, args=(config, arm, name, theirs))
+                process.start()
+                theirs.close()
+                try:
+                    runs[arm].append(ours.recv())
+                except EOFError:
+                    raise InputError(
+                        f"vLLM ended while it served the {arm} {config.shape}"
+                    ) from None
+                finally:
+                    process.join()
+    arms = {arm: _summary(config, found) for arm, found in runs.items()}
+    return {
+        "config": asdict(config),
+        "environment": environment(
+            torch.device("cpu" if not torch.cuda.is_available() else "cuda")
+        ),
+        **arms,
+        "speedup": [
+            {
+                "concurrency": one["concurrency"],
+                "requests_per_s": other["requests_per_s"] / one["requests_per_s"],
+                "first_token": other["first_token_s"] / one["first_token_s"],
+            }
+            for one, other in zip(arms["unpruned"], arms["pruned"], strict=True)
+        ],
+    }
+
+
+def _summary(config: ServingConfig, runs: Sequence[Sequence[Load]]) -> list[dict[str, Any]]:
+    """Of each concurrency the median over repeats."""
+    return [
+        {
+            "concurrency": concurrency,
+            "requests_per_s": median(load.requests / load.seconds for load in loads),
+            "first_token_s": median(median(load.first_token_s) for load in loads),
+            "prompt_tokens": loads[0].prompt_tokens,
+            "runs": [asdict(load) for load in loads],
+        }
+        for concurrency, loads in zip(config.concurrency, zip(*runs, strict=True), strict=True)
+    ]
+
+
+def _write_model(config: ServingConfig, architecture: Any, folder: Path) -> None:
+    """A folder that vLLM fills with random weights: configuration, tokenizer and processor."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(checkpoint_path())
+    architecture.image_token_index = processor.tokenizer.convert_tokens_to_ids("<image>")
+    architecture.architectures = ["LlavaForConditionalGeneration"]
+    text = architecture.get_text_config()
+    for name in ("bos", "eos", "pad"):
+        setattr(text, f"{name}_token_id", getattr(processor.tokenizer, f"{name}_token_id"))
+    if config.layers is not None:
+        shorten(text, config.layers, config.shape)
+    architecture.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _measure(config: ServingConfig, arm: str, folder: str, results: Any) -> None:
+    """Serve the list in this process, which is new, and send what was measured."""
+    threads = f"0-{(os.cpu_count() or 1) - 1}"
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", threads)
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from vllm import LLM, SamplingParams
+
+    most = max(config.concurrency)
+    llm = LLM(
+        folder, load_format="dummy", dtype=config.dtype, seed=0, max_model_len=1024,
+        max_num_seqs=most, limit_mm_per_prompt={"image": 1}, enforce_eager=True,
+        distributed_executor_backend="uni",
+        additional_config={KEY: config.settings.as_dict()} if arm == "pruned" else {},
+    )  # fmt: skip
+    sampling = SamplingParams(temperature=0, max_tokens=config.new_tokens, ignore_eos=True)
+    served = Served(llm.llm_engine, sampling)
+    loads, first = [], 0
+    for concurrency in config.concurrency:
+        # requests that are not counted, then those that are, each with a picture of its own
+        for count, counted in ((min(2, concurrency), False), (config.requests, True)):
+            prompts = [_prompt(config, first + number) for number in range(count)]
+            first += count
+            load = served.run(prompts, concurrency)
+            loads += [load] if counted else []
+    results.send(loads)
+
+
+def _prompt(config: ServingConfig, number: int) -> dict[str, Any]:
+    """A picture and a question that no other request of the list has."""
+    import numpy as np
+    from PIL import Image
+
+    draw = np.random.default_rng(number)
+    picture = Image.fromarray(draw.integers(0, 256, (336, 336, 3), np.uint8))
+    # the tokenizer's single bytes, one token each, around the image's placeholder
+    text = "".join(chr(code) for code in draw.integers(ord("A"), ord("Z"), config.text - 4))
+    return {"prompt": f"USER: <image>\n{text} ASSISTANT:", "multi_modal_data": {"image": picture}}
+
+
+@dataclass
+class Served:
+    """An engine that answers a list with so many requests under way."""
+
+    engine: Any
+    sampling: Any
+    handed: int = 0
+
+    def run(self, prompts: Sequence[dict[str, Any]], concurrency: int) -> Load:
+        waiting = list(prompts)
+        began: dict[str, float] = {}
+        first: dict[str, float] = {}
+        ended, tokens = 0, 0
+        start = time.perf_counter()
+        while ended < len(prompts):
+            while waiting and len(began) - ended < concurrency:
+                name, self.handed = str(self.handed), self.handed + 1
+                began[name] = time.perf_counter()
+                self.engine.add_request(name, waiting.pop(0), self.sampling)
+            for output in self.engine.step():
+                if output.outputs and output.outputs[0].token_ids:
+                    first.setdefault(output.request_id, time.perf_counter())
+                ended += output.finished
+                tokens = len(output.prompt_token_ids)
+        seconds = time.perf_counter() - start
+        waits = [first[name] - began[name] for name in began]
+        return Load(concurrency, seconds, len(prompts), waits, tokens)
+
+
+def rows(results: dict[str, Any]) -> list[list[str]]:
+    """Header and one row per concurrency."""
+    lines = [["concurrency", "unpruned req/s", "pruned req/s", "", "unpruned first token s",
+              "pruned first token s", ""]]  # fmt: skip
+    for one, other, gain in zip(
+        results["unpruned"], results["pruned"], results["speedup"], strict=True
+    ):
+        lines.append(
+            [
+                str(one["concurrency"]),
+                f"{one['requests_per_s']:.3f}",
+                f"{other['requests_per_s']:.3f}",
+                f"{gain['requests_per_s']:.2f}x",
+                f"{one['first_token_s']:.3f}",
+                f"{other['first_token_s']:.3f}",
+                f"{gain['first_token']:.2f}x",
+            ]
+        )
+    return lines
+
+
+def about(results: dict[str, Any]) -> list[str]:
+    """Lines that say what was measured."""
+    config = ServingConfig(**results["config"])
+    before, after = (results[arm][0]["prompt_tokens"] for arm in ARMS)
+    layers = "" if config.layers is None else f", {config.layers} decoder layers"
+    arguments = json.dumps(config.arguments) if config.arguments else ""
+    return [
+        f"{config.shape}{layers}, {config.dtype}, {results['environment']['device']}, vLLM",
+        (
+            f"{config.method} {arguments} keeps {config.budget} of each image; prompts of {after} "
+            f"tokens instead of {before}, {config.new_tokens} answered"
+        ),
+        f"{config.requests} requests at each concurrency; medians of {config.repeats} runs in turn",
+    ]
