@@ -22,6 +22,7 @@ import pytest
 import typer
 
 from vlm_prune.benchmarks.cli import app as cli
+from vlm_prune.benchmarks.cli import commands
 from vlm_prune.benchmarks.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,7 +134,7 @@ def exists(words, command, block, where, monkeypatch):
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), where
     if words[0] == "vlm-prune":
-        group = typer.main.get_command(cli.app)
+        group = typer.main.get_command(commands.app)
         subcommand = group.commands[words[1]]
         subcommand.make_context(words[1], words[2:], resilient_parsing=False)
     for script in [word for word in words if word.startswith("scripts/")]:
