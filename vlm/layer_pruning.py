@@ -188,9 +188,11 @@ class LayerPruning:
         if positions is None:
             first = forward.past
             positions = torch.arange(first, first + hidden.shape[1], device=hidden.device)[None]
+        # by hand and with a mask, Qwen gives positions of all tokens so far
+        positions = positions[..., -hidden.shape[1] :]
         forward.positions = positions.expand(*positions.shape[:-2], len(hidden), -1)
         forward.per_token = {n: value for n, value in kwargs.items() if isinstance(value, PerToken)}
-        new: dict[str, Any] = {}
+        new: dict[str, Any] = {"position_ids": positions}
         if forward.kept is not None:
             keep = keep_mask(layout, forward.kept.indices)
             if not bool((keep == layout.valid).all()):
@@ -377,8 +379,11 @@ class Cutting:
         at = (row[:, None], moved(torch.stack([columns_of[image] for image in images])))
         text_at = (row[:, None], texts)
 
+        mixed = torch.is_autocast_enabled(device.type)
+
         def attention(columns: Tensor, real: Tensor) -> AttentionRows:
-            query, key = decoder_query_key(source, before, rotary, columns)
+            with torch.autocast(device.type, enabled=mixed):
+                query, key = decoder_query_key(source, before, rotary, columns)
             valid, first = layout.valid, 0
             if self.forward.prompt.of(number).valid.shape[1]:
                 past, past_valid = self.past_keys(number)
@@ -401,7 +406,8 @@ class Cutting:
             return attention(columns.expand(len(before), -1), moved(layout.prompt_mask))
 
         def keys() -> tuple[Tensor, Tensor]:
-            unturned = decoder_keys(source, before)
+            with torch.autocast(device.type, enabled=mixed):
+                unturned = decoder_keys(source, before)
             return unturned[at], unturned[text_at]
 
         mask = question if self.forward.query_mask is None else self.forward.query_mask[images]
@@ -447,7 +453,9 @@ class Cutting:
             self.forward.query_mask = torch.zeros(shape, dtype=torch.bool, device=device)
             for group in alike(layout.counts):
                 if layout.counts[group[0]]:
-                    chosen = self.reducer.query_mask(self.tokens(group))
+                    tokens = self.tokens(group)
+                    with torch.autocast(device.type, enabled=False):
+                        chosen = self.reducer.query_mask(tokens)
                     self.forward.query_mask[group] = chosen
 
     def cut(self) -> tuple[Tensor, Segment]:
@@ -466,7 +474,10 @@ class Cutting:
                 count, left = layout.counts[group[0]], wanted[group[0]]
                 indices = [torch.arange(count)] * len(group)
                 if left < count:
-                    reduced = self.reducer.reduce(self.tokens(group), left)
+                    tokens = self.tokens(group)
+                    # methods choose in the precision that they say themselves
+                    with torch.autocast(device.type, enabled=False):
+                        reduced = self.reducer.reduce(tokens, left)
                     indices = on_host(reduced.indices)
                     for image, own in zip(group, reduced.features, strict=True):
                         features[image] = own

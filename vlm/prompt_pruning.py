@@ -145,6 +145,9 @@ class Choice:
                 noted.output, noted.pixel_values, **noted.inputs | {"input_ids": prompt}
             )
             counts = counts if method.pixels is not None else images.counts
+        found = int(is_image.sum())
+        if found != copies * sum(counts):
+            raise InputError(f"{found} image placeholders do not fit {len(counts)} images")
         order = repeated(counts, is_image)
         return cls(family, method, images, order, [counts[image] for image in order])
 

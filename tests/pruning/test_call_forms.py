@@ -1,0 +1,729 @@
+"""How a pruned model may be called: each form gives what it gives without pruning, or one line.
+
+`python tests/pruning/test_call_forms.py` writes docs/call_forms.md from what is tested here.
+"""
+
+import copy
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from tiny_families import Tiny, failing, snapshot
+
+from vlm_prune.pruning.registry import build
+from vlm_prune.vlm.cache import CACHE, cache_of
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.families import family_of
+
+METHODS = ["divprune", "visionzip", "downsample", "fastv", "sparsevlm", "divprune+adaptinfer"]
+ROWS = [[([0], "Is there a 7?")], [([], "What is red?")], [([1, 2], "What color is the star?")]]
+ALONE = ROWS[:1]
+PAGE = Path(__file__).parents[2] / "docs" / "call_forms.md"
+
+
+@dataclass(frozen=True)
+class Form:
+    """One line of the table: what a call looks like, whether it is exact or refused, and how."""
+
+    call: str
+    outcome: str
+    how: str
+
+
+FORMS: list[Form] = []
+
+
+def form(call, outcome, how):
+    """The test below is that of this call form."""
+    FORMS.append(Form(call, outcome, how))
+    return lambda test: test
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return Tiny("llava")
+
+
+@pytest.fixture(scope="module", params=["llava", "qwen2_5_vl", "qwen3_vl"])
+def family(request):
+    return Tiny(request.param)
+
+
+def method(name, tiny, budget=4, **more):
+    """The method; the test ends here on families that it is refused on."""
+    built = build(name, budget=budget, **more)
+    if built.needs & family_of(tiny.model).lacks:
+        pytest.skip("refused on this family")
+    return built
+
+
+def greedy(tiny, inputs, steps=4, **more):
+    with torch.inference_mode():
+        return tiny.model.generate(
+            **inputs, max_new_tokens=steps, min_new_tokens=steps, return_dict_in_generate=True,
+            output_logits=True, **more,
+        )  # fmt: skip
+
+
+def close(ours, theirs, atol=2e-5):
+    torch.testing.assert_close(ours, theirs, atol=atol, rtol=1e-4)
+
+
+def refused(call, *words):
+    """One line that says what is wrong and what would be right."""
+    with pytest.raises(InputError) as refusal:
+        call()
+    assert "\n" not in str(refusal.value)
+    for word in words:
+        assert word in str(refusal.value)
+
+
+def cache_from(output):
+    return cache_of(dict(output))
+
+
+@form("a decoding loop by hand, with and without a mask", "exact", "as `generate`, padded or not")
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("masked", [True, False])
+@torch.inference_mode()
+def test_decoding_by_hand(name, masked, family):
+    pruner, rows = method(name, family), ROWS if masked else ALONE
+    inputs = family.inputs(rows)
+    if not masked:
+        del inputs["attention_mask"]
+    with pruner(family.model):
+        expected = greedy(family, inputs)
+        # another prompt between must not matter
+        step = family.model(**inputs)
+        mask = inputs.get("attention_mask")
+        for number, logits in enumerate(expected.logits):
+            close(step.logits[:, -1], logits)
+            token = expected.sequences[:, number - 4, None]
+            more = {} if mask is None else {"attention_mask": mask.new_ones(len(mask), 1)}
+            if mask is not None:
+                mask = torch.cat([mask, more["attention_mask"]], 1)
+                more = {"attention_mask": mask}
+            step = family.model(input_ids=token, **more, **{CACHE: cache_from(step)})
+
+
+@form("`use_cache=False`", "exact", "the question stays that of the prompt")
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("positions", ["auto", "original"])
+def test_decoding_without_a_cache(name, positions, family):
+    pruner, inputs = method(name, family, positions=positions), family.inputs(ROWS)
+    with pruner(family.model) as trace:
+        cached = greedy(family, inputs)
+        kept = [indices.tolist() for indices in trace.kept]
+        anew = greedy(family, inputs, use_cache=False)
+    assert [indices.tolist() for indices in trace.kept] == kept
+    for ours, theirs in zip(anew.logits, cached.logits, strict=True):
+        close(ours, theirs)
+
+
+@form(
+    "prompt lookup whose drafts repeat image placeholders", "refused", "the model refuses them too"
+)
+@pytest.mark.parametrize("name", METHODS)
+def test_drafts_of_placeholders(name, llava):
+    inputs = llava.inputs(ALONE)
+    with method(name, llava)(llava.model):
+        refused(lambda: greedy(llava, inputs, steps=8, prompt_lookup_num_tokens=3), "do not fit")
+
+
+@form("assisted decoding", "exact", "drafts are not taken for the question")
+@pytest.mark.parametrize("name", METHODS)
+def test_assisted_decoding(name, llava):
+    pruner, inputs = method(name, llava), llava.inputs(ALONE)
+    config = llava.model.config.text_config
+    torch.manual_seed(0)
+    more = {"assistant_model": hf.LlamaForCausalLM(config).eval()}
+    with pruner(llava.model) as trace:
+        expected = greedy(llava, inputs, steps=8)
+        kept = [indices.tolist() for indices in trace.kept]
+        drafted = greedy(llava, inputs, steps=8, **more)
+    assert [indices.tolist() for indices in trace.kept] == kept
+    assert torch.equal(drafted.sequences, expected.sequences)
+
+
+@form("`max_length`, `min_length`, stopping criteria, `prefix_allowed_tokens_fn`, streamers", "exact",
+      "they count the full prompt")  # fmt: skip
+@pytest.mark.parametrize("name", METHODS)
+def test_what_counts_the_prompt(name, llava):
+    pruner, inputs = method(name, llava), llava.inputs(ALONE)
+    length, seen = inputs["input_ids"].shape[1], []
+
+    class Stop(hf.StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            seen.append(input_ids.shape[1])
+            return torch.tensor([input_ids.shape[1] >= length + 2])
+
+    class Streamer(hf.generation.BaseStreamer):
+        def put(self, value):
+            seen.append(value.numel())
+
+        def end(self):
+            pass
+
+    with pruner(llava.model), torch.inference_mode():
+        generate = llava.model.generate
+        config = hf.GenerationConfig(
+            max_length=length + 6, min_length=length + 6, eos_token_id=1, pad_token_id=0
+        )
+        assert generate(**inputs, generation_config=config).shape[1] == length + 6
+        out = generate(**inputs, max_new_tokens=9, min_new_tokens=9, stopping_criteria=[Stop()])
+        assert out.shape[1] == length + 2 and seen == [length + 1, length + 2]
+        seen.clear()
+        allowed = generate(
+            **inputs, max_new_tokens=3, min_new_tokens=3,
+            prefix_allowed_tokens_fn=lambda _, ids: [40 + len(ids) - length],
+        )  # fmt: skip
+        assert allowed[0, length:].tolist() == [40, 41, 42]
+        generate(**inputs, max_new_tokens=2, min_new_tokens=2, streamer=Streamer())
+        assert seen == [length, 1, 1]
+
+
+@form(
+    "a later turn with the cache of the first",
+    "exact",
+    "equal to the full prompt, same tokens kept",
+)
+@pytest.mark.parametrize("name", METHODS)
+@torch.inference_mode()
+def test_a_second_turn(name, family):
+    pruner, first = method(name, family), family.inputs(ALONE)
+    with pruner(family.model):
+        out = greedy(family, first)
+    more = torch.tensor([[50, 51, 52]])
+    ids = torch.cat([out.sequences, more], 1)
+    mask = torch.ones_like(ids)
+    extra = {k: v for k, v in first.items() if k not in ("input_ids", "attention_mask")}
+    whole = extra | {"input_ids": ids, "attention_mask": mask}
+    if "mm_token_type_ids" in whole:
+        kinds = whole["mm_token_type_ids"]
+        whole["mm_token_type_ids"] = torch.cat(
+            [kinds, kinds.new_zeros(1, ids.shape[1] - kinds.shape[1])], 1
+        )
+    with pruner(family.model):
+        expected = family.model(**whole, logits_to_keep=8).logits[:, -1]
+        later = greedy(
+            family,
+            {"input_ids": ids, "attention_mask": mask},
+            **{CACHE: copy.deepcopy(cache_from(out))},
+        )
+    close(later.logits[0], expected)
+    with method(name, family, budget=1.0)(family.model):
+        again = family.model(
+            input_ids=ids[:, first["input_ids"].shape[1] + 3 :], attention_mask=mask,
+            **{CACHE: cache_from(out)},
+        )  # fmt: skip
+    close(again.logits[:, -1], expected)
+
+
+@form("that cache outside a block", "refused", "masks and positions would be the full prompt's")
+@torch.inference_mode()
+def test_a_pruned_cache_outside_a_block(llava):
+    with method("fastv", llava)(llava.model):
+        cache = cache_from(llava.model(**llava.inputs(ALONE)))
+    token = torch.tensor([[50]])
+    refused(lambda: llava.model(input_ids=token, **{CACHE: cache}), "pruning block")
+
+
+@form("a text prefix in the cache, then the image", "exact", "what is kept is what it is at once")
+@pytest.mark.parametrize("name", METHODS)
+@torch.inference_mode()
+def test_a_prefix_in_the_cache(name, llava):
+    pruner, inputs = method(name, llava), llava.inputs(ALONE)
+    ids = torch.cat([torch.tensor([[60, 61, 62, 63, 64]]), inputs["input_ids"]], 1)
+    pixels = inputs["pixel_values"]
+    with pruner(llava.model) as trace:
+        expected = llava.model(input_ids=ids, pixel_values=pixels).logits[:, -1]
+        kept = [indices.tolist() for indices in trace.kept]
+        prefix = llava.model(input_ids=ids[:, :5])
+        later = llava.model(
+            input_ids=ids[:, 5:], pixel_values=pixels, **{CACHE: cache_from(prefix)}
+        )
+    assert [indices.tolist() for indices in trace.kept] == kept
+    close(later.logits[:, -1], expected)
+
+
+@form(
+    "a new image in a later turn, with the cache of the first",
+    "exact",
+    "each turn's images are pruned",
+)
+@pytest.mark.parametrize("name", METHODS)
+@torch.inference_mode()
+def test_a_new_image_in_a_later_turn(name, llava):
+    pruner = method(name, llava)
+    one, two = llava.inputs(ALONE), llava.inputs([[([1], "What is red?")]])
+    with pruner(llava.model) as trace:
+        first = llava.model(**one)
+        later = llava.model(
+            input_ids=two["input_ids"], pixel_values=two["pixel_values"],
+            **{CACHE: cache_from(first)},
+        )  # fmt: skip
+        kept = trace.kept[0].tolist()
+        length = one["input_ids"].shape[1] + two["input_ids"].shape[1]
+        assert cache_from(later).get_seq_length() == length
+        more = llava.model(input_ids=torch.tensor([[50]]), **{CACHE: cache_from(later)})
+        assert torch.isfinite(more.logits).all()
+        if name in ("divprune", "visionzip", "downsample"):
+            whole = llava.model(
+                input_ids=torch.cat([one["input_ids"], two["input_ids"]], 1),
+                pixel_values=torch.cat([one["pixel_values"], two["pixel_values"]]),
+            )
+            assert trace.kept[1].tolist() == kept
+            close(later.logits[:, -1], whole.logits[:, -1])
+
+
+@form("`position_ids` that the caller gives", "exact", "pruned positions are renumbered from them")
+@pytest.mark.parametrize("name", METHODS)
+@torch.inference_mode()
+def test_positions_that_the_caller_gives(name, llava):
+    inputs = llava.inputs(ALONE)
+    length = inputs["input_ids"].shape[1]
+    given = torch.arange(length)[None] * 3 + 5
+    plain = llava.model(**inputs, position_ids=given).logits
+    with method(name, llava, budget=1.0)(llava.model):
+        close(llava.model(**inputs, position_ids=given).logits, plain)
+    # a shift of all positions changes nothing in rotary attention
+    with method(name, llava)(llava.model):
+        shifted = llava.model(**inputs, position_ids=torch.arange(length)[None] + 7).logits
+        close(shifted, llava.model(**inputs).logits, atol=1e-4)
+
+
+@form("`inputs_embeds` with `pixel_values`", "exact", "placeholders are known by their embedding")
+@pytest.mark.parametrize("name", METHODS)
+@torch.inference_mode()
+def test_embeddings_instead_of_ids(name, llava):
+    inputs, pruner = llava.inputs(ROWS), method(name, llava)
+    embeds = llava.model.get_input_embeddings()(inputs["input_ids"])
+    more = {"pixel_values": inputs["pixel_values"], "attention_mask": inputs["attention_mask"]}
+    with pruner(llava.model):
+        close(
+            llava.model(inputs_embeds=embeds, **more).logits[:, -1],
+            llava.model(**inputs).logits[:, -1],
+        )
+
+
+@form("image tokens that `attention_mask` masks", "exact", "never scored, kept or attended")
+@pytest.mark.parametrize("name", METHODS)
+@torch.inference_mode()
+def test_masked_image_tokens(name, llava):
+    inputs = llava.inputs(ALONE)
+    at = (inputs["input_ids"][0] == llava.model.config.image_token_id).nonzero()[:, 0]
+    inputs["attention_mask"][0, at[3:12]] = 0
+    plain = greedy(llava, inputs)
+    with method(name, llava, budget=1.0)(llava.model):
+        out = greedy(llava, inputs)
+    for ours, theirs in zip(out.logits, plain.logits, strict=True):
+        close(ours, theirs)
+    with method(name, llava)(llava.model) as trace:
+        greedy(llava, inputs)
+    assert not set(trace.kept[0].tolist()) & set(range(3, 12))
+    inputs["attention_mask"][0, at] = 0
+    plain = greedy(llava, inputs)
+    with method(name, llava)(llava.model) as trace:
+        out = greedy(llava, inputs)
+    assert not len(trace.kept[0])
+    close(out.logits[-1], plain.logits[-1])
+
+
+def with_decoder(kind):
+    """The tiny LLaVA around another decoder."""
+    tiny = Tiny("llava")
+    base = tiny.model.config
+    own = {
+        name: getattr(base.text_config, name)
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                     "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
+                     "bos_token_id", "eos_token_id", "pad_token_id")
+    }  # fmt: skip
+    if kind == "mistral":
+        text = hf.MistralConfig(**own, sliding_window=9, head_dim=16)
+    else:
+        layers = [["full_attention", "sliding_attention"][n % 2] for n in range(4)]
+        if kind == "qwen2":
+            layers = ["sliding_attention"] * 4
+        text = hf.Qwen2Config(
+            **own,
+            use_sliding_window=True,
+            sliding_window=9,
+            max_window_layers=0,
+            layer_types=layers,
+        )
+    torch.manual_seed(0)
+    config = hf.LlavaConfig(
+        vision_config=base.vision_config, text_config=text, image_token_index=base.image_token_id,
+        image_seq_length=25,
+    )  # fmt: skip
+    tiny.model = hf.LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in tiny.model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.2 if parameter.ndim > 1 else 0.02))
+            if parameter.ndim == 1:
+                parameter.add_(1)
+    tiny.model.generation_config.update(eos_token_id=2, pad_token_id=0, do_sample=False)
+    return tiny
+
+
+@pytest.fixture(scope="module", params=["mistral", "qwen2", "mixed"])
+def sliding(request):
+    return with_decoder(request.param)
+
+
+@form(
+    "decoders with sliding windows, in all layers or some",
+    "exact",
+    "each layer keeps its kind of mask",
+)
+@pytest.mark.parametrize("name", METHODS)
+def test_sliding_windows(name, sliding):
+    inputs = sliding.inputs(ROWS)
+    plain = greedy(sliding, inputs)
+    with method(name, sliding, budget=1.0)(sliding.model):
+        kept_all = greedy(sliding, inputs)
+    for ours, theirs in zip(kept_all.logits, plain.logits, strict=True):
+        close(ours, theirs)
+    with method(name, sliding)(sliding.model):
+        cached = greedy(sliding, inputs)
+        anew = greedy(sliding, inputs, use_cache=False)
+        alone = greedy(sliding, sliding.inputs(ALONE))
+    for ours, theirs, one in zip(anew.logits, cached.logits, alone.logits, strict=True):
+        close(ours, theirs)
+        close(one[0], theirs[0])
+
+
+@form(
+    "static caches, masks made beforehand (4-D)", "refused", "give a growing cache and a 2-D mask"
+)
+@pytest.mark.parametrize("name", METHODS)
+@torch.inference_mode()
+def test_static_caches_and_masks(name, llava):
+    inputs, pruner = llava.inputs(ALONE), method(name, llava)
+    length = inputs["input_ids"].shape[1]
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    with pruner(llava.model):
+        refused(lambda: llava.model.generate(**inputs, cache_implementation="static"), "static")
+        refused(lambda: llava.model(**inputs | {"attention_mask": mask}), "(batch, length)")
+
+
+@pytest.mark.slow
+@form("a model or module that is compiled before, inside or after the block", "refused inside it",
+      "hooks do not run in compiled code")  # fmt: skip
+@pytest.mark.parametrize("name", ["divprune", "fastv"])
+@torch.inference_mode()
+def test_compiled_models(name, llava):
+    model, inputs, pruner = llava.model, llava.inputs(ALONE), method(name, llava)
+    plain = model(**inputs).logits
+    language = model.model.language_model
+
+    def module(target):
+        target.compile(backend="eager")
+        return model, lambda: vars(target).__setitem__("_compiled_call_impl", None)
+
+    def forward():
+        model.forward = torch.compile(model.forward, backend="eager")
+        return model, lambda: delattr(model, "forward")
+
+    def function():
+        whole = torch.compile(lambda **given: model(**given), backend="eager")
+        return whole, lambda: None
+
+    ways = [
+        lambda: (torch.compile(model, backend="eager"), lambda: None),
+        lambda: module(model), lambda: module(language), forward, function,
+    ]  # fmt: skip
+    for way in ways:
+        for before in (True, False):
+            torch._dynamo.reset()
+            compiled, undo = way()
+            if before:
+                compiled(**inputs)
+            else:
+                undo()
+            try:
+                with pruner(model):
+                    if not before:
+                        compiled, undo = way()
+                    refused(lambda call=compiled: call(**inputs), "compiled")
+            except InputError as refusal:
+                assert "compiled" in str(refusal)
+            close(compiled(**inputs).logits, plain)
+            undo()
+    torch._dynamo.reset()
+    with pruner(model):
+        assert model(**inputs).logits.shape[1] < plain.shape[1]
+
+
+@form("a copy of the model, made inside a block", "exact", "the copy is not pruned")
+@pytest.mark.parametrize("name", METHODS)
+@torch.inference_mode()
+def test_copies(name, llava):
+    inputs = llava.inputs(ALONE)
+    plain = llava.model(**inputs).logits
+    with method(name, llava)(llava.model):
+        copied = copy.deepcopy(llava.model)
+        pruned = llava.model(**inputs).logits
+        close(copied(**inputs).logits, plain)
+        with method(name, llava)(copied):
+            close(copied(**inputs).logits, pruned)
+    close(copied(**inputs).logits, plain)
+
+
+@form("several threads in one block", "exact", "a forward carries its own state")
+@pytest.mark.parametrize("name", METHODS)
+def test_threads(name, llava):
+    prompts = [llava.inputs([[([n], text)]]) for n in range(4) for text in ("red?", "Is it a 7?")]
+    with method(name, llava)(llava.model):
+        expected = [greedy(llava, inputs).sequences for inputs in prompts]
+        found = [None] * len(prompts)
+
+        def run(first):
+            for number in range(first, len(prompts), 4):
+                found[number] = greedy(llava, prompts[number]).sequences
+
+        threads = [threading.Thread(target=run, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@form(
+    "leaving the block while another thread generates", "refused", "that thread's cache is pruned"
+)
+def test_a_block_left_while_a_thread_generates(llava):
+    inputs, errors = llava.inputs(ALONE), []
+    started, left = threading.Event(), threading.Event()
+
+    class Wait(hf.StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            started.set()
+            left.wait(30)
+            return torch.tensor([False])
+
+    def run():
+        try:
+            greedy(llava, inputs, stopping_criteria=[Wait()])
+        except InputError as error:
+            errors.append(str(error))
+
+    with method("fastv", llava)(llava.model):
+        thread = threading.Thread(target=run)
+        thread.start()
+        started.wait(30)
+    left.set()
+    thread.join()
+    assert len(errors) == 1 and "pruning block" in errors[0]
+
+
+@form("a block inside a block of the same model", "refused", "combine methods: `divprune+fastv`")
+@pytest.mark.parametrize("outer", METHODS)
+@pytest.mark.parametrize("inner", ["divprune", "fastv", "divprune+adaptinfer"])
+@torch.inference_mode()
+def test_nested_blocks(outer, inner, llava):
+    inputs, before = llava.inputs(ALONE), snapshot(llava.model)
+    with method(outer, llava)(llava.model):
+        expected = llava.model(**inputs).logits
+        refused(lambda: method(inner, llava)(llava.model).__enter__(), "divprune+fastv")
+        close(llava.model(**inputs).logits, expected)
+    assert snapshot(llava.model) == before
+
+
+@form(
+    "a model with its own `generate`, hooks and forwards", "exact", "they are used, and come back"
+)
+@pytest.mark.parametrize("name", METHODS)
+@torch.inference_mode()
+def test_what_was_there_comes_back(name, llava):
+    model, calls, inputs = llava.model, [], llava.inputs(ALONE)
+    plain = model.generate(**inputs, max_new_tokens=2)
+    generate, encode = model.generate, model.model.get_image_features
+
+    def own_generate(*args, **kwargs):
+        calls.append("generate")
+        return generate(*args, **kwargs)
+
+    def own_encode(pixel_values, **kwargs):
+        calls.append("encode")
+        return encode(pixel_values, **kwargs)
+
+    def hook(*_):
+        calls.append("hook")
+
+    model.generate, model.model.get_image_features = own_generate, own_encode
+    handle = model.model.language_model.register_forward_pre_hook(hook)
+    try:
+        before = snapshot(model)
+        for layer in (None, model.model.language_model.layers[2].self_attn.q_proj):
+            if layer is None:
+                with method(name, llava)(model):
+                    model.generate(**inputs, max_new_tokens=2)
+            else:
+                with failing(layer), method(name, llava)(model):
+                    model.generate(**inputs, max_new_tokens=2)
+            assert snapshot(model) == before
+            assert model.generate is own_generate
+            assert model.model.get_image_features is own_encode
+        assert set(calls) == {"generate", "encode", "hook"}
+    finally:
+        handle.remove()
+        del model.generate, model.model.get_image_features
+    assert torch.equal(model.generate(**inputs, max_new_tokens=2), plain)
+
+
+@form(
+    "`labels`, `Trainer`",
+    "exact",
+    "labels are shortened with the prompt; gradients flow to the tower",
+)
+@pytest.mark.parametrize("name", METHODS)
+def test_labels_and_gradients(name, llava):
+    model, inputs = copy.deepcopy(llava.model), llava.inputs(ROWS)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels[labels == model.config.image_token_id] = -100
+    given = labels.clone()
+
+    def gradients(block=None):
+        model.zero_grad()
+        if block is None:
+            loss = model(**inputs, labels=labels).loss
+        else:
+            with block(model):
+                loss = model(**inputs, labels=labels).loss
+        loss.backward()
+        own = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return loss.detach(), own
+
+    loss, plain = gradients()
+    kept_all, ours = gradients(method(name, llava, budget=1.0))
+    close(kept_all, loss)
+    assert ours.keys() == plain.keys()
+    for parameter, gradient in plain.items():
+        torch.testing.assert_close(ours[parameter], gradient, atol=1e-4, rtol=1e-3, msg=parameter)
+    assert torch.equal(labels, given)
+    _, pruned = gradients(method(name, llava))
+    for part in ("vision_tower", "multi_modal_projector", "language_model"):
+        assert any(part in n and float(g.abs().sum()) > 0 for n, g in pruned.items())
+    with method(name, llava)(model), torch.no_grad():
+        out = model(**inputs, labels=labels)
+    # the loss is that of the logits that there are
+    rows = [row[row != -100] for row in labels]
+    predicted = [logits[-len(row) - 1 : -1] for logits, row in zip(out.logits, rows, strict=True)]
+    assert out.logits.shape[1] < labels.shape[1] and all(map(len, predicted))
+
+
+@form(
+    "`Trainer.train` and `Trainer.evaluate` inside a block",
+    "exact",
+    "any model of a supported family",
+)
+@pytest.mark.parametrize("name", ["divprune", "fastv"])
+def test_a_trainer_inside_a_block(name, llava, tmp_path):
+    pytest.importorskip("accelerate")
+    model, rows = copy.deepcopy(llava.model), [llava.inputs(ALONE) for _ in range(2)]
+    samples = [{k: v[0] for k, v in row.items()} for row in rows]
+    for sample in samples:
+        sample["labels"] = sample["input_ids"].clone()
+    options = hf.TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=1, per_device_eval_batch_size=1, max_steps=2,
+        report_to=[], save_strategy="no", learning_rate=0.01, use_cpu=True, disable_tqdm=True,
+        logging_strategy="no",
+    )  # fmt: skip
+    trainer = hf.Trainer(model, options, train_dataset=samples, eval_dataset=samples)
+    with method(name, llava)(model):
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] < before
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+@form("a PEFT model", "exact", "the model inside is pruned, adapters included")
+@pytest.mark.parametrize("name", ["divprune", "fastv", "divprune+adaptinfer"])
+@torch.inference_mode()
+def test_a_peft_model(name, llava):
+    peft = pytest.importorskip("peft")
+    inputs, model = llava.inputs(ALONE), copy.deepcopy(llava.model)
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    with method(name, llava)(adapted):
+        ours = adapted(**inputs).logits
+        generated = adapted.generate(**inputs, max_new_tokens=3)
+    merged = adapted.merge_and_unload()
+    with method(name, llava)(merged):
+        close(ours, merged(**inputs).logits, atol=1e-4)
+        assert torch.equal(generated, merged.generate(**inputs, max_new_tokens=3))
+
+
+@form("`torch.autocast`", "exact", "methods choose in the precision that the model runs in")
+@pytest.mark.parametrize("name", METHODS)
+@torch.inference_mode()
+def test_autocast(name, llava):
+    inputs = llava.inputs(ALONE)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = llava.model(**inputs).logits
+        with method(name, llava, budget=1.0)(llava.model):
+            close(llava.model(**inputs).logits.float(), plain.float(), atol=0.2)
+        with method(name, llava)(llava.model):
+            assert torch.isfinite(llava.model(**inputs).logits).all()
+
+
+@form("beams, `num_return_sequences`", "exact", "rows repeat with their images")
+@pytest.mark.parametrize("name", METHODS)
+@torch.inference_mode()
+def test_repeated_rows(name, family):
+    inputs, pruner = family.inputs([ROWS[2]]), method(name, family)
+    steps = {"max_new_tokens": 4, "min_new_tokens": 4}
+    with pruner(family.model):
+        beams = family.model.generate(**inputs, **steps, num_beams=3, num_return_sequences=2)
+        anew = family.model.generate(
+            **inputs, **steps, num_beams=3, num_return_sequences=2, use_cache=False
+        )
+    assert torch.equal(beams, anew)
+
+
+@form("Qwen without `mm_token_type_ids`", "exact", "plain positions, as transformers then uses")
+@pytest.mark.parametrize("name", ["divprune", "fastv"])
+@torch.inference_mode()
+def test_qwen_without_token_types(name):
+    tiny = Tiny("qwen2_5_vl")
+    inputs = tiny.inputs(ALONE)
+    del inputs["mm_token_type_ids"]
+    plain = greedy(tiny, inputs)
+    with method(name, tiny, budget=1.0)(tiny.model):
+        out = greedy(tiny, inputs)
+    for ours, theirs in zip(out.logits, plain.logits, strict=True):
+        close(ours, theirs)
+
+
+def page():
+    """docs/call_forms.md."""
+    lines = [f"| {one.call} | {one.outcome} | {one.how} |" for one in FORMS]
+    return "\n".join([
+        "# How a pruned model may be called", "",
+        "Inside `with pruner(model):` a call is exact, which means that it gives what the same call",
+        "gives for the tokens that are kept, or refused by one line that says what would be right.",
+        "Each line of this table is a test of `tests/pruning/test_call_forms.py`, which writes it.",
+        "",
+        "- Logits, hidden states and labels of a direct forward have the length of what is kept;",
+        "  `generate`, stopping rules, streamers and caches see the full prompt.",
+        "- `logits_to_keep=k` says that the last k - 1 tokens are no part of the prompt: assisted",
+        "  decoding passes its drafts so. Without a cache, a prompt that goes on about the same image",
+        "  tensor is the same prompt.",
+        "",
+        "| call | outcome | how |", "|---|---|---|", *lines, "",
+    ])  # fmt: skip
+
+
+def test_the_page_says_what_is_tested():
+    assert PAGE.read_text(encoding="utf-8") == page()
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
