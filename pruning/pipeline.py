@@ -31,7 +31,7 @@ class PrunedVLM:
         name: str = "tiny",
         pruner: str = "none",
         budget: float = 64,
-        device: str = "cpu",
+        device: str = "auto",
         dtype: str = "auto",
         **hyperparameters: Any,
     ) -> "PrunedVLM":

@@ -1,8 +1,10 @@
 """Loading a model and its processor; whatever is wrong with them is said in one line."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
+from vlm_prune.vlm.adapter import add_adapter, base_of, is_adapter
 from vlm_prune.vlm.checkpoint import (
     check_pixels,
     load_weights,
@@ -17,39 +19,82 @@ from vlm_prune.vlm.tiny import checkpoint_path
 
 EMBEDDED = {"tiny": checkpoint_path()}
 PROMPT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+QUANTIZATIONS = {
+    "bnb-4bit": "bitsandbytes",
+    "bnb-8bit": "bitsandbytes",
+    "torchao-int8": "torchao",
+    "torchao-int4": "torchao",
+}
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def load(name: str = "tiny", device: str = "cpu", dtype: str = "auto") -> tuple[Any, Any]:
+def load(
+    name: str = "tiny",
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    device_map: str | dict[str, Any] | None = None,
+    quantization: str | None = None,
+    attn: str | None = None,
+    adapter: str | None = None,
+) -> tuple[Any, Any]:
     """Return a model and its processor from an embedded checkpoint, a folder, or a hub name.
 
-    Only safetensors are read, and no code from the checkpoint is run. `auto` is fp32 on a CPU and
-    the checkpoint's own type elsewhere.
+    Only safetensors are read, and no code from the checkpoint is run. A folder that holds a PEFT
+    adapter alone is loaded with the base model that it names.
 
     Args:
-        name: `tiny`, the folder of a checkpoint, or `owner/model`.
-        device: where to put the model.
-        dtype: one of `DTYPES`.
+        name: `tiny`, the folder of a checkpoint or of an adapter, or `owner/model`.
+        device: where to put the model; `auto` is a GPU if there is one, else the CPU.
+        dtype: one of `DTYPES`; `auto` is fp32 on a CPU and the checkpoint's own type elsewhere.
+        device_map: `auto` spreads the model over GPUs, CPU memory and disk, as accelerate does; or a
+            map of its own from module to device. `device` is not used then.
+        quantization: one of `QUANTIZATIONS`.
+        attn: the attention kernel, one of `ATTENTION`; the library's choice unless given.
+        adapter: the folder or hub name of a PEFT adapter (LoRA) on the model.
 
     Raises:
         InputError: if there is no such checkpoint, device or type, the checkpoint is damaged or of
-            an unsupported family, or weights are missing, not finite or more than its configuration
-            describes.
+            an unsupported family, weights are missing, not finite or more than its configuration
+            describes, or a library for what was asked for is missing or refuses.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    target, kind = device_of(device), _dtype(dtype, device)
+    target = device_of(device)
+    options: dict[str, Any] = {"dtype": _dtype(dtype, target.type if device_map is None else "")}
+    if attn is not None and attn not in ATTENTION:
+        raise InputError(unknown("attention", attn, ATTENTION))
+    if isinstance(device_map, str) and device_map != "auto":
+        raise InputError(unknown("device map", device_map, ["auto"]))
     with naming(f"cannot load model {name!r}"):
+        if adapter is None and is_adapter(name):
+            adapter, name = name, base_of(name)
         view = view_of(locate(name, EMBEDDED))
         config = _config(view)
-        model = load_weights(AutoModelForImageTextToText, view, config, dtype=kind)
+        if attn is not None:
+            options["attn_implementation"] = attn
+        if quantization is not None:
+            options["quantization_config"] = _quantization(quantization)
+        placed = device_map is not None or quantization is not None
+        if placed:
+            options["device_map"] = device_map or {"": target}
+            options["offload_folder"] = str(view / "offload")
+        model = load_weights(AutoModelForImageTextToText, view, config, **options)
+        if quantization is not None:
+            _check_quantized(model)
         with naming("its tokenizer or image processor cannot be used"):
             processor = AutoProcessor.from_pretrained(view, trust_remote_code=False)
         check_processor(processor, config)
-        return _named(model.to(target).eval(), processor, processor.tokenizer, name)
+        model, _ = _named(
+            model if placed else model.to(target), processor, processor.tokenizer, name
+        )
+    if adapter is not None:
+        add_adapter(model, adapter)
+    return model.eval(), processor
 
 
-def load_language(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[Any, Any]:
+def load_language(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
     """Return a text-only language model and its tokenizer, from a folder or a hub name.
 
     Only safetensors are read, and no code from the checkpoint is run; `device` and `dtype` are as
@@ -60,7 +105,8 @@ def load_language(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    target, kind = device_of(device), _dtype(dtype, device)
+    target = device_of(device)
+    kind = _dtype(dtype, target.type)
     with naming(f"cannot load model {name!r}"):
         view = view_of(locate(name, EMBEDDED))
         config = read_config(view)
@@ -106,32 +152,77 @@ def config_of(name: str) -> Any:
         InputError: if there is no such checkpoint, or its family is unsupported.
     """
     with naming(f"cannot load model {name!r}"):
+        name = base_of(name) if is_adapter(name) else name
         return _config(view_of(locate(name, EMBEDDED, weights=False), weights=False))
 
 
 def device_of(name: str) -> Any:
-    """Return the device of a name.
+    """Return the device of a name; `auto` is the accelerator of this machine, or the CPU.
 
     Raises:
         InputError: if there is no such kind of device, or none here.
     """
     import torch
 
+    if name == "auto":
+        found = (
+            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        )
+        return found or torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"unknown device {name!r}; give cpu, cuda, cuda:1 or mps") from None
+        raise InputError(f"unknown device {name!r}; give auto, cpu, cuda, cuda:1 or mps") from None
     try:
         torch.empty(1, device=device).cpu()
     except Exception as error:
-        raise InputError(f"there is no device {name!r} here; give cpu") from error
+        raise InputError(f"there is no device {name!r} here; give auto or cpu") from error
     return device
+
+
+def choose_device(name: str) -> str:
+    """Return the name of a device, and say on the error stream which GPU `auto` has become."""
+    if name != "auto":
+        return name
+    chosen = str(device_of(name))
+    if chosen != "cpu":
+        print(f"device: {chosen}", file=sys.stderr)
+    return chosen
 
 
 def _dtype(name: str, device: str) -> str:
     if name not in DTYPES:
         raise InputError(unknown("dtype", name, DTYPES))
     return "float32" if name == "auto" and device == "cpu" else name
+
+
+def _quantization(name: str) -> Any:
+    """The library's configuration of a quantization."""
+    from importlib import import_module
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    if name not in QUANTIZATIONS:
+        raise InputError(unknown("quantization", name, QUANTIZATIONS))
+    library = QUANTIZATIONS[name]
+    if find_spec(library) is None:
+        raise InputError(f"{name} needs {library}: pip install {library}")
+    if library == "bitsandbytes":
+        return BitsAndBytesConfig(load_in_4bit=name == "bnb-4bit", load_in_8bit=name == "bnb-8bit")
+    kinds = import_module("torchao.quantization")
+    kind = kinds.Int8WeightOnlyConfig if name == "torchao-int8" else kinds.Int4WeightOnlyConfig
+    return TorchAoConfig(quant_type=kind())
+
+
+def _check_quantized(model: Any) -> None:
+    """Refuse a model that a library left as it was: it skips modules whose width it cannot pack."""
+    import torch
+
+    plain = (torch.Tensor, torch.nn.Parameter)
+    weights = list(model.parameters())
+    if all(type(w.data) in plain and w.is_floating_point() for w in weights):
+        raise InputError("its modules are too narrow for this quantization; leave it out")
 
 
 def _config(view: Path) -> Any:

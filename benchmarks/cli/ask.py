@@ -5,7 +5,18 @@ from typing import Annotated
 
 import typer
 
-from vlm_prune.benchmarks.cli.options import Device, Dtype, Method, Model, OneBudget, parse_budget
+from vlm_prune.benchmarks.cli.options import (
+    Adapter,
+    Attn,
+    Device,
+    DeviceMap,
+    Dtype,
+    Method,
+    Model,
+    OneBudget,
+    Quantization,
+    parse_budget,
+)
 from vlm_prune.benchmarks.cli.terminal import quiet
 
 
@@ -15,14 +26,25 @@ def ask(
     model: Model = "tiny",
     method: Method = "zoo",
     budget: OneBudget = "64",
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    quantization: Quantization = None,
+    attn: Attn = None,
+    adapter: Adapter = None,
 ) -> None:
     """Answer one question about one image with a pruned model."""
     from vlm_prune.pruning.pipeline import PrunedVLM
+    from vlm_prune.pruning.registry import build
     from vlm_prune.vlm.common.images import open_image
+    from vlm_prune.vlm.load import load
 
     quiet()
     picture = open_image(image)
-    vlm = PrunedVLM.from_pretrained(model, method, parse_budget(budget), device, dtype)
+    pruner = build(method, budget=parse_budget(budget))
+    loaded = load(
+        model, device, dtype, device_map=device_map, quantization=quantization, attn=attn,
+        adapter=adapter,
+    )  # fmt: skip
+    vlm = PrunedVLM(*loaded, pruner)
     print(vlm.answer(picture, question))

@@ -32,7 +32,7 @@ def bench(
     batch: Annotated[int, typer.Option(min=1, help="Prompts per call, one image each.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Measured calls of each model.")] = 10,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens answered per prompt.")] = 16,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
     layers: Annotated[
         int | None, typer.Option(help="Decoder layers, where all are too many for the machine.")

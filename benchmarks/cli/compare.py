@@ -5,16 +5,20 @@ from typing import Annotated
 import typer
 
 from vlm_prune.benchmarks.cli.options import (
+    Adapter,
     AllowOutside,
+    Attn,
     BatchSize,
     Budgets,
     DataRoot,
     Device,
+    DeviceMap,
     Dtype,
     Limit,
     Model,
     Output,
     Positions,
+    Quantization,
     ScheduleFile,
     Seed,
     Split,
@@ -35,8 +39,12 @@ def compare(
     tasks: Tasks = "visual",
     limit: Limit = 200,
     batch_size: BatchSize = 8,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    quantization: Quantization = None,
+    attn: Attn = None,
+    adapter: Adapter = None,
     seed: Seed = 0,
     positions: Positions = "auto",
     schedule: ScheduleFile = None,
@@ -74,7 +82,8 @@ def compare(
     variants = with_schedule(variants, schedule)
     configs = run_configs(
         variants, split, tasks, limit, model=model, batch_size=batch_size, device=device,
-        dtype=dtype, seed=seed,
+        dtype=dtype, seed=seed, device_map=device_map, quantization=quantization, attn=attn,
+        peft=adapter,
     )  # fmt: skip
     names = [f"{variant.method}-{variant.budget}" for variant in variants]
     runs, folders = execute(configs, output, names, root_of(data_root, allow_outside))

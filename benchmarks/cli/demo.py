@@ -14,7 +14,7 @@ def demo(
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve at.")] = 7860,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
     """Serve a page to try methods on: answers, kept tokens and times, pruned and unpruned."""

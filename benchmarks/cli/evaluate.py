@@ -5,10 +5,13 @@ from typing import Annotated, Any
 import typer
 
 from vlm_prune.benchmarks.cli.options import (
+    Adapter,
     AllowOutside,
+    Attn,
     BatchSize,
     DataRoot,
     Device,
+    DeviceMap,
     Dtype,
     Limit,
     Method,
@@ -17,6 +20,7 @@ from vlm_prune.benchmarks.cli.options import (
     OneBudget,
     Output,
     Positions,
+    Quantization,
     ScheduleFile,
     Seed,
     Split,
@@ -41,8 +45,12 @@ def evaluate(
     tasks: Tasks = "visual",
     limit: Limit = 200,
     batch_size: BatchSize = 8,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    quantization: Quantization = None,
+    attn: Attn = None,
+    adapter: Adapter = None,
     seed: Seed = 0,
     positions: Positions = "auto",
     method_args: MethodArgs = "",
@@ -65,7 +73,8 @@ def evaluate(
 
     common: dict[str, Any] = {
         "model": model, "limit": limit, "batch_size": batch_size, "device": device,
-        "dtype": dtype, "seed": seed, "wings": wings,
+        "dtype": dtype, "seed": seed, "wings": wings, "device_map": device_map,
+        "quantization": quantization, "attn": attn, "peft": adapter,
     }  # fmt: skip
     given = {name for name in context.params if _is_given(context, name)}
     if suite is not None:

@@ -51,7 +51,7 @@ def evaluate(
     context: Annotated[str, typer.Option(help="own or gold earlier replies.")] = "own",
     limit: Annotated[int | None, typer.Option(min=1, help="Conversations of a setting.")] = None,
     allow_outside: AllowOutside = False,
-    device: Device = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Score the last turn of each conversation."""
     from vlm_prune.benchmarks.experiments.iit.evaluate import evaluate

@@ -28,7 +28,26 @@ Tasks = Annotated[
 ]
 Limit = Annotated[int, typer.Option(min=1, help="Questions in all, spread evenly over the tasks.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Questions answered together.")]
-Device = Annotated[str, typer.Option(help="A torch device: cpu, cuda, cuda:1, mps.")]
+
+
+def _device(name: str) -> str:
+    from vlm_prune.vlm.load import choose_device
+
+    return choose_device(name)
+
+
+Device = Annotated[
+    str,
+    typer.Option(callback=_device, help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps."),
+]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="auto spreads the model over GPUs, CPU memory and disk.")
+]
+Quantization = Annotated[
+    str | None, typer.Option(help="bnb-4bit, bnb-8bit, torchao-int8 or torchao-int4.")
+]
+Attn = Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2 or flex_attention.")]
+Adapter = Annotated[str | None, typer.Option(help="Folder or hub name of a PEFT LoRA.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")]
 Seed = Annotated[int, typer.Option(min=0, help="Decides questions and random draws.")]
 Positions = Annotated[

@@ -74,11 +74,19 @@ def _run(
     with ExitStack() as stack:
         runs = [stack.enter_context(RunFolder(*own)) for own in zip(folders, configs, strict=True)]
         advance = stack.enter_context(progress(first.limit))
+        loading = {
+            "device_map": first.device_map, "quantization": first.quantization,
+            "attn": first.attn, "adapter": first.peft,
+        }  # fmt: skip
         if lmms_eval.needed(first.tasks):
+            if any(loading.values()):
+                raise InputError(
+                    "--device-map, --quantization, --attn and --adapter are for the embedded tasks"
+                )
             from vlm_prune.benchmarks.lmms_eval.run import evaluate as evaluate_lmms
 
             return evaluate_lmms(runs, data_root, advance), runs
-        model, processor = load(first.model, first.device, first.dtype)
+        model, processor = load(first.model, first.device, first.dtype, **loading)
         if first.wings is not None:
             from vlm_prune.learners import from_pretrained
 

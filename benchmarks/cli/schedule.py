@@ -32,7 +32,7 @@ def schedule(
     cuts: Annotated[int, typer.Option(min=1, max=3, help="Cuts to propose, at most.")] = 3,
     limit: Limit = 200,
     batch_size: BatchSize = 8,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
     output: Annotated[Path, typer.Option(help="Folder for schedule.json and schedule.png.")] = Path(

@@ -29,7 +29,7 @@ def search(
         int, typer.Option(min=1, help="Questions of the last round, and of the comparison.")
     ] = 360,
     batch_size: BatchSize = 8,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
     output: Annotated[

@@ -64,7 +64,8 @@ class Variant:
 class RunConfig:
     """What decides a run's results; a folder holds the results of one.
 
-    `wings` is an adapter that the pruned and the unpruned model both have.
+    `wings` and `peft` are adapters that the pruned and the unpruned model both have; `device_map`,
+    `quantization` and `attn` are those of `load`.
     """
 
     model: str
@@ -77,6 +78,10 @@ class RunConfig:
     seed: int = 0
     split: str = "test"
     wings: str | None = None
+    device_map: str | None = None
+    quantization: str | None = None
+    attn: str | None = None
+    peft: str | None = None
 
 
 def samples_of(tasks: tuple[str, ...], limit: int, seed: int, split: str) -> list[Sample]:
@@ -103,6 +108,8 @@ class RunFolder:
         self.settings = asdict(config)
         if config.wings is not None:  # an adapter may change under its name
             self.settings["adapter"] = adapter_digest(config.wings)
+        if config.peft is not None:
+            self.settings["peft_digest"] = adapter_digest(config.peft)
         self.rows: dict[str, dict[str, Any]] = {}
         if int(os.environ.get("RANK", "0")) > 0:
             return

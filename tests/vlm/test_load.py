@@ -11,7 +11,7 @@ from tiny_families import Tiny
 from transformers import AutoModelForImageTextToText
 
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.load import family_type, load, load_language
+from vlm_prune.vlm.load import QUANTIZATIONS, family_type, load, load_language
 
 
 @pytest.fixture(scope="module")
@@ -431,7 +431,10 @@ def test_a_hub_name_is_read_from_the_cache(saved, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "gpu"}, "unknown device 'gpu'; give cpu, cuda"),
+        ({"device": "gpu"}, "unknown device 'gpu'; give auto, cpu, cuda"),
+        ({"attn": "flash"}, "unknown attention 'flash'"),
+        ({"quantization": "4bit"}, "unknown quantization '4bit'; did you mean 'bnb-4bit'?"),
+        ({"device_map": "balanced"}, "unknown device map 'balanced'"),
         ({"device": "cuda:99"}, "there is no device 'cuda:99' here"),
         ({"device": "meta"}, "there is no device 'meta' here"),
         ({"device": ""}, "unknown device ''"),
@@ -442,3 +445,155 @@ def test_wrong_devices_and_types(options, message):
     with pytest.raises(InputError) as caught:
         load("tiny", **options)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+@pytest.fixture(scope="module")
+def shown():
+    """A LLaVA and a prompt with a picture."""
+    tiny = Tiny("llava")
+    return tiny, tiny.inputs([[([0], "Is there a 7?")]])
+
+
+@pytest.mark.parametrize(
+    ("options", "close"),
+    [
+        ({}, 0),
+        ({"device": "auto", "attn": "sdpa"}, 0),
+        ({"attn": "eager"}, 1e-4),
+        ({"attn": "flex_attention"}, 1e-4),
+        ({"device_map": "auto"}, 1e-5),
+        (
+            {"device_map": {"model.vision_tower": "cpu", "model.multi_modal_projector": "disk",
+                            "model.language_model": "disk", "lm_head": "cpu"}},
+            1e-5,
+        ),
+        ({"quantization": "torchao-int8"}, 1.0),
+        ({"quantization": "bnb-8bit"}, 1.0),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_each_way_of_loading_answers_alike(options, close, saved, shown):
+    """Attention kernels, CPU and disk, and integers; the projector is part of what is spread."""
+    if library := QUANTIZATIONS.get(options.get("quantization", "")):
+        pytest.importorskip(library)
+    if "device_map" in options:
+        pytest.importorskip("accelerate")
+    tiny, inputs = shown
+    model, _ = load(str(saved), **options)
+    found = logits(model, inputs)
+    assert (found - logits(tiny.model, inputs)).abs().max() <= close
+    if "quantization" in options:
+        assert not torch.equal(found, logits(tiny.model, inputs))
+    if isinstance(options.get("device_map"), dict):
+        assert all(p.is_meta for p in model.model.language_model.parameters())
+    if "attn" in options:
+        assert model.config._attn_implementation == options["attn"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the refusals of a machine without a GPU")
+def test_what_this_machine_cannot_do_is_the_librarys_own_line(saved):
+    assert "FlashAttention2" in refused(saved, attn="flash_attention_2")
+    pytest.importorskip("torchao")
+    narrow = refused(saved, quantization="torchao-int4")
+    assert "too narrow for this quantization" in narrow
+
+
+def test_a_library_that_is_missing_is_named(saved, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    assert "bnb-4bit needs bitsandbytes: pip install" in refused(saved, quantization="bnb-4bit")
+
+
+@pytest.fixture
+def adapter(saved, tmp_path):
+    """The folder of a LoRA on decoder and projector, and the logits that it gives."""
+    peft = pytest.importorskip("peft")
+
+    def make(inputs, **options):
+        model, _ = load(str(saved))
+        options = {"target_modules": ["q_proj", "linear_1"], "r": 4, "lora_alpha": 8} | options
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(**options))
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in wrapped.named_parameters():
+                if "lora_" in name or "modules_to_save" in name:
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+        wrapped.save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter", logits(wrapped.eval(), inputs)
+
+    return make
+
+
+PEFT_WARNS = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+
+
+@PEFT_WARNS
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_dora": True},
+        {"modules_to_save": ["multi_modal_projector"], "target_modules": ["k_proj"]},
+    ],
+    ids=str,
+)
+def test_an_adapter_answers_as_under_peft(options, adapter, saved, shown):
+    _, inputs = shown
+    folder, expected = adapter(inputs, **options)
+    for model, _ in (load(str(saved), adapter=str(folder)), load(str(folder))):
+        assert type(model).__name__ == "LlavaForConditionalGeneration"
+        assert torch.equal(logits(model, inputs), expected)
+        assert not torch.equal(expected, logits(shown[0].model, inputs))
+    assert family_type(str(folder)).__name__ == "Llava"
+
+
+@PEFT_WARNS
+def test_an_adapter_of_a_stranger_runs_nothing_and_is_refused_in_one_line(
+    adapter, saved, shown, tmp_path, monkeypatch
+):
+    folder, _ = adapter(shown[1])
+    marker, weights = tmp_path / "marker", folder / "adapter_model.safetensors"
+    code = f"import pathlib\npathlib.Path({str(marker)!r}).write_text('ran')\n"
+    (tmp_path / "evil_module.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    whole, tensors = (folder / "adapter_config.json").read_text(), load_file(weights)
+
+    def attempt(**values):
+        (folder / "adapter_config.json").write_text(whole)
+        change(folder, "adapter_config.json", **values)
+        try:
+            load(str(saved), adapter=str(folder))
+        except InputError as error:
+            assert "\n" not in str(error)
+            return str(error)
+        return ""
+
+    mapping = {"parent_library": "evil_module", "base_model_class": "Evil"}
+    assert not attempt(auto_mapping=mapping, megatron_config={"a": 1}, megatron_core="evil_module")
+    for values, message in (
+        ({"peft_type": "XLORA"}, "its peft_type is 'XLORA'; LORA is supported"),
+        ({"layer_replication": [[0, 1]]}, "its option 'layer_replication' is not supported"),
+        ({"r": "4"}, "is damaged"), ({"r": 10**12}, "rank"), ({"r": None}, "is damaged"),
+        ({"target_modules": None}, "is damaged"), ({"target_modules": ["nothing"]}, "cannot load"),
+        ({"r": 8}, "where the configuration describes"), ({"rank_pattern": []}, "is damaged"),
+    ):  # fmt: skip
+        assert message in attempt(**values)
+    (folder / "adapter_config.json").write_text(whole)
+    name = next(iter(tensors))
+    for changed, message in (
+        (tensors | {name: tensors[name] * torch.nan}, "not finite"),
+        ({n: t for n, t in tensors.items() if n != name}, "the weights lack tensors"),
+        (tensors | {"extra": torch.ones(1)}, "which the configuration does not describe"),
+    ):
+        save_file(changed, weights)
+        assert message in refused(saved, adapter=str(folder))
+    weights.unlink()
+    torch.save(tensors, folder / "adapter_model.bin")
+    assert "a pickle, which is not read" in refused(saved, adapter=str(folder))
+    change(folder, "adapter_config.json", base_model_name_or_path=None)
+    assert "names no base model" in refused(folder)
+    assert not marker.exists()

@@ -39,7 +39,7 @@ CASES = {
         "negated 'no' is neither",
     ),
     "argument form": (["--method-args", "step"], "name=value"),
-    "device": (["--device", "gpu"], "unknown device 'gpu'; give cpu, cuda"),
+    "device": (["--device", "gpu"], "unknown device 'gpu'; give auto, cpu, cuda"),
     "no such device": (["--device", "cuda:99"], "there is no device 'cuda:99' here"),
     "dtype": (["--dtype", "float31"], "did you mean 'float32'"),
     "seed": (["--seed", "-1"], "greater than or equal to 0"),
