@@ -65,6 +65,8 @@ def load(
     options: dict[str, Any] = {"dtype": _dtype(dtype, target.type if device_map is None else "")}
     if attn is not None and attn not in ATTENTION:
         raise InputError(unknown("attention", attn, ATTENTION))
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise InputError(unknown("quantization", quantization, QUANTIZATIONS))
     if isinstance(device_map, str) and device_map != "auto":
         raise InputError(unknown("device map", device_map, ["auto"]))
     with naming(f"cannot load model {name!r}"):
@@ -201,13 +203,11 @@ def _quantization(name: str) -> Any:
     from importlib import import_module
     from importlib.util import find_spec
 
-    from transformers import BitsAndBytesConfig, TorchAoConfig
-
-    if name not in QUANTIZATIONS:
-        raise InputError(unknown("quantization", name, QUANTIZATIONS))
     library = QUANTIZATIONS[name]
     if find_spec(library) is None:
         raise InputError(f"{name} needs {library}: pip install {library}")
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
     if library == "bitsandbytes":
         return BitsAndBytesConfig(load_in_4bit=name == "bnb-4bit", load_in_8bit=name == "bnb-8bit")
     kinds = import_module("torchao.quantization")
