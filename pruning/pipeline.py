@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
 
 from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.chat import encode_prompts, render
+from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.images import ImageSource
 from vlm_prune.vlm.load import load
 
@@ -24,6 +26,7 @@ class PrunedVLM:
 
     def __init__(self, model: Any, processor: Any, pruner: Any | None = None) -> None:
         self.model, self.processor, self.pruner = model, processor, pruner
+        self.lock = Lock()
 
     @classmethod
     def from_pretrained(
@@ -56,8 +59,11 @@ class PrunedVLM:
         """The same for several images at once, one question about each.
 
         Raises:
-            InputError: if an image or a question cannot be used.
+            InputError: if an image or a question cannot be used, or more than one reply to each
+                question is asked for.
         """
+        if generation.get("num_return_sequences", 1) != 1:
+            raise InputError("there is one reply to each question; leave out num_return_sequences")
         prompts = [
             render(
                 self.processor,
@@ -69,14 +75,19 @@ class PrunedVLM:
         rows = [[image] for image in images]
         inputs = encode_prompts(self.model, self.processor, prompts, rows)
         block = nullcontext() if self.pruner is None else self.pruner(self.model)
-        with torch.inference_mode(), block as trace:
+        # a model is inside one block at a time
+        with self.lock, torch.inference_mode(), block as trace:
             output = self.model.generate(**inputs, **generation)
+        output = output if isinstance(output, torch.Tensor) else output.sequences
         texts = self.processor.batch_decode(
             output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )
         counts: list[tuple[int | None, int | None]] = [(None, None)] * len(texts)
         if trace is not None:
-            counts = list(zip(trace.available, map(len, trace.kept), strict=True))
+            # beam search repeats a prompt with its image, whose first copy counts
+            copies = len(trace.available) // len(texts)
+            kept = map(len, trace.kept[::copies])
+            counts = list(zip(trace.available[::copies], kept, strict=True))
         return [Reply(text.strip(), *each) for text, each in zip(texts, counts, strict=True)]
 
 

@@ -130,6 +130,20 @@ def test_replies_are_what_the_images_get_alone(tiny, pruner):
             assert 0 < reply.kept_tokens < reply.image_tokens
 
 
+@pytest.mark.parametrize("pruner", [None, DivPrune(budget=4), FastV(budget=0.5)])
+def test_the_wrapper_serves_beams_and_outputs_and_refuses_several_replies(tiny, pruner):
+    vlm, asked = PrunedVLM(tiny.model, tiny.processor, pruner), ["red?", "7?"]
+    (one, two) = vlm.replies(tiny.pictures[:2], asked, max_new_tokens=3)
+    given = vlm.replies(
+        tiny.pictures[:2], asked, max_new_tokens=3, num_beams=1, return_dict_in_generate=True
+    )
+    assert given == [one, two]
+    beams = vlm.replies(tiny.pictures[:2], asked, max_new_tokens=3, num_beams=3)
+    assert [reply.kept_tokens for reply in beams] == [one.kept_tokens, two.kept_tokens]
+    with pytest.raises(InputError, match="num_return_sequences"):
+        vlm.answer(tiny.pictures[0], "red?", num_beams=2, num_return_sequences=2)
+
+
 @torch.inference_mode()
 def test_images_encoded_beforehand_and_prompts_without_any(tiny):
     """Both inside one block; the first equals pixels, the second the unpruned model."""
