@@ -11,6 +11,11 @@ from torch import Tensor
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.tokens import compact
 
+REMEDY = (
+    "give the processor text and images together, with one image token in the text for each image, "
+    "and pass on its output as it is"
+)
+
 
 def alike(keys: Sequence[Hashable]) -> list[list[int]]:
     """Indices of equal keys, in order of first appearance: images that share a tensor."""
@@ -33,7 +38,7 @@ def image_ordinals(is_image: Tensor, counts: Sequence[int]) -> Tensor:
         return ordinal
     found = int(is_image.sum())
     if found != sum(counts) or min(counts) == 0:
-        raise InputError(f"{found} image placeholders do not fit {len(counts)} images")
+        raise InputError(f"{found} image placeholders do not fit {len(counts)} images; {REMEDY}")
     sizes = torch.tensor(counts, device=is_image.device)
     ordinal[is_image] = torch.arange(len(counts), device=is_image.device).repeat_interleave(sizes)
     return ordinal

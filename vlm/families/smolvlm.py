@@ -20,7 +20,7 @@ from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.families.base import Need
 from vlm_prune.vlm.families.tiled import Tiled
-from vlm_prune.vlm.layout import image_runs
+from vlm_prune.vlm.layout import REMEDY, image_runs
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class SmolVLM(Tiled):
     def sizes(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> list[int]:
         runs = image_runs(input_ids == self.image_token)
         if any(column == 0 for _, column, _ in runs):
-            raise InputError("image placeholders must stand behind the processor's tile markers")
+            raise InputError(f"image placeholders must stand behind tile markers; {REMEDY}")
         markers = [int(input_ids[row, column - 1]) for row, column, _ in runs]
         sizes, ended = [], True
         for (_, _, length), marker in zip(runs, markers, strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.encoded import Group, Images
 from vlm_prune.vlm.families.base import Family, Need, seed_of
-from vlm_prune.vlm.layout import alike
+from vlm_prune.vlm.layout import REMEDY, alike
 from vlm_prune.vlm.tokens import VisionTokens
 
 
@@ -60,7 +60,7 @@ class Tiled(Family):
         tiles = [count // each for count in counts]
         if sum(tiles) != len(features) or sum(counts) != sum(tiles) * each:
             raise InputError(
-                f"{sum(counts)} image placeholders do not fit {len(features)} tiles of {each}"
+                f"{sum(counts)} image placeholders do not fit {len(features)} tiles of {each}; {REMEDY}"
             )
         starts = [sum(tiles[:image]) for image in range(len(tiles))]
         patches = features[0].numel() // self.model.config.vision_config.hidden_size
