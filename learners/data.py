@@ -96,7 +96,7 @@ def _example(entry: Any, where: str, root: DataRoot) -> Example:
         raise InputError(f"{where} needs 'conversations', a list of {{'from', 'value'}}") from None
     if other:
         raise InputError(
-            f"{where} has {other[0]!r}, and training takes images and text; leave it out"
+            f"{where} has {other[0]!r}, and only images and text are read; leave it out (--skip-bad)"
         )
     if not turns or [who for who, _ in turns] != ["human", "gpt"] * (len(turns) // 2):
         raise InputError(f"{where}: turns must alternate 'human', 'gpt'")

@@ -167,16 +167,19 @@ def _wide(processor: Any) -> tuple[Any, dict[int, list[int]]]:
         ids = wide.convert_tokens_to_ids(characters)
         plain = {}
         for name, own in zip(names, ids, strict=True):
-            token = wide.convert_tokens_to_ids(name)
-            # behind another token, as in a prompt: at the start of a text some add a space
-            whole = wide(characters[0] + name, add_special_tokens=False, split_special_tokens=True)
-            plain[own] = whole["input_ids"][1:]
-            if token in plain[own]:  # it is not marked as special, so it has to be cut
-                parts = (characters[0] + name[:1], characters[0] + name[1:])
-                found = [wide(part, add_special_tokens=False)["input_ids"][1:] for part in parts]
-                plain[own] = [*found[0], *found[1]]
+            plain[own] = _after_newline(wide, name)
+            if wide.convert_tokens_to_ids(name) in plain[own]:  # not marked as special: cut it
+                plain[own] = [*_after_newline(wide, name[:1]), *_after_newline(wide, name[1:])]
         _widened[processor] = wide, plain
     return _widened[processor]
+
+
+def _after_newline(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text behind a line's end; at the start of a text some add a space."""
+    options = {"add_special_tokens": False, "split_special_tokens": True}
+    end = tokenizer("\n", **options)["input_ids"]
+    ids: list[int] = tokenizer(f"\n{text}", **options)["input_ids"]
+    return ids[len(end) :] if ids[: len(end)] == end else tokenizer(text, **options)["input_ids"]
 
 
 def _replace(inputs: Any, plain: dict[int, list[int]], left: bool, pad: int) -> None:

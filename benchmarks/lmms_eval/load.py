@@ -164,7 +164,7 @@ class _DataTask(ConfigurableTask):  # type: ignore[misc]
         shared = self.dataset_no_image is self.dataset
         cache = DataRoot(Path(datasets.config.HF_CACHE_HOME), allow_outside=self.allow_outside)
         for split, rows in self.dataset.items():
-            self.dataset[split] = row_images(rows, cache)
+            self.dataset[split] = row_images(rows, cache, named=False)
         if shared:
             self.dataset_no_image = self.dataset
 

@@ -30,7 +30,7 @@ class RowImage(datasets.Image):  # type: ignore[misc]
     """An image that `open_image` opens, from the row itself or from a file of the data set.
 
     Args:
-        folder: that files of the data set lie in; None takes none but those within rows.
+        folder: that files of the data set lie in; None takes none but those that rows hold.
         allow_outside: whether a row may name files outside of it.
         top: the folder that must not be left, if it is around `folder`.
     """
@@ -116,21 +116,24 @@ def _same(value: Any, stored: Any) -> bool:
     return type(value) is type(stored) and value == stored
 
 
-def row_images(rows: datasets.Dataset, root: DataRoot | None) -> datasets.Dataset:
+def row_images(rows: datasets.Dataset, root: DataRoot, named: bool = True) -> datasets.Dataset:
     """The rows with images that `RowImage` opens, and with videos and sounds left unopened.
-
-    A column `image` of texts holds names of files.
 
     Args:
         rows: of any data set.
-        root: its folder; None for data that come without files.
+        root: its folder.
+        named: whether a column `image` of texts holds names of files.
     """
-    folder = {} if root is None else {"folder": str(root.folder.absolute())}
-    top = None if root is None or root.top is None else str(root.top.absolute())
-    image = RowImage(allow_outside=root is not None and root.allow_outside, top=top, **folder)
+    top = None if root.top is None else str(root.top.absolute())
+    image = RowImage(folder=str(root.folder.absolute()), allow_outside=root.allow_outside, top=top)
     for name, kind in rows.features.items():
         text = kind.feature if hasattr(kind, "feature") else kind
-        if name == "image" and isinstance(text, datasets.Value) and text.dtype == "string":
+        if (
+            named
+            and name == "image"
+            and isinstance(text, datasets.Value)
+            and text.dtype == "string"
+        ):
             rows = rows.cast_column(name, image if text is kind else replace(kind, feature=image))
         elif (ours := _guarded(kind, image)) != kind:
             rows = rows.cast_column(name, ours)

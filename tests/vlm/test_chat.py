@@ -5,6 +5,16 @@ import pytest
 import torch
 from PIL import Image
 from tiny_families import Tiny
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
+from transformers import PreTrainedTokenizerFast
 
 from vlm_prune.pruning.pipeline import PrunedVLM
 from vlm_prune.pruning.registry import build
@@ -173,3 +183,45 @@ def answer_or_refuse(tiny, size):
             output = tiny.model.generate(**inputs, max_new_tokens=2)
         assert len(output) == 1 and (method == "none" or len(trace.kept[0]) <= 4)
     return True
+
+
+CORPUS = ["What is this? USER: ASSISTANT: <image> is a text", "the star is red </s> <image>"] * 3
+
+
+def bpe(kind):
+    """A tokenizer as Llama's (as it was, and as it is), or as GPT-2's and Qwen's."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=kind != "bytes", unk_token="<unk>"))
+    alphabet = list("<>/?:▁\nabcdefghijklmnopqrstuvwxyzASUERINTWh")
+    if kind == "legacy":
+        parts = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        tokenizer.normalizer = normalizers.Sequence(parts)
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    elif kind == "bytes":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder, alphabet = decoders.ByteLevel(), pre_tokenizers.ByteLevel.alphabet()
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind)
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme=kind)
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    # some checkpoints hold the placeholder as a token that is not special
+    fast.add_tokens([AddedToken("<image>", special=kind != "always", normalized=False)])
+    fast.image_token = "<image>"
+    return fast
+
+
+@pytest.mark.parametrize("kind", ["legacy", "first", "always", "never", "bytes"])
+def test_characters_of_special_tokens_survive_every_kind_of_tokenizer(kind):
+    tokenizer = bpe(kind)
+    text = "USER: What <image> is</s> this?\n<image>"
+    ids = encode_text(tokenizer, special_tokens(tokenizer).hide(text))
+    assert not {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<image>")} & set(ids)
+    shown = tokenizer.decode(ids)
+    if kind != "legacy":  # which puts a space behind every token that splits a text
+        assert shown.strip() == text
+    assert shown.split() == text.split()

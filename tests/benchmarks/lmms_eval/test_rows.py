@@ -277,3 +277,27 @@ def test_the_order_of_tasks_changes_no_share():
         assert found[0] == found[1] == found[2] and samples[0] == samples[1]
         assert sum(samples[0].values()) == limit
         assert found[0]["mme"] - found[0]["pope"] in (0, 1)
+
+
+def test_rows_of_the_hub_open_alike_and_name_no_other_files(guarded, monkeypatch):
+    content = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 65535 // 2, np.uint16)).save(content, "PNG")
+    secret = str(guarded.parent / "secret.png")
+    cells = [
+        {"bytes": content.getvalue(), "path": "a.png"},
+        *({"bytes": None, "path": path} for path in (secret, URLS[0])),
+    ]
+    columns = {
+        name: ["yes"] * 3 for name in ("question", "answer", "category", "question_id", "id")
+    }
+    features = datasets.Features(
+        {name: datasets.Value("string") for name in columns} | {"image": datasets.Image()}
+    )
+    table = datasets.Dataset.from_dict(columns | {"image": cells}, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(test=table))
+    task = load_task("pope", None)
+    (row,) = task.eval_docs
+    assert row["image"].getpixel((0, 0)) == (127, 127, 127)
+    leads_out, url = task.unreadable.values()
+    assert "leads out of" in leads_out and "nothing is downloaded" in url
+    assert len(load_task("pope", DataRoot(guarded / "POPE", allow_outside=True)).eval_docs) == 2
