@@ -7,8 +7,10 @@ their own here, which `datasets` keeps through `select`, `filter` and `map`.
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar
@@ -79,12 +81,18 @@ class RowJson:
         return storage
 
 
-register_feature(RowImage, "VlmPruneImage")
-register_feature(RowJson, "VlmPruneJson")
+@cache
+def _register() -> None:
+    """Tell `datasets` of both kinds of columns, so that it keeps them where it copies rows."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it calls its own function experimental
+        register_feature(RowImage, "VlmPruneImage")
+        register_feature(RowJson, "VlmPruneJson")
 
 
 def from_json(rows: Sequence[dict[str, Any]]) -> datasets.Dataset:
     """A data set of all columns of the rows, whose values are those of the rows."""
+    _register()
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {name: [row.get(name) for row in rows] for name in names}
     types = {}
@@ -124,6 +132,7 @@ def row_images(rows: datasets.Dataset, root: DataRoot, named: bool = True) -> da
         root: its folder.
         named: whether a column `image` of texts holds names of files.
     """
+    _register()
     top = None if root.top is None else str(root.top.absolute())
     image = RowImage(folder=str(root.folder.absolute()), allow_outside=root.allow_outside, top=top)
     for name, kind in rows.features.items():

@@ -103,7 +103,7 @@ def read_coop_split(
                         f"{file}: label {label} is both {named[int(label)]!r} and {clean!r}"
                     )
                 paths.append(root.path(str(path)))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(

@@ -45,20 +45,21 @@ class DataRoot:
             raise InputError(f"{shown[:200]!r} is a URL, and nothing is downloaded; give a file")
         if not shown or "\0" in shown:
             raise InputError(f"{shown[:200]!r} is no file name")
-        path = self.folder / name
-        if self.allow_outside:
-            return path
-        top = self.top or self.folder
+        path, top = self.folder / name, self.top or self.folder
         try:
+            linked = path.is_symlink()
+            if self.allow_outside:
+                return path
             # parents are looked up once: data sets have many files in few folders
             parent = _real(os.path.join(os.getcwd(), path.parent))
-            real = os.path.realpath(path) if path.is_symlink() else os.path.join(parent, path.name)
+            real = os.path.realpath(path) if linked else os.path.join(parent, path.name)
             limit = _real(os.path.join(os.getcwd(), top))
             inside = Path(os.path.normpath(real)).is_relative_to(limit)
         except (OSError, ValueError) as error:
-            raise InputError(f"{shown[:200]!r} is no file name: {error}") from None
+            reason = getattr(error, "strerror", None) or getattr(error, "reason", error)
+            raise InputError(f"{shown[:200]!r} is no file name: {reason}") from None
         if not inside:
-            raise InputError(f"{shown[:200]} leads out of {top}; {HINT}")
+            raise InputError(f"{shown[:200]!r} leads out of {top}; {HINT}")
         return path
 
 

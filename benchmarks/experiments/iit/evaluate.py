@@ -62,7 +62,9 @@ def read(folder: Path | DataRoot) -> list[Sample]:
 
 def _sample(entry: dict[str, Any], root: DataRoot) -> Sample:
     if entry["setting"] not in SETTINGS:
-        raise InputError(f"its setting {entry['setting']!r} is none of {'; '.join(SETTINGS)}")
+        raise InputError(
+            f"its setting {str(entry['setting'])[:60]!r} is none of {'; '.join(SETTINGS)}"
+        )
     turns = []
     for said in entry["turns"]:
         options = "\n".join(

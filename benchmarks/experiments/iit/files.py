@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.errors import InputError, first_line
 from vlm_prune.vlm.common.paths import DataRoot
 
 Row = dict[str, Any]
@@ -44,10 +44,10 @@ def rows(path: Path, images: bool) -> Iterator[Row]:
         else:
             with path.open(encoding="utf-8") as file:
                 yield from (json.loads(line) for line in file if line.strip())
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, RecursionError, csv.Error, zipfile.BadZipFile) as error:
+        raise InputError(f"cannot read {path}: {first_line(error)}") from error
 
 
 def _parquet(path: Path, images: bool) -> Iterator[Row]:

@@ -186,21 +186,21 @@ def read_source(name: str, where: str | None = None, allow_outside: bool = False
         for number, row in enumerate(rows(path, images=False)):
             try:
                 parsed = source.parse(row)
-            except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+                if parsed is None:
+                    continue
+                subject, question, options, answer = parsed
+                if answer in tuple(LETTERS[: len(options)]):
+                    items.append(
+                        Item(
+                            name, str(subject), question.strip(), tuple(map(str, options)), answer,
+                            source.visual, (path, number), root,
+                        )
+                    )  # fmt: skip
+            except (LookupError, TypeError, ValueError, OverflowError, AttributeError) as error:
                 raise InputError(
                     f"{path}, row {number}, is not in the format of {name}: "
                     f"{type(error).__name__} {error}"
                 ) from error
-            if parsed is None:
-                continue
-            subject, question, options, answer = parsed
-            if answer in tuple(LETTERS[: len(options)]):
-                items.append(
-                    Item(
-                        name, subject, question.strip(), tuple(map(str, options)), answer,
-                        source.visual, (path, number), root,
-                    )
-                )  # fmt: skip
     if not items:
         raise InputError(f"{name} has no question that serves in {where or source.hub}")
     return items
