@@ -87,8 +87,14 @@ def check_basis(basis: int) -> None:
 
 
 def compressed(tokens: Tensor, keep: int, basis: int) -> tuple[Tensor, Tensor]:
-    """The basis and the tokens with the largest errors, and for each other one, in its order, the
-    most similar of them; (M, N, d) -> (M, keep), ascending, and (M, N - keep).
+    """Returns the tokens that stay, ascending (M, keep), and for each other one, in its order, the
+    most
+    similar of them, (M, N - keep).
+
+    Args:
+        tokens: (M, N, d).
+        keep: how many stay: the basis, and then the tokens with the largest errors.
+        basis: how many basis tokens there are.
     """
     exact = tokens.float()
     chosen = farthest_points(exact, min(basis, keep))
@@ -99,7 +105,13 @@ def compressed(tokens: Tensor, keep: int, basis: int) -> tuple[Tensor, Tensor]:
 
 
 def averaged_into(tokens: Tensor, kept: Tensor, nearest: Tensor) -> Tensor:
-    """The kept ones of (M, N, d) averaged with those that `compressed` assigns them; (M, k, d)."""
+    """Returns the kept tokens, averaged with those that `compressed` assigns to them, (M, k, d).
+
+    Args:
+        tokens: (M, N, d).
+        kept: indices of the kept ones, (M, k).
+        nearest: for each other token the kept one that it joins, (M, N - k).
+    """
     return averaged(take(tokens, kept), take(tokens, others(kept, tokens.shape[1])), nearest)
 
 

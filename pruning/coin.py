@@ -61,13 +61,18 @@ class CoIn(VisionPruner):
 
 
 def volume(tokens: Tensor, scores: Tensor, alpha: float) -> Tensor:
-    """The kernel of which greedy steps on its determinant are those of the joint objective.
+    """Returns the kernel of which greedy steps on its determinant are those of the joint objective.
 
     The objective adds (1 - alpha) score + alpha gain / range for each token, which orders sets as
     the sum of gains and of (1 - alpha) / alpha x range x score does: the log-determinant of
     diag(q) (G + ridge) diag(q), where log q is half of the latter.
 
     Shapes: tokens (M, N, d), scores (M, N) -> (M, N, N).
+
+    Args:
+        tokens: projected ones.
+        scores: informativeness of each token.
+        alpha: weight of the log-determinant.
     """
     gram = tokens @ tokens.transpose(1, 2)
     norms = gram.diagonal(dim1=1, dim2=2)

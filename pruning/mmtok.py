@@ -62,9 +62,12 @@ class MMTok(VisionPruner):
 
 
 def cover(tokens: Tensor, things: Tensor, temperature: float) -> Tensor:
-    """How well each token covers each of R things, whose mean is to be large.
+    """Returns how well each token covers each of R things, (M, N, R); each column sums to 1 / R.
 
-    Shapes: tokens (M, N, d), things (M, R, d) -> (M, N, R), columns that sum to 1 / R.
+    Args:
+        tokens: (M, N, d).
+        things: what is to be covered, (M, R, d).
+        temperature: of the softmax over tokens.
     """
     similarity = pairwise_cosine(tokens, things) / temperature
     return similarity.softmax(1) / max(1, things.shape[1])

@@ -38,15 +38,26 @@ class PrunedVLM:
         dtype: str = "auto",
         **hyperparameters: Any,
     ) -> "PrunedVLM":
-        """Load a checkpoint and build a pruner by its registered name."""
+        """Load a checkpoint and build a pruner by its registered name.
+
+        Args:
+            name: `tiny`, a folder, or a hub name.
+            pruner: a method's registered name, or several joined by `+`.
+            budget: image tokens kept per image, or a fraction of them.
+            device: a torch device.
+            dtype: `float32`, `bfloat16`, `float16`, or `auto`.
+            hyperparameters: of the pruner.
+        """
         built = build(pruner, budget=budget, **hyperparameters)
         return cls(*load(name, device, dtype), built)
 
     def answer(self, image: ImageSource, question: str, **generation: Any) -> str:
-        """The model's reply to one question about one image: a file, a Pillow image or an array.
+        """Returns the model's reply to one question about one image.
 
-        Raises:
-            InputError: if image or question cannot be used.
+        Args:
+            image: a file, a Pillow image or an array.
+            question: about it.
+            generation: arguments of the model's `generate`.
         """
         return self.replies([image], [question], **generation)[0].text
 
@@ -56,7 +67,12 @@ class PrunedVLM:
         questions: Sequence[str],
         **generation: Any,
     ) -> list["Reply"]:
-        """The same for several images at once, one question about each.
+        """Returns the replies to several images at once, one question about each.
+
+        Args:
+            images: files, Pillow images or arrays.
+            questions: as many.
+            generation: arguments of the model's `generate`.
 
         Raises:
             InputError: if an image or a question cannot be used, or more than one reply to each

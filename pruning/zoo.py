@@ -109,9 +109,16 @@ def two_layer_projector(vision: VisionTokens) -> Projector:
 
 
 def sampled(project: Map, features: Tensor, bank: Tensor, step: float) -> Tensor:
-    """Mean over directions u of |M(x + hu) - M(x - hu)| / 2h for any map M, as the paper has it.
+    """Returns the mean over directions u of |M(x + hu) - M(x - hu)| / 2h for any map M, as the
+    paper has it.
 
     Shapes: features (M, N, d_v), bank (m, d_v) -> (M, N), in at least fp32.
+
+    Args:
+        project: M.
+        features: tokens x.
+        bank: directions u, one per row.
+        step: h.
     """
     total = torch.zeros(features.shape[:2], device=features.device)
     for direction in bank.to(features.dtype):

@@ -60,12 +60,19 @@ def positions() -> str:
 
 
 def between(page: str, mark: str, table: str) -> str:
-    """The page with the table between the comments `mark` and `end`."""
+    """Returns the page with the table between the comments `mark` and `end`.
+
+    Args:
+        page: its text.
+        mark: word in the comment before the table.
+        table: Markdown.
+    """
     before, rest = page.split(f"<!-- {mark} -->\n")
     return f"{before}<!-- {mark} -->\n{table}{rest[rest.index('<!-- end -->') :]}"
 
 
 def main() -> None:
+    """Write the pages anew."""
     for page, content in pages().items():
         (ROOT / page).write_text(content)
 

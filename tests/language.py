@@ -113,7 +113,7 @@ OPTIONS = set(
 
 
 def repeated(*folders: str) -> dict[str, list[Found]]:
-    """Names of functions and classes that more than one file defines at its top level.
+    """Names of public functions and of classes that more than one file defines at its top level.
 
     Every script has a `main`, and every operation of `kernels` has its reference and its kernel
     under its own name.
@@ -121,7 +121,9 @@ def repeated(*folders: str) -> dict[str, list[Found]]:
     wanted = {str(found.path) for found in source(*folders)}
     by_name: dict[str, list[Found]] = defaultdict(list)
     for found in source(*PACKAGES):
-        if "." not in found.name and found.name not in ("main", "__getattr__"):
+        is_class = isinstance(found.node, ast.ClassDef)
+        public = not found.name.startswith("_") and found.name != "main"
+        if "." not in found.name and (is_class or public):
             by_name[found.name].append(found)
     return {
         name: places

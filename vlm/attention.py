@@ -30,10 +30,14 @@ def decoder_keys(layer: Any, hidden: Tensor) -> Tensor:
 def decoder_query_key(
     layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], index: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Queries of chosen rows and all keys of a Llama-style layer, after rotation.
+    """Returns the queries (B, H, T, d) of chosen rows and all keys (B, G, L, d) of a Llama-style
+    layer, after rotation.
 
-    Shapes: hidden (B, L, D), rotary cos and sin (B, L, d), index (B, T) -> (B, H, T, d),
-    (B, G, L, d).
+    Args:
+        layer: the decoder layer.
+        hidden: its input, (B, L, D).
+        rotary: cos and sin, (B, L, d) each.
+        index: token indices of the rows, (B, T).
     """
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)

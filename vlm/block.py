@@ -137,7 +137,13 @@ class Block:
     def before_model(
         self, model: Any, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
-        """Note what the whole model is asked for."""
+        """Note what the whole model is asked for.
+
+        Args:
+            model: the whole model.
+            args: of its forward.
+            kwargs: of its forward.
+        """
         if torch.compiler.is_compiling():
             torch._dynamo.graph_break()
             raise InputError(COMPILED)
@@ -153,7 +159,13 @@ class Block:
     def before_merge(
         self, module: Any, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
-        """Encode images and choose among their tokens, where there are some."""
+        """Encode images and choose among their tokens, where there are some.
+
+        Args:
+            module: that puts image features into the prompt.
+            args: of its forward.
+            kwargs: of its forward.
+        """
         call = kwargs.pop(CALL, None) or Call()
         if not self.open:
             return args, kwargs
@@ -260,7 +272,14 @@ class Block:
         return is_image.cpu() * self.family.image_token
 
     def drafts(self, source: Any, ids: Tensor, drafts: int) -> int:
-        """How many of the last tokens answer a prompt that was given before without a cache."""
+        """Returns how many of the last tokens answer a prompt that was given before without a
+        cache.
+
+        Args:
+            source: what the images were given as.
+            ids: of the prompt, (B, L).
+            drafts: what the call says of their number.
+        """
         seen, prompt = getattr(self.last, "prompt", (None, ids))
         length = prompt.shape[1]
         if seen is not None and seen() is source and torch.equal(ids[:, :length], prompt):
@@ -269,7 +288,13 @@ class Block:
         return drafts
 
     def after_merge(self, module: Any, args: Any, output: Any) -> None:
-        """The thread's forward is over, or failed."""
+        """Note that the thread's forward is over, or failed.
+
+        Args:
+            module: that puts image features into the prompt.
+            args: of its forward.
+            output: of its forward.
+        """
         with self.changed:
             _, prompt = self.running.pop(threading.get_ident(), (None, None))
             self.changed.notify_all()
@@ -279,7 +304,13 @@ class Block:
     def before_decoder(
         self, module: Any, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
-        """Cut at the decoder's input."""
+        """Cut at the decoder's input.
+
+        Args:
+            module: the decoder.
+            args: of its forward.
+            kwargs: of its forward.
+        """
         if kwargs.get(FORWARD) is None:
             return None
         _, forward = kwargs[FORWARD]
@@ -288,7 +319,14 @@ class Block:
     def before_layer(
         self, number: int, layer: Any, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
-        """Cut before a layer, and give it what its tokens need."""
+        """Cut before a layer, and give it what its tokens need.
+
+        Args:
+            number: of the layer, from 0.
+            layer: the layer.
+            args: of its forward.
+            kwargs: of its forward.
+        """
         if kwargs.get(FORWARD) is None:
             return None
         kwargs = dict(kwargs)
@@ -298,7 +336,14 @@ class Block:
         return (hidden,), kwargs
 
     def after_decoder(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        """Note what the cache holds now, shorten labels, and say what was kept."""
+        """Note what the cache holds now, shorten labels, and say what was kept.
+
+        Args:
+            module: the decoder.
+            args: of its forward.
+            kwargs: of its forward.
+            output: of its forward.
+        """
         if kwargs.get(FORWARD) is None:
             return
         call, forward = kwargs[FORWARD]

@@ -135,6 +135,11 @@ class PrunedCache(Cache):  # type: ignore[misc]
     def update(self, key_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append to a layer, inside a pruning block.
 
+        Args:
+            key_states: new keys, (B, G, n, d).
+            args: as for transformers' `Cache.update`.
+            kwargs: likewise.
+
         Raises:
             InputError: outside one, where masks and positions would be those of the full prompt.
         """

@@ -44,7 +44,14 @@ def tower_flops(
 
 
 def key_value_bytes(config: Any, text: int, image_per_layer: list[float], itemsize: int) -> float:
-    """Bytes of keys and values after the prefill of one prompt."""
+    """Returns the bytes of keys and values after the prefill of one prompt.
+
+    Args:
+        config: the language model's.
+        text: tokens that are not image tokens.
+        image_per_layer: image tokens that each layer computes.
+        itemsize: bytes of a number.
+    """
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_key_value_heads * head * itemsize
     return float(sum((text + image) * per_token for image in image_per_layer))

@@ -151,9 +151,14 @@ def mask_kind(config: Any, number: int) -> str:
 def gathered(
     keep: Tensor, column: Tensor, valid: Tensor, tensors: list[Tensor], right_padded: bool
 ) -> list[Tensor]:
-    """Tensors (B, L, d) without the tokens where `keep` (B, L) is false, padding zero.
+    """Returns tensors (B, L, d) without the tokens where `keep` is false, padding zero.
 
-    `column` and `valid` (B, L') say the same; gradients flow through them, the kernel is faster.
+    Args:
+        keep: which tokens stay, (B, L).
+        column: their indices, (B, L'), which say the same.
+        valid: which of those are no padding, (B, L').
+        tensors: to gather; gradients flow through `column`, while the kernel is faster.
+        right_padded: whether padding stands on the right.
     """
     device = tensors[0].device
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -233,7 +238,14 @@ class LayerPruning:
         return new
 
     def segment(self, forward: Forward, layout: TokenLayout, number: int) -> Segment:
-        """What layers from `number` on get: this forward's tokens after those that they hold."""
+        """Returns what layers from `number` on get: this forward's tokens after those that they
+        hold.
+
+        Args:
+            forward: the one under way.
+            layout: of its tokens.
+            number: of the layer.
+        """
         past, full = forward.prompt.of(number), forward.layout
         shift = layout.shift + past.next_shift
         cached = CachedTokens(
@@ -257,7 +269,13 @@ class LayerPruning:
         return Segment(layout, cached, past.missing, positions * valid)
 
     def selected(self, forward: Forward, segment: Segment, device: torch.device) -> dict[str, Any]:
-        """Arguments for every token so far, for the tokens of a segment."""
+        """Returns the arguments for every token so far, for the tokens of a segment.
+
+        Args:
+            forward: the one under way.
+            segment: whose tokens are taken.
+            device: of the layer.
+        """
         if not forward.per_token:
             return {}
         cached = segment.cached
@@ -270,6 +288,13 @@ class LayerPruning:
         """Cut if one is due; give the layer its segment's arguments.
 
         A layer that is run again, as recomputation for gradients does, gets the same ones again.
+
+        Args:
+            forward: the one under way.
+            number: of the layer.
+            layer: the layer.
+            hidden: its input, (B, n, D).
+            kwargs: its other arguments.
         """
         segment, device = forward.active[number - 1], hidden.device
         if (features := forward.deepstack.get(number - 1)) is not None:
@@ -357,6 +382,7 @@ class Cutting:
 
     @property
     def reducer(self) -> Reducer:
+        """Returns the method that acts inside the language model."""
         assert self.pruning.inside is not None
         return self.pruning.inside.reducer
 
@@ -510,7 +536,13 @@ def keep_mask(layout: TokenLayout, indices: list[Tensor]) -> Tensor:
 
 
 def filled(hidden: Tensor, layout: TokenLayout, features: Sequence[Tensor | None]) -> Tensor:
-    """Hidden states (B, n, D) with each image's tokens replaced, by features (k, D) or None."""
+    """Returns hidden states with each image's tokens replaced, (B, n, D).
+
+    Args:
+        hidden: (B, n, D).
+        layout: where the images' tokens stand.
+        features: of each image, (k, D), or None.
+    """
     columns = layout.images()
     given = [image for image, own in enumerate(features) if own is not None and len(columns[image])]
     if not given:

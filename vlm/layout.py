@@ -158,9 +158,12 @@ class TokenLayout:
         return list(self.index[self.image >= 0].split(self.counts))
 
     def keep(self, keep: Tensor, right_padded: bool, contiguous: bool) -> tuple[Self, Tensor]:
-        """The layout of the tokens where `keep` (B, n) is true, and their columns (B, n') here.
+        """Returns the layout of the tokens that stay, and their columns here, (B, n').
 
-        Positions are renumbered without gaps if `contiguous`.
+        Args:
+            keep: which tokens stay, (B, n).
+            right_padded: whether padding stands on the right.
+            contiguous: whether positions are renumbered without gaps.
         """
         column, valid = compact(keep, right_padded)
         # a kept token's running count of dropped ones is that of the tokens in front of it

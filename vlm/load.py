@@ -97,10 +97,14 @@ def load(
 
 
 def load_language(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
-    """Return a text-only language model and its tokenizer, from a folder or a hub name.
+    """Returns a text-only language model and its tokenizer.
 
-    Only safetensors are read, and no code from the checkpoint is run; `device` and `dtype` are as
-    for `load`.
+    Only safetensors are read, and no code from the checkpoint is run.
+
+    Args:
+        name: a folder or a hub name.
+        device: as for `load`.
+        dtype: as for `load`.
 
     Raises:
         InputError: as for `load`, or if the model sees images.
@@ -122,6 +126,11 @@ def load_language(name: str, device: str = "auto", dtype: str = "auto") -> tuple
 
 def save(model: Any, processor: Any, folder: Path) -> None:
     """Write a model and its processor as a plain checkpoint, all of it or nothing.
+
+    Args:
+        model: to write.
+        processor: of the model.
+        folder: to write into.
 
     Raises:
         OSError: if it cannot be written.

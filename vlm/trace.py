@@ -40,7 +40,13 @@ class Trace:
 
 @contextmanager
 def measured(phase: str, device: torch.device, trace: Trace) -> Iterator[None]:
-    """Add the time of the block to the phase's in `trace`; profilers show it under its name."""
+    """Add the time of the block to the phase's in `trace`; profilers show it under its name.
+
+    Args:
+        phase: `SELECTION` or `VISION`.
+        device: whose work is waited for.
+        trace: that gets the time.
+    """
     start = now(device)
     with record_function(phase):
         yield

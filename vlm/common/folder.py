@@ -77,7 +77,13 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> bool:
 
 
 def compare_settings(place: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise `InputError` unless the settings found at `place`, plain values, are the ones wanted."""
+    """Raise `InputError` unless the settings found at `place`, plain values, are the ones wanted.
+
+    Args:
+        place: where the settings were found, for the message.
+        found: the settings there, plain values.
+        wanted: those of this run.
+    """
     plain = msgspec.json.decode(encoded(wanted))
     if found.keys() != plain.keys():
         raise InputError(

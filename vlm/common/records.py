@@ -27,7 +27,13 @@ def read_record(path: Path, kind: type[T], advice: str) -> T:
 
 
 def read_lines(path: Path, kind: type[T], advice: str) -> list[T]:
-    """The records of a file with one JSON value a line; arguments and errors as `read_record`."""
+    """Returns the records of a file with one JSON value a line; errors are as for `read_record`.
+
+    Args:
+        path: the file.
+        kind: type of a record.
+        advice: what to do about a damaged file, for the message.
+    """
     lines = read_bytes(path).splitlines()
     return [
         decoded(line, kind, f"line {number} of {path}", advice)
@@ -48,7 +54,14 @@ def encoded(content: Any) -> str:
 
 
 def decoded(text: bytes | str, kind: type[T], name: str, advice: str) -> T:
-    """JSON as a record; `name` says in messages what holds it, other arguments as `read_record`."""
+    """Returns JSON as a record; errors are as for `read_record`.
+
+    Args:
+        text: the JSON.
+        kind: type of the record.
+        name: what holds it, for the message.
+        advice: what to do about it, for the message.
+    """
     try:
         return msgspec.json.decode(text, type=kind)
     except (ValueError, RecursionError) as error:

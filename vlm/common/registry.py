@@ -10,7 +10,13 @@ T = TypeVar("T")
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """The message for a name that is not `known`, with the nearest one suggested."""
+    """Returns the message for a name that is not `known`, with the nearest one suggested.
+
+    Args:
+        kind: what is named.
+        name: that the user gave.
+        known: names that exist.
+    """
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"

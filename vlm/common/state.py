@@ -73,7 +73,13 @@ def restore(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_names(path: Path, saved: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Raise `InputError` unless a file's tensors have the names and shapes of other ones."""
+    """Raise `InputError` unless a file's tensors have the names and shapes of other ones.
+
+    Args:
+        path: the file, for the message.
+        saved: its tensors by name.
+        wanted: tensors of the names and shapes that it must have.
+    """
     for name in sorted(saved.keys() ^ wanted.keys()):
         raise InputError(f"{path} is of another run: {name!r} is in one of them alone")
     for name, tensor in wanted.items():
@@ -154,7 +160,14 @@ def newest(folder: Path, pattern: str) -> tuple[int, Path | None]:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch for one step of one process, so that a resumed run draws what an undisturbed one does."""
+    """Seed torch for one step of one process, so that a resumed run draws what an undisturbed one
+    does.
+
+    Args:
+        seed: of the run.
+        step: the step.
+        rank: of the process.
+    """
     import numpy as np
 
     torch.manual_seed(

@@ -97,6 +97,7 @@ class Family(ABC):
 
     @property
     def image_token(self) -> int:
+        """Returns the id of an image token's placeholder."""
         return int(self.model.config.image_token_id)
 
     @property
@@ -155,9 +156,12 @@ class Family(ABC):
 
     @abstractmethod
     def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
-        """The images of a prompt, given what `run` gave for them and the same arguments.
+        """Returns the images of a prompt, given what `run` gave for them and the same arguments.
 
-        `inputs` are those of `image_inputs`, and `input_ids`.
+        Args:
+            output: of `run`.
+            pixel_values: as the processor gives them.
+            inputs: those of `image_inputs`, and `input_ids`.
         """
 
     def encode(self, pixel_values: Tensor, **inputs: Tensor) -> Images:
@@ -196,6 +200,11 @@ class Family(ABC):
         Where images have a fixed size, the shorter edge is scaled to it and the rest cropped
         afterwards. Other families' processors limit the pixels or tiles of any picture themselves.
 
+        Args:
+            image_processor: of the model.
+            width: of the picture in pixels.
+            height: of the picture in pixels.
+
         Raises:
             InputError: if the picture would have more than 16 million pixels then.
         """
@@ -225,7 +234,13 @@ class Family(ABC):
         return [int((input_ids == self.image_token).sum()) // images] * images
 
     def positions(self, input_ids: Tensor, valid: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Positions in the full prompt, (B, L), or (4, B, L) with those of the text first."""
+        """Returns positions in the full prompt, (B, L), or (4, B, L) with those of the text first.
+
+        Args:
+            input_ids: (B, L).
+            valid: which tokens are no padding, (B, L).
+            inputs: those of `image_inputs`.
+        """
         return valid.cumsum(1) - 1
 
     def output(

@@ -44,7 +44,13 @@ class LlavaNext(Llava):
         ]
 
     def pack(self, size: Tensor, values: Tensor, newline: Tensor | None) -> Tensor:
-        """Stitch (T, S, c) of the tiles of an image of `size` into (n, c), as the model does."""
+        """Returns the tiles of one image stitched together, (n, c), as the model does.
+
+        Args:
+            size: height and width of the image.
+            values: of the tiles, (T, S, c).
+            newline: the token behind each row, (c,); None for none.
+        """
         packed, _ = self.model.model.pack_image_features(
             [values],
             [size],
@@ -100,7 +106,13 @@ class LlavaNext(Llava):
         return Images(groups)
 
     def pool(self, packing: Packing, tiles: int, values: Tensor) -> Tensor:
-        """(M T, S, c) -> (M, N, c), newlines left out."""
+        """Returns values of tokens, (M, N, c), newlines left out.
+
+        Args:
+            packing: how the images' tiles are stitched.
+            tiles: of each image, T.
+            values: of the tiles, (M T, S, c).
+        """
         return torch.stack([packing(own, None) for own in values.split(tiles)])
 
     def grids(self, newline: Tensor, tiles: int) -> tuple[tuple[int, int], ...]:

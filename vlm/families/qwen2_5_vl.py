@@ -36,6 +36,7 @@ class Qwen25VL(Family):
 
     @property
     def tower(self) -> Any:
+        """Returns the vision tower."""
         return self.model.model.visual
 
     @property
@@ -146,7 +147,13 @@ class Qwen25VL(Family):
 
     @torch.no_grad()
     def query_key(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the last layer, after rotation, given its input (M, S, d)."""
+        """Returns queries and keys of the last layer, after rotation.
+
+        Args:
+            hidden: its input, (M, S, d).
+            cos: of the rotation.
+            sin: of the rotation.
+        """
         from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
         block = self.tower_layers[-1]

@@ -49,10 +49,15 @@ class Tiled(Family):
         query_key: Callable[[list[int]], tuple[Tensor, Tensor]],
         has_cls: bool,
     ) -> Images:
-        """Group what the tower says about tiles, (T, n, ...), by the prompt's images.
+        """Returns what the tower says about tiles, grouped by the prompt's images.
 
-        Raises:
-            InputError: when the prompt is not there or does not fit the tiles.
+        Args:
+            inputs: of the prompt, `input_ids` among them.
+            pixels: of the tiles, (T, 3, H, W).
+            features: of the tower, (T, n, ...).
+            projected: of the projector, (T, n, D).
+            query_key: queries and keys of the tower's last layer, for given tiles.
+            has_cls: whether the tower puts a CLS token in front.
         """
         if "input_ids" not in inputs:
             raise InputError("the prompt tells which image a tile belongs to; give input_ids")

@@ -33,6 +33,7 @@ class ClipTower(PrunedModel):
 
     @property
     def has_cls(self) -> bool:
+        """Returns whether the tower's output has a CLS token in front."""
         return bool(self.config.vision_feature_select_strategy == "default")
 
     @cached_property

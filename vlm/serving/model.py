@@ -23,7 +23,13 @@ class PrunedModel:
     def reduced(
         self, images: Sequence[Image], has_cls: bool, pool: Any = None
     ) -> list[tuple[Tensor, Tensor]]:
-        """Token indices and features of what is kept of each image."""
+        """Returns the token indices and features of what is kept of each image.
+
+        Args:
+            images: their tokens.
+            has_cls: whether the tower puts a CLS token in front.
+            pool: averages values of patches into those of tokens, where a token has several.
+        """
         return choose(self.pruner, images, self.projection, self.query_key, has_cls, pool)
 
     @property

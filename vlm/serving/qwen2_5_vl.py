@@ -48,7 +48,13 @@ class QwenTower(PrunedModel):
         raise NotImplementedError
 
     def in_rows(self, values: Tensor, grid: tuple[int, int, int], each: int) -> Tensor:
-        """The tower's order undone: tokens in reading order, (N each, ...) -> (N, each, ...)."""
+        """Returns values in reading order of the tokens, (N, each, ...): the tower's order undone.
+
+        Args:
+            values: in the tower's order, (N each, ...).
+            grid: time, height and width in patches.
+            each: patches of a token.
+        """
         tokens: Tensor = values.unflatten(0, (-1, each))
         return tokens
 
@@ -147,7 +153,13 @@ class QwenTower(PrunedModel):
         *,
         is_multimodal: Tensor | None = None,
     ) -> Tensor:
-        """Embeddings of a step's tokens; notes where image tokens stand."""
+        """Returns the embeddings of a step's tokens; notes where image tokens stand.
+
+        Args:
+            input_ids: of the step.
+            multimodal_embeddings: of its images.
+            is_multimodal: which tokens are image tokens.
+        """
         if multimodal_embeddings and is_multimodal is not None:
             width = self.visual.out_hidden_size + CHANNELS
             rows, coordinates = [], []

@@ -162,7 +162,13 @@ def weight_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def two_layers(one: nn.Module, act: Callable[[Tensor], Tensor], two: nn.Module) -> Projector:
-    """The projector that two linear layers of vLLM and the activation between them are."""
+    """Returns the projector that two linear layers of vLLM and the activation between them are.
+
+    Args:
+        one: the first layer.
+        act: between them.
+        two: the second layer.
+    """
     return Projector.of(*weight_of(one), act, *weight_of(two))
 
 

@@ -59,7 +59,14 @@ def make_processor(corpus: Iterable[str], vocabulary: int = 512) -> LlavaProcess
 def make_model(
     processor: LlavaProcessor, tower_width: int = 192, width: int = 256, layers: int = 7
 ) -> LlavaForConditionalGeneration:
-    """LLaVA-1.5's structure at about 9 M parameters, randomly initialised."""
+    """Returns LLaVA-1.5's structure at about 9 M parameters, randomly initialized.
+
+    Args:
+        processor: whose tokenizer decides the vocabulary.
+        tower_width: of the vision tower.
+        width: of the language model.
+        layers: of the language model.
+    """
     tokenizer = processor.tokenizer
     ids = {
         key: tokenizer.convert_tokens_to_ids(SPECIAL[f"{key}_token"])
