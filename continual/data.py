@@ -99,6 +99,9 @@ def train_batches(
         rank: of this process.
         world: number of processes.
         workers: processes that load images.
+
+    Raises:
+        InputError: if an image cannot be read, or a label is none of the task's classes.
     """
     mine: list[list[Draw]] = []
     for step, batch in enumerate(batches[first:], first):

@@ -83,6 +83,10 @@ def train_tasks(run: ContinualRun, clip: Clip, tasks: Sequence[StreamTask]) -> R
         run: the method, the recipe and the folder.
         clip: the one that the run began with; of a finished run only the results are read.
         tasks: in their order.
+
+    Raises:
+        InputError: if the tasks cannot be used, `run.output` holds another run or is being written
+            to, or training fails.
     """
     check_tasks(tasks)
     accelerator = accelerator_of(run)

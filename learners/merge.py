@@ -53,6 +53,9 @@ def sweep(base: str, tuned: str, output: Path, alphas: Sequence[float]) -> list[
         tuned: folder or name of the tuned checkpoint.
         output: folder that gets a folder for each alpha.
         alphas: as for `merge`.
+
+    Raises:
+        InputError: if an alpha is out of range, or the two language models differ in shape.
     """
     for alpha in alphas:
         _check(alpha)

@@ -193,6 +193,9 @@ class Tokens:
             columns: token indices among these N, (B, L).
             valid: which of them are no padding, (B, L).
             shift: by how much lower their positions are, (B, L).
+
+        Raises:
+            InputError: for packed rows.
         """
         if self.seen is not None:
             raise InputError("packed rows cannot be pruned in the stack; give a 2D attention mask")

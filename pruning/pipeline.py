@@ -58,6 +58,9 @@ class PrunedVLM:
             image: a file, a Pillow image or an array.
             question: about it.
             generation: arguments of the model's `generate`.
+
+        Raises:
+            InputError: if image or question cannot be used.
         """
         return self.replies([image], [question], **generation)[0].text
 

@@ -58,6 +58,9 @@ class Tiled(Family):
             projected: of the projector, (T, n, D).
             query_key: queries and keys of the tower's last layer, for given tiles.
             has_cls: whether the tower puts a CLS token in front.
+
+        Raises:
+            InputError: when the prompt is not there or does not fit the tiles.
         """
         if "input_ids" not in inputs:
             raise InputError("the prompt tells which image a tile belongs to; give input_ids")
