@@ -47,6 +47,15 @@ def test_a_question_changes_what_a_text_guided_method_keeps(served):
     assert not torch.equal(*rows)
 
 
+def test_an_image_token_in_a_question_is_no_image(served):
+    pruner, picture = build("divprune", budget=4), served.pictures[2]
+    marked, plain = (
+        image_embeds(served.model, [picture], [text], pruner, served.processor)
+        for text in (f"a {served.processor.image_token} b", "a b")
+    )
+    assert len(marked[0]) == 1 and torch.equal(marked[0][0], plain[0][0])
+
+
 def test_the_parts_of_a_message_hold_the_rows():
     rows = [torch.randn(3, 4), torch.randn(2, 4).bfloat16()]
     for part, own in zip(as_content(rows), rows, strict=True):

@@ -17,8 +17,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from vlm_prune.pruning.base import VisionPruner
+from vlm_prune.vlm.chat import encode_prompts, render
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.images import open_image
 from vlm_prune.vlm.families import family_of
 
 Picture = str | Path | Image
@@ -75,11 +75,9 @@ def image_embeds(
     for own, prompt in zip(images, prompts, strict=True):
         pictures = [own] if isinstance(own, Picture) else list(own)
         content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": prompt}]
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
-        shown = [open_image(picture) for picture in pictures]
-        inputs = processor(text=[text], images=shown, return_tensors="pt").to(model.device)
+        turn = {"role": "user", "content": content}
+        text = render(processor, [turn], add_generation_prompt=True)
+        inputs = encode_prompts(model, processor, [text], [pictures])
         ids = inputs["input_ids"][0]
         question = embed(ids[int((ids == family.image_token).nonzero().max()) + 1 :])
         rows: dict[int, Tensor] = {}
