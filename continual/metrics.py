@@ -133,7 +133,7 @@ class AccuracyMatrix:
             "tasks": list(self.names),
             "test_images": [hits.shape[1] for hits in self.hits],
             "zero_shot": None if zero is None else zero.tolist(),
-            "mean_accuracy": values.tolist(),
+            "accuracy": values.tolist(),
             "metrics": {
                 name: {"value": float(value), "ci": list(limits[name])}
                 for name, value in summary(values).items()

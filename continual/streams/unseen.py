@@ -20,7 +20,7 @@ from vlm_prune.vlm.common.registry import Registry
 
 def unseen_scenes() -> StreamTask:
     """Coloured shapes, all known to the embedded CLIP; the packaged stream has none of them."""
-    return replace(packaged_task("unseen_scenes"), train=(), val=())
+    return replace(packaged_task("scenes"), train=(), val=())
 
 
 def cifar100(root: Path | DataRoot) -> StreamTask:
@@ -85,7 +85,7 @@ def imagenet_names() -> tuple[str, ...]:
 UNSEEN: Registry[Callable[[DataRoot], StreamTask]] = Registry(
     "unseen data set",
     {
-        "unseen_scenes": lambda root: unseen_scenes(),
+        "scenes": lambda root: unseen_scenes(),
         "cifar100": cifar100,
         "places365": lambda root: places365(root.below("places365")),
         "imagenet": lambda root: imagenet(root.below("imagenet")),
