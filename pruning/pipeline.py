@@ -36,6 +36,7 @@ class PrunedVLM:
         budget: float = 64,
         device: str = "auto",
         dtype: str = "auto",
+        device_map: str | dict[str, Any] | None = None,
         **hyperparameters: Any,
     ) -> "PrunedVLM":
         """Load a checkpoint and build a pruner by its registered name.
@@ -46,10 +47,14 @@ class PrunedVLM:
             budget: image tokens kept per image, or a fraction of them.
             device: a torch device.
             dtype: `float32`, `bfloat16`, `float16`, or `auto`.
+            device_map: spreads the model over devices and disk instead of `device`, as in `load`.
             hyperparameters: of the pruner.
+
+        Raises:
+            InputError: if the checkpoint cannot be loaded, or the pruner refuses its options.
         """
         built = build(pruner, budget=budget, **hyperparameters)
-        return cls(*load(name, device, dtype), built)
+        return cls(*load(name, device, dtype, device_map=device_map), built)
 
     def answer(self, image: ImageSource, question: str, **generation: Any) -> str:
         """Returns the model's reply to one question about one image.

@@ -95,7 +95,8 @@ class Encoder:
         if "hidden_states" in output and not inputs.get("output_hidden_states"):
             output.hidden_states = None
         counts = [own.numel() // own.shape[-1] for own in output.pooler_output]
-        output.encoded = Encoded(kept, seen, inputs, counts)
+        # a key, since accelerate makes a mapping anew and drops attributes
+        output["encoded"] = Encoded(kept, seen, inputs, counts)
         return output
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -10,8 +10,16 @@ from safetensors.torch import load_file, save_file
 from tiny_families import Tiny
 from transformers import AutoModelForImageTextToText
 
+from vlm_prune.pruning.pipeline import PrunedVLM
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.load import QUANTIZATIONS, family_type, load, load_language
+
+ON_DISK = {
+    "model.vision_tower": "cpu",
+    "model.multi_modal_projector": "disk",
+    "model.language_model": "disk",
+    "lm_head": "cpu",
+}
 
 
 @pytest.fixture(scope="module")
@@ -467,11 +475,7 @@ def shown():
         ({"attn": "eager"}, 1e-4),
         ({"attn": "flex_attention"}, 1e-4),
         ({"device_map": "auto"}, 1e-5),
-        (
-            {"device_map": {"model.vision_tower": "cpu", "model.multi_modal_projector": "disk",
-                            "model.language_model": "disk", "lm_head": "cpu"}},
-            1e-5,
-        ),
+        ({"device_map": ON_DISK}, 1e-5),
         ({"quantization": "torchao-int8"}, 1.0),
         ({"quantization": "bnb-8bit"}, 1.0),
     ],
@@ -493,6 +497,22 @@ def test_each_way_of_loading_answers_alike(options, close, saved, shown):
         assert all(p.is_meta for p in model.model.language_model.parameters())
     if "attn" in options:
         assert model.config._attn_implementation == options["attn"]
+
+
+@pytest.mark.parametrize("name", ["divprune", "fastv"])
+def test_prunedvlm_spreads_a_model(name, saved, shown):
+    """It answers as the model in one place, also where its projector and decoder are on disk."""
+    pytest.importorskip("accelerate")
+    tiny, _ = shown
+    whole = PrunedVLM.from_pretrained(str(saved), name, 4, device="cpu")
+    asked = (tiny.pictures[:2], ["red?", "Is there a 7?"])
+    expected = whole.replies(*asked, max_new_tokens=4)
+    for device_map in ("auto", ON_DISK):
+        spread = PrunedVLM.from_pretrained(str(saved), name, 4, device_map=device_map)
+        assert spread.replies(*asked, max_new_tokens=4) == expected
+    assert any(p.is_meta for p in spread.model.parameters())
+    with pytest.raises(InputError, match="unknown device map 'balanced'"):
+        PrunedVLM.from_pretrained(str(saved), name, 4, device_map="balanced")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the refusals of a machine without a GPU")
