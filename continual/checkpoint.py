@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlm_prune.vlm.common.errors import naming
 from vlm_prune.vlm.common.files import read_text, write_folder, write_text
-from vlm_prune.vlm.common.records import decoded
+from vlm_prune.vlm.common.records import from_json
 from vlm_prune.vlm.common.state import (
     load_tensors,
     newest,
@@ -38,7 +38,7 @@ def cut_log(path: Path, before: Callable[[dict[str, Any]], bool]) -> None:
     kept = []
     for line in read_text(path).splitlines(keepends=True):
         if line.endswith("\n"):
-            entry = decoded(line, dict[str, Any], str(path), "remove it")
+            entry = from_json(line, dict[str, Any], str(path), "remove it")
             with naming(f"{path} is damaged, remove it"):
                 kept += [line] if before(entry) else []
     write_text(path, "".join(kept))

@@ -62,10 +62,14 @@ class Pruner(ABC):
             value = getattr(self, own.name)
             if own.type is int and type(value) is not int:
                 raise InputError(f"{own.name} {value!r} is not a whole number")
-            if own.type is float and not (type(value) in (int, float) and math.isfinite(value)):
+            if own.type is float and not (type(value) in (int, float) and abs(value) < math.inf):
                 raise InputError(f"{own.name} {value!r} is not a finite number")
             if own.type is bool and type(value) is not bool:
                 raise InputError(f"{own.name} {value!r} is neither true nor false")
+            if own.type is str and type(value) is int:
+                setattr(self, own.name, str(value))
+            elif own.type is str and type(value) is not str:
+                raise InputError(f"{own.name} {value!r} is not a text")
 
     def _choice(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:
@@ -204,7 +208,12 @@ class DecoderPruner(Pruner):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.schedule, dict):
-            self.schedule = Schedule(**self.schedule)
+            self.schedule = Schedule.of(self.schedule)
+        elif not isinstance(self.schedule, Schedule | None):
+            raise InputError(
+                f"schedule {self.schedule!r} is none; give --schedule with a file of "
+                "vlm-prune schedule"
+            )
         if self.preset:
             self.presets[str(self.preset)]
             if self.schedule is not None:

@@ -1,17 +1,19 @@
 """The combination that won the search on validation questions, by budget."""
 
-import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import log
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
+
+import msgspec
 
 from vlm_prune.pruning.base import Pruner, Rule, Stage
 from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.budget import tokens_for
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.records import read_record
 from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.families import Need
 from vlm_prune.vlm.trace import Trace
@@ -98,21 +100,37 @@ def definitions(path: str) -> Definitions:
     """
     try:
         status = Path(path).stat()
-        return _definitions(path, status.st_mtime_ns, status.st_size)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path} defines no method ({type(error).__name__}: {error}); "
-            "give the best.json of vlm-prune search"
-        ) from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None
+    return _definitions(path, status.st_mtime_ns, status.st_size)
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    """Of a budget; what else a search notes about it is evidence."""
+
+    method: str
+    arguments: dict[str, bool | int | float | str | None]
+
+
+class _File(msgspec.Struct, frozen=True):
+    """What is read of the file that a search writes."""
+
+    tokens: Annotated[int, msgspec.Meta(ge=1)]
+    budgets: Annotated[dict[Annotated[int, msgspec.Meta(ge=1)], _Entry], msgspec.Meta(min_length=1)]
 
 
 @lru_cache
 def _definitions(path: str, _time: int, _size: int) -> Definitions:
-    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    found = read_record(Path(path), _File, "give the best.json of vlm-prune search")
     entries = {
-        str(int(budget)): (str(entry["method"]), dict(entry["arguments"]))
-        for budget, entry in content["budgets"].items()
+        str(budget): (entry.method, dict(entry.arguments))
+        for budget, entry in found.budgets.items()
     }
-    if not entries:
-        raise ValueError("no budget")
-    return Definitions(int(content["tokens"]), entries)
+    for name, arguments in entries.values():
+        if "best" in name.split("+"):
+            raise InputError(f"{path} defines best by itself; give the best.json of a search")
+        try:
+            build(name, **arguments)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+    return Definitions(found.tokens, entries)

@@ -3,7 +3,8 @@
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
+from difflib import get_close_matches
 from functools import lru_cache
 from importlib.metadata import entry_points
 from typing import Any
@@ -53,6 +54,7 @@ def build(name: str, **hyperparameters: Any) -> Any:
     table = methods()
     first, *more = name.split("+")
     if first in table and not more and not any("." in key for key in hyperparameters):
+        _check_names(table[first], hyperparameters)
         return table[first](**hyperparameters)
     pruner = _part(table, first)
     for part in more:
@@ -89,4 +91,19 @@ def _replaced(pruner: Any, hyperparameters: dict[str, Any]) -> Any:
         if not is_dataclass(getattr(pruner, part, None)):
             raise InputError(f"{type(pruner).__name__} has no part {part!r}")
         own[part] = _replaced(getattr(pruner, part), values)
+    _check_names(type(pruner), own)
     return replace(pruner, **own)
+
+
+def _check_names(method: type[Any], hyperparameters: Mapping[str, Any]) -> None:
+    """Raise `InputError` for a hyperparameter that the method does not have."""
+    known = [own.name for own in fields(method) if own.init]
+    own_names = [name for name in known if name not in ("budget", "positions", "seed")]
+    for name in hyperparameters:
+        if name not in known:
+            near = get_close_matches(name, own_names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            listed = ", ".join(own_names) or "none"
+            raise InputError(
+                f"{method.__name__} has no hyperparameter {name!r}{hint} (it has {listed})"
+            )

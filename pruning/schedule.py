@@ -1,10 +1,15 @@
 """Where a method cuts inside the language model, and to how many tokens, to spend a budget."""
 
-import json
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from vlm_prune.vlm.common.errors import InputError
+import msgspec
+
+from vlm_prune.vlm.common.errors import InputError, first_line
+from vlm_prune.vlm.common.files import read_object
 
 DEPTH = 32
 
@@ -36,6 +41,7 @@ class Schedule:
             and self.places[-1] < self.layers
             and list(self.shares) == sorted(self.shares, reverse=True)
             and self.shares[-1] > 0
+            and all(map(math.isfinite, self.shares))
         ):
             raise InputError(
                 f"a schedule needs rising places below its {self.layers} layers and as many shares "
@@ -45,14 +51,23 @@ class Schedule:
     @classmethod
     def read(cls, path: str | Path) -> "Schedule":
         """The schedule in a JSON file that `vlm-prune schedule` wrote; raises `InputError`."""
+        return cls.of(read_object(Path(path)), f"{path} holds no schedule")
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any], wrong: str = "no schedule") -> "Schedule":
+        """The schedule among plain values; others of them are evidence for it.
+
+        Raises:
+            InputError: beginning with `wrong`, if its parts are not there or of another kind.
+        """
+        names = [own.name for own in fields(cls)]
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(*(content[key] for key in ("layers", "places", "shares")))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{path} holds no schedule ({type(error).__name__}: {error}); "
-                "give the schedule.json of vlm-prune schedule"
-            ) from error
+            if missing := [name for name in names if name not in content]:
+                raise ValueError(f"no {missing[0]}")
+            return msgspec.convert({name: content[name] for name in names}, cls)
+        except ValueError as error:
+            advice = "give the schedule.json of vlm-prune schedule"
+            raise InputError(f"{wrong} ({first_line(error)}); {advice}") from error
 
     def scaled(self, layers: int) -> list[int]:
         """Its places in a model of another depth."""

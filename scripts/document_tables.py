@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from vlm_prune.benchmarks.cli.app import run_command
 from vlm_prune.benchmarks.cli.support import markdown
 from vlm_prune.pruning import METHODS
 
@@ -78,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

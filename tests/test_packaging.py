@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,3 +60,29 @@ def test_the_command_line_starts_without_torch():
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd="/"
     )
     assert out.stdout.strip() == "False", out.stderr
+
+
+def imported(path, modules):
+    """Modules of ours that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if name in modules else node.module
+
+
+def test_no_module_imports_itself_through_others():
+    modules = {
+        ".".join(["vlm_prune", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(
+            ".__init__"
+        ): path
+        for folder in MAY_IMPORT
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    graph = {
+        name: set(imported(path, modules)) & modules.keys() - {name}
+        for name, path in modules.items()
+    }
+    TopologicalSorter(graph).prepare()  # names the modules of a cycle

@@ -1,7 +1,5 @@
 """What a budget means in tokens of an image."""
 
-import math
-
 from vlm_prune.vlm.common.errors import InputError
 
 
@@ -23,8 +21,8 @@ def check_fits(budget: float, available: int) -> None:
 
 def check_budget(budget: float) -> None:
     """Raises `InputError` unless `budget` is a positive count or a fraction in (0, 1]."""
-    ok = budget >= 1 if isinstance(budget, int) else math.isfinite(budget) and 0 < budget <= 1
-    if isinstance(budget, bool) or not ok:
+    known = isinstance(budget, int | float) and not isinstance(budget, bool)
+    if not (known and (budget >= 1 if isinstance(budget, int) else 0 < budget <= 1)):
         raise InputError(
             f"budget {budget} is out of range; give tokens per image (64) or a fraction (0.11)"
         )

@@ -19,7 +19,7 @@ from vlm_prune.vlm.common.folder import (
     compare_settings,
     record_settings,
 )
-from vlm_prune.vlm.common.records import decoded
+from vlm_prune.vlm.common.records import from_json
 
 ANSWERS = pa.schema(
     [
@@ -49,7 +49,7 @@ def finished(output: Path, config: dict[str, Any]) -> bool:
         noted = (parquet.read_schema(output).metadata or {})[CONFIG]
     except (KeyError, pa.ArrowException):
         raise InputError(f"{output} is there and no table of map; {advice}") from None
-    found = decoded(noted, dict[str, Any], f"the configuration in {output}", advice)
+    found = from_json(noted, dict[str, Any], f"the configuration in {output}", advice)
     compare_settings(output, found, config)
     return True
 
@@ -69,11 +69,8 @@ class Parts:
     def __init__(self, output: Path, config: dict[str, Any], find: Callable[[], pa.Table]) -> None:
         self.output, self.config, self.folder = output, config, parts_of(output)
         self.lock = OutputFolder(self.folder)
-        try:
+        with self.lock.releasing():
             self._open(find)
-        except BaseException:
-            self.lock.release()
-            raise
 
     def _open(self, find: Callable[[], pa.Table]) -> None:
         listed, settings = self.folder / "images.parquet", self.folder / "config.json"

@@ -24,7 +24,7 @@ from pyarrow import parquet
 
 from vlm_prune.benchmarks.batch.inputs import decode, find_images, one_line, root_of
 from vlm_prune.benchmarks.batch.output import ANSWERS, Parts, finished, parts_of
-from vlm_prune.benchmarks.evaluation.engine import Variant
+from vlm_prune.benchmarks.evaluation.records import Variant
 from vlm_prune.pruning.pipeline import PrunedVLM
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.load import load

@@ -55,7 +55,7 @@ def bench(
 ) -> None:
     """Time a pruned and the unpruned architecture on random weights, phase by phase."""
     from vlm_prune.benchmarks.cli.support import named_methods
-    from vlm_prune.benchmarks.evaluation.engine import Variant
+    from vlm_prune.benchmarks.evaluation.records import Variant
     from vlm_prune.benchmarks.speed.bench import BenchConfig
     from vlm_prune.benchmarks.speed.bench import bench as measure
     from vlm_prune.benchmarks.speed.bench_table import about, about_setting, overview, rows
@@ -65,15 +65,14 @@ def bench(
     from vlm_prune.benchmarks.speed.shapes import SHAPES
     from vlm_prune.benchmarks.speed.wings_cost import about_wings, bench_wings, wings_rows
     from vlm_prune.benchmarks.stats.table import as_markdown, as_table, show
-    from vlm_prune.vlm.common.files import check_output, write_json, write_text
+    from vlm_prune.vlm.common.files import check_outputs, write_json, write_text
     from vlm_prune.vlm.families import FAMILIES
 
     quiet()
     if engine not in ENGINES:
         raise InputError(unknown("engine", engine, ENGINES))
     if output is not None:
-        for name in ("bench.json", "bench.md"):
-            check_output(output / name)
+        check_outputs(output, ("bench.json", "bench.md"))
     if engine == "vllm" and (schedule is not None or wings is not None or "," in method):
         raise InputError("--engine vllm measures one method, without --schedule or --wings")
     names = named_methods(method, lambda: FAMILIES[SHAPES[model_shape]().model_type])

@@ -27,9 +27,11 @@ from vlm_prune.benchmarks.cli.options import (
     root_of,
     with_schedule,
 )
-from vlm_prune.benchmarks.cli.runs import execute, run_configs
+from vlm_prune.benchmarks.cli.runs import execute, run_configs, run_folders
 from vlm_prune.benchmarks.cli.terminal import quiet
 from vlm_prune.vlm.common.errors import InputError
+
+TABLES = "compare.md"
 
 
 def compare(
@@ -58,16 +60,10 @@ def compare(
 ) -> None:
     """Methods and budgets side by side; images and unpruned answers are computed once."""
     from vlm_prune.benchmarks.cli.support import named_methods
-    from vlm_prune.benchmarks.evaluation.engine import Variant
-    from vlm_prune.benchmarks.stats.table import (
-        against,
-        as_markdown,
-        as_table,
-        comparison,
-        overview,
-        show,
-    )
-    from vlm_prune.vlm.common.files import write_text
+    from vlm_prune.benchmarks.evaluation.records import Variant
+    from vlm_prune.benchmarks.evaluation.tables import against, comparison, overview
+    from vlm_prune.benchmarks.stats.table import as_markdown, as_table, show
+    from vlm_prune.vlm.common.files import check_output, write_text
     from vlm_prune.vlm.load import family_type
 
     quiet()
@@ -86,13 +82,16 @@ def compare(
         peft=adapter,
     )  # fmt: skip
     names = [f"{variant.method}-{variant.budget}" for variant in variants]
-    runs, folders = execute(configs, output, names, root_of(data_root, allow_outside))
-    tables = [comparison(runs)]
-    if len({run["budget"] for run in runs}) > 1:
-        tables.append(overview(runs))
-    if rival:
-        tables.append(against(rival, runs, [folder.scores() for folder in folders]))
-    for lines in tables:
-        show(as_table(lines))
-    if output is not None:
-        write_text(output / "compare.md", "\n".join(map(as_markdown, tables)))
+    with run_folders(configs, output, names) as folders:
+        if output is not None:
+            check_output(output / TABLES)
+        runs = execute(folders, root_of(data_root, allow_outside))
+        tables = [comparison(runs)]
+        if len({run.budget for run in runs}) > 1:
+            tables.append(overview(runs))
+        if rival:
+            tables.append(against(rival, runs, [folder.scores() for folder in folders]))
+        if output is not None:
+            write_text(output / TABLES, "\n".join(map(as_markdown, tables)))
+    for rows in tables:
+        show(as_table(rows))

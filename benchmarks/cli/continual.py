@@ -90,14 +90,13 @@ def compare(
     from vlm_prune.benchmarks.cli.terminal import console
     from vlm_prune.benchmarks.experiments.continual.experiment import ARMS, Experiment, run_all
     from vlm_prune.benchmarks.experiments.continual.results import FILES, time_steps, write
-    from vlm_prune.vlm.common.files import check_output
+    from vlm_prune.vlm.common.files import check_outputs
 
     chosen = tuple(ARMS) if arms is None else tuple(arms.split(";"))
     for name in chosen:
         if name not in ARMS:
             raise InputError(f"there is no arm {name!r}; give some of: {'; '.join(ARMS)}")
-    for name in FILES:
-        check_output(results / name)
+    check_outputs(results, FILES)
     torch.set_num_threads(threads)
     experiment = Experiment(output, seeds, steps, test_per_class=test_per_class, arms=chosen)
     if not only_write:

@@ -31,7 +31,7 @@ from vlm_prune.benchmarks.cli.options import (
     root_of,
     with_schedule,
 )
-from vlm_prune.benchmarks.cli.runs import execute, run_configs
+from vlm_prune.benchmarks.cli.runs import execute, run_configs, run_folders
 from vlm_prune.vlm.common.errors import InputError
 
 PRUNING = {"method", "budget", "positions", "method_args", "schedule"}
@@ -68,8 +68,9 @@ def evaluate(
     ] = None,
 ) -> None:
     """Compare one pruned model with the unpruned one, or unpruned models with each other."""
-    from vlm_prune.benchmarks.evaluation.engine import Variant
-    from vlm_prune.benchmarks.stats.table import run_table, show
+    from vlm_prune.benchmarks.evaluation.records import Variant
+    from vlm_prune.benchmarks.evaluation.tables import run_table
+    from vlm_prune.benchmarks.stats.table import show
 
     common: dict[str, Any] = {
         "model": model, "limit": limit, "batch_size": batch_size, "device": device,
@@ -91,7 +92,8 @@ def evaluate(
         raise InputError("--base is a model of a suite; add --suite forgetting")
     variant = Variant(method, parse_budget(budget), positions, parse_arguments(method_args))
     configs = run_configs(with_schedule([variant], schedule), split, tasks, **common)
-    (results,), _ = execute(configs, output, [""], root_of(data_root, allow_outside))
+    with run_folders(configs, output) as folders:
+        (results,) = execute(folders, root_of(data_root, allow_outside))
     show(run_table(results))
 
 

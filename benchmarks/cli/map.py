@@ -56,7 +56,7 @@ def map_images(
     if find_spec("ray") is None or find_spec("pyarrow") is None:
         raise InputError("map needs Ray Data; install it with: pip install 'vlm-prune[ray]'")
     from vlm_prune.benchmarks.batch import pipeline
-    from vlm_prune.benchmarks.evaluation.engine import Variant
+    from vlm_prune.benchmarks.evaluation.records import Variant
 
     quiet()
     variant = Variant(method, parse_budget(budget), arguments=parse_arguments(method_args))

@@ -2,14 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from vlm_prune.vlm.common.errors import InputError
 
 if TYPE_CHECKING:
-    from vlm_prune.benchmarks.evaluation.engine import Variant
+    from vlm_prune.benchmarks.evaluation.records import Variant
     from vlm_prune.vlm.common.paths import DataRoot as Root
 
 Model = Annotated[
@@ -125,6 +125,14 @@ def parse_tasks(text: str) -> tuple[str, ...]:
     if others := [name for name in names if name not in TASKS]:
         check_tasks(others, list(TASKS))
     return names
+
+
+def parse_split(text: str) -> Literal["val", "test"]:
+    """The split to measure on; raises `InputError` for another one."""
+    splits: dict[str, Literal["val", "test"]] = {"val": "val", "test": "test"}
+    if text not in splits:
+        raise InputError(f"split {text!r} is not for measuring; give val or test")
+    return splits[text]
 
 
 def with_schedule(variants: "list[Variant]", path: Path | None) -> "list[Variant]":

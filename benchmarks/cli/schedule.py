@@ -42,17 +42,16 @@ def schedule(
     """Propose cuts inside the LLM from where a model's attention to the image shifts."""
     from statistics import median_low
 
+    from vlm_prune.benchmarks.evaluation.tables import THREE_WAYS, three_ways
     from vlm_prune.benchmarks.experiments import schedule as analysis
-    from vlm_prune.benchmarks.stats.table import THREE_WAYS, three_ways
     from vlm_prune.vlm.budget import check_fits, tokens_for
-    from vlm_prune.vlm.common.files import check_output
+    from vlm_prune.vlm.common.files import check_outputs
     from vlm_prune.vlm.common.paths import DataRoot
     from vlm_prune.vlm.families import family_of
     from vlm_prune.vlm.load import load
 
     quiet()
-    for name in analysis.FILES:
-        check_output(output / name)
+    check_outputs(output, analysis.FILES)
     share = parse_budget(budget)
     if data.endswith(".json"):
         prompts = analysis.prompts_of_file(Path(data), DataRoot(images, allow_outside), limit)

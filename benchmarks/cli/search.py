@@ -40,15 +40,20 @@ def search(
     ] = None,
 ) -> None:
     """Search on validation questions for the combination of methods that 'best' stands for."""
-    from vlm_prune.benchmarks.evaluation.engine import RunConfig, Variant
-    from vlm_prune.benchmarks.experiments.search import Search, lines, save, verdict
+    from vlm_prune.benchmarks.evaluation.records import RunConfig, Variant
+    from vlm_prune.benchmarks.evaluation.store import check_kind
+    from vlm_prune.benchmarks.experiments.search import FILES, Search, lines, save, verdict
     from vlm_prune.benchmarks.stats.table import as_table, show
     from vlm_prune.pruning.best import PACKAGED
     from vlm_prune.vlm.budget import check_fits, tokens_for
+    from vlm_prune.vlm.common.files import check_output, check_outputs
     from vlm_prune.vlm.families import family_of
     from vlm_prune.vlm.load import family_type, load
 
     quiet()
+    check_kind(output, "search")
+    check_outputs(output, FILES)
+    check_output(definitions or PACKAGED)
     names = parse_tasks(tasks)
     if limit < len(names):
         raise InputError(f"limit {limit} is below one question for {len(names)} tasks")
@@ -69,10 +74,10 @@ def search(
     def watch(what: str, questions: int) -> AbstractContextManager[Any]:
         return progress(questions, what)
 
-    content = Search(loaded, processor, common, limit, output, watch).run(
+    found = Search(loaded, processor, common, limit, output, watch).run(
         list(dict.fromkeys(tokens_for(each, whole) for each in wanted))
     )
-    save(content, output, definitions or PACKAGED)
-    for tokens, entry in content["budgets"].items():
+    save(found, output, definitions or PACKAGED)
+    for tokens, entry in found.budgets.items():
         show(as_table(lines(entry)))
         print(verdict(tokens, entry))

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vlm_prune.benchmarks.evaluation.records import PromptRecord
 from vlm_prune.vlm.chat import encode_prompts
 from vlm_prune.vlm.common.timing import now
 from vlm_prune.vlm.encoded import Images
@@ -36,7 +37,7 @@ class Prompts:
     vision_s: float
     cropped: bool = False
 
-    def row(self, number: int, trace: Trace) -> dict[str, Any]:
+    def record(self, number: int, trace: Trace) -> PromptRecord:
         """What results say about one prompt, pruned as in `trace`; means are over its images.
 
         Beam search repeats a prompt with its images, whose first copy counts.
@@ -46,16 +47,16 @@ class Prompts:
         counts = self.vision.counts[own] if self.vision else []
         copies = max(1, len(trace.computed[0]) // max(1, sum(self.images)))
         pruned = slice(copies * first, copies * first + count)
-        return {
-            "images": count,
-            "image_tokens": counts,
-            "cropped": self.cropped,
-            "grids": self.vision.grids[own] if self.vision else [],
-            "text_tokens": int(self.tensors["attention_mask"][number].sum()) - sum(counts),
-            "vision_flops": sum(self.vision.flops[own]) if self.vision else 0.0,
-            "layer_tokens": [sum(layer[pruned]) / max(1, count) for layer in trace.computed],
-            "kept": [places.tolist() for places in trace.kept[pruned]],
-        }
+        return PromptRecord(
+            images=count,
+            image_tokens=counts,
+            cropped=self.cropped,
+            grids=self.vision.grids[own] if self.vision else [],
+            text_tokens=int(self.tensors["attention_mask"][number].sum()) - sum(counts),
+            vision_flops=float(sum(self.vision.flops[own])) if self.vision else 0.0,
+            layer_tokens=[sum(layer[pruned]) / max(1, count) for layer in trace.computed],
+            kept=[places.tolist() for places in trace.kept[pruned]],
+        )
 
 
 def make_prompts(

@@ -4,11 +4,12 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,23 +18,31 @@ from vlm_prune.benchmarks import lmms_eval
 from vlm_prune.benchmarks.cli.terminal import progress, quiet
 from vlm_prune.benchmarks.evaluation.engine import (
     MAX_NEW_TOKENS,
-    RunConfig,
-    RunFolder,
-    described,
     prompts_of,
     replies_to,
     samples_of,
 )
 from vlm_prune.benchmarks.evaluation.environment import command, device_name, versions
 from vlm_prune.benchmarks.evaluation.language import Language
-from vlm_prune.benchmarks.stats.bootstrap import accuracy_interval
+from vlm_prune.benchmarks.evaluation.records import (
+    AnswerRow,
+    Gain,
+    RunConfig,
+    SuiteEntry,
+    SuiteResults,
+    SuiteTask,
+)
+from vlm_prune.benchmarks.evaluation.store import RESULTS, GroupFolder, RunFolder, described
+from vlm_prune.benchmarks.evaluation.tables import NOTHING
+from vlm_prune.benchmarks.stats.bootstrap import mean_interval
 from vlm_prune.benchmarks.stats.paired import difference
-from vlm_prune.benchmarks.stats.table import as_gain, as_table, percent, show
+from vlm_prune.benchmarks.stats.table import as_table, percent, points, show
 from vlm_prune.benchmarks.tasks import TASKS, Sample
 from vlm_prune.learners import from_pretrained
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.files import write_json
+from vlm_prune.vlm.common.files import write_text
 from vlm_prune.vlm.common.paths import DataRoot
+from vlm_prune.vlm.common.records import to_json
 from vlm_prune.vlm.common.registry import unknown
 from vlm_prune.vlm.load import load
 
@@ -63,7 +72,7 @@ def run_suite(
     models = 1 + (base is not None) + (config.wings is not None)
     with TemporaryDirectory(prefix="vlm-prune-") as gone, progress(models * config.limit) as tick:
         results = forgetting(config, base, output or Path(gone), data_root, tick)
-    for role, reasons in results["skipped"].items():
+    for role, reasons in results.skipped.items():
         for task, reason in reasons.items():
             print(f"{task} skipped by {TITLES[role]}: {reason}", file=sys.stderr)
     show(as_table(lines(results)))
@@ -76,7 +85,7 @@ def forgetting(
     output: Path,
     data_root: DataRoot | Path | None = None,
     tick: Progress = lambda done: None,
-) -> dict[str, Any]:
+) -> SuiteResults:
     """Ask the base language model, the unpruned VLM and the VLM with Wings the same questions.
 
     Each has a folder of rows in `output`, where a killed run goes on, and which a later run with
@@ -103,22 +112,23 @@ def forgetting(
         raise InputError("a suite runs in one process; start it without accelerate launch")
     skipped: dict[str, dict[str, str]] = {}
     with ExitStack() as stack:
+        group = stack.enter_context(GroupFolder(output, "suite"))
         folders = {
-            role: stack.enter_context(RunFolder(output / role, own))
+            role: stack.enter_context(RunFolder(output / role, own, AnswerRow, "answers", group))
             for role, own in configs.items()
         }
         if lmms_eval.needed(config.tasks):
             skipped = _through_lmms(folders, data_root, tick)
         else:
             _embedded(folders, tick)
-    results = summarise(config, folders, skipped)
-    if not results["tasks"]:
-        raise InputError(f"no task could be run: {next(iter(skipped['vlm'].values()))}")
-    write_json(output / "results.json", results)
+        results = summarize(config, folders, skipped)
+        if not results.tasks:
+            raise InputError(f"no task could be run: {next(iter(skipped['vlm'].values()))}")
+        write_text(output / RESULTS, to_json(results))
     return results
 
 
-def _embedded(folders: dict[str, RunFolder], tick: Progress) -> None:
+def _embedded(folders: dict[str, RunFolder[AnswerRow]], tick: Progress) -> None:
     """Fill the folders, with one model in memory at a time."""
     config = folders["vlm"].config
     samples = samples_of(config.tasks, config.limit, config.seed, config.split)
@@ -157,8 +167,9 @@ def _asking_text(language: Language) -> Ask:
     return ask
 
 
-def _fill(folder: RunFolder, ask: Ask, samples: list[Sample], tick: Progress) -> None:
+def _fill(folder: RunFolder[AnswerRow], ask: Ask, samples: list[Sample], tick: Progress) -> None:
     """Ask what the folder has no rows of, in fixed slices of the questions."""
+    folder.check(samples)
     size = folder.config.batch_size
     for start in range(0, len(samples), size):
         batch = samples[start : start + size]
@@ -168,17 +179,20 @@ def _fill(folder: RunFolder, ask: Ask, samples: list[Sample], tick: Progress) ->
         tick(len(batch))
 
 
-def _row(sample: Sample, reply: str) -> dict[str, Any]:
-    row = described(sample)
-    return row | {
-        "prediction": reply,
-        "score": TASKS[row["task"]].score(reply, sample.answer),
-        "images": len(sample.images),
-    }
+def _row(sample: Sample, reply: str) -> AnswerRow:
+    asked = described(sample)
+    return AnswerRow(
+        **asked,
+        prediction=reply,
+        score=TASKS[asked["task"]].score(reply, sample.answer),
+        images=len(sample.images),
+    )
 
 
 def _through_lmms(
-    folders: dict[str, RunFolder], data_root: DataRoot | Path | None, tick: Progress
+    folders: dict[str, RunFolder[AnswerRow]],
+    data_root: DataRoot | Path | None,
+    tick: Progress,
 ) -> dict[str, dict[str, str]]:
     """The same where some of the tasks are lmms-eval's; why some were skipped, for each model."""
     from vlm_prune.benchmarks.lmms_eval.alone import answer_alone
@@ -204,82 +218,94 @@ def _through_lmms(
     return skipped
 
 
-def summarise(
-    config: RunConfig, folders: dict[str, RunFolder], skipped: dict[str, dict[str, str]]
-) -> dict[str, Any]:
-    """The content of `results.json`; `text` and `images` are means over tasks without and with."""
+def summarize(
+    config: RunConfig, folders: dict[str, RunFolder[AnswerRow]], skipped: dict[str, dict[str, str]]
+) -> SuiteResults:
+    """Returns the content of `results.json`."""
     scores: Scores = {role: folder.scores() for role, folder in folders.items()}
     for role, reasons in skipped.items():
         for task in reasons:
             scores[role].pop(task, None)
-    shown = {row["task"] for row in folders["vlm"].rows.values() if row["images"]}
+    shown = {row.task for row in folders["vlm"].rows.values() if row.images}
     asked = {name: place for place, name in enumerate(config.tasks)}
     names = sorted(scores["vlm"], key=lambda n: (n in shown, asked.get(n, len(asked)), n))
-    models = {role: folder.config.wings or folder.config.model for role, folder in folders.items()}
+    return SuiteResults(
+        suite=SUITES[0],
+        models={
+            role: folder.config.wings or folder.config.model for role, folder in folders.items()
+        },
+        seed=config.seed,
+        config=config,
+        versions=versions(),
+        device=device_name(torch.device(config.device)),
+        command=command(),
+        tasks={name: _task(scores, name, name in shown) for name in names},
+        text=_entry(scores, [name for name in names if name not in shown]),
+        images=_entry(scores, [name for name in names if name in shown]),
+        skipped=skipped,
+    )
+
+
+def _asked(scores: Scores, names: list[str]) -> Scores:
+    """Scores of the models that were asked all of some tasks."""
     return {
-        "suite": SUITES[0],
-        "models": models,
-        "seed": config.seed,
-        "config": asdict(config),
-        "versions": versions(),
-        "device": device_name(torch.device(config.device)),
-        "command": command(),
-        "tasks": {name: {"images": name in shown} | _entry(scores, [name]) for name in names},
-        "text": _entry(scores, [name for name in names if name not in shown]),
-        "images": _entry(scores, [name for name in names if name in shown]),
-        "skipped": skipped,
-    }
-
-
-def _entry(scores: Scores, names: list[str]) -> dict[str, Any]:
-    """Accuracy of the models that were asked all of these tasks, and paired differences."""
-    asked = {
         role: {name: own[name] for name in names}
         for role, own in scores.items()
         if names and set(names) <= set(own)
     }
-    accuracy = {
-        role: float(np.mean([values.mean() for values in own.values()]))
-        for role, own in asked.items()
-    }
-    entry: dict[str, Any] = {
-        "n": sum(len(scores["vlm"][name]) for name in names),
-        "accuracy": accuracy,
-        "differences": {},
-    }
-    if len(names) == 1:
-        entry["accuracy_ci"] = {
-            role: accuracy_interval(own[names[0]]) for role, own in asked.items()
-        }
+
+
+def _entry(scores: Scores, names: list[str]) -> SuiteEntry:
+    asked = _asked(scores, names)
+    differences = {}
     for ours, theirs in PAIRS:
         if ours in asked and theirs in asked:
             gain, interval = difference(asked[ours], asked[theirs])
-            entry["differences"][f"{ours} - {theirs}"] = {"accuracy": gain, "ci": interval}
-    return entry
+            differences[f"{ours} - {theirs}"] = Gain(accuracy=gain, ci=interval)
+    return SuiteEntry(
+        n=sum(len(scores["vlm"][name]) for name in names),
+        accuracy={
+            role: float(np.mean([values.mean() for values in own.values()]))
+            for role, own in asked.items()
+        },
+        differences=differences,
+    )
 
 
-def lines(results: dict[str, Any]) -> list[list[str]]:
+def _task(scores: Scores, name: str, images: bool) -> SuiteTask:
+    entry, asked = _entry(scores, [name]), _asked(scores, [name])
+    return SuiteTask(
+        **msgspec.structs.asdict(entry),
+        images=images,
+        accuracy_ci={role: mean_interval(own[name]) for role, own in asked.items()},
+    )
+
+
+def lines(results: SuiteResults) -> list[list[str]]:
     """Header and rows: tasks of text and their mean, then those with images and theirs."""
-    roles = [role for role in TITLES if role in results["models"]]
+    roles = [role for role in TITLES if role in results.models]
     pairs = [f"{a} - {b}" for a, b in PAIRS if a in roles and b in roles]
     named = [" - ".join(TITLES[role] for role in pair.split(" - ")) for pair in pairs]
     table = [["task", "n", *(f"{TITLES[role]} %" for role in roles), *named]]
-    for images, part in ((False, "text"), (True, "images")):
-        entries = {n: e for n, e in results["tasks"].items() if e["images"] == images}
-        if len(entries) > 1:
-            entries |= {f"mean, {part}": results[part]}
+    for images, mean in ((False, results.text), (True, results.images)):
+        own = {name: entry for name, entry in results.tasks.items() if entry.images == images}
+        entries: dict[str, SuiteEntry] = {**own}
+        if len(own) > 1:
+            entries[f"mean, {'images' if images else 'text'}"] = mean
         for name, entry in entries.items():
-            accuracy, gains = entry["accuracy"], entry["differences"]
+            accuracies = [
+                percent(entry.accuracy[role]) if role in entry.accuracy else NOTHING
+                for role in roles
+            ]
+            gains = [entry.differences.get(pair) for pair in pairs]
             table.append(
                 [
                     name,
-                    str(entry["n"]),
-                    *(percent(accuracy[role]) if role in accuracy else "–" for role in roles),
+                    str(entry.n),
+                    *accuracies,
                     *(
-                        as_gain(gains[pair]["accuracy"], gains[pair]["ci"])
-                        if pair in gains
-                        else "–"
-                        for pair in pairs
+                        NOTHING if gain is None else points(gain.accuracy, gain.ci)
+                        for gain in gains
                     ),
                 ]
             )

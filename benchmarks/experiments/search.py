@@ -14,16 +14,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_prune.benchmarks.evaluation.engine import RunConfig, RunFolder, Variant, evaluate
+from vlm_prune.benchmarks.evaluation.engine import evaluate
 from vlm_prune.benchmarks.evaluation.environment import command, versions
+from vlm_prune.benchmarks.evaluation.records import (
+    Argument,
+    Interval,
+    PairedRow,
+    Record,
+    RunConfig,
+    Share,
+    Tokens,
+    Variant,
+)
+from vlm_prune.benchmarks.evaluation.store import GroupFolder, RunFolder
+from vlm_prune.benchmarks.evaluation.tables import THREE_WAYS, three_ways
 from vlm_prune.benchmarks.stats.paired import difference, mcnemar
-from vlm_prune.benchmarks.stats.table import THREE_WAYS, as_gain, as_markdown, percent, three_ways
+from vlm_prune.benchmarks.stats.table import as_markdown, percent, points
 from vlm_prune.pruning import DecoderPruner, VisionPruner
 from vlm_prune.pruning.best import command_of
 from vlm_prune.pruning.registry import methods
-from vlm_prune.vlm.common.files import write_json, write_text
+from vlm_prune.vlm.common.files import write_text
+from vlm_prune.vlm.common.records import to_json
 from vlm_prune.vlm.families import family_of
 
+FILES = ("search.md", "best.json")
 WIDENINGS = (1.5, 2.0, 3.0, 4.0)
 MERGED = {"merge", "visionzip", "apet"}
 NO_PART = {"none", "random", "pool", "downsample", "merge", "zoo"}  # zoo chooses as zoo-exact does
@@ -46,11 +60,56 @@ class Round:
     """What one round measured: accuracy by task of each variant, and image tokens in three ways."""
 
     scores: list[dict[str, NDArray[np.float64]]]
-    tokens: list[dict[str, Any]]
+    tokens: list[Tokens]
 
     def accuracy(self, number: int) -> float:
         """Mean over tasks, rounded so that equal ones are equal."""
         return round(float(np.mean([v.mean() for v in self.scores[number].values()])), 9)
+
+
+class Rival(Record, frozen=True):
+    """A single method beside the combination: `difference` is the combination's accuracy less its
+    own, with a paired interval, and `p` that of McNemar's test.
+    """
+
+    method: str
+    accuracy: Share
+    tokens: Tokens
+    difference: float
+    ci: Interval
+    p: Share
+
+
+class Definition(Record, frozen=True):
+    """What `best` stands for at a budget, and the comparison that it stands on.
+
+    Args:
+        method: the most accurate of all.
+        wins: whether the combination is above every single method beyond the interval.
+        combination: the best one, as on the command line.
+        tokens: of the combination.
+    """
+
+    method: str
+    arguments: dict[str, Argument]
+    accuracy: Share
+    wins: bool
+    combination: str
+    combination_accuracy: Share
+    tokens: Tokens
+    against: list[Rival]
+
+
+class SearchResults(Record, frozen=True):
+    """`best.json`: definitions by budget, found with images of so many `tokens`."""
+
+    model: str
+    tokens: int
+    questions: int
+    seed: int
+    versions: dict[str, str]
+    command: str
+    budgets: dict[str, Definition]
 
 
 def singles() -> list[str]:
@@ -104,6 +163,7 @@ class Search:
         limit: questions of the last round, and of the comparison.
         output: folder of the runs; a killed search resumes there.
         watch: makes what to call with the number of questions done, for a round of so many.
+        group: the folder of the runs while it is searched.
     """
 
     model: Any
@@ -112,6 +172,7 @@ class Search:
     limit: int
     output: Path
     watch: Callable[[str, int], Any]
+    group: GroupFolder | None = None
 
     def measure(self, name: str, variants: list[Variant], limit: int, seed: int) -> Round:
         """All variants on the same validation questions; the seed decides which."""
@@ -122,13 +183,15 @@ class Search:
                     RunFolder(
                         self.output / name / _folder(variant),
                         replace(config, variant=variant),
+                        PairedRow,
+                        group=self.group,
                     )
                 )
                 for variant in variants
             ]
             advance = stack.enter_context(self.watch(name, limit))
             results = evaluate(self.model, self.processor, folders, advance)
-        return Round([folder.scores() for folder in folders], [run["tokens"] for run in results])
+        return Round([folder.scores() for folder in folders], [run.tokens for run in results])
 
     def winners(self, budgets: list[int]) -> dict[int, Variant]:
         """The best combination at each budget."""
@@ -144,25 +207,29 @@ class Search:
         measured = self.measure("varied", every, self.limit, seed)
         return {budget: _best(every, measured, budget, 1)[0] for budget in budgets}
 
-    def run(self, budgets: list[int]) -> dict[str, Any]:
+    def run(self, budgets: list[int]) -> SearchResults:
         """The definitions that `Best` reads, with the comparison that they stand on."""
+        with GroupFolder(self.output, "search") as self.group:
+            return self._run(budgets)
+
+    def _run(self, budgets: list[int]) -> SearchResults:
         chosen = self.winners(budgets)
         plain = singles()
         every = [v for b in budgets for v in (chosen[b], *(Variant(name, b) for name in plain))]
         measured = self.measure("compared", every, self.limit, self.common.seed + 1)
         step = 1 + len(plain)
-        return {
-            "model": self.common.model,
-            "tokens": family_of(self.model).tokens_per_image,
-            "questions": self.limit,
-            "seed": self.common.seed,
-            "versions": versions(),
-            "command": command(),
-            "budgets": {
+        return SearchResults(
+            model=self.common.model,
+            tokens=family_of(self.model).tokens_per_image,
+            questions=self.limit,
+            seed=self.common.seed,
+            versions=versions(),
+            command=command(),
+            budgets={
                 str(budget): _compared(every, measured, number * step, step)
                 for number, budget in enumerate(budgets)
             },
-        }
+        )
 
 
 def _folder(variant: Variant) -> str:
@@ -177,64 +244,64 @@ def _best(every: list[Variant], measured: Round, budget: int, keep: int | None) 
     return [every[n] for n in own[: keep or max(FINALISTS, -(-len(own) // 3))]]
 
 
-def _compared(every: list[Variant], measured: Round, first: int, count: int) -> dict[str, Any]:
+def _compared(every: list[Variant], measured: Round, first: int, count: int) -> Definition:
     """The combination at `first` against the single methods behind it; the better one is named."""
-    against: list[dict[str, Any]] = []
+    against = []
     for number in range(first + 1, first + count):
         point, interval = difference(measured.scores[first], measured.scores[number])
         against.append(
-            {
-                "method": every[number].method,
-                "accuracy": measured.accuracy(number),
-                "tokens": measured.tokens[number],
-                "difference": point,
-                "ci": interval,
-                "p": mcnemar(measured.scores[first], measured.scores[number]),
-            }
+            Rival(
+                method=every[number].method,
+                accuracy=measured.accuracy(number),
+                tokens=measured.tokens[number],
+                difference=point,
+                ci=interval,
+                p=mcnemar(measured.scores[first], measured.scores[number]),
+            )
         )
     top = max(range(first, first + count), key=lambda n: measured.accuracy(n))
-    return {
-        "method": every[top].method,
-        "arguments": every[top].arguments,
-        "accuracy": measured.accuracy(top),
-        "wins": all(entry["ci"][0] > 0 for entry in against),
-        "combination": command_of(every[first].method, every[first].arguments),
-        "combination_accuracy": measured.accuracy(first),
-        "tokens": measured.tokens[first],
-        "against": against,
-    }
+    return Definition(
+        method=every[top].method,
+        arguments=every[top].arguments,
+        accuracy=measured.accuracy(top),
+        wins=all(rival.ci[0] > 0 for rival in against),
+        combination=command_of(every[first].method, every[first].arguments),
+        combination_accuracy=measured.accuracy(first),
+        tokens=measured.tokens[first],
+        against=against,
+    )
 
 
-def lines(entry: dict[str, Any]) -> list[list[str]]:
+def lines(entry: Definition) -> list[list[str]]:
     """Header and one row per single method: its accuracy and how far the combination is above."""
     rows = [["method", f"tokens {THREE_WAYS}", "accuracy %", "combination minus it [95 %]", "p"]]
-    own = percent(entry["combination_accuracy"])
-    rows.append([entry["combination"], three_ways(entry["tokens"]), own, "", ""])
-    for other in sorted(entry["against"], key=lambda other: -other["accuracy"]):
-        accuracy, tokens = percent(other["accuracy"]), three_ways(other["tokens"])
-        gain = as_gain(other["difference"], other["ci"])
-        rows.append([other["method"], tokens, accuracy, gain, f"{other['p']:.3f}"])
+    own = percent(entry.combination_accuracy)
+    rows.append([entry.combination, three_ways(entry.tokens), own, "", ""])
+    for rival in sorted(entry.against, key=lambda rival: -rival.accuracy):
+        accuracy, tokens = percent(rival.accuracy), three_ways(rival.tokens)
+        gain = points(rival.difference, rival.ci)
+        rows.append([rival.method, tokens, accuracy, gain, f"{rival.p:.3f}"])
     return rows
 
 
-def verdict(budget: str, entry: dict[str, Any]) -> str:
+def verdict(budget: str, entry: Definition) -> str:
     """One line: whether the combination beats every single method."""
-    if entry["wins"]:
-        return f"budget {budget}: {entry['combination']} beats every single method"
-    equal = [other["method"] for other in entry["against"] if other["ci"][0] <= 0]
-    name = command_of(entry["method"], entry["arguments"])
+    if entry.wins:
+        return f"budget {budget}: {entry.combination} beats every single method"
+    equal = [rival.method for rival in entry.against if rival.ci[0] <= 0]
+    name = command_of(entry.method, entry.arguments)
     return (
-        f"budget {budget}: no combination beats every single method; {entry['combination']} is not "
+        f"budget {budget}: no combination beats every single method; {entry.combination} is not "
         f"above {', '.join(equal)} beyond the interval; the most accurate is {name}"
     )
 
 
-def save(content: dict[str, Any], output: Path, definitions: Path) -> None:
+def save(results: SearchResults, output: Path, definitions: Path) -> None:
     """`search.md` in the output folder, and the definitions there and where `Best` reads them."""
     parts = [
         f"{verdict(budget, entry)}\n\n{as_markdown(lines(entry))}"
-        for budget, entry in content["budgets"].items()
+        for budget, entry in results.budgets.items()
     ]
-    write_text(output / "search.md", "\n".join(parts))
-    write_json(output / "best.json", content)
-    write_json(definitions, content)
+    write_text(output / FILES[0], "\n".join(parts))
+    for path in (output / FILES[1], definitions):
+        write_text(path, to_json(results))

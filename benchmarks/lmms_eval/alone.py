@@ -3,11 +3,11 @@
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import datasets
 
-from vlm_prune.benchmarks.evaluation.engine import RunFolder
+from vlm_prune.benchmarks.evaluation.records import AnswerRow
+from vlm_prune.benchmarks.evaluation.store import RunFolder
 from vlm_prune.benchmarks.lmms_eval.model import PrunedChat
 from vlm_prune.benchmarks.lmms_eval.run import in_one_line, leaves_of, one_pass, task_of, unpruned
 from vlm_prune.benchmarks.lmms_eval.score import reply_of, score_of
@@ -15,7 +15,7 @@ from vlm_prune.vlm.common.paths import DataRoot
 
 
 def answer_alone(
-    model: PrunedChat, folder: RunFolder, data_root: DataRoot | Path | None = None
+    model: PrunedChat, folder: RunFolder[AnswerRow], data_root: DataRoot | Path | None = None
 ) -> dict[str, str]:
     """Fill the folder with a row for each question; returns why tasks were skipped.
 
@@ -29,17 +29,17 @@ def answer_alone(
                 task = task_of(leaf, folder, data_root, skipped, model.check_image)
                 found = one_pass(leaf, task, model, None, unpruned(leaf, model, config))
             assert found is not None  # only in other processes, which the suite does not have
-            rows: list[dict[str, Any]] = [
-                {
-                    "id": f"{leaf.shown}/{number:06d}",
-                    "task": leaf.shown,
-                    "subset": str(sample["doc"].get("category") or ""),
-                    "question": found.answers[number][0]["question"],
-                    "answer": str(sample["target"]),
-                    "prediction": reply_of(task, sample),
-                    "score": score_of(task, sample),
-                    "images": found.answers[number][0]["images"],
-                }
+            rows = [
+                AnswerRow(
+                    id=f"{leaf.shown}/{number:06d}",
+                    task=leaf.shown,
+                    subset=str(sample["doc"].get("category") or ""),
+                    question=found.answers[number][0]["question"],
+                    answer=str(sample["target"]),
+                    prediction=reply_of(task, sample),
+                    score=score_of(task, sample),
+                    images=found.answers[number][0]["images"],
+                )
                 for number, sample in sorted(found.samples.items())
             ]
             folder.append(rows)

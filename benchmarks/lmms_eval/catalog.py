@@ -1,11 +1,35 @@
 """Which tasks lmms-eval and we have, and where each is defined."""
 
+import re
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from vlm_prune.benchmarks.lmms_eval import TASK_FOLDER
 from vlm_prune.benchmarks.tasks import TASKS
 from vlm_prune.vlm.common.errors import InputError
+
+TASK_FOLDER = Path(__file__).parent / "tasks"
+# a key that names tasks, and its value: on the line, or a list on those below
+NAMED = re.compile(
+    r"""^["']?(?:task|group|tag)["']?[ \t]*:[ \t]*(.*(?:\n[ \t]*-.*)*)""", re.MULTILINE
+)
+
+
+@cache
+def possible_names() -> frozenset[str]:
+    """The names of all tasks, groups and tags, among words that are none; it takes a second.
+
+    Files are searched, not parsed.
+    """
+    found = set[str]()
+    spec = find_spec("lmms_eval")
+    packages = list(spec.submodule_search_locations or ()) if spec is not None else []
+    for folder in (*(Path(package) / "tasks" for package in packages), TASK_FOLDER):
+        for file in folder.rglob("*yaml"):
+            for value in NAMED.findall(file.read_text(encoding="utf-8", errors="replace")):
+                found |= set(re.findall(r"[\w.+/@-]*\w[\w.+/@-]*", value))
+    return frozenset(found)
 
 
 @cache

@@ -5,14 +5,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
-from vlm_prune.benchmarks.evaluation.engine import Variant
 from vlm_prune.benchmarks.evaluation.prompts import make_prompts
+from vlm_prune.benchmarks.evaluation.records import Variant
 from vlm_prune.benchmarks.evaluation.timing import timed_generate
 from vlm_prune.benchmarks.lmms_eval.answers import Answers, answered, fingerprint
 from vlm_prune.benchmarks.lmms_eval.chat import Chat, chat_of, rounds_of, shared_options, stops_of
@@ -232,7 +233,7 @@ class PrunedChat(lmms):  # type: ignore[misc]
         ends = [ends] if isinstance(ends, int) else ends or []
         for number, ask in enumerate(batch):
             row = answered(ask, texts[number], replies[number]) | {
-                **prompts.row(number, trace),
+                **msgspec.structs.asdict(prompts.record(number, trace)),
                 "input_tokens": int(prompts.tensors["attention_mask"][number].sum()),
                 "output_tokens": _length(new[number].tolist(), ends),
                 "time_ms": {key: 1e3 * value / len(batch) for key, value in times.items()},

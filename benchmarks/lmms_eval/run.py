@@ -13,10 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import msgspec
 from tenacity import RetryError
 
-from vlm_prune.benchmarks.evaluation.engine import RunConfig, RunFolder
-from vlm_prune.benchmarks.evaluation.summarize import summarise
+from vlm_prune.benchmarks.evaluation.costs import machine_of, paired_costs
+from vlm_prune.benchmarks.evaluation.records import (
+    PairedRow,
+    PairedTimes,
+    PromptRecord,
+    Results,
+    RunConfig,
+)
+from vlm_prune.benchmarks.evaluation.store import RunFolder
+from vlm_prune.benchmarks.evaluation.summarize import summarize
 from vlm_prune.benchmarks.lmms_eval.answers import Answers, source
 from vlm_prune.benchmarks.lmms_eval.catalog import catalog, leaves
 from vlm_prune.benchmarks.lmms_eval.load import load_task
@@ -25,13 +34,9 @@ from vlm_prune.benchmarks.lmms_eval.rows import Check
 from vlm_prune.benchmarks.lmms_eval.score import reply_of, score_of
 from vlm_prune.benchmarks.tasks.base import shares
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.files import write_json
 from vlm_prune.vlm.common.paths import DataRoot
 
-SEEN = (
-    "images", "image_tokens", "cropped", "grids", "text_tokens", "vision_flops", "layer_tokens",
-    "kept",
-)  # fmt: skip
+Metrics = dict[str, dict[str, dict[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -58,10 +63,10 @@ def cache_folder() -> Path:
 
 
 def evaluate(
-    folders: list[RunFolder],
+    folders: list[RunFolder[PairedRow]],
     data_root: DataRoot | Path | None = None,
     progress: Callable[[float], None] = lambda done: None,
-) -> list[dict[str, Any]]:
+) -> list[Results]:
     """Fill the folders, which differ only in their variant, and return their results.
 
     A task that cannot be run is reported in one line, and the others are kept. Unpruned answers
@@ -82,7 +87,7 @@ def evaluate(
         pruner.admit(model.model)
     model.tick = lambda answered: progress(answered / (1 + len(folders)))
     skipped: dict[str, str] = {}
-    metrics: list[dict[str, Any]] = [{} for _ in folders]
+    metrics: list[Metrics] = [{} for _ in folders]
     for leaf in leaves_of(config, skipped):
         try:
             with redirect_stderr(StringIO()):  # progress bars and chatter; our own bar stands
@@ -109,9 +114,9 @@ def evaluate(
 def _compare(
     leaf: Leaf,
     model: PrunedChat,
-    folders: list[RunFolder],
+    folders: list[RunFolder[PairedRow]],
     pruners: list[Any],
-    metrics: list[dict[str, Any]],
+    metrics: list[Metrics],
     data_root: DataRoot | Path | None,
     skipped: dict[str, str],
 ) -> None:
@@ -122,7 +127,7 @@ def _compare(
     for folder, pruner, found in zip(folders, pruners, metrics, strict=True):
         after = one_pass(leaf, task, model, pruner, _pruned(leaf, model, folder))
         if before is not None and after is not None:
-            folder.append(_rows(leaf, task, before, after))
+            folder.append(_rows(leaf, task, model, before, after))
             found[leaf.shown] = {"pruned": after.metrics, "baseline": before.metrics}
 
 
@@ -138,7 +143,7 @@ def _alone(error: Exception, model: PrunedChat) -> bool:
 
 def task_of(
     leaf: Leaf,
-    folder: RunFolder,
+    folder: RunFolder[Any],
     data_root: DataRoot | Path | None,
     skipped: dict[str, str],
     check: Check,
@@ -182,7 +187,7 @@ def unpruned(leaf: Leaf, model: PrunedChat, config: RunConfig) -> Answers:
     return Answers(cache_folder() / "unpruned" / key / leaf.name, about)
 
 
-def _pruned(leaf: Leaf, model: PrunedChat, folder: RunFolder) -> Answers:
+def _pruned(leaf: Leaf, model: PrunedChat, folder: RunFolder[PairedRow]) -> Answers:
     about = source(model.model, folder.config.model, folder.config.wings)
     about |= {
         "variant": asdict(folder.config.variant),
@@ -221,7 +226,7 @@ def one_pass(
     return Pass(samples, metrics, answers)
 
 
-def _rows(leaf: Leaf, task: Any, before: Pass, after: Pass) -> list[dict[str, Any]]:
+def _rows(leaf: Leaf, task: Any, model: PrunedChat, before: Pass, after: Pass) -> list[PairedRow]:
     rows = []
     for number, sample in sorted(after.samples.items()):
         other, own, base = before.samples[number], after.answers[number], before.answers[number]
@@ -231,35 +236,44 @@ def _rows(leaf: Leaf, task: Any, before: Pass, after: Pass) -> list[dict[str, An
             for phase in ("vision", "selection", "prefill", "decode")
         }
         del times["baseline_selection"]
+        noted = {name: own[0][name] for name in PromptRecord.__struct_fields__}
+        prompt = msgspec.convert(noted, PromptRecord)
+        flops, kv_bytes = paired_costs(model.model, prompt)
         rows.append(
-            {
-                "id": f"{leaf.shown}/{number:06d}",
-                "task": leaf.shown,
-                "subset": str(sample["doc"].get("category") or ""),
-                "question": own[0]["question"],
-                "answer": str(sample["target"]),
-                "baseline": reply_of(task, other),
-                "prediction": reply_of(task, sample),
-                "baseline_score": score_of(task, other),
-                "score": score_of(task, sample),
-                **{key: own[0][key] for key in SEEN if key in own[0]},
-                "time_ms": times,
-            }
+            PairedRow(
+                id=f"{leaf.shown}/{number:06d}",
+                task=leaf.shown,
+                subset=str(sample["doc"].get("category") or ""),
+                question=own[0]["question"],
+                answer=str(sample["target"]),
+                baseline=reply_of(task, other),
+                prediction=reply_of(task, sample),
+                baseline_score=score_of(task, other),
+                score=score_of(task, sample),
+                **msgspec.structs.asdict(prompt),
+                flops=flops,
+                kv_bytes=kv_bytes,
+                time_ms=PairedTimes(**times),
+            )
         )
     return rows
 
 
 def _finish(
-    folder: RunFolder, metrics: dict[str, Any], skipped: dict[str, str], model: PrunedChat
-) -> dict[str, Any]:
+    folder: RunFolder[PairedRow], metrics: Metrics, skipped: dict[str, str], model: PrunedChat
+) -> Results:
     """Write `results.json` over the tasks that were run."""
     rows = sorted(
-        (row for row in folder.rows.values() if row["task"] in metrics), key=lambda row: row["id"]
+        (row for row in folder.rows.values() if row.task in metrics), key=lambda row: row.id
     )
-    results = summarise(replace(folder.config, tasks=tuple(metrics)), rows, model.model)
-    for name, found in metrics.items():
-        results["tasks"][name]["metrics"] = found["pruned"]
-        results["tasks"][name]["baseline_metrics"] = found["baseline"]
-    results["skipped"] = skipped
-    write_json(folder.path / "results.json", results)
+    config = replace(folder.config, tasks=tuple(metrics))
+    results = summarize(config, rows, machine_of(model.model))
+    tasks = {
+        name: msgspec.structs.replace(
+            results.tasks[name], metrics=found["pruned"], baseline_metrics=found["baseline"]
+        )
+        for name, found in metrics.items()
+    }
+    results = msgspec.structs.replace(results, tasks=tasks, skipped=skipped)
+    folder.finish(results)
     return results

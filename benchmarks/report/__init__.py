@@ -11,12 +11,13 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from vlm_prune.benchmarks.evaluation.tables import count, three_ways, with_interval
 from vlm_prune.benchmarks.report.gallery import gallery
 from vlm_prune.benchmarks.report.load import Run, load_runs
 from vlm_prune.benchmarks.report.numbers import CONTROLS, PHASES, bars, budgets
 from vlm_prune.benchmarks.report.plot import draw, series_of
-from vlm_prune.benchmarks.stats.table import count, percent, three_ways, with_interval
-from vlm_prune.vlm.common.files import write_text
+from vlm_prune.benchmarks.stats.table import percent
+from vlm_prune.vlm.common.files import check_output, write_text
 from vlm_prune.vlm.common.paths import DataRoot
 
 HERE = Path(__file__).parent
@@ -41,6 +42,7 @@ def report(
     """
     runs = load_runs(paths)
     target = output or paths[0] / "report.html"
+    check_output(target)
     write_text(target, render(runs, most, data_root))
     return target, runs
 
@@ -66,7 +68,6 @@ def render(runs: list[Run], most: int = 60, data_root: DataRoot | Path | None = 
         controls={run.label for run in runs if run.method in CONTROLS},
         plots={"wide": draw(runs, 860, 400), "narrow": draw(runs, 360, 340)},
         gallery=gallery(runs, groups, most, data_root),
-        noted=all(row.kept is not None for run in runs for row in run.rows),
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

@@ -15,12 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from vlm_prune.benchmarks.cli.options import parse_budget
-from vlm_prune.benchmarks.evaluation.engine import Variant
 from vlm_prune.benchmarks.evaluation.prompts import Prompts, make_prompts
+from vlm_prune.benchmarks.evaluation.records import Variant
+from vlm_prune.benchmarks.evaluation.tables import THREE_WAYS, three_ways
 from vlm_prune.benchmarks.evaluation.timing import timed_generate
 from vlm_prune.benchmarks.report.overlay import kept_overlay
 from vlm_prune.benchmarks.speed.bench import PHASES
-from vlm_prune.benchmarks.stats.table import THREE_WAYS, as_markdown, three_ways
+from vlm_prune.benchmarks.stats.table import as_markdown
 from vlm_prune.benchmarks.tasks import TASKS
 from vlm_prune.pruning.registry import methods
 from vlm_prune.vlm.chat import render

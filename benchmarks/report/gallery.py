@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from vlm_prune.benchmarks.report.load import Row, Run
+from vlm_prune.benchmarks.evaluation.records import PairedRow
+from vlm_prune.benchmarks.report.load import Run
 from vlm_prune.benchmarks.report.numbers import Budget
 from vlm_prune.benchmarks.report.plot import series_of
 from vlm_prune.benchmarks.report.shown import pictures_of
@@ -18,7 +19,6 @@ from vlm_prune.benchmarks.tasks import TASKS
 from vlm_prune.vlm.common.paths import DataRoot
 
 LARGEST = 448  # pixels
-Grids = list[list[int] | None]
 
 
 def chosen(runs: list[Run], most: int) -> list[str]:
@@ -52,7 +52,7 @@ def gallery(
     for first in asked:
         if not shown.get(first.id):
             continue
-        name, grids = first.id, _grids(runs[0], first)
+        name, grids = first.id, first.grids
         pictures = [
             images.setdefault(_data_uri(_seen(picture, first, grid)), len(images))
             for picture, grid in zip(shown[name], chain(grids, repeat(None)), strict=False)
@@ -62,15 +62,12 @@ def gallery(
                 "id": name,
                 "task": first.task,
                 "question": first.question,
-                "gold": first.gold,
+                "gold": first.answer,
                 "baseline": first.baseline,
                 "right": first.baseline_right,
                 "images": pictures,
                 "grids": grids,
-                "answers": [
-                    _answer(run, row[name]) if name in row else None
-                    for run, row in zip(runs, rows, strict=True)
-                ],
+                "answers": [_answer(row[name]) if name in row else None for row in rows],
             }
         )
     return {
@@ -90,43 +87,27 @@ def gallery(
     }
 
 
-def _grids(run: Run, row: Row) -> Grids:
-    """Rows and columns of each image's tokens, None where they are no grid over it.
-
-    Rows that do not say are of models whose images have one size: there it is a square, or none.
-    """
-    if row.grids is not None:
-        return row.grids
-    tokens = run.results["tokens"]["full"]
-    side = math.isqrt(int(tokens))
-    square = side**2 == tokens and run.results.get("fixed_size", True)
-    return [[side, side] if square else None for _ in row.kept or []]
-
-
-def _answer(run: Run, row: Row) -> dict[str, Any]:
-    kept = None
-    if row.kept is not None:
-        kept = [
-            grid and _bits(places, math.prod(grid))
-            for grid, places in zip(_grids(run, row), row.kept, strict=False)
-        ]
+def _answer(row: PairedRow) -> dict[str, Any]:
     return {
         "text": row.prediction,
         "right": row.right,
         "broken": row.broken,
         "mended": row.mended,
-        "kept": kept,
+        "kept": [
+            grid and _bits(indices, math.prod(grid))
+            for grid, indices in zip(row.grids, row.kept, strict=bool(row.kept))
+        ],
     }
 
 
-def _bits(places: list[int], tokens: int) -> str:
+def _bits(indices: list[int], tokens: int) -> str:
     """One bit per token, in reading order, base64."""
     mask = np.zeros(tokens, bool)
-    mask[places] = True
+    mask[indices] = True
     return base64.b64encode(np.packbits(mask).tobytes()).decode()
 
 
-def _seen(picture: Image.Image, row: Row, grid: list[int] | None) -> Image.Image:
+def _seen(picture: Image.Image, row: PairedRow, grid: tuple[int, int] | None) -> Image.Image:
     """What the grid covers, no larger than needed."""
     if row.cropped and grid is not None:
         picture = ImageOps.fit(picture, (min(picture.size),) * 2)

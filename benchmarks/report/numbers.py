@@ -40,9 +40,7 @@ class Budget:
 
 
 def _best(runs: list[Run]) -> Run:
-    return max(
-        runs, key=lambda r: (r.results["overall"]["accuracy"], r.results["speedup"]["prefill"])
-    )
+    return max(runs, key=lambda r: (r.results.overall.accuracy, r.results.speedup.prefill))
 
 
 def budgets(runs: list[Run]) -> list[Budget]:
@@ -64,10 +62,10 @@ class Bar:
 
 def bars(budget: Budget) -> list[Bar]:
     """Time by phase at one budget: the unpruned model as measured beside the first run, then all."""
-    times = budget.runs[0].results["time_ms"]
-    unpruned = {p: float(times[f"baseline_{p}"]) for p in PHASES if p != "selection"}
+    times = budget.runs[0].results.time_ms
+    unpruned = {p: getattr(times, f"baseline_{p}") for p in PHASES if p != "selection"}
     pruned = [
-        Bar(run, {phase: float(run.results["time_ms"][phase]) for phase in PHASES})
+        Bar(run, {phase: getattr(run.results.time_ms, phase) for phase in PHASES})
         for run in budget.runs
     ]
     return [Bar(None, unpruned), *pruned]

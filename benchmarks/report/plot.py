@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vlm_prune.benchmarks.evaluation.tables import count
 from vlm_prune.benchmarks.report.load import Run
 from vlm_prune.benchmarks.report.numbers import CONTROLS
-from vlm_prune.benchmarks.stats.table import count
 
 LEFT, RIGHT, TOP, BOTTOM = 40, 44, 14, 44
 TICK_GAP = 40
@@ -68,13 +68,12 @@ def series_of(runs: list[Run]) -> list[str]:
 
 def points_of(runs: list[Run]) -> list[Point]:
     """One point per run, the unpruned model last."""
-    overall, full = runs[0].results["overall"], float(runs[0].results["tokens"]["full"])
-    base, labels = float(overall["baseline_accuracy"]), series_of(runs)
+    base, full = runs[0].results.overall.baseline_accuracy, runs[0].results.tokens.full
+    labels = series_of(runs)
     points = []
     for run in runs:
-        accuracy = float(run.results["overall"]["accuracy"])
-        ends = run.results["overall"]["ci"]
-        interval = None if ends is None else (base * float(ends[0]), base * float(ends[1]))
+        accuracy, ends = run.results.overall.accuracy, run.results.overall.ci
+        interval = None if ends is None else (base * ends[0], base * ends[1])
         label = f"{run.label}, budget {run.budget}"
         series = labels.index(run.label)
         points.append(Point(label, series, run.computed, accuracy, interval))

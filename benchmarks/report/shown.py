@@ -5,7 +5,8 @@ from pathlib import Path
 from PIL import Image
 
 from vlm_prune.benchmarks import lmms_eval
-from vlm_prune.benchmarks.report.load import Row, Run
+from vlm_prune.benchmarks.evaluation.records import PairedRow
+from vlm_prune.benchmarks.report.load import Run
 from vlm_prune.benchmarks.tasks import TASKS
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.paths import DataRoot
@@ -14,7 +15,7 @@ Pictures = list[Image.Image]
 
 
 def pictures_of(
-    run: Run, rows: list[Row], data_root: DataRoot | Path | None
+    run: Run, rows: list[PairedRow], data_root: DataRoot | Path | None
 ) -> tuple[dict[str, Pictures], dict[str, str]]:
     """Images by the question's id, and by task why there are none.
 
@@ -24,7 +25,7 @@ def pictures_of(
     found = {row.id: _made(run, row) for row in rows if row.task in TASKS}
     missing = {}
     for task in sorted({row.task for row in rows} - set(TASKS)):
-        asked = {_number(run, row): row.question for row in rows if row.task == task}
+        asked = {row.number: row.question for row in rows if row.task == task}
         try:
             pictures = _read(task, asked, data_root)
         except InputError as error:
@@ -44,24 +45,12 @@ def _read(
     return images_of(task, asked, data_root)
 
 
-def _made(run: Run, row: Row) -> Pictures:
-    task = row.id.partition("/")[0]
-    if task in TASKS:
-        sample = TASKS[task].sample(_number(run, row), run.shared["seed"], run.shared["split"])
-        if (sample.turns[-1].text, sample.answer) == (row.question, row.gold):
-            return list(sample.images)
-    raise InputError(_another(run, row))
-
-
-def _number(run: Run, row: Row) -> int:
-    number = row.id.rpartition("/")[2]
-    if not number.isdecimal():
-        raise InputError(_another(run, row))
-    return int(number)
-
-
-def _another(run: Run, row: Row) -> str:
-    return (
+def _made(run: Run, row: PairedRow) -> Pictures:
+    config = run.results.config
+    sample = TASKS[row.task].sample(row.number, config.seed, config.split)
+    if (sample.turns[-1].text, sample.answer) == (row.question, row.answer):
+        return list(sample.images)
+    raise InputError(
         f"{run.path}: question {row.id} is not the one that this version makes; "
         "run it again, or give --gallery 0"
     )

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.profiler import DeviceType, ProfilerActivity, profile
 from transformers import AutoModelForImageTextToText
 
-from vlm_prune.benchmarks.evaluation.engine import Variant
 from vlm_prune.benchmarks.evaluation.environment import environment
 from vlm_prune.benchmarks.evaluation.prompts import Prompts, encoded
+from vlm_prune.benchmarks.evaluation.records import Variant
 from vlm_prune.benchmarks.evaluation.timing import timed_generate
 from vlm_prune.benchmarks.speed.pictures import random_pictures
 from vlm_prune.benchmarks.speed.roofline import Ceilings, Timing, kept_memory, measured_ceilings

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from vlm_prune.benchmarks.evaluation.records import Variant
+from vlm_prune.benchmarks.evaluation.tables import THREE_WAYS, method_name, three_ways
 from vlm_prune.benchmarks.speed.bench import PHASES
 from vlm_prune.benchmarks.speed.roofline import Timing
-from vlm_prune.benchmarks.stats.table import THREE_WAYS, method_name, percent, three_ways
+from vlm_prune.benchmarks.stats.table import percent
 
 
 def rows(results: dict[str, Any]) -> list[list[str]]:
@@ -37,7 +39,7 @@ def about(results: dict[str, Any]) -> list[str]:
     return [
         *about_setting(results),
         (
-            f"{method_name(results)}: {three_ways(results['pruned']['tokens'])} image tokens "
+            f"{_method_of(results)}: {three_ways(results['pruned']['tokens'])} image tokens "
             f"({THREE_WAYS})"
         ),
         (
@@ -55,6 +57,10 @@ def about(results: dict[str, Any]) -> list[str]:
         ),
         *busy,
     ]
+
+
+def _method_of(results: dict[str, Any]) -> str:
+    return method_name(Variant(**results["config"]["variant"]), results["definition"])
 
 
 def shape_of(config: dict[str, Any]) -> str:
@@ -93,7 +99,7 @@ def overview(runs: list[dict[str, Any]]) -> list[list[str]]:
     for run in runs:
         speed, times = run["speedup"], run["pruned"]["times_ms"]
         line = [
-            method_name(run),
+            _method_of(run),
             three_ways(run["pruned"]["tokens"]),
             str(Timing(**run["unpruned"]["times_ms"]["prefill"])),
             str(Timing(**times["selection"])),

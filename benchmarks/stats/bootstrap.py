@@ -1,45 +1,90 @@
-"""Bootstrap intervals: of an accuracy, and of the paired ratio of two, stratified by task."""
+"""Bootstrap intervals, stratified and paired: one resampling, by scipy, for all statistics."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import DegenerateDataWarning, bootstrap
 
-Scores = Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
+Values = NDArray[np.float64]
+Scores = Mapping[str, tuple[Values, Values]]
+DRAWS = 2000
+MOST_INDICES = 2**24  # held at once
+
+
+def resampled(
+    statistic: Callable[..., Values], sizes: Sequence[int], draws: int = DRAWS, seed: int = 0
+) -> Values:
+    """Bootstrap draws of a statistic of several strata, each resampled on its own.
+
+    Args:
+        statistic: takes one array of indices (D, n) for each stratum, of its n members with
+            repetitions, and returns values (..., D). Pairs stay together, because what has one
+            index is drawn together.
+        sizes: the strata's members.
+        draws: how many.
+        seed: of the drawing.
+
+    Returns:
+        Values (..., draws).
+    """
+    # scipy does not resample a stratum of one member, which has but one resample
+    several = [number for number, size in enumerate(sizes) if size > 1]
+
+    def of_indices(*drawn: NDArray[Any], axis: int = -1) -> Values:
+        count = drawn[0].shape[0] if drawn else draws
+        strata = [np.zeros((count, size), int) for size in sizes]
+        for number, indices in zip(several, drawn, strict=True):
+            strata[number] = indices
+        return statistic(*strata)
+
+    if not several:
+        return of_indices()
+    with warnings.catch_warnings():  # a draw may be undefined, which is for the caller to tell
+        warnings.simplefilter("ignore", DegenerateDataWarning)
+        found = bootstrap(
+            [np.arange(sizes[number]) for number in several], of_indices, n_resamples=draws,
+            batch=max(1, MOST_INDICES // sum(sizes)), vectorized=True, method="percentile",
+            rng=np.random.default_rng(seed),
+        )  # fmt: skip
+    values: Values = found.bootstrap_distribution
+    return values
+
+
+def percentiles(values: Values) -> tuple[float, float]:
+    """95 % interval of bootstrap draws (D,)."""
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def mean_interval(values: Values, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean of values (n,)."""
+    return percentiles(resampled(lambda rows: values[rows].mean(-1), [len(values)], draws, seed))
 
 
 def retained(
-    scores: Scores, draws: int = 2000, seed: int = 0
-) -> tuple[float | None, list[float] | None]:
+    scores: Scores, draws: int = DRAWS, seed: int = 0
+) -> tuple[float | None, tuple[float, float] | None]:
     """Mean pruned over mean unpruned accuracy, with a 95 % interval.
 
     `scores` maps a task to its questions' (unpruned, pruned) scores. Tasks weigh the same, and
     questions are resampled within each task, in pairs. None where the unpruned model scores 0.
     """
-    rng = np.random.default_rng(seed)
-    base, ours = np.zeros(draws), np.zeros(draws)
-    for unpruned, pruned in scores.values():
-        rows = rng.integers(0, len(unpruned), (draws, len(unpruned)))
-        base += unpruned[rows].mean(1)
-        ours += pruned[rows].mean(1)
-    point = _ratio(
-        sum(p.mean() for _, p in scores.values()), sum(u.mean() for u, _ in scores.values())
-    )
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = ours / base
-    ratios = ratios[np.isfinite(ratios)]
-    if len(ratios) == 0:
-        return point, None
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return point, [float(low), float(high)]
+    pairs = list(scores.values())
 
+    def ratios(*rows: NDArray[np.int64]) -> Values:
+        drawn = list(zip(pairs, rows, strict=True))
+        base = np.sum([unpruned[each].mean(-1) for (unpruned, _), each in drawn], 0)
+        ours = np.sum([pruned[each].mean(-1) for (_, pruned), each in drawn], 0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found: Values = ours / base
+        return found
 
-def accuracy_interval(scores: NDArray[np.float64], draws: int = 2000, seed: int = 0) -> list[float]:
-    """95 % interval of the mean of one task's scores."""
-    rows = np.random.default_rng(seed).integers(0, len(scores), (draws, len(scores)))
-    low, high = np.percentile(scores[rows].mean(1), [2.5, 97.5])
-    return [float(low), float(high)]
-
-
-def _ratio(ours: float, base: float) -> float | None:
-    return float(ours / base) if base > 0 else None
+    base = sum(unpruned.mean() for unpruned, _ in pairs)
+    if base == 0:
+        return None, None
+    found = resampled(ratios, [len(unpruned) for unpruned, _ in pairs], draws, seed)
+    point = float(sum(pruned.mean() for _, pruned in pairs) / base)
+    return point, percentiles(found[np.isfinite(found)])

@@ -2,15 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from vlm_prune.benchmarks.tasks.vqa import exact_match
-
-if TYPE_CHECKING:
-    from vlm_prune.benchmarks.tasks.scenes import Scene
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -94,19 +91,3 @@ def shares(names: Sequence[str], limit: int) -> dict[str, int]:
     each, rest = divmod(limit, len(names))
     first = set(sorted(names)[:rest])
     return {name: each + (name in first) for name in names}
-
-
-def about_scene(
-    ask: Callable[[np.random.Generator, "Scene"], Question | None],
-) -> Callable[[np.random.Generator, Split], Sample]:
-    """A sample maker that shows a new scene and asks one question about it."""
-    from vlm_prune.benchmarks.tasks.scenes import make_scene
-
-    def make(rng: np.random.Generator, split: Split) -> Sample:
-        while True:
-            scene = make_scene(rng, split)
-            if (question := ask(rng, scene)) is not None:
-                turn = Turn(question.text, (scene.image,))
-                return Sample((turn,), question.answer, question.subset)
-
-    return make

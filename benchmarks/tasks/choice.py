@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from vlm_prune.benchmarks.tasks.base import Question, Task, about_scene
-from vlm_prune.benchmarks.tasks.scenes import COLORS, KINDS, Scene, noun
+from vlm_prune.benchmarks.tasks.base import Question, Task
+from vlm_prune.benchmarks.tasks.scenes import COLORS, KINDS, Scene, about_scene, noun
 
 LETTERS = "ABCD"
 

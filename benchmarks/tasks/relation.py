@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from vlm_prune.benchmarks.tasks.base import Question, Task, about_scene
-from vlm_prune.benchmarks.tasks.scenes import Scene
+from vlm_prune.benchmarks.tasks.base import Question, Task
+from vlm_prune.benchmarks.tasks.scenes import Scene, about_scene
 
 CLEAR_MARGIN = 56.0
 

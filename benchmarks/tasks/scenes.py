@@ -5,6 +5,7 @@ lowered, handwritten digits are scikit-learn's; both are split by image, so that
 a test scene was ever seen in training.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageStat
 
-from vlm_prune.benchmarks.tasks.base import Split
+from vlm_prune.benchmarks.tasks.base import Question, Sample, Split, Turn
 
 SIDE = 336
 PATCH = 14
@@ -265,3 +266,18 @@ def _draw_shape(draw: ImageDraw.ImageDraw, name: str, side: int) -> None:
             side / 2 + radii * np.cos(angles), side / 2 + radii * np.sin(angles), strict=True
         )
         draw.polygon([(float(x), float(y)) for x, y in points], 255)
+
+
+def about_scene(
+    ask: Callable[[np.random.Generator, Scene], Question | None],
+) -> Callable[[np.random.Generator, Split], Sample]:
+    """A sample maker that shows a new scene and asks one question about it."""
+
+    def make(rng: np.random.Generator, split: Split) -> Sample:
+        while True:
+            scene = make_scene(rng, split)
+            if (question := ask(rng, scene)) is not None:
+                turn = Turn(question.text, (scene.image,))
+                return Sample((turn,), question.answer, question.subset)
+
+    return make

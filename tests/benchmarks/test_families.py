@@ -151,22 +151,6 @@ def computed_of(row):
     return row["images"] * np.mean(row["layer_tokens"])
 
 
-@pytest.mark.parametrize("tiny", ["llava"], indirect=True)
-def test_rows_that_do_not_say_what_images_have_are_of_one_size(run, tiny, folder, mixed, tmp_path):
-    asked = ["eval", "--model", folder, "--method", "fastv", "--budget", "7", "--tasks", "mixed"]
-    asked += ["--limit", "6", "--output", tmp_path]
-    assert run(*asked)[0] == 0
-    first, rows = results(tmp_path)
-    for row in rows:
-        del row["image_tokens"], row["vision_flops"]
-    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert run(*asked)[0] == 0
-    second, _ = results(tmp_path)
-    for part in ("tokens", "flops", "kv_bytes"):
-        assert first[part] == pytest.approx(second[part])
-    assert run("report", tmp_path)[0] == 0
-
-
 @pytest.mark.parametrize("tiny", ["qwen2_5_vl"], indirect=True)
 def test_a_killed_run_resumes(run, tiny, folder, mixed, tmp_path):
     asked = ["eval", "--model", folder, "--method", "divprune", "--budget", "7"]

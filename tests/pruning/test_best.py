@@ -49,7 +49,7 @@ def test_its_count_is_that_of_what_it_stands_for(found):
 @pytest.mark.parametrize("content", ["", "[]", '{"tokens": 576, "budgets": {}}', '{"budgets": 1}'])
 def test_files_that_define_nothing_are_refused(tmp_path, content):
     (tmp_path / "best.json").write_text(content)
-    with pytest.raises(InputError, match="defines no method"):
+    with pytest.raises(InputError, match="give the best.json of vlm-prune search"):
         Best(definitions=str(tmp_path / "best.json")).chosen(576)
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,60 @@ def test_the_documentation_states_each_methods_positions():
                 header = []
     for name, method in METHODS.items():
         assert rows[name] == method.authors_positions, name
+
+
+ODD = (
+    None,
+    [],
+    {},
+    "x",
+    "",
+    True,
+    -1,
+    0,
+    10**400,
+    float("nan"),
+    float("inf"),
+    1.5,
+    {"layers": "7"},
+)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_hyperparameters_are_taken_or_refused_in_one_line(name):
+    for own in fields(METHODS[name]):
+        for value in ODD:
+            try:
+                pruner = build(name, **{own.name: value})
+            except InputError as error:
+                assert len(str(error).splitlines()) == 1
+                continue
+            taken = getattr(pruner, own.name)
+            assert taken in (value, str(value)) and type(taken) in (type(value), str)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("adaptinfer", {"schedule": 7}, "schedule 7 is none; give --schedule"),
+        ("adaptinfer", {"schedule": {"layers": 7}}, r"no schedule \(no places\)"),
+        ("adaptinfer", {"schedule": {"layers": "7", "places": [1], "shares": [1.0]}}, "Expected"),
+        ("fastv", {"preset": []}, r"preset \[\] is not a text"),
+        ("zoo", {"steps": 3}, "no hyperparameter 'steps'; did you mean 'step'"),
+        (
+            "zoo",
+            {"x": 3},
+            r"ZOO? ?.* has no hyperparameter 'x' \(it has directions, step, combine\)",
+        ),
+        ("divprune", {"x": 3}, r"\(it has none\)"),
+        ("zoo-exact+fastv", {"inside.x": 3}, "FastV has no hyperparameter 'x'"),
+        ("zoo-exact+fastv", {"outside.x": 3}, "has no part 'outside'"),
+    ],
+)
+def test_wrong_hyperparameters_say_which_there_are(name, given, message):
+    with pytest.raises(InputError, match=f"(?i){message}"):
+        build(name, **given)
+
+
+def test_a_number_may_name_a_preset():
+    assert build("sparsevlm", preset=64).preset == "64"

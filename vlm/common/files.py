@@ -6,7 +6,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -136,6 +136,18 @@ def check_output(path: Path) -> None:
     finally:
         for folder in reversed(made):
             folder.rmdir()
+
+
+def check_outputs(folder: Path, names: Iterable[str]) -> None:
+    """Find out before any work whether files can be written in a folder of results.
+
+    Raises:
+        InputError: as `output_folder` and `output_file` do.
+        OSError: if the folder cannot be made or written to.
+    """
+    output_folder(folder)
+    for name in names:
+        check_output(folder / name)
 
 
 def make_folders(path: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """A folder of results: one writer at a time, and one set of settings."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -9,7 +10,7 @@ from filelock import FileLock, Timeout
 
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import make_folders, output_folder, write_text
-from vlm_prune.vlm.common.records import encoded, read_record
+from vlm_prune.vlm.common.records import read_record, to_json
 
 LOCK = ".lock"
 
@@ -44,6 +45,15 @@ class OutputFolder:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+    @contextmanager
+    def releasing(self) -> Iterator[None]:
+        """Let others write if the block fails."""
+        try:
+            yield
+        except BaseException:
+            self.release()
+            raise
 
     def release(self) -> None:
         """Let others write."""
@@ -84,17 +94,28 @@ def compare_settings(place: Path, found: Mapping[str, Any], wanted: Mapping[str,
         found: the settings there, plain values.
         wanted: those of this run.
     """
-    plain = msgspec.json.decode(encoded(wanted))
+    plain = msgspec.json.decode(to_json(wanted))
     if found.keys() != plain.keys():
         raise InputError(
             f"{place} holds a run of another version; give another --output or remove it"
         )
-    changed = [key for key in plain if found[key] != plain[key]]
-    if changed:
+    if changed := _changed(found, plain):
         raise InputError(
             f"{place} holds a run with another {', '.join(changed)}; "
             "give another --output or remove it"
         )
+
+
+def _changed(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """The innermost keys whose values differ."""
+    names = []
+    for key, value in wanted.items():
+        other = found[key]
+        if isinstance(value, dict) and isinstance(other, dict) and value.keys() == other.keys():
+            names += _changed(other, value)
+        elif other != value:
+            names.append(key)
+    return names
 
 
 def record_settings(path: Path, settings: Mapping[str, Any]) -> None:
@@ -104,4 +125,4 @@ def record_settings(path: Path, settings: Mapping[str, Any]) -> None:
         InputError: as `check_settings` does.
     """
     if not check_settings(path, settings):
-        write_text(path, encoded(settings) + "\n")
+        write_text(path, to_json(settings))

@@ -1,5 +1,6 @@
 """Records: typed, validated content of JSON files."""
 
+import json
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ def read_record(path: Path, kind: type[T], advice: str) -> T:
     Raises:
         InputError: if the file cannot be read or holds anything else.
     """
-    return decoded(read_bytes(path), kind, str(path), advice)
+    return from_json(read_bytes(path), kind, str(path), advice)
 
 
 def read_lines(path: Path, kind: type[T], advice: str) -> list[T]:
@@ -36,24 +37,25 @@ def read_lines(path: Path, kind: type[T], advice: str) -> list[T]:
     """
     lines = read_bytes(path).splitlines()
     return [
-        decoded(line, kind, f"line {number} of {path}", advice)
+        from_json(line, kind, f"line {number} of {path}", advice)
         for number, line in enumerate(lines, 1)
     ]
 
 
-def encoded(content: Any) -> str:
-    """A record, or plain values with records among them, as indented JSON.
+def to_json(content: Any, indent: int | None = 2) -> str:
+    """A record, or plain values with records among them, as JSON; without `indent` on one line.
 
     Raises:
         ValueError: if what a record holds is not what its type says, or a number is not finite.
     """
-    text = msgspec.json.encode(content, enc_hook=plain)
+    values = msgspec.to_builtins(content, str_keys=True, enc_hook=plain)
+    text = json.dumps(values, indent=indent, allow_nan=False)
     if isinstance(content, msgspec.Struct):
         msgspec.json.decode(text, type=type(content))
-    return msgspec.json.format(text, indent=2).decode()
+    return text + "\n"
 
 
-def decoded(text: bytes | str, kind: type[T], name: str, advice: str) -> T:
+def from_json(text: bytes | str, kind: type[T], name: str, advice: str) -> T:
     """Returns JSON as a record; errors are as for `read_record`.
 
     Args:

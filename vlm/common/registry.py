@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 from vlm_prune.vlm.common.errors import InputError
 
 T = TypeVar("T")
+MOST_LISTED = 32
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
@@ -19,8 +20,11 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
-    return f"unknown {kind} {name!r}; {hint}"
+    listed = ", ".join(names)
+    if len(names) > MOST_LISTED:
+        listed = f"{', '.join(names[:8])} and {len(names) - 8} more"
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {listed}"
+    return f"unknown {kind} {name[:100]!r}; {hint}"
 
 
 class Registry(Mapping[str, T], Generic[T]):

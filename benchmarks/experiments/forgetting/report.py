@@ -9,7 +9,7 @@ import numpy as np
 
 from vlm_prune.benchmarks.experiments.forgetting.arms import ARMS, Plan
 from vlm_prune.benchmarks.experiments.forgetting.measure import difference, interval, mean_accuracy
-from vlm_prune.benchmarks.stats.bootstrap import accuracy_interval
+from vlm_prune.benchmarks.stats.bootstrap import mean_interval
 from vlm_prune.benchmarks.stats.table import as_markdown, percent
 from vlm_prune.benchmarks.tasks.iit import SETTINGS
 from vlm_prune.learners.laws import GROUPS
@@ -51,7 +51,7 @@ def summarise(arms: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]
             entry[setting] = interval([{setting: seed["iit"][setting]} for seed in found])
         for key in ("with first token", "without first token"):
             shifts = np.array([shift for run in runs for shift in run["shift"][key]])
-            entry[key] = (float(shifts.mean()), accuracy_interval(shifts)) if len(shifts) else None
+            entry[key] = (float(shifts.mean()), mean_interval(shifts)) if len(shifts) else None
         for key in ("trainable", "step_s", "memory_bytes"):
             entry[key] = float(np.median([run["cost"][key] for run in runs]))
         entry["alpha"] = [run["alpha"] for run in runs if "alpha" in run]

@@ -13,7 +13,7 @@ import torch
 from vlm_prune.benchmarks.evaluation.environment import command, versions
 from vlm_prune.benchmarks.experiments.iit.build import LABEL
 from vlm_prune.benchmarks.experiments.iit.sources import LETTERS
-from vlm_prune.benchmarks.stats.bootstrap import accuracy_interval
+from vlm_prune.benchmarks.stats.bootstrap import mean_interval
 from vlm_prune.benchmarks.tasks.base import Sample, Turn
 from vlm_prune.benchmarks.tasks.iit import SETTINGS
 from vlm_prune.vlm.chat import encode_prompts, render
@@ -148,7 +148,7 @@ def evaluate(
         scores = np.array([row["score"] for row in rows if row["setting"] == setting], float)
         if len(scores):
             settings[setting] = {
-                "n": len(scores), "accuracy": scores.mean(), "ci": accuracy_interval(scores)
+                "n": len(scores), "accuracy": scores.mean(), "ci": mean_interval(scores)
             }  # fmt: skip
     results = {
         "label": LABEL,

@@ -156,7 +156,7 @@ SPILLED = """
 import sys
 from pathlib import Path
 from vlm_prune.benchmarks.batch.pipeline import MapConfig, local_ray, map_images
-from vlm_prune.benchmarks.evaluation.engine import Variant
+from vlm_prune.benchmarks.evaluation.records import Variant
 
 pictures, model, output = sys.argv[1:]
 with local_ray(2):  # Ray reads how to ask for the secret when it is imported first

@@ -16,7 +16,9 @@ from vlm_prune.benchmarks.cli.app import run_command
 from vlm_prune.vlm.common.errors import InputError
 
 ROOT = Path(__file__).parents[3]
-SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+SCRIPTS = [
+    path for path in sorted((ROOT / "scripts").glob("*.py")) if path.stem != "document_tables"
+]
 ENDINGS = {
     "wrong input": (InputError("no\n\x1b[31msuch"), 2, "no \\x1b[31msuch"),
     "usage": (typer.BadParameter("no such thing"), 2, "Invalid value: no such thing"),

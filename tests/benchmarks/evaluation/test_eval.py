@@ -5,7 +5,9 @@ import json
 import pytest
 
 from vlm_prune.benchmarks.evaluation import engine
-from vlm_prune.benchmarks.stats.table import with_interval
+from vlm_prune.benchmarks.evaluation.records import Results
+from vlm_prune.benchmarks.evaluation.store import read_versioned
+from vlm_prune.benchmarks.evaluation.tables import with_interval
 
 FAST = ["--limit", "6", "--batch-size", "3", "--tasks", "exist,text"]
 
@@ -92,11 +94,11 @@ def test_the_tower_runs_once_for_baseline_and_all_methods(run, checkpoint, tmp_p
     assert len(list(tmp_path.glob("*/results.json"))) == 6
     table, overview, pairs = (tmp_path / "compare.md").read_text().split("\n\n")
     assert len(table.splitlines()) == 2 + 1 + 6
-    cut = json.loads((tmp_path / "adaptinfer-32" / "results.json").read_text())
+    cut = read_versioned(tmp_path / "adaptinfer-32" / "results.json", Results)
     header, _, *rows = overview.splitlines()
     assert header.endswith("| 64 | 32 |")
     assert rows[2].startswith("| adaptinfer | ")
-    assert rows[2].split(" | ")[2].startswith(f"{with_interval(cut['overall'])} at ")
+    assert rows[2].split(" | ")[2].startswith(f"{with_interval(cut.overall)} at ")
     assert [line.split(" | ")[:2] for line in pairs.splitlines()[2:]] == [
         ["| 64", "random"], ["| 64", "adaptinfer"], ["| 32", "random"], ["| 32", "adaptinfer"],
     ]  # fmt: skip

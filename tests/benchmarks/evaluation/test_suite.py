@@ -54,11 +54,11 @@ def test_differences_and_intervals_follow_from_the_rows():
 
     base, plain = np.array([1.0, 1, 1, 0]), np.array([1.0, 0, 0, 0])
     entry = _entry({"vlm": {"a": plain, "b": base}, "base": {"a": base}}, ["a"])
-    assert entry["accuracy"] == {"vlm": 0.25, "base": 0.75} and entry["n"] == 4
-    gain = entry["differences"]["vlm - base"]
-    assert gain["accuracy"] == -0.5 and gain["ci"][0] == -1 and gain["ci"][1] <= 0
+    assert entry.accuracy == {"vlm": 0.25, "base": 0.75} and entry.n == 4
+    gain = entry.differences["vlm - base"]
+    assert gain.accuracy == -0.5 and gain.ci[0] == -1 and gain.ci[1] <= 0
     whole = _entry({"vlm": {"a": plain, "b": base}, "base": {"a": base}}, ["a", "b"])
-    assert whole["accuracy"] == {"vlm": 0.5} and not whole["differences"]
+    assert whole.accuracy == {"vlm": 0.5} and not whole.differences
 
 
 def test_a_killed_suite_resumes_and_a_later_model_joins(run, common, tmp_path):

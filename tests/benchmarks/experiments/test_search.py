@@ -7,14 +7,13 @@ import pytest
 from filelock import FileLock
 
 from vlm_prune.benchmarks.evaluation import engine as run_engine
-from vlm_prune.benchmarks.evaluation.engine import Variant
+from vlm_prune.benchmarks.evaluation.records import Tokens, Variant
 from vlm_prune.benchmarks.experiments import search as engine
 from vlm_prune.benchmarks.stats.paired import difference, mcnemar
 from vlm_prune.pruning import Best
 from vlm_prune.pruning.registry import methods
 
 FAST = ["--budget", "64", "--limit", "2", "--batch-size", "2", "--tasks", "exist,ocr"]
-THREE = ("kept", "layer_mean", "papers")
 FEW = [
     Variant("divprune+merge", 64),
     Variant("fopru+fastv", 64, arguments={"widening": 2.0}),
@@ -62,7 +61,7 @@ def test_a_search_defines_best_and_resumes(run, checkpoint, tmp_path, few, monke
     assert entry["combination"].split(",")[0] in {variant.method for variant in FEW}
     assert "budget 64:" in out and entry["combination"] in (output / "search.md").read_text()
     assert Best(definitions=str(defined)).definition(576).startswith(entry["method"])
-    configs = [json.loads(path.read_text()) for path in output.glob("*/*/config.json")]
+    configs = [json.loads(path.read_text())["config"] for path in output.glob("*/*/config.json")]
     assert {(c["split"], c["seed"]) for c in configs} == {("val", 0), ("val", 1)}
     assert len(list(output.glob("round-1/*"))) == 3 and list(output.glob("varied/*"))
     assert len(list(output.glob("compared/*"))) == 3
@@ -101,9 +100,12 @@ def test_a_search_defines_best_and_resumes(run, checkpoint, tmp_path, few, monke
 def test_a_combination_that_loses_is_reported_and_not_shipped():
     every = [Variant("divprune+fastv", 64, arguments={"widening": 2.0}), Variant("fopru", 64)]
     scores = [{"a": np.array([1.0, 0, 0, 1])}, {"a": np.array([1.0, 1, 1, 0])}]
-    tokens = [{"kept": 30.0, "layer_mean": 64.0, "papers": None}, dict.fromkeys(THREE, 64.0)]
+    tokens = [
+        Tokens(full=576.0, kept=30.0, layer_mean=64.0, papers=None),
+        Tokens(full=576.0, kept=64.0, layer_mean=64.0, papers=64.0),
+    ]
     entry = engine._compared(every, engine.Round(scores, tokens), 0, 2)
-    assert entry["method"] == "fopru" and not entry["wins"]
+    assert entry.method == "fopru" and not entry.wins
     line = engine.verdict("64", entry)
     assert "no combination beats" in line and "not above fopru" in line
     assert engine.lines(entry)[2][3].startswith("-25.0 [")
@@ -112,7 +114,7 @@ def test_a_combination_that_loses_is_reported_and_not_shipped():
 
 def test_paired_differences():
     ours, theirs = {"a": np.array([1.0, 1, 1, 1])}, {"a": np.array([0.0, 0, 0, 0])}
-    assert difference(ours, theirs) == (1.0, [1.0, 1.0])
+    assert difference(ours, theirs) == (1.0, (1.0, 1.0))
     assert mcnemar(ours, theirs) == pytest.approx(2 / 2**4)
     assert mcnemar(ours, ours) == 1.0
     two = {"a": np.ones(2), "b": np.zeros(50)}, {"a": np.zeros(2), "b": np.zeros(50)}

@@ -6,10 +6,10 @@ import pytest
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 
-from vlm_prune.benchmarks.lmms_eval import TASK_FOLDER
+from vlm_prune.benchmarks.evaluation.records import PromptRecord
+from vlm_prune.benchmarks.lmms_eval.catalog import TASK_FOLDER
 from vlm_prune.benchmarks.lmms_eval.chat import user_turn
 from vlm_prune.benchmarks.lmms_eval.model import Ask, PrunedChat
-from vlm_prune.benchmarks.lmms_eval.run import SEEN
 from vlm_prune.vlm.families import FAMILIES
 
 NAMES = ["exist", "text", "iit"]
@@ -66,7 +66,7 @@ def test_a_batch_of_several_sizes_equals_its_questions_alone(tiny, folder, metho
         together = lm._rows(asks)
         for row, ask in zip(together, asks, strict=True):
             (alone,) = lm._rows([ask])
-            for key in ("reply", "output_tokens", *SEEN):
+            for key in ("reply", "output_tokens", *PromptRecord.__struct_fields__):
                 assert row[key] == alone[key], key
             assert row.get("nll", 0.0) == pytest.approx(alone.get("nll", 0.0), rel=1e-4)
             for whole, kept in zip(row["image_tokens"], row["kept"], strict=True):

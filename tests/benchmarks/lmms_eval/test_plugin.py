@@ -13,7 +13,7 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
-from vlm_prune.benchmarks.lmms_eval import TASK_FOLDER
+from vlm_prune.benchmarks.lmms_eval.catalog import TASK_FOLDER
 from vlm_prune.benchmarks.lmms_eval.model import PrunedChat, PrunedSimple
 from vlm_prune.vlm.common.errors import InputError
 

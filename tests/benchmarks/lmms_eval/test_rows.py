@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 from pyarrow import parquet as pq
 
-from vlm_prune.benchmarks.evaluation.engine import RunConfig, Variant, samples_of
+from vlm_prune.benchmarks.evaluation.engine import samples_of
+from vlm_prune.benchmarks.evaluation.records import RunConfig, Variant
 from vlm_prune.benchmarks.lmms_eval.load import load_task
 from vlm_prune.benchmarks.lmms_eval.local import load_split
 from vlm_prune.benchmarks.lmms_eval.rows import from_json, whole_groups

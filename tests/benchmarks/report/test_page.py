@@ -23,6 +23,7 @@ def test_hostile_strings_stay_text(make_run, edit, tmp_path):
 
     def change(results):
         results["model"] = results["command"] = results["versions"]["torch"] = HOSTILE
+        results["config"]["model"] = HOSTILE
         results["config"]["variant"]["arguments"] = {"strategy": HOSTILE}
 
     edit(tmp_path / "results.json", change)
@@ -52,7 +53,12 @@ def test_kept_places_become_bits_and_pictures_are_stored_once(make_run, tmp_path
 
 
 def test_each_image_has_its_own_grid(make_run, tmp_path):
-    seen = {"kept": [[0, 7, 23], [1]], "image_tokens": [24, 30], "grids": [[4, 6], None]}
+    seen = {
+        "kept": [[0, 7, 23], [1]],
+        "image_tokens": [24, 30],
+        "grids": [[4, 6], None],
+        "images": 2,
+    }
     page = render(load_runs([make_run(tmp_path, **seen)]))
     sample = data_of(page)["samples"][0]
     bits, whole = sample["answers"][0]["kept"]
@@ -67,21 +73,10 @@ def test_gallery_is_as_large_as_asked(make_run, tmp_path):
     assert data_of(render(runs, 0))["images"] == []
 
 
-def test_runs_without_kept_tokens_and_command_still_give_a_page(make_run, edit, tmp_path):
-    make_run(tmp_path)
-    log = tmp_path / "samples.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    log.write_text("".join(json.dumps(r | {"kept": None}) + "\n" for r in rows))
-    edit(tmp_path / "results.json", lambda results: [results.pop(k) for k in ("command", "device")])
-    page = render(load_runs([tmp_path]))
-    assert "did not note which tokens" in page and "did not note their command" in page
-    assert len(data_of(page)["images"]) == 12
-    assert data_of(page)["samples"][0]["answers"][0]["kept"] is None
-
-
 def test_text_only_runs_have_no_gallery(make_run, tmp_path):
     assert TASKS["text"].visual is False
-    page = render(load_runs([make_run(tmp_path, tasks=("text",), images=0, kept=[])]))
+    shown = {key: [] for key in ("kept", "image_tokens", "grids")} | {"images": 0}
+    page = render(load_runs([make_run(tmp_path, tasks=("text",), **shown)]))
     assert "No pictures" in page and data_of(page)["samples"] == []
 
 
@@ -102,7 +97,7 @@ def test_report_of_a_real_run(run, checkpoint, tmp_path):
 
 
 def suite(folder):
-    (folder / "results.json").write_text('{"suite": "forgetting"}')
+    (folder / "config.json").write_text('{"schema_version": 1, "kind": "suite"}')
     return folder
 
 
@@ -112,12 +107,12 @@ WRONG = {
     "empty": (lambda f: [f / "empty"], "holds no run"),
     "suite": (lambda f: [suite(f / "empty")], "holds a suite"),
     "unfinished": (lambda f: (f / "results.json").unlink(), "unfinished"),
-    "no rows": (lambda f: (f / "samples.jsonl").unlink(), "is missing"),
-    "not JSON": (lambda f: (f / "results.json").write_text('{"a": '), "is not JSON"),
-    "other JSON": (lambda f: (f / "results.json").write_text("[]"), "no JSON object"),
-    "half a row": (lambda f: (f / "samples.jsonl").write_text('{"id"'), "is not JSON"),
-    "not text": (lambda f: (f / "samples.jsonl").write_bytes(b"\xff\xfe\xfd"), "is not text"),
-    "fewer rows": (lambda f: (f / "samples.jsonl").write_text(""), "0 rows for 12"),
+    "no rows": (lambda f: (f / "samples.jsonl").unlink(), "cannot read"),
+    "not JSON": (lambda f: (f / "results.json").write_text('{"a": '), "as JSON"),
+    "other JSON": (lambda f: (f / "results.json").write_text("[]"), "a JSON object is expected"),
+    "half a row": (lambda f: (f / "samples.jsonl").write_text('{"id"'), "is damaged"),
+    "not text": (lambda f: (f / "samples.jsonl").write_bytes(b"\xff\xfe\xfd"), "is damaged"),
+    "fewer rows": (lambda f: (f / "samples.jsonl").write_text(""), "has 0 rows of task exist"),
     "other keys": (lambda f: (f / "results.json").write_text('{"model": "x"}'), "another version"),
     "directory": (lambda f: [f, "--output", f / "empty"], "is a folder"),
     "below a file": (lambda f: [f, "--output", f / "config.json" / "a.html"], "not a folder"),
@@ -150,7 +145,7 @@ def test_questions_of_another_version_are_refused(run, make_run, tmp_path):
         ("seed", 1, "differ in seed"),
         ("variant", None, "both hold fopru"),
         ("kept", [[576]], "outside"),
-        ("grids", [[23, 24]], "a grid of [23, 24] for the 576"),
+        ("grids", [[23, 24]], "a grid of (23, 24) for the 576"),
     ],
 )
 def test_runs_that_cannot_stand_together(run, make_run, edit, tmp_path, key, value, message):
@@ -158,5 +153,6 @@ def test_runs_that_cannot_stand_together(run, make_run, edit, tmp_path, key, val
     make_run(tmp_path / "a"), make_run(tmp_path / "b", **rows)
     if key == "seed":
         edit(tmp_path / "b" / "results.json", lambda results: results["config"].update(seed=value))
+        edit(tmp_path / "b" / "results.json", lambda results: results.update(seed=value))
     code, _, err = run("report", tmp_path / "a", tmp_path / "b")
     assert code == 2 and message in err

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from vlm_prune.benchmarks.evaluation.engine import Variant
+from vlm_prune.benchmarks.evaluation.records import Variant
 from vlm_prune.benchmarks.speed.bench import BenchConfig, floors, random_model
 from vlm_prune.benchmarks.speed.roofline import Ceilings
 from vlm_prune.benchmarks.speed.shapes import SHAPES

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from vlm_prune.benchmarks.stats.bootstrap import accuracy_interval, retained
+from vlm_prune.benchmarks.stats.bootstrap import mean_interval, resampled, retained
+from vlm_prune.benchmarks.stats.paired import difference, mcnemar
 from vlm_prune.benchmarks.tasks.vqa import exact_match, normalise
 
 
@@ -22,7 +23,7 @@ def test_exact_match():
 
 def test_identical_scores_retain_everything():
     scores = np.array([1.0, 0, 1, 1])
-    assert retained({"a": (scores, scores)}) == (1.0, [1.0, 1.0])
+    assert retained({"a": (scores, scores)}) == (1.0, (1.0, 1.0))
 
 
 def test_pairing_narrows_the_interval():
@@ -43,6 +44,34 @@ def test_the_accuracy_interval_covers_the_mean_as_often_as_it_says():
     rng = np.random.default_rng(0)
     covered = 0
     for draw in range(200):
-        low, high = accuracy_interval(rng.binomial(1, 0.8, 100).astype(float), 400, draw)
+        low, high = mean_interval(rng.binomial(1, 0.8, 100).astype(float), 400, draw)
         covered += low <= 0.8 <= high
     assert 0.9 <= covered / 200 <= 0.99
+
+
+def test_resampling_is_stratified_and_pairs_stay_together():
+    base = [np.arange(5.0), np.arange(3.0) + 10, np.array([7.0])]
+
+    def means(*rows):
+        assert [each.shape for each in rows] == [(len(rows[0]), len(values)) for values in base]
+        assert all((each < len(values)).all() for each, values in zip(rows, base, strict=True))
+        drawn = [values[each] for values, each in zip(base, rows, strict=True)]
+        return np.stack([each.mean(-1) for each in drawn])
+
+    drawn = resampled(means, [5, 3, 1], draws=4000)
+    assert drawn.shape == (3, 4000)
+    assert drawn.mean(1) == pytest.approx([2, 11, 7], abs=0.05)
+    deviations = [values.std() / np.sqrt(len(values)) for values in base]
+    assert drawn.std(1) == pytest.approx(deviations, abs=0.03)
+    assert abs(np.corrcoef(drawn[:2])[0, 1]) < 0.05
+    assert np.array_equal(drawn, resampled(means, [5, 3, 1], draws=4000))
+    assert mean_interval(np.array([0.5])) == (0.5, 0.5)
+
+
+def test_a_paired_difference_and_its_test_by_hand():
+    ours, theirs = {"a": np.array([1.0, 1, 1, 0]), "b": np.array([1.0])}, {}
+    theirs = {"a": np.array([1.0, 0, 0, 1]), "b": np.array([0.0])}
+    point, (low, high) = difference(ours, theirs)
+    assert point == (0.25 + 1) / 2 and low < point < high
+    assert mcnemar(ours, theirs) == pytest.approx(2 * (1 + 4) / 2**4)  # 3 won, 1 lost
+    assert mcnemar(ours, ours) == 1.0

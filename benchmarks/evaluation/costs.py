@@ -1,0 +1,53 @@
+"""What a live model tells a record: operations and key-value bytes of a prompt, and the machine."""
+
+import resource
+from typing import Any
+
+import torch
+
+from vlm_prune.benchmarks.evaluation.environment import device_name
+from vlm_prune.benchmarks.evaluation.records import Costs, Machine, PromptRecord
+from vlm_prune.learners.cost import learner_flops, router_flops
+from vlm_prune.vlm.cost import key_value_bytes, prefill_flops
+from vlm_prune.vlm.families import family_of
+
+
+def paired_costs(model: Any, prompt: PromptRecord) -> tuple[Costs, Costs]:
+    """FLOPs of tower and prefill, and bytes of keys and values after it, without and with pruning.
+
+    Args:
+        model: with its Wings learners, if it has any.
+        prompt: pruned.
+    """
+    layers, text = len(family_of(model).decoder.layers), model.config.get_text_config()
+    unpruned = [float(sum(prompt.image_tokens))] * layers
+    pruned = [prompt.images * tokens for tokens in prompt.layer_tokens]
+    learners = getattr(model, "wings", None)
+
+    def flops(per_layer: list[float]) -> float:
+        own = prompt.vision_flops + prefill_flops(text, prompt.text_tokens, per_layer)
+        if learners is not None:
+            added = text, learners.config, prompt.text_tokens, per_layer
+            own += learner_flops(*added) + router_flops(*added, rides=model.device.type == "cpu")
+        return own
+
+    def held(per_layer: list[float]) -> float:
+        return key_value_bytes(text, prompt.text_tokens, per_layer, model.dtype.itemsize)
+
+    return (
+        Costs(baseline=flops(unpruned), pruned=flops(pruned)),
+        Costs(baseline=held(unpruned), pruned=held(pruned)),
+    )
+
+
+def machine_of(model: Any) -> Machine:
+    """Where a model runs, the most memory that was held so far, and how many tokens its images have."""
+    family = family_of(model)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if model.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(model.device)
+    return Machine(
+        device=device_name(model.device),
+        peak_memory_bytes=peak,
+        tokens_per_image=family.tokens_per_image if family.fixed_size else None,
+    )

@@ -1,0 +1,283 @@
+"""Folders of results: what stands in them, read and written as records."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Generic, Self, TypedDict, TypeVar
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from vlm_prune.benchmarks.evaluation.records import (
+    SCHEMA_VERSION,
+    AnswerRow,
+    FolderRecord,
+    Kind,
+    PairedRow,
+    Results,
+    RunConfig,
+    SuiteResults,
+)
+from vlm_prune.benchmarks.tasks import TASKS, Sample
+from vlm_prune.learners.store import adapter_digest
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.files import read_bytes, read_object, write_text
+from vlm_prune.vlm.common.folder import OutputFolder, check_settings, record_settings
+from vlm_prune.vlm.common.records import from_json, to_json
+
+CONFIG, ROWS, RESULTS = "config.json", "samples.jsonl", "results.json"
+AGAIN = "run it again"
+HOLDS = {
+    "eval": "a run of eval",
+    "compare": "the runs of compare",
+    "suite": "a suite",
+    "answers": "answers of a suite",
+    "search": "the runs of search",
+}
+RecordT = TypeVar("RecordT", FolderRecord, Results, SuiteResults)
+RowT = TypeVar("RowT", bound=AnswerRow)
+
+
+def read_versioned(path: Path, kind: type[RecordT]) -> RecordT:
+    """A file that says which version of its format it has.
+
+    Raises:
+        InputError: if it cannot be read, is of another version or damaged.
+    """
+    version = read_object(path).get("schema_version", 0)
+    if version != SCHEMA_VERSION:
+        raise InputError(
+            f"{path} is of another version of the format ({version}, and this is "
+            f"{SCHEMA_VERSION}); {AGAIN} in another folder"
+        )
+    return from_json(read_bytes(path), kind, str(path), AGAIN)
+
+
+def kind_of(folder: Path) -> Kind | None:
+    """What wrote into a folder; None where nothing did.
+
+    Raises:
+        InputError: as `read_versioned` does.
+    """
+    path = folder / CONFIG
+    return read_versioned(path, FolderRecord).kind if path.exists() else None
+
+
+def check_kind(folder: Path, kind: Kind) -> None:
+    """Raise `InputError` if another command wrote into a folder."""
+    found = kind_of(folder)
+    if found not in (None, kind):
+        raise InputError(f"{folder} holds {HOLDS[str(found)]}; give another --output")
+
+
+def read_rows(path: Path, kind: type[RowT]) -> dict[str, RowT]:
+    """The rows of a log by the question's id; a row that is there twice counts once.
+
+    Raises:
+        InputError: if the file cannot be read, a line is damaged, or two rows of a question differ.
+    """
+    return _rows(read_bytes(path), path, kind)
+
+
+def _rows(content: bytes, path: Path, kind: type[RowT]) -> dict[str, RowT]:
+    rows: dict[str, RowT] = {}
+    for number, line in enumerate(content.splitlines(), 1):
+        row = from_json(
+            line, kind, f"line {number} of {path}", f"remove {path.parent}, and {AGAIN}"
+        )
+        if rows.setdefault(row.id, row) != row:
+            raise InputError(
+                f"{path} has two rows of question {row.id}; remove {path.parent}, and {AGAIN}"
+            )
+    return rows
+
+
+def read_run(folder: Path) -> tuple[Results, list[PairedRow]]:
+    """Results and rows of a finished run.
+
+    Raises:
+        InputError: if the run is not finished, damaged or of another version, or its rows are not
+            those of its results.
+    """
+    if not (folder / RESULTS).exists():
+        raise InputError(
+            f"{folder} holds an unfinished run; the same command with the same --output finishes it"
+        )
+    results = read_versioned(folder / RESULTS, Results)
+    rows = [
+        row for row in read_rows(folder / ROWS, PairedRow).values() if row.task in results.tasks
+    ]
+    for name, task in results.tasks.items():
+        own = [row for row in rows if row.task == name]
+        means = [
+            np.mean([getattr(row, key) for row in own]) if own else 0.0
+            for key in ("score", "baseline_score")
+        ]
+        if len(own) != task.n or not np.allclose(means, [task.accuracy, task.baseline_accuracy]):
+            raise InputError(
+                f"{folder / ROWS} has {len(own)} rows of task {name}, which are not those of "
+                f"{RESULTS}; {AGAIN}"
+            )
+    return results, rows
+
+
+class GroupFolder(OutputFolder):
+    """A folder for several runs of one command, each in a folder of its own.
+
+    Raises:
+        InputError: if another command wrote into it, or another process writes there.
+    """
+
+    def __init__(self, path: Path, kind: Kind) -> None:
+        super().__init__(path)
+        self.kind = kind
+        with self.releasing():
+            check_kind(path, kind)
+
+    def record(self) -> None:
+        """Note whose folder this is."""
+        record_settings(self.path / CONFIG, msgspec.to_builtins(FolderRecord(kind=self.kind)))
+
+
+class RunFolder(Generic[RowT]):
+    """`config.json`, one row per question in `samples.jsonl`, `results.json` at the end.
+
+    One run writes to a folder at a time; of several processes of a run it is the first. A `with`
+    block lets go of the folder at its end. A run that is refused before its first row leaves no
+    configuration behind.
+
+    Args:
+        path: made if it is not there.
+        config: what decides the results.
+        row_type: of its rows.
+        kind: what writes into it.
+        group: the folder around it, where it is one of several runs.
+
+    Raises:
+        InputError: if another process writes there, or what is there is damaged, of another version
+            or of another configuration.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: RunConfig,
+        row_type: type[RowT],
+        kind: Kind = "eval",
+        group: GroupFolder | None = None,
+    ) -> None:
+        self.path, self.config, self.row_type, self.group = path, config, row_type, group
+        # an adapter may change under its name
+        digests = [
+            None if name is None else adapter_digest(name) for name in (config.wings, config.peft)
+        ]
+        self.settings: dict[str, Any] = msgspec.to_builtins(
+            FolderRecord(kind=kind, config=config, adapter=digests[0], peft_digest=digests[1])
+        )
+        self.rows: dict[str, RowT] = {}
+        self.folder: OutputFolder | None = None
+        if int(os.environ.get("RANK", "0")) > 0:
+            return
+        self.folder = OutputFolder(path)
+        with self.folder.releasing():
+            check_kind(path, kind)
+            if not check_settings(path / CONFIG, self.settings) and self.log.exists():
+                raise InputError(f"{path} holds results without {CONFIG}; remove the folder")
+            self.rows = self._read()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.folder is not None:
+            self.folder.release()
+
+    @property
+    def log(self) -> Path:
+        """Where the rows are."""
+        return self.path / ROWS
+
+    def record(self) -> None:
+        """Write the configuration, once everything about the run was found to be right."""
+        if self.group is not None:
+            self.group.record()
+        record_settings(self.path / CONFIG, self.settings)
+
+    def _read(self) -> dict[str, RowT]:
+        """Rows written so far; a line that a kill cut off is removed."""
+        if not self.log.exists():
+            return {}
+        content = read_bytes(self.log)
+        end = content.rfind(b"\n") + 1
+        rows = _rows(content[:end], self.log, self.row_type)
+        if end < len(content):
+            os.truncate(self.log, end)
+        return rows
+
+    def check(self, samples: Iterable[Sample]) -> None:
+        """Raise `InputError` unless all rows are of these questions, with the scores of their answers."""
+        known = {sample.id: sample for sample in samples}
+        for row in self.rows.values():
+            sample = known.get(row.id)
+            if sample is None or described(sample) != {
+                name: getattr(row, name) for name in described(sample)
+            }:
+                problem = "is none of this run's questions"
+            elif not _scored(row):
+                problem = "has another score than its answer"
+            else:
+                continue
+            raise InputError(f"{self.log}: row {row.id} {problem}; remove {self.path}")
+
+    def append(self, rows: list[RowT]) -> None:
+        """Add rows of questions that have none."""
+        self.record()
+        new = {row.id: row for row in rows if row.id not in self.rows}
+        lines = [to_json(row, indent=None) for row in new.values()]
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows |= new
+
+    def finish(self, results: Results) -> None:
+        """Write what the rows come to."""
+        write_text(self.path / RESULTS, to_json(results))
+
+    def scores(self) -> dict[str, NDArray[np.float64]]:
+        """Scores of the pruned model by task, in the order of the questions."""
+        rows = [self.rows[name] for name in sorted(self.rows)]
+        return {
+            task: np.array([row.score for row in rows if row.task == task], float)
+            for task in dict.fromkeys(row.task for row in rows)
+        }
+
+
+def _scored(row: AnswerRow) -> bool:
+    """Whether the scores of a row of an embedded task are those of its answers."""
+    score = TASKS[row.task].score
+    if isinstance(row, PairedRow) and row.baseline_score != score(row.baseline, row.answer):
+        return False
+    return row.score == score(row.prediction, row.answer)
+
+
+class Asked(TypedDict):
+    """The part of a row that says what was asked."""
+
+    id: str
+    task: str
+    subset: str
+    question: str
+    answer: str
+
+
+def described(sample: Sample) -> Asked:
+    """What was asked."""
+    return {
+        "id": sample.id,
+        "task": sample.id.split("/")[0],
+        "subset": sample.subset,
+        "question": sample.turns[-1].text,
+        "answer": sample.answer,
+    }

@@ -1,0 +1,128 @@
+"""Results of runs as rows of tables."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from vlm_prune.benchmarks.evaluation.records import Accuracy, Results, TokenCounts, Variant
+from vlm_prune.benchmarks.stats.paired import Scores, difference, mcnemar
+from vlm_prune.benchmarks.stats.table import as_table, percent, points
+
+THREE_WAYS = "kept / per layer / paper's count"
+NOTHING = "–"
+
+
+def with_interval(entry: Accuracy) -> str:
+    """The share of the unpruned accuracy that is retained, with its interval, in per cent."""
+    if entry.retained is None or entry.ci is None:
+        return NOTHING
+    low, high = entry.ci
+    return f"{percent(entry.retained)} [{percent(low)}, {percent(high)}]"
+
+
+def count(tokens: float) -> str:
+    """Tokens of an image, a mean where images differ."""
+    return f"{tokens:.1f}".removesuffix(".0")
+
+
+def three_ways(tokens: TokenCounts | Mapping[str, Any]) -> str:
+    """Image tokens left after the last cut, the mean that layers compute, and the paper's count."""
+    if not isinstance(tokens, TokenCounts):
+        tokens = msgspec.convert(tokens, TokenCounts)
+    papers = NOTHING if tokens.papers is None else f"{tokens.papers:.1f}"
+    return f"{count(tokens.kept)} / {tokens.layer_mean:.1f} / {papers}"
+
+
+def method_name(variant: Variant, definition: str) -> str:
+    """The method, what it stands for if it is a name for another, and whether a file cuts it."""
+    name = variant.method + (f" (= {definition})" if definition else "")
+    cut_by_file = {"schedule", "inside.schedule"} & set(variant.arguments)
+    return f"{name} by schedule" if cut_by_file else name
+
+
+def _method_of(results: Results) -> str:
+    return method_name(results.config.variant, results.definition)
+
+
+def run_table(results: Results) -> Any:
+    """One run: accuracy by task, then time, operations and memory."""
+    from rich.console import Group
+
+    title = f"{_method_of(results)}, budget {results.budget}, model {results.model}"
+    rows = [["task", "n", "unpruned %", "pruned %", "% retained [95 %]", "tokens per layer"]]
+    for name, task in results.tasks.items():
+        rows.append([name, str(task.n), *_accuracies(task), f"{task.kept:.1f}"])
+    asked = str(sum(task.n for task in results.tasks.values()))
+    kept = f"{results.tokens.layer_mean:.1f}"
+    rows.append(["mean", asked, *_accuracies(results.overall), kept])
+    table = as_table(rows, title, sections=[len(rows) - 1])
+    return Group(table, *cost_lines(results))
+
+
+def _accuracies(entry: Accuracy) -> list[str]:
+    return [percent(entry.baseline_accuracy), percent(entry.accuracy), with_interval(entry)]
+
+
+def cost_lines(results: Results) -> list[str]:
+    """Tokens, phase times per question (median), operations, memory and speed-up."""
+    tokens, time, speed = results.tokens, results.time_ms, results.speedup
+    flops, kv = results.flops, results.kv_bytes
+    return [
+        f"tokens per image   {count(tokens.full)} -> {three_ways(tokens)} ({THREE_WAYS})",
+        (
+            f"ms per question    vision {time.vision:.1f}  selection {time.selection:.2f}  "
+            f"prefill {time.prefill:.1f} (unpruned {time.baseline_prefill:.1f})  "
+            f"decode {time.decode:.1f} (unpruned {time.baseline_decode:.1f})"
+        ),
+        f"vision + prefill   {flops.baseline / 1e9:.2f} -> {flops.pruned / 1e9:.2f} GFLOP",
+        (
+            f"KV cache           {kv.baseline / 1e6:.2f} -> {kv.pruned / 1e6:.2f} MB,  "
+            f"peak memory {results.peak_memory_bytes / 1e6:.0f} MB"
+        ),
+        (
+            f"speed-up           prefill with selection {speed.prefill:.2f}x, "
+            f"end to end {speed.end_to_end:.2f}x"
+        ),
+    ]
+
+
+def comparison(runs: list[Results]) -> list[list[str]]:
+    """Header and rows of several runs side by side, the unpruned model first."""
+    first, names = runs[0], list(runs[0].tasks)
+    ends = ["mean", "% retained [95 %]", "prefill"]
+    header = ["method", "budget", f"tokens {THREE_WAYS}", *names, *ends]
+    unpruned = [percent(first.tasks[name].baseline_accuracy) for name in names]
+    unpruned.append(percent(first.overall.baseline_accuracy))
+    rows = [header, ["unpruned", "", count(first.tokens.full), *unpruned, "100", "1.00x"]]
+    for run in runs:
+        accuracies = [percent(run.tasks[name].accuracy) for name in names]
+        accuracies.append(percent(run.overall.accuracy))
+        tokens, speed = three_ways(run.tokens), f"{run.speedup.prefill:.2f}x"
+        retained = with_interval(run.overall)
+        rows.append([_method_of(run), str(run.budget), tokens, *accuracies, retained, speed])
+    return rows
+
+
+def overview(runs: list[Results]) -> list[list[str]]:
+    """Header and rows: % of the accuracy retained [95 %] and prefill speed-up, methods x budgets."""
+    methods = dict.fromkeys(run.method for run in runs)
+    budgets = dict.fromkeys(str(run.budget) for run in runs)
+    cells = {
+        (run.method, str(run.budget)): f"{with_interval(run.overall)} at {run.speedup.prefill:.1f}x"
+        for run in runs
+    }
+    rows = [[name, *(cells.get((name, budget), NOTHING) for budget in budgets)] for name in methods]
+    return [["% retained [95 %] at prefill speed-up", *budgets], *rows]
+
+
+def against(name: str, runs: list[Results], scores: list[Scores]) -> list[list[str]]:
+    """Header and rows: method `name` less every other one of its budget, on the same questions."""
+    rows = [["budget", f"{name} minus", "accuracy in points [95 %]", "McNemar p"]]
+    own = {run.budget: number for number, run in enumerate(runs) if run.method == name}
+    for run, theirs in zip(runs, scores, strict=True):
+        if run.method != name and run.budget in own:
+            ours = scores[own[run.budget]]
+            gain, p = points(*difference(ours, theirs)), f"{mcnemar(ours, theirs):.3f}"
+            rows.append([str(run.budget), run.method, gain, p])
+    return rows

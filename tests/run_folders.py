@@ -1,0 +1,76 @@
+"""Run folders written by hand, with the questions that the tasks really make."""
+
+import json
+from functools import cache
+
+from vlm_prune.benchmarks.tasks import TASKS, VISUAL
+
+PHASES = ("vision", "selection", "prefill", "decode")
+PICTURED = 10
+
+
+@cache
+def question(task, index):
+    """Of the real stream where a page of 60 pictures shows it."""
+    if index >= PICTURED:
+        return "What else?", "nothing"
+    sample = TASKS[task].sample(index)
+    return sample.turns[-1].text, sample.answer
+
+
+def pruned_right(task, index):
+    """Odd questions that a page of 60 pictures shows are right without pruning alone."""
+    return index % 2 == 0 or index >= PICTURED
+
+
+def write_run(
+    path, method="fopru", budget=64, per_task=2, tasks=VISUAL, right=pruned_right, **changes
+):
+    """A run whose questions are answered right without pruning, and with it as `right` says.
+
+    `changes` replace fields of every row.
+    """
+    config = {
+        "model": "tiny", "tasks": list(tasks), "limit": per_task * len(tasks), "batch_size": 8,
+        "device": "cpu", "dtype": "auto", "seed": 0, "split": "test", "wings": None,
+        "variant": {"method": method, "budget": budget, "positions": "auto", "arguments": {}},
+    }  # fmt: skip
+    times = dict.fromkeys([*PHASES, *(f"baseline_{p}" for p in PHASES if p != "selection")], 2.0)
+    costs = {"baseline": 2e9, "pruned": 1e9}
+    rows = []
+    for task in tasks:
+        for index in range(per_task):
+            asked, answer = question(task, index)
+            rows.append(
+                {
+                    "id": f"{task}/{index:06d}", "task": task, "subset": "", "question": asked,
+                    "answer": answer, "prediction": answer if right(task, index) else "wrong",
+                    "score": float(right(task, index)), "images": 1, "baseline": answer,
+                    "baseline_score": 1.0, "image_tokens": [576], "cropped": True,
+                    "grids": [[24, 24]], "text_tokens": 20, "vision_flops": 1e9,
+                    "layer_tokens": [budget], "kept": [list(range(budget))], "flops": costs,
+                    "kv_bytes": costs, "time_ms": times,
+                }
+                | changes
+            )  # fmt: skip
+    score = {"accuracy": 0.5, "baseline_accuracy": 1.0, "retained": 0.5, "ci": [0.4, 0.6]}
+    found = {
+        task: score
+        | {"n": per_task, "kept": budget, "accuracy_ci": [0.4, 0.6]}
+        | {"accuracy": sum(row["score"] for row in rows if row["task"] == task) / per_task}
+        for task in tasks
+    }
+    results = {
+        "schema_version": 1, "model": "tiny", "method": method, "budget": budget, "seed": 0,
+        "definition": "", "config": config, "versions": {"vlm-prune": "0.1.0"}, "device": "test",
+        "command": f"vlm-prune eval {method}", "tasks": found, "overall": score,
+        "fixed_size": True, "time_ms": times, "flops": costs, "kv_bytes": costs,
+        "tokens": {"full": 576, "kept": budget, "layer_mean": budget, "papers": None},
+        "speedup": {"prefill": 3.0, "end_to_end": 2.0}, "peak_memory_bytes": 1,
+    }  # fmt: skip
+    noted = {"schema_version": 1, "kind": "eval", "config": config, "adapter": None}
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(noted))
+    (path / "results.json").write_text(json.dumps(results))
+    (path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
