@@ -3,7 +3,9 @@
 import json
 from functools import cache
 
+from vlm_prune.benchmarks.evaluation.records import FolderRecord, RunConfig, Variant
 from vlm_prune.benchmarks.tasks import TASKS, VISUAL
+from vlm_prune.vlm.common.records import to_json
 
 PHASES = ("vision", "selection", "prefill", "decode")
 PICTURED = 10
@@ -30,11 +32,8 @@ def write_run(
 
     `changes` replace fields of every row.
     """
-    config = {
-        "model": "tiny", "tasks": list(tasks), "limit": per_task * len(tasks), "batch_size": 8,
-        "device": "cpu", "dtype": "auto", "seed": 0, "split": "test", "wings": None,
-        "variant": {"method": method, "budget": budget, "positions": "auto", "arguments": {}},
-    }  # fmt: skip
+    known = RunConfig("tiny", Variant(method, budget), tuple(tasks), per_task * len(tasks))
+    config = json.loads(to_json(known))
     times = dict.fromkeys([*PHASES, *(f"baseline_{p}" for p in PHASES if p != "selection")], 2.0)
     costs = {"baseline": 2e9, "pruned": 1e9}
     rows = []
@@ -68,9 +67,8 @@ def write_run(
         "tokens": {"full": 576, "kept": budget, "layer_mean": budget, "papers": None},
         "speedup": {"prefill": 3.0, "end_to_end": 2.0}, "peak_memory_bytes": 1,
     }  # fmt: skip
-    noted = {"schema_version": 1, "kind": "eval", "config": config, "adapter": None}
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(noted))
+    (path / "config.json").write_text(to_json(FolderRecord(kind="eval", config=known)))
     (path / "results.json").write_text(json.dumps(results))
     (path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
