@@ -184,6 +184,12 @@ class Block:
             prompt.open = True
         encoded = features.get("image")
         shown = kwargs.get("pixel_values") is not None or encoded is not None
+        embeds = kwargs.get("inputs_embeds")
+        if not shown and embeds is not None and embeds.shape[1] > 1:
+            raise InputError(
+                "inputs_embeds alone do not tell which tokens are images'; give input_ids and "
+                "pixel_values, or pixel_values beside inputs_embeds"
+            )
         if not shown and prompt is None:
             return (), kwargs
         check_arguments(kwargs)

@@ -456,12 +456,14 @@ class Cutting:
         """
         valid = self.forward.prompt.of(number).valid
         keys, new = self.cache.layers[number].keys, self.segment.layout.valid.shape[1]
-        if number < self.number:
+        quantized, offloaded = keys.ndim < 4, getattr(self.cache, "offloading", False)
+        if not quantized and number < self.number:
             keys = keys[:, :, : keys.shape[2] - new]
-        if keys.shape[2] < valid.shape[1] and not self.sliding(number):
+        lost = quantized or (keys.shape[2] < valid.shape[1] and not self.sliding(number))
+        if lost or offloaded:
             raise InputError(
                 "images behind a prefix need its keys; give the whole prompt at once, or a cache "
-                "that is not quantized"
+                "that is neither quantized nor offloaded"
             )
         return keys, valid[:, valid.shape[1] - keys.shape[2] :]
 
