@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from tiny_families import failing, same_choices, snapshot
+from tiny_families import failing, snapshot
 from transformers import TextStreamer
 
 from vlm_prune.kernels.dispatch import backend
@@ -124,18 +124,19 @@ def test_cached_decoding_equals_a_full_forward(case, llava, images, make_inputs,
 
 def test_eager_equals_sdpa(case, llava, images, make_inputs):
     inputs, runs = make_inputs(RAGGED, images), []
+    # at 48 tokens `best` stands for 72 greedy steps, in which rounding decides between tokens that
+    # are all but alike on random weights; at 40 it stands for divprune
+    budget = 40 if case[0] == "best" else 48
     try:
         for attention in ("sdpa", "eager"):
             llava.set_attn_implementation(attention)
-            with build(case)(llava) as trace:
+            with build(case, budget=budget)(llava) as trace:
                 runs.append((greedy(llava, inputs).logits[-1], trace.kept))
     finally:
         llava.set_attn_implementation("sdpa")
     (sdpa, one), (eager, other) = runs
-    others = 1 if case[0] == "best" else 0
-    same = same_choices(one, other, [count for count, _ in RAGGED], others)
-    assert sum(same) > 1  # one row has no image
-    torch.testing.assert_close(eager[same], sdpa[same], atol=2e-5, rtol=1e-4)
+    assert all(map(torch.equal, one, other))
+    torch.testing.assert_close(eager, sdpa, atol=2e-5, rtol=1e-4)
 
 
 def test_beam_search_and_streaming(case, llava, processor, images, make_inputs, capsys):
