@@ -59,7 +59,7 @@ def undocumented(*folders: str) -> list[Found]:
     """Public functions of three or more arguments whose docstring has no `Args:`.
 
     Left out: what a documented method of the same name in another class already describes, commands
-    whose parameters carry their own help, and the implementations of an operation of `kernels`,
+    whose options carry their own help, and the implementations of an operation of `kernels`,
     whose `op` describes them.
     """
     everything = source(*PACKAGES)
@@ -78,7 +78,7 @@ def undocumented(*folders: str) -> list[Found]:
         and (found.path, found.name.removesuffix(".__init__")) not in classes
         and (found.path.parent, found.name) not in operations
         and not any(decorator(d) in ("overload", "triton.jit") for d in found.node.decorator_list)
-        and not all(carries_help(argument) for argument in arguments(found.node))
+        and not any(carries_help(argument) for argument in arguments(found.node))
     ]
 
 

@@ -3,7 +3,10 @@
 import pytest
 from language import missing_docstrings, repeated, undocumented
 
-DOCUMENTED = ("kernels", "learners", "continual", "pruning", "vlm", "scripts")
+DOCUMENTED = (
+    "kernels", "learners", "continual", "pruning", "vlm", "scripts",
+    *(f"benchmarks/{room}" for room in ("batch", "cli", "report", "speed", "stats", "tasks")),
+)  # fmt: skip
 NAMED_ONCE = ("kernels",)
 
 

@@ -209,7 +209,12 @@ def _answers(
 def placed(
     resources: dict[str, float], device: str, workers: int | None
 ) -> tuple[str, int, dict[str, Any]]:
-    """The models' device, how many there are, and what each of them asks Ray for.
+    """Returns the models' device, how many there are, and what each of them asks Ray for.
+
+    Args:
+        resources: of the cluster, as Ray names them.
+        device: `auto`, `cpu`, `cuda` or `mps`.
+        workers: how many models; None for one per GPU, or one on the CPUs.
 
     Raises:
         InputError: if Ray's `resources` do not suffice.

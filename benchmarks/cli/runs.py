@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 def run_configs(
     variants: "list[Variant]", split: str, tasks: str, limit: int, **common: Any
 ) -> "list[RunConfig]":
-    """A configuration for each variant.
+    """Returns a configuration for each variant.
 
     Args:
-        variants: at least one.
+        variants: methods with their budgets.
         split: of the tasks.
-        tasks: names, comma-separated.
+        tasks: their names, comma-separated.
         limit: questions in all.
-        common: the other fields of a configuration.
+        common: what is the same in all configurations.
 
     Raises:
         InputError: if the split or the tasks are unknown, the limit is too low or a variant wrong.

@@ -48,7 +48,13 @@ def report(
 
 
 def render(runs: list[Run], most: int = 60, data_root: DataRoot | Path | None = None) -> str:
-    """The page as text."""
+    """Returns the page as text.
+
+    Args:
+        runs: what it shows.
+        most: questions with pictures.
+        data_root: folder of local data sets, for pictures of lmms-eval's tasks.
+    """
     groups, script = budgets(runs), (HERE / "page.js").read_text(encoding="utf-8")
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined,

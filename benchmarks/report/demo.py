@@ -72,7 +72,14 @@ class Comparer:
     def __call__(
         self, image: str | Path | None, question: str, method: str, budget: str
     ) -> Comparison:
-        """Times are those of this one question, after one warm-up of each method.
+        """Returns the answer with and without pruning; times are those of this one question, after
+        one warm-up of each method.
+
+        Args:
+            image: a file.
+            question: about it.
+            method: name of a method.
+            budget: tokens per image or a fraction, as text.
 
         Raises:
             InputError: if one of the arguments is missing or cannot be used with the model.
@@ -228,6 +235,11 @@ def page(compare: Comparer, name: str) -> Any:
 def launch(blocks: Any, host: str, port: int) -> str:
     """Serve the page from another thread; returns its address.
 
+    Args:
+        blocks: the page.
+        host: address to serve at.
+        port: to serve at.
+
     Raises:
         InputError: if there is no serving at this host and port.
     """
@@ -249,6 +261,13 @@ def launch(blocks: Any, host: str, port: int) -> str:
 
 def serve(name: str, host: str, port: int, device: str, dtype: str) -> None:
     """Load the model and serve the page until Ctrl-C; uploads are gone afterwards.
+
+    Args:
+        name: of the model: `tiny`, a folder or a hub name.
+        host: address to serve at.
+        port: to serve at.
+        device: a torch device.
+        dtype: as for `load`.
 
     Raises:
         InputError: if gradio is not installed, the model is of no use here, or the port is taken.

@@ -38,7 +38,13 @@ def chosen(runs: list[Run], most: int) -> list[str]:
 def gallery(
     runs: list[Run], groups: list[Budget], most: int, data_root: DataRoot | Path | None
 ) -> dict[str, Any]:
-    """What the script needs: pictures once each, and for each question an answer per run.
+    """Returns what the script needs: pictures once each, and for each question an answer per run.
+
+    Args:
+        runs: what the page shows.
+        groups: the runs by budget.
+        most: questions with pictures.
+        data_root: folder of local data sets.
 
     Raises:
         InputError: as `pictures_of` does.

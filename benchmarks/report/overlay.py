@@ -6,10 +6,12 @@ from torch import Tensor
 
 
 def kept_overlay(image: Image.Image, places: Tensor, grid: tuple[int, int]) -> Image.Image:
-    """The RGB image with everything pale but the patches of the tokens kept.
+    """Returns the RGB image with everything pale but the patches of the tokens kept.
 
-    `places` (k,) count the tokens of a grid of rows and columns in reading order; the grid covers
-    the whole image.
+    Args:
+        image: the picture.
+        places: token indices (k,) in a grid that covers the whole image, in reading order.
+        grid: its rows and columns.
     """
     rows, columns = grid
     kept = np.zeros(rows * columns, bool)

@@ -94,7 +94,13 @@ def pareto(points: Sequence[Point]) -> list[Point]:
 
 
 def draw(runs: list[Run], width: int, height: int) -> Plot:
-    """Lay the plot out; tokens on a logarithmic axis, methods of one budget side by side."""
+    """Lay the plot out; tokens on a logarithmic axis, methods of one budget side by side.
+
+    Args:
+        runs: what it shows.
+        width: in pixels.
+        height: in pixels.
+    """
     points, names = points_of(runs), series_of(runs)
     unpruned = points[-1]
     fewest = max(1.0, min(point.tokens for point in points))  # a run of text alone computes none

@@ -17,7 +17,12 @@ Pictures = list[Image.Image]
 def pictures_of(
     run: Run, rows: list[PairedRow], data_root: DataRoot | Path | None
 ) -> tuple[dict[str, Pictures], dict[str, str]]:
-    """Images by the question's id, and by task why there are none.
+    """Returns images by the question's id, and by task why there are none.
+
+    Args:
+        run: whose questions are shown.
+        rows: of the questions.
+        data_root: folder of local data sets.
 
     Raises:
         InputError: if this version's embedded tasks no longer make the questions of the run.

@@ -65,6 +65,11 @@ def random_model(config: BenchConfig, architecture: Any = None) -> Any:
 def shorten(text: Any, layers: int, shape: str) -> None:
     """Leave a language model's configuration its first decoder layers.
 
+    Args:
+        text: the language model's configuration.
+        layers: how many stay.
+        shape: name of the architecture, for the message.
+
     Raises:
         InputError: when it has fewer.
     """
@@ -78,7 +83,13 @@ def shorten(text: Any, layers: int, shape: str) -> None:
 
 
 def random_text(config: BenchConfig, length: int, model: Any) -> Prompts:
-    """Prompts of random text tokens."""
+    """Returns prompts of random text tokens.
+
+    Args:
+        config: of the benchmark.
+        length: tokens of each prompt.
+        model: whose vocabulary is drawn from.
+    """
     generator = torch.Generator().manual_seed(config.seed)
     ids = torch.randint(12, 200, (config.batch, length), generator=generator).to(model.device)
     tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -218,10 +229,16 @@ def _peak_bytes(device: torch.device) -> int:
 def floors(
     model: Any, config: BenchConfig, layer_tokens: list[float], tower: float, ceilings: Ceilings
 ) -> dict[str, float]:
-    """The least milliseconds of each phase: every matrix product and every weight once.
+    """Returns the least milliseconds of each phase: every matrix product and every weight once.
 
-    `tower` holds the tower's FLOPs on one image. Selection counts as nothing: it is overhead,
-    whatever the method.
+    Selection counts as nothing: it is overhead, whatever the method.
+
+    Args:
+        model: the model.
+        config: of the benchmark.
+        layer_tokens: image tokens that each layer computes.
+        tower: the tower's FLOPs on one image.
+        ceilings: measured speeds of the device.
     """
     family, text = family_of(model), model.config.get_text_config()
     size = model.dtype.itemsize

@@ -45,10 +45,12 @@ class Shape:
 
     @property
     def width(self) -> int:
+        """Returns the width of the language model."""
         return self.heads * self.head_dim
 
     @property
     def tower_width(self) -> int:
+        """Returns the width of the vision tower."""
         return self.tower_heads * self.tower_head_dim
 
 
@@ -75,7 +77,13 @@ def _bytes(*tensors: Tensor) -> float:
 
 
 def cases(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """The operations as the pruners and learners call them."""
+    """Yields the operations as the pruners and learners call them.
+
+    Args:
+        shape: sizes of the model.
+        device: to compute on.
+        dtype: of the tensors.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def random(*size: int) -> Tensor:
@@ -209,9 +217,16 @@ def error(case: Case, dtype: torch.dtype) -> str:
 def measure(
     case: Case, ceilings: Ceilings, device: torch.device, dtype: torch.dtype, compiled: bool = True
 ) -> dict[str, Any]:
-    """Timings of a case whose kernel agrees with the reference; of another only the error.
+    """Returns timings of a case whose kernel agrees with the reference; of another only the error.
 
     `replayed` is the kernel in a CUDA graph, without the time that Python takes to launch it.
+
+    Args:
+        case: the operation with its tensors.
+        ceilings: measured speeds of the device.
+        device: to compute on.
+        dtype: of the tensors.
+        compiled: whether the reference is timed under `torch.compile` too.
     """
     row: dict[str, Any] = {"operation": case.name, "error": error(case, dtype)}
     if row["error"]:

@@ -14,10 +14,15 @@ MARKERS = (10, 11)  # text in front of a tile, and of the overview, where prompt
 
 
 def random_pictures(model: Any, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """What the processor says about one picture for each of `batch` prompts, of random pixels.
+    """Returns what the processor says about one picture for each prompt, of random pixels.
 
     Next to `pixel_values` and the family's `image_inputs`, `input_ids` (B, n) holds the part of a
     prompt that stands for its picture.
+
+    Args:
+        model: the model.
+        batch: prompts B.
+        generator: draws the pixels.
     """
     family = family_of(model)
     shapes, inputs, part = LAYOUTS[model.config.model_type](family, batch)

@@ -75,7 +75,14 @@ def kept_memory() -> Iterator[None]:
 def timed(
     call: Callable[[], Any], device: torch.device, repeats: int = 20, least_ms: float = 5
 ) -> Timing:
-    """Time a call after warming it up; short ones are repeated inside a sample of `least_ms`."""
+    """Returns the time of a call after warming it up.
+
+    Args:
+        call: what is timed.
+        device: whose work is waited for.
+        repeats: samples.
+        least_ms: of a sample; short calls are repeated inside it.
+    """
     for _ in range(2):
         call()
     start = now(device)
@@ -91,7 +98,13 @@ def timed(
 
 
 def measured_ceilings(device: torch.device, dtype: torch.dtype, side: int = 8192) -> Ceilings:
-    """Ceilings from a square matrix product of `side` and a copy that no cache holds."""
+    """Returns ceilings from a square matrix product and a copy that no cache holds.
+
+    Args:
+        device: to measure.
+        dtype: of the matrices.
+        side: of the matrices.
+    """
     one, other = torch.randn(2, side, side, device=device).to(dtype)
     product = timed(lambda: one @ other, device, repeats=5)
     one, other = torch.ones(2, COPIED, device=device, dtype=dtype)

@@ -60,17 +60,28 @@ def percentiles(values: Values) -> tuple[float, float]:
 
 
 def mean_interval(values: Values, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean of values (n,)."""
+    """Returns the 95 % interval of the mean of values.
+
+    Args:
+        values: (n,).
+        draws: bootstrap samples.
+        seed: of the draws.
+    """
     return percentiles(resampled(lambda rows: values[rows].mean(-1), [len(values)], draws, seed))
 
 
 def retained(
     scores: Scores, draws: int = DRAWS, seed: int = 0
 ) -> tuple[float | None, tuple[float, float] | None]:
-    """Mean pruned over mean unpruned accuracy, with a 95 % interval.
+    """Returns mean pruned over mean unpruned accuracy, with a 95 % interval; None where the
+    unpruned model scores 0.
 
-    `scores` maps a task to its questions' (unpruned, pruned) scores. Tasks weigh the same, and
-    questions are resampled within each task, in pairs. None where the unpruned model scores 0.
+    Tasks weigh the same, and questions are resampled within each task, in pairs.
+
+    Args:
+        scores: for each task its questions' (unpruned, pruned) scores.
+        draws: bootstrap samples.
+        seed: of the draws.
     """
     pairs = list(scores.values())
 

@@ -14,10 +14,16 @@ Scores = Mapping[str, Values]
 def difference(
     ours: Scores, theirs: Scores, draws: int = DRAWS, seed: int = 0
 ) -> tuple[float, tuple[float, float]]:
-    """Mean accuracy of `ours` less that of `theirs`, with a paired bootstrap 95 % interval.
+    """Returns the mean accuracy of `ours` less that of `theirs`, with a paired bootstrap 95 %
+    interval.
 
-    Both map a task to the scores of the same questions. Tasks weigh the same, and questions are
-    resampled within each task.
+    Tasks weigh the same, and questions are resampled within each task.
+
+    Args:
+        ours: for each task the scores of its questions.
+        theirs: likewise, of the same questions.
+        draws: bootstrap samples.
+        seed: of the draws.
     """
     gains = [ours[task] - theirs[task] for task in ours]
 

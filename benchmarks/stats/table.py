@@ -48,7 +48,7 @@ def show(item: Any) -> None:
 
 
 def percent(value: float) -> str:
-    """A share in per cent."""
+    """Returns a share as per cent with one digit."""
     return f"{100 * value:.1f}"
 
 

@@ -7,6 +7,7 @@ from vlm_prune.benchmarks.tasks.scenes import Scene, about_scene
 
 
 def ask(rng: np.random.Generator, scene: Scene) -> Question:
+    """Returns a question about the color of one thing of a scene."""
     shapes = scene.of_kind("shape")
     if shapes and rng.random() < 0.5:
         thing = shapes[int(rng.integers(len(shapes)))]

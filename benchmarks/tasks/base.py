@@ -78,7 +78,13 @@ class Task:
     score: Callable[[str, str], float] = exact_match
 
     def sample(self, index: int, seed: int = 0, split: Split = "test") -> Sample:
-        """The `index`-th sample of the stream."""
+        """Returns the `index`-th sample of the stream.
+
+        Args:
+            index: from 0.
+            seed: of the stream.
+            split: train, val or test; they share no photograph and no handwritten digit.
+        """
         key = [SPLITS.index(split), seed, index, *self.name.encode()]
         return replace(self.make(np.random.default_rng(key), split), id=f"{self.name}/{index:06d}")
 

@@ -9,7 +9,13 @@ LETTERS = "ABCD"
 
 
 def options(rng: np.random.Generator, right: str, others: list[str]) -> tuple[str, str]:
-    """Four lettered options in random order, and the letter of the right one."""
+    """Returns four lettered options in random order, and the letter of the right one.
+
+    Args:
+        rng: draws the order and the wrong ones.
+        right: the right answer.
+        others: wrong answers to draw from.
+    """
     wrong = [str(w) for w in rng.choice([o for o in others if o != right], 3, replace=False)]
     place = int(rng.integers(4))
     shown = [*wrong[:place], right, *wrong[place:]]
@@ -18,7 +24,14 @@ def options(rng: np.random.Generator, right: str, others: list[str]) -> tuple[st
 
 
 def about(rng: np.random.Generator, kind: str, name: str, color: str) -> Question:
-    """A question about one thing: its color by its name, or its name by its color."""
+    """Returns a question about one thing: its color by its name, or its name by its color.
+
+    Args:
+        rng: decides which, and the wrong options.
+        kind: of the thing.
+        name: of the thing.
+        color: of the thing.
+    """
     if rng.random() < 0.5:
         text, letter = options(rng, color, list(COLORS))
         return Question(f"What color is the {noun(name)}? {text}", letter, "color")
@@ -27,6 +40,7 @@ def about(rng: np.random.Generator, kind: str, name: str, color: str) -> Questio
 
 
 def ask(rng: np.random.Generator, scene: Scene) -> Question:
+    """Returns a question with four options about one thing of a scene."""
     thing = scene.things[int(rng.integers(len(scene.things)))]
     return about(rng, thing.kind, thing.name, thing.color)
 

@@ -7,6 +7,7 @@ from vlm_prune.benchmarks.tasks.scenes import KINDS, Scene, about_scene
 
 
 def ask(rng: np.random.Generator, scene: Scene) -> Question:
+    """Returns a question about how many things of one kind a scene has."""
     kind = str(rng.choice(list(KINDS)))
     return Question(f"How many {kind}s are there?", str(len(scene.of_kind(kind))), kind)
 

@@ -30,6 +30,7 @@ def _turn(rng: np.random.Generator, split: Split, visual: bool) -> tuple[Turn, s
 
 
 def make(rng: np.random.Generator, split: Split) -> Sample:
+    """Returns a conversation of text and visual questions."""
     setting = SETTINGS[int(rng.integers(len(SETTINGS)))]
     turns, answer = [], ""
     for kind in setting.split(","):

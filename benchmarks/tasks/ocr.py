@@ -7,6 +7,7 @@ from vlm_prune.benchmarks.tasks.scenes import Scene, about_scene
 
 
 def ask(rng: np.random.Generator, scene: Scene) -> Question | None:
+    """Returns a question about what is written in a scene; None where nothing is."""
     written = scene.of_kind("digit", "word")
     if not written:
         return None

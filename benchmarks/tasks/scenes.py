@@ -83,9 +83,11 @@ class Scene:
 
     @property
     def image(self) -> Image.Image:
+        """Returns the scene as an RGB image."""
         return Image.fromarray(self.pixels)
 
     def of_kind(self, *kinds: str) -> list[Thing]:
+        """Returns the objects of these kinds."""
         return [thing for thing in self.things if thing.kind in kinds]
 
 
@@ -102,10 +104,15 @@ def make_scene(
     things: int | None = None,
     shares: Shares = SHARES,
 ) -> Scene:
-    """A scene of `things` objects (3 to 6 unless given), names and colours all different.
+    """Returns a scene of objects with different names and colors.
 
-    The first is a shape, the second a digit or a word, the others are shapes, digits and words in
-    these `shares`.
+    The first is a shape, the second a digit or a word, the others are shapes, digits and words.
+
+    Args:
+        rng: draws the scene.
+        split: decides which photographs and handwritten digits it may use.
+        things: how many objects; 3 to 6 unless given.
+        shares: of shapes, digits and words among the others.
     """
     pixels = _background(rng, split)
     for _ in range(int(rng.integers(0, 4))):

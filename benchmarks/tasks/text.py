@@ -7,6 +7,7 @@ from vlm_prune.benchmarks.tasks.scenes import COLORS, KINDS, NAMES, noun
 
 
 def arithmetic(rng: np.random.Generator) -> Question:
+    """Returns a question about a sum or a difference of two digits."""
     a, b = (int(v) for v in rng.integers(0, 10, 2))
     if rng.random() < 0.5:
         return Question(f"What is {a} plus {b}?", str(a + b), "arithmetic")
@@ -14,12 +15,14 @@ def arithmetic(rng: np.random.Generator) -> Question:
 
 
 def comparison(rng: np.random.Generator) -> Question:
+    """Returns a question about which of two numbers is larger."""
     a, b = (int(v) for v in rng.choice(10, 2, replace=False))
     word, answer = ("larger", max(a, b)) if rng.random() < 0.5 else ("smaller", min(a, b))
     return Question(f"Which is {word}, {a} or {b}?", str(answer), "comparison")
 
 
 def ordering(rng: np.random.Generator) -> Question:
+    """Returns a question about the order of three numbers."""
     values = [int(v) for v in rng.choice(10, 3, replace=False)]
     listed = " ".join(map(str, values))
     return Question(f"Sort {listed}.", " ".join(map(str, sorted(values))), "ordering")
@@ -28,9 +31,12 @@ def ordering(rng: np.random.Generator) -> Question:
 def facts(
     rng: np.random.Generator, number: int = 3, alike: bool = False
 ) -> tuple[str, list[str], list[str]]:
-    """A scene in words: the story, and the names and colors of its things.
+    """Returns a scene in words: the story, and the names and colors of its things.
 
-    `alike`: all things are of one kind, so that only their very names tell them apart.
+    Args:
+        rng: draws them.
+        number: of things.
+        alike: whether all are of one kind, so that only their very names tell them apart.
     """
     pool = list(KINDS.values())[int(rng.integers(len(KINDS)))] if alike else NAMES
     names = [str(n) for n in rng.choice(pool, number, replace=False)]
@@ -40,12 +46,14 @@ def facts(
 
 
 def lookup(rng: np.random.Generator) -> Question:
+    """Returns a question about one thing of a scene in words."""
     story, names, colors = facts(rng)
     asked = int(rng.integers(len(names)))
     return Question(f"{story} What color is the {noun(names[asked])}?", colors[asked], "lookup")
 
 
 def ask(rng: np.random.Generator) -> Question:
+    """Returns a question of one of the four kinds."""
     makers = (arithmetic, comparison, ordering, lookup)
     return makers[int(rng.integers(len(makers)))](rng)
 
