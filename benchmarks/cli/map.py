@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vlm_prune.benchmarks.cli.options import (
+    ENGINES,
     AllowOutside,
     BatchSize,
     Dtype,
@@ -20,6 +21,7 @@ from vlm_prune.benchmarks.cli.options import (
 )
 from vlm_prune.benchmarks.cli.terminal import progress, quiet
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.registry import unknown
 
 
 def map_images(
@@ -51,6 +53,7 @@ def map_images(
         int | None, typer.Option(min=1, help="Models at a time; one per GPU, or one on the CPUs.")
     ] = None,
     cpus: Annotated[int | None, typer.Option(min=2, help="CPUs to use; all unless given.")] = None,
+    engine: Annotated[str, typer.Option(help="What answers: hf, or vllm.")] = "hf",
 ) -> None:
     """Answer one prompt about every image of a folder, with Ray Data; it resumes."""
     if find_spec("ray") is None or find_spec("pyarrow") is None:
@@ -59,6 +62,8 @@ def map_images(
     from vlm_prune.benchmarks.evaluation.records import Variant
 
     quiet()
+    if engine not in ENGINES:
+        raise InputError(unknown("engine", engine, ENGINES))
     variant = Variant(method, parse_budget(budget), arguments=parse_arguments(method_args))
     config = pipeline.MapConfig(
         str(source.absolute()),
@@ -70,6 +75,7 @@ def map_images(
         limit,
         max_new_tokens,
         allow_outside,
+        engine,
     )
     bar = partial(progress, what="images")
     rows, errors = pipeline.map_images(config, output, batch_size, workers, cpus, bar)

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from vlm_prune.benchmarks.evaluation.records import Variant
     from vlm_prune.vlm.common.paths import DataRoot as Root
 
+ENGINES = ("hf", "vllm")
+
 Model = Annotated[
     str,
     typer.Option(
