@@ -4,6 +4,7 @@ Imports nothing heavy, so that an interruption of the imports is met here, too.
 """
 
 import errno
+import logging
 import os
 import signal
 import sys
@@ -42,6 +43,8 @@ def run_script(*command: str) -> NoReturn:
     """Run `vlm-prune`, or one of its commands with the arguments of a script."""
     arguments = [*command, *sys.argv[1:]] or ["--help"]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # torchao, which transformers imports where it is installed, calls what newer torch deprecates
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
     def call() -> object:
         from vlm_prune.benchmarks.cli.commands import app

@@ -292,7 +292,7 @@ def test_a_folder_of_another_run_is_refused(clip, make_clip, tasks, tmp_path):
     renamed = replace(tasks[0], classes=("red", "green", "azure"))
     for changed, clip_, tasks_, what in (
         (replace(same, method=make_method("full")), make_clip(), tasks, "method, options"),
-        (replace(same, recipe=replace(RECIPE, seed=1)), make_clip(), tasks, "recipe"),
+        (replace(same, recipe=replace(RECIPE, seed=1)), make_clip(), tasks, "seed"),
         (same, make_clip(width=48), tasks, "weights"),
         (same, make_clip(), tasks[::-1], "tasks"),
         (same, make_clip(), [renamed, tasks[1]], "tasks"),

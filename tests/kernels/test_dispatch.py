@@ -10,7 +10,8 @@ from torch.nn.functional import gelu
 
 from vlm_prune.kernels.dispatch import backend, backend_for, implementation
 from vlm_prune.pruning import METHODS
-from vlm_prune.vlm.tokens import AttentionRows, DecoderTokens, Projector, VisionTokens
+from vlm_prune.vlm.projector import Projector
+from vlm_prune.vlm.tokens import AttentionRows, DecoderTokens, VisionTokens
 
 
 def test_a_cpu_runs_the_reference_and_the_override_ends_with_its_block():
@@ -52,7 +53,7 @@ def vision(make):
     query, key = make(2, 2, 13, 8), make(2, 2, 13, 8)
     w1, b1, w2 = make(20, 16), make(20), make(10, 20)
     features = make(2, 12, 16)
-    projector = Projector(w1, b1, gelu, w2, None)
+    projector = Projector.of(w1, b1, gelu, w2, None)
     return VisionTokens(
         features, projector(features), ((3, 4),), (0, 1), projector,
         query_key=lambda: (query, key),

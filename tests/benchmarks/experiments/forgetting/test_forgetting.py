@@ -142,7 +142,7 @@ def test_the_course_resumes_and_writes_its_results(few_arms, tmp_path, monkeypat
     assert "| Wings | 5e-05 |" in table and "Target: 98" in table
     assert "post-hoc merge" in table and "T,T,V" in table and "attention shift" in table
     assert (tmp_path / "results" / "forgetting.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(InputError, match="holds a run with another plan"):
+    with pytest.raises(InputError, match="holds a run with another rank"):
         experiment.run(replace(SMALL, rank=5), *places)
     experiment.run(SMALL, tmp_path / "two", tmp_path / "results", jobs=2)
     shared = json.loads((tmp_path / "results" / "forgetting.json").read_text())
