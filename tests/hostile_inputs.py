@@ -709,6 +709,10 @@ def main() -> int:
     parser.add_argument("words", nargs="*", help="parts of names")
     parser.add_argument("--verbose", action="store_true", help="show every case")
     arguments = parser.parse_args()
+    if os.geteuid() == 0:
+        parser.error(
+            "some inputs name / and devices as outputs; run it as a user without rights to them"
+        )
 
     def tell(outcome: Outcome) -> None:
         if arguments.verbose or outcome.kind != "clear":
