@@ -65,6 +65,19 @@ def averaged(kept: Tensor, dropped: Tensor, nearest: Tensor) -> Tensor:
         dropped: tokens that join one of them.
         nearest: the index of the kept token that each dropped one joins.
     """
-    member = one_hot(nearest, kept.shape[1]).to(torch.float32)
-    total = kept.float() + member.transpose(1, 2) @ dropped.float()
-    return (total / (1 + member.sum(1)[..., None])).to(kept.dtype)
+    sums, sizes = sums_by_nearest(dropped, nearest, kept.shape[1])
+    return ((kept.float() + sums) / (1 + sizes)).to(kept.dtype)
+
+
+def sums_by_nearest(dropped: Tensor, nearest: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Returns for each kept token the sum of the tokens assigned to it, and how many they are.
+
+    Shapes: dropped (M, n, d), nearest (M, n) -> (M, count, d) and (M, count, 1), in fp32.
+
+    Args:
+        dropped: tokens that join a kept one.
+        nearest: the index of the kept token that each of them joins.
+        count: kept tokens of an image.
+    """
+    member = one_hot(nearest, count).to(torch.float32)
+    return member.transpose(1, 2) @ dropped.float(), member.sum(1)[..., None]

@@ -5,12 +5,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
 from vlm_prune.pruning.base import Stage, VisionPruner
 from vlm_prune.pruning.received import in_tower
-from vlm_prune.pruning.select import averaged, others
+from vlm_prune.pruning.select import averaged, others, sums_by_nearest
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.tokens import Kept, VisionTokens, take, top
 
@@ -83,6 +82,5 @@ def with_mean_added(kept: Tensor, dropped: Tensor, nearest: Tensor) -> Tensor:
         dropped: tokens that join one of them.
         nearest: the index of the kept token that each dropped one joins.
     """
-    member = one_hot(nearest, kept.shape[1]).to(torch.float32)
-    means = member.transpose(1, 2) @ dropped.float() / member.sum(1).clamp_min(1)[..., None]
-    return (kept.float() + means).to(kept.dtype)
+    sums, sizes = sums_by_nearest(dropped, nearest, kept.shape[1])
+    return (kept.float() + sums / sizes.clamp_min(1)).to(kept.dtype)
