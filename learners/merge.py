@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.files import output_folder
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.load import load, save
 
@@ -55,8 +56,10 @@ def sweep(base: str, tuned: str, output: Path, alphas: Sequence[float]) -> list[
         alphas: as for `merge`.
 
     Raises:
-        InputError: if an alpha is out of range, or the two language models differ in shape.
+        InputError: if an alpha is out of range, `output` is no folder for results, or the two
+            language models differ in shape.
     """
+    output_folder(output)
     for alpha in alphas:
         _check(alpha)
     original, folders = load(base, "cpu")[0], [output / f"alpha-{alpha:g}" for alpha in alphas]

@@ -24,7 +24,7 @@ from vlm_prune.continual.clip import extra
 from vlm_prune.continual.streams.packaged import DOMAINS, PER_CLASS, Drawn
 from vlm_prune.continual.tiny.config import WEIGHTS, write_clip_folder
 from vlm_prune.vlm.common.errors import naming
-from vlm_prune.vlm.common.files import whole
+from vlm_prune.vlm.common.files import output_folder, whole
 from vlm_prune.vlm.common.folder import OutputFolder, record_settings
 from vlm_prune.vlm.common.state import (
     load_tensors,
@@ -94,6 +94,7 @@ class Pretraining:
 
     def __init__(self, folder: Path, recipe: Recipe, data: Pairs | None = None) -> None:
         self.folder, self.recipe = folder, recipe
+        output_folder(folder)
         record_settings(folder / "recipe.json", asdict(recipe))
         self.data = pairs(recipe.per_class) if data is None else data
         write_clip_folder(folder, corpus(), recipe.width, recipe.layers)

@@ -20,6 +20,7 @@ from vlm_prune.benchmarks.embedded_models.text import train_text
 from vlm_prune.continual.tiny import clip_checkpoint_path as clip_path
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import write_text
+from vlm_prune.vlm.common.folder import OutputFolder
 from vlm_prune.vlm.common.registry import unknown
 from vlm_prune.vlm.load import load
 from vlm_prune.vlm.tiny import checkpoint_path, text_language_model
@@ -84,15 +85,18 @@ def train_base(
         seed: of weights and data.
         bf16: whether to compute in bfloat16.
         install: whether the result replaces the packaged one.
+
+    Raises:
+        InputError: if `folder` is none for results, or another training writes to it.
     """
     torch.manual_seed(seed)
-    folder.mkdir(parents=True, exist_ok=True)
     log, weights = folder / "text_log.jsonl", folder / "text.safetensors"
-    log.unlink(missing_ok=True)
-    _, processor = load("tiny", "cpu")
-    model = make_model(processor)
-    train_text(model, processor, SceneSource(seed), steps, recorder(log, "text"), seed, bf16)
-    save_language_model(model, weights)
+    with OutputFolder(folder):
+        log.unlink(missing_ok=True)
+        _, processor = load("tiny", "cpu")
+        model = make_model(processor)
+        train_text(model, processor, SceneSource(seed), steps, recorder(log, "text"), seed, bf16)
+        save_language_model(model, weights)
     if install:
         shutil.copy2(log, checkpoint_path())
         shutil.copy2(weights, text_language_model())

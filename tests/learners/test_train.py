@@ -394,6 +394,12 @@ def test_a_sweep_leaves_a_checkpoint_for_each_alpha(checkpoint, tmp_path):
         torch.testing.assert_close(ours - base, torch.full_like(ours, moved))
 
 
+def test_a_sweep_writes_to_a_folder_of_its_own():
+    for refused in (Path("/"), Path("")):
+        with pytest.raises(InputError, match="no folder for results"):
+            sweep("nowhere", "nowhere", refused, [0.5])
+
+
 def test_a_refused_start_does_not_claim_its_folder(make_run, examples):
     wrong = make_run("wings", 2, wings=WingsConfig(rank=99, max_positions=128))
     with pytest.raises(InputError, match="rank 99 is above the model's width"):

@@ -1,6 +1,7 @@
 """Checkpoints whose weight names transformers and vLLM both read."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +71,9 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     with pytest.raises(InputError, match="not empty"):
         export("tiny", tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["mine"]
+    for refused in (Path("/"), Path("")):
+        with pytest.raises(InputError, match="no folder for results"):
+            export("nowhere", refused)
 
 
 def test_the_packaged_checkpoint_holds_its_own_weights_alone():

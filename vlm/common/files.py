@@ -209,10 +209,11 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Fill a folder beside this one, then rename it; an older one is replaced.
 
     Raises:
-        InputError: if `folder` is a file or a link.
+        InputError: as `output_folder` does, or if `folder` is a link.
     """
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise InputError(f"{folder} is no folder; remove it, or give another name")
+    if folder.is_symlink():
+        raise InputError(f"{folder} is a link and no folder; remove it, or give another name")
+    output_folder(folder)
     make_folders(folder.parent)
     _remove_leftovers(folder)
     partial = _partial_name(folder)

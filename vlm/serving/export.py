@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.files import write_folder, write_text
+from vlm_prune.vlm.common.files import output_folder, write_folder, write_text
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 _TOWER = re.compile(r"^(model\.)?vision_tower\.(?!vision_model\.)")
@@ -63,11 +63,12 @@ def export(name: str, folder: Path) -> int:
         The number of weights.
 
     Raises:
-        InputError: if the folder holds something, or the model cannot be loaded.
+        InputError: if the folder is none for results or holds something, or the model cannot be
+            loaded.
     """
     from vlm_prune.vlm.load import DTYPES, config_of, load
 
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if output_folder(folder).exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty; give a new folder")
     dtype = str(config_of(name).dtype).removeprefix("torch.")
     model, processor = load(name, dtype=dtype if dtype in DTYPES else "float32")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from vlm_prune.benchmarks.embedded_models.clip import (
     pairs,
 )
 from vlm_prune.benchmarks.embedded_models.clip_card import hits, measure, write_card
+from vlm_prune.benchmarks.embedded_models.packaged import train_base
 from vlm_prune.continual.clip import load_clip
 from vlm_prune.continual.metrics import mean_accuracy
 from vlm_prune.continual.streams.packaged import DOMAINS, task
@@ -123,6 +125,16 @@ def test_damaged_state_is_named(tmp_path, data):
         with pytest.raises(InputError, match=str(path)) as caught:
             Pretraining(tmp_path, SMALL, data)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("folder", ["/", ""])
+def test_a_training_writes_to_a_folder_of_its_own(folder, tmp_path, data, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no folder for results"):
+        Pretraining(Path(folder), SMALL, data)
+    with pytest.raises(InputError, match="no folder for results"):
+        train_base(Path(folder), steps=1)
+    assert not any(tmp_path.iterdir())
 
 
 def test_two_trainings_do_not_share_a_folder(tmp_path, data):

@@ -205,6 +205,9 @@ def test_a_folder_is_written_whole(tmp_path):
     (tmp_path / "link").symlink_to(target)
     with pytest.raises(InputError, match="no folder"):
         write_folder(tmp_path / "link", fill("new"))
+    for refused in (Path("/"), Path("."), Path("")):
+        with pytest.raises(InputError, match="no folder for results"):
+            write_folder(refused, fail)
 
 
 def test_what_killed_writers_left_goes_with_the_next_one(tmp_path):
