@@ -1,6 +1,7 @@
 """Tiny models built from the real classes; nothing is downloaded."""
 
 import os
+import sys
 from importlib.util import find_spec
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +18,14 @@ from tiny_families import NEEDS, Tiny
 
 from vlm_prune.vlm.families import FAMILIES
 from vlm_prune.vlm.tiny.config import make_model, make_processor
+
+
+@pytest.fixture(autouse=True)
+def another_precision():
+    """accelerate allows one precision per process: each test may choose its own."""
+    yield
+    if (state := sys.modules.get("accelerate.state")) is not None:
+        state.AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="session")

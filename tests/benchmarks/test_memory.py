@@ -31,7 +31,7 @@ def refused(road, call):
 ROADS = """
 from vlm_prune.benchmarks.batch.inputs import decode, find_images, root_of
 from vlm_prune.benchmarks.batch.pipeline import Answerer, MapConfig
-from vlm_prune.benchmarks.evaluation.engine import Variant
+from vlm_prune.benchmarks.evaluation.records import Variant
 from vlm_prune.benchmarks.experiments.iit import evaluate as iit
 from vlm_prune.benchmarks.experiments.schedule import points_of, prompts_of_file
 from vlm_prune.benchmarks.report.demo import Comparer

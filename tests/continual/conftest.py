@@ -6,7 +6,6 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from open_clip.model import CLIP, CustomTextCLIP
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -148,9 +147,3 @@ def batch(any_clip):
     side = any_clip.eval_transform(Image.new("RGB", (40, 40))).shape[-1]
     pixels = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(1))
     return pixels, any_clip.tokenize(["a photo of a red disc", "a bar.", "a green ring."])
-
-
-@pytest.fixture(autouse=True)
-def forget_precision():
-    """Accelerate allows one precision per process."""
-    AcceleratorState._reset_state(True)

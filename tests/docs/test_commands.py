@@ -20,7 +20,6 @@ from pathlib import Path
 
 import pytest
 import typer
-from accelerate.state import AcceleratorState
 
 from vlm_prune.benchmarks.cli import app as cli
 from vlm_prune.benchmarks.cli import commands
@@ -77,7 +76,6 @@ def folder(tmp_path, monkeypatch):
         picture.save(tmp_path / name)
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     monkeypatch.chdir(tmp_path)
-    AcceleratorState._reset_state(True)  # accelerate allows one precision per process
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     return tmp_path
 

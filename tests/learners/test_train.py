@@ -32,12 +32,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:Futur
 VISION, PROJECTOR, LANGUAGE = "vision_tower", "multi_modal_projector", "language_model"
 
 
-@pytest.fixture(autouse=True)
-def forget_precision():
-    """Accelerate allows one precision per process."""
-    AcceleratorState._reset_state(True)
-
-
 @pytest.fixture
 def examples(conversations):
     return read_llava(conversations / "data.json", conversations)

@@ -159,4 +159,4 @@ def test_a_budget_of_an_images_tokens_leaves_room_for_no_newline(share):
     with build("divprune", budget=budget)(tiny.model) as trace, torch.no_grad():
         tiny.model(**inputs)
     assert len(trace.kept[0]) == (whole if share else tokens - 1)
-    assert share or set(trace.kept[0].tolist()) < set(group.places.tolist())
+    assert share or set(trace.kept[0].tolist()) < set(group.indices.tolist())
