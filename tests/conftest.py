@@ -14,10 +14,19 @@ from PIL import Image
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by transformers
 
-from tiny_families import NEEDS, Tiny
+from tiny_families import NEEDS, Tiny, is_quick
 
 from vlm_prune.vlm.families import FAMILIES
 from vlm_prune.vlm.tiny.config import make_model, make_processor
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Families that have much in common with others run few of the tests over all by default."""
+    for item in items:
+        given = getattr(item, "callspec", None)
+        if given is not None and not is_quick(item.originalname, given.params):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

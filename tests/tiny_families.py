@@ -161,9 +161,9 @@ def qwen2_5_vl():
     return hf.Qwen2_5_VLForConditionalGeneration(config), processor
 
 
-def qwen3_vl():
+def qwen3_vl(config_class=hf.Qwen3VLConfig, model_class=hf.Qwen3VLForConditionalGeneration, **text):
     tokenizer = qwen_tokenizer()
-    config = hf.Qwen3VLConfig(
+    config = config_class(
         vision_config={
             "depth": 3, "hidden_size": WIDTH, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": WIDTH,
             "patch_size": 14, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
@@ -173,7 +173,7 @@ def qwen3_vl():
             rope_parameters={
                 "rope_type": "default", "rope_theta": 1e4, "mrope_section": MROPE,
                 "mrope_interleaved": True,
-            },
+            }, **text,
         ),
         tie_word_embeddings=False, **qwen_ids(tokenizer),
     )  # fmt: skip
@@ -181,7 +181,14 @@ def qwen3_vl():
         hf.Qwen2VLImageProcessor(**qwen_pixels(14)), tokenizer, hf.Qwen3VLVideoProcessor(),
         chat_template=template(QWEN_IMAGE),
     )  # fmt: skip
-    return hf.Qwen3VLForConditionalGeneration(config), processor
+    return model_class(config), processor
+
+
+EXPERTS = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+
+
+def qwen3_vl_moe():
+    return qwen3_vl(hf.Qwen3VLMoeConfig, hf.Qwen3VLMoeForConditionalGeneration, **EXPERTS)
 
 
 def internvl():
@@ -222,10 +229,31 @@ def smolvlm():
     return hf.SmolVLMForConditionalGeneration(config), processor
 
 
+def idefics3():
+    markers = [f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)]
+    named = {f"marker_{number}": marker for number, marker in enumerate(markers)}
+    tokenizer = tokenizer_with(
+        image_token="<image>", fake_image_token="<fake_token_around_image>",
+        global_image_token="<global-img>", end_of_utterance_token="<end_of_utterance>", **named,
+    )  # fmt: skip
+    config = hf.Idefics3Config(
+        vision_config=vit(image_size=48, patch_size=8),
+        text_config=hf.LlamaConfig(**text_of(tokenizer)), scale_factor=2,
+        image_token_id=token_id(tokenizer, "<image>"), tie_word_embeddings=False,
+        pad_token_id=token_id(tokenizer, "<pad>"),
+    )  # fmt: skip
+    processor = hf.Idefics3Processor(
+        hf.Idefics3ImageProcessor(size={"longest_edge": 96}, max_image_size={"longest_edge": 48}),
+        tokenizer, image_seq_len=9, chat_template=template("<image>"),
+    )  # fmt: skip
+    return hf.Idefics3ForConditionalGeneration(config), processor
+
+
 MAKERS = {
     maker.__name__: maker
     for maker in (
-        llava, llava_next, llava_onevision, qwen2_5_vl, qwen3_vl, internvl, smolvlm
+        llava, llava_next, llava_onevision, qwen2_5_vl, qwen3_vl, internvl, smolvlm,
+        qwen3_vl_moe, idefics3,
     )
 }  # fmt: skip
 
@@ -236,7 +264,36 @@ NEEDS = {
     "qwen3_vl": ("torchvision",),
     "internvl": ("torchvision",),
     "smolvlm": ("torchvision", "num2words"),
+    "qwen3_vl_moe": ("torchvision",),
+    "idefics3": ("torchvision",),
 }
+
+
+CORE = (
+    "llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm",
+)  # fmt: skip
+"""Families that every test runs on by default."""
+QUICK = {
+    "test_features_projected_are_what_the_language_model_gets",
+    "test_attention_received_is_that_of_the_towers_maps",
+    "test_the_tower_s_flops_are_those_that_it_spends_on_each_picture",
+    "test_keeping_all_equals_the_unpruned_model[cdpruner]",
+    "test_the_budget_is_met_and_the_model_is_untouched_afterwards[zoo]",
+    "test_each_row_equals_its_solo_run[divprune+adaptinfer]",
+    "test_cached_decoding_equals_a_full_forward[divprune+adaptinfer]",
+    "test_pruned_costs_are_those_of_the_pruned_forward[fastv]",
+}
+"""What the others run by default, with the method's name; `-m slow` runs the rest."""
+
+
+def is_quick(test, params):
+    """Whether a test with these parameters may run by default, as far as its family decides."""
+    family, method = params.get("tiny"), params.get("name")
+    return (
+        not isinstance(family, str)
+        or family in CORE
+        or (test if method is None else f"{test}[{method}]") in QUICK
+    )
 
 
 def picture(draw, size):

@@ -14,15 +14,32 @@ def prefill_flops(config: Any, text: int, image_per_layer: list[float]) -> float
         text: tokens that are not image tokens.
         image_per_layer: image tokens each layer computes.
     """
-    width, inner = config.hidden_size, config.intermediate_size
+    width = config.hidden_size
     head = getattr(config, "head_dim", None) or width // config.num_attention_heads
     query, key = config.num_attention_heads * head, config.num_key_value_heads * head
-    weights = width * (2 * query + 2 * key) + 3 * width * inner
+    projections = width * (2 * query + 2 * key)
     total = config.vocab_size * width
-    for image in image_per_layer:
+    for number, image in enumerate(image_per_layer):
         tokens = text + image
+        weights = projections + feed_forward_weights(config, number)
         total += tokens * weights + 2 * tokens * tokens * query
     return float(_MULTIPLY_ADD * total)
+
+
+def feed_forward_weights(config: Any, number: int) -> int:
+    """Returns the weights that a token meets in layer `number` behind its attention.
+
+    Of a mixture of experts these are the router's, those of the experts that a token is sent to,
+    and those of an expert for all tokens where there is one.
+    """
+    width, experts = config.hidden_size, getattr(config, "num_experts", None)
+    dense = number in (getattr(config, "mlp_only_layers", None) or ())
+    if not experts or dense or (number + 1) % (getattr(config, "decoder_sparse_step", None) or 1):
+        return int(3 * width * config.intermediate_size)
+    inner = config.num_experts_per_tok * config.moe_intermediate_size
+    shared = getattr(config, "shared_expert_intermediate_size", None) or 0
+    gates = experts + (1 if shared else 0)
+    return int(width * (3 * (inner + shared) + gates))
 
 
 def tower_flops(

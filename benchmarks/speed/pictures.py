@@ -90,5 +90,7 @@ LAYOUTS: Registry[Callable[[Family, int], Layout]] = Registry(
         "qwen3_vl": _patches,
         "internvl": _tiles,
         "smolvlm": _marked_tiles,
+        "qwen3_vl_moe": _patches,
+        "idefics3": _marked_tiles,
     },
 )

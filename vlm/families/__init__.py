@@ -5,12 +5,14 @@ from typing import Any
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import Registry
 from vlm_prune.vlm.families.base import Family, Need
+from vlm_prune.vlm.families.idefics3 import Idefics3
 from vlm_prune.vlm.families.internvl import InternVL
 from vlm_prune.vlm.families.llava import Llava
 from vlm_prune.vlm.families.llava_next import LlavaNext
 from vlm_prune.vlm.families.llava_onevision import LlavaOneVision
 from vlm_prune.vlm.families.qwen2_5_vl import Qwen25VL
 from vlm_prune.vlm.families.qwen3_vl import Qwen3VL
+from vlm_prune.vlm.families.qwen3_vl_moe import Qwen3VLMoe
 from vlm_prune.vlm.families.smolvlm import SmolVLM
 
 FAMILIES: Registry[type[Family]] = Registry(
@@ -23,6 +25,8 @@ FAMILIES: Registry[type[Family]] = Registry(
         "qwen3_vl": Qwen3VL,
         "internvl": InternVL,
         "smolvlm": SmolVLM,
+        "qwen3_vl_moe": Qwen3VLMoe,
+        "idefics3": Idefics3,
     },
 )
 

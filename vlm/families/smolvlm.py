@@ -38,7 +38,8 @@ class SmolVLM(Tiled):
         # before, its forward took whole tiles only
         if Version(transformers.__version__) < Version("5.21"):
             raise InputError(
-                f"SmolVLM needs transformers 5.21 or newer, this is {transformers.__version__}; "
+                f"{type(self).__name__} needs transformers 5.21 or newer, "
+                f"this is {transformers.__version__}; "
                 "pip install -U transformers"
             )
 
