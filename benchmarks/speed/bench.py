@@ -1,7 +1,7 @@
 """Phase times of a pruned and the unpruned model on random weights, next to the roofline."""
 
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from statistics import mean
 from typing import Any
@@ -231,6 +231,7 @@ def floors(
 ) -> dict[str, float]:
     """Returns the least milliseconds of each phase: every matrix product and every weight once.
 
+    Of a mixture of experts these are the weights of those that a token is sent to.
     Selection counts as nothing: it is overhead, whatever the method.
 
     Args:
@@ -243,16 +244,20 @@ def floors(
     family, text = family_of(model), model.config.get_text_config()
     size = model.dtype.itemsize
 
-    def weights(module: Any) -> float:
-        return float(sum(p.numel() * p.itemsize for p in module.parameters()))
+    def weights(parameters: Iterable[Tensor]) -> float:
+        return float(sum(p.numel() * p.itemsize for p in parameters))
 
-    language = weights(family.decoder.layers) + text.vocab_size * text.hidden_size * size
+    # the tokens of a prompt may all be sent to the same experts of a mixture
+    experts = weights(p for n, p in family.decoder.layers.named_parameters() if ".experts." in n)
+    unused = experts * (1 - text.num_experts_per_tok / text.num_experts) if experts else 0.0
+    layers = weights(family.decoder.layers.parameters()) - unused
+    language = layers + text.vocab_size * text.hidden_size * size
     cache = config.batch * key_value_bytes(text, config.text, layer_tokens, size)
     vision = config.batch * tower
     prefill = config.batch * prefill_flops(text, config.text, layer_tokens)
     token = config.batch * prefill_flops(text, 1, [0.0] * len(layer_tokens))
     return {
-        "vision": ceilings.floor_ms(vision, weights(family.tower_layers)),
+        "vision": ceilings.floor_ms(vision, weights(family.tower_layers.parameters())),
         "selection": 0.0,
         "prefill": ceilings.floor_ms(prefill, language + cache),
         "decode": ceilings.floor_ms(token, language + cache),

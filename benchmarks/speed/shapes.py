@@ -5,6 +5,7 @@ from collections.abc import Callable
 from transformers import (
     AutoConfig,
     CLIPVisionConfig,
+    Idefics3Config,
     InternVLConfig,
     LlamaConfig,
     LlavaConfig,
@@ -14,6 +15,7 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen3VLConfig,
+    Qwen3VLMoeConfig,
     SiglipVisionConfig,
     SmolVLMConfig,
 )
@@ -113,6 +115,27 @@ def _qwen3_vl_2b() -> Qwen3VLConfig:
     )  # fmt: skip
 
 
+def _qwen3_vl_30b_a3b() -> Qwen3VLMoeConfig:
+    return Qwen3VLMoeConfig(
+        vision_config={
+            "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16,
+            "out_hidden_size": 2048, "patch_size": 16, "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [8, 16, 24],
+        },
+        text_config={
+            "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
+            "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
+            "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
+            "head_dim": 128, "tie_word_embeddings": False,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20],
+                "mrope_interleaved": True,
+            },
+        },
+        **QWEN_IDS | {"tie_word_embeddings": False},
+    )  # fmt: skip
+
+
 def _internvl3_1b() -> InternVLConfig:
     return InternVLConfig(
         vision_config={
@@ -136,6 +159,20 @@ def _smolvlm_256m() -> SmolVLMConfig:
             num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=False,
         ),
         scale_factor=4, image_token_id=49190, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def _idefics3_8b() -> Idefics3Config:
+    return Idefics3Config(
+        vision_config={
+            "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
+            "num_attention_heads": 16, "image_size": 364, "patch_size": 14,
+        },
+        text_config=LlamaConfig(
+            vocab_size=128259, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+            num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=False,
+        ),
+        scale_factor=2, image_token_id=128257, tie_word_embeddings=False,
     )  # fmt: skip
 
 
@@ -166,6 +203,8 @@ SHAPES: Registry[Callable[[], PreTrainedConfig]] = Registry(
         "qwen3-vl-2b": _qwen3_vl_2b,
         "internvl3-1b": _internvl3_1b,
         "smolvlm-256m": _smolvlm_256m,
+        "qwen3-vl-30b-a3b": _qwen3_vl_30b_a3b,
+        "idefics3-8b": _idefics3_8b,
         "tiny": _tiny,
     },
 )

