@@ -1,21 +1,17 @@
 """The rules for names and docstrings hold in every folder: see CONTRIBUTING, Style."""
 
 import pytest
-from language import missing_docstrings, repeated, undocumented
+from language import PACKAGES, missing_docstrings, repeated, undocumented, untyped_records
 
-DOCUMENTED = (
-    "kernels", "learners", "continual", "pruning", "vlm", "scripts",
-    *(f"benchmarks/{room}" for room in ("batch", "cli", "report", "speed", "stats", "tasks")),
-)  # fmt: skip
 NAMED_ONCE = ("kernels",)
 
 
-@pytest.mark.parametrize("folder", DOCUMENTED)
+@pytest.mark.parametrize("folder", PACKAGES)
 def test_three_arguments_and_more_are_documented(folder):
     assert not undocumented(folder), "\n".join(map(str, undocumented(folder)))
 
 
-@pytest.mark.parametrize("folder", DOCUMENTED)
+@pytest.mark.parametrize("folder", PACKAGES)
 def test_public_definitions_have_docstrings(folder):
     assert not missing_docstrings(folder), "\n".join(map(str, missing_docstrings(folder)))
 
@@ -23,3 +19,8 @@ def test_public_definitions_have_docstrings(folder):
 def test_names_are_defined_once():
     names = repeated(*NAMED_ONCE)
     assert not names, "\n".join(f"{name}: {', '.join(map(str, at))}" for name, at in names.items())
+
+
+def test_evaluation_passes_on_typed_records():
+    records = untyped_records("benchmarks/evaluation")
+    assert not records, "\n".join(map(str, records))

@@ -21,6 +21,8 @@ from vlm_prune.vlm.common.errors import InputError, first_line
 from vlm_prune.vlm.common.images import ImageSource, open_image
 from vlm_prune.vlm.families import family_of
 
+# turns, each with a `role` and a `content`: a string, or parts as `transformers` has them
+Messages = list[dict[str, Any]]
 # the end of the last private plane, one character for each special token
 FIRST, LAST = 0x10E000, 0x10FFFD
 STAND_INS = re.compile(f"[{chr(FIRST)}-{chr(LAST)}]")
@@ -67,14 +69,14 @@ def special_tokens(processor: Any) -> SpecialTokens:
     return _special[processor]
 
 
-def render(processor: Any, messages: list[dict[str, Any]], **options: Any) -> str:
+def render(processor: Any, messages: Messages, **options: Any) -> str:
     """Return a conversation as its chat template writes it, special tokens in people's text hidden.
 
     Only `encode_text` and `encode_prompts` read such a string.
 
     Args:
         processor: a processor, or the tokenizer of a language model.
-        messages: turns whose `content` is a string or a list of parts, as `transformers` has them.
+        messages: a conversation.
         options: of the template, such as `add_generation_prompt`.
 
     Raises:

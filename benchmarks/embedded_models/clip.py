@@ -90,7 +90,16 @@ def corpus() -> list[str]:
 
 
 class Pretraining:
-    """Trains in `folder`, or finishes training that was killed."""
+    """Trains a CLIP in a folder, or finishes a training there that was killed.
+
+    Args:
+        folder: where recipe, tokenizer, log, state and weights go.
+        recipe: hyperparameters.
+        data: pictures and captions; those of the packaged stream's domains by default.
+
+    Raises:
+        InputError: if the folder holds a training by another recipe, or a damaged state.
+    """
 
     def __init__(self, folder: Path, recipe: Recipe, data: Pairs | None = None) -> None:
         self.folder, self.recipe = folder, recipe

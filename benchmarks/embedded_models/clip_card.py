@@ -52,12 +52,24 @@ class Figures:
 
 
 def hits(clip: Clip, split: Sequence[Labelled], one: StreamTask) -> NDArray[np.uint8]:
-    """Which images of a split are classified right, (n,)."""
+    """Classifies the images of a split among their task's classes; returns which are right, (n,).
+
+    Args:
+        clip: the model.
+        split: n labeled images.
+        one: the task with their classes.
+    """
     return evaluate_tasks(clip, [replace(one, test=split)], Recipe())[0].numpy()
 
 
 def measure(clip: Clip, one: StreamTask, steps: int = STEPS) -> Figures:
-    """Accuracy of one domain, before and after fine-tuning a copy on it."""
+    """Measures the accuracy of one domain, before and after a copy is fine-tuned on it.
+
+    Args:
+        clip: stays as it is.
+        one: the domain's task.
+        steps: of fine-tuning.
+    """
     before, after = hits(clip, one.test, one), fine_tuned(clip, one, steps)
     labels = np.array(labels_of(one.test))
     seen = np.isin(labels, [one.classes.index(name) for name in DOMAINS[one.name].known])
@@ -72,7 +84,13 @@ def measure(clip: Clip, one: StreamTask, steps: int = STEPS) -> Figures:
 
 
 def fine_tuned(clip: Clip, one: StreamTask, steps: int) -> NDArray[np.uint8]:
-    """Test hits of copies that are trained on a domain, of the one that is best on `val`."""
+    """Fine-tunes a copy at each of `RATES`; returns the test hits, (n,), of the one best on `val`.
+
+    Args:
+        clip: stays as it is.
+        one: the domain's task.
+        steps: of each fine-tuning.
+    """
     found = []
     for rate in RATES:
         copy = replace(clip, model=deepcopy(clip.model))

@@ -120,7 +120,14 @@ LESSONS: dict[Lesson, dict[str, tuple[Maker, int]]] = {
 def visual_questions(
     rng: np.random.Generator, scene: Scene, number: int, lesson: Lesson = "all"
 ) -> list[tuple[str, Question]]:
-    """Kind and question, about one scene, as often as the lesson says."""
+    """Draws questions about one scene, each with its kind, in the lesson's proportions.
+
+    Args:
+        rng: draws kinds and questions.
+        scene: what they are about.
+        number: how many.
+        lesson: a key of `LESSONS`.
+    """
     makers = LESSONS[lesson]
     drawn = [kind for kind, (_, share) in makers.items() for _ in range(share)]
     asked: list[tuple[str, Question]] = []
@@ -133,7 +140,13 @@ def visual_questions(
 
 
 def block(kind: str, question: Question, opening: str = "") -> Block:
-    """Prompt and answer as the chat template writes them; of a pair, nothing but the words."""
+    """Writes a question and its answer as the chat template does; single words stand alone.
+
+    Args:
+        kind: under which training reports it.
+        question: with its answer.
+        opening: text before the question, such as the role of who asks.
+    """
     if kind in ONE_WORD:
         return Block(f" {question.text}", f" {question.answer}", kind)
     return Block(f"{opening}{question.text} ASSISTANT:", f" {question.answer}", kind)
@@ -194,7 +207,15 @@ def told_row(rng: np.random.Generator, number: int) -> Row:
 def visual_row(
     rng: np.random.Generator, scene: Scene, image: Tensor, number: int, lesson: Lesson
 ) -> Row:
-    """Questions about one image, after text turns in one row out of five."""
+    """Makes a row of questions about one image, in one case out of five after text-only turns.
+
+    Args:
+        rng: draws turns and questions.
+        scene: what the image shows.
+        image: (tokens, width) tower features, or (tokens, 3) symbols.
+        number: of questions.
+        lesson: a key of `LESSONS`.
+    """
     turns = int(rng.integers(1, 3)) if rng.random() < 0.2 else 0
     before = f"<s>{history(rng, turns)}USER: "
     asked = visual_questions(rng, scene, number, lesson)

@@ -39,7 +39,13 @@ def initialise_embeddings(tower: Any, patches: Tensor, generator: torch.Generato
 
 
 def whitened(patches: Tensor, width: int, generator: torch.Generator) -> Tensor:
-    """`(width, 3 p p)` filters whose responses to `patches` are uncorrelated and of equal size."""
+    """Returns filters (width, 3 p p) with uncorrelated and equally large responses to `patches`.
+
+    Args:
+        patches: (samples, 3 p p), at least `width` of them.
+        width: number of filters.
+        generator: draws the rotation that spreads the components over the filters.
+    """
     centred = patches - patches.mean(0)
     _, singular, components = torch.linalg.svd(centred, full_matrices=False)
     spread = singular[:width, None] / len(patches) ** 0.5

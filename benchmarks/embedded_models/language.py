@@ -76,7 +76,13 @@ class Span(NamedTuple):
 
 
 def pack(rows: list[Row], tokenizer: PreTrainedTokenizerFast, image_token: int) -> Packed:
-    """Lay rows out as prefix and blocks, padded on the right."""
+    """Lays rows out as prefix and blocks, padded on the right to the longest.
+
+    Args:
+        rows: of a batch.
+        tokenizer: the model's.
+        image_token: id that stands for each token of an image.
+    """
     layouts = [_layout(row, tokenizer, image_token) for row in rows]
     length = max(len(ids) for ids, _, _, _ in layouts)
     shape = (len(rows), length)
@@ -115,7 +121,22 @@ def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor,
     scaling: float, spans: list[Span], dropout: float = 0.0, **_: object,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Transformers' attention over packed rows, without most of the pairs that the mask forbids."""
+    """Attends over packed rows without most of the pairs that the mask forbids, as an attention
+    function of transformers.
+
+    Args:
+        module: the attention layer; not read.
+        query: (B, H, L, d).
+        key: (B, H, L, d).
+        value: (B, H, L, d).
+        attention_mask: (B, 1, L, L), additive.
+        scaling: factor of the logits.
+        spans: which keys runs of queries can see; queries before the first one are causal.
+        dropout: not applied.
+
+    Returns:
+        Outputs (B, L, H, d), and None in place of attention weights.
+    """
     common = spans[0].start
     first, keys, values = (part[:, :, :common] for part in (query, key, value))
     heard = [scaled_dot_product_attention(first, keys, values, is_causal=True, scale=scaling)]
@@ -164,8 +185,16 @@ def loss_of(
     encode: Encoder,
     bf16: bool = False,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Cross-entropy over answer tokens, and the share that argmax gets right for each kind of
-    question, end tokens aside.
+    """Returns the mean cross-entropy of the answers' tokens and their accuracy by kind of question.
+
+    Accuracy is the share that argmax gets right; end tokens do not count in it.
+
+    Args:
+        model: the embedded LLaVA; its decoder attends by `attend`.
+        batch: of packed rows.
+        images: what each row with an image gives `encode`, in order.
+        encode: makes image tokens of them.
+        bf16: whether the decoder runs in mixed precision.
     """
     embeds = model.get_input_embeddings()(batch.ids)
     shown = batch.ids == model.config.image_token_id
@@ -219,11 +248,24 @@ def train_language(
     bf16: bool = False,
     promote: float = 0.93,
 ) -> None:
-    """Train `modules` for `steps` batches, the rate falling linearly over the last 40 %.
+    """Trains `modules` for `steps` batches, the rate falling linearly over the last 40 %.
 
-    `rows` draws a batch for a level of difficulty; the level rises when the running share of
-    right answer tokens, averaged over the kinds of question about images, passes `promote`, and at
-    the latest with an equal share of the steps.
+    The level of difficulty rises when the running share of right answer tokens, averaged over the
+    kinds of question about images, passes `promote`, and at the latest with an equal share of the
+    steps.
+
+    Args:
+        model: the embedded LLaVA.
+        tokenizer: the model's.
+        rows: draws a batch for a level, from 0.
+        steps: of the optimizers.
+        rate: peak learning rate of the hidden matrices.
+        encode: makes image tokens of what rows hold as images.
+        modules: what trains.
+        say: takes level, loss and shares every 50 steps.
+        levels: how many.
+        bf16: whether the decoder runs in mixed precision.
+        promote: share of right answer tokens that ends a level.
     """
     steppers = optimizers(modules, rate, bf16)
     running: dict[str, float] = {}

@@ -46,10 +46,22 @@ class Example(Protocol):
     """One image: `pixels` (3, 336, 336); `triples` (576, 3) of name, colour and place per patch."""
 
     @property
-    def pixels(self) -> Tensor: ...
+    def pixels(self) -> Tensor:
+        """The image as the tower takes it, (3, 336, 336)."""
+
     @property
-    def triples(self) -> Tensor: ...
-    def row(self, image: Tensor, questions: int, lesson: Lesson, seed: int) -> Row: ...
+    def triples(self) -> Tensor:
+        """Name, color and token index of each patch, (576, 3)."""
+
+    def row(self, image: Tensor, questions: int, lesson: Lesson, seed: int) -> Row:
+        """Makes a training row of questions about the image.
+
+        Args:
+            image: what stands for it in the row: features (tokens, width) or symbols (tokens, 3).
+            questions: how many.
+            lesson: which kinds of question.
+            seed: of the questions.
+        """
 
 
 class Source(Protocol):
@@ -58,11 +70,26 @@ class Source(Protocol):
     names: tuple[str, ...]
     colors: tuple[str, ...]
 
-    def windows(self, batch: int, side: int, written: bool) -> Iterator[PatchBatch]: ...
-    def whole(self, batch: int, part: int) -> Iterator[PatchBatch]: ...
-    def examples(self, number: int, things: int | None) -> Sequence[Example]: ...
-    def text(self, questions: int, seed: int) -> Row: ...
-    def prose(self, questions: int, seed: int) -> Row: ...
+    def windows(self, batch: int, side: int, written: bool) -> Iterator[PatchBatch]:
+        """Yields batches of image windows for the tower.
+
+        Args:
+            batch: windows per batch.
+            side: patches per side of a window.
+            written: whether they show digits and letters above all.
+        """
+
+    def whole(self, batch: int, part: int) -> Iterator[PatchBatch]:
+        """Yields batches of `batch` whole images for the tower; another `part` has other images."""
+
+    def examples(self, number: int, things: int | None) -> Sequence[Example]:
+        """Returns `number` images with questions, of `things` objects each; None leaves it open."""
+
+    def text(self, questions: int, seed: int) -> Row:
+        """Makes a row of text-only `questions`, drawn by `seed`."""
+
+    def prose(self, questions: int, seed: int) -> Row:
+        """Makes a row of text for a model that sees nothing; `seed` draws its `questions`."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +115,15 @@ class Recipe:
 
 
 class Trainer:
-    """Runs the stages of a recipe on `model` in a working folder."""
+    """Runs the stages of a recipe on `model` in a working folder.
+
+    Args:
+        processor: the model's.
+        source: what it learns from.
+        folder: where stages, log and checkpoint go.
+        recipe: steps of each stage.
+        model: the embedded LLaVA, trained in place.
+    """
 
     def __init__(
         self,
@@ -138,6 +173,7 @@ class Trainer:
         save_checkpoint(self.model, self.processor, self.folder / "checkpoint")
 
     def say(self, stage: str) -> Say:
+        """Returns what takes down the figures of a stage, in the folder's log."""
         return recorder(self.folder / "log.jsonl", stage)
 
     def _tower(self) -> None:
@@ -300,7 +336,13 @@ class Trainer:
 def wake_to(
     source: Source, model: LlavaForConditionalGeneration, processor: LlavaProcessor
 ) -> None:
-    """Wake a language model that looks back to the words that are looked up in texts."""
+    """Lets the first layer, which looks back since `look_back`, carry the words that texts look up.
+
+    Args:
+        source: names the words.
+        model: with a decoder after `look_back`; changed in place.
+        processor: the model's.
+    """
     words = word_ids(processor.tokenizer, [*source.names, *source.colors, *"ABCD"])
     wake(model.model.language_model, words)
 

@@ -103,7 +103,13 @@ def train_base(
 
 
 def train_clip(folder: Path, seed: int = 0, install: bool = False) -> None:
-    """Pre-train the embedded CLIP in `folder`, from its last checkpoint; perhaps install it."""
+    """Pre-trains the embedded CLIP from its last checkpoint, and writes its model card.
+
+    Args:
+        folder: where the training is.
+        seed: of weights and data.
+        install: whether the result replaces the packaged weights.
+    """
     Pretraining(folder, ClipRecipe(seed=seed)).run()
     write_card(folder)
     if install:

@@ -45,14 +45,27 @@ def pixels_of(shown: list[Scene]) -> Tensor:
 
 
 def scenes(*key: int, things: int | None = None, shares: Shares = SHARES) -> Iterator[Scene]:
-    """An endless stream of training scenes."""
+    """Yields training scenes without end.
+
+    Args:
+        key: seeds of the stream.
+        things: objects of each scene; a random number for None.
+        shares: of the kinds of object.
+    """
     rng = np.random.default_rng([TRAIN_SEED, *key])
     while True:
         yield make_scene(rng, "train", things, shares)
 
 
 def windows(source: Iterator[Scene], seed: int, batch: int, side: int) -> Iterator[PatchBatch]:
-    """Batches of windows of `side` x `side` patches, two around each object of a scene."""
+    """Yields batches of square windows of scenes, two around each object.
+
+    Args:
+        source: of the scenes.
+        seed: of the windows' corners.
+        batch: windows per batch.
+        side: patches per side.
+    """
     rng = np.random.default_rng([TRAIN_SEED, seed, 1])
     grid = np.arange(GRID * GRID).reshape(GRID, GRID)
     cuts: list[tuple[Scene, int, int]] = []
@@ -113,10 +126,12 @@ class SceneExample:
 
     @property
     def pixels(self) -> Tensor:
+        """The scene as the tower takes it, (3, 336, 336)."""
         return pixels_of([self.scene])[0]
 
     @property
     def triples(self) -> Tensor:
+        """Name, color and token index of each patch, (576, 3)."""
         labels = (self.scene.patch_names.ravel(), self.scene.patch_colors.ravel())
         return torch.from_numpy(np.stack([*labels, np.arange(GRID * GRID)], 1))
 
@@ -146,6 +161,7 @@ class SceneSource:
         return whole(self.seed + 100 * (part + 1), batch)
 
     def examples(self, number: int, things: int | None) -> list[SceneExample]:
+        """Draws `number` scenes of `things` objects, or of any number for None."""
         source = scenes(self.seed + (things or 0) + 1, things=things)
         return [SceneExample(next(source)) for _ in range(number)]
 

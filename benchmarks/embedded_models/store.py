@@ -16,10 +16,18 @@ from vlm_prune.vlm.serving.export import rename_weights
 def save_checkpoint(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path
 ) -> None:
-    """Write model and processor beside `folder`, then rename; other files in it are kept.
+    """Writes model and processor beside `folder`, then renames; other files in it are kept.
 
     Tensors are stored as fp16 while the configuration says float32, so that the model loads
     ready for a CPU. Their names are those that vLLM reads too.
+
+    Args:
+        model: the embedded LLaVA.
+        processor: the model's.
+        folder: what is replaced, or made.
+
+    Raises:
+        InputError: if the files cannot be written.
     """
     fresh = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)

@@ -59,7 +59,16 @@ def word_ids(tokenizer: PreTrainedTokenizerFast, words: Sequence[str]) -> Tensor
 def align_projector(
     projector: nn.Module, features: Tensor, targets: Tensor, shown: Tensor, steps: int, say: Say
 ) -> None:
-    """Fit the projector to the symbols; features (N, width), targets (N, width), shown (N,) bool."""
+    """Fits the projector to the symbols by mean squared error, objects weighing more than the rest.
+
+    Args:
+        projector: trained in place.
+        features: (N, width) of the tower.
+        targets: (N, width) symbols of the same patches.
+        shown: (N,) bool, which patches show an object.
+        steps: of the optimizer.
+        say: takes the loss every 50 steps.
+    """
     stepper = torch.optim.AdamW(projector.parameters(), lr=3e-3, weight_decay=0.0)
     scale = targets.var(0).sum().sqrt()
     objects, rest = shown.nonzero()[:, 0], (~shown).nonzero()[:, 0]

@@ -18,9 +18,18 @@ def train_text(
     seed: int = 0,
     bf16: bool = False,
 ) -> None:
-    """Teach a new model's language model text alone; the rest of `model` stays as it is.
+    """Teaches a new model's language model text alone; the rest of `model` stays as it is.
 
-    It begins looking back, as the embedded model's does, but awake.
+    Its first layer looks back from the start, as the embedded model's does after `wake_to`.
+
+    Args:
+        model: the embedded LLaVA, trained in place.
+        processor: the model's.
+        source: of the text.
+        steps: of the optimizers.
+        say: takes loss and shares every 50 steps.
+        seed: of the text.
+        bf16: whether the decoder runs in mixed precision.
     """
     decoder = model.model.language_model
     look_back(decoder)

@@ -26,7 +26,14 @@ class PatchBatch:
 
 
 class PatchHeads(nn.Module):
-    """Throw-away classifiers of name, colour, row and column on the tower's patch features."""
+    """Classifies name, color, row and column of each patch; used in training alone.
+
+    Args:
+        width: of the tower's features.
+        names: number of names, background included.
+        colors: number of colors.
+        grid: patches per side.
+    """
 
     def __init__(self, width: int, names: int, colors: int, grid: int) -> None:
         super().__init__()
@@ -41,10 +48,13 @@ class PatchHeads(nn.Module):
 
 
 def tower_features(tower: Any, pixels: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Patch features of the second-to-last layer, shape (B, patches, width).
+    """Returns the patch features of the second-to-last layer, (B, patches, width).
 
-    `positions` places a smaller window in the full grid, so that windows at a quarter of the
-    cost train every position embedding.
+    Args:
+        tower: a CLIP vision transformer.
+        pixels: (B, 3, 14 h, 14 w), normalized.
+        positions: (B, h w) indices into the full grid, of a smaller window: windows at a quarter of
+            the cost train every position embedding. None for whole images.
     """
     embeddings = tower.embeddings
     patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
@@ -62,7 +72,12 @@ class Muon32(torch.optim.Optimizer):
     """Muon (https://arxiv.org/abs/2502.16982) with its Newton-Schulz steps in fp32.
 
     `torch.optim.Muon` runs them in bf16, which is fifty times slower than fp32 on a CPU without
-    bf16 units. The update has AdamW's RMS (0.2), so both optimisers share one learning rate.
+    bf16 units. The update has AdamW's RMS (0.2), so both optimizers share one learning rate.
+
+    Args:
+        params: matrices.
+        lr: learning rate.
+        momentum: share of the running mean of gradients that stays at a step.
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
@@ -70,6 +85,7 @@ class Muon32(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Updates every matrix that has a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -95,8 +111,15 @@ def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:
 def optimizers(
     modules: list[nn.Module], rate: float, bf16: bool = False
 ) -> list[torch.optim.Optimizer]:
-    """Muon for hidden matrices, AdamW for the rest, slow on the tower's prepared embeddings and on
-    a fitted projector: at Muon's rate its tokens grow until they drown what a layer adds to them.
+    """Makes Muon for hidden matrices, and AdamW for the rest.
+
+    AdamW is slow on the tower's prepared embeddings and on a fitted projector: at Muon's rate its
+    tokens grow until they drown what a layer adds to them.
+
+    Args:
+        modules: whose parameters are trained.
+        rate: learning rate of the hidden matrices.
+        bf16: whether Newton-Schulz steps run in bf16.
     """
     hidden: list[nn.Parameter] = []
     slow: list[nn.Parameter] = []
@@ -125,13 +148,21 @@ def optimizers(
 
 
 def set_rate(steppers: list[torch.optim.Optimizer], rate: float) -> None:
+    """Sets the learning rate of every group to its own share of `rate`."""
     for stepper in steppers:
         for group in stepper.param_groups:
             group["lr"] = rate * group.get("share", 1.0)
 
 
 def schedule(step: int, steps: int, peak: float, warmup: int = 40) -> float:
-    """Linear warm-up, then linear decay to a twentieth of the peak."""
+    """Returns the learning rate of a step: a linear warm-up, then a linear decay to a twentieth.
+
+    Args:
+        step: from 0.
+        steps: in all.
+        peak: rate after the warm-up.
+        warmup: steps of it.
+    """
     return peak * min(1.0, (step + 1) / warmup) * max(0.05, 1 - step / steps)
 
 
@@ -143,7 +174,16 @@ def train_tower(
     rate: float,
     say: Say,
 ) -> None:
-    """Train `tower` and `heads` for `steps` batches; `say` gets accuracies on object patches."""
+    """Trains the tower to name what patches show.
+
+    Args:
+        tower: a CLIP vision transformer, trained in place.
+        heads: classifiers, trained with it.
+        batches: of windows or whole scenes.
+        steps: how many of them.
+        rate: peak learning rate.
+        say: takes loss and accuracies on object patches every 50 steps.
+    """
     steppers = optimizers([tower, heads], rate)
     running = dict.fromkeys(("name", "color", "row", "column"), 0.0)
     for step in range(steps):

@@ -21,7 +21,14 @@ MAX_NEW_TOKENS = 16
 
 
 def samples_of(tasks: tuple[str, ...], limit: int, seed: int, split: str) -> list[Sample]:
-    """`limit` questions in all, spread evenly over the tasks."""
+    """Returns `limit` questions in all, spread evenly over the tasks.
+
+    Args:
+        tasks: names of embedded tasks.
+        limit: how many.
+        seed: of the questions.
+        split: train, val or test.
+    """
     return [
         TASKS[name].sample(index, seed, split)  # type: ignore[arg-type]
         for name, share in shares(tasks, limit).items()
@@ -121,7 +128,13 @@ def _answer(
 
 
 def prompts_of(model: Any, processor: Any, batch: list[Sample]) -> Prompts:
-    """The conversations of samples, their images encoded."""
+    """Renders and tokenizes the conversations of samples, and encodes their images.
+
+    Args:
+        model: of a supported family.
+        processor: the model's.
+        batch: of samples.
+    """
     texts = [render(processor, s.messages(), add_generation_prompt=True) for s in batch]
     return make_prompts(model, processor, texts, [list(sample.images) for sample in batch])
 
@@ -129,7 +142,14 @@ def prompts_of(model: Any, processor: Any, batch: list[Sample]) -> Prompts:
 def replies_to(
     model: Any, processor: Any, prompts: Prompts, pruner: Any | None = None
 ) -> tuple[list[str], Phases, Trace]:
-    """Greedy answers, their phases, and what was pruned."""
+    """Returns greedy answers to prompts, the seconds of their phases, and what was pruned.
+
+    Args:
+        model: of a supported family.
+        processor: the model's.
+        prompts: of a batch.
+        pruner: prunes them; None for the unpruned model.
+    """
     new, phases, trace = timed_generate(model, prompts, pruner, max_new_tokens=MAX_NEW_TOKENS)
     replies = processor.batch_decode(new, skip_special_tokens=True)
     return [reply.strip() for reply in replies], phases, trace

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_prune.vlm.chat import encode_text, render, special_tokens
+from vlm_prune.vlm.chat import Messages, encode_text, render, special_tokens
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.load import load_language
 
@@ -33,8 +33,8 @@ class Language:
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
-    def render(self, messages: list[dict[str, Any]]) -> str:
-        """A conversation, its parts as for `transformers`, up to where the model speaks.
+    def render(self, messages: Messages) -> str:
+        """Renders a conversation up to where the model speaks.
 
         Templates take a message as one string or in parts, and drop what is in the other form.
 

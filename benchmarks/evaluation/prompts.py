@@ -62,14 +62,30 @@ class Prompts:
 def make_prompts(
     model: Any, processor: Any, texts: list[str], images: list[list[Image.Image]]
 ) -> Prompts:
-    """Tokenise rendered conversations, and run the tower once over all their images."""
+    """Tokenizes rendered conversations, and runs the tower once over all their images.
+
+    Args:
+        model: of a supported family.
+        processor: the model's.
+        texts: a conversation each.
+        images: of each conversation.
+
+    Raises:
+        InputError: if the processor cannot read them.
+    """
     inputs = encode_prompts(model, processor, texts, images)
     cropped = bool(getattr(processor.image_processor, "do_center_crop", False))
     return replace(encoded(model, inputs, [len(row) for row in images]), cropped=cropped)
 
 
 def encoded(model: Any, inputs: Mapping[str, Any], images: list[int]) -> Prompts:
-    """What a processor gives for prompts of so many images each, these encoded."""
+    """Encodes the images of prompts that a processor has made.
+
+    Args:
+        model: of a supported family.
+        inputs: what the processor gives, padded on the left.
+        images: number of images of each prompt.
+    """
     family, device = family_of(model), model.device
     tensors = {key: inputs[key] for key in ("input_ids", "attention_mask")}
     vision, seconds = None, 0.0

@@ -61,7 +61,14 @@ def run_suite(
     output: Path | None,
     data_root: DataRoot | Path | None,
 ) -> None:
-    """Run a suite in `output`, or in a folder that goes, and print its table.
+    """Runs a suite and prints its table.
+
+    Args:
+        name: of the suite.
+        config: model, adapter, tasks and questions.
+        base: text-only model to compare with.
+        output: folder of the runs, where a killed one resumes; None for one that is removed.
+        data_root: folder of data sets.
 
     Raises:
         InputError: as `forgetting` does, or if there is no such suite.
@@ -221,7 +228,13 @@ def _through_lmms(
 def summarize(
     config: RunConfig, folders: dict[str, RunFolder[AnswerRow]], skipped: dict[str, dict[str, str]]
 ) -> SuiteResults:
-    """Returns the content of `results.json`."""
+    """Returns the content of `results.json`.
+
+    Args:
+        config: of the suite.
+        folders: answers of each role.
+        skipped: for each role the tasks that were not run, with their reasons.
+    """
     scores: Scores = {role: folder.scores() for role, folder in folders.items()}
     for role, reasons in skipped.items():
         for task in reasons:

@@ -117,7 +117,15 @@ def overview(runs: list[Results]) -> list[list[str]]:
 
 
 def against(name: str, runs: list[Results], scores: list[Scores]) -> list[list[str]]:
-    """Header and rows: method `name` less every other one of its budget, on the same questions."""
+    """Returns a header and rows: a method's accuracy less that of the others of its budget.
+
+    Both answered the same questions.
+
+    Args:
+        name: of the method.
+        runs: of all methods.
+        scores: of each run, for each task those of its questions.
+    """
     rows = [["budget", f"{name} minus", "accuracy in points [95 %]", "McNemar p"]]
     own = {run.budget: number for number, run in enumerate(runs) if run.method == name}
     for run, theirs in zip(runs, scores, strict=True):

@@ -28,6 +28,7 @@ class PhaseClock(StoppingCriteria):  # type: ignore[misc]
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     def criteria(self) -> StoppingCriteriaList:
+        """Returns itself as `stopping_criteria` of `generate`."""
         return StoppingCriteriaList([self])
 
     def phases(self) -> tuple[float, float]:
@@ -52,9 +53,18 @@ def timed_generate(
     pruner: Any | None = None,
     **generation: Any,
 ) -> tuple[Tensor, Phases, Trace]:
-    """One `generate`, greedy unless `generation` says otherwise: new tokens, phases, what was pruned.
+    """Generates once, greedily unless `generation` says otherwise, and times the phases.
 
     Nothing prunes prompts without images. A pruner that changes the images encodes them itself.
+
+    Args:
+        model: of a supported family.
+        prompts: of a batch.
+        pruner: prunes them; None for the unpruned model.
+        generation: arguments of `generate`.
+
+    Returns:
+        New tokens (B, T), seconds of each phase, and what was pruned.
     """
     family, vision = family_of(model), prompts.vision
     changes_pixels = pruner is not None and pruner.stage == "input"

@@ -36,13 +36,28 @@ class Prompt:
 
 
 def prompts_of_tasks(tasks: tuple[str, ...], limit: int, seed: int) -> list[Prompt]:
-    """Questions of the embedded tasks' validation split."""
+    """Draws questions with images of the embedded tasks' validation split.
+
+    Args:
+        tasks: names of embedded tasks.
+        limit: questions in all, those without an image included.
+        seed: of the questions.
+    """
     samples = samples_of(tasks, limit, seed, "val")
     return [Prompt(s.messages(), list(s.images)) for s in samples if s.images]
 
 
 def prompts_of_file(path: Path, images: Path | DataRoot, limit: int) -> list[Prompt]:
-    """The first questions of conversations in LLaVA's JSON format, those with images."""
+    """Reads the first questions of conversations in LLaVA's JSON format, those with images.
+
+    Args:
+        path: of the JSON.
+        images: folder that its image names are in.
+        limit: most questions.
+
+    Raises:
+        InputError: if the file or an image cannot be read.
+    """
     shown = [example for example in read_llava(path, images) if "<image>" in example.turns[0][0]]
     return [
         Prompt(
@@ -60,7 +75,15 @@ def points_of(
     batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[int], list[int]]:
-    """The change points of all images of all prompts, and how many tokens each image has."""
+    """Returns the change points of all images of all prompts, and how many tokens each image has.
+
+    Args:
+        model: of a supported family.
+        processor: the model's.
+        prompts: with images.
+        batch_size: prompts per forward pass.
+        progress: called with the number of prompts done.
+    """
     family, points, sizes = family_of(model), list[int](), list[int]()
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
@@ -81,8 +104,14 @@ def points_of(
 
 
 def proposal(model: Any, points: list[int], budget: int, cuts: int, tokens: int) -> dict[str, Any]:
-    """What `Schedule.read` reads, the evidence for it, and the cuts that it means for `budget` of
-    an image's `tokens`.
+    """Returns what `Schedule.read` reads, the evidence for it, and the cuts that it means.
+
+    Args:
+        model: whose layers they are.
+        points: change points, of `points_of`.
+        budget: image tokens kept per image.
+        cuts: most cuts.
+        tokens: of an image.
 
     Raises:
         InputError: if attention never shifts where a cut could stand, or the budget is too large.

@@ -175,7 +175,14 @@ class Search:
     group: GroupFolder | None = None
 
     def measure(self, name: str, variants: list[Variant], limit: int, seed: int) -> Round:
-        """All variants on the same validation questions; the seed decides which."""
+        """Runs all variants on the same validation questions.
+
+        Args:
+            name: of the round and its folder.
+            variants: what is compared.
+            limit: questions in all.
+            seed: of the questions.
+        """
         config = replace(self.common, split="val", limit=limit, seed=seed)
         with ExitStack() as stack:
             folders = [
@@ -297,7 +304,13 @@ def verdict(budget: str, entry: Definition) -> str:
 
 
 def save(results: SearchResults, output: Path, definitions: Path) -> None:
-    """`search.md` in the output folder, and the definitions there and where `Best` reads them."""
+    """Writes `search.md`, and the definitions into the same folder and to where `Best` reads them.
+
+    Args:
+        results: of the search.
+        output: folder of the search.
+        definitions: file that `Best` reads.
+    """
     parts = [
         f"{verdict(budget, entry)}\n\n{as_markdown(lines(entry))}"
         for budget, entry in results.budgets.items()

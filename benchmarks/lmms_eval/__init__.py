@@ -29,6 +29,7 @@ def manifests() -> Any:
 
 
 def installed() -> bool:
+    """Returns whether lmms-eval can be imported, without importing it."""
     return find_spec("lmms_eval") is not None
 
 

@@ -17,9 +17,14 @@ from vlm_prune.vlm.common.paths import DataRoot
 def answer_alone(
     model: PrunedChat, folder: RunFolder[AnswerRow], data_root: DataRoot | Path | None = None
 ) -> dict[str, str]:
-    """Fill the folder with a row for each question; returns why tasks were skipped.
+    """Fills the folder with a row for each question; returns why tasks were skipped.
 
     Answers are taken from the cache of unpruned answers, and put there.
+
+    Args:
+        model: answers, unpruned.
+        folder: of the run.
+        data_root: folder of data sets; None for the hub's.
     """
     datasets.disable_progress_bars()
     config, skipped = folder.config, dict[str, str]()

@@ -23,9 +23,14 @@ def fingerprint(ask: Any, text: str) -> str:
 
 
 def answered(ask: Any, text: str, reply: str) -> dict[str, Any]:
-    """The part of a row that says what was asked in `text`, and the reply up to its first stop.
+    """Returns the part of a row that says what was asked, and the reply up to its first stop.
 
     Metrics of lmms-eval get the reply as the model wrote it, spaces at its ends included.
+
+    Args:
+        ask: the request.
+        text: its rendered prompt.
+        reply: what the model wrote.
     """
     for stop in ask.until:
         reply = reply.split(stop)[0] if stop else reply
@@ -38,7 +43,13 @@ def answered(ask: Any, text: str, reply: str) -> dict[str, Any]:
 
 
 def source(model: Any, name: str, wings: str | None) -> dict[str, Any]:
-    """What tells one state of a model's weights, its learners and its surroundings from another."""
+    """Returns what decides answers: the state of a model's weights, its learners, its surroundings.
+
+    Args:
+        model: as loaded.
+        name: folder, hub name or embedded name that it was loaded by.
+        wings: folder of its adapter, if it has one.
+    """
     path = EMBEDDED.get(name, Path(name))
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
     return {

@@ -48,15 +48,19 @@ class EmbeddedTask(ConfigurableMessagesTask):  # type: ignore[misc]
         super().__init__(config=options, model_name=model_name)
 
     def download(self, dataset_kwargs: Any = None) -> None:
+        """Uses the embedded task's questions; nothing is fetched."""
         self.dataset = self.dataset_no_image = {"test": self.documents}
 
     def doc_to_text(self, doc: dict[str, Any]) -> str:
+        """Returns the question."""
         return str(doc["question"])
 
     def doc_to_target(self, doc: dict[str, Any]) -> str:
+        """Returns the right answer."""
         return str(doc["answer"])
 
     def doc_to_messages(self, doc: dict[str, Any], **_: Any) -> list[dict[str, Any]]:
+        """Returns the conversation with its images."""
         sample = self.documents.sample(doc["index"])
         messages, images = sample.messages(), iter(sample.images)
         for message in messages:
@@ -66,5 +70,6 @@ class EmbeddedTask(ConfigurableMessagesTask):  # type: ignore[misc]
         return messages
 
     def process_results(self, doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+        """Scores the first reply by the embedded task's own metric."""
         score = TASKS[self.documents.task].score
         return {"exact_match": score(results[0].strip(), doc["answer"])}

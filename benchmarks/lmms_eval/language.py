@@ -15,9 +15,16 @@ from vlm_prune.vlm.common.timing import now
 
 
 class LanguageChat(PrunedChat):
-    """`Language` in place of a vision-language model; the arguments are its own.
+    """Answers with a `Language` in place of a vision-language model.
 
-    Tasks that show images raise `InputError`.
+    Args:
+        name: a checkpoint folder or a hub name.
+        batch_size: prompts per forward pass.
+        device: a torch device.
+        dtype: float32, bfloat16, float16, or auto.
+
+    Raises:
+        InputError: if the model cannot be loaded; later, for each task that shows images.
     """
 
     def __init__(self, name: str, batch_size: int, device: str, dtype: str) -> None:

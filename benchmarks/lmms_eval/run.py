@@ -67,10 +67,15 @@ def evaluate(
     data_root: DataRoot | Path | None = None,
     progress: Callable[[float], None] = lambda done: None,
 ) -> list[Results]:
-    """Fill the folders, which differ only in their variant, and return their results.
+    """Fills the folders, which differ only in their variant, and returns their results.
 
     A task that cannot be run is reported in one line, and the others are kept. Unpruned answers
     are taken from the cache, and put there. Of several processes the first writes the results.
+
+    Args:
+        folders: of the runs.
+        data_root: folder of data sets; None for the hub's.
+        progress: called with the questions that were answered, those of each pass in equal parts.
 
     Raises:
         InputError: if the model cannot be used, or no task could be run.
@@ -148,7 +153,18 @@ def task_of(
     skipped: dict[str, str],
     check: Check,
 ) -> Any:
-    """The leaf's task; rows whose images cannot be used are put into `skipped`."""
+    """Loads a task; rows whose images cannot be used are noted in `skipped`.
+
+    Args:
+        leaf: the task, and how many questions of it.
+        folder: of the run.
+        data_root: folder of data sets; None for the hub's.
+        skipped: reasons by task or row; changed in place.
+        check: raises where the model cannot use an image.
+
+    Raises:
+        InputError: if the task or its data cannot be loaded.
+    """
     config = folder.config
     task = load_task(leaf.name, data_root, config.seed, config.split, leaf.limit, check)
     task.args = Namespace(output_path=str(folder.path), process_with_media=False)
@@ -182,6 +198,13 @@ def leaves_of(config: RunConfig, skipped: dict[str, str]) -> list[Leaf]:
 
 
 def unpruned(leaf: Leaf, model: PrunedChat, config: RunConfig) -> Answers:
+    """Returns the cache of a task's unpruned answers by this model.
+
+    Args:
+        leaf: the task.
+        model: as loaded.
+        config: names model and adapter.
+    """
     about = source(model.model, config.model, config.wings)
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     return Answers(cache_folder() / "unpruned" / key / leaf.name, about)
@@ -199,7 +222,18 @@ def _pruned(leaf: Leaf, model: PrunedChat, folder: RunFolder[PairedRow]) -> Answ
 def one_pass(
     leaf: Leaf, task: Any, model: PrunedChat, pruner: Any | None, journal: Answers
 ) -> Pass | None:
-    """Run one task; None in all processes but the first."""
+    """Answers one task's questions and scores them.
+
+    Args:
+        leaf: the task, and how many questions of it.
+        task: of lmms-eval.
+        model: answers.
+        pruner: prunes its prompts; None for the unpruned model.
+        journal: where answers are kept, and taken from.
+
+    Returns:
+        Samples, metrics and answers; None in all processes but the first.
+    """
     from lmms_eval.evaluator import simple_evaluate
 
     model.pruner, model.journal = pruner, journal

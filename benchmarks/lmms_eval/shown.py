@@ -17,7 +17,12 @@ from vlm_prune.vlm.common.paths import DataRoot
 def images_of(
     name: str, asked: dict[int, str], data_root: DataRoot | Path | None
 ) -> dict[int, list[Image.Image]]:
-    """The images of questions by their numbers.
+    """Loads the images of questions by their numbers.
+
+    Args:
+        name: of the task.
+        asked: question texts by number.
+        data_root: folder of data sets; None for the hub's.
 
     Raises:
         InputError: if the data are not there, or are not those that were asked about.

@@ -141,7 +141,15 @@ def _run_all(experiment: Experiment, tell: Callable[[str], None]) -> None:
 def search(
     experiment: Experiment, stream: Stream, tasks: tuple[StreamTask, ...]
 ) -> dict[str, dict[str, Any]]:
-    """The best candidate of each arm that has some, by Average on validation images; recorded."""
+    """Returns the best candidate of each arm that has some, by Average on validation images.
+
+    Scores are recorded in `search.json`; those that are there are not measured again.
+
+    Args:
+        experiment: names the arms.
+        stream: of the tasks.
+        tasks: the stream's; the first `search_tasks` of them are learned.
+    """
     path = experiment.output / "search.json"
     record: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     some = tuple(replace(t, test=t.val) for t in tasks[: experiment.search_tasks])
@@ -165,7 +173,17 @@ def run_one(
     experiment: Experiment, stream: Stream, label: str, seed: int,
     chosen: Mapping[str, dict[str, Any]], tasks: tuple[StreamTask, ...], outside: StreamTask,
 ) -> None:  # fmt: skip
-    """Train one arm with one seed, unless its report is there."""
+    """Trains one arm with one seed and writes its report, unless that is there.
+
+    Args:
+        experiment: names the folders.
+        stream: of the tasks.
+        label: name of the arm.
+        seed: of the run.
+        chosen: what `search` found.
+        tasks: what is learned, in order.
+        outside: what retention is measured on.
+    """
     folder = experiment.folder(label, seed)
     if (folder / "report.json").is_file():
         return

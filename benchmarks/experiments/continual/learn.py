@@ -98,7 +98,14 @@ class Learning:
 
 
 def recipe_of(stream: Stream, changes: dict[str, Any], seed: int) -> Recipe:
-    """The stream's default recipe with some fields changed; classes are as the stream has them.
+    """Returns the stream's default recipe with some fields changed.
+
+    Classes are joined, and prompts ensembled, as the stream has them.
+
+    Args:
+        stream: decides the defaults.
+        changes: values of fields of `Recipe`.
+        seed: of the run.
 
     Raises:
         InputError: for an unknown field, or a value of another kind or out of range.
@@ -110,10 +117,18 @@ def recipe_of(stream: Stream, changes: dict[str, Any], seed: int) -> Recipe:
 
 
 def method_of(stream: Stream, name: str, options: dict[str, Any]) -> Method:
-    """A method with what the packaged stream needs by default.
+    """Makes a method with what the packaged stream needs by default.
 
     Short tasks keep the strength of CoDyRA's published schedule, and ZSCL's reference images are
     pre-training drawings of `scenes`, which belong to no task.
+
+    Args:
+        stream: decides the defaults.
+        name: of a continual learner.
+        options: of it; they go before the defaults.
+
+    Raises:
+        InputError: for an unknown method or option.
     """
     defaults: dict[str, Any] = {}
     if stream.name == "packaged" and name == "codyra" and "kappa" not in options:
@@ -207,9 +222,18 @@ def fewer(task: StreamTask, test_per_class: int | None) -> StreamTask:
 def learn_tasks(
     run: ContinualRun, clip: Clip, tasks: Sequence[StreamTask], outside: Sequence[StreamTask] = ()
 ) -> dict[str, Any]:
-    """Train on tasks and measure what is left outside of them; the report as plain numbers.
+    """Trains on tasks, measures what is left outside of them, and returns a report of numbers.
 
     The outside tasks are scored by the model alone, each among its own classes.
+
+    Args:
+        run: folder, method and recipe.
+        clip: trained in place.
+        tasks: what is learned, in order.
+        outside: what retention is measured on.
+
+    Raises:
+        InputError: as `train_tasks` does.
     """
     clip.model.to(accelerator_of(run).device)
     before = [hits_of(clip, task, run.recipe) for task in outside]
@@ -233,7 +257,13 @@ def learn_tasks(
 
 
 def hits_of(clip: Clip, task: StreamTask, recipe: Recipe) -> NDArray[np.uint8]:
-    """Which test images of one task are right among its own classes, (n,)."""
+    """Classifies the test images of one task among its own classes; returns which are right, (n,).
+
+    Args:
+        clip: the model.
+        task: the images with their classes.
+        recipe: of the evaluation; the zero-shot ensemble is left out.
+    """
     alone = replace(recipe, joint=False, ensemble=False)
     found: NDArray[np.uint8] = evaluate_tasks(clip, [task], alone)[0].numpy()
     return found

@@ -62,6 +62,7 @@ class Plan:
 
     @property
     def wings(self) -> WingsConfig:
+        """The learners' shape, with positions for the longest packed row."""
         return WingsConfig(rank=self.rank, max_positions=2048)
 
     def rate(self, arm: "Arm") -> str:
@@ -76,7 +77,14 @@ class Plan:
     def recipe(
         self, arm: "Arm", stage: Literal[1, 2], seed: int, lora_rank: int = 1
     ) -> StageRecipe:
-        """Hyperparameters of one stage; `batch` counts rows."""
+        """Returns the hyperparameters of one stage; its `batch` counts rows.
+
+        Args:
+            arm: decides the language model's rate.
+            stage: 1 trains projector and learners, 2 the language model, too.
+            seed: of the run.
+            lora_rank: of the arm with LoRA.
+        """
         return StageRecipe(
             stage,
             language_lr=self._language_lr(arm),

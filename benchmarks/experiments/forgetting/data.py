@@ -58,7 +58,14 @@ def show(model: Any, split: Split, number: int, folder: Path) -> Shown:
 
 
 def training_rows(shown: Shown, plan: Plan, replay: bool, rng: np.random.Generator) -> list[Row]:
-    """One step's rows: questions about images, and `plan.replay` of them about text."""
+    """Draws the rows of one step: questions about images, and `plan.replay` of them about text.
+
+    Args:
+        shown: training scenes.
+        plan: sizes.
+        replay: whether there are questions about text.
+        rng: draws scenes, patches and questions.
+    """
     rows = []
     for k in rng.integers(len(shown.scenes), size=plan.images):
         rows.append(
@@ -73,7 +80,15 @@ def training_rows(shown: Shown, plan: Plan, replay: bool, rng: np.random.Generat
 
 
 def some(shown: Shown, k: int, plan: Plan, rng: np.random.Generator) -> Tensor:
-    """Features of a scene's objects and of random other patches, `plan.patches` in all, in order."""
+    """Returns features of a scene's objects and of random other patches, `plan.patches` in all, in
+    reading order.
+
+    Args:
+        shown: scenes with their features.
+        k: number of the scene.
+        plan: sizes.
+        rng: draws the other patches.
+    """
     names = shown.scenes[k].patch_names.ravel()
     objects, others = np.flatnonzero(names), np.flatnonzero(names == 0)
     more = rng.permutation(others)[: max(0, plan.patches - len(objects))]
@@ -81,10 +96,15 @@ def some(shown: Shown, k: int, plan: Plan, rng: np.random.Generator) -> Tensor:
 
 
 def held_out_rows(shown: Shown, plan: Plan, rng: np.random.Generator) -> list[tuple[str, Row]]:
-    """Rows with the part that they measure: `visual`, `text`, or `iit`.
+    """Draws rows, each with the part that it measures: `visual`, `text`, or `iit`.
 
     Each scene is shown once for the six tasks and the setting V, and once each for T,V and T,T,V;
     text has as many rows. A block's kind is its task or setting.
+
+    Args:
+        shown: scenes of the split.
+        plan: sizes.
+        rng: draws patches and questions.
     """
     rows: list[tuple[str, Row]] = []
     for k, scene in enumerate(shown.scenes):
@@ -110,7 +130,13 @@ def held_out_rows(shown: Shown, plan: Plan, rng: np.random.Generator) -> list[tu
 
 
 def shift_rows(shown: Shown, plan: Plan, rng: np.random.Generator) -> list[Row]:
-    """Prompts with an image between a text turn and a question, for the attention shift."""
+    """Draws prompts with an image between a text turn and a question, for the attention shift.
+
+    Args:
+        shown: scenes of the split.
+        plan: sizes.
+        rng: draws patches and questions.
+    """
     rows = []
     for n in range(plan.shift_rows):
         k = n % len(shown.scenes)

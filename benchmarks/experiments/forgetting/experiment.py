@@ -136,10 +136,17 @@ def _finished(plan: Plan, output: Path, seed: int, name: str) -> dict[str, Any]:
 
 
 def aligned(folder: Path, base: Path, plan: Plan, shown: Shown, seed: int) -> None:
-    """A checkpoint of the base language model behind a new projector.
+    """Writes a checkpoint of the base language model behind a new projector, unless it is there.
 
     The projector starts random and is fitted to the word embeddings of what patches show, so that
     few steps of training suffice afterwards.
+
+    Args:
+        folder: of the checkpoint.
+        base: safetensors with the language model.
+        plan: steps of the fit.
+        shown: training scenes.
+        seed: of the projector.
 
     Raises:
         InputError: if `base` holds no language model of this shape.
@@ -192,7 +199,19 @@ def load_language_model(model: Any, path: Path) -> None:
 def measured(
     folder: Path, name: str, arm: Arm, plan: Plan, shown: dict[str, Shown], seed: int
 ) -> dict[str, Any]:
-    """Train one arm where there is something to train, and measure it on the test split."""
+    """Trains one arm where there is something to train, and measures it on the test split.
+
+    Args:
+        folder: of the seed.
+        name: of the arm.
+        arm: what trains.
+        plan: sizes and rates.
+        shown: scenes of each split.
+        seed: of training and questions.
+
+    Returns:
+        Hits by part and kind, attention curves, attention shifts, and the cost of training.
+    """
     set_seed(seed)
     extra: dict[str, Any] = {}
     cost = Cost()
@@ -230,7 +249,17 @@ def _tested(model: Any, processor: Any, shown: Shown, plan: Plan, key: list[int]
 
 
 def merged(folder: Path, plan: Plan, val: Shown, seed: int) -> tuple[Any, Any, dict[str, Any]]:
-    """Full tuning moved back to its base, as far as is best on validation scenes."""
+    """Moves full tuning back to its base, as far as is best on validation scenes.
+
+    Args:
+        folder: of the seed, with the base and the weights of full tuning.
+        plan: the shares to try.
+        val: validation scenes.
+        seed: of the questions.
+
+    Returns:
+        The model, its processor, and the chosen share with all scores.
+    """
     base, processor = load(str(folder / "aligned"), dtype="float32")
     tuned = load_file(folder / "full.safetensors")
 

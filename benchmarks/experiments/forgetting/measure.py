@@ -18,10 +18,15 @@ BATCH = 4
 
 @torch.inference_mode()
 def hits(model: Any, processor: Any, rows: list[tuple[str, Row]]) -> Hits:
-    """For each part and kind the [right, asked] counts of every row that asks such questions.
+    """Returns, for each part and kind, [right, asked] counts of every row that asks such questions.
 
     An answer is right when each of its tokens and the end token are the most likely ones after
     the right ones before, which is when greedy decoding gives exactly this answer.
+
+    Args:
+        model: with projector, and learners if it has some.
+        processor: the model's.
+        rows: each with the part that it measures.
     """
     counted: Hits = {}
     for start in range(0, len(rows), BATCH):
@@ -104,7 +109,14 @@ def _resampled(seeds: Seeds, draws: int = 2000) -> NDArray[np.float64]:
 
 @torch.inference_mode()
 def shift_curves(model: Any, processor: Any, rows: list[Row], first_token: bool) -> Tensor:
-    """Attention of the tokens that predict an answer; (rows, 3, layers), as `laws` gives them."""
+    """Returns the attention of the tokens that predict an answer, (rows, 3, layers), by `laws`.
+
+    Args:
+        model: with projector, and learners if it has some.
+        processor: the model's.
+        rows: of one block each.
+        first_token: whether attention to the first token counts.
+    """
     curves = []
     for start in range(0, len(rows), BATCH):
         part = rows[start : start + BATCH]

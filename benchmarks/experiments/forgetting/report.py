@@ -160,7 +160,13 @@ saved activations of a step.
 def plot(
     arms: dict[str, list[dict[str, Any]]], summary: dict[str, dict[str, Any]], path: Path
 ) -> None:
-    """Attention by layer of every arm, and bars of text-only and visual accuracy."""
+    """Draws attention by layer of every arm, and bars of text-only and visual accuracy.
+
+    Args:
+        arms: for each arm what was measured with each seed.
+        summary: figures with intervals, of `summarise`.
+        path: of the PNG.
+    """
     from matplotlib.figure import Figure
 
     columns = 4

@@ -39,7 +39,13 @@ class Cost:
 def answer_logits(
     model: Any, rows: list[Row], tokenizer: PreTrainedTokenizerFast
 ) -> tuple[Tensor, Tensor]:
-    """Logits (A, vocabulary) and labels (A,) of all answer tokens of packed rows, in order."""
+    """Returns logits (A, vocabulary) and labels (A,) of all answer tokens of packed rows, in order.
+
+    Args:
+        model: with projector, and learners if it has some.
+        rows: of a batch.
+        tokenizer: the model's.
+    """
     batch = pack(rows, tokenizer, model.config.image_token_id)
     images = [row.image for row in rows if row.image is not None]
     shown = {}
@@ -57,7 +63,18 @@ def answer_logits(
 def prepared(
     folder: Path, arm: Arm, plan: Plan, stage: Literal[1, 2], seed: int
 ) -> tuple[Any, Any, Parameters]:
-    """The aligned model in `folder` with what the arm adds, its processor, what trains."""
+    """Loads the aligned model and adds what the arm trains.
+
+    Args:
+        folder: of the aligned model.
+        arm: one that trains.
+        plan: sizes and rates.
+        stage: 1 or 2.
+        seed: of new weights.
+
+    Returns:
+        The model, its processor, and the parameters that train, by group.
+    """
     assert arm.method is not None
     recipe = plan.recipe(arm, stage, seed, _matched_rank(plan, folder))
     run = WingsRun(str(folder), folder, arm.method, recipe, plan.wings)
@@ -81,7 +98,17 @@ def fit(
     model: Any, processor: Any, groups: Parameters, shown: Shown, plan: Plan, arm: Arm,
     stage: Literal[1, 2], seed: int,
 ) -> Cost:  # fmt: skip
-    """Train for the plan's steps of this stage.
+    """Trains for the plan's steps of this stage.
+
+    Args:
+        model: trained in place.
+        processor: the model's.
+        groups: parameters that train.
+        shown: training scenes.
+        plan: sizes and rates.
+        arm: decides rates and replay.
+        stage: 1 or 2.
+        seed: of the rows.
 
     Raises:
         InputError: when the loss is no number.
@@ -136,9 +163,17 @@ class _Saved(torch.autograd.graph.saved_tensors_hooks):
 
 
 def first_stage(folder: Path, arm: Arm, plan: Plan, shown: Shown, seed: int) -> Path:
-    """Projector, and visual learner if the arm has one, trained on a frozen language model.
+    """Trains projector, and visual learner if the arm has one, on a frozen language model.
 
-    Arms that do the same here share the file.
+    Args:
+        folder: of the aligned model.
+        arm: one that trains.
+        plan: sizes and rates.
+        shown: training scenes.
+        seed: of the training.
+
+    Returns:
+        The file with the result, which arms that do the same here share.
     """
     path = folder / f"stage1-{'visual' if arm.sees_in_stage_1 else 'plain'}.safetensors"
     if not path.is_file():
@@ -152,7 +187,18 @@ def first_stage(folder: Path, arm: Arm, plan: Plan, shown: Shown, seed: int) -> 
 
 
 def trained(folder: Path, arm: Arm, plan: Plan, shown: Shown, seed: int) -> tuple[Any, Any, Cost]:
-    """The arm's model after both stages, and its processor."""
+    """Trains an arm through both stages.
+
+    Args:
+        folder: of the aligned model.
+        arm: one that trains.
+        plan: sizes and rates.
+        shown: training scenes.
+        seed: of the training.
+
+    Returns:
+        The model, its processor, and the cost of the second stage.
+    """
     first = load_file(first_stage(folder, arm, plan, shown, seed))
     model, processor, groups = prepared(folder, arm, plan, 2, seed)
     projector = {n.split(".", 1)[1]: t for n, t in first.items() if n.startswith("projector.")}

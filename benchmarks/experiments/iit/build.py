@@ -44,11 +44,16 @@ def group_of(subject: str) -> str:
 def conversations(
     items: list[Item], size: int = 500, seed: int = 0
 ) -> dict[str, list[tuple[Item, ...]]]:
-    """For each setting up to `size` conversations whose last turn is to be answered.
+    """Builds for each setting up to `size` conversations whose last turn is to be answered.
 
     Last turns are drawn evenly over the benchmarks; the turns before them are the text-only
     questions of the same broad subject with the nearest TF-IDF vectors of character n-grams (the
     paper: an embedding store). Nothing is rephrased.
+
+    Args:
+        items: questions of all benchmarks.
+        size: most conversations of a setting.
+        seed: of the last turns.
 
     Raises:
         InputError: if there are not enough questions.
