@@ -1,13 +1,17 @@
 """Control: tokens at random."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from vlm_prune.pruning.base import ScorePruner, Stage
-from vlm_prune.vlm.tokens import VisionTokens
+from vlm_prune.pruning.base import DecoderScorePruner, Pruner, ScorePruner, Stage
+from vlm_prune.pruning.schedule import check_layer
+from vlm_prune.vlm.tokens import DecoderTokens, VisionTokens
+
+SPREAD = 2654435761
 
 
 @dataclass
@@ -16,10 +20,51 @@ class Random(ScorePruner):
 
     stage: ClassVar[Stage] = "projector"
 
+    @classmethod
+    def at_layer(cls, layer: int) -> Pruner:
+        return RandomInside(layer=layer)
+
     def score(self, vision: VisionTokens) -> Tensor:
-        tokens = vision.projected.shape[1]
-        draws = [
-            torch.rand(tokens, generator=torch.Generator().manual_seed(self.seed * 2**32 + image))
-            for image in vision.seeds
-        ]
-        return torch.stack(draws).to(vision.projected.device)
+        return drawn(vision.projected, self.seed, vision.seeds)
+
+
+@dataclass
+class RandomInside(DecoderScorePruner):
+    """Keep tokens drawn uniformly after a decoder layer: `random@16`, and `divprune+random@16` as the
+    control for methods that cut at depth, where published ones were found to be no better than it
+    (https://arxiv.org/abs/2512.07580).
+
+    Args:
+        layer: decoder layers (of 32) that have run when tokens are dropped.
+
+    The draw depends on the question, the number of the image in the prompt and `seed`.
+    """
+
+    layer: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layer(self.layer)
+
+    def pattern(self) -> list[tuple[int, float]]:
+        return [(self.layer, 1)]
+
+    def score(self, tokens: DecoderTokens) -> Tensor:
+        return drawn(tokens.features, self.seed, tokens.seeds)
+
+
+def drawn(tokens: Tensor, seed: int, seeds: Sequence[int]) -> Tensor:
+    """Returns a uniform random number for each token, (M, N), whatever batch an image is in.
+
+    Args:
+        tokens: (M, N, d).
+        seed: the method's.
+        seeds: one number for each image.
+    """
+    # torch's generator takes 32 bits of a seed: a product with an odd number loses none of the method's
+    mixed = [(image + seed * SPREAD) % 2**32 for image in seeds]
+    rows = [
+        torch.rand(tokens.shape[1], generator=torch.Generator().manual_seed(number))
+        for number in mixed
+    ]
+    return torch.stack(rows).to(tokens.device)

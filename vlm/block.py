@@ -20,7 +20,7 @@ from vlm_prune.vlm.cache import CachedPrompt, CachedTokens, cache_of, hold, prom
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import Family, family_of
 from vlm_prune.vlm.layer_pruning import Forward, InsideModel, LayerPruning
-from vlm_prune.vlm.layout import TokenLayout, image_columns, image_ordinals
+from vlm_prune.vlm.layout import TokenLayout, image_columns, image_ordinals, image_seeds
 from vlm_prune.vlm.prompt_pruning import BeforeModel, Choice, Encoder, Positions
 from vlm_prune.vlm.tokens import is_right_padded
 from vlm_prune.vlm.trace import Trace
@@ -257,6 +257,7 @@ class Block:
 
             forward.kept = choice.reduce(layout, visible, embed, self.trace)
         if self.layers.inside is not None:
+            forward.seeds = image_seeds(ids, layout)
             for number, count in enumerate(layout.counts):
                 for cut in self.layers.inside.cuts(count) if count else []:
                     forward.due.setdefault(cut.layer, {})[number] = cut.keep

@@ -112,6 +112,7 @@ class Forward:
         prompt: what the cache holds of those.
         right_padded: whether kept tokens of ragged rows move to the left.
         available: tokens of each image before any pruning.
+        seeds: one number per image for methods that draw random ones.
         kept: what a method before the model keeps of the images.
         due: for each layer that cuts how many tokens each image keeps.
         positions: position ids of the full input, (B, L) or (3 or 4, B, L).
@@ -128,6 +129,7 @@ class Forward:
     prompt: CachedPrompt
     right_padded: bool
     available: list[int]
+    seeds: list[int] = field(default_factory=list)
     kept: Kept | None = None
     due: dict[int, dict[int, int]] = field(default_factory=dict)
     positions: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -446,6 +448,7 @@ class Cutting:
             prompt_rows,
             keys,
             self.pruning.decoder.norm,
+            tuple(self.forward.seeds[image] for image in images),
         )
 
     def past_keys(self, number: int) -> tuple[Tensor, Tensor]:

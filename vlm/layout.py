@@ -1,5 +1,6 @@
 """Where the images of a prompt are, and which of them can be handled together."""
 
+import zlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -182,3 +183,23 @@ class TokenLayout:
             next_shift=self.next_shift + dropped.sum(1, keepdim=True),
             counts=torch.bincount(image[image >= 0], minlength=len(self.counts)).tolist(),
         ), column
+
+
+def image_seeds(input_ids: Tensor, layout: TokenLayout) -> list[int]:
+    """Returns a number for each image that its prompt's question and the number of images behind it
+    in the prompt decide: not padding, other rows, or what a cache holds.
+
+    Args:
+        input_ids: (B, L), on the host.
+        layout: of the same tokens.
+    """
+    questions = [
+        zlib.crc32(ids[mask].numpy().tobytes())
+        for ids, mask in zip(input_ids, layout.question_mask, strict=True)
+    ]
+    rows = layout.rows.tolist()
+    behind = [rows[image + 1 :].count(row) for image, row in enumerate(rows)]
+    return [
+        zlib.crc32(bytes([number % 256]), questions[row])
+        for row, number in zip(rows, behind, strict=True)
+    ]

@@ -133,6 +133,8 @@ class DecoderTokens:
         keys: keys before rotation, heads side by side, of image tokens (M, n, d) and question
             (M, T, d).
         final_norm: the model's norm of its last hidden states, (..., D) -> (..., D).
+        seeds: one number per image that depends on the question and on how many images stand
+            behind it, so that random draws are the same in any batch.
     """
 
     features: Tensor
@@ -143,6 +145,7 @@ class DecoderTokens:
     prompt_rows: Callable[[], AttentionRows] = field(repr=False)
     keys: Callable[[], tuple[Tensor, Tensor]] = field(repr=False)
     final_norm: Callable[[Tensor], Tensor] = field(default=as_is, repr=False)
+    seeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

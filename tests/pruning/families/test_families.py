@@ -20,7 +20,7 @@ RAGGED = [
     [([1, 2], LONG)],
     [([], QUESTION), ([], "yes"), ([2], LONG)],
 ]
-EVERY = [*METHODS, "divprune+adaptinfer", "fastv+merge"]
+EVERY = [*METHODS, "divprune+adaptinfer", "fastv+merge", "divprune+random@16"]
 STAGES = ["visionzip", "pool", "sparsevlm", "divprune+adaptinfer", "merge", "dart"]
 BUDGET = 6
 
