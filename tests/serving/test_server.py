@@ -1,11 +1,12 @@
 """The command line that starts a server."""
 
 import json
-import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
+from vlm_prune.benchmarks.cli import app as cli
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.serving import server
 from vlm_prune.vlm.serving.settings import Settings
@@ -72,14 +73,13 @@ def test_a_family_without_a_pruned_class_is_served_when_asked_for_by_name(tmp_pa
         (["tiny"], "not installed"),
     ],
 )
-def test_the_command_refuses_in_one_line(arguments, message):
-    from importlib.util import find_spec
-
+def test_the_command_refuses_in_one_line(arguments, message, monkeypatch, capsys):
+    monkeypatch.undo()  # vLLM is looked for
     if message == "not installed" and find_spec("vllm"):
         pytest.skip("vLLM is installed")
-    run = subprocess.run(
-        [sys.executable, "-m", "vlm_prune.benchmarks.cli", "serve", *arguments],
-        check=False, capture_output=True, text=True,
-    )  # fmt: skip
-    assert run.returncode == 2
-    assert message in run.stderr and run.stderr.count("\n") == 1
+    monkeypatch.setattr("sys.argv", ["vlm-prune", "serve", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in error and error.count("\n") == 1
