@@ -28,7 +28,7 @@ def test_a_method_is_served_or_refused_in_one_line(name):
         assert isinstance(build(name), VisionPruner)
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", sorted(SERVED))
 def test_methods_of_tower_and_projector_are_served(name):
     settings = Settings.read({"method": name, "budget": 0.25, "seed": 3})
     assert Settings.read(json.loads(json.dumps(settings.as_dict()))) == settings
