@@ -68,17 +68,19 @@ def query_tile(
 
 
 @triton.jit
-def visible_logits(query, query_at, key, key_at, scale):
+def visible_logits(query, query_at, key, key_at, scale, WINDOW: tl.constexpr = None):
     """Scaled fp32 products (R, N) of two tiles, -inf where the key is not seen."""
     scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
     seen = (key_at[None, :] <= query_at[:, None]) & (key_at[None, :] >= 0)
+    if WINDOW is not None:
+        seen = seen & (key_at[None, :] > query_at[:, None] - WINDOW)
     return tl.where(seen, scores, float("-inf"))
 
 
 @triton.jit
 def row_lse(
     query, query_at, key, key_positions, first, key_strides, scale, keys, width,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Log of the softmax denominator of each row (R,), +inf for a row that sees no key.
 
@@ -90,7 +92,7 @@ def row_lse(
         rows = start + tl.arange(0, BLOCK_N)
         key_at = positions_of(key_positions, first, rows, rows < keys)
         tile = load_tile(key, rows, rows < keys, key_strides, width, BLOCK_D)
-        logits = visible_logits(query, query_at, tile.to(DTYPE), key_at, scale)
+        logits = visible_logits(query, query_at, tile.to(DTYPE), key_at, scale, WINDOW)
         top = tl.maximum(high, tl.max(logits, 1))
         base = tl.where(top == float("-inf"), 0.0, top)
         total = total * tl.exp(high - base) + tl.sum(tl.exp(logits - base[:, None]), 1)
@@ -103,6 +105,7 @@ def _weighted_columns_kernel(
     query, key, query_positions, key_positions, lse, weights, out,
     even, query_strides, key_strides, scale, heads, group, queries, keys, width,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One program: the columns of one tile of keys, for one head."""
     row = tl.program_id(1).to(tl.int64)
@@ -120,7 +123,7 @@ def _weighted_columns_kernel(
         query_at = positions_of(query_positions, batch * queries, rows, real)
         normaliser = tl.load(lse + row * queries + rows, mask=real, other=float("inf"))
         q = load_tile(query, rows, real, query_strides, width, BLOCK_D).to(DTYPE)
-        logits = visible_logits(q, query_at, tile, key_at, scale)
+        logits = visible_logits(q, query_at, tile, key_at, scale, WINDOW)
         attention = tl.exp(logits - normaliser[:, None])
         if weights is not None:
             weight = tl.load(weights + row * queries + rows, mask=real, other=0.0)
@@ -139,6 +142,7 @@ def weighted_columns(
     lse: Tensor,
     weights: Tensor | None,
     scale: float,
+    window: int | None = None,
 ) -> Tensor:
     """Returns the sum over heads and queries of a query's weight times its attention, (B, N) in fp32.
 
@@ -151,6 +155,7 @@ def weighted_columns(
         lse: log of each row's softmax denominator, (B, H, T) in fp32.
         weights: of the queries, (B, H, T) in fp32; None takes the mean.
         scale: factor of the products.
+        window: how many positions a query sees, its own among them; None for all.
     """
     (batch, heads, queries, width), (keys, groups) = query.shape, (key.shape[2], key.shape[1])
     out = torch.empty(batch, heads, keys, device=query.device)
@@ -159,6 +164,7 @@ def weighted_columns(
         query, key, query_positions, key_positions, lse, weights, out,
         1 / (heads * queries), query.stride(), key.stride(), scale, heads, heads // groups, queries, keys, width,
         BLOCK_T=block_size(queries), BLOCK_N=block, BLOCK_D=tile_width(width), DTYPE=tile_dtype(query),
+        WINDOW=window,
     )  # fmt: skip
     return out.sum(1)
 

@@ -1,23 +1,29 @@
 """Attention weights of chosen queries under one rule of visibility, shared by the references.
 
-A query sees the keys at its own position or before; a negative position is padding, which sees
-nothing and is seen by nothing.
+A query sees the keys at its own position or before, of these the last ones where there is a window;
+a negative position is padding, which sees nothing and is seen by nothing.
 """
 
 import torch
 from torch import Tensor
 
 
-def visible_softmax(scores: Tensor, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+def visible_softmax(
+    scores: Tensor, query_positions: Tensor, key_positions: Tensor, window: int | None = None
+) -> Tensor:
     """Returns the softmax over the keys that each query sees; a row that sees none is zero.
 
     Args:
         scores: products of queries and keys (B, H, T, N).
         query_positions: (B, T).
         key_positions: (B, N).
+        window: how many positions a query sees, its own among them; None for all.
     """
-    keys = key_positions[:, None]
-    seen = ((keys <= query_positions[..., None]) & (keys >= 0))[:, None]
+    keys, queries = key_positions[:, None], query_positions[..., None]
+    seen = (keys <= queries) & (keys >= 0)
+    if window is not None:
+        seen &= keys > queries - window
+    seen = seen[:, None]
     return scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1) * seen
 
 

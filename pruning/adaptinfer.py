@@ -46,5 +46,7 @@ class AdaptInfer(DecoderScorePruner):
 
     def score(self, tokens: DecoderTokens) -> Tensor:
         rows = tokens.question_rows(slice(None))
-        scores = text_guided_score(rows.query, rows.key, rows.columns, rows.key_valid, rows.scale)
+        scores = text_guided_score(
+            rows.query, rows.key, rows.columns, rows.key_valid, rows.scale, rows.window
+        )
         return scores.gather(1, rows.image)

@@ -32,5 +32,7 @@ def in_decoder(tokens: DecoderTokens, query_mask: Tensor) -> Tensor:
 
 def from_rows(rows: AttentionRows, columns: Tensor) -> Tensor:
     """Mean over heads and the queries that stand at `columns` (M, T), -1 for none; (M, n)."""
-    scores = attention_received(rows.query, rows.key, columns, rows.key_positions, rows.scale)
+    scores = attention_received(
+        rows.query, rows.key, columns, rows.key_positions, rows.scale, rows.window
+    )
     return scores.gather(1, rows.image)

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.tokens import take
 
 
@@ -50,3 +51,30 @@ def decoder_query_key(
     query, _ = apply_rotary_pos_emb(query, query, take(cos, index), take(sin, index))
     key, _ = apply_rotary_pos_emb(key, key, cos, sin)
     return query, key
+
+
+def mask_kind(config: Any, number: int) -> str:
+    """The kind of attention of decoder layer `number`: full, or within a sliding window."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return str(kinds[number])
+    sliding = getattr(config, "sliding_window", None) is not None
+    return "sliding_attention" if sliding else "full_attention"
+
+
+def window_of(config: Any, number: int) -> int | None:
+    """Returns how many tokens back a query of decoder layer `number` sees, its own among them; None
+    for all.
+
+    Raises:
+        InputError: if the layer attends in another way, so that its attention cannot be scored.
+    """
+    kind = mask_kind(config, number)
+    if kind == "full_attention":
+        return None
+    if kind == "sliding_attention":
+        return int(config.sliding_window)
+    raise InputError(
+        f"decoder layer {number} has {kind}, and scores of attention need full or sliding attention; "
+        "give a method before the language model"
+    )

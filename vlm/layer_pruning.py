@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
 from vlm_prune.kernels.compact_tokens import compact_tokens
-from vlm_prune.vlm.attention import decoder_keys, decoder_query_key
+from vlm_prune.vlm.attention import decoder_keys, decoder_query_key, mask_kind, window_of
 from vlm_prune.vlm.cache import CACHE, CachedPrompt, CachedTokens, cache_of
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.layout import TokenLayout, alike
@@ -139,15 +139,6 @@ class Forward:
     deepstack: dict[int, Tensor] = field(default_factory=dict)
     per_token: dict[str, PerToken] = field(default_factory=dict)
     cuts: dict[int, list[Tensor]] = field(default_factory=dict)
-
-
-def mask_kind(config: Any, number: int) -> str:
-    """The kind of attention of decoder layer `number`: full, or within a sliding window."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
-        return str(kinds[number])
-    sliding = getattr(config, "sliding_window", None) is not None
-    return "sliding_attention" if sliding else "full_attention"
 
 
 def gathered(
@@ -424,6 +415,7 @@ class Cutting:
                 moved(valid)[row],
                 at[1] + first,
                 source.self_attn.scaling,
+                window_of(self.pruning.decoder.config, number),
             )
 
         def question_rows(queries: slice) -> AttentionRows:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_prune.vlm.attention import decoder_query_key
+from vlm_prune.vlm.attention import decoder_query_key, window_of
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.layout import alike, image_columns, image_ordinals, image_rows, question_mask
 from vlm_prune.vlm.tokens import AttentionRows, compact
@@ -48,10 +48,10 @@ def question_rows(model: Any, inputs: Mapping[str, Any]) -> Iterator[list[Attent
     index, real = compact(question_mask(is_image, valid))
     columns = torch.where(real, index, -1)
     groups = [(rows[own], torch.stack([columns_of[i] for i in own])) for own in alike(counts)]
-    for layer, (hidden, rotary) in zip(layers, seen, strict=True):
+    for number, (layer, (hidden, rotary)) in enumerate(zip(layers, seen, strict=True)):
         query, key = decoder_query_key(layer, hidden, rotary, index)
-        scale = layer.self_attn.scaling
+        scale, window = layer.self_attn.scaling, window_of(family.decoder.config, number)
         yield [
-            AttentionRows(query[row], key[row], columns[row], valid[row], at, scale)
+            AttentionRows(query[row], key[row], columns[row], valid[row], at, scale, window)
             for row, at in groups
         ]

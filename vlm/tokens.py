@@ -100,6 +100,7 @@ class AttentionRows:
         key_valid: which keys are real, (M, L).
         image: where the image tokens stand among the keys, (M, n).
         scale: factor of the products.
+        window: how many places back a query sees, its own among them; None for all.
     """
 
     query: Tensor
@@ -108,6 +109,7 @@ class AttentionRows:
     key_valid: Tensor
     image: Tensor
     scale: float
+    window: int | None = None
 
     @property
     def key_positions(self) -> Tensor:

@@ -11,6 +11,7 @@ def attention_received(
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
     scale: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Returns the mean over heads and queries of the softmax attention that each key receives.
 
@@ -24,9 +25,17 @@ def attention_received(
             negative positions are padding and count nowhere. Without both, all see all.
         key_positions: of the keys, see `query_positions`.
         scale: factor of the products; d ** -0.5 by default.
+        window: how many positions a query sees, its own among them; None for all.
+
+    Raises:
+        ValueError: for a window or one kind of positions without the other.
     """
     if (query_positions is None) != (key_positions is None):
         raise ValueError("give query_positions and key_positions together, or neither")
+    if window is not None and query_positions is None:
+        raise ValueError("a window needs query_positions and key_positions")
     module = implementation("attention_received", query)
-    received: Tensor = module.attention_received(query, key, query_positions, key_positions, scale)
+    received: Tensor = module.attention_received(
+        query, key, query_positions, key_positions, scale, window
+    )
     return received

@@ -14,6 +14,7 @@ def attention_received(
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
     scale: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Returns what `op.attention_received` describes, 64 rows of attention at a time."""
     query, key = at_least_fp32(query), at_least_fp32(share_heads(key, query))
@@ -26,7 +27,7 @@ def attention_received(
         if query_positions is None or key_positions is None:
             weights = scores.softmax(-1)
         else:
-            weights = visible_softmax(scores, query_positions[:, rows], key_positions)
+            weights = visible_softmax(scores, query_positions[:, rows], key_positions, window)
         total += weights.sum(dim=(1, 2))
     if query_positions is not None:
         count = (query_positions >= 0).sum(1, keepdim=True)

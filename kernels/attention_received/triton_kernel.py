@@ -21,6 +21,7 @@ def _lse_kernel(
     query, key, query_positions, key_positions, lse,
     query_strides, key_strides, scale, heads, group, queries, keys, width,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One program: the normalisers of one tile of queries, for one head."""
     row = tl.program_id(1).to(tl.int64)
@@ -31,7 +32,7 @@ def _lse_kernel(
     key += batch * key_strides[0] + head // group * key_strides[1]
     normaliser = row_lse(
         q, query_at, key, key_positions, batch * keys,
-        key_strides, scale, keys, width, BLOCK_N, BLOCK_D, DTYPE,
+        key_strides, scale, keys, width, BLOCK_N, BLOCK_D, DTYPE, WINDOW,
     )  # fmt: skip
     tl.store(lse + row * queries + rows, normaliser, mask=real)
 
@@ -42,11 +43,14 @@ def attention_received(
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
     scale: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Returns what `op.attention_received` describes, in two launches."""
     (batch, heads, queries, width), (keys, groups) = query.shape, (key.shape[2], key.shape[1])
     if 0 in (batch, queries, keys):
-        return reference.attention_received(query, key, query_positions, key_positions, scale)
+        return reference.attention_received(
+            query, key, query_positions, key_positions, scale, window
+        )
     device, factor = query.device, width**-0.5 if scale is None else scale
     query_at = key_at = weights = None
     if query_positions is not None and key_positions is not None:
@@ -60,5 +64,6 @@ def attention_received(
         query, key, query_at, key_at, lse,
         query.stride(), key.stride(), factor, heads, heads // groups, queries, keys, width,
         BLOCK_T=block, BLOCK_N=block_size(keys), BLOCK_D=tile_width(width), DTYPE=tile_dtype(query),
+        WINDOW=window,
     )  # fmt: skip
-    return weighted_columns(query, key, query_at, key_at, lse, weights, factor)
+    return weighted_columns(query, key, query_at, key_at, lse, weights, factor, window)

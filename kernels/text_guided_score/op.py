@@ -6,7 +6,12 @@ from vlm_prune.kernels.dispatch import implementation
 
 
 def text_guided_score(
-    query: Tensor, key: Tensor, columns: Tensor, key_valid: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    columns: Tensor,
+    key_valid: Tensor,
+    scale: float,
+    window: int | None = None,
 ) -> Tensor:
     """s[v] = sum over heads h and text rows j of p_h[j] A_h[j, v].
 
@@ -21,7 +26,8 @@ def text_guided_score(
     Args:
         columns: where in 0..L-1 each text row stands, valid keys in rising order; -1 is padding.
         scale: factor of the products.
+        window: how many keys back a row sees, its own among them; None for all.
     """
     module = implementation("text_guided_score", query)
-    score: Tensor = module.text_guided_score(query, key, columns, key_valid, scale)
+    score: Tensor = module.text_guided_score(query, key, columns, key_valid, scale, window)
     return score

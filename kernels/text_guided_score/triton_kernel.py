@@ -23,6 +23,7 @@ def _prior_kernel(
     query, key, columns, key_positions, lse, row_sums, column_sums,
     query_strides, key_strides, scale, heads, group, queries, keys, width,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One program: the normalisers of a tile of text rows, and its share of the text prior.
 
@@ -38,7 +39,7 @@ def _prior_kernel(
     key += batch * key_strides[0] + head // group * key_strides[1]
     normaliser = row_lse(
         q, query_at, key, key_positions, batch * keys,
-        key_strides, scale, keys, width, BLOCK_N, BLOCK_D, DTYPE,
+        key_strides, scale, keys, width, BLOCK_N, BLOCK_D, DTYPE, WINDOW,
     )  # fmt: skip
     tl.store(lse + row * queries + rows, normaliser, mask=real)
     if column_sums is not None:
@@ -48,7 +49,7 @@ def _prior_kernel(
         others = start + tl.arange(0, BLOCK_T)
         key_at = tl.load(columns + others, mask=others < queries, other=-1)
         tile = load_tile(key, key_at, key_at >= 0, key_strides, width, BLOCK_D).to(DTYPE)
-        logits = visible_logits(q, query_at, tile, key_at, scale)
+        logits = visible_logits(q, query_at, tile, key_at, scale, WINDOW)
         attention = tl.exp(logits - normaliser[:, None])
         total += tl.sum(tl.where(rows[:, None] == others[None, :], 0.0, attention), 1)
         if column_sums is None:
@@ -59,12 +60,17 @@ def _prior_kernel(
 
 
 def text_guided_score(
-    query: Tensor, key: Tensor, columns: Tensor, key_valid: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    columns: Tensor,
+    key_valid: Tensor,
+    scale: float,
+    window: int | None = None,
 ) -> Tensor:
     """Returns what `op.text_guided_score` describes, in two launches."""
     (batch, heads, queries, width), (keys, groups) = query.shape, (key.shape[2], key.shape[1])
     if 0 in (batch, queries):
-        return reference.text_guided_score(query, key, columns, key_valid, scale)
+        return reference.text_guided_score(query, key, columns, key_valid, scale, window)
     key_at, columns = key_valid.contiguous().view(torch.int8), columns.int().contiguous()
     block = block_size(queries)
     tiles = triton.cdiv(queries, block)
@@ -76,7 +82,8 @@ def text_guided_score(
         query, key, columns, key_at, lse, prior, column_sums,
         query.stride(), key.stride(), scale, heads, heads // groups, queries, keys, width,
         BLOCK_T=block, BLOCK_N=block_size(keys), BLOCK_D=tile_width(width), DTYPE=tile_dtype(query),
+        WINDOW=window,
     )  # fmt: skip
     if column_sums is not None:
         prior = prior + column_sums.sum(2)
-    return weighted_columns(query, key, columns, key_at, lse, prior, scale)
+    return weighted_columns(query, key, columns, key_at, lse, prior, scale, window)

@@ -9,7 +9,7 @@ from vlm_prune.kernels.dispatch import backend
 SHAPES = [(1, 1, 1, 1, 3, 16), (2, 4, 2, 5, 70, 20), (1, 2, 1, 67, 33, 40)]
 
 
-def whole_map(query, key, query_positions=None, key_positions=None):
+def whole_map(query, key, query_positions=None, key_positions=None, window=None):
     """The definition: softmax of the full map, row by row over the visible keys."""
     batch, heads, queries, width = query.shape
     group, out = heads // key.shape[1], torch.zeros(batch, key.shape[2], dtype=torch.float64)
@@ -21,6 +21,8 @@ def whole_map(query, key, query_positions=None, key_positions=None):
                 if query_positions[b, t] < 0:
                     continue
                 seen = (key_positions[b] >= 0) & (key_positions[b] <= query_positions[b, t])
+            if window is not None:
+                seen &= key_positions[b] > query_positions[b, t] - window
             rows += 1
             for h in range(heads):
                 logits = key[b, h // group].double() @ query[b, h, t].double() / width**0.5
@@ -51,6 +53,26 @@ def test_positions_hide_the_future_and_padding(make, device, assert_near, name):
     exact = whole_map(query.cpu(), key.cpu(), query_positions.cpu(), key_positions.cpu())
     assert_near("received", ours.cpu(), exact)
     assert (ours[1, [0, 1, 2, 3, 7, 8]] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["triton", "reference"])
+@pytest.mark.parametrize("window", [1, 5, 40, 200])
+def test_a_window_hides_what_it_has_passed(make, device, assert_near, name, window):
+    query, key = make(2, 4, 67, 16), make(2, 2, 90, 16)
+    query_positions = torch.stack([torch.arange(23, 90), torch.arange(23, 90)]).to(device)
+    query_positions[1, :9] = -1
+    key_positions = torch.arange(90, device=device).repeat(2, 1)
+    key_positions[1, :30] = -1
+    with backend(name):
+        ours = attention_received(query, key, query_positions, key_positions, window=window)
+    given = (query, key, query_positions, key_positions)
+    assert_near("received", ours.cpu(), whole_map(*(x.cpu() for x in given), window=window))
+    assert not ours[0, : max(0, 24 - window)].any()
+
+
+def test_a_window_needs_positions(make):
+    with pytest.raises(ValueError, match="window"):
+        attention_received(make(1, 1, 2, 8), make(1, 1, 2, 8), window=3)
 
 
 @pytest.mark.parametrize("name", ["triton", "reference"])

@@ -53,6 +53,8 @@ with backend("triton"):
     at, key_at = torch.arange(20, 90)[None], torch.arange(90)[None]
     attention_received(query, key)
     text_guided_score(query, key, at, key_at >= 0, 0.1)
+    attention_received(query, key, at, key_at, window=30)
+    text_guided_score(query, key, at, key_at >= 0, 0.1, window=30)
     attended, logits = lorra_attention(query, key, key, at, key_at, key[:, 0, :, :2])
     (attended.float().sum() + logits.sum()).backward()
     w1, w2, x = (torch.ones(size, dtype=dtype) for size in ((96, 64), (80, 96), (2, 70, 64)))

@@ -14,7 +14,7 @@ CASES = [
 ]
 
 
-def full_map(query, key, columns, key_valid, scale):
+def full_map(query, key, columns, key_valid, scale, window=None):
     """s = sum_h 1^T (A + A^T - diag A)_text A_text of a whole L x L causal map."""
     batch, heads, _, width = query.shape
     group, length = heads // key.shape[1], key.shape[2]
@@ -26,6 +26,8 @@ def full_map(query, key, columns, key_valid, scale):
             rows[text] = query[b, h, columns[b] >= 0].double()
             scores = rows @ key[b, h // group].double().T * scale
             hidden = torch.ones(length, length, dtype=torch.bool).triu(1) | ~key_valid[b]
+            if window is not None:
+                hidden |= torch.ones(length, length, dtype=torch.bool).tril(-window)
             attention = scores.masked_fill(hidden, -torch.inf).softmax(-1)[text]
             to_text = attention[:, text]
             symmetric = to_text + to_text.T - to_text.diag().diag()
@@ -54,6 +56,17 @@ def test_equals_the_papers_sums(make, device, assert_near, case, dtype, name):
         ours = text_guided_score(*inputs)
     exact = full_map(*(x.cpu() if isinstance(x, torch.Tensor) else x for x in inputs))
     assert_near("score", ours.cpu(), exact, dtype)
+
+
+@pytest.mark.parametrize("window", [1, 6, 30])
+@pytest.mark.parametrize("case", CASES[1:], ids=str)
+@pytest.mark.parametrize("name", ["triton", "reference"])
+def test_a_window_hides_what_it_has_passed(make, device, assert_near, case, window, name):
+    inputs = build(make, device, case)
+    with backend(name):
+        ours = text_guided_score(*inputs, window=window)
+    exact = full_map(*(x.cpu() if isinstance(x, torch.Tensor) else x for x in inputs), window)
+    assert_near("score", ours.cpu(), exact)
 
 
 @pytest.mark.parametrize("name", ["triton", "reference"])

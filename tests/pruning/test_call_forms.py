@@ -440,6 +440,79 @@ def test_sliding_windows(name, sliding):
 
 
 @form(
+    "scores of attention in a sliding window",
+    "exact",
+    "those of the layer itself: tokens that it does not see get none",
+)
+@pytest.mark.parametrize("name", ["fastv", "sparsevlm", "pyramiddrop", "adaptinfer"])
+@torch.inference_mode()
+def test_scores_are_of_the_layers_own_attention(name, sliding, monkeypatch):
+    """At each cut against the maps that the layer before it computes inside the block, or the layer
+    after it without pruning."""
+    schedule = {"layers": 4, "places": [1, 2, 3], "shares": [4, 2, 1]}
+    pruner = method(name, sliding, budget=14, schedule=schedule)
+    model, inputs, maps, scored = sliding.model, sliding.inputs(ROWS), {}, []
+    layers, cuts = model.model.language_model.layers, [1, 2, 3]
+
+    def note(number):
+        def keep(module, args, output):
+            maps[number] = output[1]
+
+        return keep
+
+    def score(tokens, scores=pruner.score):
+        scored.append((tokens, scores(tokens)))
+        return scored[-1][1]
+
+    monkeypatch.setattr(pruner, "score", score, raising=False)
+    hooks = [
+        layer.self_attn.register_forward_hook(note(number)) for number, layer in enumerate(layers)
+    ]
+    model.set_attn_implementation("eager")
+    try:
+        with pruner(model):
+            model(**inputs)
+        if pruner.reads == "after":
+            model(**inputs)
+    finally:
+        model.set_attn_implementation("sdpa")
+        for hook in hooks:
+            hook.remove()
+    if pruner.reads == "after":
+        # of later cuts the layer after them sees what these keep alone
+        cuts, scored = cuts[:1], scored[:1]
+    assert len(cuts) == len(scored)
+    windowed = False
+    for cut, (tokens, scores) in zip(cuts, scored, strict=True):
+        weights = maps[cut if pruner.reads == "after" else cut - 1]
+        rows = tokens.question_rows(slice(None))
+        if name == "fastv":
+            rows, reads = tokens.prompt_rows(), tokens.prompt_rows().columns
+        else:
+            reads = rows.columns.masked_fill(~tokens.query_mask, -1)
+        if name == "pyramiddrop":
+            reads = rows.columns.clone()
+            reads[:, :-1] = -1
+        windowed |= rows.window is not None
+        for image, row in enumerate((0, 2, 2)):
+            at = [int(column) for column in reads[image] if column >= 0]
+            pays = weights[row][:, at].double()
+            if name == "adaptinfer":
+                # how much each token of the question matters to the question, per head
+                prior = torch.zeros(pays.shape[:2], dtype=torch.float64)
+                for head in range(len(pays)):
+                    for n, one in enumerate(at):
+                        for m, other in enumerate(at):
+                            prior[head, n] += pays[head, m, one] + (n != m) * pays[head, n, other]
+                expected = (prior[..., None] * pays).sum((0, 1))
+            else:
+                expected = pays.mean((0, 1))
+            for token, column in enumerate(rows.image[image].tolist()):
+                close(scores[image, token].double(), expected[column], atol=1e-6)
+    assert windowed
+
+
+@form(
     "static caches, masks made beforehand (4-D)", "refused", "give a growing cache and a 2-D mask"
 )
 @pytest.mark.parametrize("name", METHODS)
