@@ -53,17 +53,20 @@ def token_id(tokenizer, token):
     return tokenizer.convert_tokens_to_ids(token)
 
 
-def llava():
-    tokenizer = tokenizer_with(image_token="<image>")
+def llava(vision=hf.CLIPVisionConfig, text=hf.LlamaConfig, **more):
+    """Another tower, decoder or configuration may be given."""
+    tokenizer, has_cls = tokenizer_with(image_token="<image>"), vision is hf.CLIPVisionConfig
+    strategy = "default" if has_cls else "full"
     config = hf.LlavaConfig(
-        vision_config=hf.CLIPVisionConfig(**vit(image_size=70, patch_size=14)),
-        text_config=hf.LlamaConfig(**text_of(tokenizer)),
+        vision_config=vision(**vit(image_size=70, patch_size=14)),
+        text_config=text(**text_of(tokenizer)),
         image_token_index=token_id(tokenizer, "<image>"), image_seq_length=25,
+        **{"vision_feature_select_strategy": strategy} | more,
     )  # fmt: skip
     processor = hf.LlavaProcessor(
         hf.CLIPImageProcessor(size={"shortest_edge": 70}, crop_size={"height": 70, "width": 70}),
-        tokenizer, patch_size=14, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=template("<image>"),
+        tokenizer, patch_size=14, vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=int(has_cls), chat_template=template("<image>"),
     )  # fmt: skip
     return hf.LlavaForConditionalGeneration(config), processor
 
@@ -78,14 +81,14 @@ def tiles(side):
 TILES = tiles(42)
 
 
-def llava_next(side=42):
+def llava_next(side=42, **more):
     tokenizer = tokenizer_with(image_token="<image>")
     config = hf.LlavaNextConfig(
         vision_config=hf.CLIPVisionConfig(**vit(image_size=side, patch_size=14)),
         text_config=hf.LlamaConfig(**text_of(tokenizer)),
         image_token_index=token_id(tokenizer, "<image>"),
-        image_grid_pinpoints=tiles(side)["image_grid_pinpoints"],
-    )
+        image_grid_pinpoints=tiles(side)["image_grid_pinpoints"], **more,
+    )  # fmt: skip
     processor = hf.LlavaNextProcessor(
         hf.LlavaNextImageProcessor(**tiles(side)), tokenizer, patch_size=14,
         vision_feature_select_strategy="default", num_additional_image_tokens=1,

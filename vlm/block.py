@@ -192,7 +192,7 @@ class Block:
             )
         if not shown and prompt is None:
             return (), kwargs
-        check_arguments(kwargs)
+        check_arguments(self.family, kwargs)
         source = kwargs.get("pixel_values") if encoded is None else encoded
         if shown and encoded is None:
             kwargs = kwargs | {"mm_encoder_outputs": {"image": self.encode(module, kwargs)}}
@@ -393,8 +393,13 @@ def refuse_compiled(model: Any) -> None:
             raise InputError(COMPILED)
 
 
-def check_arguments(kwargs: dict[str, Any]) -> None:
-    """Raises `InputError` unless a forward's arguments are such that its prompt can be pruned."""
+def check_arguments(family: Family, kwargs: dict[str, Any]) -> None:
+    """Raises `InputError` unless a forward's arguments are such that its prompt can be pruned.
+
+    Args:
+        family: the model's adapter.
+        kwargs: of the module that puts image features into the prompt.
+    """
     mask, cache = kwargs.get("attention_mask"), cache_of(kwargs)
     if getattr(cache, "is_compileable", False) or not (
         mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
@@ -403,6 +408,42 @@ def check_arguments(kwargs: dict[str, Any]) -> None:
             "pruning needs a cache that grows and an attention mask (batch, length); leave out "
             "static caches and masks made beforehand"
         )
+    for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+        configured = getattr(family.model.config, name, None)
+        if kwargs.get(name) not in (None, configured):
+            raise InputError(
+                f"{name} {kwargs[name]!r} is not that of the model's configuration, which methods "
+                f"read; set it there instead of {configured!r}"
+            )
+    if is_packed(family, kwargs):
+        raise InputError(
+            "these position ids or lengths pack several sequences into one row; give each a row of "
+            "its own, or an attention_mask beside position_ids of one sequence"
+        )
+
+
+def is_packed(family: Family, kwargs: dict[str, Any]) -> bool:
+    """Returns whether transformers would take a forward's rows for several sequences each: by their
+    lengths, or by position ids that do not rise by one where nothing else masks.
+
+    Args:
+        family: the model's adapter.
+        kwargs: of the module that puts image features into the prompt.
+    """
+    if any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")):
+        return True
+    positions, config = kwargs.get("position_ids"), family.decoder.config
+    if positions is not None and family.mrope:
+        # only the row of the text, in front of those of time, height and width, orders tokens
+        positions = positions[0] if positions.ndim == 3 and len(positions) == 4 else None
+    if positions is None or positions.shape[-1] < 2:
+        return False
+    mask, flash = kwargs.get("attention_mask"), "flash" in (config._attn_implementation or "")
+    if mask is not None and not (flash and bool(mask.all())):
+        return False
+    steps, use_cache = positions.diff(), kwargs.get("use_cache")
+    cached = cache_of(kwargs) is not None or (config.use_cache if use_cache is None else use_cache)
+    return bool((steps < 1 if cached and not flash else steps != 1).any())
 
 
 @contextmanager

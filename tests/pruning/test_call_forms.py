@@ -6,6 +6,7 @@
 import copy
 import threading
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -312,6 +313,42 @@ def test_positions_that_the_caller_gives(name, llava):
         close(shifted, llava.model(**inputs).logits, atol=1e-4)
 
 
+@form(
+    "several sequences packed into one row, by position ids or `cu_seq_lens_q`",
+    "refused",
+    "give each a row of its own",
+)
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl"])
+@torch.inference_mode()
+def test_packed_sequences(name, kind):
+    tiny = Tiny(kind)
+    inputs = tiny.inputs(ALONE)
+    del inputs["attention_mask"]
+    length = inputs["input_ids"].shape[1]
+    text = torch.arange(length)[None]
+    restarts = torch.cat([text[:, :4], text[:, 4:] - 4], 1)
+    rows = (lambda positions: positions) if kind == "llava" else lambda p: p.expand(4, 1, -1)
+    alone = tiny.model(**inputs, position_ids=rows(text)).logits
+    packed = tiny.model(**inputs, position_ids=rows(restarts), use_cache=False).logits
+    assert (packed - alone).abs().max() > 0.1
+    lengths = torch.tensor([0, 4, length], dtype=torch.int32)
+    with method(name, tiny)(tiny.model):
+        for more in (
+            {"position_ids": rows(restarts)},
+            {"position_ids": rows(restarts), "use_cache": False},
+            {"position_ids": rows(text * 3), "use_cache": False},
+            {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths},
+        ):
+            refused(lambda more=more: tiny.model(**inputs, **more), "pack", "row of its own")
+    with method(name, tiny, budget=1.0)(tiny.model):
+        close(tiny.model(**inputs, position_ids=rows(text)).logits, alone)
+        if kind == "llava":
+            gaps = tiny.model(**inputs, position_ids=text * 3).logits
+    if kind == "llava":
+        close(gaps, tiny.model(**inputs, position_ids=text * 3).logits)
+
+
 @form("`inputs_embeds` with `pixel_values`", "exact", "placeholders are known by their embedding")
 @pytest.mark.parametrize("name", METHODS)
 @torch.inference_mode()
@@ -374,47 +411,24 @@ def test_masked_image_tokens(name, llava):
     close(out.logits[-1], plain.logits[-1])
 
 
-def with_decoder(kind):
-    """The tiny LLaVA around another decoder."""
-    tiny = Tiny("llava")
-    base = tiny.model.config
-    own = {
-        name: getattr(base.text_config, name)
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                     "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
-                     "bos_token_id", "eos_token_id", "pad_token_id")
-    }  # fmt: skip
-    if kind == "mistral":
-        text = hf.MistralConfig(**own, sliding_window=9, head_dim=16)
-    else:
-        layers = [["full_attention", "sliding_attention"][n % 2] for n in range(4)]
-        if kind == "qwen2":
-            layers = ["sliding_attention"] * 4
-        text = hf.Qwen2Config(
-            **own,
-            use_sliding_window=True,
-            sliding_window=9,
-            max_window_layers=0,
-            layer_types=layers,
-        )
-    torch.manual_seed(0)
-    config = hf.LlavaConfig(
-        vision_config=base.vision_config, text_config=text, image_token_index=base.image_token_id,
-        image_seq_length=25,
-    )  # fmt: skip
-    tiny.model = hf.LlavaForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in tiny.model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * (0.2 if parameter.ndim > 1 else 0.02))
-            if parameter.ndim == 1:
-                parameter.add_(1)
-    tiny.model.generation_config.update(eos_token_id=2, pad_token_id=0, do_sample=False)
-    return tiny
+MIXED = ["full_attention", "sliding_attention"] * 2
+SLIDING = {
+    "mistral": partial(hf.MistralConfig, sliding_window=9, head_dim=16),
+    "qwen2": partial(
+        hf.Qwen2Config, use_sliding_window=True, sliding_window=9, max_window_layers=0,
+        layer_types=["sliding_attention"] * 4,
+    ),
+    "mixed": partial(
+        hf.Qwen2Config, use_sliding_window=True, sliding_window=9, max_window_layers=0,
+        layer_types=MIXED,
+    ),
+}  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["mistral", "qwen2", "mixed"])
+@pytest.fixture(scope="module", params=list(SLIDING))
 def sliding(request):
-    return with_decoder(request.param)
+    """The tiny LLaVA around another decoder."""
+    return Tiny("llava", text=SLIDING[request.param])
 
 
 @form(

@@ -39,6 +39,25 @@ def matrices(module: nn.Module) -> int:
     return total
 
 
+def check_strategy(config: Any, prefix: int) -> None:
+    """Refuse a model whose image tokens are not the patches of its tower, each one once.
+
+    Args:
+        config: of the model.
+        prefix: tokens that the tower puts in front of patches: 1 with a CLS token.
+
+    Raises:
+        InputError: if a CLS token is among its image tokens, or a patch is left out for one.
+    """
+    found, right = config.vision_feature_select_strategy, "default" if prefix else "full"
+    if found != right:
+        wrong = "shows the CLS token as an image token" if prefix else "leaves the first patch out"
+        raise InputError(
+            f"vision_feature_select_strategy {found!r} {wrong} on a {config.vision_config.model_type}, "
+            f"which is not supported; {right!r} is"
+        )
+
+
 def compute_device(model: Any) -> torch.device:
     """Returns where a model computes. Weights that accelerate has offloaded are on no device: its
     hooks bring them to theirs.
@@ -73,8 +92,7 @@ class Family(ABC):
     `lacks` names what some methods need and the family has not; `image_inputs` the arguments of a
     prompt, next to `pixel_values`, that describe its images; `mrope` whether positions have rows
     for time, height and width, which leave gaps when tokens go; `by_row` whether the processor
-    takes the images of each prompt apart; `tower_prefix` how many places of the tower's sequence
-    stand in front of a view's patches.
+    takes the images of each prompt apart.
     """
 
     model: Any
@@ -83,7 +101,6 @@ class Family(ABC):
     image_inputs: ClassVar[tuple[str, ...]] = ()
     mrope: ClassVar[bool] = False
     by_row: ClassVar[bool] = False
-    tower_prefix: ClassVar[int] = 0
 
     @property
     def device(self) -> torch.device:
@@ -120,6 +137,11 @@ class Family(ABC):
     @abstractmethod
     def tower_layers(self) -> Any:
         """The vision tower's layers."""
+
+    @property
+    def tower_prefix(self) -> int:
+        """How many tokens of the tower's sequence stand in front of a view's patches."""
+        return 0
 
     @property
     @abstractmethod

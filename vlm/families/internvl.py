@@ -7,13 +7,15 @@ its tile; each tile has its own CLS token.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.encoded import Images
+from vlm_prune.vlm.families.base import check_strategy
 from vlm_prune.vlm.families.tiled import Tiled
 from vlm_prune.vlm.layout import image_runs
 from vlm_prune.vlm.projector import Projector
@@ -23,11 +25,22 @@ from vlm_prune.vlm.projector import Projector
 class InternVL(Tiled):
     """Paths into an `InternVLForConditionalGeneration`."""
 
-    tower_prefix: ClassVar[int] = 1
+    def __post_init__(self) -> None:
+        layer = self.model.config.vision_feature_layer
+        if not isinstance(layer, int):
+            raise InputError(
+                f"vision_feature_layer {layer} is none that InternVL has; give a number"
+            )
+        check_strategy(self.model.config, self.tower_prefix)
 
     @property
     def tower_layers(self) -> Any:
         return self.model.model.vision_tower.encoder.layer
+
+    @property
+    def tower_prefix(self) -> int:
+        """The tower always has a CLS token."""
+        return 1
 
     @property
     def tokens_per_image(self) -> int:
@@ -57,7 +70,7 @@ class InternVL(Tiled):
         """Images of (T, 3, H, W) tiles; needs `input_ids`."""
         config, model = self.model.config, self.model.model
         states, layer = output.hidden_states, config.vision_feature_layer
-        first = 1 if config.vision_feature_select_strategy == "default" else 0
+        first = self.tower_prefix
         last = output.last_hidden_state if layer == -1 else states[layer]
         before = (layer if layer >= 0 else len(states) + layer) - 1
 

@@ -1,28 +1,37 @@
-"""LLaVA-1.5 in transformers: a CLIP tower, a two-layer projector, a Llama-style decoder.
+"""LLaVA-1.5 in transformers: a CLIP or SigLIP tower, a two-layer projector, a Llama-style decoder.
 
-The tower's attention is that of the layer whose output the projector gets, the last but one.
+The tower's attention is that of the layer whose output the projector gets, the last but one; where
+it gets those of several, side by side, that of the last of them.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlm_prune.vlm.attention import encoder_query_key
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.registry import unknown
 from vlm_prune.vlm.encoded import Group, Images
-from vlm_prune.vlm.families.base import Family, loaded, seed_of
+from vlm_prune.vlm.families.base import Family, check_strategy, loaded, seed_of
 from vlm_prune.vlm.projector import Projector
 from vlm_prune.vlm.tokens import VisionTokens
+
+TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
 @dataclass(frozen=True)
 class Llava(Family):
     """Paths into a `LlavaForConditionalGeneration`."""
 
-    tower_prefix: ClassVar[int] = 1
+    def __post_init__(self) -> None:
+        kind = self.model.config.vision_config.model_type
+        if kind not in TOWERS:
+            raise InputError(unknown("vision tower", kind, TOWERS))
+        check_strategy(self.model.config, self.tower_prefix)
 
     @property
     def tokens_per_image(self) -> int:
@@ -35,14 +44,38 @@ class Llava(Family):
         return getattr(tower, "vision_model", tower).encoder.layers
 
     @property
-    def prefix(self) -> int:
-        """Tokens of the tower in front of the patches: the CLS token."""
-        return 1 if self.model.config.vision_feature_select_strategy == "default" else 0
+    def tower_prefix(self) -> int:
+        """The CLS token, which CLIP has and SigLIP has not."""
+        tower = self.model.model.vision_tower
+        return int(hasattr(getattr(tower, "vision_model", tower).embeddings, "class_embedding"))
+
+    @property
+    def feature_states(self) -> tuple[int, ...]:
+        """Numbers of the tower's hidden states that the projector reads side by side."""
+        given = self.model.config.vision_feature_layer
+        states = len(self.tower_layers) + 1
+        return tuple(number % states for number in ([given] if isinstance(given, int) else given))
+
+    @property
+    def scored_layer(self) -> int:
+        """Number of the tower's layer whose attention methods read, the last before the projector.
+
+        Raises:
+            InputError: when the projector reads what no layer has seen.
+        """
+        layer = max(self.feature_states) - 1
+        if layer < 0:
+            raise InputError("vision_feature_layer 0 is the output of no layer; give one from 1 on")
+        return layer
 
     @property
     def states_read(self) -> tuple[int, ...]:
-        layer = int(self.model.config.vision_feature_layer)
-        return layer, layer - 1
+        return *self.feature_states, self.scored_layer
+
+    def features(self, states: tuple[Tensor, ...]) -> Tensor:
+        """What the projector reads of the tower's hidden states, (M, N, d_v)."""
+        read = [states[number][:, self.tower_prefix :] for number in self.feature_states]
+        return read[0] if len(read) == 1 else torch.cat(read, -1)
 
     def run(self, encoder: Callable[..., Any], pixel_values: Tensor, **inputs: Any) -> Any:
         """Sizes other than the trained one interpolate the position embeddings."""
@@ -59,15 +92,15 @@ class Llava(Family):
         """Images of (M, 3, H, W) pixels, all of one group."""
         config = self.model.config
         patch = config.vision_config.patch_size
-        states, first = output.hidden_states, self.prefix
+        states = output.hidden_states
         tokens = VisionTokens(
-            features=states[config.vision_feature_layer][:, first:],
+            features=self.features(states),
             projected=torch.stack(list(output.pooler_output)),
             grids=((pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch),),
             seeds=tuple(map(seed_of, pixel_values)),
             projector=self.projector,
             query_key=partial(self.query_key, states),
-            has_cls=first > 0,
+            has_cls=self.tower_prefix > 0,
         )
         rows, columns = tokens.grid
         flops = self.tower_flops([rows * columns])
@@ -78,9 +111,8 @@ class Llava(Family):
         self, states: tuple[Tensor, ...], rows: slice | list[int] = slice(None)
     ) -> tuple[Tensor, Tensor]:
         """Queries and keys of the layer whose output the projector gets, given all states."""
-        layer = self.model.config.vision_feature_layer
-        before = (layer if layer >= 0 else len(states) + layer) - 1
-        return encoder_query_key(self.tower_layers[before], states[before][rows])
+        layer = self.scored_layer
+        return encoder_query_key(self.tower_layers[layer], states[layer][rows])
 
     @property
     def projector(self) -> Projector:

@@ -77,8 +77,8 @@ class LlavaNext(Llava):
         Bilinear shrinking, where the model does it, is applied to features and attention alike.
         """
         tiles, sizes = self.tiles(inputs), inputs["image_sizes"]
-        states, first = output.hidden_states, self.prefix
-        layer = states[self.model.config.vision_feature_layer][:, first:].split(tiles)
+        states = output.hidden_states
+        layer = self.features(states).split(tiles)
         starts = [sum(tiles[:image]) for image in range(len(tiles))]
         groups = []
         for members in alike([(*map(int, s), t) for s, t in zip(sizes, tiles, strict=True)]):
@@ -96,7 +96,7 @@ class LlavaNext(Llava):
                 seeds=tuple(seed_of(pixel_values[i, :count]) for i in members),
                 projector=self.projector,
                 query_key=partial(self.query_key, states, rows),
-                has_cls=first > 0,
+                has_cls=self.tower_prefix > 0,
                 pool=pool,
                 available=len(newline),
             )

@@ -22,7 +22,6 @@ class LlavaOneVision(LlavaNext):
         "image_sizes", "batch_num_images", "vision_aspect_ratio",
     )  # fmt: skip
     by_row: ClassVar[bool] = True
-    tower_prefix: ClassVar[int] = 0
 
     def tiles(self, inputs: Mapping[str, Any]) -> list[int]:
         tiled, in_row = super().tiles(inputs), inputs.get("batch_num_images")

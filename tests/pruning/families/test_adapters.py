@@ -1,10 +1,13 @@
 """What each adapter says about its tower and projector, against the model itself."""
 
 import sys
+from functools import partial
 from inspect import signature
 
 import pytest
 import torch
+import transformers as hf
+from tiny_families import Tiny
 from torch.nn.functional import avg_pool2d
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BlipConfig
@@ -12,6 +15,7 @@ from transformers import BlipConfig
 from vlm_prune.pruning import DivPrune, FastV, NoPruning, Random
 from vlm_prune.pruning.pipeline import PrunedVLM
 from vlm_prune.pruning.received import in_tower
+from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import FAMILIES, family_of
 from vlm_prune.vlm.load import load
@@ -186,6 +190,74 @@ def test_the_tower_s_flops_are_those_that_it_spends_on_each_picture(tiny):
             assert images.flops == [pytest.approx(counts["Global"] - projector, rel=1e-3)]
     finally:
         tiny.model.set_attn_implementation("sdpa")
+
+
+SIGLIP = partial(hf.SiglipVisionConfig, vision_use_head=False)
+TOWERS = [
+    ("llava", {"vision": SIGLIP}),
+    ("llava", {"vision_feature_layer": [-3, 1, -2]}),
+    ("llava", {"vision": SIGLIP, "vision_feature_layer": [2, -1]}),
+    ("llava_next", {"vision_feature_layer": [1, 2]}),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), TOWERS, ids=["siglip", "three", "siglip-two", "tiles"]
+)
+def test_towers_of_other_checkpoints(kind, options):
+    """With and without a CLS token, of one layer's output or of several side by side."""
+    tiny = Tiny(kind, **options)
+    test_the_tower_s_flops_are_those_that_it_spends_on_each_picture(tiny)
+    test_features_projected_are_what_the_language_model_gets(tiny)
+    inputs = tiny.inputs([[([0], "red?")], [([1], "blue?")]])
+    with torch.no_grad():
+        plain = tiny.model(**inputs).logits
+        for name in ("divprune", "zoo", "visionzip", "vispruner", "fopru", "fastv"):
+            with build(name, budget=1.0)(tiny.model):
+                torch.testing.assert_close(tiny.model(**inputs).logits, plain, atol=2e-5, rtol=1e-4)
+            with build(name, budget=4)(tiny.model) as trace:
+                assert tiny.model(**inputs).logits.isfinite().all()
+                assert 0 < len(trace.kept[0]) < trace.available[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        ("llava", {"vision_feature_select_strategy": "full"}, "shows the CLS token"),
+        ("llava", {"vision": SIGLIP, "vision_feature_select_strategy": "default"}, "first patch"),
+        ("llava", {"vision": hf.PixtralVisionConfig}, "vision tower 'pixtral'"),
+        ("llava", {"vision_feature_layer": 0}, "output of no layer"),
+        ("llava_next", {"vision_feature_select_strategy": "full"}, "shows the CLS token"),
+        ("internvl", {"vision_feature_select_strategy": "full"}, "shows the CLS token"),
+        ("internvl", {"vision_feature_layer": [-1, -2]}, "give a number"),
+    ],
+    ids=["cls", "no-cls", "pixtral", "layer-0", "next-cls", "internvl-cls", "internvl-two"],
+)
+def test_towers_that_methods_cannot_read_are_refused_in_one_line(kind, options, words):
+    tiny = Tiny(kind, **({} if kind == "internvl" else options))
+    if kind == "internvl":
+        for name, value in options.items():
+            setattr(tiny.model.config, name, value)
+    with (
+        pytest.raises(InputError, match=words) as refusal,
+        torch.no_grad(),
+        DivPrune(budget=4)(tiny.model),
+    ):
+        tiny.model(**tiny.inputs([[([0], "red?")]]))
+    assert "\n" not in str(refusal.value)
+
+
+@torch.no_grad()
+def test_features_of_another_layer_than_the_configurations_are_refused(llava_tiny):
+    """Methods read the layer of the configuration, whatever the call says."""
+    inputs = llava_tiny.inputs([[([0], "red?")]])
+    with DivPrune(budget=4)(llava_tiny.model):
+        expected = llava_tiny.model(**inputs).logits
+        same = llava_tiny.model(**inputs, vision_feature_layer=-2).logits
+        assert torch.equal(same, expected)
+        for more in ({"vision_feature_layer": -1}, {"vision_feature_select_strategy": "full"}):
+            with pytest.raises(InputError, match="configuration"):
+                llava_tiny.model(**inputs, **more)
 
 
 @pytest.mark.parametrize("tiny", ["smolvlm"], indirect=True)
