@@ -50,7 +50,7 @@ class Downsample(VisionPruner):
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({"a fixed image size"})
+        return frozenset({"a fixed image size", "a tower that takes smaller images"})
 
     def before_model(self, family: Family, vision: Images | None) -> BeforeModel:
         patch, full = family.patch_size, [(1, 1)]

@@ -252,11 +252,35 @@ def idefics3():
     return hf.Idefics3ForConditionalGeneration(config), processor
 
 
+def gemma3():
+    tokenizer = tokenizer_with(
+        boi_token="<start_of_image>", eoi_token="<end_of_image>",
+        image_token="<image_soft_token>",
+    )  # fmt: skip
+    config = hf.Gemma3Config(
+        vision_config=hf.SiglipVisionConfig(
+            **vit(image_size=70, patch_size=7, vision_use_head=False)
+        ),
+        text_config=hf.Gemma3TextConfig(
+            **text_of(tokenizer, head_dim=HEAD, query_pre_attn_scalar=HEAD, sliding_window=21),
+            layer_types=[("sliding_attention", "full_attention")[n % 2] for n in range(LAYERS)],
+        ),
+        mm_tokens_per_image=25, image_token_id=token_id(tokenizer, "<image_soft_token>"),
+        boi_token_index=token_id(tokenizer, "<start_of_image>"),
+        eoi_token_index=token_id(tokenizer, "<end_of_image>"), tie_word_embeddings=False,
+    )  # fmt: skip
+    processor = hf.Gemma3Processor(
+        hf.Gemma3ImageProcessor(size={"height": 70, "width": 70}), tokenizer,
+        image_seq_length=25, chat_template=template("<start_of_image>"),
+    )  # fmt: skip
+    return hf.Gemma3ForConditionalGeneration(config), processor
+
+
 MAKERS = {
     maker.__name__: maker
     for maker in (
         llava, llava_next, llava_onevision, qwen2_5_vl, qwen3_vl, internvl, smolvlm,
-        qwen3_vl_moe, idefics3,
+        qwen3_vl_moe, idefics3, gemma3,
     )
 }  # fmt: skip
 
@@ -269,6 +293,7 @@ NEEDS = {
     "smolvlm": ("torchvision", "num2words"),
     "qwen3_vl_moe": ("torchvision",),
     "idefics3": ("torchvision",),
+    "gemma3": ("torchvision",),
 }
 
 

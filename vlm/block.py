@@ -243,6 +243,7 @@ class Block:
             drafts = self.drafts(source, ids, drafts)
         layout = TokenLayout.of(ordinal, valid, counts, drafts)
         forward = Forward(layout, past, prompt, is_right_padded(valid), layout.counts)
+        forward.blocks = family.blocks(kwargs, length)
         if choice is not None:
             rows = zip(layout.rows, image_columns(ordinal, counts), strict=True)
             visible = [valid[row, columns] for row, columns in rows]
@@ -471,7 +472,7 @@ def pruned(
         part is not None and not keeps_positions(family, part.positions)
         for part in (before, inside)
     )
-    layers = LayerPruning(family.decoder, inside, renumbers, contiguous, trace)
+    layers = LayerPruning(family.decoder, inside, renumbers, contiguous, trace, family.both_ways)
     block = Block(family, layers, before, trace)
     hooks = family.decoder._forward_pre_hooks.values()
     if any(isinstance(hook, Hook) and hook.block is not None for hook in hooks):

@@ -63,6 +63,8 @@ def tower_flops(
 def key_value_bytes(config: Any, text: int, image_per_layer: list[float], itemsize: int) -> float:
     """Returns the bytes of keys and values after the prefill of one prompt.
 
+    A layer with a sliding window holds those that the next token sees.
+
     Args:
         config: the language model's.
         text: tokens that are not image tokens.
@@ -71,4 +73,11 @@ def key_value_bytes(config: Any, text: int, image_per_layer: list[float], itemsi
     """
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_key_value_heads * head * itemsize
-    return float(sum((text + image) * per_token for image in image_per_layer))
+    kinds = getattr(config, "layer_types", None) or [""] * len(image_per_layer)
+    held = [
+        min(text + image, config.sliding_window - 1)
+        if kind == "sliding_attention"
+        else text + image
+        for kind, image in zip(kinds, image_per_layer, strict=True)
+    ]
+    return float(sum(held) * per_token)

@@ -6,11 +6,17 @@ differ between layers; masks and positions are made anew for each segment of lay
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
+from transformers.masking_utils import (
+    LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
+    blockwise_overlay,
+    create_causal_mask,
+    sliding_window_overlay,
+)
 
 from vlm_prune.kernels.compact_tokens import compact_tokens
 from vlm_prune.vlm.attention import decoder_keys, decoder_query_key, mask_kind, window_of
@@ -81,7 +87,8 @@ class Segment:
         cached: those, and what these layers' cache holds of tokens before them.
         front: columns that the cache says stood in front of what it holds.
         positions: position ids of this forward's tokens.
-        rotary: tables of their positions, where they differ from the decoder's own.
+        rotary: tables of their positions by kind of layer, as far as they are known; None where
+            they are the decoder's own.
         selected: arguments for every token so far.
         masks: attention masks, by kind of layer.
     """
@@ -90,7 +97,7 @@ class Segment:
     cached: CachedTokens
     front: int
     positions: Tensor
-    rotary: tuple[Tensor, ...] = ()
+    rotary: dict[str, tuple[Tensor, Tensor]] | None = None
     selected: dict[str, Any] = field(default_factory=dict)
     masks: dict[str, Any] = field(default_factory=dict)
 
@@ -100,6 +107,12 @@ class Segment:
             return None
         front = self.cached.valid.new_zeros(len(self.cached.valid), self.front)
         return torch.cat([front, self.cached.valid], 1).to(device)
+
+    def blocks(self, blocks: Tensor, device: torch.device) -> Tensor:
+        """The block of each of these layers' keys, -1 for text, given those of the full input."""
+        own = torch.where(self.layout.valid, blocks.gather(1, self.layout.column), -1)
+        past = self.front + self.cached.valid.shape[1] - own.shape[1]
+        return torch.cat([own.new_full((len(own), past), -1), own], 1).to(device)
 
 
 @dataclass
@@ -122,6 +135,8 @@ class Forward:
         deepstack: features that layers add to the full input, by layer.
         per_token: arguments of layers for every token so far, of the full input.
         cuts: indices kept of each image at each cut.
+        blocks: which tokens of the full input attend to each other both ways: those of the same
+            number, (B, L), -1 for none; None where all attention is causal.
     """
 
     layout: TokenLayout
@@ -139,6 +154,7 @@ class Forward:
     deepstack: dict[int, Tensor] = field(default_factory=dict)
     per_token: dict[str, PerToken] = field(default_factory=dict)
     cuts: dict[int, list[Tensor]] = field(default_factory=dict)
+    blocks: Tensor | None = None
 
 
 def gathered(
@@ -171,6 +187,7 @@ class LayerPruning:
         renumbers: whether the cut at the decoder's input renumbers positions without gaps.
         contiguous: whether cuts between layers do.
         trace: gets the seconds that choosing took.
+        both_ways: kinds of layers in which an image's tokens attend to each other both ways.
     """
 
     decoder: Any
@@ -178,6 +195,7 @@ class LayerPruning:
     renumbers: bool
     contiguous: bool
     trace: Trace
+    both_ways: tuple[str, ...] = ()
 
     def before_decoder(self, forward: Forward, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The decoder's arguments after the cut at its input, if there is one."""
@@ -202,6 +220,12 @@ class LayerPruning:
         if segment.cached.pruned:
             grown = cache_of(kwargs) is not None or kwargs.get("use_cache")
             new["attention_mask"] = segment.mask(hidden.device, explicit=not grown)
+            if forward.blocks is not None:
+                kinds = [mask_kind(self.decoder.config, n) for n in range(len(self.decoder.layers))]
+                new["attention_mask"] = {
+                    kind: self._mask(forward, segment, kinds.index(kind), hidden, kwargs)
+                    for kind in set(kinds)
+                }
             new["position_ids"] = segment.positions
             new |= self.selected(forward, segment, hidden.device)
         return kwargs | new | self._deepstack(forward, layout, kwargs)
@@ -293,18 +317,16 @@ class LayerPruning:
         if (features := forward.deepstack.get(number - 1)) is not None:
             column, valid = segment.layout.column.to(device), segment.layout.valid.to(device)
             hidden = hidden + take(features.to(device), column) * valid[..., None]
-        cos, sin = segment.rotary or kwargs["position_embeddings"]
-        rotary = cos, sin
+        rotary = self._rotary(segment, number, hidden, kwargs["position_embeddings"])
         cutting = Cutting(self, forward, number, layer, hidden, rotary, segment, cache_of(kwargs))
         if number == 0 and forward.due:
             cutting.choose_queries()
         if number in forward.due:
             hidden, segment = cutting.cut()
         elif number in forward.prompt.layers and number > 0:
+            known = {} if self.contiguous else segment.rotary
             segment = self.segment(forward, segment.layout, number)
-            segment.rotary = rotary
-            if self.contiguous:
-                segment.rotary = self.decoder.rotary_emb(hidden, position_ids=segment.positions)
+            segment.rotary = known
             segment.selected = self.selected(forward, segment, device)
         forward.active[number] = segment
         kwargs = self._arguments(forward, segment, number, hidden, kwargs)
@@ -324,21 +346,66 @@ class LayerPruning:
         if segment is forward.active[-1]:
             moved = {"position_ids": self._given(segment)} if segment.cached.pruned else {}
             return kwargs | moved
-        kind = mask_kind(self.decoder.config, number)
+        own = {
+            "position_ids": self._given(segment),
+            "position_embeddings": self._rotary(
+                segment, number, hidden, kwargs["position_embeddings"]
+            ),
+            "attention_mask": self._mask(forward, segment, number, hidden, kwargs),
+        }
+        return kwargs | segment.selected | own
+
+    def _mask(
+        self,
+        forward: Forward,
+        segment: Segment,
+        number: int,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The attention mask of layer `number`, made once for all layers of its kind."""
+        config, kind = self.decoder.config, mask_kind(self.decoder.config, number)
         if kind not in segment.masks:
-            segment.masks[kind] = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind](
-                config=self.decoder.config,
+            make, more = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind], {}
+            if forward.blocks is not None and kind in self.both_ways:
+                # within the window, what is causal or of the same block
+                make = create_causal_mask
+                blocks = segment.blocks(forward.blocks, hidden.device)
+                more["or_mask_function"] = blockwise_overlay(blocks)
+                if kind == "sliding_attention":
+                    more["and_mask_function"] = sliding_window_overlay(config.sliding_window)
+            segment.masks[kind] = make(
+                config=config,
                 inputs_embeds=hidden,
                 attention_mask=segment.mask(hidden.device),
                 layer_idx=number,
                 **{CACHE: cache_of(kwargs)},
+                **more,
             )
-        own = {
-            "position_ids": self._given(segment),
-            "position_embeddings": segment.rotary,
-            "attention_mask": segment.masks[kind],
-        }
-        return kwargs | segment.selected | own
+        return segment.masks[kind]
+
+    def _rotary(
+        self,
+        segment: Segment,
+        number: int,
+        hidden: Tensor,
+        given: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for layer `number`, where the decoder would give it `given`."""
+        if segment.rotary is None:
+            return given
+        kind = self.rotary_kind(number)
+        if kind not in segment.rotary:
+            more = {"layer_type": kind} if kind else {}
+            segment.rotary[kind] = self.decoder.rotary_emb(
+                hidden, position_ids=segment.positions, **more
+            )
+        return segment.rotary[kind]
+
+    def rotary_kind(self, number: int) -> str:
+        """The kind of layer `number` where each kind turns by frequencies of its own, else nothing."""
+        own = "layer_type" in signature(self.decoder.rotary_emb.forward).parameters
+        return mask_kind(self.decoder.config, number) if own else ""
 
     def _given(self, segment: Segment) -> Tensor | None:
         """The position ids that layers are given, beside their rotation."""
@@ -400,7 +467,7 @@ class Cutting:
 
         mixed = torch.is_autocast_enabled(device.type)
 
-        def attention(columns: Tensor, real: Tensor) -> AttentionRows:
+        def attention(columns: Tensor, real: Tensor, last: Tensor | None = None) -> AttentionRows:
             with torch.autocast(device.type, enabled=mixed):
                 query, key = decoder_query_key(source, before, rotary, columns)
             valid, first = layout.valid, 0
@@ -408,10 +475,12 @@ class Cutting:
                 past, past_valid = self.past_keys(number)
                 key, first = torch.cat([past.to(key), key], 2), past.shape[2]
                 valid = torch.cat([past_valid, valid], 1)
+            # a token sees all keys up to the last one of its block
+            until = torch.where(real, columns if last is None else last, -1)
             return AttentionRows(
                 query[row],
                 key[row],
-                torch.where(real, columns + first, -1)[row],
+                torch.where(real, until + first, -1)[row],
                 moved(valid)[row],
                 at[1] + first,
                 source.self_attn.scaling,
@@ -422,8 +491,9 @@ class Cutting:
             return attention(index[:, queries], real[:, queries])
 
         def prompt_rows() -> AttentionRows:
-            columns = torch.arange(layout.valid.shape[1], device=device)
-            return attention(columns.expand(len(before), -1), moved(layout.prompt_mask))
+            columns = torch.arange(layout.valid.shape[1], device=device).expand(len(before), -1)
+            last = self.last_of_block(columns, number)
+            return attention(columns, moved(layout.prompt_mask), last)
 
         def keys() -> tuple[Tensor, Tensor]:
             with torch.autocast(device.type, enabled=mixed):
@@ -442,6 +512,21 @@ class Cutting:
             self.pruning.decoder.norm,
             tuple(self.forward.seeds[image] for image in images),
         )
+
+    def last_of_block(self, columns: Tensor, number: int) -> Tensor | None:
+        """Where the last token stands that each token sees in layer `number`, (B, n); None where
+        that is the token itself.
+        """
+        kind = mask_kind(self.pruning.decoder.config, number)
+        if self.forward.blocks is None or kind not in self.pruning.both_ways:
+            return None
+        layout = self.segment.layout
+        blocks = torch.where(layout.valid, self.forward.blocks.gather(1, layout.column), -1)
+        blocks = blocks.to(columns.device)
+        # -1 as an index is the last entry, which stands for text
+        ends = columns.new_full((len(columns), int(blocks.max()) + 2), -1)
+        ends.scatter_reduce_(1, blocks % ends.shape[1], columns, "amax")
+        return torch.where(blocks < 0, columns, ends.gather(1, blocks % ends.shape[1]))
 
     def past_keys(self, number: int) -> tuple[Tensor, Tensor]:
         """Keys (B, G, P, d) of tokens before this forward's in layer `number`, and which are valid.
@@ -515,9 +600,10 @@ class Cutting:
             )
             hidden = filled(hidden, kept, features)
         segment = self.pruning.segment(forward, kept, self.number)
-        segment.rotary = tuple(rotary) or self.pruning.decoder.rotary_emb(
-            hidden, position_ids=segment.positions
-        )
+        segment.rotary = {}
+        if rotary:
+            cos, sin = rotary
+            segment.rotary[self.pruning.rotary_kind(self.number)] = cos, sin
         segment.selected = self.pruning.selected(forward, segment, device)
         forward.cuts[self.number] = kept.indices()
         return hidden, segment

@@ -21,8 +21,7 @@ class Prompts:
     """A batch of B prompts, padded on the left.
 
     Args:
-        tensors: `input_ids` and `attention_mask` (B, L), and where positions have rows for images
-            `position_ids` (4, B, L).
+        tensors: `input_ids` and `attention_mask` (B, L), and the family's `arguments`.
         vision: the tokens of all images, in order; None where there is no image.
         pixel_values: the same images before the tower.
         images: how many images each prompt has.
@@ -95,8 +94,6 @@ def encoded(model: Any, inputs: Mapping[str, Any], images: list[int]) -> Prompts
         with torch.no_grad():
             vision = family.encode(**{name: inputs[name] for name in names if name in inputs})
         seconds = now(device) - start
-        if family.mrope:
-            mask = tensors["attention_mask"]
-            positions = family.positions(tensors["input_ids"], mask, vision.inputs)
-            tensors["position_ids"] = positions * mask
+        ids, mask = tensors["input_ids"], tensors["attention_mask"]
+        tensors |= family.arguments(ids, mask, vision.inputs)
     return Prompts(tensors, vision, inputs.get("pixel_values"), images, seconds)

@@ -92,5 +92,6 @@ LAYOUTS: Registry[Callable[[Family, int], Layout]] = Registry(
         "smolvlm": _marked_tiles,
         "qwen3_vl_moe": _patches,
         "idefics3": _marked_tiles,
+        "gemma3": _one,
     },
 )

@@ -5,6 +5,7 @@ from typing import Any
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import Registry
 from vlm_prune.vlm.families.base import Family, Need
+from vlm_prune.vlm.families.gemma3 import Gemma3
 from vlm_prune.vlm.families.idefics3 import Idefics3
 from vlm_prune.vlm.families.internvl import InternVL
 from vlm_prune.vlm.families.llava import Llava
@@ -27,6 +28,7 @@ FAMILIES: Registry[type[Family]] = Registry(
         "smolvlm": SmolVLM,
         "qwen3_vl_moe": Qwen3VLMoe,
         "idefics3": Idefics3,
+        "gemma3": Gemma3,
     },
 )
 

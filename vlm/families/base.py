@@ -19,6 +19,7 @@ Need = Literal[
     "a two-layer projector",
     "a nonlinear projector (a linear one is equally sensitive to all tokens)",
     "a fixed image size",
+    "a tower that takes smaller images",
 ]
 MAX_RESIZED_PIXELS = 16_000_000
 
@@ -92,7 +93,8 @@ class Family(ABC):
     `lacks` names what some methods need and the family has not; `image_inputs` the arguments of a
     prompt, next to `pixel_values`, that describe its images; `mrope` whether positions have rows
     for time, height and width, which leave gaps when tokens go; `by_row` whether the processor
-    takes the images of each prompt apart.
+    takes the images of each prompt apart; `both_ways` in which kinds of decoder layers the tokens
+    of an image attend to each other both ways.
     """
 
     model: Any
@@ -101,6 +103,7 @@ class Family(ABC):
     image_inputs: ClassVar[tuple[str, ...]] = ()
     mrope: ClassVar[bool] = False
     by_row: ClassVar[bool] = False
+    both_ways: ClassVar[tuple[str, ...]] = ()
 
     @property
     def device(self) -> torch.device:
@@ -264,6 +267,29 @@ class Family(ABC):
             inputs: those of `image_inputs`.
         """
         return valid.cumsum(1) - 1
+
+    def arguments(
+        self, input_ids: Tensor, valid: Tensor, inputs: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Returns what a forward needs beside ids, mask and encoded images to treat these as images.
+
+        Args:
+            input_ids: (B, L).
+            valid: which tokens are no padding, (B, L).
+            inputs: those of `image_inputs`.
+        """
+        return (
+            {"position_ids": self.positions(input_ids, valid, inputs) * valid} if self.mrope else {}
+        )
+
+    def blocks(self, inputs: Mapping[str, Any], length: int) -> Tensor | None:
+        """Numbers of the tokens that attend to each other both ways, from what a forward is given.
+
+        Args:
+            inputs: arguments of the forward.
+            length: of its tokens, of which the arguments may describe more: those before.
+        """
+        return None
 
     def output(
         self, features: Sequence[Tensor], deepstack: Sequence[list[Tensor]] = ()

@@ -154,7 +154,8 @@ def test_images_encoded_beforehand_and_prompts_without_any(tiny):
     inputs, images = encode(tiny, [[([0], "red?")], [([1, 2], "blue?")]])
     family, pruner = family_of(tiny.model), DivPrune(budget=4)
     prompt = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    positions = ("mm_token_type_ids", *family.image_inputs) if family.mrope else ()
+    kinds = ("token_type_ids", "mm_token_type_ids")
+    positions = [name for name in (*kinds, *family.image_inputs) if name in inputs]
     text = {
         name: value
         for name, value in tiny.inputs([[([], "What is red?")]]).items()

@@ -1,5 +1,7 @@
 """What every method keeps on every family; see CONTRIBUTING.md."""
 
+from inspect import signature
+
 import pytest
 import torch
 from tiny_families import failing, same_choices, snapshot
@@ -11,6 +13,7 @@ from vlm_prune.pruning.best import Best
 from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.layer_pruning import mask_kind
 
 QUESTION, LONG = "Is there a 7?", "What color is the star and is there a 7?"
 ALONE = [[([0], QUESTION)]]
@@ -139,6 +142,20 @@ def test_cached_decoding_equals_a_full_forward(name, tiny, monkeypatch):
         assert_close(ours[0], logits[len(logits) - len(out.logits) - 1 + step])
 
 
+def visible(family, kind, here, images):
+    """What tokens see in a layer of that kind, `here` (n,) their columns in the full prompt: a mask
+    to be added, (1, 1, n, n)."""
+    order = torch.arange(len(here))
+    seen = order[:, None] >= order
+    if kind in family.both_ways:
+        for image in images:
+            own = torch.isin(here, image)
+            seen |= own[:, None] & own
+    if kind == "sliding_attention":
+        seen &= order[:, None] - order < family.decoder.config.sliding_window
+    return torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))[None, None]
+
+
 @torch.no_grad()
 def full_forward(tiny, inputs, sequences, method, trace, reduced):
     """Logits of one row where `trace` drops tokens, with the features that the method gave."""
@@ -186,8 +203,11 @@ def full_forward(tiny, inputs, sequences, method, trace, reduced):
         if number in cuts:
             drop(next(kept), reduced["inside"], getattr(method, "inside", method))
         at = places[1:, :, here] if family.mrope else position[None]
-        mask = torch.full((len(here), len(here)), float("-inf")).triu(1)[None, None]
-        rotary = family.decoder.rotary_emb(hidden[None], position_ids=at)
+        kind, own = mask_kind(family.decoder.config, number), {}
+        mask = visible(family, kind, here, images)
+        if "layer_type" in signature(family.decoder.rotary_emb.forward).parameters:
+            own = {"layer_type": kind}
+        rotary = family.decoder.rotary_emb(hidden[None], position_ids=at, **own)
         hidden = layer(hidden[None], attention_mask=mask, position_embeddings=rotary)[0]
         if number < len(deep):
             hidden = hidden + deep[number][here]
