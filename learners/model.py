@@ -106,6 +106,12 @@ def attach(model: Any, config: WingsConfig | None = None, seed: int = 0) -> None
     if family.mrope:
         kind = model.config.model_type
         raise InputError(f"Wings needs one position for each token, and {kind} models have three")
+    if family.both_ways:
+        kind = model.config.model_type
+        raise InputError(
+            f"Wings needs causal attention, and the image tokens of {kind} models attend to each "
+            "other both ways"
+        )
     if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
         raise InputError("Wings needs full attention in every layer; turn use_sliding_window off")
     width, head_dim = text.hidden_size, decoder.layers[0].self_attn.head_dim

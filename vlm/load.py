@@ -258,7 +258,9 @@ def check_processor(processor: Any, config: Any) -> None:
     wanted = getattr(config, "image_token_id", None)
     if isinstance(token, str) and wanted is not None:
         found = processor.tokenizer.convert_tokens_to_ids(token)
-        if found != wanted:
+        # Gemma's marker of an image stands for a run of other tokens
+        marked = getattr(processor.tokenizer, "boi_token", None) == token
+        if (processor.tokenizer.image_token_id if marked else found) != wanted:
             raise InputError(
                 f"image token {token!r} is {found} in the tokenizer, {wanted} in config.json"
             )

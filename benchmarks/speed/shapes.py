@@ -5,6 +5,7 @@ from collections.abc import Callable
 from transformers import (
     AutoConfig,
     CLIPVisionConfig,
+    Gemma3Config,
     Idefics3Config,
     InternVLConfig,
     LlamaConfig,
@@ -176,6 +177,21 @@ def _idefics3_8b() -> Idefics3Config:
     )  # fmt: skip
 
 
+def _gemma3_4b() -> Gemma3Config:
+    return Gemma3Config(
+        vision_config={
+            "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
+            "num_attention_heads": 16, "image_size": 896, "patch_size": 14,
+            "vision_use_head": False,
+        },
+        text_config={
+            "vocab_size": 262208, "hidden_size": 2560, "intermediate_size": 10240,
+            "num_hidden_layers": 34, "num_attention_heads": 8, "num_key_value_heads": 4,
+            "head_dim": 256, "sliding_window": 1024, "query_pre_attn_scalar": 256,
+        },
+    )  # fmt: skip
+
+
 def _llava_05b() -> LlavaConfig:
     """LLaVA-1.5 over Qwen1.5-0.5B."""
     return LlavaConfig(
@@ -205,6 +221,7 @@ SHAPES: Registry[Callable[[], PreTrainedConfig]] = Registry(
         "smolvlm-256m": _smolvlm_256m,
         "qwen3-vl-30b-a3b": _qwen3_vl_30b_a3b,
         "idefics3-8b": _idefics3_8b,
+        "gemma3-4b": _gemma3_4b,
         "tiny": _tiny,
     },
 )
