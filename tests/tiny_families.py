@@ -276,11 +276,29 @@ def gemma3():
     return hf.Gemma3ForConditionalGeneration(config), processor
 
 
+def mistral3():
+    tokens = {"image": "[IMG]", "break": "[IMG_BREAK]", "end": "[IMG_END]"}
+    tokenizer = tokenizer_with(**{f"image_{name}_token": own for name, own in tokens.items()})
+    config = hf.Mistral3Config(
+        vision_config=hf.PixtralVisionConfig(**vit(image_size=126, patch_size=7, head_dim=HEAD)),
+        text_config=hf.MistralConfig(
+            **text_of(tokenizer, head_dim=HEAD, sliding_window=None)
+        ),
+        spatial_merge_size=2, image_token_id=token_id(tokenizer, "[IMG]"),
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    processor = hf.PixtralProcessor(
+        hf.PixtralImageProcessor(size={"longest_edge": 126}, patch_size=7), tokenizer,
+        patch_size=7, spatial_merge_size=2, chat_template=template("[IMG]"),
+    )  # fmt: skip
+    return hf.Mistral3ForConditionalGeneration(config), processor
+
+
 MAKERS = {
     maker.__name__: maker
     for maker in (
         llava, llava_next, llava_onevision, qwen2_5_vl, qwen3_vl, internvl, smolvlm,
-        qwen3_vl_moe, idefics3, gemma3,
+        qwen3_vl_moe, idefics3, gemma3, mistral3,
     )
 }  # fmt: skip
 
@@ -294,6 +312,7 @@ NEEDS = {
     "qwen3_vl_moe": ("torchvision",),
     "idefics3": ("torchvision",),
     "gemma3": ("torchvision",),
+    "mistral3": ("torchvision",),
 }
 
 

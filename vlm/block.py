@@ -241,7 +241,7 @@ class Block:
         drafts = call.drafts if source is not None else 0
         if source is not None and cache is None:
             drafts = self.drafts(source, ids, drafts)
-        layout = TokenLayout.of(ordinal, valid, counts, drafts)
+        layout = TokenLayout.of(ordinal, valid, counts, drafts, family.row_breaks)
         forward = Forward(layout, past, prompt, is_right_padded(valid), layout.counts)
         forward.blocks = family.blocks(kwargs, length)
         if choice is not None:

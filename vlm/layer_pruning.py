@@ -591,6 +591,7 @@ class Cutting:
                         features[image] = own
                 for image, own in zip(group, indices, strict=True):
                     keep[layout.rows[image], columns[image][own]] = True
+            keep = layout.without_empty_rows(keep)
             kept, column = layout.keep(keep, forward.right_padded, self.pruning.contiguous)
             tables = []
             if not self.pruning.contiguous:
@@ -610,12 +611,14 @@ class Cutting:
 
 
 def keep_mask(layout: TokenLayout, indices: list[Tensor]) -> Tensor:
-    """Text, and of each image the placeholders at `indices` (k,), ascending; a mask (B, n)."""
+    """Text but for ends of empty rows, and of each image the placeholders at `indices` (k,),
+    ascending; a mask (B, n).
+    """
     keep = layout.valid & (layout.image < 0)
     for row, columns, own in zip(layout.rows, layout.images(), indices, strict=True):
         # masked placeholders have no columns
         keep[row, columns[torch.searchsorted(layout.index[row, columns], own)]] = True
-    return keep
+    return layout.without_empty_rows(keep)
 
 
 def filled(hidden: Tensor, layout: TokenLayout, features: Sequence[Tensor | None]) -> Tensor:

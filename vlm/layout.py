@@ -94,6 +94,21 @@ def question_mask(is_image: Tensor, valid: Tensor) -> Tensor:
     return after & valid.bool() & is_image.any(1, keepdim=True)
 
 
+def grid_lines(ordinal: Tensor) -> Tensor:
+    """For image tokens, and text between tokens of one image, the row of a grid that they are in or
+    end, counted over the prompt; -1 for other text. Ordinals and lines are (B, L).
+    """
+    shown = ordinal >= 0
+    # the image before each column, and the one after it
+    before = ordinal.cummax(1).values
+    last = int(ordinal.max()) + 1
+    after = torch.where(shown, ordinal, last).flip(1).cummin(1).values.flip(1)
+    inside = ~shown & (before == after)
+    first = shown & (torch.nn.functional.pad(before, (1, 0), value=-1)[:, :-1] != ordinal)
+    begins = first | torch.nn.functional.pad(inside, (1, 0))[:, :-1]
+    return torch.where(shown | inside, begins.cumsum(1), -1)
+
+
 @dataclass(frozen=True)
 class TokenLayout:
     """The tokens of one forward that a decoder layer gets; tensors (B, n), on the host.
@@ -109,6 +124,8 @@ class TokenLayout:
         next_shift: the shift of tokens that follow, (B, 1).
         rows: the row of each image, (M,).
         counts: how many tokens each image has.
+        line: of an image token, which row of the image's grid it is in, and of text that ends such a
+            row which one, counted over the prompt; -1 for other text.
     """
 
     valid: Tensor
@@ -121,9 +138,17 @@ class TokenLayout:
     next_shift: Tensor
     rows: Tensor
     counts: list[int]
+    line: Tensor
 
     @classmethod
-    def of(cls, ordinal: Tensor, valid: Tensor, counts: Sequence[int], drafts: int = 0) -> Self:
+    def of(
+        cls,
+        ordinal: Tensor,
+        valid: Tensor,
+        counts: Sequence[int],
+        drafts: int = 0,
+        row_breaks: bool = False,
+    ) -> Self:
         """A full input's layout.
 
         Args:
@@ -131,6 +156,7 @@ class TokenLayout:
             valid: tokens that are no padding, (B, L); a placeholder outside it is no token.
             counts: placeholders of each image, in row order.
             drafts: how many of the last tokens are no part of the prompt.
+            row_breaks: whether text between an image's placeholders ends rows of its grid.
         """
         index = torch.zeros_like(ordinal)
         index[ordinal >= 0] = torch.cat([torch.arange(0), *map(torch.arange, counts)])
@@ -148,6 +174,7 @@ class TokenLayout:
             torch.zeros(len(ordinal), 1, dtype=torch.long),
             image_rows(ordinal, len(counts)),
             torch.bincount(image[image >= 0], minlength=len(counts)).tolist(),
+            grid_lines(ordinal) if row_breaks else torch.full_like(ordinal, -1),
         )
 
     def images(self) -> list[Tensor]:
@@ -182,7 +209,23 @@ class TokenLayout:
             shift=shift.gather(1, column),
             next_shift=self.next_shift + dropped.sum(1, keepdim=True),
             counts=torch.bincount(image[image >= 0], minlength=len(self.counts)).tolist(),
+            line=self.line.gather(1, column),
         ), column
+
+    def without_empty_rows(self, keep: Tensor) -> Tensor:
+        """Returns `keep` (B, n) without the text that ends rows of which no image token stays."""
+        text = (self.image < 0) & (self.line >= 0)
+        if not bool(text.any()):
+            return keep
+        shape = len(self.line), int(self.line.max()) + 1
+        before, after = (
+            torch.zeros(shape, dtype=torch.bool).scatter_reduce_(
+                1, self.line.clamp(min=0), there, "amax"
+            )
+            for there in (self.image >= 0, (self.image >= 0) & keep)
+        )
+        empty = (before & ~after).gather(1, self.line.clamp(min=0))
+        return keep & ~(text & empty)
 
 
 def image_seeds(input_ids: Tensor, layout: TokenLayout) -> list[int]:

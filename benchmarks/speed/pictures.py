@@ -10,7 +10,8 @@ from vlm_prune.vlm.common.registry import Registry
 from vlm_prune.vlm.families import Family, family_of
 
 SIDE = 672  # of a picture in pixels where a model takes any size: 2 x 2 tiles of most towers
-MARKERS = (10, 11)  # text in front of a tile, and of the overview, where prompts have such
+MARKERS = (10, 11)
+"""Text in front of a tile and of the overview, or behind a row and the last one, where there is such."""
 
 
 def random_pictures(model: Any, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -80,6 +81,18 @@ def _marked_tiles(family: Family, batch: int) -> Layout:
     return (batch, 5, *_square(family)), {}, [*[tile, *run] * 4, overview, *run]
 
 
+def _rows(family: Family, batch: int) -> Layout:
+    """Rows of tokens, each before a marker; the last one's is another."""
+    vision, config = family.model.config.vision_config, family.model.config
+    side = SIDE // (vision.patch_size * config.spatial_merge_size)
+    pixels = side * vision.patch_size * config.spatial_merge_size
+    inputs = {"image_sizes": torch.tensor([[pixels, pixels]] * batch)}
+    row, (end, last) = [family.image_token] * side, MARKERS
+    return (
+        (batch, vision.num_channels, pixels, pixels), inputs, [*[*row, end] * (side - 1), *row, last]
+    )  # fmt: skip
+
+
 LAYOUTS: Registry[Callable[[Family, int], Layout]] = Registry(
     "model family",
     {
@@ -93,5 +106,6 @@ LAYOUTS: Registry[Callable[[Family, int], Layout]] = Registry(
         "qwen3_vl_moe": _patches,
         "idefics3": _marked_tiles,
         "gemma3": _one,
+        "mistral3": _rows,
     },
 )

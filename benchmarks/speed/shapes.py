@@ -12,6 +12,9 @@ from transformers import (
     LlavaConfig,
     LlavaNextConfig,
     LlavaOnevisionConfig,
+    Mistral3Config,
+    MistralConfig,
+    PixtralVisionConfig,
     PreTrainedConfig,
     Qwen2_5_VLConfig,
     Qwen2Config,
@@ -192,6 +195,21 @@ def _gemma3_4b() -> Gemma3Config:
     )  # fmt: skip
 
 
+def _mistral_small_31_24b() -> Mistral3Config:
+    return Mistral3Config(
+        vision_config=PixtralVisionConfig(
+            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+            image_size=1540, patch_size=14, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        ),
+        text_config=MistralConfig(
+            vocab_size=131072, hidden_size=5120, intermediate_size=32768, num_hidden_layers=40,
+            num_attention_heads=32, num_key_value_heads=8, head_dim=128, sliding_window=None,
+            tie_word_embeddings=False,
+        ),
+        spatial_merge_size=2, image_token_id=10, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
 def _llava_05b() -> LlavaConfig:
     """LLaVA-1.5 over Qwen1.5-0.5B."""
     return LlavaConfig(
@@ -222,6 +240,7 @@ SHAPES: Registry[Callable[[], PreTrainedConfig]] = Registry(
         "qwen3-vl-30b-a3b": _qwen3_vl_30b_a3b,
         "idefics3-8b": _idefics3_8b,
         "gemma3-4b": _gemma3_4b,
+        "mistral-small-3.1-24b": _mistral_small_31_24b,
         "tiny": _tiny,
     },
 )

@@ -53,6 +53,7 @@ def test_images_of_several_sizes_on_every_family(tiny):
         "input_ids": inputs["input_ids"], "attention_mask": mask,
         "position_ids": family.positions(inputs["input_ids"], mask, images.inputs) * mask,
         "mm_encoder_outputs": family.output(images.projected, images.deepstack),
+        **family.arguments(inputs["input_ids"], mask, images.inputs),
     }  # fmt: skip
     for given in (inputs, encoded):
         layers = list(question_rows(tiny.model, given))

@@ -11,6 +11,7 @@ from vlm_prune.vlm.families.internvl import InternVL
 from vlm_prune.vlm.families.llava import Llava
 from vlm_prune.vlm.families.llava_next import LlavaNext
 from vlm_prune.vlm.families.llava_onevision import LlavaOneVision
+from vlm_prune.vlm.families.mistral3 import Mistral3
 from vlm_prune.vlm.families.qwen2_5_vl import Qwen25VL
 from vlm_prune.vlm.families.qwen3_vl import Qwen3VL
 from vlm_prune.vlm.families.qwen3_vl_moe import Qwen3VLMoe
@@ -29,6 +30,7 @@ FAMILIES: Registry[type[Family]] = Registry(
         "qwen3_vl_moe": Qwen3VLMoe,
         "idefics3": Idefics3,
         "gemma3": Gemma3,
+        "mistral3": Mistral3,
     },
 )
 

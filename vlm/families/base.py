@@ -2,9 +2,10 @@
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -59,6 +60,23 @@ def check_strategy(config: Any, prefix: int) -> None:
         )
 
 
+@contextmanager
+def noted(layer: nn.Module) -> Iterator[dict[str, Any]]:
+    """What a layer of a tower gets in this thread while open: its input and rotation."""
+    seen: dict[str, Any] = {}
+    thread = get_ident()
+
+    def note(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if get_ident() == thread:
+            seen.update(hidden=args[0], rotary=kwargs["position_embeddings"])
+
+    hook = layer.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
 def compute_device(model: Any) -> torch.device:
     """Returns where a model computes. Weights that accelerate has offloaded are on no device: its
     hooks bring them to theirs.
@@ -94,7 +112,8 @@ class Family(ABC):
     prompt, next to `pixel_values`, that describe its images; `mrope` whether positions have rows
     for time, height and width, which leave gaps when tokens go; `by_row` whether the processor
     takes the images of each prompt apart; `both_ways` in which kinds of decoder layers the tokens
-    of an image attend to each other both ways.
+    of an image attend to each other both ways; `row_breaks` whether text between an image's
+    placeholders ends its rows, and goes with the last token of its row.
     """
 
     model: Any
@@ -104,6 +123,7 @@ class Family(ABC):
     mrope: ClassVar[bool] = False
     by_row: ClassVar[bool] = False
     both_ways: ClassVar[tuple[str, ...]] = ()
+    row_breaks: ClassVar[bool] = False
 
     @property
     def device(self) -> torch.device:

@@ -10,7 +10,6 @@ read its attention read the mean over all patches.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from threading import get_ident
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +19,7 @@ from transformers.vision_utils import get_vision_window_index
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.cost import tower_flops
 from vlm_prune.vlm.encoded import Group, Images
-from vlm_prune.vlm.families.base import Family, Need, matrices, seed_of
+from vlm_prune.vlm.families.base import Family, Need, matrices, noted, seed_of
 from vlm_prune.vlm.layout import alike
 from vlm_prune.vlm.projector import Projector
 from vlm_prune.vlm.tokens import VisionTokens
@@ -69,19 +68,9 @@ class Qwen25VL(Family):
 
     def run(self, encoder: Callable[..., Any], pixel_values: Tensor, **inputs: Any) -> Any:
         """The output's `last_layer` is what the tower's last layer gets: input and rotation."""
-        seen: dict[str, Any] = {}
         inputs["image_grid_thw"] = inputs["image_grid_thw"].to(self.device)
-        thread = get_ident()
-
-        def note(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            if get_ident() == thread:
-                seen.update(hidden=args[0], rotary=kwargs["position_embeddings"])
-
-        hook = self.tower_layers[-1].register_forward_pre_hook(note, with_kwargs=True)
-        try:
+        with noted(self.tower_layers[-1]) as seen:
             output = encoder(pixel_values=pixel_values, **inputs | {"return_dict": True})
-        finally:
-            hook.remove()
         output.last_layer = seen
         return output
 

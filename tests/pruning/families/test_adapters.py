@@ -186,6 +186,7 @@ def test_the_tower_s_flops_are_those_that_it_spends_on_each_picture(tiny):
             projector = sum(
                 spent for name, spent in counts.items()
                 if any(part in name.split(".")[-1] for part in outside)
+                and not any(part in name.rpartition(".")[0] for part in outside)
                 or "deepstack_merger_list" in name and name.count(".") == 2
             )  # fmt: skip
             assert images.flops == [pytest.approx(counts["Global"] - projector, rel=1e-3)]
@@ -266,3 +267,16 @@ def test_smolvlm_names_the_transformers_that_it_needs(tiny, monkeypatch):
     monkeypatch.setattr("transformers.__version__", "5.20.2")
     with pytest.raises(InputError, match="transformers 5.21 or newer, this is 5.20.2"):
         family_of(tiny.model)
+
+
+@pytest.mark.parametrize("tiny", ["gemma3"], indirect=True)
+def test_crops_of_pan_and_scan_are_images_of_their_own(tiny):
+    crops = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 20}
+    inputs = tiny.processor(
+        text="<start_of_image> red?", images=[[tiny.pictures[2]]], return_tensors="pt", **crops
+    )
+    counts = tiny.encode(inputs).counts
+    assert len(counts) == len(inputs["pixel_values"]) > 1 and set(counts) == {25}
+    with Random(budget=6)(tiny.model) as trace, torch.inference_mode():
+        assert tiny.model(**inputs).logits.isfinite().all()
+    assert [len(kept) for kept in trace.kept] == [6] * len(counts)

@@ -185,6 +185,11 @@ def full_forward(tiny, inputs, sequences, method, trace, reduced):
                 gone[image] = True
                 gone[image[after]] = False
                 new |= dict(zip(image[after].tolist(), given, strict=True))
+            if family.row_breaks:  # text behind a row, which is empty now and was not
+                rows = image.tensor_split((image.diff() > 1).nonzero()[:, 0] + 1)
+                for row in rows[:-1]:
+                    was, stays = (torch.isin(row, image[own]).any() for own in (before, after))
+                    gone[row[-1] + 1] |= was and not stays
         keep = ~gone[here]
         hidden, here, position, left = hidden[keep].clone(), here[keep], position[keep], kept
         if part.positions_on(family) != "original":

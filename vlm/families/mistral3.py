@@ -1,0 +1,125 @@
+"""Mistral 3 in transformers: a Pixtral tower, images of any size, 2 x 2 patches per token, rows of text.
+
+Behind each row of an image's tokens stands a token of text that ends it, but for the last row: it goes
+when the row's last image token goes, and stays outside of budgets. Norm and merger of the projector
+count as the tower's, so that two layers remain. A token receives the mean attention of its patches in
+the tower's last layer; there is no CLS token.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.encoded import Group, Images
+from vlm_prune.vlm.families.base import Family, Need, noted, seed_of
+from vlm_prune.vlm.layout import alike
+from vlm_prune.vlm.projector import Projector
+from vlm_prune.vlm.tokens import VisionTokens
+
+
+@dataclass(frozen=True)
+class Mistral3(Family):
+    """Paths into a `Mistral3ForConditionalGeneration`."""
+
+    lacks: ClassVar[frozenset[Need]] = frozenset({"a fixed image size"})
+    image_inputs: ClassVar[tuple[str, ...]] = ("image_sizes",)
+    row_breaks: ClassVar[bool] = True
+
+    @property
+    def tower_layers(self) -> Any:
+        return self.model.model.vision_tower.transformer.layers
+
+    @property
+    def tokens_per_image(self) -> int:
+        raise InputError("images of this model have as many tokens as their size asks for")
+
+    @property
+    def merge(self) -> int:
+        """Patches of a token on each side."""
+        return int(self.model.config.spatial_merge_size)
+
+    @property
+    def projector(self) -> Projector:
+        module = self.model.model.multi_modal_projector
+        return Projector(module.linear_1, module.act, module.linear_2)
+
+    def grids(self, image_sizes: Any) -> list[tuple[int, int]]:
+        """Rows and columns of tokens of images of these heights and widths in pixels."""
+        side = self.patch_size * self.merge
+        return [(int(height) // side, int(width) // side) for height, width in image_sizes]
+
+    def sizes(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> list[int]:
+        return [rows * columns for rows, columns in self.grids(inputs["image_sizes"])]
+
+    def run(self, encoder: Callable[..., Any], pixel_values: Tensor, **inputs: Any) -> Any:
+        """The output's `last_layer` is what the tower's last layer gets: input and rotation."""
+        with noted(self.tower_layers[-1]) as seen:
+            output = super().run(encoder, pixel_values, **inputs)
+        output.last_layer = seen
+        return output
+
+    @property
+    def states_read(self) -> tuple[int, ...]:
+        return (int(self.model.config.vision_feature_layer),)
+
+    def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
+        """Images of (M, 3, H, W) pixels, padded to the largest, whose sizes are `image_sizes` (M, 2)."""
+        sizes, module = inputs["image_sizes"], self.model.model.multi_modal_projector
+        grids, merge = self.grids(sizes), self.merge
+        counts = [rows * columns for rows, columns in grids]
+        state = output.hidden_states[self.model.config.vision_feature_layer].squeeze(0)
+        with torch.no_grad():
+            features = module.patch_merger(module.norm(state), sizes).split(counts)
+        patches = [count * merge**2 for count in counts]
+        hidden = output.last_layer["hidden"].squeeze(0).split(patches)
+        cos, sin = (table.split(patches) for table in output.last_layer["rotary"])
+        groups = []
+        for members in alike(grids):
+            first = members[0]
+            before = torch.stack([hidden[i] for i in members])
+            tokens = VisionTokens(
+                features=torch.stack([features[i] for i in members]),
+                projected=torch.stack([output.pooler_output[i] for i in members]),
+                grids=(grids[first],),
+                seeds=tuple(
+                    seed_of(pixel_values[i, :, : int(sizes[i][0]), : int(sizes[i][1])])
+                    for i in members
+                ),
+                projector=self.projector,
+                query_key=partial(self.query_key, before, cos[first], sin[first]),
+                has_cls=False,
+                pool=partial(self.pool, grids[first]),
+            )
+            groups.append(Group(members, tokens, flops=self.tower_flops([patches[first]])))
+        return Images(groups, {"image_sizes": sizes})
+
+    def pool(self, grid: tuple[int, int], values: Tensor) -> Tensor:
+        """(M, S, c) -> (M, N, c), the mean over a token's patches, given the grid of tokens."""
+        merge, (rows, columns) = self.merge, grid
+        mean: Tensor = values.unflatten(1, (rows, merge, columns, merge)).mean((2, 4))
+        return mean.flatten(1, 2)
+
+    @torch.no_grad()
+    def query_key(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns queries and keys of the last layer, after rotation.
+
+        Args:
+            hidden: its input, (M, S, d).
+            cos: of the rotation, (S, d).
+            sin: of the rotation, (S, d).
+        """
+        from transformers.models.pixtral.modeling_pixtral import apply_rotary_pos_emb
+
+        layer = self.tower_layers[-1]
+        attention, normed = layer.attention, layer.attention_norm(hidden)
+        query, key = (
+            project(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            for project in (attention.q_proj, attention.k_proj)
+        )
+        query, key = apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=0)
+        return query, key
