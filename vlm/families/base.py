@@ -62,13 +62,13 @@ def check_strategy(config: Any, prefix: int) -> None:
 
 @contextmanager
 def noted(layer: nn.Module) -> Iterator[dict[str, Any]]:
-    """What a layer of a tower gets in this thread while open: its input and rotation."""
+    """What a layer gets in this thread while open: its input, and rotation where there is one."""
     seen: dict[str, Any] = {}
     thread = get_ident()
 
     def note(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if get_ident() == thread:
-            seen.update(hidden=args[0], rotary=kwargs["position_embeddings"])
+            seen.update(hidden=args[0], rotary=kwargs.get("position_embeddings"))
 
     hook = layer.register_forward_pre_hook(note, with_kwargs=True)
     try:

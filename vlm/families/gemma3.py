@@ -98,4 +98,4 @@ class Gemma3(Family):
     def output(
         self, features: Sequence[Tensor], deepstack: Sequence[list[Tensor]] = ()
     ) -> dict[str, Any]:
-        return {"image": BaseModelOutputWithPooling(pooler_output=torch.cat(list(features))[None])}
+        return {"image": BaseModelOutputWithPooling(pooler_output=torch.stack(list(features)))}

@@ -57,24 +57,21 @@ class Mistral3(Family):
         return [rows * columns for rows, columns in self.grids(inputs["image_sizes"])]
 
     def run(self, encoder: Callable[..., Any], pixel_values: Tensor, **inputs: Any) -> Any:
-        """The output's `last_layer` is what the tower's last layer gets: input and rotation."""
-        with noted(self.tower_layers[-1]) as seen:
+        """The output's `last_layer` is what the tower's last layer gets, input and rotation, and
+        `merged` what the projector's first layer does.
+        """
+        first = self.model.model.multi_modal_projector.linear_1
+        with noted(self.tower_layers[-1]) as seen, noted(first) as merged:
             output = super().run(encoder, pixel_values, **inputs)
-        output.last_layer = seen
+        output.last_layer, output.merged = seen, merged["hidden"]
         return output
-
-    @property
-    def states_read(self) -> tuple[int, ...]:
-        return (int(self.model.config.vision_feature_layer),)
 
     def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
         """Images of (M, 3, H, W) pixels, padded to the largest, whose sizes are `image_sizes` (M, 2)."""
-        sizes, module = inputs["image_sizes"], self.model.model.multi_modal_projector
+        sizes = inputs["image_sizes"]
         grids, merge = self.grids(sizes), self.merge
         counts = [rows * columns for rows, columns in grids]
-        state = output.hidden_states[self.model.config.vision_feature_layer].squeeze(0)
-        with torch.no_grad():
-            features = module.patch_merger(module.norm(state), sizes).split(counts)
+        features = output.merged.split(counts)
         patches = [count * merge**2 for count in counts]
         hidden = output.last_layer["hidden"].squeeze(0).split(patches)
         cos, sin = (table.split(patches) for table in output.last_layer["rotary"])
