@@ -3,7 +3,8 @@
 A SigLIP tower's patches are averaged to tokens, and the projector is a norm and one matrix: the norm
 makes it nonlinear, so features are what the norm reads. Both kinds of decoder layers, of full
 attention and with a sliding window, turn by frequencies of their own; the window counts tokens that
-are kept. Attention that methods read in the decoder reaches past the window.
+are kept. Where methods read what image tokens attend to in such a layer (`fastv`), the window ends
+where that of the image's last token does.
 
 With pan and scan the processor adds crops to an image, each behind its own marker. Nothing in a
 prompt says to which image they belong: a crop is an image of its own, with a budget of its own.

@@ -11,9 +11,9 @@ from vlm_prune.benchmarks.cli.support import support
 from vlm_prune.pruning import METHODS, DecoderPruner
 from vlm_prune.pruning.best import Best
 from vlm_prune.pruning.registry import build
+from vlm_prune.vlm.attention import mask_kind
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import family_of
-from vlm_prune.vlm.layer_pruning import mask_kind
 
 QUESTION, LONG = "Is there a 7?", "What color is the star and is there a 7?"
 ALONE = [[([0], QUESTION)]]
