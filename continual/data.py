@@ -140,7 +140,7 @@ def eval_batches(
         yield pixels.to(clip.device), labels.to(clip.device)
 
 
-def check_tasks(tasks: Sequence[StreamTask]) -> None:
+def check_stream_tasks(tasks: Sequence[StreamTask]) -> None:
     """Refuse tasks that cannot be trained and tested.
 
     Raises:

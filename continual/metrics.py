@@ -17,7 +17,7 @@ from rich.table import Table
 
 from vlm_prune.continual.clip import extra
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.files import whole, write_json
+from vlm_prune.vlm.common.files import atomic_path, write_json
 
 Array = NDArray[np.float64]
 METRICS = ("transfer", "average", "last", "forgetting", "forgetting_from_best")
@@ -121,7 +121,7 @@ class AccuracyMatrix:
         is that of this run's test images, not of other seeds.
         """
         rng = np.random.default_rng(seed)
-        columns = [resampled(hits, draws, rng) for hits in self.hits]
+        columns = [bootstrap_means(hits, draws, rng) for hits in self.hits]
         found = summary(np.stack(columns, -1))
         return {name: _interval(values) for name, values in found.items()}
 
@@ -185,7 +185,7 @@ class AccuracyMatrix:
             label = f"{100 * values[y, x]:.0f}"
             axes.text(x, y, label, ha="center", va="center", color=ink, fontsize=8)
         figure.colorbar(picture, label="accuracy %")
-        with whole(path) as partial:
+        with atomic_path(path) as partial:
             figure.savefig(partial, format=path.suffix[1:])
 
 
@@ -205,7 +205,7 @@ def retention(before: ArrayLike, after: ArrayLike, draws: int = 2000) -> dict[st
     old, new = np.asarray(before), np.asarray(after)
     if old.shape != new.shape or old.ndim != 1 or old.size == 0:
         raise InputError(f"retention compares the same images; got {old.shape} and {new.shape}")
-    drawn = resampled(np.stack([old, new]), draws, np.random.default_rng(0))
+    drawn = bootstrap_means(np.stack([old, new]), draws, np.random.default_rng(0))
     return {
         "before": float(old.mean()),
         "after": float(new.mean()),
@@ -232,7 +232,7 @@ def drift(before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
     return float(sum(squares) ** 0.5)
 
 
-def resampled(hits: ArrayLike, draws: int, rng: np.random.Generator) -> Array:
+def bootstrap_means(hits: ArrayLike, draws: int, rng: np.random.Generator) -> Array:
     """Returns bootstrap means of each row of `hits`, the same images in every row, (draws, R).
 
     Images with one pattern of hits are exchangeable, so that counts of patterns are drawn.
@@ -253,7 +253,7 @@ def resampled(hits: ArrayLike, draws: int, rng: np.random.Generator) -> Array:
 def mean_accuracy(hits: Sequence[int] | ArrayLike, draws: int = 2000) -> tuple[float, float, float]:
     """Mean of 0/1 hits (n,), and the ends of its 95 % interval."""
     row = np.asarray(hits)
-    low, high = _interval(resampled(row[None], draws, np.random.default_rng(0))[:, 0])
+    low, high = _interval(bootstrap_means(row[None], draws, np.random.default_rng(0))[:, 0])
     return float(row.mean()), low, high
 
 

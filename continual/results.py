@@ -14,8 +14,8 @@ from vlm_prune.vlm.common.state import load_tensors
 ADVICE = "remove the folder and train again"
 
 
-class Record(msgspec.Struct, kw_only=True):
-    """What `results.json` holds; lists grow by an entry with each task, fields as in `Results`."""
+class StoredResults(msgspec.Struct, kw_only=True):
+    """What `results.json` holds; lists grow by an entry with each task, fields as in `StreamResults`."""
 
     method: str
     tasks: list[str]
@@ -28,7 +28,7 @@ class Record(msgspec.Struct, kw_only=True):
 
 
 @dataclass(frozen=True)
-class Results:
+class StreamResults:
     """Top-1 accuracy in [0, 1], and which test images were right.
 
     Args:
@@ -54,14 +54,14 @@ class Results:
     drift: list[float]
 
 
-def read_results(output: Path) -> Results:
+def read_results(output: Path) -> StreamResults:
     """Return what a finished run wrote into its folder.
 
     Raises:
         InputError: if a file is missing or damaged, or the run is not finished.
     """
     path = output / "results.json"
-    record = read_record(path, Record, ADVICE)
+    record = read_record(path, StoredResults, ADVICE)
     names, count = record.tasks, len(record.tasks)
     rows = [record.zero_shot or [], *record.matrix]
     lists = (record.trainable, record.added, record.norms, record.drift)
@@ -73,7 +73,7 @@ def read_results(output: Path) -> Results:
     before, *after = [_hits(output / "correct" / f"{name}.safetensors", names) for name in files]
     hits = [np.stack([row[name] for row in after]) for name in names]
     zero_shot, matrix = np.array(rows[0]), np.array(rows[1:], dtype=np.float64)
-    return Results(names, zero_shot, matrix, [before[name] for name in names], hits, *lists)
+    return StreamResults(names, zero_shot, matrix, [before[name] for name in names], hits, *lists)
 
 
 def _hits(path: Path, names: list[str]) -> dict[str, NDArray[np.uint8]]:

@@ -23,7 +23,7 @@ from vlm_prune.continual import checkpoint
 from vlm_prune.continual.clip import Clip, extra
 from vlm_prune.continual.config import Recipe, above
 from vlm_prune.continual.data import (
-    check_tasks,
+    check_stream_tasks,
     eval_batches,
     plan,
     prompts,
@@ -35,7 +35,7 @@ from vlm_prune.continual.methods import Context, Method
 from vlm_prune.continual.methods.base import Group
 from vlm_prune.continual.metrics import drift
 from vlm_prune.continual.parallel import average_gradients, gather, place
-from vlm_prune.continual.results import ADVICE, Record, Results, read_results
+from vlm_prune.continual.results import ADVICE, StoredResults, StreamResults, read_results
 from vlm_prune.continual.streams.base import StreamTask
 from vlm_prune.vlm.common.errors import InputError, naming
 from vlm_prune.vlm.common.files import write_folder, write_json
@@ -76,7 +76,7 @@ class ContinualRun:
         above("workers", self.workers, 0)
 
 
-def train_tasks(run: ContinualRun, clip: Clip, tasks: Sequence[StreamTask]) -> Results:
+def train_tasks(run: ContinualRun, clip: Clip, tasks: Sequence[StreamTask]) -> StreamResults:
     """Train, or finish training; returns the results, and the CLIP is changed in place.
 
     Args:
@@ -88,7 +88,7 @@ def train_tasks(run: ContinualRun, clip: Clip, tasks: Sequence[StreamTask]) -> R
         InputError: if the tasks cannot be used, `run.output` holds another run or is being written
             to, or training fails.
     """
-    check_tasks(tasks)
+    check_stream_tasks(tasks)
     accelerator = accelerator_of(run)
     with OutputFolder(run.output) if accelerator.is_main_process else nullcontext():
         _Trainer(run, clip, tasks, accelerator).run_all()
@@ -123,9 +123,9 @@ class _Trainer:
         }
         (record_settings if self.main else check_settings)(self.output / "run.json", ours)
         path = self.output / "results.json"
-        self.record = Record(method=self.method.name, tasks=[task.name for task in tasks])
+        self.record = StoredResults(method=self.method.name, tasks=[task.name for task in tasks])
         if path.exists():
-            self.record = read_record(path, Record, ADVICE)
+            self.record = read_record(path, StoredResults, ADVICE)
         state = clip.model.state_dict()
         self.initial = {name: t.detach().cpu().clone() for name, t in state.items()}
         self.texts: list[Tensor] | None = None  # class features, until the text tower changes

@@ -16,7 +16,7 @@ from vlm_prune.learners.columns import Reader, Route, watch
 from vlm_prune.learners.config import WingsConfig
 from vlm_prune.learners.lorra import LoRRA, Rotary
 from vlm_prune.learners.router import Router
-from vlm_prune.learners.tokens import Tokens, remember
+from vlm_prune.learners.tokens import PromptTokens, remember
 from vlm_prune.vlm.cache import CACHE, cache_of
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import Family, family_of
@@ -54,7 +54,12 @@ class WingsLayer(nn.Module):
         self.residual: Tensor | None = None
 
     def forward(
-        self, main: Tensor, hidden: Tensor, tokens: Tokens, rotary: Rotary, read: Tensor | None
+        self,
+        main: Tensor,
+        hidden: Tensor,
+        tokens: PromptTokens,
+        rotary: Rotary,
+        read: Tensor | None,
     ) -> Tensor:
         """Returns the main attention's output with what the learners add, (B, S, D).
 
@@ -232,7 +237,7 @@ def _note_tokens(
         features, facts, made = remember(cache, len(decoder.layers), features, facts)
     is_image, valid, positions = facts[..., 0].bool(), facts[..., 1].bool(), facts[..., 2]
     rotary = decoder.rotary_emb
-    tokens = Tokens(features, is_image, valid, positions, length, rotary, config, seen, made)
+    tokens = PromptTokens(features, is_image, valid, positions, length, rotary, config, seen, made)
     if config.routed and int(tokens.ranks.max()) >= config.max_positions:
         raise InputError(
             f"{int(tokens.ranks.max()) + 1} tokens are more than the router's "

@@ -14,7 +14,7 @@ from vlm_prune.learners.config import WingsConfig
 from vlm_prune.learners.model import attach, attached, detach, wings_layers
 from vlm_prune.vlm.checkpoint import check_finite, locate_files
 from vlm_prune.vlm.common.errors import InputError, naming
-from vlm_prune.vlm.common.files import open_regular, whole, write_json
+from vlm_prune.vlm.common.files import atomic_path, open_regular, write_json
 from vlm_prune.vlm.common.records import read_record
 from vlm_prune.vlm.common.state import load_tensors, writing
 from vlm_prune.vlm.families import family_of
@@ -42,7 +42,7 @@ def save_pretrained(model: Any, folder: str | Path) -> None:
         "wings": asdict(attached(model).config),
     }
     tensors = {name: tensor.contiguous() for name, tensor in adapter_state(model).items()}
-    with whole(folder / WEIGHTS) as partial, writing(folder / WEIGHTS):
+    with atomic_path(folder / WEIGHTS) as partial, writing(folder / WEIGHTS):
         save_file(tensors, partial, metadata={"format": "pt"})
     write_json(folder / CONFIG, described)
 

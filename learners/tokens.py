@@ -113,7 +113,7 @@ def keys_of(is_image: Tensor, valid: Tensor, config: WingsConfig) -> dict[Modali
 
 
 @dataclass
-class Tokens:
+class PromptTokens:
     """All tokens so far, of which the last `queries` are new; tensors (B, N) and `features` (B, N, D).
 
     `rotary(features, positions)` gives the decoder's cos and sin tables; `keys` holds what each
@@ -186,7 +186,7 @@ class Tokens:
             QueryRun(a - first, b - first, counts[a], own[a]) for a, b in pairwise(edges) if a < b
         )
 
-    def select_tokens(self, columns: Tensor, valid: Tensor, shift: Tensor) -> "Tokens":
+    def select_tokens(self, columns: Tensor, valid: Tensor, shift: Tensor) -> "PromptTokens":
         """Returns the tokens that layers after a cut see.
 
         Args:
@@ -199,7 +199,7 @@ class Tokens:
         """
         if self.seen is not None:
             raise InputError("packed rows cannot be pruned in the stack; give a 2D attention mask")
-        return Tokens(
+        return PromptTokens(
             take(self.features, columns),
             self.is_image.gather(1, columns),
             valid,

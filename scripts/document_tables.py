@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from vlm_prune.benchmarks.cli.app import run_command
-from vlm_prune.benchmarks.cli.support import markdown
+from vlm_prune.benchmarks.cli.support import support_table
 from vlm_prune.pruning import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -13,19 +13,21 @@ BUDGET = "64"
 
 def pages() -> dict[str, str]:
     """The pages that hold such tables, by path, with their tables as they should be."""
-    overview = read("docs/results/compare.md").split("\n\n")[1]
+    overview = read_table("docs/results/compare.md").split("\n\n")[1]
     retained = retained_at(BUDGET, "docs/results/newer_methods.md", "docs/results/compare.md")
     return {
-        "README.md": with_column(read("README.md"), retained),
+        "README.md": with_column(read_table("README.md"), retained),
         "docs/methods.md": between(
-            with_column(read("docs/methods.md"), retained), "positions", positions()
+            with_column(read_table("docs/methods.md"), retained), "positions", positions()
         ),
-        "docs/families.md": between(read("docs/families.md"), "matrix", markdown()),
-        "docs/results.md": between(read("docs/results.md"), "overview", f"{overview.strip()}\n"),
+        "docs/families.md": between(read_table("docs/families.md"), "matrix", support_table()),
+        "docs/results.md": between(
+            read_table("docs/results.md"), "overview", f"{overview.strip()}\n"
+        ),
     }
 
 
-def read(page: str) -> str:
+def read_table(page: str) -> str:
     """A page of the repository."""
     return (ROOT / page).read_text()
 
@@ -34,7 +36,7 @@ def retained_at(budget: str, *results: str) -> dict[str, str]:
     """Returns what each method of these comparisons retained at the budget, with its interval."""
     retained: dict[str, str] = {}
     for page in results:
-        lines = [line for line in read(page).splitlines() if line.startswith("|")]
+        lines = [line for line in read_table(page).splitlines() if line.startswith("|")]
         rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
         column = next(i for i, name in enumerate(rows[0]) if name.startswith("% retained"))
         same = [row for row in rows if len(row) == len(rows[0]) and row[1] == budget]

@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "vlm", "pruning", "learners", "continual", "benchmarks", "scripts")
 FROM_ARGUMENTS = 3
+INTERFACES = ("main", "ask")
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -115,14 +116,14 @@ OPTIONS = set(
 def repeated(*folders: str) -> dict[str, list[Found]]:
     """Names of public functions and of classes that more than one file defines at its top level.
 
-    Every script has a `main`, and every operation of `kernels` has its reference and its kernel
-    under its own name.
+    Left out: the `main` of scripts, the `ask` of tasks, and the names of `kernels`' operations, each
+    of which has its reference and its kernel under its own name.
     """
     wanted = {str(found.path) for found in source(*folders)}
     by_name: dict[str, list[Found]] = defaultdict(list)
     for found in source(*PACKAGES):
         is_class = isinstance(found.node, ast.ClassDef)
-        public = not found.name.startswith("_") and found.name != "main"
+        public = not found.name.startswith("_") and found.name not in INTERFACES
         if "." not in found.name and (is_class or public):
             by_name[found.name].append(found)
     return {

@@ -25,7 +25,7 @@ from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.layout import TokenLayout, alike
 from vlm_prune.vlm.prompt_pruning import Positions, on_host
 from vlm_prune.vlm.tokens import AttentionRows, DecoderTokens, Kept, compact, take
-from vlm_prune.vlm.trace import SELECTION, Trace, measured
+from vlm_prune.vlm.trace import SELECTION, Trace, phase_timer
 
 Side = Literal["before", "after"]
 
@@ -556,7 +556,7 @@ class Cutting:
         if not self.reducer.chooses_queries:
             return
         layout, device = self.segment.layout, self.hidden.device
-        with measured(SELECTION, device, self.pruning.trace):
+        with phase_timer(SELECTION, device, self.pruning.trace):
             shape = len(layout.counts), compact(layout.question_mask)[0].shape[1]
             self.forward.query_mask = torch.zeros(shape, dtype=torch.bool, device=device)
             for group in alike(layout.counts):
@@ -577,7 +577,7 @@ class Cutting:
         columns = layout.images()
         keep = layout.valid & (layout.image < 0)
         features: list[Tensor | None] = [None] * len(columns)
-        with measured(SELECTION, device, self.pruning.trace):
+        with phase_timer(SELECTION, device, self.pruning.trace):
             for group in alike(list(zip(layout.counts, wanted, strict=True))):
                 count, left = layout.counts[group[0]], wanted[group[0]]
                 indices = [torch.arange(count)] * len(group)

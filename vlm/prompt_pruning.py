@@ -21,7 +21,7 @@ from vlm_prune.vlm.families import Family
 from vlm_prune.vlm.families.base import loaded
 from vlm_prune.vlm.layout import TokenLayout, repeated
 from vlm_prune.vlm.tokens import Kept, VisionTokens
-from vlm_prune.vlm.trace import SELECTION, VISION, Trace, measured
+from vlm_prune.vlm.trace import SELECTION, VISION, Trace, phase_timer
 
 Positions = Literal["auto", "contiguous", "original"]
 
@@ -79,7 +79,7 @@ class Encoder:
         given = self.__signature__.bind(*args, **kwargs).arguments
         inputs = given | given.pop("kwargs", {})
         whole = inputs.pop("pixel_values")
-        with measured(VISION, whole.device, self.trace), loaded(self.module):
+        with phase_timer(VISION, whole.device, self.trace), loaded(self.module):
             if self.before is None:
                 return self.original(pixel_values=whole, **inputs)
             seen = whole if self.before.pixels is None else self.before.pixels(whole)
@@ -177,7 +177,7 @@ class Choice:
 
         changed = self.method.pixels is not None
         chosen: list[tuple[int, Tensor, Tensor]] = []
-        with measured(SELECTION, self.family.device, trace):
+        with phase_timer(SELECTION, self.family.device, trace):
             for group in self.encoded.groups if changed else self.encoded.visible(masks):
                 question = partial(questions, group.members)
                 kept = self.method.reduce(replace(group.tokens, question=question))

@@ -39,7 +39,7 @@ class Trace:
 
 
 @contextmanager
-def measured(phase: str, device: torch.device, trace: Trace) -> Iterator[None]:
+def phase_timer(phase: str, device: torch.device, trace: Trace) -> Iterator[None]:
     """Add the time of the block to the phase's in `trace`; profilers show it under its name.
 
     Args:

@@ -16,14 +16,14 @@ SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", "
 MANIFESTS = (".csv", ".parquet")
 
 
-def root_of(source: Path, allow_outside: bool = False) -> DataRoot:
+def input_root(source: Path, allow_outside: bool = False) -> DataRoot:
     """The folder that paths start from, and must not leave unless the user allows it."""
     folder = (source if source.is_dir() else source.parent).resolve()
     return DataRoot(folder, allow_outside)
 
 
 def find_images(source: Path, prompt: str, limit: int | None = None) -> pa.Table:
-    """The rows to answer: `row` (their number), `path` below `root_of(source)`, `prompt`.
+    """The rows to answer: `row` (their number), `path` below `input_root(source)`, `prompt`.
 
     Args:
         source: a folder, searched with its subfolders in the order of the paths, or a Parquet or
@@ -89,7 +89,7 @@ def _manifest(source: Path, limit: int | None) -> tuple[list[str], list[str | No
         if "prompt" in table.column_names:
             prompts = table["prompt"].cast(pa.string()).to_pylist()
     except (pa.ArrowException, KeyError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {source}: {one_line(error)}") from error
+        raise InputError(f"cannot read {source}: {printable(error)}") from error
     return [path or "" for path in paths], prompts
 
 
@@ -125,12 +125,12 @@ def decode(rows: pa.Table, root: DataRoot) -> Iterator[pa.Table]:
             image = open_below(root, row["path"])
             size, pixels = image.size, image.tobytes()
         except Exception as problem:  # noqa: BLE001 - decoders fail in many ways; none may end the run
-            error = one_line(problem)
+            error = printable(problem)
         values = (row["row"], row["prompt"], error, *size, pixels)
         yield pa.table([[value] for value in values], schema=PIXELS)
 
 
-def one_line(error: Exception) -> str:
+def printable(error: Exception) -> str:
     """Our own messages as they are, others with their type."""
     text = " ".join(str(error).split())
     return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pyarrow import compute, parquet
 
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.files import check_output, whole
+from vlm_prune.vlm.common.files import atomic_path, check_output
 from vlm_prune.vlm.common.folder import (
     OutputFolder,
     check_settings,
@@ -78,7 +78,7 @@ class Parts:
             raise InputError(f"{self.folder} holds answers without config.json; remove it")
         if not listed.is_file():
             found = find()
-            with whole(listed) as partial:
+            with atomic_path(listed) as partial:
                 parquet.write_table(found, partial)
         record_settings(settings, self.config)
         self.images = _read(listed, IMAGES)
@@ -104,7 +104,7 @@ class Parts:
         table = table.filter(pa.array(first & ~self.done[rows]))
         if len(table):
             number = max((int(file.stem.split("-")[1]) for file in self._files()), default=0) + 1
-            with whole(self.folder / f"part-{number:06d}.parquet") as partial:
+            with atomic_path(self.folder / f"part-{number:06d}.parquet") as partial:
                 parquet.write_table(table, partial)
             self.done[rows] = True
 
@@ -118,7 +118,7 @@ class Parts:
         for field in list(ANSWERS)[1:]:
             table = table.append_column(field, answers[field.name])
         noted = json.dumps(self.config).encode()
-        with whole(self.output) as partial:
+        with atomic_path(self.output) as partial:
             parquet.write_table(table.replace_schema_metadata({CONFIG: noted}), partial)
         self.discard()
 

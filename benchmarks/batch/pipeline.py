@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from vlm_prune.benchmarks.batch.inputs import decode, find_images, one_line, root_of
+from vlm_prune.benchmarks.batch.inputs import decode, find_images, input_root, printable
 from vlm_prune.benchmarks.batch.output import ANSWERS, Parts, finished, parts_of
 from vlm_prune.benchmarks.batch.served import ServedVLM, settings_of
 from vlm_prune.benchmarks.evaluation.records import Variant
@@ -98,7 +98,7 @@ class Answerer:
             replies = self.vlm.replies(images, [row["prompt"] for row in rows], **self.options)
         except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
             if len(rows) == 1:
-                return [{"row": rows[0]["row"], "error": one_line(error)}]
+                return [{"row": rows[0]["row"], "error": printable(error)}]
             return [answer for row in rows for answer in self._answer([row])]
         return [
             {
@@ -195,7 +195,7 @@ def _answers(
         .map_batches(
             decode,
             batch_format="pyarrow",
-            fn_kwargs={"root": root_of(Path(config.input), config.allow_outside)},
+            fn_kwargs={"root": input_root(Path(config.input), config.allow_outside)},
             num_cpus=1,
             memory=DECODING,
         )
@@ -211,7 +211,7 @@ def _answers(
     try:
         yield from answers.iter_batches(batch_size=None, batch_format="pyarrow")
     except ray.exceptions.RayError as error:
-        raise InputError(f"Ray stopped ({one_line(error)}); run it again to go on") from error
+        raise InputError(f"Ray stopped ({printable(error)}); run it again to go on") from error
 
 
 def placed(
@@ -269,7 +269,7 @@ def local_ray(cpus: int | None) -> Iterator[None]:
             _node_ip_address="127.0.0.1", log_to_driver=False, logging_level=logging.CRITICAL,
         )  # fmt: skip
     except Exception as error:  # Ray raises bare ones, as when it starts slowly
-        raise InputError(f"Ray does not start ({one_line(error)}); run it again") from error
+        raise InputError(f"Ray does not start ({printable(error)}); run it again") from error
     try:
         yield
     finally:

@@ -20,7 +20,7 @@ from vlm_prune.benchmarks.cli.options import (
 from vlm_prune.benchmarks.cli.terminal import quiet
 
 
-def ask(
+def ask_command(
     image: Annotated[Path, typer.Argument(help="An image file.")],
     question: Annotated[str, typer.Argument(help="A question about it.")],
     model: Model = "tiny",

@@ -20,7 +20,7 @@ from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import unknown
 
 
-def bench(
+def bench_command(
     model_shape: Annotated[
         str, typer.Option(help="Architecture: tiny, llava-1.5-7b, qwen2.5-vl-3b or another's.")
     ] = "tiny",
@@ -57,10 +57,18 @@ def bench(
     from vlm_prune.benchmarks.evaluation.records import Variant
     from vlm_prune.benchmarks.speed.bench import BenchConfig
     from vlm_prune.benchmarks.speed.bench import bench as measure
-    from vlm_prune.benchmarks.speed.bench_table import about, about_setting, overview, rows
-    from vlm_prune.benchmarks.speed.serving import ServingConfig, bench_serving
-    from vlm_prune.benchmarks.speed.serving import about as about_serving
-    from vlm_prune.benchmarks.speed.serving import rows as serving_rows
+    from vlm_prune.benchmarks.speed.bench_table import (
+        about_setting,
+        bench_overview,
+        bench_rows,
+        bench_summary,
+    )
+    from vlm_prune.benchmarks.speed.serving import (
+        ServingConfig,
+        bench_serving,
+        serving_rows,
+        serving_summary,
+    )
     from vlm_prune.benchmarks.speed.shapes import SHAPES
     from vlm_prune.benchmarks.speed.wings_cost import about_wings, bench_wings, wings_rows
     from vlm_prune.benchmarks.stats.table import as_markdown, as_table, show
@@ -90,16 +98,16 @@ def bench(
                 _counts(concurrency), new_tokens, dtype=dtype, layers=layers, arguments=more,
             )
         )  # fmt: skip
-        lines, table = about_serving(results), serving_rows(results)
+        lines, table = serving_summary(results), serving_rows(results)
     elif wings is not None:
         results = bench_wings(config, wings)
         lines, table = about_wings(results), wings_rows(results)
     elif len(variants) == 1:
         (results,) = measure(config, variants)
-        lines, table = about(results), rows(results)
+        lines, table = bench_summary(results), bench_rows(results)
     else:
         results = measure(config, variants)
-        lines, table = about_setting(results[0]), overview(results)
+        lines, table = about_setting(results[0]), bench_overview(results)
     for line in lines:
         print(line)
     show(as_table(table))

@@ -26,7 +26,7 @@ def bench_kernels(
     import torch
 
     from vlm_prune.benchmarks.evaluation.environment import environment
-    from vlm_prune.benchmarks.speed.kernels import Shape, cases, markdown, measure
+    from vlm_prune.benchmarks.speed.kernels import Shape, cases, kernel_table, measure_case
     from vlm_prune.benchmarks.speed.roofline import measured_ceilings
     from vlm_prune.vlm.common.files import check_output, write_json, write_text
 
@@ -46,7 +46,7 @@ def bench_kernels(
     rows = []
     for case in cases(shape, device, kind):
         compiled = case.name.split()[0] not in not_compiled.split(",")
-        rows.append(measure(case, ceilings, device, kind, compiled))
-        print(markdown(rows[-1:], {}).splitlines()[-1], flush=True)
+        rows.append(measure_case(case, ceilings, device, kind, compiled))
+        print(kernel_table(rows[-1:], {}).splitlines()[-1], flush=True)
     write_json(files[0], {"about": about, "rows": rows})
-    write_text(files[1], markdown(rows, about))
+    write_text(files[1], kernel_table(rows, about))

@@ -43,7 +43,7 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback()
-def options(
+def root_options(
     version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print and end."),
@@ -53,23 +53,23 @@ def options(
 
 
 for name, panel, command in (
-    ("eval", MEASURE, evaluate.evaluate),
-    ("compare", MEASURE, compare.compare),
-    ("bench", MEASURE, bench.bench),
+    ("eval", MEASURE, evaluate.evaluate_command),
+    ("compare", MEASURE, compare.compare_command),
+    ("bench", MEASURE, bench.bench_command),
     ("bench-kernels", MEASURE, bench_kernels.bench_kernels),
-    ("report", MEASURE, report.report),
-    ("ask", USE, ask.ask),
-    ("map", USE, map.map_images),
+    ("report", MEASURE, report.report_command),
+    ("ask", USE, ask.ask_command),
+    ("map", USE, map.map_command),
     ("demo", USE, demo.demo),
-    ("export", USE, export.export),
-    ("methods", CHOOSE, methods.methods),
+    ("export", USE, export.export_command),
+    ("methods", CHOOSE, methods.methods_command),
     ("tasks", CHOOSE, tasks.tasks),
     ("models", CHOOSE, models.models),
-    ("schedule", CHOOSE, schedule.schedule),
-    ("search", CHOOSE, search.search),
+    ("schedule", CHOOSE, schedule.schedule_command),
+    ("search", CHOOSE, search.search_command),
 ):
     app.command(name, rich_help_panel=panel)(command)
-app.command("serve", rich_help_panel=USE, context_settings=serve.PASSED_ON)(serve.serve)
+app.command("serve", rich_help_panel=USE, context_settings=serve.PASSED_ON)(serve.serve_command)
 for name, group in (
     ("train-wings", train_wings.app),
     ("continual", continual.app),

@@ -23,18 +23,18 @@ from vlm_prune.benchmarks.cli.options import (
     Seed,
     Split,
     Tasks,
+    data_root_of,
     parse_budget,
-    root_of,
     with_schedule,
 )
-from vlm_prune.benchmarks.cli.runs import execute, run_configs, run_folders
+from vlm_prune.benchmarks.cli.runs import execute, open_run_folders, run_configs
 from vlm_prune.benchmarks.cli.terminal import quiet
 from vlm_prune.vlm.common.errors import InputError
 
 TABLES = "compare.md"
 
 
-def compare(
+def compare_command(
     model: Model = "tiny",
     method: Annotated[str, typer.Option(help="Names, comma-separated, or 'all'.")] = "all",
     budget: Budgets = "192,128,64,32",
@@ -61,7 +61,7 @@ def compare(
     """Methods and budgets side by side; images and unpruned answers are computed once."""
     from vlm_prune.benchmarks.cli.support import named_methods
     from vlm_prune.benchmarks.evaluation.records import Variant
-    from vlm_prune.benchmarks.evaluation.tables import against, comparison, overview
+    from vlm_prune.benchmarks.evaluation.tables import against, comparison_table, overview_table
     from vlm_prune.benchmarks.stats.table import as_markdown, as_table, show
     from vlm_prune.vlm.common.files import check_output, write_text
     from vlm_prune.vlm.load import family_type
@@ -82,13 +82,13 @@ def compare(
         peft=adapter,
     )  # fmt: skip
     names = [f"{variant.method}-{variant.budget}" for variant in variants]
-    with run_folders(configs, output, names) as folders:
+    with open_run_folders(configs, output, names) as folders:
         if output is not None:
             check_output(output / TABLES)
-        runs = execute(folders, root_of(data_root, allow_outside))
-        tables = [comparison(runs)]
+        runs = execute(folders, data_root_of(data_root, allow_outside))
+        tables = [comparison_table(runs)]
         if len({run.budget for run in runs}) > 1:
-            tables.append(overview(runs))
+            tables.append(overview_table(runs))
         if rival:
             tables.append(against(rival, runs, [folder.scores() for folder in folders]))
         if output is not None:

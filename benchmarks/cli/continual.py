@@ -20,8 +20,8 @@ app = typer.Typer(
 )
 
 
-@app.command()
-def train(
+@app.command("train")
+def train_continual(
     output: Annotated[Path | None, typer.Option(help="Folder of the run; resumes there.")] = None,
     stream: Annotated[str, typer.Option(help=", ".join(STREAMS))] = "packaged",
     method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "codyra",
@@ -46,7 +46,7 @@ def train(
         Learning,
         accuracy_matrix,
         learn,
-        retained,
+        retention_line,
     )
     from vlm_prune.benchmarks.stats.table import show
     from vlm_prune.continual.parallel import place
@@ -65,12 +65,12 @@ def train(
         return
     show(accuracy_matrix(read_results(folder)).table())
     for name, left in report["retention"].items():
-        show(retained(name, left))
+        show(retention_line(name, left))
     show(f"{folder}: report.json, matrix.png, and the final model in model/")
 
 
-@app.command()
-def compare(
+@app.command("compare")
+def compare_continual(
     output: Annotated[Path, typer.Argument(help="Folder of the runs; resumes there.")],
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Per task.")] = 20,
@@ -106,8 +106,8 @@ def compare(
     typer.echo(f"{results}: {', '.join(FILES)}")
 
 
-@app.command()
-def bench(
+@app.command("bench")
+def bench_continual(
     model: Annotated[str, typer.Option(help="open_clip model.")] = "ViT-B-32-quickgelu",
     batch: Annotated[int, typer.Option(min=1)] = 8,
     classes: Annotated[int, typer.Option(min=1)] = 8,

@@ -18,7 +18,7 @@ def demo(
     dtype: Dtype = "auto",
 ) -> None:
     """Serve a page to try methods on: answers, kept tokens and times, pruned and unpruned."""
-    from vlm_prune.benchmarks.report.demo import serve
+    from vlm_prune.benchmarks.report.demo import serve_demo
 
     quiet()
-    serve(model, host, port, device, dtype)
+    serve_demo(model, host, port, device, dtype)

@@ -22,7 +22,7 @@ def draw_kept_tokens(
     from vlm_prune.benchmarks.tasks.scenes import GRID, SIDE
     from vlm_prune.pruning import METHODS
     from vlm_prune.vlm.chat import encode_prompts, render
-    from vlm_prune.vlm.common.files import check_output, whole
+    from vlm_prune.vlm.common.files import atomic_path, check_output
     from vlm_prune.vlm.load import load
 
     check_output(out)
@@ -50,5 +50,5 @@ def draw_kept_tokens(
                 output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
             )
             draw.text((column * SIDE + 4, top + 2), f"{name}: {reply.strip()}", "black", font)
-    with whole(out) as partial:
+    with atomic_path(out) as partial:
         sheet.resize((sheet.width // 2, sheet.height // 2)).quantize(96).save(partial, "PNG")

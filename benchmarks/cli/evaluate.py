@@ -26,18 +26,18 @@ from vlm_prune.benchmarks.cli.options import (
     Split,
     Tasks,
     Wings,
+    data_root_of,
     parse_arguments,
     parse_budget,
-    root_of,
     with_schedule,
 )
-from vlm_prune.benchmarks.cli.runs import execute, run_configs, run_folders
+from vlm_prune.benchmarks.cli.runs import execute, open_run_folders, run_configs
 from vlm_prune.vlm.common.errors import InputError
 
 PRUNING = {"method", "budget", "positions", "method_args", "schedule"}
 
 
-def evaluate(
+def evaluate_command(
     context: typer.Context,
     model: Model = "tiny",
     method: Method = "zoo",
@@ -86,14 +86,14 @@ def evaluate(
             raise InputError(f"--suite compares unpruned models; leave out {options}")
         chosen = tasks if "tasks" in given else "all"
         (config,) = run_configs([Variant("none", 1.0)], split, chosen, **common)
-        run_suite(suite, config, base, output, root_of(data_root, allow_outside))
+        run_suite(suite, config, base, output, data_root_of(data_root, allow_outside))
         return
     if base is not None:
         raise InputError("--base is a model of a suite; add --suite forgetting")
     variant = Variant(method, parse_budget(budget), positions, parse_arguments(method_args))
     configs = run_configs(with_schedule([variant], schedule), split, tasks, **common)
-    with run_folders(configs, output) as folders:
-        (results,) = execute(folders, root_of(data_root, allow_outside))
+    with open_run_folders(configs, output) as folders:
+        (results,) = execute(folders, data_root_of(data_root, allow_outside))
     show(run_table(results))
 
 

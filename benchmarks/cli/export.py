@@ -8,7 +8,7 @@ import typer
 from vlm_prune.benchmarks.cli.terminal import quiet
 
 
-def export(
+def export_command(
     model: Annotated[
         str, typer.Argument(help="'tiny' (embedded), a checkpoint folder, or a hub name.")
     ],

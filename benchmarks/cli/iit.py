@@ -23,8 +23,8 @@ app = typer.Typer(
 )
 
 
-@app.command()
-def build(
+@app.command("build")
+def build_iit(
     folder: Annotated[Path, typer.Argument(help="Where the conversations go.")],
     source: Annotated[list[str], typer.Option(help=f"NAME or NAME=PATH; {', '.join(SOURCES)}")],
     size: Annotated[int, typer.Option(min=1, help="Conversations per setting.")] = 500,
@@ -32,16 +32,16 @@ def build(
     seed: Seed = 0,
 ) -> None:
     """Write conversations in six settings; sources without a path come from the hub."""
-    from vlm_prune.benchmarks.experiments.iit.build import build
+    from vlm_prune.benchmarks.experiments.iit.build import build_conversations
 
     named = [part.partition("=") for part in source]
     sources = {name: where or None for name, _, where in named}
-    counts = build(folder, sources, size, seed, allow_outside)
+    counts = build_conversations(folder, sources, size, seed, allow_outside)
     typer.echo(f"{folder}: " + ", ".join(f"({s}) {n}" for s, n in counts.items()))
 
 
-@app.command()
-def evaluate(
+@app.command("evaluate")
+def evaluate_iit(
     folder: Annotated[Path, typer.Argument(help="What `build` wrote.")],
     output: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs/iit"),
     model: Model = "tiny",
@@ -54,7 +54,7 @@ def evaluate(
     device: Device = "auto",
 ) -> None:
     """Score the last turn of each conversation."""
-    from vlm_prune.benchmarks.experiments.iit.evaluate import evaluate
+    from vlm_prune.benchmarks.experiments.iit.evaluate import evaluate_conversations
     from vlm_prune.learners import from_pretrained
     from vlm_prune.pruning.registry import build as build_pruner
     from vlm_prune.vlm.common.paths import DataRoot
@@ -70,7 +70,7 @@ def evaluate(
     if pruner is not None:
         pruner.admit(loaded)
     root = DataRoot(folder, allow_outside)
-    results = evaluate(loaded, processor, root, output, context, pruner, limit)  # type: ignore[arg-type]
+    results = evaluate_conversations(loaded, processor, root, output, context, pruner, limit)  # type: ignore[arg-type]
     for setting, entry in results["settings"].items():
         low, high = entry["ci"]
         typer.echo(f"({setting}) {entry['accuracy']:.3f} [{low:.3f}, {high:.3f}], n {entry['n']}")

@@ -24,7 +24,7 @@ from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import unknown
 
 
-def map_images(
+def map_command(
     source: Annotated[
         Path,
         typer.Option(

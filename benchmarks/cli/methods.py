@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 
-def methods(
+def methods_command(
     families: Annotated[
         bool,
         typer.Option("--families", help="Print as Markdown on which model families each works."),
@@ -17,9 +17,9 @@ def methods(
     from vlm_prune.pruning.best import PACKAGED, command_of, definitions
 
     if families:
-        from vlm_prune.benchmarks.cli.support import markdown
+        from vlm_prune.benchmarks.cli.support import support_table
 
-        typer.echo(markdown(), nl=False)
+        typer.echo(support_table(), nl=False)
         return
     rows = [["method", "acts at", "positions", "what", "paper"]]
     for name, pruner in registry.methods().items():

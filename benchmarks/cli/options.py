@@ -92,7 +92,7 @@ def parse_budget(text: str) -> int | float:
     return budget
 
 
-def root_of(data_root: Path | None, allow_outside: bool) -> "Root | None":
+def data_root_of(data_root: Path | None, allow_outside: bool) -> "Root | None":
     """The folder of data sets with what the user allows its files to name."""
     from vlm_prune.vlm.common.paths import DataRoot as Root
 

@@ -46,7 +46,7 @@ def run_configs(
 
 
 @contextmanager
-def run_folders(
+def open_run_folders(
     configs: "list[RunConfig]", output: Path | None, names: Sequence[str] | None = None
 ) -> "Iterator[list[RunFolder[PairedRow]]]":
     """A folder for each run; they and their rows are there during the block.
@@ -105,7 +105,7 @@ def execute(folders: "list[RunFolder[PairedRow]]", data_root: "DataRoot | None")
                 raise InputError(
                     "--device-map, --quantization, --attn and --adapter are for the embedded tasks"
                 )
-            from vlm_prune.benchmarks.lmms_eval.run import evaluate as evaluate_lmms
+            from vlm_prune.benchmarks.lmms_eval.run import evaluate_lmms
 
             return evaluate_lmms(folders, data_root, advance)
         model, processor = load(first.model, first.device, first.dtype, **loading)

@@ -21,7 +21,7 @@ from vlm_prune.benchmarks.cli.terminal import progress, quiet
 from vlm_prune.vlm.common.errors import InputError
 
 
-def schedule(
+def schedule_command(
     model: Model = "tiny",
     data: Annotated[
         str, typer.Option(help="Tasks (their validation split), or a LLaVA-format JSON file.")
@@ -64,11 +64,11 @@ def schedule(
     if family.fixed_size:
         check_fits(share, family.tokens_per_image)
     with progress(len(prompts)) as advance:
-        points, sizes = analysis.points_of(loaded, processor, prompts, batch_size, advance)
+        points, sizes = analysis.change_points_of(loaded, processor, prompts, batch_size, advance)
     whole = median_low(sizes)
     wanted = tokens_for(share, whole)
     content = analysis.proposal(loaded, points, wanted, cuts, whole)
-    analysis.save(content, output)
+    analysis.save_schedule(content, output)
     print(f"change points after 0, 1, ... layers: {content['histogram']}")
     print(f"proposed: cut after {list(content['places'])} of {content['layers']} layers")
     kept = ", ".join(f"{cut['keep']} after layer {cut['layer']}" for cut in content["cuts"])

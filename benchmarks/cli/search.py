@@ -21,7 +21,7 @@ from vlm_prune.benchmarks.cli.terminal import progress, quiet
 from vlm_prune.vlm.common.errors import InputError
 
 
-def search(
+def search_command(
     model: Model = "tiny",
     budget: Budgets = "32,64,128",
     tasks: Tasks = "visual",
@@ -42,7 +42,13 @@ def search(
     """Search on validation questions for the combination of methods that 'best' stands for."""
     from vlm_prune.benchmarks.evaluation.records import RunConfig, Variant
     from vlm_prune.benchmarks.evaluation.store import check_kind
-    from vlm_prune.benchmarks.experiments.search import FILES, Search, lines, save, verdict
+    from vlm_prune.benchmarks.experiments.search import (
+        FILES,
+        Search,
+        definition_table,
+        save_search,
+        search_verdict,
+    )
     from vlm_prune.benchmarks.stats.table import as_table, show
     from vlm_prune.pruning.best import PACKAGED
     from vlm_prune.vlm.budget import check_fits, tokens_for
@@ -77,7 +83,7 @@ def search(
     found = Search(loaded, processor, common, limit, output, watch).run(
         list(dict.fromkeys(tokens_for(each, whole) for each in wanted))
     )
-    save(found, output, definitions or PACKAGED)
+    save_search(found, output, definitions or PACKAGED)
     for tokens, entry in found.budgets.items():
-        show(as_table(lines(entry)))
-        print(verdict(tokens, entry))
+        show(as_table(definition_table(entry)))
+        print(search_verdict(tokens, entry))

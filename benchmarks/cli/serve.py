@@ -17,7 +17,7 @@ from vlm_prune.benchmarks.cli.options import (
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
-def serve(
+def serve_command(
     context: typer.Context,
     model: Annotated[
         str, typer.Argument(help="'tiny' (embedded), a checkpoint folder, or a hub name.")
@@ -28,7 +28,7 @@ def serve(
     seed: Seed = 0,
 ) -> None:
     """Start vLLM's OpenAI-compatible server with pruned images; its own options are passed on."""
-    from vlm_prune.vlm.serving.server import command
+    from vlm_prune.vlm.serving.server import server_command
     from vlm_prune.vlm.serving.settings import Settings
 
     settings = Settings.read(
@@ -39,5 +39,5 @@ def serve(
             "arguments": parse_arguments(method_args),
         }
     )
-    start = command(model, settings, context.args)
+    start = server_command(model, settings, context.args)
     os.execv(start[0], start)

@@ -42,7 +42,7 @@ def named_methods(names: str, family: Callable[[], type[Family]]) -> list[str]:
     return chosen
 
 
-def markdown() -> str:
+def support_table() -> str:
     """`support` as a table."""
     rows = [("method", *(f"`{family}`" for family in FAMILIES)), ("---",) * (1 + len(FAMILIES))]
     for name, works in support().items():

@@ -67,8 +67,10 @@ def text(
     train_base(folder, steps, seed, bf16, install)
 
 
-@app.command()
-def clip(folder: Folder, seed: Seed = 0, threads: Threads = 2, install: Install = False) -> None:
+@app.command("clip")
+def train_clip_command(
+    folder: Folder, seed: Seed = 0, threads: Threads = 2, install: Install = False
+) -> None:
     """Pre-train the CLIP; a training that was killed goes on from its last checkpoint."""
     from vlm_prune.benchmarks.embedded_models.packaged import train_clip
 

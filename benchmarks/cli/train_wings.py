@@ -53,8 +53,8 @@ def choose_experiment(
     run(QUICK if quick else Plan(), output, results, base, jobs)
 
 
-@app.command()
-def train(
+@app.command("train")
+def train_wings_command(
     data: Annotated[list[Path], typer.Option(help="LLaVA-format JSON or JSONL; may be repeated.")],
     output: Annotated[Path, typer.Option(help="Folder of the run; resumes what is in it.")],
     images: Annotated[Path, typer.Option(help="Folder of the images.")] = Path("."),
@@ -94,8 +94,8 @@ def train(
     training.train_wings(run, examples)
 
 
-@app.command()
-def merge(
+@app.command("merge")
+def merge_wings(
     base: str,
     tuned: str,
     output: Path,

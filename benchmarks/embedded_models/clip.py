@@ -24,7 +24,7 @@ from vlm_prune.continual.clip import extra
 from vlm_prune.continual.streams.packaged import DOMAINS, PER_CLASS, Drawn
 from vlm_prune.continual.tiny.config import WEIGHTS, write_clip_folder
 from vlm_prune.vlm.common.errors import naming
-from vlm_prune.vlm.common.files import output_folder, whole
+from vlm_prune.vlm.common.files import atomic_path, output_folder
 from vlm_prune.vlm.common.folder import OutputFolder, record_settings
 from vlm_prune.vlm.common.state import (
     load_tensors,
@@ -38,7 +38,7 @@ STATE = "state.safetensors"
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ClipRecipe:
     """Hyperparameters; `width` and `layers` are the vision tower's.
 
     `steps` is the length of the learning-rate schedule; training ends after `stop` of them, where
@@ -84,7 +84,7 @@ def pairs(per_class: int) -> Pairs:
     return Pairs(np.stack(pixels), np.array(captions), tuple(texts))
 
 
-def corpus() -> list[str]:
+def domain_prompts() -> list[str]:
     """Every prompt of every domain: the tokenizer may know words that the model never saw."""
     return [t.format(c) for d in DOMAINS.values() for c in d.classes for t in d.templates]
 
@@ -101,12 +101,12 @@ class Pretraining:
         InputError: if the folder holds a training by another recipe, or a damaged state.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, data: Pairs | None = None) -> None:
+    def __init__(self, folder: Path, recipe: ClipRecipe, data: Pairs | None = None) -> None:
         self.folder, self.recipe = folder, recipe
         output_folder(folder)
         record_settings(folder / "recipe.json", asdict(recipe))
         self.data = pairs(recipe.per_class) if data is None else data
-        write_clip_folder(folder, corpus(), recipe.width, recipe.layers)
+        write_clip_folder(folder, domain_prompts(), recipe.width, recipe.layers)
         torch.manual_seed(recipe.seed)
         open_clip = extra("open_clip")
         self.model: Any = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
@@ -155,7 +155,7 @@ class Pretraining:
                 self._save()
         if self.done == recipe.stop:
             half = {name: t.half() for name, t in self.model.state_dict().items()}
-            with whole(self.folder / WEIGHTS) as partial:
+            with atomic_path(self.folder / WEIGHTS) as partial:
                 save_tensors(partial, half)
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -219,7 +219,7 @@ class Pretraining:
         state = {f"model.{name}": t for name, t in self.model.state_dict().items()}
         moments = optimizer_tensors(self.optimizer)
         state |= {f"optimizer.{name}": tensor for name, tensor in moments.items()}
-        with whole(self.folder / STATE) as partial:
+        with atomic_path(self.folder / STATE) as partial:
             save_tensors(partial, state | {"step": torch.tensor(self.done)})
 
     def _load(self) -> None:
@@ -256,7 +256,7 @@ def contrastive(logits: Tensor, own: Tensor) -> Tensor:
     return (to_text + to_image) / 2
 
 
-def _schedule(step: int, recipe: Recipe) -> float:
+def _schedule(step: int, recipe: ClipRecipe) -> float:
     """Linear warm-up, then a cosine to zero, as a factor of the rate."""
     if step < recipe.warmup:
         return (step + 1) / recipe.warmup

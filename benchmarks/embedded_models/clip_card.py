@@ -51,7 +51,7 @@ class Figures:
     gain: Figure
 
 
-def hits(clip: Clip, split: Sequence[Labelled], one: StreamTask) -> NDArray[np.uint8]:
+def right_images(clip: Clip, split: Sequence[Labelled], one: StreamTask) -> NDArray[np.uint8]:
     """Classifies the images of a split among their task's classes; returns which are right, (n,).
 
     Args:
@@ -62,7 +62,7 @@ def hits(clip: Clip, split: Sequence[Labelled], one: StreamTask) -> NDArray[np.u
     return evaluate_tasks(clip, [replace(one, test=split)], Recipe())[0].numpy()
 
 
-def measure(clip: Clip, one: StreamTask, steps: int = STEPS) -> Figures:
+def measure_domain(clip: Clip, one: StreamTask, steps: int = STEPS) -> Figures:
     """Measures the accuracy of one domain, before and after a copy is fine-tuned on it.
 
     Args:
@@ -70,7 +70,7 @@ def measure(clip: Clip, one: StreamTask, steps: int = STEPS) -> Figures:
         one: the domain's task.
         steps: of fine-tuning.
     """
-    before, after = hits(clip, one.test, one), fine_tuned(clip, one, steps)
+    before, after = right_images(clip, one.test, one), fine_tuned(clip, one, steps)
     labels = np.array(labels_of(one.test))
     seen = np.isin(labels, [one.classes.index(name) for name in DOMAINS[one.name].known])
     change = retention(before, after)
@@ -97,7 +97,7 @@ def fine_tuned(clip: Clip, one: StreamTask, steps: int) -> NDArray[np.uint8]:
         recipe = Recipe(steps=steps, batch=32, lr=rate)
         with TemporaryDirectory() as folder:
             train_tasks(ContinualRun(Path(folder), FullFineTune(), recipe, cpu=True), copy, [one])
-        found.append((hits(copy, one.val, one).mean(), hits(copy, one.test, one)))
+        found.append((right_images(copy, one.val, one).mean(), right_images(copy, one.test, one)))
     return max(found, key=lambda pair: pair[0])[1]
 
 
@@ -106,7 +106,7 @@ def write_card(folder: Path, figures: dict[str, Figures] | None = None) -> None:
     clip = load_clip(str(folder))
     tasks = [*packaged(), task("scenes")]
     if figures is None:
-        figures = {one.name: measure(clip, one) for one in tasks}
+        figures = {one.name: measure_domain(clip, one) for one in tasks}
     stream = packaged()
     head = HEAD.format(
         parameters=sum(p.numel() for p in clip.model.parameters()) / 1e6,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
-from vlm_prune.benchmarks.embedded_models.language import Block, Lesson, Row
+from vlm_prune.benchmarks.embedded_models.language import Lesson, QuestionBlock, Row
 from vlm_prune.benchmarks.tasks import attribute, choice, count, exist, ocr, relation, text
 from vlm_prune.benchmarks.tasks.base import Question
 from vlm_prune.benchmarks.tasks.scenes import (
@@ -139,7 +139,7 @@ def visual_questions(
     return asked
 
 
-def block(kind: str, question: Question, opening: str = "") -> Block:
+def block(kind: str, question: Question, opening: str = "") -> QuestionBlock:
     """Writes a question and its answer as the chat template does; single words stand alone.
 
     Args:
@@ -148,8 +148,8 @@ def block(kind: str, question: Question, opening: str = "") -> Block:
         opening: text before the question, such as the role of who asks.
     """
     if kind in ONE_WORD:
-        return Block(f" {question.text}", f" {question.answer}", kind)
-    return Block(f"{opening}{question.text} ASSISTANT:", f" {question.answer}", kind)
+        return QuestionBlock(f" {question.text}", f" {question.answer}", kind)
+    return QuestionBlock(f"{opening}{question.text} ASSISTANT:", f" {question.answer}", kind)
 
 
 def history(rng: np.random.Generator, turns: int) -> str:
@@ -179,10 +179,10 @@ def story_row(rng: np.random.Generator, number: int) -> Row:
         elif drawn < 0.5:
             pool = (tuple(COLORS), *KINDS.values())[int(rng.integers(1 + len(KINDS)))]
             right = str(rng.choice(pool))
-            listed, letter = choice.options(rng, right, list(pool))
+            listed, letter = choice.list_options(rng, right, list(pool))
             asked.append(("letter", Question(f"What letter is {right}? {listed}", letter)))
         else:
-            asked.append(("option", choice.about(rng, kind, name, color)))
+            asked.append(("option", choice.ask_about(rng, kind, name, color)))
     return Row(f"<s>USER: {story}", [block(kind, question, " ") for kind, question in asked])
 
 

@@ -29,7 +29,7 @@ Lesson = Literal["lookups", "finding", "places", "all", "practice", "sight", "to
 Encoder = Callable[[list[Tensor]], Tensor]
 
 
-class Block(NamedTuple):
+class QuestionBlock(NamedTuple):
     """A question with its answer, and the kind of question, under which training reports it."""
 
     prompt: str
@@ -46,7 +46,7 @@ class Row:
     """
 
     before: str
-    blocks: list[Block]
+    blocks: list[QuestionBlock]
     image: Tensor | None = None
 
 
@@ -228,7 +228,7 @@ def projected(model: LlavaForConditionalGeneration) -> Encoder:
     return encode
 
 
-def clip(model: LlavaForConditionalGeneration) -> nn.Module:
+def vision_transformer(model: LlavaForConditionalGeneration) -> nn.Module:
     """The vision transformer inside a LLaVA, with or without its wrapper."""
     tower = model.model.vision_tower
     inner: nn.Module = getattr(tower, "vision_model", tower)

@@ -21,9 +21,9 @@ from vlm_prune.benchmarks.embedded_models.initial import initialise_embeddings, 
 from vlm_prune.benchmarks.embedded_models.language import (
     Lesson,
     Row,
-    clip,
     projected,
     train_language,
+    vision_transformer,
 )
 from vlm_prune.benchmarks.embedded_models.log import Say, recorder
 from vlm_prune.benchmarks.embedded_models.store import save_checkpoint
@@ -35,14 +35,14 @@ from vlm_prune.benchmarks.embedded_models.tower import (
     train_tower,
 )
 from vlm_prune.vlm.common.errors import naming
-from vlm_prune.vlm.common.files import whole
+from vlm_prune.vlm.common.files import atomic_path
 from vlm_prune.vlm.common.folder import OutputFolder, record_settings
 from vlm_prune.vlm.common.state import writing
 
 STAGES = ("tower", "reading", "symbols", "stories", "projector", "language", "practice")
 
 
-class Example(Protocol):
+class LabeledImage(Protocol):
     """One image: `pixels` (3, 336, 336); `triples` (576, 3) of name, colour and place per patch."""
 
     @property
@@ -64,7 +64,7 @@ class Example(Protocol):
         """
 
 
-class Source(Protocol):
+class TrainingData(Protocol):
     """What the model learns from: labelled windows, images with questions, and text."""
 
     names: tuple[str, ...]
@@ -82,7 +82,7 @@ class Source(Protocol):
     def whole(self, batch: int, part: int) -> Iterator[PatchBatch]:
         """Yields batches of `batch` whole images for the tower; another `part` has other images."""
 
-    def examples(self, number: int, things: int | None) -> Sequence[Example]:
+    def examples(self, number: int, things: int | None) -> Sequence[LabeledImage]:
         """Returns `number` images with questions, of `things` objects each; None leaves it open."""
 
     def text(self, questions: int, seed: int) -> Row:
@@ -93,7 +93,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class LlavaRecipe:
     """Steps of each stage, and the number of scenes that the language model learns from.
 
     `bf16` runs the language model in mixed precision: up to twice as fast on a CPU that has bf16
@@ -128,9 +128,9 @@ class Trainer:
     def __init__(
         self,
         processor: LlavaProcessor,
-        source: Source,
+        source: TrainingData,
         folder: Path,
-        recipe: Recipe,
+        recipe: LlavaRecipe,
         model: LlavaForConditionalGeneration,
     ) -> None:
         torch.manual_seed(recipe.seed)
@@ -143,8 +143,8 @@ class Trainer:
         self.heads = PatchHeads(width, len(names) + 1, len(colors), 24)
         self.parts = nn.ModuleList([self.model, self.symbols, self.heads])
         self.generator = torch.Generator().manual_seed(recipe.seed)
-        self.few: list[list[Example]] = []
-        self.many: list[Example] = []
+        self.few: list[list[LabeledImage]] = []
+        self.many: list[LabeledImage] = []
         self.features: dict[int, Tensor] = {}
 
     def run(self, stages: tuple[str, ...] = STAGES) -> None:
@@ -168,7 +168,7 @@ class Trainer:
             torch.manual_seed(self.recipe.seed)
             self.generator.manual_seed(self.recipe.seed + STAGES.index(stage))
             getattr(self, f"_{stage}")()
-            with whole(kept) as partial, writing(kept):
+            with atomic_path(kept) as partial, writing(kept):
                 save_model(self.parts, str(partial))
         save_checkpoint(self.model, self.processor, self.folder / "checkpoint")
 
@@ -178,7 +178,7 @@ class Trainer:
 
     def _tower(self) -> None:
         """Name what patches show, on windows around objects, then on whole scenes."""
-        tower, recipe = clip(self.model), self.recipe
+        tower, recipe = vision_transformer(self.model), self.recipe
         batches = self.source.windows(96, 6, written=False)
         drawn = [next(batches) for _ in range(18)]
         shown = torch.cat([_patches(batch.pixels)[batch.names.flatten() > 0] for batch in drawn])
@@ -189,7 +189,7 @@ class Trainer:
 
     def _reading(self) -> None:
         """More of what is hardest: windows around handwriting and print, then whole scenes."""
-        tower, recipe = clip(self.model), self.recipe
+        tower, recipe = vision_transformer(self.model), self.recipe
         batches = self.source.windows(128, 5, written=True)
         train_tower(tower, self.heads, batches, recipe.written, 1.5e-3, self.say("written"))
         whole = self.source.whole(12, 1)
@@ -291,7 +291,7 @@ class Trainer:
         for start in range(0, len(missing), 8):
             these = missing[start : start + 8]
             pixels = torch.stack([self.many[k].pixels for k in these])
-            encoded = tower_features(clip(self.model), pixels).half()
+            encoded = tower_features(vision_transformer(self.model), pixels).half()
             self.features |= dict(zip(these, encoded, strict=True))
         return [self.features[k] for k in scenes]
 
@@ -309,7 +309,7 @@ class Trainer:
         extra: int,
         *,
         features: bool = False,
-        pool: list[Example] | None = None,
+        pool: list[LabeledImage] | None = None,
         lesson: Lesson = "all",
         written: int = 10,
     ) -> list[Row]:
@@ -334,7 +334,7 @@ class Trainer:
 
 
 def wake_to(
-    source: Source, model: LlavaForConditionalGeneration, processor: LlavaProcessor
+    source: TrainingData, model: LlavaForConditionalGeneration, processor: LlavaProcessor
 ) -> None:
     """Lets the first layer, which looks back since `look_back`, carry the words that texts look up.
 

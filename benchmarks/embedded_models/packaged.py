@@ -8,13 +8,12 @@ from typing import Literal
 
 import torch
 
-from vlm_prune.benchmarks.embedded_models.clip import STATE, Pretraining
-from vlm_prune.benchmarks.embedded_models.clip import Recipe as ClipRecipe
+from vlm_prune.benchmarks.embedded_models.clip import STATE, ClipRecipe, Pretraining
 from vlm_prune.benchmarks.embedded_models.clip_card import write_card
 from vlm_prune.benchmarks.embedded_models.initial import look_back
-from vlm_prune.benchmarks.embedded_models.llava import STAGES, Recipe, Trainer
+from vlm_prune.benchmarks.embedded_models.llava import STAGES, LlavaRecipe, Trainer
 from vlm_prune.benchmarks.embedded_models.log import recorder
-from vlm_prune.benchmarks.embedded_models.source import SceneSource, corpus
+from vlm_prune.benchmarks.embedded_models.source import SceneSource, tokenizer_texts
 from vlm_prune.benchmarks.embedded_models.store import save_checkpoint, save_language_model
 from vlm_prune.benchmarks.embedded_models.text import train_text
 from vlm_prune.continual.tiny import clip_checkpoint_path as clip_path
@@ -53,14 +52,18 @@ def train_llava(
             raise InputError(unknown("stage", name, STAGES))
     torch.manual_seed(seed)
     packaged = checkpoint_path()
-    kept, processor = load("tiny", "cpu") if keep else (None, make_processor(corpus(), 768))
+    kept, processor = (
+        load("tiny", "cpu") if keep else (None, make_processor(tokenizer_texts(), 768))
+    )
     model = make_model(processor)
     look_back(model.model.language_model)
     if kept is not None:
         trained = kept.state_dict()
         tower = {name: weight for name, weight in trained.items() if "vision_tower" in name}
         model.load_state_dict(trained if keep == "all" else tower, strict=keep == "all")
-    trainer = Trainer(processor, SceneSource(seed), folder, Recipe(seed=seed, bf16=bf16), model)
+    trainer = Trainer(
+        processor, SceneSource(seed), folder, LlavaRecipe(seed=seed, bf16=bf16), model
+    )
     begin = {None: "tower", "tower": "symbols", "all": "language"}[keep]
     stages = STAGES[STAGES.index(begin) :]
     trainer.run(chosen or stages)

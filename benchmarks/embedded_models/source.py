@@ -90,7 +90,7 @@ def windows(source: Iterator[Scene], seed: int, batch: int, side: int) -> Iterat
         )
 
 
-def whole(seed: int, batch: int) -> Iterator[PatchBatch]:
+def whole_scenes(seed: int, batch: int) -> Iterator[PatchBatch]:
     """Batches of whole scenes."""
     source = scenes(seed, things=6)
     places = torch.arange(GRID * GRID).expand(batch, -1)
@@ -104,7 +104,7 @@ def whole(seed: int, batch: int) -> Iterator[PatchBatch]:
         )
 
 
-def corpus(lines: int = 4000) -> Iterator[str]:
+def tokenizer_texts(lines: int = 4000) -> Iterator[str]:
     """Text for the tokenizer: every kind of question and answer."""
     rng = np.random.default_rng(TRAIN_SEED)
     source = scenes(0)
@@ -158,7 +158,7 @@ class SceneSource:
         return windows(source, self.seed, batch, side)
 
     def whole(self, batch: int, part: int) -> Iterator[PatchBatch]:
-        return whole(self.seed + 100 * (part + 1), batch)
+        return whole_scenes(self.seed + 100 * (part + 1), batch)
 
     def examples(self, number: int, things: int | None) -> list[SceneExample]:
         """Draws `number` scenes of `things` objects, or of any number for None."""

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from vlm_prune.vlm.common.files import whole
+from vlm_prune.vlm.common.files import atomic_path
 from vlm_prune.vlm.common.state import writing
 from vlm_prune.vlm.serving.export import rename_weights
 
@@ -56,7 +56,7 @@ def save_language_model(model: LlavaForConditionalGeneration, path: Path) -> Non
         for name, tensor in model.state_dict().items()
         if name.startswith("model.language_model.")
     }
-    with whole(path) as partial, writing(path):
+    with atomic_path(path) as partial, writing(path):
         save_file(_half(state), partial, {"format": "pt"})
 
 

@@ -5,14 +5,14 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from vlm_prune.benchmarks.embedded_models.initial import look_back
 from vlm_prune.benchmarks.embedded_models.language import Row, train_language
-from vlm_prune.benchmarks.embedded_models.llava import Source, wake_to
+from vlm_prune.benchmarks.embedded_models.llava import TrainingData, wake_to
 from vlm_prune.benchmarks.embedded_models.log import Say
 
 
 def train_text(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
-    source: Source,
+    source: TrainingData,
     steps: int,
     say: Say,
     seed: int = 0,

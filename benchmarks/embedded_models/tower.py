@@ -154,7 +154,7 @@ def set_rate(steppers: list[torch.optim.Optimizer], rate: float) -> None:
             group["lr"] = rate * group.get("share", 1.0)
 
 
-def schedule(step: int, steps: int, peak: float, warmup: int = 40) -> float:
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 40) -> float:
     """Returns the learning rate of a step: a linear warm-up, then a linear decay to a twentieth.
 
     Args:
@@ -188,7 +188,7 @@ def train_tower(
     running = dict.fromkeys(("name", "color", "row", "column"), 0.0)
     for step in range(steps):
         batch = next(batches)
-        set_rate(steppers, schedule(step, steps, rate))
+        set_rate(steppers, learning_rate(step, steps, rate))
         logits = heads(tower_features(tower, batch.pixels, batch.positions))
         rows, columns = batch.positions // heads.grid, batch.positions % heads.grid
         shown = batch.names > 0

@@ -28,7 +28,7 @@ def device_name(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def command() -> str:
+def command_line() -> str:
     """The command that runs, as a shell reads it."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
@@ -40,4 +40,4 @@ def environment(device: torch.device) -> dict[str, str]:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
     about = {"device": device_name(device), "driver": driver, **versions("triton")}
-    return about | {"command": command()}
+    return about | {"command": command_line()}

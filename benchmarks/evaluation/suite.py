@@ -22,7 +22,7 @@ from vlm_prune.benchmarks.evaluation.engine import (
     replies_to,
     samples_of,
 )
-from vlm_prune.benchmarks.evaluation.environment import command, device_name, versions
+from vlm_prune.benchmarks.evaluation.environment import command_line, device_name, versions
 from vlm_prune.benchmarks.evaluation.language import Language
 from vlm_prune.benchmarks.evaluation.records import (
     AnswerRow,
@@ -71,22 +71,22 @@ def run_suite(
         data_root: folder of data sets.
 
     Raises:
-        InputError: as `forgetting` does, or if there is no such suite.
+        InputError: as `run_forgetting` does, or if there is no such suite.
     """
     if name not in SUITES:
         raise InputError(unknown("suite", name, SUITES))
     quiet()
     models = 1 + (base is not None) + (config.wings is not None)
     with TemporaryDirectory(prefix="vlm-prune-") as gone, progress(models * config.limit) as tick:
-        results = forgetting(config, base, output or Path(gone), data_root, tick)
+        results = run_forgetting(config, base, output or Path(gone), data_root, tick)
     for role, reasons in results.skipped.items():
         for task, reason in reasons.items():
             print(f"{task} skipped by {TITLES[role]}: {reason}", file=sys.stderr)
-    show(as_table(lines(results)))
+    show(as_table(suite_table(results)))
     print("accuracy; differences in points with paired 95 % bootstrap intervals")
 
 
-def forgetting(
+def run_forgetting(
     config: RunConfig,
     base: str | None,
     output: Path,
@@ -128,7 +128,7 @@ def forgetting(
             skipped = _through_lmms(folders, data_root, tick)
         else:
             _embedded(folders, tick)
-        results = summarize(config, folders, skipped)
+        results = summarize_suite(config, folders, skipped)
         if not results.tasks:
             raise InputError(f"no task could be run: {next(iter(skipped['vlm'].values()))}")
         write_text(output / RESULTS, to_json(results))
@@ -225,7 +225,7 @@ def _through_lmms(
     return skipped
 
 
-def summarize(
+def summarize_suite(
     config: RunConfig, folders: dict[str, RunFolder[AnswerRow]], skipped: dict[str, dict[str, str]]
 ) -> SuiteResults:
     """Returns the content of `results.json`.
@@ -251,7 +251,7 @@ def summarize(
         config=config,
         versions=versions(),
         device=device_name(torch.device(config.device)),
-        command=command(),
+        command=command_line(),
         tasks={name: _task(scores, name, name in shown) for name in names},
         text=_entry(scores, [name for name in names if name not in shown]),
         images=_entry(scores, [name for name in names if name in shown]),
@@ -294,7 +294,7 @@ def _task(scores: Scores, name: str, images: bool) -> SuiteTask:
     )
 
 
-def lines(results: SuiteResults) -> list[list[str]]:
+def suite_table(results: SuiteResults) -> list[list[str]]:
     """Header and rows: tasks of text and their mean, then those with images and theirs."""
     roles = [role for role in TITLES if role in results.models]
     pairs = [f"{a} - {b}" for a, b in PAIRS if a in roles and b in roles]

@@ -5,7 +5,7 @@ from typing import get_type_hints
 
 import numpy as np
 
-from vlm_prune.benchmarks.evaluation.environment import command, versions
+from vlm_prune.benchmarks.evaluation.environment import command_line, versions
 from vlm_prune.benchmarks.evaluation.records import (
     Accuracy,
     Costs,
@@ -59,7 +59,7 @@ def summarize(config: RunConfig, rows: Sequence[PairedRow], machine: Machine) ->
         config=config,
         versions=versions(),
         device=machine.device,
-        command=command(),
+        command=command_line(),
         tasks=tasks,
         overall=Accuracy(
             accuracy=_mean([task.accuracy for task in tasks.values()]),

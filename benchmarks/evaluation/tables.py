@@ -87,7 +87,7 @@ def cost_lines(results: Results) -> list[str]:
     ]
 
 
-def comparison(runs: list[Results]) -> list[list[str]]:
+def comparison_table(runs: list[Results]) -> list[list[str]]:
     """Header and rows of several runs side by side, the unpruned model first."""
     first, names = runs[0], list(runs[0].tasks)
     ends = ["mean", "% retained [95 %]", "prefill"]
@@ -104,7 +104,7 @@ def comparison(runs: list[Results]) -> list[list[str]]:
     return rows
 
 
-def overview(runs: list[Results]) -> list[list[str]]:
+def overview_table(runs: list[Results]) -> list[list[str]]:
     """Header and rows: % of the accuracy retained [95 %] and prefill speed-up, methods x budgets."""
     methods = dict.fromkeys(run.method for run in runs)
     budgets = dict.fromkeys(str(run.budget) for run in runs)

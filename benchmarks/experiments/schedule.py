@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from vlm_prune.benchmarks.evaluation.engine import samples_of
-from vlm_prune.benchmarks.evaluation.environment import command, versions
+from vlm_prune.benchmarks.evaluation.environment import command_line, versions
 from vlm_prune.benchmarks.evaluation.prompts import make_prompts
 from vlm_prune.learners.data import messages, read_llava
 from vlm_prune.pruning import AdaptInfer
@@ -18,7 +18,7 @@ from vlm_prune.pruning.schedule import Schedule
 from vlm_prune.pruning.shift import change_points, histogram, propose
 from vlm_prune.vlm.chat import render
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.files import whole, write_json
+from vlm_prune.vlm.common.files import atomic_path, write_json
 from vlm_prune.vlm.common.images import open_image
 from vlm_prune.vlm.common.paths import DataRoot
 from vlm_prune.vlm.families import family_of
@@ -68,7 +68,7 @@ def prompts_of_file(path: Path, images: Path | DataRoot, limit: int) -> list[Pro
     ]
 
 
-def points_of(
+def change_points_of(
     model: Any,
     processor: Any,
     prompts: list[Prompt],
@@ -108,7 +108,7 @@ def proposal(model: Any, points: list[int], budget: int, cuts: int, tokens: int)
 
     Args:
         model: whose layers they are.
-        points: change points, of `points_of`.
+        points: change points, of `change_points_of`.
         budget: image tokens kept per image.
         cuts: most cuts.
         tokens: of an image.
@@ -137,11 +137,11 @@ def proposal(model: Any, points: list[int], budget: int, cuts: int, tokens: int)
         "cuts": [asdict(cut) for cut in made],
         "counts": method.counts(tokens, computed),
         "versions": versions(),
-        "command": command(),
+        "command": command_line(),
     }
 
 
-def draw(content: dict[str, Any], path: Path) -> None:
+def draw_schedule(content: dict[str, Any], path: Path) -> None:
     """The histogram of change points with the proposed cuts, as a picture."""
     try:
         from matplotlib.figure import Figure
@@ -163,8 +163,8 @@ def draw(content: dict[str, Any], path: Path) -> None:
     figure.savefig(path, format="png")
 
 
-def save(content: dict[str, Any], folder: Path) -> None:
+def save_schedule(content: dict[str, Any], folder: Path) -> None:
     """Write `schedule.json` and `schedule.png`."""
-    with whole(folder / FILES[1]) as partial:
-        draw(content, partial)
+    with atomic_path(folder / FILES[1]) as partial:
+        draw_schedule(content, partial)
     write_json(folder / FILES[0], content)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_prune.benchmarks.evaluation.engine import evaluate
-from vlm_prune.benchmarks.evaluation.environment import command, versions
+from vlm_prune.benchmarks.evaluation.environment import command_line, versions
 from vlm_prune.benchmarks.evaluation.records import (
     Argument,
     Interval,
@@ -231,7 +231,7 @@ class Search:
             questions=self.limit,
             seed=self.common.seed,
             versions=versions(),
-            command=command(),
+            command=command_line(),
             budgets={
                 str(budget): _compared(every, measured, number * step, step)
                 for number, budget in enumerate(budgets)
@@ -279,7 +279,7 @@ def _compared(every: list[Variant], measured: Round, first: int, count: int) -> 
     )
 
 
-def lines(entry: Definition) -> list[list[str]]:
+def definition_table(entry: Definition) -> list[list[str]]:
     """Header and one row per single method: its accuracy and how far the combination is above."""
     rows = [["method", f"tokens {THREE_WAYS}", "accuracy %", "combination minus it [95 %]", "p"]]
     own = percent(entry.combination_accuracy)
@@ -291,7 +291,7 @@ def lines(entry: Definition) -> list[list[str]]:
     return rows
 
 
-def verdict(budget: str, entry: Definition) -> str:
+def search_verdict(budget: str, entry: Definition) -> str:
     """One line: whether the combination beats every single method."""
     if entry.wins:
         return f"budget {budget}: {entry.combination} beats every single method"
@@ -303,7 +303,7 @@ def verdict(budget: str, entry: Definition) -> str:
     )
 
 
-def save(results: SearchResults, output: Path, definitions: Path) -> None:
+def save_search(results: SearchResults, output: Path, definitions: Path) -> None:
     """Writes `search.md`, and the definitions into the same folder and to where `Best` reads them.
 
     Args:
@@ -312,7 +312,7 @@ def save(results: SearchResults, output: Path, definitions: Path) -> None:
         definitions: file that `Best` reads.
     """
     parts = [
-        f"{verdict(budget, entry)}\n\n{as_markdown(lines(entry))}"
+        f"{search_verdict(budget, entry)}\n\n{as_markdown(definition_table(entry))}"
         for budget, entry in results.budgets.items()
     ]
     write_text(output / FILES[0], "\n".join(parts))

@@ -13,7 +13,7 @@ from vlm_prune.benchmarks.lmms_eval.embedded import EmbeddedTask
 from vlm_prune.benchmarks.lmms_eval.local import folder_of, load_split
 from vlm_prune.benchmarks.lmms_eval.rows import (
     Check,
-    image_columns,
+    image_fields,
     readable,
     row_images,
     whole_groups,
@@ -139,7 +139,7 @@ class _DataTask(ConfigurableTask):  # type: ignore[misc]
     def _texts(self, split: str, numbers: Iterable[int] | None = None) -> Any:
         """The rows of a split without their images."""
         rows = self.dataset[split]
-        texts = rows.remove_columns(image_columns(rows))
+        texts = rows.remove_columns(image_fields(rows))
         return texts if numbers is None else texts.select(list(numbers))
 
     def _keep_whole_groups(self, split: str, key: Key) -> None:
@@ -200,7 +200,7 @@ class _DataTask(ConfigurableTask):  # type: ignore[misc]
         self.dataset_no_image = self.dataset
         if not self.config.process_results_use_image:
             self.dataset_no_image = datasets.DatasetDict(
-                {split: rows.remove_columns(image_columns(rows)) for split, rows in found.items()}
+                {split: rows.remove_columns(image_fields(rows)) for split, rows in found.items()}
             )
 
     def _why(self, error: Exception) -> str:

@@ -49,7 +49,7 @@ def load_split(root: DataRoot, config: str | None, split: str) -> Any:
     """
     import datasets
 
-    from vlm_prune.benchmarks.lmms_eval.rows import from_json, row_images
+    from vlm_prune.benchmarks.lmms_eval.rows import dataset_of_rows, row_images
 
     folder = root.folder
     files = _files(folder, config, split)
@@ -64,7 +64,7 @@ def load_split(root: DataRoot, config: str | None, split: str) -> Any:
             tables = [datasets.Dataset.from_parquet(str(file)) for file in files]
             table = datasets.concatenate_datasets(tables)
         else:
-            table = from_json([row for file in files for row in _rows(file, root)])
+            table = dataset_of_rows([row for file in files for row in _rows(file, root)])
         return row_images(table, root)
     except InputError:
         raise

@@ -92,7 +92,7 @@ def _register() -> None:
         register_feature(RowJson, "VlmPruneJson")
 
 
-def from_json(rows: Sequence[dict[str, Any]]) -> datasets.Dataset:
+def dataset_of_rows(rows: Sequence[dict[str, Any]]) -> datasets.Dataset:
     """A data set of all columns of the rows, whose values are those of the rows."""
     _register()
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -167,7 +167,7 @@ def _guarded(kind: Any, image: RowImage) -> Any:
     return kind
 
 
-def image_columns(rows: datasets.Dataset) -> list[str]:
+def image_fields(rows: datasets.Dataset) -> list[str]:
     """Columns of images or of lists of them."""
     return [name for name, kind in rows.features.items() if _shows(kind)]
 
@@ -191,7 +191,7 @@ def readable(
     Raises:
         InputError: if no row is left.
     """
-    columns, kept, broken = image_columns(rows), list[int](), dict[int, str]()
+    columns, kept, broken = image_fields(rows), list[int](), dict[int, str]()
     if not columns:
         return rows, broken
     stored = rows.select_columns(columns)

@@ -62,7 +62,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("VLM_PRUNE_CACHE", "~/.cache/vlm-prune")).expanduser()
 
 
-def evaluate(
+def evaluate_lmms(
     folders: list[RunFolder[PairedRow]],
     data_root: DataRoot | Path | None = None,
     progress: Callable[[float], None] = lambda done: None,

@@ -23,7 +23,7 @@ from vlm_prune.vlm.common.paths import DataRoot
 HERE = Path(__file__).parent
 
 
-def report(
+def write_report_page(
     paths: list[Path],
     output: Path | None = None,
     most: int = 60,
@@ -43,11 +43,11 @@ def report(
     runs = load_runs(paths)
     target = output or paths[0] / "report.html"
     check_output(target)
-    write_text(target, render(runs, most, data_root))
+    write_text(target, render_page(runs, most, data_root))
     return target, runs
 
 
-def render(runs: list[Run], most: int = 60, data_root: DataRoot | Path | None = None) -> str:
+def render_page(runs: list[Run], most: int = 60, data_root: DataRoot | Path | None = None) -> str:
     """Returns the page as text.
 
     Args:

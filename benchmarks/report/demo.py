@@ -158,7 +158,7 @@ def as_seen(pixels: Tensor, image_processor: Any) -> Image.Image:
     return Image.fromarray((255 * colors).round().byte().permute(1, 2, 0).numpy())
 
 
-def page(compare: Comparer, name: str) -> Any:
+def demo_page(compare: Comparer, name: str) -> Any:
     """The Gradio page; nothing in it is loaded from another machine."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio as gr
@@ -259,7 +259,7 @@ def launch(blocks: Any, host: str, port: int) -> str:
     return str(address)
 
 
-def serve(name: str, host: str, port: int, device: str, dtype: str) -> None:
+def serve_demo(name: str, host: str, port: int, device: str, dtype: str) -> None:
     """Load the model and serve the page until Ctrl-C; uploads are gone afterwards.
 
     Args:
@@ -277,7 +277,7 @@ def serve(name: str, host: str, port: int, device: str, dtype: str) -> None:
     compare = Comparer(*load(name, device, dtype))
     with TemporaryDirectory(prefix="vlm-prune-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        blocks = page(compare, name)
+        blocks = demo_page(compare, name)
         print(f"{launch(blocks, host, port)} (Ctrl-C ends it)", flush=True)
         with suppress(KeyboardInterrupt):
             threading.Event().wait()

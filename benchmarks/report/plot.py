@@ -66,7 +66,7 @@ def series_of(runs: list[Run]) -> list[str]:
     return list(labels | dict.fromkeys(run.label for run in runs))
 
 
-def points_of(runs: list[Run]) -> list[Point]:
+def plot_points(runs: list[Run]) -> list[Point]:
     """One point per run, the unpruned model last."""
     base, full = runs[0].results.overall.baseline_accuracy, runs[0].results.tokens.full
     labels = series_of(runs)
@@ -101,7 +101,7 @@ def draw(runs: list[Run], width: int, height: int) -> Plot:
         width: in pixels.
         height: in pixels.
     """
-    points, names = points_of(runs), series_of(runs)
+    points, names = plot_points(runs), series_of(runs)
     unpruned = points[-1]
     fewest = max(1.0, min(point.tokens for point in points))  # a run of text alone computes none
     span = math.log(max(unpruned.tokens / fewest, 1.01))

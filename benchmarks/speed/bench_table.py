@@ -9,7 +9,7 @@ from vlm_prune.benchmarks.speed.roofline import Timing
 from vlm_prune.benchmarks.stats.table import percent
 
 
-def rows(results: dict[str, Any]) -> list[list[str]]:
+def bench_rows(results: dict[str, Any]) -> list[list[str]]:
     """Header and one row per phase: median [quartiles] and floor, in ms, then memory."""
     lines = [["phase", "unpruned ms", "floor", "pruned ms", "floor"]]
     for phase in PHASES:
@@ -23,7 +23,7 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
     return lines
 
 
-def about(results: dict[str, Any]) -> list[str]:
+def bench_summary(results: dict[str, Any]) -> list[str]:
     """Lines that say what was measured, and the speed-ups."""
     speed, busy = results["speedup"], []
     if "busy_prefill" in speed:
@@ -86,7 +86,7 @@ def about_setting(results: dict[str, Any]) -> list[str]:
     ]
 
 
-def overview(runs: list[dict[str, Any]]) -> list[list[str]]:
+def bench_overview(runs: list[dict[str, Any]]) -> list[list[str]]:
     """Header and one row per method; on a GPU also what of the times is its own."""
     on_gpu = "busy_prefill" in runs[0]["speedup"]
     header = [

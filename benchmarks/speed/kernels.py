@@ -214,7 +214,7 @@ def error(case: Case, dtype: torch.dtype) -> str:
     return ""
 
 
-def measure(
+def measure_case(
     case: Case, ceilings: Ceilings, device: torch.device, dtype: torch.dtype, compiled: bool = True
 ) -> dict[str, Any]:
     """Returns timings of a case whose kernel agrees with the reference; of another only the error.
@@ -253,8 +253,8 @@ def measure(
     }
 
 
-def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
-    """Rows of `measure` in Markdown; milliseconds are medians with quartiles."""
+def kernel_table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
+    """Rows of `measure_case` in Markdown; milliseconds are medians with quartiles."""
     names = ("triton", "replayed", "reference", "compiled")
     lines = [["operation", *names, "floor"]]
     for row in rows:

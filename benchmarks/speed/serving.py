@@ -232,7 +232,7 @@ class Served:
         return Load(concurrency, seconds, len(prompts), waits, tokens)
 
 
-def rows(results: dict[str, Any]) -> list[list[str]]:
+def serving_rows(results: dict[str, Any]) -> list[list[str]]:
     """Header and one row per concurrency."""
     lines = [["concurrency", "unpruned req/s", "pruned req/s", "", "unpruned first token s",
               "pruned first token s", ""]]  # fmt: skip
@@ -253,7 +253,7 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
     return lines
 
 
-def about(results: dict[str, Any]) -> list[str]:
+def serving_summary(results: dict[str, Any]) -> list[str]:
     """Lines that say what was measured."""
     config = ServingConfig(**results["config"])
     before, after = (results[arm][0]["prompt_tokens"] for arm in ARMS)

@@ -8,7 +8,7 @@ from vlm_prune.benchmarks.tasks.scenes import COLORS, KINDS, Scene, about_scene,
 LETTERS = "ABCD"
 
 
-def options(rng: np.random.Generator, right: str, others: list[str]) -> tuple[str, str]:
+def list_options(rng: np.random.Generator, right: str, others: list[str]) -> tuple[str, str]:
     """Returns four lettered options in random order, and the letter of the right one.
 
     Args:
@@ -23,7 +23,7 @@ def options(rng: np.random.Generator, right: str, others: list[str]) -> tuple[st
     return text, LETTERS[place]
 
 
-def about(rng: np.random.Generator, kind: str, name: str, color: str) -> Question:
+def ask_about(rng: np.random.Generator, kind: str, name: str, color: str) -> Question:
     """Returns a question about one thing: its color by its name, or its name by its color.
 
     Args:
@@ -33,16 +33,16 @@ def about(rng: np.random.Generator, kind: str, name: str, color: str) -> Questio
         color: of the thing.
     """
     if rng.random() < 0.5:
-        text, letter = options(rng, color, list(COLORS))
+        text, letter = list_options(rng, color, list(COLORS))
         return Question(f"What color is the {noun(name)}? {text}", letter, "color")
-    text, letter = options(rng, name, list(KINDS[kind]))
+    text, letter = list_options(rng, name, list(KINDS[kind]))
     return Question(f"What {kind} is {color}? {text}", letter, kind)
 
 
 def ask(rng: np.random.Generator, scene: Scene) -> Question:
     """Returns a question with four options about one thing of a scene."""
     thing = scene.things[int(rng.integers(len(scene.things)))]
-    return about(rng, thing.kind, thing.name, thing.color)
+    return ask_about(rng, thing.kind, thing.name, thing.color)
 
 
 TASK = Task("choice", True, about_scene(ask))

@@ -14,7 +14,7 @@ from vlm_prune.benchmarks.tasks.scenes import Scene, make_scene
 SETTINGS = ("T", "T,T", "T,T,T", "T,T,V", "T,V", "V")
 
 
-def about(rng: np.random.Generator, scene: Scene) -> Question:
+def ask_about_scene(rng: np.random.Generator, scene: Scene) -> Question:
     """A question of one of the tasks that a visual turn may ask."""
     makers = (attribute.ask, count.ask, exist.ask, ocr.ask)
     return makers[int(rng.integers(len(makers)))](rng, scene) or exist.ask(rng, scene)
@@ -25,7 +25,7 @@ def _turn(rng: np.random.Generator, split: Split, visual: bool) -> tuple[Turn, s
         question = text.ask(rng)
         return Turn(question.text), question.answer
     scene = make_scene(rng, split)
-    asked = about(rng, scene)
+    asked = ask_about_scene(rng, scene)
     return Turn(asked.text, (scene.image,)), asked.answer
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, features
 from pyarrow import parquet
 
-from vlm_prune.benchmarks.batch.inputs import decode, find_images, root_of
+from vlm_prune.benchmarks.batch.inputs import decode, find_images, input_root
 from vlm_prune.benchmarks.experiments.iit import evaluate as iit
 from vlm_prune.benchmarks.experiments.iit.sources import read_source
 from vlm_prune.continual.streams import csv_manifest, read_coop_split
@@ -37,7 +37,7 @@ CASES = {
 }
 READERS = {
     "llava": lambda path: read_llava(path, path.parent),
-    "iit": lambda path: iit.read(path.parent),
+    "iit": lambda path: iit.read_conversations(path.parent),
     "coop": lambda path: read_coop_split(path, path.parent, "mine", ("{}",)),
     "mmlu": lambda path: read_source("mmlu", str(path)),
     "hellaswag": lambda path: read_source("hellaswag", str(path)),
@@ -112,7 +112,7 @@ def test_tables_of_any_content_are_read_or_refused(reader, folder):
     text = "path,class,split,prompt\na.png,dog,train,red?\na.png,cat,test,\n"
     readers = {
         "manifest": lambda path: csv_manifest(path, "mine"),
-        "map": lambda path: list(decode(find_images(path, "what?"), root_of(path))),
+        "map": lambda path: list(decode(find_images(path, "what?"), input_root(path))),
     }
     content = text.encode()
     draw = np.random.default_rng(0)

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from vlm_prune.continual import metrics
-from vlm_prune.continual.metrics import AccuracyMatrix, drift, resampled, retention, summary
+from vlm_prune.continual.metrics import AccuracyMatrix, bootstrap_means, drift, retention, summary
 from vlm_prune.vlm.common.errors import InputError
 
 HAND = np.array([[0.8, 0.0, 0.3], [0.6, 0.9, 0.5], [0.7, 0.4, 1.0]])
@@ -70,7 +70,7 @@ def test_intervals_agree_with_a_plain_bootstrap(matrix):
 
 def test_rows_are_resampled_together():
     hits = np.array([[1, 0, 1, 0, 1], [0, 1, 0, 1, 0]])
-    drawn = resampled(hits, 50, np.random.default_rng(0))
+    drawn = bootstrap_means(hits, 50, np.random.default_rng(0))
     assert drawn.sum(1) == pytest.approx(np.ones(50)) and drawn[:, 0].std() > 0.1
 
 

@@ -134,8 +134,8 @@ def test_that_test_catches_a_mask_indexed_by_key_column(winged, prompts, monkeyp
         query = torch.arange(keys.visible.shape[1])[:, None]
         return keys._replace(visible=(column <= query).expand_as(keys.visible), runs=None)
 
-    honest = tokens_module.Tokens._gather
-    monkeypatch.setattr(tokens_module.Tokens, "_gather", by_column)
+    honest = tokens_module.PromptTokens._gather
+    monkeypatch.setattr(tokens_module.PromptTokens, "_gather", by_column)
     inputs = prompts([(1, 8)])
     assert moved_before(model, inputs, inputs["input_ids"].shape[1] - 1) > 1e-3
 
@@ -312,7 +312,7 @@ def test_a_cropped_or_reordered_cache_makes_keys_anew(winged, prompts):
 def test_runs_of_queries_give_what_the_mask_gives(options, rows, winged, prompts, monkeypatch):
     model, inputs = winged(**options), prompts(rows)
     by_runs, again = logits(model, inputs), greedy(model, inputs).logits
-    monkeypatch.setattr(tokens_module.Tokens, "_runs", lambda *_: None)
+    monkeypatch.setattr(tokens_module.PromptTokens, "_runs", lambda *_: None)
     torch.testing.assert_close(by_runs, logits(model, inputs), **CLOSE)
     torch.testing.assert_close(again, greedy(model, inputs).logits, **CLOSE)
 

@@ -20,7 +20,7 @@ def installed(monkeypatch, request):
 
 def test_options_of_vllm_are_passed_on():
     options = ["--port", "8001", "--additional-config", '{"other": 1}', "--dtype=bfloat16"]
-    line = server.command("tiny", Settings("zoo", 64), options)
+    line = server.server_command("tiny", Settings("zoo", 64), options)
     assert line[0] == sys.executable and line[3:5] in (
         ["serve", str(checkpoint_path())],
         ["--model", str(checkpoint_path())],
@@ -34,7 +34,7 @@ def test_options_of_vllm_are_passed_on():
 
 
 def test_a_name_of_ones_own_stays():
-    line = server.command("tiny", Settings("zoo", 64), ["--served-model-name=mine"])
+    line = server.server_command("tiny", Settings("zoo", 64), ["--served-model-name=mine"])
     assert line[7:] == ["--served-model-name=mine"]
 
 
@@ -49,7 +49,7 @@ def test_a_name_of_ones_own_stays():
 )
 def test_wrong_input_is_one_line(model, settings, options, message):
     with pytest.raises(InputError) as error:
-        server.command(model, settings, options)
+        server.server_command(model, settings, options)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -60,8 +60,8 @@ def test_a_family_without_a_pruned_class_is_served_when_asked_for_by_name(tmp_pa
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="no pruned class"):
-        server.command(str(tmp_path), Settings("zoo"), [])
-    assert str(tmp_path) in server.command(str(tmp_path), Settings("none"), [])
+        server.server_command(str(tmp_path), Settings("zoo"), [])
+    assert str(tmp_path) in server.server_command(str(tmp_path), Settings("none"), [])
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ def make_folders(path: Path) -> list[Path]:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """Give a file to write in the block; it becomes `path` when the block ends well, else it goes.
 
     Its name is the block's own, so that two writers do not meet. Folders above `path` are made, a
@@ -195,7 +195,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, content: str) -> None:
     """Write all of the file or none of it."""
-    with whole(path) as partial:
+    with atomic_path(path) as partial:
         partial.write_text(content, encoding="utf-8")
 
 

@@ -40,7 +40,7 @@ def check_served(model: str, settings: Settings) -> str:
     return package
 
 
-def command(model: str, settings: Settings, options: Sequence[str]) -> list[str]:
+def server_command(model: str, settings: Settings, options: Sequence[str]) -> list[str]:
     """The command line that starts the server.
 
     Args:

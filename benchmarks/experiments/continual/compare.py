@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_prune.continual.clip import extra
-from vlm_prune.continual.metrics import AccuracyMatrix, resampled, summary
+from vlm_prune.continual.metrics import AccuracyMatrix, bootstrap_means, summary
 
 Array = NDArray[np.float64]
 Runs = Mapping[int, AccuracyMatrix]  # by seed
@@ -31,7 +31,7 @@ def figures(runs: Runs) -> dict[str, dict[str, float]]:
     return {n: _figure(np.array(v), drawn[n][..., 0]) for n, v in values(runs).items()}
 
 
-def difference(one: Runs, other: Runs) -> dict[str, dict[str, float]]:
+def metric_differences(one: Runs, other: Runs) -> dict[str, dict[str, float]]:
     """The first's metrics minus the second's over their common seeds, paired by seed and image."""
     seeds = [seed for seed in one if seed in other]
     if not seeds:
@@ -53,7 +53,7 @@ def _drawn(methods: Sequence[Runs]) -> dict[str, Array]:
     columns = []
     for number in range(tasks):
         rows = np.concatenate([one.hits[number] for one in matrices])
-        drawn = resampled(rows, DRAWS, rng)
+        drawn = bootstrap_means(rows, DRAWS, rng)
         columns.append(drawn.reshape(DRAWS, len(methods), seeds, tasks))
     chosen = rng.integers(seeds, size=(DRAWS, 1, seeds))
     return {
@@ -79,7 +79,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "".join(f"| {' | '.join(str(c) for c in line)} |\n" for line in lines)
 
 
-def draw(rows: Mapping[str, Mapping[str, Mapping[str, float]]], path: Path) -> None:
+def draw_comparison(rows: Mapping[str, Mapping[str, Mapping[str, float]]], path: Path) -> None:
     """Transfer against Last of every method with both intervals, as a picture."""
     figure = extra("matplotlib.figure").Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()

@@ -29,7 +29,7 @@ ADAPTER_RATES, FULL_RATES = (3e-4, 1e-3, 3e-3, 1e-2), (3e-5, 1e-4, 3e-4)
 
 
 @dataclass(frozen=True)
-class Arm:
+class ContinualArm:
     """One line of the comparison.
 
     Args:
@@ -46,24 +46,24 @@ class Arm:
 
 
 ARMS = {
-    "codyra": Arm("codyra", "codyra"),
-    "lora": Arm("lora", "lora"),
-    "random-rank, codyra's counts": Arm("random-rank", "codyra", follows="like"),
-    "random-rank, codyra's counts and norms": Arm(
+    "codyra": ContinualArm("codyra", "codyra"),
+    "lora": ContinualArm("lora", "lora"),
+    "random-rank, codyra's counts": ContinualArm("random-rank", "codyra", follows="like"),
+    "random-rank, codyra's counts and norms": ContinualArm(
         "random-rank", "codyra", {"match_norm": True}, follows="like"
     ),
-    "lora, codyra's norms": Arm("lora", "lora", follows="match"),
-    "codyra-plus": Arm("codyra-plus", "codyra-plus"),
-    "zero-shot": Arm("zero-shot", ""),
-    "rail": Arm("rail", "", {"width": 1024}),
-    "full": Arm("full", "full"),
-    "wise-ft": Arm("wise-ft", "full"),
-    "lwf": Arm("lwf", "full"),
-    "zscl": Arm("zscl", "full"),
-    "o-lora": Arm("o-lora", "lora"),
-    "dora": Arm("dora", "lora"),
-    "randlora": Arm("randlora", "randlora"),
-    "adalora": Arm("adalora", "adalora", {"every": 2}),
+    "lora, codyra's norms": ContinualArm("lora", "lora", follows="match"),
+    "codyra-plus": ContinualArm("codyra-plus", "codyra-plus"),
+    "zero-shot": ContinualArm("zero-shot", ""),
+    "rail": ContinualArm("rail", "", {"width": 1024}),
+    "full": ContinualArm("full", "full"),
+    "wise-ft": ContinualArm("wise-ft", "full"),
+    "lwf": ContinualArm("lwf", "full"),
+    "zscl": ContinualArm("zscl", "full"),
+    "o-lora": ContinualArm("o-lora", "lora"),
+    "dora": ContinualArm("dora", "lora"),
+    "randlora": ContinualArm("randlora", "randlora"),
+    "adalora": ContinualArm("adalora", "adalora", {"every": 2}),
 }
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
     **{name: [{"lr": lr} for lr in ADAPTER_RATES] for name in ("codyra", "lora", "randlora")},
@@ -131,14 +131,14 @@ def _run_all(experiment: Experiment, tell: Callable[[str], None]) -> None:
     used = stream.tasks[: experiment.tasks]
     tasks = tuple(fewer(task, experiment.test_per_class) for task in used)
     outside = fewer(unseen_scenes(), experiment.test_per_class)
-    chosen = search(experiment, stream, tasks)
+    chosen = search_rates(experiment, stream, tasks)
     for seed in range(experiment.seeds):
         for label in experiment.arms:
             tell(f"seed {seed}: {label}")
             run_one(experiment, stream, label, seed, chosen, tasks, outside)
 
 
-def search(
+def search_rates(
     experiment: Experiment, stream: Stream, tasks: tuple[StreamTask, ...]
 ) -> dict[str, dict[str, Any]]:
     """Returns the best candidate of each arm that has some, by Average on validation images.
@@ -180,7 +180,7 @@ def run_one(
         stream: of the tasks.
         label: name of the arm.
         seed: of the run.
-        chosen: what `search` found.
+        chosen: what `search_rates` found.
         tasks: what is learned, in order.
         outside: what retention is measured on.
     """

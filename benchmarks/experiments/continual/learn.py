@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_prune.benchmarks.evaluation.environment import command, versions
+from vlm_prune.benchmarks.evaluation.environment import command_line, versions
 from vlm_prune.continual.attention import sites, split
 from vlm_prune.continual.clip import DEFAULT, Clip, load_clip
 from vlm_prune.continual.config import Recipe, above, check_options
@@ -19,7 +19,7 @@ from vlm_prune.continual.methods import Method, make_method
 from vlm_prune.continual.metrics import AccuracyMatrix, retention
 from vlm_prune.continual.parallel import place
 from vlm_prune.continual.prox import total_shrinkage
-from vlm_prune.continual.results import Results, read_results
+from vlm_prune.continual.results import StreamResults, read_results
 from vlm_prune.continual.streams import Stream, StreamTask, open_stream, write_indices
 from vlm_prune.continual.streams.base import readable_indices
 from vlm_prune.continual.streams.packaged import DOMAINS, Drawn
@@ -159,7 +159,7 @@ def learn(settings: Learning) -> dict[str, Any]:
         settings.output, method, recipe, save_every=settings.save_every, progress=True
     )
     report = learn_tasks(run, clip, tasks, outside)
-    about = {"stream": stream.name, "model": settings.clip[0], "command": command()}
+    about = {"stream": stream.name, "model": settings.clip[0], "command": command_line()}
     report = about | report | {"versions": versions("open_clip_torch", "timm", "peft")}
     report["retention"] |= {name: {"missing": reason} for name, reason in missing.items()}
     if place()[0] == 0:
@@ -269,13 +269,13 @@ def hits_of(clip: Clip, task: StreamTask, recipe: Recipe) -> NDArray[np.uint8]:
     return found
 
 
-def accuracy_matrix(results: Results) -> AccuracyMatrix:
+def accuracy_matrix(results: StreamResults) -> AccuracyMatrix:
     """The results with their metrics."""
     hits = tuple(results.hits), tuple(results.zero_shot_hits)
     return AccuracyMatrix(tuple(results.tasks), *hits)
 
 
-def retained(name: str, left: Mapping[str, Any]) -> str:
+def retention_line(name: str, left: Mapping[str, Any]) -> str:
     """One data set of a report's retention as a line of text, in per cent."""
     if "missing" in left:
         return f"retention on {name} was not measured: {left['missing']}"

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlm_prune.benchmarks.evaluation.environment import command, device_name, versions
+from vlm_prune.benchmarks.evaluation.environment import command_line, device_name, versions
 from vlm_prune.benchmarks.experiments.continual.compare import (
     Runs,
     cell,
-    difference,
-    draw,
+    draw_comparison,
     figures,
     markdown_table,
+    metric_differences,
     values,
 )
 from vlm_prune.benchmarks.experiments.continual.experiment import ARMS, Experiment
@@ -30,7 +30,7 @@ from vlm_prune.continual.diagnostics import survival
 from vlm_prune.continual.prox import total_shrinkage
 from vlm_prune.continual.results import read_results
 from vlm_prune.continual.streams import open_stream
-from vlm_prune.vlm.common.files import whole, write_json, write_text
+from vlm_prune.vlm.common.files import atomic_path, write_json, write_text
 from vlm_prune.vlm.common.folder import check_settings
 
 GAIN = "codyra", "lora"
@@ -75,7 +75,7 @@ def collect(experiment: Experiment) -> dict[str, Any]:
             "kept_rank": kept_rank(done.values()),
         }
     differences = [
-        {"question": text, "of": one, "minus": other, **difference(runs[one], runs[other])}
+        {"question": text, "of": one, "minus": other, **metric_differences(runs[one], runs[other])}
         for text, one, other in QUESTIONS
         if one in runs and other in runs
     ]
@@ -91,7 +91,7 @@ def collect(experiment: Experiment) -> dict[str, Any]:
         "methods": rows,
         "differences": differences,
         "initial_gates": initial_gates(experiment),
-        "command": command(),
+        "command": command_line(),
         "device": device_name(torch.device("cpu")),
         "versions": versions("open_clip_torch", "timm", "peft"),
     }
@@ -176,7 +176,7 @@ def time_steps(experiment: Experiment, rounds: int = 10) -> None:
     write_json(path, step_times(methods, make, words, pixels, labels, rounds))
 
 
-def page(found: Mapping[str, Any]) -> str:
+def results_page(found: Mapping[str, Any]) -> str:
     """The results in Markdown."""
     settings, rows = found["settings"], found["methods"]
     head = (
@@ -259,7 +259,7 @@ def write(experiment: Experiment, folder: Path) -> None:
     found = collect(experiment)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", found)
-    write_text(folder / "README.md", page(found))
+    write_text(folder / "README.md", results_page(found))
     metrics = {label: row["metrics"] for label, row in found["methods"].items()}
-    with whole(folder / "methods.png") as partial:
-        draw(metrics, partial)
+    with atomic_path(folder / "methods.png") as partial:
+        draw_comparison(metrics, partial)

@@ -16,14 +16,14 @@ from vlm_prune.benchmarks.embedded_models.curriculum import (
     text_row,
     visual_row,
 )
-from vlm_prune.benchmarks.embedded_models.language import Row, clip
+from vlm_prune.benchmarks.embedded_models.language import Row, vision_transformer
 from vlm_prune.benchmarks.embedded_models.source import SceneExample, pixels_of
 from vlm_prune.benchmarks.embedded_models.tower import tower_features
 from vlm_prune.benchmarks.experiments.forgetting.arms import Plan
 from vlm_prune.benchmarks.tasks import VISUAL, iit, text
 from vlm_prune.benchmarks.tasks.base import SPLITS, Split
 from vlm_prune.benchmarks.tasks.scenes import Scene, make_scene
-from vlm_prune.vlm.common.files import whole
+from vlm_prune.vlm.common.files import atomic_path
 
 KEY = 2_026_11_24
 TASK_QUESTIONS, SETTING_QUESTIONS, TEXT_QUESTIONS = 2, 4, 12
@@ -42,17 +42,17 @@ class Shown:
 
 
 @torch.no_grad()
-def show(model: Any, split: Split, number: int, folder: Path) -> Shown:
+def encode_scenes(model: Any, split: Split, number: int, folder: Path) -> Shown:
     """The first scenes of a split; features are kept in `folder`, since every arm has this tower."""
     rng = np.random.default_rng([KEY, SPLITS.index(split)])
     scenes = [make_scene(rng, split) for _ in range(number)]
     path = folder / f"features-{split}-{number}.safetensors"
     if not path.is_file():
         parts = [
-            tower_features(clip(model), pixels_of(scenes[k : k + 8])).half()
+            tower_features(vision_transformer(model), pixels_of(scenes[k : k + 8])).half()
             for k in range(0, number, 8)
         ]
-        with whole(path) as partial:
+        with atomic_path(path) as partial:
             save_file({"features": torch.cat(parts)}, partial)
     return Shown(scenes, load_file(path)["features"])
 
@@ -118,7 +118,7 @@ def held_out_rows(shown: Shown, plan: Plan, rng: np.random.Generator) -> list[tu
         rows.append(("visual", Row("<s>USER: ", [block(k, q) for k, q in asked], features)))
         for setting in ("V", "T,V", "T,T,V"):
             before = f"<s>{history(rng, setting.count('T'))}USER: "
-            questions = [iit.about(rng, scene) for _ in range(SETTING_QUESTIONS)]
+            questions = [iit.ask_about_scene(rng, scene) for _ in range(SETTING_QUESTIONS)]
             rows.append(("iit", Row(before, [block(setting, q) for q in questions], features)))
         told = [text.ask(rng) for _ in range(TEXT_QUESTIONS)]
         rows.append(("text", Row("<s>", [block(q.subset, q, "USER: ") for q in told])))
@@ -141,6 +141,6 @@ def shift_rows(shown: Shown, plan: Plan, rng: np.random.Generator) -> list[Row]:
     for n in range(plan.shift_rows):
         k = n % len(shown.scenes)
         before = f"<s>{history(rng, 1)}USER: "
-        question = iit.about(rng, shown.scenes[k])
+        question = iit.ask_about_scene(rng, shown.scenes[k])
         rows.append(Row(before, [block("shift", question)], some(shown, k, plan, rng)))
     return rows

@@ -20,13 +20,18 @@ from transformers import set_seed
 
 from vlm_prune.benchmarks.cli.terminal import quiet
 from vlm_prune.benchmarks.embedded_models.symbols import Symbols, align_projector, word_ids
-from vlm_prune.benchmarks.evaluation.environment import command, device_name, versions
+from vlm_prune.benchmarks.evaluation.environment import command_line, device_name, versions
 from vlm_prune.benchmarks.experiments.forgetting.arms import ARMS, Arm, Plan
-from vlm_prune.benchmarks.experiments.forgetting.data import Shown, held_out_rows, shift_rows, show
+from vlm_prune.benchmarks.experiments.forgetting.data import (
+    Shown,
+    encode_scenes,
+    held_out_rows,
+    shift_rows,
+)
 from vlm_prune.benchmarks.experiments.forgetting.measure import (
     Hits,
-    hits,
-    mean_accuracy,
+    accuracy_over_kinds,
+    right_answers,
     shift_curves,
 )
 from vlm_prune.benchmarks.experiments.forgetting.report import write_report
@@ -36,7 +41,7 @@ from vlm_prune.benchmarks.tasks.scenes import COLORS, NAMES
 from vlm_prune.learners.laws import attention_shift
 from vlm_prune.learners.merge import merge
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.files import whole, write_folder, write_json
+from vlm_prune.vlm.common.files import atomic_path, write_folder, write_json
 from vlm_prune.vlm.common.folder import OutputFolder, record_settings
 from vlm_prune.vlm.load import load
 from vlm_prune.vlm.tiny import text_language_model
@@ -75,7 +80,7 @@ def run(
     everything = about | {
         "device": device_name(torch.device("cpu")),
         "versions": versions(),
-        "command": command(),
+        "command": command_line(),
         "arms": arms,
     }
     write_report(everything, results)
@@ -97,7 +102,7 @@ def _run_arms(
         for (seed, name), entry in zip(wave, runs, strict=True):
             found[seed, name] = entry
             figures = ", ".join(
-                f"{part} {100 * mean_accuracy(entry['hits'][part]):.1f} %"
+                f"{part} {100 * accuracy_over_kinds(entry['hits'][part]):.1f} %"
                 for part in ("text", "visual")
             )
             rate = f"language model's LR {plan.rate(ARMS[name])}"
@@ -112,7 +117,7 @@ def _shown(plan: Plan, output: Path) -> dict[str, Shown]:
     quiet()  # here, too, for a process of its own
     model, _ = load()
     sizes = {"train": plan.train_scenes, "val": plan.val_scenes, "test": plan.test_scenes}
-    return {split: show(model, split, sizes[split], output) for split in SPLITS}
+    return {split: encode_scenes(model, split, sizes[split], output) for split in SPLITS}
 
 
 def _begun(plan: Plan, output: Path, base: Path, seed: int) -> None:
@@ -130,7 +135,7 @@ def _finished(plan: Plan, output: Path, seed: int, name: str) -> dict[str, Any]:
     path = folder / f"{name}.json"
     if not path.is_file():
         shown = _shown(plan, output)
-        write_json(path, measured(folder, name, ARMS[name], plan, shown, seed))
+        write_json(path, measure_arm(folder, name, ARMS[name], plan, shown, seed))
     entry: dict[str, Any] = json.loads(path.read_text())
     return entry
 
@@ -196,7 +201,7 @@ def load_language_model(model: Any, path: Path) -> None:
     model.tie_weights()
 
 
-def measured(
+def measure_arm(
     folder: Path, name: str, arm: Arm, plan: Plan, shown: dict[str, Shown], seed: int
 ) -> dict[str, Any]:
     """Trains one arm where there is something to train, and measures it on the test split.
@@ -218,7 +223,7 @@ def measured(
     if arm.method is not None:
         model, processor, cost = trained(folder / "aligned", arm, plan, shown["train"], seed)
         if name == "full":
-            with whole(folder / "full.safetensors") as partial:
+            with atomic_path(folder / "full.safetensors") as partial:
                 save_file(_language_and_projector(model), partial)
     elif arm.merged:
         model, processor, extra = merged(folder, plan, shown["val"], seed)
@@ -245,7 +250,7 @@ def measured(
 
 def _tested(model: Any, processor: Any, shown: Shown, plan: Plan, key: list[int]) -> Hits:
     """Right answers to the questions that `key` draws, the same for all arms of a seed."""
-    return hits(model, processor, held_out_rows(shown, plan, np.random.default_rng(key)))
+    return right_answers(model, processor, held_out_rows(shown, plan, np.random.default_rng(key)))
 
 
 def merged(folder: Path, plan: Plan, val: Shown, seed: int) -> tuple[Any, Any, dict[str, Any]]:
@@ -272,7 +277,9 @@ def merged(folder: Path, plan: Plan, val: Shown, seed: int) -> tuple[Any, Any, d
     scores = {}
     for alpha in plan.alphas:
         found = _tested(at(alpha), processor, val, plan, [seed, 1])
-        scores[alpha] = (mean_accuracy(found["text"]) + mean_accuracy(found["visual"])) / 2
+        scores[alpha] = (
+            accuracy_over_kinds(found["text"]) + accuracy_over_kinds(found["visual"])
+        ) / 2
     best = max(scores, key=lambda alpha: scores[alpha])
     return at(best), processor, {"alpha": best, "validation": scores}
 

@@ -17,7 +17,7 @@ BATCH = 4
 
 
 @torch.inference_mode()
-def hits(model: Any, processor: Any, rows: list[tuple[str, Row]]) -> Hits:
+def right_answers(model: Any, processor: Any, rows: list[tuple[str, Row]]) -> Hits:
     """Returns, for each part and kind, [right, asked] counts of every row that asks such questions.
 
     An answer is right when each of its tokens and the end token are the most likely ones after
@@ -58,7 +58,7 @@ def accuracy(counts: list[list[int]]) -> float:
     return float(right / asked)
 
 
-def mean_accuracy(kinds: dict[str, list[list[int]]]) -> float:
+def accuracy_over_kinds(kinds: dict[str, list[list[int]]]) -> float:
     """Mean over kinds, which weigh the same."""
     return float(np.mean([accuracy(counts) for counts in kinds.values()]))
 
@@ -75,13 +75,13 @@ def interval(seeds: Seeds) -> tuple[float, list[float]]:
     return _mean(seeds), _percentiles(_resampled(seeds))
 
 
-def difference(ours: Seeds, other: Seeds) -> tuple[float, list[float]]:
+def accuracy_difference(ours: Seeds, other: Seeds) -> tuple[float, list[float]]:
     """Our mean accuracy minus another with a 95 % interval, paired: both had the same questions."""
     return _mean(ours) - _mean(other), _percentiles(_resampled(ours) - _resampled(other))
 
 
 def _mean(seeds: Seeds) -> float:
-    return float(np.mean([mean_accuracy(kinds) for kinds in seeds]))
+    return float(np.mean([accuracy_over_kinds(kinds) for kinds in seeds]))
 
 
 def _percentiles(draws: NDArray[np.float64]) -> list[float]:

@@ -8,12 +8,16 @@ from typing import Any
 import numpy as np
 
 from vlm_prune.benchmarks.experiments.forgetting.arms import ARMS, Plan
-from vlm_prune.benchmarks.experiments.forgetting.measure import difference, interval, mean_accuracy
+from vlm_prune.benchmarks.experiments.forgetting.measure import (
+    accuracy_difference,
+    accuracy_over_kinds,
+    interval,
+)
 from vlm_prune.benchmarks.stats.bootstrap import mean_interval
 from vlm_prune.benchmarks.stats.table import as_markdown, percent
 from vlm_prune.benchmarks.tasks.iit import SETTINGS
 from vlm_prune.learners.laws import GROUPS
-from vlm_prune.vlm.common.files import whole, write_text
+from vlm_prune.vlm.common.files import atomic_path, write_text
 
 NAME = "forgetting"
 KEPT, BEHIND = 0.98, 1  # share of text-only accuracy, points of visual accuracy
@@ -23,15 +27,15 @@ COLORS = ("#4477aa", "#cc6677", "#228833")
 def write_report(everything: dict[str, Any], folder: Path) -> None:
     """Write `forgetting.json`, `forgetting.md` and `forgetting.png`."""
     folder.mkdir(parents=True, exist_ok=True)
-    summary = summarise(everything["arms"])
+    summary = summarize_arms(everything["arms"])
     # on one line: there are thousands of single answers
     write_text(folder / f"{NAME}.json", json.dumps(everything | {"summary": summary}) + "\n")
-    write_text(folder / f"{NAME}.md", markdown(everything, summary))
-    with whole(folder / f"{NAME}.png") as partial:
+    write_text(folder / f"{NAME}.md", report_markdown(everything, summary))
+    with atomic_path(folder / f"{NAME}.png") as partial:
         plot(everything["arms"], summary, partial)
 
 
-def summarise(arms: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+def summarize_arms(arms: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     """Means and 95 % intervals over seeds and scenes, for each arm."""
     summary: dict[str, dict[str, Any]] = {}
     wings = [run["hits"] for run in arms["wings"]]
@@ -41,10 +45,12 @@ def summarise(arms: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]
             part: interval([seed[part] for seed in found]) for part in ("text", "visual")
         }
         entry["by seed"] = {
-            part: [mean_accuracy(seed[part]) for seed in found] for part in ("text", "visual")
+            part: [accuracy_over_kinds(seed[part]) for seed in found] for part in ("text", "visual")
         }
         entry["wings minus it"] = {
-            part: difference([seed[part] for seed in wings], [seed[part] for seed in found])
+            part: accuracy_difference(
+                [seed[part] for seed in wings], [seed[part] for seed in found]
+            )
             for part in ("text", "visual")
         }
         for setting in SETTINGS:
@@ -73,7 +79,7 @@ def _shift_cell(value: tuple[float, list[float]] | None) -> str:
     return f"{value[0]:.2f} [{value[1][0]:.2f}, {value[1][1]:.2f}]" if value else "undefined"
 
 
-def verdict(summary: dict[str, dict[str, Any]]) -> str:
+def target_verdict(summary: dict[str, dict[str, Any]]) -> str:
     """Whether Wings is as good as it should be: text kept, and sight next to the best baseline."""
     kept = summary["wings"]["text"][0] / summary["base"]["text"][0]
     baselines = [name for name in summary if name != "base" and not name.startswith("wings")]
@@ -88,7 +94,7 @@ def verdict(summary: dict[str, dict[str, Any]]) -> str:
     )
 
 
-def markdown(everything: dict[str, Any], summary: dict[str, dict[str, Any]]) -> str:
+def report_markdown(everything: dict[str, Any], summary: dict[str, dict[str, Any]]) -> str:
     """Two tables: skills, then attention and cost."""
     before = summary["base"]["text"][0]
     plan = everything["plan"]
@@ -143,7 +149,7 @@ An image is shown by {plan["patches"]} of its 576 tokens, those of all objects a
 Merging chose alpha {alphas} on validation scenes.
 
 {as_markdown(skills)}
-{verdict(summary)}
+{target_verdict(summary)}
 
 Interleaved conversations, last turn, right answers % (T text, V image, earlier replies given):
 
@@ -164,7 +170,7 @@ def plot(
 
     Args:
         arms: for each arm what was measured with each seed.
-        summary: figures with intervals, of `summarise`.
+        summary: figures with intervals, of `summarize_arms`.
         path: of the PNG.
     """
     from matplotlib.figure import Figure

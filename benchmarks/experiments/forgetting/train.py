@@ -21,7 +21,7 @@ from vlm_prune.learners.recipe import Group, make_optimizer
 from vlm_prune.learners.store import adapter_state, load_adapter_state
 from vlm_prune.learners.train import WingsRun, prepare
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.files import whole
+from vlm_prune.vlm.common.files import atomic_path
 from vlm_prune.vlm.families import family_of
 
 Parameters = dict[Group, list[torch.nn.Parameter]]
@@ -181,7 +181,7 @@ def first_stage(folder: Path, arm: Arm, plan: Plan, shown: Shown, seed: int) -> 
         fit(model, processor, groups, shown, plan, arm, 1, seed)
         learnt = adapter_state(model) if arm.sees_in_stage_1 else {}
         state = model.model.multi_modal_projector.state_dict()
-        with whole(path) as partial:
+        with atomic_path(path) as partial:
             save_file({f"projector.{n}": t for n, t in state.items()} | learnt, partial)
     return path
 

@@ -11,7 +11,7 @@ import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.neighbors import NearestNeighbors
 
-from vlm_prune.benchmarks.experiments.iit.files import image_bytes, rows
+from vlm_prune.benchmarks.experiments.iit.files import image_bytes, read_source_rows
 from vlm_prune.benchmarks.experiments.iit.sources import Item, read_source
 from vlm_prune.benchmarks.tasks.iit import SETTINGS
 from vlm_prune.vlm.common.errors import InputError
@@ -121,7 +121,7 @@ def _distinct(items: list[Item], target: int, near: list[int], number: int) -> l
     return kept
 
 
-def build(
+def build_conversations(
     folder: Path,
     sources: dict[str, str | None],
     size: int = 500,
@@ -175,7 +175,7 @@ def _images(items: set[Item], folder: Path) -> dict[Item, str]:
         by_file[item.place[0]][item.place[1]] = item
     names: dict[Item, str] = {}
     for path, places in by_file.items():
-        for number, row in enumerate(rows(path, images=True)):
+        for number, row in enumerate(read_source_rows(path, images=True)):
             if number not in places:
                 continue
             cell = row["image"] if row.get("image") is not None else row.get("image_1")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from vlm_prune.benchmarks.evaluation.environment import command, versions
+from vlm_prune.benchmarks.evaluation.environment import command_line, versions
 from vlm_prune.benchmarks.experiments.iit.build import LABEL
 from vlm_prune.benchmarks.experiments.iit.sources import LETTERS
 from vlm_prune.benchmarks.stats.bootstrap import mean_interval
@@ -26,8 +26,8 @@ Context = Literal["own", "gold"]
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 
 
-def read(folder: Path | DataRoot) -> list[Sample]:
-    """The conversations that `build` wrote, all replies gold.
+def read_conversations(folder: Path | DataRoot) -> list[Sample]:
+    """The conversations that `build_conversations` wrote, all replies gold.
 
     Raises:
         InputError: if there are none, or one is in another format or names an image that cannot be
@@ -95,7 +95,7 @@ def _reply(model: Any, processor: Any, sample: Sample, pruner: Any | None) -> st
     return str(processor.decode(answer, skip_special_tokens=True)).strip()
 
 
-def evaluate(
+def evaluate_conversations(
     model: Any,
     processor: Any,
     folder: Path | DataRoot,
@@ -109,7 +109,7 @@ def evaluate(
     Args:
         model: with or without learners.
         processor: its processor.
-        folder: what `build` wrote.
+        folder: what `build_conversations` wrote.
         output: folder for `iit-<context>.json` and `iit-<context>.jsonl`.
         context: whether earlier turns have the model's own replies or the gold ones.
         pruner: prunes every turn; None prunes nothing.
@@ -121,7 +121,7 @@ def evaluate(
     if context not in ("own", "gold"):
         raise InputError(f"context {context!r} is unknown; give own or gold")
     rows: list[dict[str, Any]] = []
-    for sample in read(folder):
+    for sample in read_conversations(folder):
         seen = sum(row["setting"] == sample.subset for row in rows)
         if limit is not None and seen >= limit:
             continue
@@ -156,7 +156,7 @@ def evaluate(
         "settings": settings,
         "mean": float(np.mean([entry["accuracy"] for entry in settings.values()])),
         "versions": versions(),
-        "command": command(),
+        "command": command_line(),
     }
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / f"iit-{context}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -19,7 +19,7 @@ SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".zip")
 IMAGE_COLUMNS = tuple(f"image_{n}" for n in range(1, 8)) + ("image",)
 
 
-def rows(path: Path, images: bool) -> Iterator[Row]:
+def read_source_rows(path: Path, images: bool) -> Iterator[Row]:
     """Every row of a file; of parquet without the image columns unless `images`.
 
     Rows of CSVs have the file's name as `subject`, since CMMLU has one file for each.

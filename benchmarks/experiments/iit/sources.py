@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_prune.benchmarks.experiments.iit.files import SUFFIXES, Row, rows
+from vlm_prune.benchmarks.experiments.iit.files import SUFFIXES, Row, read_source_rows
 from vlm_prune.vlm.common.errors import InputError, first_line
 from vlm_prune.vlm.common.paths import DataRoot
 from vlm_prune.vlm.common.registry import Registry
@@ -183,7 +183,7 @@ def read_source(name: str, where: str | None = None, allow_outside: bool = False
     """
     source, items = SOURCES[name], []
     for path, root in files_of(name, where, allow_outside):
-        for number, row in enumerate(rows(path, images=False)):
+        for number, row in enumerate(read_source_rows(path, images=False)):
             try:
                 parsed = source.parse(row)
                 if parsed is None:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from vlm_prune.benchmarks.batch.inputs import find_images, open_below, root_of
+from vlm_prune.benchmarks.batch.inputs import find_images, input_root, open_below
 from vlm_prune.benchmarks.batch.output import ANSWERS, Parts, parts_of
 from vlm_prune.benchmarks.batch.pipeline import local_ray, placed
 from vlm_prune.benchmarks.cli import map as command
@@ -267,10 +267,10 @@ def test_a_manifest_names_paths_and_prompts(tmp_path, kind):
     Image.new("RGB", (8, 8)).save(tmp_path / "c.png")
     for name in ("../c.png", str(tmp_path / "c.png")):
         with pytest.raises(InputError, match=r"leads out of .*--allow-outside"):
-            open_below(root_of(tmp_path / "in"), name)
-        assert open_below(root_of(tmp_path / "in", allow_outside=True), name).size == (8, 8)
+            open_below(input_root(tmp_path / "in"), name)
+        assert open_below(input_root(tmp_path / "in", allow_outside=True), name).size == (8, 8)
     with pytest.raises(InputError, match="nothing is downloaded"):
-        open_below(root_of(tmp_path / "in", allow_outside=True), "http://127.0.0.1:9/c.png")
+        open_below(input_root(tmp_path / "in", allow_outside=True), "http://127.0.0.1:9/c.png")
     file.write_bytes(b"\xff\n\xfe")
     with pytest.raises(InputError):
         find_images(file, "blue?")

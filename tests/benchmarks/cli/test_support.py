@@ -1,6 +1,6 @@
 """What works on what: methods and model families."""
 
-from vlm_prune.benchmarks.cli.support import markdown, support
+from vlm_prune.benchmarks.cli.support import support, support_table
 from vlm_prune.benchmarks.speed.pictures import LAYOUTS
 from vlm_prune.pruning import METHODS
 from vlm_prune.vlm.families import FAMILIES
@@ -8,7 +8,7 @@ from vlm_prune.vlm.families import FAMILIES
 
 def test_methods_prints_the_matrix_of_the_registries(run):
     code, printed, _ = run("methods", "--families")
-    assert (code, printed) == (0, markdown())
+    assert (code, printed) == (0, support_table())
     assert list(support()) == list(METHODS)
     assert all(list(works) == list(FAMILIES) for works in support().values())
     assert not support()["zoo"]["smolvlm"] and not support()["downsample"]["qwen3_vl"]

@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 
 from vlm_prune.benchmarks.embedded_models.clip import (
     STATE,
+    ClipRecipe,
     Pretraining,
-    Recipe,
     contrastive,
-    corpus,
+    domain_prompts,
     pairs,
 )
-from vlm_prune.benchmarks.embedded_models.clip_card import hits, measure, write_card
+from vlm_prune.benchmarks.embedded_models.clip_card import measure_domain, right_images, write_card
 from vlm_prune.benchmarks.embedded_models.packaged import train_base
 from vlm_prune.continual.clip import load_clip
 from vlm_prune.continual.metrics import mean_accuracy
@@ -26,7 +26,9 @@ from vlm_prune.continual.tiny.config import CONTEXT, WEIGHTS
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.folder import OutputFolder
 
-SMALL = Recipe(steps=6, stop=6, batch=16, warmup=2, per_class=1, width=32, layers=1, save_every=3)
+SMALL = ClipRecipe(
+    steps=6, stop=6, batch=16, warmup=2, per_class=1, width=32, layers=1, save_every=3
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +50,16 @@ def test_packaged_weights_are_small_and_in_half_precision(packaged):
 
 
 def test_no_prompt_is_cut_and_each_ends_with_the_highest_token(packaged):
-    tokens = packaged.tokenize(corpus())
+    tokens = packaged.tokenize(domain_prompts())
     assert tokens.shape[1] == CONTEXT
     assert (tokens.max(1).values == tokens.max()).all() and (tokens[:, -1] == 0).all()
-    assert len({tuple(row) for row in tokens.tolist()}) == len(set(corpus()))
+    assert len({tuple(row) for row in tokens.tolist()}) == len(set(domain_prompts()))
 
 
 @pytest.mark.parametrize(("name", "least"), [("colours", 0.3), ("symbols", 0.3), ("scenes", 0.85)])
 def test_zero_shot_is_above_chance(packaged, name, least):
     one = task(name)
-    assert mean_accuracy(hits(packaged, [one.test[k] for k in range(96)], one))[1] > least
+    assert mean_accuracy(right_images(packaged, [one.test[k] for k in range(96)], one))[1] > least
 
 
 def card_rows():
@@ -82,7 +84,7 @@ def test_zero_shot_is_above_chance_and_below_fine_tuning_in_every_domain():
 
 @pytest.mark.slow
 def test_card_says_what_is_measured(packaged):
-    found, row = measure(packaged, task("colours")), card_rows()["colours"]
+    found, row = measure_domain(packaged, task("colours")), card_rows()["colours"]
     wanted = [100 * f[0] for f in (found.zero_shot, found.known, found.tuned, found.gain)]
     assert [figure[0] for figure in row[1:]] == pytest.approx(wanted, abs=1.5)
 
@@ -103,7 +105,7 @@ def test_a_killed_run_ends_like_one_without_a_break(tmp_path, data):
 def test_a_folder_holds_one_run(tmp_path, data):
     Pretraining(tmp_path, SMALL, data).run(until=1)
     with pytest.raises(InputError, match="holds a run with another"):
-        Pretraining(tmp_path, Recipe(steps=7), data)
+        Pretraining(tmp_path, ClipRecipe(steps=7), data)
 
 
 def test_damaged_state_is_named(tmp_path, data):
@@ -144,7 +146,9 @@ def test_two_trainings_do_not_share_a_folder(tmp_path, data):
 
 
 def test_training_learns(tmp_path, data):
-    recipe = Recipe(steps=25, stop=25, batch=32, warmup=2, per_class=1, width=32, layers=1, shift=0)
+    recipe = ClipRecipe(
+        steps=25, stop=25, batch=32, warmup=2, per_class=1, width=32, layers=1, shift=0
+    )
     Pretraining(tmp_path, recipe, data).run()
     losses = [
         json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()
@@ -154,7 +158,7 @@ def test_training_learns(tmp_path, data):
 
 def test_card_of_a_model_just_trained(tmp_path, data):
     Pretraining(tmp_path, SMALL, data).run()
-    figures = measure(load_clip(str(tmp_path)), task("words"), steps=1)
+    figures = measure_domain(load_clip(str(tmp_path)), task("words"), steps=1)
     names = "digits letters words symbols shapes colours textures photographs scenes"
     write_card(tmp_path, dict.fromkeys(names.split(), figures))
     card = (tmp_path / "README.md").read_text()

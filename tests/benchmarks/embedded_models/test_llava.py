@@ -14,9 +14,9 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from vlm_prune.benchmarks.embedded_models.curriculum import block, pair, what
 from vlm_prune.benchmarks.embedded_models.initial import look_back, wake
 from vlm_prune.benchmarks.embedded_models.language import attend_packed, loss_of, pack, projected
-from vlm_prune.benchmarks.embedded_models.llava import STAGES, Recipe, Trainer
+from vlm_prune.benchmarks.embedded_models.llava import STAGES, LlavaRecipe, Trainer
 from vlm_prune.benchmarks.embedded_models.log import recorder
-from vlm_prune.benchmarks.embedded_models.source import SceneSource, corpus, scenes
+from vlm_prune.benchmarks.embedded_models.source import SceneSource, scenes, tokenizer_texts
 from vlm_prune.benchmarks.embedded_models.store import save_language_model
 from vlm_prune.benchmarks.embedded_models.symbols import word_ids
 from vlm_prune.benchmarks.embedded_models.text import train_text
@@ -27,7 +27,7 @@ from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.folder import OutputFolder
 from vlm_prune.vlm.tiny.config import make_model, make_processor
 
-SHORT = Recipe(
+SHORT = LlavaRecipe(
     windows=2,
     whole=1,
     written=1,
@@ -43,7 +43,7 @@ SHORT = Recipe(
 
 @pytest.fixture(scope="module")
 def processor():
-    return make_processor(corpus(200), 320)
+    return make_processor(tokenizer_texts(200), 320)
 
 
 def trained(processor, folder, stages=STAGES):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlm_prune.benchmarks.experiments.continual.compare import difference, figures
+from vlm_prune.benchmarks.experiments.continual.compare import figures, metric_differences
 from vlm_prune.benchmarks.experiments.continual.experiment import (
     ARMS,
     CANDIDATES,
@@ -153,20 +153,20 @@ def test_means_over_seeds_and_paired_differences():
     by_hand = 100 * np.mean([run.values[-1].mean() for run in one.values()])
     assert found["last"]["value"] == pytest.approx(by_hand)
     assert found["last"]["low"] < by_hand < found["last"]["high"]
-    gain = difference(one, other)["last"]
+    gain = metric_differences(one, other)["last"]
     other_last = 100 * np.mean([run.values[-1].mean() for run in other.values()])
     assert gain["value"] == pytest.approx(by_hand - other_last)
     assert 0 < gain["low"] < gain["value"] < gain["high"]
     # every image that the other has right the first has right too: pairing narrows the interval
     assert gain["high"] - gain["low"] < found["last"]["high"] - found["last"]["low"]
-    assert difference(one, one)["average"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert metric_differences(one, one)["average"] == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
 def test_differences_use_common_seeds():
     one, other = matrices((0, 1), 0.2), matrices((1, 2))
-    alone = difference({1: one[1]}, {1: other[1]})
-    assert difference(one, other) == alone
-    assert difference(one, matrices((5,))) == {}
+    alone = metric_differences({1: one[1]}, {1: other[1]})
+    assert metric_differences(one, other) == alone
+    assert metric_differences(one, matrices((5,))) == {}
 
 
 @pytest.fixture(scope="module")

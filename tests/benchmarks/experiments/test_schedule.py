@@ -17,10 +17,10 @@ def analysed(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("schedule")
     model, processor = load(str(checkpoint))
     prompts = analysis.prompts_of_tasks(("exist", "text"), 4, 0)
-    points, sizes = analysis.points_of(model, processor, prompts, 2)
+    points, sizes = analysis.change_points_of(model, processor, prompts, 2)
     assert sizes == [576] * 2
     assert len(points) == 2 * 58  # a tenth of 576 tokens, of the two questions with an image
-    analysis.save(analysis.proposal(model, points, 400, 3, 576), folder)
+    analysis.save_schedule(analysis.proposal(model, points, 400, 3, 576), folder)
     return folder
 
 

@@ -106,10 +106,13 @@ def test_a_combination_that_loses_is_reported_and_not_shipped():
     ]
     entry = engine._compared(every, engine.Round(scores, tokens), 0, 2)
     assert entry.method == "fopru" and not entry.wins
-    line = engine.verdict("64", entry)
+    line = engine.search_verdict("64", entry)
     assert "no combination beats" in line and "not above fopru" in line
-    assert engine.lines(entry)[2][3].startswith("-25.0 [")
-    assert [row[1] for row in engine.lines(entry)[1:]] == ["30 / 64.0 / –", "64 / 64.0 / 64.0"]
+    assert engine.definition_table(entry)[2][3].startswith("-25.0 [")
+    assert [row[1] for row in engine.definition_table(entry)[1:]] == [
+        "30 / 64.0 / –",
+        "64 / 64.0 / 64.0",
+    ]
 
 
 def test_paired_differences():

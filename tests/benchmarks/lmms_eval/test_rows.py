@@ -16,7 +16,7 @@ from vlm_prune.benchmarks.evaluation.engine import samples_of
 from vlm_prune.benchmarks.evaluation.records import RunConfig, Variant
 from vlm_prune.benchmarks.lmms_eval.load import load_task
 from vlm_prune.benchmarks.lmms_eval.local import load_split
-from vlm_prune.benchmarks.lmms_eval.rows import from_json, whole_groups
+from vlm_prune.benchmarks.lmms_eval.rows import dataset_of_rows, whole_groups
 from vlm_prune.benchmarks.lmms_eval.run import leaves_of
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.images import open_image
@@ -40,7 +40,7 @@ MIXED = {
 @pytest.mark.parametrize("name", MIXED)
 def test_values_of_json_stay_what_the_file_says(name):
     values = MIXED[name]
-    rows = from_json([{"id": number, "value": value} for number, value in enumerate(values)])
+    rows = dataset_of_rows([{"id": number, "value": value} for number, value in enumerate(values)])
     shuffled = rows.select(range(len(values))).filter(lambda row: row["id"] >= 0)
     for table in (rows, shuffled):
         found = [row["value"] for row in table]
@@ -49,7 +49,7 @@ def test_values_of_json_stay_what_the_file_says(name):
 
 
 def test_columns_that_only_later_rows_have_are_there():
-    rows = from_json(
+    rows = dataset_of_rows(
         [{"id": "1"}, {"id": "2", "hint": "x"}, {"more": {"a": 1}}, {"more": {"b": "2"}}]
     )
     assert rows["hint"][:] == [None, "x", None, None]

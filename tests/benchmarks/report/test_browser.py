@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from vlm_prune.benchmarks.report import report
+from vlm_prune.benchmarks.report import write_report_page
 from vlm_prune.benchmarks.tasks import TASKS, VISUAL
 
 DARK = "rgb(22, 24, 27)"
@@ -31,7 +31,7 @@ def address(make_run, edit, tmp_path_factory):
                 results["overall"]["accuracy"] = accuracy
 
             edit(run / "results.json", change)
-    return report([folder])[0].as_uri()
+    return write_report_page([folder])[0].as_uri()
 
 
 @pytest.fixture(scope="module")

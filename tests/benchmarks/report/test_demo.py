@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vlm_prune.benchmarks.report.demo import Comparer, as_seen, launch, page
+from vlm_prune.benchmarks.report.demo import Comparer, as_seen, demo_page, launch
 from vlm_prune.benchmarks.report.overlay import kept_overlay
 from vlm_prune.benchmarks.tasks import TASKS
 from vlm_prune.vlm.common.errors import InputError
@@ -133,7 +133,7 @@ def address(compare, hosts, tmp_path_factory):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        blocks = page(compare, "tiny")
+        blocks = demo_page(compare, "tiny")
         yield launch(blocks, "127.0.0.1", port)
         blocks.close()
 

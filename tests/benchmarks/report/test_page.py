@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from vlm_prune.benchmarks.report import render
+from vlm_prune.benchmarks.report import render_page
 from vlm_prune.benchmarks.report.load import load_runs
 from vlm_prune.benchmarks.tasks import TASKS
 
@@ -27,7 +27,7 @@ def test_hostile_strings_stay_text(make_run, edit, tmp_path):
         results["config"]["variant"]["arguments"] = {"strategy": HOSTILE}
 
     edit(tmp_path / "results.json", change)
-    page = render(load_runs([tmp_path]))
+    page = render_page(load_runs([tmp_path]))
     assert "<img" not in page and page.count("</script>") == 2
     assert {answer["text"] for s in data_of(page)["samples"] for answer in s["answers"]} == {
         HOSTILE
@@ -35,7 +35,7 @@ def test_hostile_strings_stay_text(make_run, edit, tmp_path):
 
 
 def test_the_policy_names_the_one_script_and_nothing_is_loaded(make_run, tmp_path):
-    page = render(load_runs([make_run(tmp_path)]))
+    page = render_page(load_runs([make_run(tmp_path)]))
     (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in page and "default-src 'none'" in page
@@ -45,7 +45,7 @@ def test_the_policy_names_the_one_script_and_nothing_is_loaded(make_run, tmp_pat
 def test_kept_places_become_bits_and_pictures_are_stored_once(make_run, tmp_path):
     for method in ("fopru", "zoo"):
         make_run(tmp_path / method, method, kept=[[0, 9, 575]])
-    content = data_of(render(load_runs([tmp_path])))
+    content = data_of(render_page(load_runs([tmp_path])))
     bits = base64.b64decode(content["samples"][0]["answers"][1]["kept"][0])
     assert [n for n in range(576) if bits[n >> 3] >> (7 - n % 8) & 1] == [0, 9, 575]
     assert len(content["images"]) == len(content["samples"]) == 12
@@ -59,7 +59,7 @@ def test_each_image_has_its_own_grid(make_run, tmp_path):
         "grids": [[4, 6], None],
         "images": 2,
     }
-    page = render(load_runs([make_run(tmp_path, **seen)]))
+    page = render_page(load_runs([make_run(tmp_path, **seen)]))
     sample = data_of(page)["samples"][0]
     bits, whole = sample["answers"][0]["kept"]
     assert sample["grids"] == [[4, 6], None] and whole is None
@@ -69,14 +69,14 @@ def test_each_image_has_its_own_grid(make_run, tmp_path):
 
 def test_gallery_is_as_large_as_asked(make_run, tmp_path):
     runs = load_runs([make_run(tmp_path)])
-    assert len(data_of(render(runs, 5))["samples"]) == 5
-    assert data_of(render(runs, 0))["images"] == []
+    assert len(data_of(render_page(runs, 5))["samples"]) == 5
+    assert data_of(render_page(runs, 0))["images"] == []
 
 
 def test_text_only_runs_have_no_gallery(make_run, tmp_path):
     assert TASKS["text"].visual is False
     shown = {key: [] for key in ("kept", "image_tokens", "grids")} | {"images": 0}
-    page = render(load_runs([make_run(tmp_path, tasks=("text",), **shown)]))
+    page = render_page(load_runs([make_run(tmp_path, tasks=("text",), **shown)]))
     assert "No pictures" in page and data_of(page)["samples"] == []
 
 

@@ -25,7 +25,7 @@ def test_every_operation_is_checked_and_measured(quick):
 
     ceilings = Ceilings(1e12, 1e9)
     rows = [
-        kernels.measure(case, ceilings, CPU, torch.float32, compiled=False)
+        kernels.measure_case(case, ceilings, CPU, torch.float32, compiled=False)
         for case in kernels.cases(SMALL, CPU, torch.float32)
     ]
     assert [row["error"] for row in rows] == [""] * len(rows)
@@ -37,7 +37,7 @@ def test_every_operation_is_checked_and_measured(quick):
     for row in rows:
         assert row["triton_ms"]["median"] > 0 < row["reference_ms"]["median"]
         assert row["floor_ms"] == 1e3 * max(row["flops"] / 1e12, row["bytes"] / 1e9)
-    table = kernels.markdown(rows, {"device": "CPU"})
+    table = kernels.kernel_table(rows, {"device": "CPU"})
     assert len(table.splitlines()) == 4 + len(rows) and "- device: CPU" in table
 
 
@@ -47,9 +47,9 @@ def test_a_wrong_kernel_is_not_measured(quick, monkeypatch):
     right = triton_kernel.greedy_select
     monkeypatch.setattr(triton_kernel, "greedy_select", lambda *a: right(*a).flip(1))
     case = next(c for c in kernels.cases(SMALL, CPU, torch.float32) if "greedy" in c.name)
-    row = kernels.measure(case, Ceilings(1, 1), CPU, torch.float32, compiled=False)
+    row = kernels.measure_case(case, Ceilings(1, 1), CPU, torch.float32, compiled=False)
     assert "selections differ" in row["error"] and set(row) == {"operation", "error"}
-    assert "not measured" in kernels.markdown([row], {})
+    assert "not measured" in kernels.kernel_table([row], {})
 
 
 def test_timing_is_median_and_quartiles():

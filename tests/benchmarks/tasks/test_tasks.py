@@ -141,7 +141,7 @@ def test_relations_agree_with_the_scene() -> None:
 
 def test_options_are_four_different_ones_and_the_letter_is_the_right_one() -> None:
     for index in range(40):
-        text, letter = choice.options(np.random.default_rng(index), "red", list(COLORS))
+        text, letter = choice.list_options(np.random.default_rng(index), "red", list(COLORS))
         options = dict(re.findall(r"([A-D])\. (\w+)", text))
         assert list(options) == list("ABCD")
         assert len(set(options.values())) == 4

@@ -15,13 +15,13 @@ import pytest
 from vlm_prune.vlm.common import files
 from vlm_prune.vlm.common.errors import InputError, one_line
 from vlm_prune.vlm.common.files import (
+    atomic_path,
     check_output,
     output_folder,
     read_bytes,
     read_json,
     read_object,
     read_text,
-    whole,
     write_folder,
     write_json,
     write_text,
@@ -50,7 +50,7 @@ def test_a_block_that_fails_leaves_the_older_file_and_nothing_else(tmp_path):
     path = tmp_path / "file"
     write_text(path, "old")
     path.chmod(0o640)
-    with pytest.raises(ZeroDivisionError), whole(path) as partial:
+    with pytest.raises(ZeroDivisionError), atomic_path(path) as partial:
         partial.write_text("half")
         1 / 0  # noqa: B018
     assert path.read_text() == "old" and names(tmp_path) == ["file"]
@@ -60,7 +60,7 @@ def test_a_block_that_fails_leaves_the_older_file_and_nothing_else(tmp_path):
 
 def test_two_writers_do_not_meet(tmp_path):
     path = tmp_path / "file"
-    with whole(path) as first, whole(path) as second:
+    with atomic_path(path) as first, atomic_path(path) as second:
         first.write_text("first")
         second.write_text("second")
         assert first != second and names(tmp_path) != ["file"]

@@ -12,14 +12,14 @@ from shaken import shake
 from vlm_prune.benchmarks.cli.train_wings import choose_experiment
 from vlm_prune.benchmarks.experiments.forgetting import experiment
 from vlm_prune.benchmarks.experiments.forgetting.arms import ARMS, QUICK, Plan
-from vlm_prune.benchmarks.experiments.forgetting.data import held_out_rows, show, some
+from vlm_prune.benchmarks.experiments.forgetting.data import encode_scenes, held_out_rows, some
 from vlm_prune.benchmarks.experiments.forgetting.measure import (
-    difference,
-    hits,
+    accuracy_difference,
+    accuracy_over_kinds,
     interval,
-    mean_accuracy,
+    right_answers,
 )
-from vlm_prune.benchmarks.experiments.forgetting.report import verdict
+from vlm_prune.benchmarks.experiments.forgetting.report import target_verdict
 from vlm_prune.benchmarks.experiments.forgetting.train import prepared
 from vlm_prune.learners import WingsConfig, attach
 from vlm_prune.vlm.common.errors import InputError
@@ -42,7 +42,7 @@ def test_packed_answers_are_right_exactly_when_greedy_decoding_gives_them(embedd
     model, processor = load()
     attach(model, WingsConfig(rank=4, max_positions=512))
     shake(model, deviation=0.02)
-    shown = show(model, "val", 1, tmp_path)
+    shown = encode_scenes(model, "val", 1, tmp_path)
     rows = held_out_rows(shown, SMALL, np.random.default_rng(0))
     rows = [(part, replace(row, blocks=row.blocks[:12])) for part, row in rows[:2] + rows[4:6]]
     counted = {}
@@ -66,14 +66,14 @@ def test_packed_answers_are_right_exactly_when_greedy_decoding_gives_them(embedd
             entry = counted.setdefault((number, block.kind), [0, 0])
             entry[0] += said[: len(gold)] == gold
             entry[1] += 1
-    found = hits(model, processor, rows)
+    found = right_answers(model, processor, rows)
     flat = [counts for kinds in found.values() for entries in kinds.values() for counts in entries]
     assert sorted(flat) == sorted(counted.values())
     assert 0 < sum(right for right, _ in flat) < sum(asked for _, asked in flat)
 
 
 def test_images_are_shown_by_their_objects_first(embedded, tmp_path):
-    shown = show(embedded[0], "val", 1, tmp_path)
+    shown = encode_scenes(embedded[0], "val", 1, tmp_path)
     names = shown.scenes[0].patch_names.ravel()
     features = some(shown, 0, replace(SMALL, patches=len(names)), np.random.default_rng(0))
     assert torch.equal(features, shown.features[0])
@@ -102,7 +102,7 @@ def test_a_difference_is_paired_so_what_arms_share_does_not_widen_it():
     rights = rng.integers(0, 4, (2, 40))
     ours = [{"a": [[int(k) + 1, 4] for k in seed]} for seed in rights]
     other = [{"a": [[int(k), 4] for k in seed]} for seed in rights]
-    point, limits = difference(ours, other)
+    point, limits = accuracy_difference(ours, other)
     assert [point, *limits] == pytest.approx([0.25] * 3)
     low, high = interval(other)[1]
     assert high - low > 0.1
@@ -115,7 +115,7 @@ def few_arms(monkeypatch):
 
 
 def test_the_course_resumes_and_writes_its_results(few_arms, tmp_path, monkeypatch):
-    honest, done = experiment.measured, []
+    honest, done = experiment.measure_arm, []
 
     def killed(folder, name, *rest):
         if name == "merge" and not done.count("merge"):
@@ -124,7 +124,7 @@ def test_the_course_resumes_and_writes_its_results(few_arms, tmp_path, monkeypat
         done.append(name)
         return honest(folder, name, *rest)
 
-    monkeypatch.setattr(experiment, "measured", killed)
+    monkeypatch.setattr(experiment, "measure_arm", killed)
     places = tmp_path / "run", tmp_path / "results"
     with pytest.raises(InputError, match="cannot take a language model"):
         experiment.run(SMALL, *places, base=tmp_path / "missing.safetensors")
@@ -161,7 +161,7 @@ def test_the_target_is_text_kept_and_sight_next_to_the_best_baseline(text, visua
 
     summary = {"base": found(1.0, 0.95), "full": found(0.6, 0.805), "lora": found(0.7, 0.7)}
     summary["full"]["wings minus it"] = {"visual": (visual - 0.805, [0, 1])}
-    said = verdict(summary | {"wings": found(text, visual), "wings-visual": found(0, 1)})
+    said = target_verdict(summary | {"wings": found(text, visual), "wings-visual": found(0, 1)})
     assert said.endswith(": met.") == met and "full tuning, stock LR" in said
 
 
@@ -198,11 +198,11 @@ def test_a_base_is_taken_from_any_file_that_has_a_language_model(embedded, tmp_p
 
 def test_the_packaged_base_answers_text_and_nothing_about_images(tmp_path):
     model, processor = load()
-    shown = show(model, "val", 4, tmp_path)
+    shown = encode_scenes(model, "val", 4, tmp_path)
     experiment.load_language_model(model, text_language_model())
-    found = hits(model, processor, held_out_rows(shown, Plan(), np.random.default_rng(3)))
-    assert mean_accuracy(found["text"]) > 0.95
-    assert mean_accuracy(found["visual"]) < 0.5
+    found = right_answers(model, processor, held_out_rows(shown, Plan(), np.random.default_rng(3)))
+    assert accuracy_over_kinds(found["text"]) > 0.95
+    assert accuracy_over_kinds(found["visual"]) < 0.5
 
 
 def test_wrong_settings_say_what_would_be_right():

@@ -10,8 +10,12 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from vlm_prune.benchmarks.experiments.iit.build import build, conversations, group_of
-from vlm_prune.benchmarks.experiments.iit.evaluate import evaluate, letter_of, read
+from vlm_prune.benchmarks.experiments.iit.build import build_conversations, conversations, group_of
+from vlm_prune.benchmarks.experiments.iit.evaluate import (
+    evaluate_conversations,
+    letter_of,
+    read_conversations,
+)
 from vlm_prune.benchmarks.experiments.iit.files import image_bytes
 from vlm_prune.benchmarks.experiments.iit.sources import SOURCES, read_source
 from vlm_prune.benchmarks.tasks.iit import SETTINGS
@@ -133,10 +137,12 @@ def test_parquet_copies_give_the_same_questions(name, tmp_path):
     ]
     text = {"mmlu": str(jsonl(tmp_path / "text", "mmlu"))}
     if SOURCES[name].visual:
-        build(tmp_path / "out", text | {name: str(tmp_path / "copy")}, size=2)
-        assert {sample.images[0].size for sample in read(tmp_path / "out") if sample.images} == {
-            (20, 20)
-        }
+        build_conversations(tmp_path / "out", text | {name: str(tmp_path / "copy")}, size=2)
+        assert {
+            sample.images[0].size
+            for sample in read_conversations(tmp_path / "out")
+            if sample.images
+        } == {(20, 20)}
 
 
 def test_the_files_that_authors_publish_are_read(copies, tmp_path):
@@ -169,8 +175,8 @@ def test_the_files_that_authors_publish_are_read(copies, tmp_path):
             (i.question, i.options, i.answer) for i in ours
         ], name
     sources = {"mmlu": copies["mmlu"], "mmbench": str(tmp_path / "MMBench_DEV_EN.tsv")}
-    build(tmp_path / "out", sources, size=2)
-    assert any(sample.images for sample in read(tmp_path / "out"))
+    build_conversations(tmp_path / "out", sources, size=2)
+    assert any(sample.images for sample in read_conversations(tmp_path / "out"))
 
 
 def test_images_may_be_base64(copies, tmp_path):
@@ -178,12 +184,12 @@ def test_images_may_be_base64(copies, tmp_path):
     path = tmp_path / "dev.jsonl"
     encoded = [row | {"image": base64.b64encode(row["image"]["bytes"]).decode()} for row in rows]
     path.write_text("\n".join(map(json.dumps, encoded)))
-    build(tmp_path / "out", {"mmlu": copies["mmlu"], "mmbench": str(path)}, size=2)
-    assert any(sample.images for sample in read(tmp_path / "out"))
+    build_conversations(tmp_path / "out", {"mmlu": copies["mmlu"], "mmbench": str(path)}, size=2)
+    assert any(sample.images for sample in read_conversations(tmp_path / "out"))
 
 
 def test_settings_have_their_turns_and_neighbours_are_near(copies, tmp_path):
-    counts = build(tmp_path / "out", copies, size=8, seed=1)
+    counts = build_conversations(tmp_path / "out", copies, size=8, seed=1)
     assert counts == dict.fromkeys(SETTINGS, 8)
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert "reconstruction" in manifest["label"] and manifest["seed"] == 1
@@ -200,8 +206,8 @@ def test_settings_have_their_turns_and_neighbours_are_near(copies, tmp_path):
         if line["setting"] == "T,V" and line["turns"][-1]["source"] == "mmmu"
     ]
     assert set(near) <= {"mmlu", "cmmlu"}  # sociology, as the question that they precede
-    build(tmp_path / "again", copies, size=8, seed=1)
-    build(tmp_path / "other", copies, size=8, seed=2)
+    build_conversations(tmp_path / "again", copies, size=8, seed=1)
+    build_conversations(tmp_path / "other", copies, size=8, seed=2)
     texts = [(tmp_path / n / "iit.jsonl").read_text() for n in ("out", "again", "other")]
     assert texts[0] == texts[1] != texts[2]
 
@@ -224,14 +230,16 @@ def test_letters_are_read_from_replies(reply, letter):
 @pytest.mark.parametrize("context", ["own", "gold"])
 def test_a_model_is_scored_on_the_last_turn(context, copies, llava, processor, tmp_path):
     sources = {name: copies[name] for name in ("mmlu", "ai2d")}
-    build(tmp_path / "iit", sources, size=2)
-    results = evaluate(llava, processor, tmp_path / "iit", tmp_path / "out", context, limit=1)
+    build_conversations(tmp_path / "iit", sources, size=2)
+    results = evaluate_conversations(
+        llava, processor, tmp_path / "iit", tmp_path / "out", context, limit=1
+    )
     assert {name: entry["n"] for name, entry in results["settings"].items()} == dict.fromkeys(
         SETTINGS, 1
     )
     lines = (tmp_path / "out" / f"iit-{context}.jsonl").read_text().splitlines()
     rows = {row["setting"]: row for row in map(json.loads, lines)}
-    gold = {sample.id: sample.turns for sample in read(tmp_path / "iit")}
+    gold = {sample.id: sample.turns for sample in read_conversations(tmp_path / "iit")}
     for row in rows.values():
         replies = [turn.reply for turn in gold[row["id"]][:-1]]
         assert len(row["replies"]) == len(replies)
@@ -252,11 +260,11 @@ def test_wrong_input_is_named(copies, tmp_path):
     with pytest.raises(InputError, match="holds no .parquet"):
         read_source("mmlu", str(tmp_path / "empty"))
     with pytest.raises(InputError, match="no question has an image"):
-        build(tmp_path / "out", {"mmlu": copies["mmlu"]})
+        build_conversations(tmp_path / "out", {"mmlu": copies["mmlu"]})
     with pytest.raises(InputError, match="three different text-only"):
-        build(tmp_path / "out", {"ai2d": copies["ai2d"]})
+        build_conversations(tmp_path / "out", {"ai2d": copies["ai2d"]})
     with pytest.raises(InputError, match="cannot read conversations"):
-        read(tmp_path / "empty")
+        read_conversations(tmp_path / "empty")
 
 
 LINE = {
@@ -289,7 +297,7 @@ def written(folder, *lines):
 def test_files_without_conversations_are_named(line, message, tmp_path):
     """An empty file had no accuracy at all, and ended well."""
     with pytest.raises(InputError, match=message) as caught:
-        evaluate(None, None, written(tmp_path / "iit", line), tmp_path / "out")
+        evaluate_conversations(None, None, written(tmp_path / "iit", line), tmp_path / "out")
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
@@ -299,9 +307,9 @@ def test_conversations_name_images_of_their_folder(tmp_path):
         turns = [LINE["turns"][0] | {"image": name}]
         folder = written(tmp_path / "iit", json.dumps(LINE | {"turns": turns}))
         with pytest.raises(InputError, match=r"iit.jsonl:1 .*(leads out of|nothing is downloaded)"):
-            read(folder)
+            read_conversations(folder)
         if "://" not in name:
-            (sample,) = read(DataRoot(folder, allow_outside=True))
+            (sample,) = read_conversations(DataRoot(folder, allow_outside=True))
             assert len(sample.images) == 1
 
 
@@ -329,5 +337,5 @@ def test_special_tokens_in_conversations_are_text(llava, processor, tmp_path):
         LINE["turns"][0] | {"question": "And <image>?"},
     ]  # fmt: skip
     folder = written(tmp_path / "iit", json.dumps(LINE | {"setting": "T,V", "turns": turns}))
-    results = evaluate(llava, processor, folder, tmp_path / "out", "gold")
+    results = evaluate_conversations(llava, processor, folder, tmp_path / "out", "gold")
     assert results["settings"]["T,V"]["n"] == 1
