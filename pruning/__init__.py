@@ -23,6 +23,7 @@ from vlm_prune.pruning.none import NoPruning
 from vlm_prune.pruning.pool import Pool
 from vlm_prune.pruning.pyramiddrop import PyramidDrop
 from vlm_prune.pruning.random import Random
+from vlm_prune.pruning.restore import Restore
 from vlm_prune.pruning.scope import Scope
 from vlm_prune.pruning.sparsevlm import SparseVLM
 from vlm_prune.pruning.visionzip import VisionZip
@@ -55,6 +56,7 @@ METHODS: Registry[type[Pruner]] = Registry(
         "coin": CoIn,
         "cascade": Cascade,
         "merge": Merge,
+        "restore": Restore,
         "best": Best,
     },
 )
@@ -82,6 +84,7 @@ __all__ = [
     "Pruner",
     "PyramidDrop",
     "Random",
+    "Restore",
     "Scope",
     "ScorePruner",
     "SparseVLM",

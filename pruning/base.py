@@ -151,6 +151,14 @@ class Pruner(ABC):
 class VisionPruner(Pruner):
     """Acts before the language model: reduces each image's tokens to exactly the budget."""
 
+    changes_attention: ClassVar[bool] = False
+    """Whether the language model must attend to what is kept in another way than to other tokens."""
+
+    @property
+    def only_chooses(self) -> bool:
+        """Whether the language model runs as it does, on what is kept."""
+        return type(self).__call__ is VisionPruner.__call__ and not self.changes_attention
+
     @abstractmethod
     def reduce(self, vision: VisionTokens) -> Kept:
         """Choose or merge tokens."""

@@ -1,5 +1,6 @@
 """Methods made of other methods: one before and one inside the language model, or with merging."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -25,11 +26,22 @@ from vlm_prune.vlm.tokens import DecoderTokens, Kept, VisionTokens, take
 from vlm_prune.vlm.trace import Trace
 
 
-def _before_the_model(method: object) -> None:
+def check_before_model(method: object) -> None:
+    """Raises `InputError` unless the method chooses tokens before the language model."""
     if not isinstance(method, VisionPruner) or method.stage == "input":
         raise InputError(
             f"{type(method).__name__} does not choose tokens before the language model; "
             "give a method that does, such as zoo-exact"
+        )
+
+
+def check_wrapped(method: VisionPruner) -> None:
+    """Raises `InputError` unless what the method keeps can be changed by another one behind it."""
+    check_before_model(method)
+    if method.changes_attention:
+        raise InputError(
+            f"{type(method).__name__} changes attention to what it keeps; name it last, as in "
+            "divprune+restore"
         )
 
 
@@ -55,7 +67,7 @@ class Cascade(Pruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _before_the_model(self.pre)
+        check_before_model(self.pre)
         if not isinstance(self.inside, DecoderPruner):
             raise InputError(
                 f"{type(self.inside).__name__} does not act inside the language model; "
@@ -113,7 +125,7 @@ class Merge(VisionPruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _before_the_model(self.method)
+        check_wrapped(self.method)
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -124,7 +136,7 @@ class Merge(VisionPruner):
 
     def reduce(self, vision: VisionTokens) -> Kept:
         method = replace(self.method, budget=self.budget, positions=self.positions, seed=self.seed)
-        return _merged(method.reduce(vision), vision.projected)
+        return separately(method.reduce(vision), vision.projected, _merged)
 
     @classmethod
     def around(cls, method: Pruner) -> Pruner:
@@ -148,6 +160,28 @@ def merging(method: DecoderPruner) -> DecoderPruner:
 
     merged: type[DecoderPruner] = type(f"{kind.__name__}Merge", (kind,), {"reduce": reduce})
     return merged(**{own.name: getattr(method, own.name) for own in fields(method)})
+
+
+def separately(kept: Kept, tokens: Tensor, change: Callable[[Kept, Tensor], Kept]) -> Kept:
+    """Returns what `change` makes of what was kept of `tokens`, one image after the other where they
+    differ in number.
+
+    Args:
+        kept: of each image.
+        tokens: (M, N, d).
+        change: takes what was kept of some images, equally many tokens each, and their tokens.
+    """
+    if len({len(own) for own in kept.indices}) < 2:
+        return change(kept, tokens)
+    parts = [
+        change(Kept([indices], [features]), own[None])
+        for indices, features, own in zip(kept.indices, kept.features, tokens, strict=True)
+    ]
+    return Kept(
+        [part.indices[0] for part in parts],
+        [part.features[0] for part in parts],
+        None if parts[0].sizes is None else [part.sizes[0] for part in parts if part.sizes],
+    )
 
 
 def _merged(kept: Kept, tokens: Tensor) -> Kept:

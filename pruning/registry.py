@@ -43,7 +43,7 @@ def build(name: str, **hyperparameters: Any) -> Any:
     """A pruner by its registered name, or several joined by `+`.
 
     `a+b` is the cascade of a, before the language model, and b, inside it; `+merge` averages what
-    the method in front of it drops into what that keeps. `b@16` is b as one cut after 16 of 32
+    the method in front of it drops into what that keeps, `+restore` into anchors beside it. `b@16` is b as one cut after 16 of 32
     decoder layers; in a cascade it leaves a third of the tokens that enter. Hyperparameters are those of the whole;
     those of a part are named after it, `inside.layer` (parts of a cascade are `pre` and `inside`,
     that of a merge before the language model is `method`).
@@ -58,7 +58,7 @@ def build(name: str, **hyperparameters: Any) -> Any:
         return table[first](**hyperparameters)
     pruner = _part(table, first)
     for part in more:
-        if part == "merge":
+        if part in table and hasattr(table[part], "around"):
             pruner = table[part].around(pruner)
         else:
             late = {"widening": entering(_layer(part))} if "@" in part else {}

@@ -9,7 +9,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from vlm_prune.kernels.token_sensitivity import closed_form, monte_carlo, weight_kernel, weight_root
+from vlm_prune.kernels.token_sensitivity import (
+    closed_form,
+    directional,
+    monte_carlo,
+    weight_kernel,
+    weight_root,
+)
 from vlm_prune.kernels.visible import at_least_fp32
 from vlm_prune.pruning.base import Stage, VisionPruner
 from vlm_prune.pruning.select import diverse, min_max
@@ -19,6 +25,7 @@ from vlm_prune.vlm.projector import Map, Projector, Weights
 from vlm_prune.vlm.tokens import Kept, VisionTokens, top
 
 Combine = Literal["product", "sensitivity", "diversity"]
+Estimator = Literal["auto", "difference", "derivative"]
 Result = TypeVar("Result")
 
 
@@ -35,6 +42,9 @@ class Zoo(VisionPruner):
         rank: of both layers of the projector, cut by singular value decomposition for the
             estimate; 0 leaves them whole. The authors give 128 for LLaVA-NeXT, on which their
             speed was measured.
+        estimator: `difference` is the central difference of the paper, `derivative` its limit for
+            small steps, which costs a fraction with a small rank; `auto` is the latter where a rank is
+            given.
 
     Differences are taken between pre-activations, where the step is exact: the same estimator in
     exact arithmetic, without the rounding that fp16 inputs suffer. The second layer stands as the
@@ -46,12 +56,14 @@ class Zoo(VisionPruner):
     step: float = 0.01
     combine: Combine = "product"
     rank: int = 0
+    estimator: Estimator = "auto"
     stage: ClassVar[Stage] = "projector"
     paper: ClassVar[str] = "https://arxiv.org/abs/2509.24837"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._choice("combine", get_args(Combine))
+        self._choice("estimator", get_args(Estimator))
         if self.directions < 1 or self.step <= 0:
             raise InputError("directions must be at least 1 and step above 0")
         if self.rank < 0:
@@ -64,7 +76,7 @@ class Zoo(VisionPruner):
         needs: set[Need] = set()
         if self.combine != "diversity":
             needs.add("a nonlinear projector (a linear one is equally sensitive to all tokens)")
-            if self.rank:
+            if self.rank or self.estimator == "derivative":
                 needs.add("a two-layer projector")
         return frozenset(needs)
 
@@ -75,10 +87,13 @@ class Zoo(VisionPruner):
         generator = torch.Generator().manual_seed(self.seed)
         bank = torch.randn(self.directions, features.shape[-1], generator=generator)
         bank = (bank / bank.norm(dim=1, keepdim=True)).to(features.device)
-        if not isinstance(projector, Projector) and not self.rank:
+        whole = not self.rank and self.estimator != "derivative"
+        if not isinstance(projector, Projector) and whole:
             return sampled(projector, features, bank, self.step)
         w = self.weights(vision)
         act = two_layer_projector(vision).act
+        if not whole and self.estimator != "difference":
+            return directional(features, w.w1, w.b1, act, root_of(w), bank)
         return monte_carlo(features, w.w1, w.b1, act, root_of(w), bank, self.step)
 
     def weights(self, vision: VisionTokens) -> Weights:
@@ -132,8 +147,8 @@ class ZooExact(Zoo):
     """ZOO-Prune with the sensitivity in closed form: no sampling, one matrix product per image.
 
     For many directions and small steps the mean norm tends to sqrt(d^T K d / d_v), where d is the
-    activation's derivative at the token and K = (W2^T W2) * (W1 W1^T). Ours; `directions`, `step`
-    and `seed` are unused.
+    activation's derivative at the token and K = (W2^T W2) * (W1 W1^T). Ours; `directions`, `step`,
+    `estimator` and `seed` are unused.
     """
 
     paper: ClassVar[str] = ""

@@ -416,6 +416,22 @@ def snapshot(model):
     )
 
 
+def restored(sizes, rotary, prompt):
+    """What RESTORE adds to the attention of a row, (n, n), by its equations.
+
+    Args:
+        sizes: tokens that each one stands for, (n,).
+        rotary: cosines and sines of each token's rotation, (1, n, d) each.
+        prompt: tokens of the prompt.
+    """
+    cos, sin = rotary
+    angles, bias = torch.atan2(sin, cos)[0].double(), torch.zeros(len(sizes), len(sizes))
+    for query, own in enumerate(angles):
+        decay = (own - angles).cos().mean(1)
+        bias[query] = sizes.log() + (2 - decay).log() * (query < prompt)
+    return bias
+
+
 @contextmanager
 def failing(module):
     """A module that fails when it is called, and the error that this raises."""

@@ -40,6 +40,8 @@ class CachedTokens:
         next_shift: the shift of tokens that follow, (B, 1).
         missing: by how many columns these layers are shorter than the full prompt.
         pruned: whether anything was dropped.
+        sizes: as how many tokens attention counts each one, in the first layer and in the others,
+            (2, B, K); None where all count as one.
     """
 
     valid: Tensor
@@ -48,6 +50,7 @@ class CachedTokens:
     next_shift: Tensor
     missing: int = 0
     pruned: bool = False
+    sizes: Tensor | None = None
 
     @classmethod
     def whole(cls, valid: Tensor) -> Self:
@@ -64,6 +67,7 @@ class CachedTokens:
             column=self.column[index],
             shift=self.shift[index],
             next_shift=self.next_shift[index],
+            sizes=None if self.sizes is None else self.sizes[:, index],
         )
 
     def crop(self, length: int) -> tuple[Self, int]:
@@ -83,6 +87,7 @@ class CachedTokens:
             valid=self.valid[:, :kept],
             column=self.column[:, :kept],
             shift=self.shift[:, :kept],
+            sizes=None if self.sizes is None else self.sizes[..., :kept],
             missing=length - kept,
         ), count
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize, pad
 from transformers.masking_utils import (
     LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
     blockwise_overlay,
@@ -28,6 +29,10 @@ from vlm_prune.vlm.tokens import AttentionRows, DecoderTokens, Kept, compact, ta
 from vlm_prune.vlm.trace import SELECTION, Trace, phase_timer
 
 Side = Literal["before", "after"]
+NO_BIAS = (
+    "this method adds to attention, which only sdpa and eager attention allow; "
+    "load the model with --attn sdpa"
+)
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,8 @@ class Segment:
             they are the decoder's own.
         selected: arguments for every token so far.
         masks: attention masks, by kind of layer.
+        biased: the masks of layers that count tokens by their sizes, likewise, those of the first
+            layer apart.
     """
 
     layout: TokenLayout
@@ -100,6 +107,7 @@ class Segment:
     rotary: dict[str, tuple[Tensor, Tensor]] | None = None
     selected: dict[str, Any] = field(default_factory=dict)
     masks: dict[str, Any] = field(default_factory=dict)
+    biased: dict[tuple[str, bool], Tensor] = field(default_factory=dict)
 
     def mask(self, device: torch.device, explicit: bool = False) -> Tensor | None:
         """The 2D attention mask of these layers' keys, None where none is padding."""
@@ -215,6 +223,8 @@ class LayerPruning:
                 layout, column = layout.keep(keep, forward.right_padded, self.renumbers)
                 (hidden,) = gathered(keep, column, layout.valid, [hidden], forward.right_padded)
             new["inputs_embeds"] = filled(hidden, layout, forward.kept.features)
+            if forward.kept.sizes is not None and layout is not forward.layout:
+                layout = layout.sized(forward.kept.sizes)
         segment = self.segment(forward, layout, 0)
         forward.active[-1] = segment
         if segment.cached.pruned:
@@ -272,6 +282,7 @@ class LayerPruning:
             past.next_shift + layout.next_shift,
             past.missing + full.valid.shape[1] - layout.valid.shape[1],
             past.pruned or layout is not full,
+            joined_sizes(past, layout),
         )
         positions = forward.positions
         column = layout.column.to(positions.device)
@@ -345,7 +356,7 @@ class LayerPruning:
         """A layer's arguments; the decoder makes those of its own input itself."""
         if segment is forward.active[-1]:
             moved = {"position_ids": self._given(segment)} if segment.cached.pruned else {}
-            return kwargs | moved
+            return self._biased(forward, segment, number, hidden, kwargs | moved)
         own = {
             "position_ids": self._given(segment),
             "position_embeddings": self._rotary(
@@ -353,7 +364,7 @@ class LayerPruning:
             ),
             "attention_mask": self._mask(forward, segment, number, hidden, kwargs),
         }
-        return kwargs | segment.selected | own
+        return self._biased(forward, segment, number, hidden, kwargs | segment.selected | own)
 
     def _mask(
         self,
@@ -406,6 +417,50 @@ class LayerPruning:
         """The kind of layer `number` where each kind turns by frequencies of its own, else nothing."""
         own = "layer_type" in signature(self.decoder.rotary_emb.forward).parameters
         return mask_kind(self.decoder.config, number) if own else ""
+
+    def _biased(
+        self,
+        forward: Forward,
+        segment: Segment,
+        number: int,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
+    ) -> dict[str, Any]:
+        """A layer's arguments, with a mask that counts tokens by their sizes where they have some."""
+        sizes, kind = segment.cached.sizes, mask_kind(self.decoder.config, number)
+        if sizes is None or kind not in LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING:
+            return kwargs
+        key = kind, number == 0
+        if key not in segment.biased:
+            cache, keys = cache_of(kwargs), hidden.shape[1]
+            if cache is not None:
+                keys, _ = cache.get_mask_sizes(keys, number)
+            bias = sizes[int(number > 0)].to(hidden.device).log()[:, None]
+            if segment.layout.sizes is not None:
+                bias = bias + self._distances(forward, segment, *kwargs["position_embeddings"])
+            mask = kwargs.get("attention_mask")
+            segment.biased[key] = additive(mask, bias[..., -keys:], hidden)
+        return kwargs | {"attention_mask": segment.biased[key]}
+
+    def _distances(self, forward: Forward, segment: Segment, cos: Tensor, sin: Tensor) -> Tensor:
+        """Returns log(2 - D) of a segment's tokens and all keys, (B, n, K), D the mean cosine of
+        the angles between their rotations; zero for answers, keys of earlier forwards, and rows
+        that lost no token.
+
+        Args:
+            forward: the one under way.
+            segment: whose tokens they are.
+            cos: of the rotation, (B, n, d).
+            sin: likewise.
+        """
+        layout, entered = segment.layout, forward.active[-1].layout
+        assert entered.sizes is not None
+        rotation = normalize(torch.cat([cos, sin], -1).float(), dim=-1)
+        # the diagonal is 1 but for rounding
+        decay = (rotation @ rotation.transpose(1, 2)).clamp(max=1)
+        applies = layout.prompt_mask & (entered.sizes[1] != 1).any(1, keepdim=True)
+        between = (2 - decay).log() * applies.to(decay.device)[..., None]
+        return pad(between, (segment.cached.valid.shape[1] - between.shape[2], 0))
 
     def _given(self, segment: Segment) -> Tensor | None:
         """The position ids that layers are given, beside their rotation."""
@@ -608,6 +663,40 @@ class Cutting:
         segment.selected = self.pruning.selected(forward, segment, device)
         forward.cuts[self.number] = kept.indices()
         return hidden, segment
+
+
+def joined_sizes(past: CachedTokens, layout: TokenLayout) -> Tensor | None:
+    """Sizes of tokens in the cache and of those that follow, (2, B, K); None where all are 1."""
+    if past.sizes is None and layout.sizes is None:
+        return None
+    parts = [
+        torch.ones(2, *part.valid.shape) if part.sizes is None else part.sizes
+        for part in (past, layout)
+    ]
+    return torch.cat(parts, 2)
+
+
+def additive(mask: Tensor | None, bias: Tensor, hidden: Tensor) -> Tensor:
+    """Returns a bias as a mask (B, 1, n, K) that hides what `mask` hides.
+
+    Args:
+        mask: (B, 1, n, K), boolean or additive; None hides what is behind a query.
+        bias: of each key, or of each query and key, (B, 1 or n, K).
+        hidden: states of the queries, (B, n, D).
+
+    Raises:
+        InputError: when the model's attention takes no such mask.
+    """
+    queries, keys = hidden.shape[1], bias.shape[-1]
+    if mask is None:
+        seen = torch.ones(queries, keys, dtype=torch.bool, device=hidden.device)
+        mask = seen.tril(keys - queries)
+    elif not isinstance(mask, Tensor) or mask.ndim != 4:
+        raise InputError(NO_BIAS)
+    mask, bias = mask.to(hidden.device), bias[:, None].to(hidden.dtype)
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, torch.finfo(hidden.dtype).min)
+    return mask + bias
 
 
 def keep_mask(layout: TokenLayout, indices: list[Tensor]) -> Tensor:

@@ -126,6 +126,8 @@ class TokenLayout:
         counts: how many tokens each image has.
         line: of an image token, which row of the image's grid it is in, and of text that ends such a
             row which one, counted over the prompt; -1 for other text.
+        sizes: as how many tokens attention counts each one, in the first layer and in the others,
+            (2, B, n); None where all count as one.
     """
 
     valid: Tensor
@@ -139,6 +141,7 @@ class TokenLayout:
     rows: Tensor
     counts: list[int]
     line: Tensor
+    sizes: Tensor | None = None
 
     @classmethod
     def of(
@@ -209,6 +212,7 @@ class TokenLayout:
             shift=shift.gather(1, column),
             next_shift=self.next_shift + dropped.sum(1, keepdim=True),
             counts=torch.bincount(image[image >= 0], minlength=len(self.counts)).tolist(),
+            sizes=None if self.sizes is None else self.sizes.gather(2, column.expand(2, -1, -1)),
             line=self.line.gather(1, column),
         ), column
 
@@ -226,6 +230,16 @@ class TokenLayout:
         )
         empty = (before & ~after).gather(1, self.line.clamp(min=0))
         return keep & ~(text & empty)
+
+    def sized(self, sizes: Sequence[Tensor]) -> Self:
+        """The layout with the size of each image's tokens (k,) in all layers but the first, which
+        counts all tokens of an image as their mean.
+        """
+        table = torch.ones(2, *self.valid.shape)
+        for row, columns, own in zip(self.rows, self.images(), sizes, strict=True):
+            if len(columns):
+                table[0, row, columns], table[1, row, columns] = own.mean(), own
+        return replace(self, sizes=table)
 
 
 def image_seeds(input_ids: Tensor, layout: TokenLayout) -> list[int]:

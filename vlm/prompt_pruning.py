@@ -177,6 +177,7 @@ class Choice:
 
         changed = self.method.pixels is not None
         chosen: list[tuple[int, Tensor, Tensor]] = []
+        sizes: dict[int, Tensor] = {}
         with phase_timer(SELECTION, self.family.device, trace):
             for group in self.encoded.groups if changed else self.encoded.visible(masks):
                 question = partial(questions, group.members)
@@ -185,6 +186,8 @@ class Choice:
                     own = kept.features[place]
                     own = group.filled(place, own) if len(own) == group.size else own
                     chosen.append((image, group.placeholders(kept.indices[place]), own))
+                    if kept.sizes is not None:
+                        sizes[image] = kept.sizes[place].float().cpu()
             found = on_host([indices for _, indices, _ in chosen])
         # a masked image is none of the groups: nothing is kept of it
         indices, features = [torch.arange(0)] * len(first), [torch.zeros(0)] * len(first)
@@ -196,8 +199,13 @@ class Choice:
                 # methods count the placeholders that are not masked
                 indices[image] = masks[image].nonzero()[:, 0][at]
                 features[image] = own
+        counted = None
+        if sizes:
+            counted = [sizes.get(i, torch.ones(len(indices[i]))) for i in self.images]
         return Kept(
-            [indices[image] for image in self.images], [features[image] for image in self.images]
+            [indices[image] for image in self.images],
+            [features[image] for image in self.images],
+            counted,
         )
 
 

@@ -154,11 +154,13 @@ class DecoderTokens:
 class Kept:
     """What a pruner keeps of each image: indices (k,), ascending, and their features (k, d).
 
-    Indices count the image's tokens as the pruner got them.
+    Indices count the image's tokens as the pruner got them. `sizes` (k,) says how many of them each
+    kept one stands for, where attention is to count it as so many; None where it is not.
     """
 
     indices: list[Tensor]
     features: list[Tensor]
+    sizes: list[Tensor] | None = None
 
     @classmethod
     def at(cls, features: Tensor, indices: Tensor) -> "Kept":

@@ -11,7 +11,7 @@ from torch.nn.functional import gelu
 
 from vlm_prune.kernels.dispatch import backend, backend_for, implementation
 
-__all__ = ["closed_form", "monte_carlo", "weight_kernel", "weight_root"]
+__all__ = ["closed_form", "directional", "monte_carlo", "weight_kernel", "weight_root"]
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -45,6 +45,35 @@ def monte_carlo(
     """
     module = _implementation(features, activation)
     sensitivity: Tensor = module.monte_carlo(features, w1, b1, activation, root, bank, step)
+    return sensitivity
+
+
+def directional(
+    features: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    activation: Activation,
+    root: Tensor,
+    bank: Tensor,
+) -> Tensor:
+    """Returns the mean over directions u of |J u|, J the derivative of the projector at a token: what
+    `monte_carlo` tends to for small steps.
+
+    Shapes: features (..., d_v), w1 (h, d_v), b1 (h,), root (r, h), bank (m, d_v) -> (...), in at
+    least fp32. J u is root (d * W1 u) with d the activation's derivative, so all directions are one
+    matrix product of d, and the activation is evaluated once. On a GPU products run in the dtype of
+    the weights.
+
+    Args:
+        features: tokens as the projector reads them.
+        w1: weights of the first layer.
+        b1: its bias, or None.
+        activation: acts elementwise.
+        root: the second layer's `weight_root`.
+        bank: directions u, one per row.
+    """
+    module = _implementation(features, activation)
+    sensitivity: Tensor = module.directional(features, w1, b1, activation, root, bank)
     return sensitivity
 
 

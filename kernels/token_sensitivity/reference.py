@@ -7,6 +7,8 @@ from torch import Tensor
 
 from vlm_prune.kernels.visible import at_least_fp32
 
+PRODUCTS = 2048  # numbers of a token that directions taken together make
+
 
 def pre_activation(features: Tensor, w1: Tensor, b1: Tensor | None) -> Tensor:
     """Returns the first layer's output (..., h), in at least fp32.
@@ -61,6 +63,53 @@ def monte_carlo(
     return total / (2 * step * len(bank))
 
 
+def slopes(before: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """Returns the activation's derivative at pre-activations (...), by automatic differentiation.
+
+    Args:
+        before: pre-activations.
+        activation: acts elementwise.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        point = before.clone().detach().requires_grad_()
+        (slope,) = torch.autograd.grad(activation(point).sum(), point)
+    return slope
+
+
+def moved_roots(w1: Tensor, root: Tensor, bank: Tensor) -> Iterator[Tensor]:
+    """Yields the maps from an activation's derivative (h,) to the output's along directions, several at
+    once: root * (W1 u), (c, r, h).
+
+    Args:
+        w1: weights of the first layer, (h, d_v).
+        root: of the second layer, (r, h).
+        bank: directions u, (m, d_v).
+    """
+    shifts, count = pre_activation(bank, w1, None), max(1, PRODUCTS // max(1, len(root)))
+    return (root * part[:, None].to(root.dtype) for part in shifts.split(count))
+
+
+def directional(
+    features: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    activation: Callable[[Tensor], Tensor],
+    root: Tensor,
+    bank: Tensor,
+) -> Tensor:
+    """Returns what `op.directional` describes."""
+    slope = slopes(pre_activation(features, w1, b1), activation)
+    total = slope.new_zeros(features.shape[:-1])
+    for maps in moved_roots(w1, at_least_fp32(root), bank):
+        squares = slope.new_zeros(*total.shape, len(maps))
+        for rows in bands(root):
+            part = maps[:, rows, rows.start :]
+            moved = slope[..., rows.start :] @ part.flatten(0, 1).T.to(slope)
+            squares += moved.unflatten(-1, part.shape[:2]).square().sum(-1)
+        total += squares.sqrt().sum(-1)
+    return total / len(bank)
+
+
 def closed_form(
     features: Tensor,
     w1: Tensor,
@@ -68,10 +117,7 @@ def closed_form(
     activation: Callable[[Tensor], Tensor],
     kernel: Tensor,
 ) -> Tensor:
-    """Returns what `op.closed_form` describes, the derivative by automatic differentiation."""
-    before = pre_activation(features, w1, b1)
-    with torch.inference_mode(False), torch.enable_grad():
-        point = before.clone().detach().requires_grad_()
-        (slope,) = torch.autograd.grad(activation(point).sum(), point)
+    """Returns what `op.closed_form` describes."""
+    slope = slopes(pre_activation(features, w1, b1), activation)
     squared = ((slope @ at_least_fp32(kernel)) * slope).sum(-1) / features.shape[-1]
     return squared.clamp_min(0).sqrt()

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlm_prune.kernels.token_sensitivity import reference
-from vlm_prune.kernels.token_sensitivity.reference import bands, pre_activation
+from vlm_prune.kernels.token_sensitivity.reference import bands, moved_roots, pre_activation
 
 DIFFERENCES = 1 << 25  # held at once: 64 MB of them in half precision, about an H100's L2 cache
 
@@ -134,6 +134,37 @@ def monte_carlo(
     return norms.mean(0).view(features.shape[:-1])
 
 
+def _slopes(before: Tensor, b1: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """GELU's derivative at a first layer (N, h) without its bias."""
+    tokens, hidden = before.shape
+    slopes = torch.empty(tokens, hidden, dtype=dtype, device=before.device)
+    block = _block(hidden)
+    _slopes_kernel[(tokens, triton.cdiv(hidden, block))](
+        before, b1, slopes, hidden, BIASED=b1 is not None, BLOCK=block
+    )
+    return slopes
+
+
+def directional(
+    features: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    activation: Callable[[Tensor], Tensor],
+    root: Tensor,
+    bank: Tensor,
+) -> Tensor:
+    """Returns what `op.directional` describes for GELU."""
+    before = _first_layer(features, w1)
+    norms = before.new_zeros(len(before), dtype=torch.float32)
+    if len(before) == 0:
+        return norms.view(features.shape[:-1])
+    slopes = _slopes(before, b1, root.dtype)
+    for maps in moved_roots(w1, root, bank):
+        moved = (slopes @ maps.flatten(0, 1).T).view(-1, len(root))
+        norms += _row_roots(moved, moved, 1).view(len(before), -1).sum(1)
+    return (norms / len(bank)).view(features.shape[:-1])
+
+
 def closed_form(
     features: Tensor,
     w1: Tensor,
@@ -143,13 +174,8 @@ def closed_form(
 ) -> Tensor:
     """Returns what `op.closed_form` describes for GELU."""
     before = _first_layer(features, w1)
-    tokens, hidden = before.shape
-    if tokens == 0:
+    if len(before) == 0:
         return before.new_empty(features.shape[:-1], dtype=torch.float32)
-    slopes = torch.empty(tokens, hidden, dtype=kernel.dtype, device=before.device)
-    block = _block(hidden)
-    _slopes_kernel[(tokens, triton.cdiv(hidden, block))](
-        before, b1, slopes, hidden, BIASED=b1 is not None, BLOCK=block
-    )
+    slopes = _slopes(before, b1, kernel.dtype)
     roots = _row_roots(slopes, slopes @ kernel, features.shape[-1])
     return roots.view(features.shape[:-1])

@@ -8,7 +8,9 @@ from transformers.activations import ACT2FN
 from vlm_prune.kernels.dispatch import backend
 from vlm_prune.kernels.token_sensitivity import (
     closed_form,
+    directional,
     monte_carlo,
+    reference,
     weight_kernel,
     weight_root,
 )
@@ -61,6 +63,45 @@ def test_the_estimate_equals_the_literal_difference(make, assert_near, shape, dt
     assert_near("sensitivity", ours, exact, dtype if name == "triton" else torch.float32)
 
 
+def loop(x, w1, b1, w2, bank):
+    """The mean over u of |J u|, token by token, the Jacobian by automatic differentiation."""
+
+    def project(token):
+        return linear(gelu(linear(token, w1, b1)), w2)
+
+    means = []
+    for token in x.flatten(0, -2):
+        jacobian = torch.autograd.functional.jacobian(project, token)
+        means.append(sum((jacobian @ u).norm() for u in bank) / len(bank))
+    return torch.stack(means).view(x.shape[:-1])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["triton", "reference"])
+def test_the_derivative_along_directions_equals_a_loop(
+    make, assert_near, shape, dtype, name, monkeypatch
+):
+    monkeypatch.setattr(reference, "PRODUCTS", 300)  # directions of the widest are taken in turn
+    x, w1, b1, w2 = parts(make, *shape, dtype)
+    bank = make(3, shape[1]).to(dtype)
+    exact = loop(x.double(), w1.double(), b1.double(), w2.double(), bank.double())
+    with backend(name):
+        ours = directional(x, w1, b1, gelu, weight_root(w2), bank)
+    assert_near("derivative", ours, exact, dtype if name == "triton" else torch.float32)
+
+
+def test_the_difference_tends_to_the_derivative(make):
+    x, w1, _, w2 = parts(make, (2, 7), 24, 150, 140, torch.float64)
+    bank, root = make(5, 24).double(), weight_root(w2)
+    limit = directional(x, w1, None, silu, root, bank)
+    errors = [
+        (monte_carlo(x, w1, None, silu, root, bank, step) / limit - 1).abs().max()
+        for step in (0.1, 0.01)
+    ]
+    assert errors[1] < errors[0] / 50 < 1e-3
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["triton", "reference"])
@@ -94,6 +135,7 @@ def test_strided_inputs_and_no_tokens(make, assert_near, name):
         assert_near("strided", strided, monte_carlo(x, w1, b1, gelu, root, bank, 0.1)[::2].double())
         assert closed_form(x[:0], w1, b1, gelu, weight_kernel(w1, w2)).shape == (0,)
         assert monte_carlo(x[:0], w1, b1, gelu, root, bank, 0.1).shape == (0,)
+        assert directional(x[:0], w1, b1, gelu, root, bank).shape == (0,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -105,7 +147,8 @@ def test_an_activation_that_triton_lacks_runs_the_reference(make, dtype):
 
     def both():
         estimate = monte_carlo(x, w1, b1, silu, root, bank, 0.1)
-        return torch.stack([estimate, closed_form(x, w1, b1, silu, kernel)])
+        limit = directional(x, w1, b1, silu, root, bank)
+        return torch.stack([estimate, limit, closed_form(x, w1, b1, silu, kernel)])
 
     with backend("triton"):
         ours = both()

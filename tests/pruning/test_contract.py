@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from tiny_families import failing, snapshot
+from tiny_families import failing, restored, snapshot
 from transformers import TextStreamer
 
 from vlm_prune.kernels.dispatch import backend
@@ -71,7 +71,7 @@ def test_right_padded_rows_equal_left_padded_ones(case, llava, images, make_inpu
 def test_cached_decoding_equals_a_full_forward(case, llava, images, make_inputs, monkeypatch):
     """The reference walks the layers itself: one pass over prompt and answer, no cache, no hooks."""
     inputs = make_inputs([(1, LONG)], images)
-    method, reduced = build(case), []
+    method, reduced, sizes = build(case), [], []
     if isinstance(method, Best):
         method = method.chosen(576)
     for part in {type(getattr(method, name, method)) for name in ("pre", "inside")}:
@@ -79,6 +79,7 @@ def test_cached_decoding_equals_a_full_forward(case, llava, images, make_inputs,
         def recorded(*given, reduce=part.reduce):
             kept = reduce(*given)
             reduced.append((kept.indices[0], kept.features[0]))
+            sizes.extend(kept.sizes or [])
             return kept
 
         monkeypatch.setattr(part, "reduce", recorded)
@@ -115,6 +116,12 @@ def test_cached_decoding_equals_a_full_forward(case, llava, images, make_inputs,
                 drop(steps[number], inside)
             mask = torch.full((len(here), len(here)), float("-inf")).triu(1)[None, None]
             rotary = family.decoder.rotary_emb(hidden[None], position_ids=position[None])
+            if sizes:
+                counted = torch.ones(len(here))
+                own = sizes[0].float() if number else sizes[0].float().mean()
+                counted[(here >= start) & (here < start + 576)] = own
+                shown = int((here < inputs["input_ids"].shape[1]).sum())
+                mask = mask + restored(counted, rotary, shown)
             hidden = layer(hidden[None], attention_mask=mask, position_embeddings=rotary)[0]
         logits = llava.lm_head(family.decoder.norm(hidden))
     for step, ours in enumerate(out.logits):

@@ -83,13 +83,14 @@ def test_a_rank_is_that_of_both_layers(rank, llava, vision):
     for layer in (project.linear_1, project.linear_2):
         first, sizes, rows = torch.linalg.svd(layer.weight, full_matrices=False)
         layer.weight.copy_(first[:, :rank] @ torch.diag(sizes[:rank]) @ rows[:rank])
-    pruner = Zoo(directions=4, rank=rank, seed=3)
-    ours = pruner.sensitivity(vision)
-    for image, tokens in enumerate(vision.features):
-        expected = slow_sensitivity(project, tokens, pruner).float()
-        torch.testing.assert_close(ours[image], expected, rtol=2e-3, atol=1e-5)
     whole = Zoo(directions=4, seed=3).sensitivity(vision)
-    assert torch.allclose(ours, whole, rtol=1e-3) == (rank == 10_000)
+    for estimator in ("auto", "difference"):
+        pruner = Zoo(directions=4, rank=rank, seed=3, estimator=estimator)
+        ours = pruner.sensitivity(vision)
+        for image, tokens in enumerate(vision.features):
+            expected = slow_sensitivity(project, tokens, pruner).float()
+            torch.testing.assert_close(ours[image], expected, rtol=2e-3, atol=1e-5)
+        assert torch.allclose(ours, whole, rtol=1e-3) == (rank == 10_000)
     closed = ZooExact(rank=rank).sensitivity(vision)
     assert torch.allclose(closed, ZooExact().sensitivity(vision), rtol=1e-3) == (rank == 10_000)
 
@@ -119,6 +120,7 @@ def test_what_zoo_needs_of_a_projector():
     linear = "a nonlinear projector (a linear one is equally sensitive to all tokens)"
     assert Zoo().needs == {linear}
     assert Zoo(rank=8).needs == {linear, "a two-layer projector"}
+    assert Zoo(estimator="derivative").needs == {linear, "a two-layer projector"}
     assert ZooExact().needs == {"a two-layer projector"}
     assert not Zoo(combine="diversity").needs and not ZooExact(combine="diversity").needs
 
@@ -128,7 +130,8 @@ def test_min_max_of_equal_scores_is_ones():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"step": 0}, {"directions": 0}, {"combine": "sum"}, {"rank": -1}]
+    "wrong",
+    [{"step": 0}, {"directions": 0}, {"combine": "sum"}, {"rank": -1}, {"estimator": "exact"}],
 )
 def test_bad_hyperparameters_are_refused(wrong):
     with pytest.raises(InputError):

@@ -57,7 +57,7 @@ def image_embeds(
             f"vLLM takes no pruned embeddings of {kind} models, only of {', '.join(FAMILIES)}; "
             "use the plug-in"
         )
-    if not isinstance(pruner, VisionPruner) or type(pruner).__call__ is not VisionPruner.__call__:
+    if not isinstance(pruner, VisionPruner) or not pruner.only_chooses:
         raise InputError(
             f"{type(pruner).__name__} does more than choose tokens before the language model; "
             "give a method that does not, such as cdpruner"

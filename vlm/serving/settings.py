@@ -101,7 +101,7 @@ def check(name: str, pruner: Any) -> None:
         raise InputError(
             f"{name} changes the image before the vision tower; send vLLM smaller images instead"
         )
-    if not isinstance(pruner, VisionPruner) or type(pruner).__call__ is not VisionPruner.__call__:
+    if not isinstance(pruner, VisionPruner) or not pruner.only_chooses:
         raise InputError(
             f"{name} acts inside the language model, which vLLM runs itself; "
             "give a method that chooses tokens before it, such as zoo or divprune"

@@ -4,7 +4,7 @@ from inspect import signature
 
 import pytest
 import torch
-from tiny_families import failing, same_choices, snapshot
+from tiny_families import failing, restored, same_choices, snapshot
 from transformers import TextStreamer
 
 from vlm_prune.benchmarks.cli.support import support
@@ -24,7 +24,7 @@ RAGGED = [
     [([], QUESTION), ([], "yes"), ([2], LONG)],
 ]
 EVERY = [*METHODS, "divprune+adaptinfer", "fastv+merge", "divprune+random@16"]
-STAGES = ["visionzip", "pool", "sparsevlm", "divprune+adaptinfer", "merge", "dart"]
+STAGES = ["visionzip", "pool", "sparsevlm", "divprune+adaptinfer", "merge", "dart", "restore"]
 BUDGET = 6
 
 
@@ -119,7 +119,7 @@ def test_right_padded_rows_equal_left_padded_ones(name, tiny):
 @named(STAGES)
 def test_cached_decoding_equals_a_full_forward(name, tiny, monkeypatch):
     """The reference walks the layers itself: one pass over prompt and answer, no cache, no hooks."""
-    method, reduced = on(name, tiny), {"pre": [], "inside": []}
+    method, reduced, sizes = on(name, tiny), {"pre": [], "inside": []}, []
     if isinstance(method, Best):
         method = method.chosen(family_of(tiny.model).tokens_per_image)
     if method.stage == "input":
@@ -131,13 +131,14 @@ def test_cached_decoding_equals_a_full_forward(name, tiny, monkeypatch):
             def recorded(*given, reduce=part.reduce, to=features):
                 kept = reduce(*given)
                 to.extend(kept.features)
+                sizes.extend(kept.sizes or [])
                 return kept
 
             monkeypatch.setattr(part, "reduce", recorded)
     inputs = tiny.inputs([[([1, 2], LONG)]])  # pictures of different sizes
     with method(tiny.model) as trace:
         out = greedy(tiny, inputs)
-    logits = full_forward(tiny, inputs, out.sequences, method, trace, reduced)
+    logits = full_forward(tiny, inputs, out.sequences, method, trace, reduced, sizes)
     for step, ours in enumerate(out.logits):
         assert_close(ours[0], logits[len(logits) - len(out.logits) - 1 + step])
 
@@ -157,7 +158,7 @@ def visible(family, kind, here, images):
 
 
 @torch.no_grad()
-def full_forward(tiny, inputs, sequences, method, trace, reduced):
+def full_forward(tiny, inputs, sequences, method, trace, reduced, sizes):
     """Logits of one row where `trace` drops tokens, with the features that the method gave."""
     model, family = tiny.model, family_of(tiny.model)
     prompt, ids = inputs["input_ids"], sequences[0]
@@ -175,6 +176,9 @@ def full_forward(tiny, inputs, sequences, method, trace, reduced):
     places = torch.cat([places, places[..., -1:] + more], -1)
     here, left = torch.arange(len(ids)), [torch.arange(len(image)) for image in images]
     position = torch.arange(len(ids))
+    counted = torch.ones(2, len(ids))  # in the first layer and in others
+    for image, at, own in zip(images, trace.entered, sizes, strict=bool(sizes)):
+        counted[0, image[at]], counted[1, image[at]] = own.float().mean(), own.float()
 
     def drop(kept, features, part, always=False):
         nonlocal hidden, here, left, position
@@ -213,6 +217,9 @@ def full_forward(tiny, inputs, sequences, method, trace, reduced):
         if "layer_type" in signature(family.decoder.rotary_emb.forward).parameters:
             own = {"layer_type": kind}
         rotary = family.decoder.rotary_emb(hidden[None], position_ids=at, **own)
+        if (counted != 1).any():
+            shown = int((here < prompt.shape[1]).sum())
+            mask = mask + restored(counted[int(number > 0), here], rotary, shown)
         hidden = layer(hidden[None], attention_mask=mask, position_embeddings=rotary)[0]
         if number < len(deep):
             hidden = hidden + deep[number][here]
