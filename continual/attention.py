@@ -99,11 +99,11 @@ class SplitAttention(nn.Module):
             mask = mask.unflatten(0, (-1, self.num_heads))
         if mask is not None and mask.dtype == torch.bool:
             mask = ~mask  # True hides a token in these modules, and shows it in the function below
-        q, k = self.normalise(q, k)
+        q, k = self.normalize(q, k)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.project(mixed)
 
-    def normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def normalize(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return q, k
 
     def project(self, mixed: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class SplitCustom(SplitAttention):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         return self.attend(x, x, x, attn_mask)
 
-    def normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def normalize(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return self.ln_q(q), self.ln_k(k)
 
     def project(self, mixed: Tensor) -> Tensor:

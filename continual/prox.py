@@ -14,7 +14,7 @@ LEVELS = 50
 
 
 def textbook(weights: Tensor, kappa: float | Tensor) -> Tensor:
-    """The soft threshold: 0 where |w| <= kappa, otherwise w moved by kappa towards 0.
+    """The soft threshold: 0 where |w| <= kappa, otherwise w moved by kappa toward 0.
 
     `kappa` >= 0 broadcasts to the shape of `weights`.
     """

@@ -121,10 +121,10 @@ def _weighted_columns_kernel(
         rows = start + tl.arange(0, BLOCK_T)
         real = rows < queries
         query_at = positions_of(query_positions, batch * queries, rows, real)
-        normaliser = tl.load(lse + row * queries + rows, mask=real, other=float("inf"))
+        normalizer = tl.load(lse + row * queries + rows, mask=real, other=float("inf"))
         q = load_tile(query, rows, real, query_strides, width, BLOCK_D).to(DTYPE)
         logits = visible_logits(q, query_at, tile, key_at, scale, WINDOW)
-        attention = tl.exp(logits - normaliser[:, None])
+        attention = tl.exp(logits - normalizer[:, None])
         if weights is not None:
             weight = tl.load(weights + row * queries + rows, mask=real, other=0.0)
             attention *= weight[:, None]

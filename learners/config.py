@@ -29,8 +29,8 @@ class WingsConfig:
         layers: decoder layers with learners, counted from 0; None means all.
         modalities: which learners there are. One learner alone is added with weight 1, which is
             stage 1 of the training.
-        query: `parallel` reads the normalised input of the main attention (the paper's figure),
-            `sequential` the un-normalised sum of residual and main attention (its code).
+        query: `parallel` reads the normalized input of the main attention (the paper's figure),
+            `sequential` the un-normalized sum of residual and main attention (its code).
         visual_mask: `causal` lets a token see the image tokens before it, so that a cached prefix
             stays valid; `all` shows the row's image tokens to every token (the code).
         skip_text: text tokens at the start of rows with an image that the textual learner does

@@ -14,7 +14,7 @@ from vlm_prune.vlm.load import load, save
 
 @torch.no_grad()
 def merge(base: Any, tuned: Any, alpha: float) -> None:
-    """Move the tuned language model back towards its base, in place: base + alpha (tuned - base).
+    """Move the tuned language model back toward its base, in place: base + alpha (tuned - base).
 
     Needs no training, and rescues a model that has been tuned already; sweep `alpha` over [0, 1].
 

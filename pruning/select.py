@@ -36,7 +36,7 @@ def diverse(scores: Tensor, features: Tensor, k: int) -> Tensor:
 
 
 def max_min(features: Tensor, k: int) -> Tensor:
-    """Greedy max-min of cosine distances, first the token farthest from its nearest neighbour.
+    """Greedy max-min of cosine distances, first the token farthest from its nearest neighbor.
 
     Shapes: (M, N, d) -> (M, k) in the order chosen. Ties go to the lowest index.
     """

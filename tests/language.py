@@ -6,6 +6,7 @@
 import ast
 import re
 import sys
+import tokenize
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "vlm", "pruning", "learners", "continual", "benchmarks", "scripts")
 FROM_ARGUMENTS = 3
 INTERFACES = ("main", "ask")
+BRITISH = re.compile(
+    r"(?i)(col|neighb|fav|behavi|lab)our|grey|centre|licence|labell|modell|learnt|analys(e|ing)|"
+    r"(normal|initial|optim|summar|orthogonal|minim|maxim|serial|organ|recogn|visual|quant|token|"
+    r"general|regular|vector|parallel|synchron|penal)is(e|ing|ation)"
+)
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -138,6 +144,17 @@ def home(found: Found) -> Path:
     """The file of a definition; for an operation of `kernels` the folder of its implementations."""
     folder = found.path.parent
     return folder if folder.parent == ROOT / "kernels" else found.path
+
+
+def british(*folders: str) -> list[str]:
+    """Identifiers and comments with a British spelling; strings may be data."""
+    return [
+        f"{path.relative_to(ROOT)}:{token.start[0]} {token.string}"
+        for folder in folders
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for token in tokenize.generate_tokens(path.open().readline)
+        if token.type in (tokenize.NAME, tokenize.COMMENT) and BRITISH.search(token.string)
+    ]
 
 
 def untyped_records(*folders: str) -> list[Found]:

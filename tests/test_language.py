@@ -1,7 +1,7 @@
 """The rules for names and docstrings hold in every folder: see CONTRIBUTING, Style."""
 
 import pytest
-from language import PACKAGES, missing_docstrings, repeated, undocumented, untyped_records
+from language import PACKAGES, british, missing_docstrings, repeated, undocumented, untyped_records
 
 
 @pytest.mark.parametrize("folder", PACKAGES)
@@ -22,3 +22,7 @@ def test_names_are_defined_once():
 def test_evaluation_passes_on_typed_records():
     records = untyped_records("benchmarks/evaluation")
     assert not records, "\n".join(map(str, records))
+
+
+def test_names_and_comments_have_american_spelling():
+    assert not british(*PACKAGES), "\n".join(british(*PACKAGES))

@@ -344,7 +344,7 @@ def is_quick(test, params):
 
 
 def picture(draw, size):
-    """Blocks of colour, with noise: rounding would choose between patches that are equal."""
+    """Blocks of color, with noise: rounding would choose between patches that are equal."""
     blocks = Image.fromarray(draw.integers(32, 224, (6, 6, 3), np.uint8)).resize(size, 0)
     return Image.fromarray(blocks + draw.integers(0, 32, (*size[::-1], 3), np.uint8))
 

@@ -444,7 +444,7 @@ class LayerPruning:
 
     def _distances(self, forward: Forward, segment: Segment, cos: Tensor, sin: Tensor) -> Tensor:
         """Returns log(2 - D) of a segment's tokens and all keys, (B, n, K), D the mean cosine of
-        the angles between their rotations; zero for answers, keys of earlier forwards, and rows
+        the angles between their rotations; zero for answers, keys of earlier passes, and rows
         that lost no token.
 
         Args:

@@ -132,7 +132,7 @@ class Pretraining:
         if (folder / STATE).is_file():
             self._load()
         else:
-            self._initialise()
+            self._initialize()
 
     def run(self, until: int | None = None) -> None:
         """Train to the end, or to step `until`; at the end the folder holds half-precision weights.
@@ -163,7 +163,7 @@ class Pretraining:
         rng = np.random.default_rng((self.recipe.seed, step))
         chosen = rng.integers(len(self.data.pixels), size=self.recipe.batch)
         template = rng.integers(self.data.captions.shape[1], size=self.recipe.batch)
-        pixels = self.normalised(chosen)
+        pixels = self.normalized(chosen)
         reach = self.recipe.shift
         wide = pad(pixels, (reach,) * 4, mode="replicate")
         side = pixels.shape[-1]
@@ -173,7 +173,7 @@ class Pretraining:
         ]
         return torch.stack(shifted), torch.from_numpy(self.data.captions[chosen, template])
 
-    def normalised(self, chosen: NDArray[np.int64]) -> Tensor:
+    def normalized(self, chosen: NDArray[np.int64]) -> Tensor:
         """Pictures of these numbers as the model reads them, (B, 3, 48, 48)."""
         pixels = torch.from_numpy(self.data.pixels[chosen]).permute(0, 3, 1, 2).float() / 255
         return (pixels - self.mean) / self.std
@@ -199,12 +199,12 @@ class Pretraining:
         return float(loss.detach()), float((logits.argmax(1) == own).float().mean())
 
     @torch.no_grad()
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         """Patch filters that are whitened components, and positions that are waves, as in `vlm.tiny`."""
         visual = self.model.visual
         generator = torch.Generator().manual_seed(self.recipe.seed)
         rng = np.random.default_rng(self.recipe.seed)
-        some = self.normalised(rng.integers(len(self.data.pixels), size=600))
+        some = self.normalized(rng.integers(len(self.data.pixels), size=600))
         size = visual.conv1.kernel_size[0]
         cut = some.unfold(2, size, size).unfold(3, size, size).permute(0, 2, 3, 1, 4, 5).flatten(3)
         patches = cut.flatten(0, 2)

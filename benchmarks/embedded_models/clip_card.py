@@ -14,7 +14,7 @@ from vlm_prune.continual.config import Recipe
 from vlm_prune.continual.evaluate import evaluate_tasks
 from vlm_prune.continual.methods.full import FullFineTune
 from vlm_prune.continual.metrics import mean_accuracy, retention
-from vlm_prune.continual.streams.base import Labelled, StreamTask
+from vlm_prune.continual.streams.base import Labeled, StreamTask
 from vlm_prune.continual.streams.packaged import DOMAINS, packaged, task
 from vlm_prune.continual.streams.stream import labels_of
 from vlm_prune.continual.train import ContinualRun, train_tasks
@@ -51,7 +51,7 @@ class Figures:
     gain: Figure
 
 
-def right_images(clip: Clip, split: Sequence[Labelled], one: StreamTask) -> NDArray[np.uint8]:
+def right_images(clip: Clip, split: Sequence[Labeled], one: StreamTask) -> NDArray[np.uint8]:
     """Classifies the images of a split among their task's classes; returns which are right, (n,).
 
     Args:

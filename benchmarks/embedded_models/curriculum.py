@@ -21,7 +21,7 @@ from vlm_prune.benchmarks.tasks.scenes import (
 
 
 def where(rng: np.random.Generator, scene: Scene) -> Question | None:
-    """A training-only question that teaches the model to read places, asked as colours are, so
+    """A training-only question that teaches the model to read places, asked as colors are, so
     that what finds a thing by its name is there already; None for a thing near the middle."""
     thing = scene.things[int(rng.integers(len(scene.things)))]
     across = bool(rng.random() < 0.5)
@@ -34,13 +34,13 @@ def where(rng: np.random.Generator, scene: Scene) -> Question | None:
 
 def what(rng: np.random.Generator, scene: Scene) -> Question:
     """A training-only question without the kind of its answer: where the kind is named, any thing
-    of that kind is right so often that the colour is not learnt."""
+    of that kind is right so often that the color is not learned."""
     thing = scene.things[int(rng.integers(len(scene.things)))]
     return Question(f"What is {thing.color}?", thing.name)
 
 
 def pair(rng: np.random.Generator, scene: Scene) -> Question:
-    """The shortest training-only question: a thing's name asks for its colour, or the reverse."""
+    """The shortest training-only question: a thing's name asks for its color, or the reverse."""
     thing = scene.things[int(rng.integers(len(scene.things)))]
     asked, answer = (thing.name, thing.color) if rng.random() < 0.5 else (thing.color, thing.name)
     return Question(asked, answer, ONE_WORD[asked == thing.color])

@@ -1,7 +1,7 @@
 """A start for the vision tower and the language model that a CPU can afford to train from.
 
-A random patch embedding answers almost only to the mean colour of a patch, and random position
-embeddings hide which patches are neighbours. Whitened principal components and two-dimensional
+A random patch embedding answers almost only to the mean color of a patch, and random position
+embeddings hide which patches are neighbors. Whitened principal components and two-dimensional
 waves give both away from the first step.
 
 A language model looks up what a text says once a head carries a word to the words after it
@@ -22,12 +22,12 @@ LOUDNESS = 0.5
 
 
 @torch.no_grad()
-def initialise_embeddings(tower: Any, patches: Tensor, generator: torch.Generator) -> None:
+def initialize_embeddings(tower: Any, patches: Tensor, generator: torch.Generator) -> None:
     """Set the tower's patch and position embeddings in place.
 
     Args:
         tower: a CLIP vision transformer of a square grid.
-        patches: `(samples, 3 p p)` normalised patches, mostly of objects; more than `width` of them.
+        patches: `(samples, 3 p p)` normalized patches, mostly of objects; more than `width` of them.
         generator: draws the rotation that spreads the components over all channels.
     """
     embeddings = tower.embeddings
@@ -46,8 +46,8 @@ def whitened(patches: Tensor, width: int, generator: torch.Generator) -> Tensor:
         width: number of filters.
         generator: draws the rotation that spreads the components over the filters.
     """
-    centred = patches - patches.mean(0)
-    _, singular, components = torch.linalg.svd(centred, full_matrices=False)
+    centered = patches - patches.mean(0)
+    _, singular, components = torch.linalg.svd(centered, full_matrices=False)
     spread = singular[:width, None] / len(patches) ** 0.5
     floor = 0.1 * spread[min(20, width - 1)]
     rotation = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q

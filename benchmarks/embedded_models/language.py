@@ -2,7 +2,7 @@
 
 Each row is a prefix (text turns and at most one image) followed by question blocks. A block sees
 the prefix and itself, and its positions restart after the prefix, so that one pass over an image
-trains many questions and no answer can be copied from a neighbour.
+trains many questions and no answer can be copied from a neighbor.
 """
 
 from collections import defaultdict
@@ -54,7 +54,7 @@ class Row:
 class Packed:
     """Tensors of a batch of rows; shapes (B, L), mask (B, 1, L, L) additive.
 
-    `kinds` has the kind of each labelled token, end tokens included, in reading order. `spans` says
+    `kinds` has the kind of each labeled token, end tokens included, in reading order. `spans` says
     for runs of queries, from the first block of any row on, which keys they can see.
     """
 

@@ -1,4 +1,4 @@
-"""The embedded model's training, stage by stage, from any source of labelled images and questions.
+"""The embedded model's training, stage by stage, from any source of labeled images and questions.
 
 Each stage leaves a file in the working folder and is skipped when that file is there, so a run
 that was stopped goes on where it was.
@@ -17,7 +17,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from vlm_prune.benchmarks.embedded_models.initial import initialise_embeddings, wake
+from vlm_prune.benchmarks.embedded_models.initial import initialize_embeddings, wake
 from vlm_prune.benchmarks.embedded_models.language import (
     Lesson,
     Row,
@@ -43,7 +43,7 @@ STAGES = ("tower", "reading", "symbols", "stories", "projector", "language", "pr
 
 
 class LabeledImage(Protocol):
-    """One image: `pixels` (3, 336, 336); `triples` (576, 3) of name, colour and place per patch."""
+    """One image: `pixels` (3, 336, 336); `triples` (576, 3) of name, color and place per patch."""
 
     @property
     def pixels(self) -> Tensor:
@@ -65,7 +65,7 @@ class LabeledImage(Protocol):
 
 
 class TrainingData(Protocol):
-    """What the model learns from: labelled windows, images with questions, and text."""
+    """What the model learns from: labeled windows, images with questions, and text."""
 
     names: tuple[str, ...]
     colors: tuple[str, ...]
@@ -182,7 +182,7 @@ class Trainer:
         batches = self.source.windows(96, 6, written=False)
         drawn = [next(batches) for _ in range(18)]
         shown = torch.cat([_patches(batch.pixels)[batch.names.flatten() > 0] for batch in drawn])
-        initialise_embeddings(tower, shown, self.generator)
+        initialize_embeddings(tower, shown, self.generator)
         train_tower(tower, self.heads, batches, recipe.windows, 2e-3, self.say("windows"))
         whole = self.source.whole(12, 0)
         train_tower(tower, self.heads, whole, recipe.whole, 1.5e-3, self.say("whole"))

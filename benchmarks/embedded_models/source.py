@@ -33,15 +33,15 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 TRAIN_SEED = 1_000_003
 
 
-def normalised(pixels: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]") -> Tensor:
+def normalized(pixels: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]") -> Tensor:
     """uint8 images (B, H, W, 3) as CLIP's preprocessing leaves them, (B, 3, H, W)."""
     mean, std = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
     return (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
 def pixels_of(shown: list[Scene]) -> Tensor:
-    """The normalised pixels of scenes, (B, 3, 336, 336)."""
-    return normalised(np.stack([scene.pixels for scene in shown]))
+    """The normalized pixels of scenes, (B, 3, 336, 336)."""
+    return normalized(np.stack([scene.pixels for scene in shown]))
 
 
 def scenes(*key: int, things: int | None = None, shares: Shares = SHARES) -> Iterator[Scene]:
@@ -83,7 +83,7 @@ def windows(source: Iterator[Scene], seed: int, batch: int, side: int) -> Iterat
             for s, r, c in drawn
         ]
         yield PatchBatch(
-            normalised(np.stack(pixels)),
+            normalized(np.stack(pixels)),
             torch.from_numpy(np.stack([grid[r, c].ravel() for _, r, c in cells])),
             torch.from_numpy(np.stack([s.patch_names[r, c].ravel() for s, r, c in cells])),
             torch.from_numpy(np.stack([s.patch_colors[r, c].ravel() for s, r, c in cells])),

@@ -16,12 +16,12 @@ from vlm_prune.benchmarks.embedded_models.log import Say
 
 
 class Symbols(nn.Module):
-    """Embeds (name, colour, place) triples with the language model's own word embeddings.
+    """Embeds (name, color, place) triples with the language model's own word embeddings.
 
     Args:
         words: the word embedding, shared with the language model.
         names: token ids of the names, in label order without background.
-        colors: token ids of the colours, in label order.
+        colors: token ids of the colors, in label order.
         grid: patches per side.
     """
 
@@ -32,14 +32,14 @@ class Symbols(nn.Module):
         width = words.embedding_dim
         line = torch.linspace(0, 1, grid)[:, None]
         smooth = torch.cat([2 * line - 1, *(torch.cos(k * torch.pi * line) for k in (1, 2, 3))], 1)
-        # as loud as the words: places that whisper beside names and colours are never compared
+        # as loud as the words: places that whisper beside names and colors are never compared
         loud = words.weight.detach().std() / smooth.square().sum(1).mean().sqrt()
         self.rows = nn.Parameter(loud * smooth @ torch.randn(4, width))
         self.columns = nn.Parameter(loud * smooth @ torch.randn(4, width))
         self.background = nn.Parameter(0.02 * torch.randn(width))
 
     def forward(self, triples: Tensor) -> Tensor:
-        """(tokens, 3) of name (0 for background), colour (-1 for none), place -> (tokens, width)."""
+        """(tokens, 3) of name (0 for background), color (-1 for none), place -> (tokens, width)."""
         name, color, place = triples.unbind(-1)
         table = self.words[0].weight
         shown = table[self.names[(name - 1).clamp(min=0)]] + table[self.colors[color.clamp(min=0)]]

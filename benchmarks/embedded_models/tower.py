@@ -15,8 +15,8 @@ from vlm_prune.benchmarks.embedded_models.log import Say
 class PatchBatch:
     """Image windows with their place in the 24 x 24 patch grid and labels per patch.
 
-    Shapes: pixels (B, 3, 14 h, 14 w) normalised; positions (B, h w) indices into the full grid;
-    names and colors (B, h w), where name 0 and colour -1 are background.
+    Shapes: pixels (B, 3, 14 h, 14 w) normalized; positions (B, h w) indices into the full grid;
+    names and colors (B, h w), where name 0 and color -1 are background.
     """
 
     pixels: Tensor
@@ -92,12 +92,12 @@ class Muon32(torch.optim.Optimizer):
                     continue
                 buffer = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
                 buffer.lerp_(parameter.grad, 1 - group["momentum"])
-                update = orthogonalised(parameter.grad.lerp(buffer, group["momentum"]))
+                update = orthogonalized(parameter.grad.lerp(buffer, group["momentum"]))
                 scale = 0.2 * max(parameter.shape) ** 0.5
                 parameter.mul_(1 - 0.01 * group["lr"]).sub_(update, alpha=group["lr"] * scale)
 
 
-def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:
+def orthogonalized(matrix: Tensor, steps: int = 5) -> Tensor:
     """Newton-Schulz iteration that sends the singular values of `matrix` to about 1."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     wide = wide / (wide.norm() + 1e-7)

@@ -61,7 +61,7 @@ class Plot:
 
 
 def series_of(runs: list[Run]) -> list[str]:
-    """Labels of the methods, controls last; their order decides colours."""
+    """Labels of the methods, controls last; their order decides colors."""
     labels = dict.fromkeys(run.label for run in runs if run.method not in CONTROLS)
     return list(labels | dict.fromkeys(run.label for run in runs))
 

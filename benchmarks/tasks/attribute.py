@@ -1,4 +1,4 @@
-"""Colour of a thing, shape of a colour: GQA's attribute questions, https://arxiv.org/abs/1902.09506."""
+"""Color of a thing, shape of a color: GQA's attribute questions, https://arxiv.org/abs/1902.09506."""
 
 import numpy as np
 

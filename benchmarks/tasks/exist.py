@@ -9,7 +9,7 @@ from vlm_prune.benchmarks.tasks.scenes import COLORS, NAMES, SHAPES, Scene, abou
 def ask(rng: np.random.Generator, scene: Scene) -> Question:
     """Half yes; the no-questions name a random, a popular (shapes) or an adversarial absentee.
 
-    Adversarial: thing and colour are both in the scene, but on different objects.
+    Adversarial: thing and color are both in the scene, but on different objects.
     """
     subset = str(rng.choice(["random", "popular", "adversarial"]))
     if rng.random() < 0.5:

@@ -1,4 +1,4 @@
-"""Scenes: photographs with coloured digits, shapes and words on them, made from a seed.
+"""Scenes: photographs with colored digits, shapes and words on them, made from a seed.
 
 Photographs are scikit-image's and scikit-learn's bundled pictures with contrast and saturation
 lowered, handwritten digits are scikit-learn's; both are split by image, so that nothing drawn in
@@ -52,7 +52,7 @@ _SUPERSAMPLE = 4
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: its kind, what it is, its colour, and its centre and extent in pixels."""
+    """One object: its kind, what it is, its color, and its center and extent in pixels."""
 
     kind: str
     name: str

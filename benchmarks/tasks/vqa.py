@@ -1,4 +1,4 @@
-"""VQA-style answer normalisation, https://visualqa.org/evaluation.html."""
+"""VQA-style answer normalization, https://visualqa.org/evaluation.html."""
 
 import re
 
@@ -7,7 +7,7 @@ _WORDS = {word: str(value) for value, word in enumerate(_NUMBERS)} | {"none": "0
 _ARTICLES = {"a", "an", "the"}
 
 
-def normalise(answer: str) -> str:
+def normalize(answer: str) -> str:
     """Lower case, no articles, no punctuation, number words as digits, single spaces."""
     text = re.sub(r"(?<!\d)[^\w\s]|[^\w\s](?!\d)", " ", answer.lower())
     words = (_WORDS.get(word, word) for word in text.split())
@@ -15,5 +15,5 @@ def normalise(answer: str) -> str:
 
 
 def exact_match(prediction: str, answer: str) -> float:
-    """1.0 when both normalise to the same words, else 0.0."""
-    return float(normalise(prediction) == normalise(answer))
+    """1.0 when both normalize to the same words, else 0.0."""
+    return float(normalize(prediction) == normalize(answer))

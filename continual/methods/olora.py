@@ -22,7 +22,7 @@ class OLoRA(LowRank):
 
     https://arxiv.org/abs/2310.14152
 
-    Not OLoRA, peft's orthonormal initialisation. The paper keeps earlier adapters beside the
+    Not OLoRA, peft's orthonormal initialization. The paper keeps earlier adapters beside the
     weights; here they are merged, which gives the same outputs, and only their A is remembered.
 
     Args:

@@ -30,7 +30,7 @@ class ZSCL(FullFineTune):
 
     The initial model's features of the reference data are computed once, without augmentation. The
     paper's texts are captions; the default here is ImageNet's class names. Its option of an l2 pull
-    towards the previous weights is not offered.
+    toward the previous weights is not offered.
 
     Args:
         images: a folder, or images; they are no part of any task.

@@ -11,27 +11,27 @@ from PIL import Image
 from vlm_prune.vlm.common.errors import InputError
 
 logger = logging.getLogger(__name__)
-Labelled = tuple[Image.Image, int]
+Labeled = tuple[Image.Image, int]
 
 
-class LabelledImages(Sequence[Labelled]):
+class LabeledImages(Sequence[Labeled]):
     """Images with labels, one made or read at a time; a slice makes all of its own."""
 
     @abstractmethod
-    def item(self, index: int) -> Labelled:
+    def item(self, index: int) -> Labeled:
         """The image and label at one index."""
 
     @overload
-    def __getitem__(self, index: int) -> Labelled: ...
+    def __getitem__(self, index: int) -> Labeled: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Labelled]: ...
-    def __getitem__(self, index: int | slice) -> Labelled | list[Labelled]:
+    def __getitem__(self, index: slice) -> list[Labeled]: ...
+    def __getitem__(self, index: int | slice) -> Labeled | list[Labeled]:
         if isinstance(index, slice):
             return [self.item(k) for k in range(*index.indices(len(self)))]
         return self.item(index)
 
 
-def readable_indices(split: Sequence[Labelled]) -> list[int]:
+def readable_indices(split: Sequence[Labeled]) -> list[int]:
     """Indices of the items that can be read; each of the others is named in a warning."""
     good = list[int]()
     for index in range(len(split)):
@@ -63,9 +63,9 @@ class StreamTask:
     name: str
     classes: tuple[str, ...]
     templates: tuple[str, ...]
-    train: Sequence[Labelled]
-    val: Sequence[Labelled]
-    test: Sequence[Labelled]
+    train: Sequence[Labeled]
+    val: Sequence[Labeled]
+    test: Sequence[Labeled]
 
     def __post_init__(self) -> None:
         check_classes(self.name, self.classes)

@@ -21,7 +21,7 @@ from vlm_prune.vlm.common.errors import InputError
 Style = Literal["plain", "varied"]
 Draw = Callable[[str, np.random.Generator, Style], Image.Image]
 
-COLOURS = {
+COLORS = {
     "red": (214, 32, 32),
     "green": (28, 150, 44),
     "blue": (36, 70, 220),
@@ -83,13 +83,13 @@ def scene(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
         rng: draws place, size and tone.
         style: plain or varied.
     """
-    colour, kind = name.split(" ")
+    color, kind = name.split(" ")
     mask = shape_mask(kind, round(SIDE * SUPERSAMPLE * rng.uniform(0.45, 0.75)), False)
-    ink = np.array(COLOURS[colour]) + rng.normal(0, 10, 3)
+    ink = np.array(COLORS[color]) + rng.normal(0, 10, 3)
     return _on_paper(mask, rng, style, ink=ink, light=True)
 
 
-def colour(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
+def color(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
     """Returns a surface of one color; varied ones are unevenly lit, stained and further off the
     hue.
 
@@ -98,7 +98,7 @@ def colour(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
         rng: draws the tone.
         style: plain or varied.
     """
-    base = np.array(COLOURS[name]) + rng.normal(0, 8 if style == "plain" else 16, 3)
+    base = np.array(COLORS[name]) + rng.normal(0, 8 if style == "plain" else 16, 3)
     pixels = np.broadcast_to(base, (SIDE, SIDE, 3)).astype(np.float64)
     if style == "varied":
         pixels = pixels * _smooth(rng, 0.45, 1.35)[..., None]
@@ -191,7 +191,7 @@ def crop(name: str, cell: tuple[int, int], rng: np.random.Generator, grid: int =
     photograph = _photograph(name)
     width, height = photograph.width // grid, photograph.height // grid
     corner = (cell[0] * width, cell[1] * height)
-    # cut first: resampling a box of the whole would read pixels of the neighbours
+    # cut first: resampling a box of the whole would read pixels of the neighbors
     alone = photograph.crop((*corner, corner[0] + width, corner[1] + height))
     side = float(rng.uniform(0.6, 1.0)) * min(width, height)
     left, top = float(rng.uniform(0, width - side)), float(rng.uniform(0, height - side))

@@ -4,7 +4,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm_prune.continual.streams.base import Labelled, LabelledImages, StreamTask, readable_indices
+from vlm_prune.continual.streams.base import Labeled, LabeledImages, StreamTask, readable_indices
 from vlm_prune.vlm.common.errors import InputError, first_line
 from vlm_prune.vlm.common.images import open_image
 from vlm_prune.vlm.common.paths import DataRoot
@@ -13,7 +13,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 PHOTO = ("a photo of a {}.",)
 
 
-class Files(LabelledImages):
+class Files(LabeledImages):
     """Image files with labels.
 
     Args:
@@ -35,7 +35,7 @@ class Files(LabelledImages):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def item(self, index: int) -> Labelled:
+    def item(self, index: int) -> Labeled:
         return open_image(self.paths[index]), self.labels[index]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_prune.continual.streams import drawing, patterns
-from vlm_prune.continual.streams.base import Labelled, LabelledImages, StreamTask
+from vlm_prune.continual.streams.base import Labeled, LabeledImages, StreamTask
 from vlm_prune.continual.streams.drawing import Style
 from vlm_prune.vlm.common.registry import Registry
 
@@ -64,7 +64,7 @@ class Domain:
     draw: Callable[[str, Split, int, np.random.Generator, Style], Image.Image]
 
 
-class Drawn(LabelledImages):
+class Drawn(LabeledImages):
     """Pictures of some classes of a domain, class after class in turn; drawn once, when asked for.
 
     Args:
@@ -79,7 +79,7 @@ class Drawn(LabelledImages):
     ) -> None:
         self.domain, self.split, self.classes, self.style = domain, split, classes, style
         self.number = list(DOMAINS).index(domain.name)
-        self._drawn: dict[int, Labelled] = {}
+        self._drawn: dict[int, Labeled] = {}
 
     @property
     def labels(self) -> list[int]:
@@ -88,7 +88,7 @@ class Drawn(LabelledImages):
     def __len__(self) -> int:
         return PER_CLASS[self.split] * len(self.classes)
 
-    def item(self, index: int) -> Labelled:
+    def item(self, index: int) -> Labeled:
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
@@ -96,7 +96,7 @@ class Drawn(LabelledImages):
             self._drawn[index] = self._draw(index)
         return self._drawn[index]
 
-    def _draw(self, index: int) -> Labelled:
+    def _draw(self, index: int) -> Labeled:
         count, label = divmod(index, len(self.classes))
         name = self.classes[label]
         place = (self.number, self.domain.classes.index(name), SPLITS.index(self.split), count)
@@ -112,7 +112,7 @@ def packaged() -> tuple[StreamTask, ...]:
 def task(name: str) -> StreamTask:
     """One domain as a task, its splits in the varied style.
 
-    `scenes` (coloured shapes, all seen in pre-training) belongs to no stream; it is there to
+    `scenes` (colored shapes, all seen in pre-training) belongs to no stream; it is there to
     measure what a stream makes the embedded CLIP forget.
 
     Raises:
@@ -152,7 +152,7 @@ def _photograph(
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WORDS = ("sun", "key", "hat", "box", "pen", "map", "cup", "bed")
 SCENES = tuple(
-    f"{colour} {shape}" for colour in tuple(drawing.COLOURS)[:6] for shape in patterns.SHAPES[:6]
+    f"{color} {shape}" for color in tuple(drawing.COLORS)[:6] for shape in patterns.SHAPES[:6]
 )
 DOMAINS: Registry[Domain] = Registry(
     "domain",
@@ -180,8 +180,8 @@ DOMAINS: Registry[Domain] = Registry(
                 ("a drawing of a {}.", "the shape of a {}."), _drawn(drawing.shape),
             ),
             Domain(
-                "colours", tuple(drawing.COLOURS), tuple(drawing.COLOURS)[:6],
-                ("a {} surface.", "the colour {}."), _drawn(drawing.colour),
+                "colours", tuple(drawing.COLORS), tuple(drawing.COLORS)[:6],
+                ("a {} surface.", "the colour {}."), _drawn(drawing.color),
             ),
             Domain(
                 "textures", tuple(patterns.TEXTURES), tuple(patterns.TEXTURES)[:6],

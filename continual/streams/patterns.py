@@ -1,4 +1,4 @@
-"""Shapes and textures of the packaged stream, as masks and tones without colour."""
+"""Shapes and textures of the packaged stream, as masks and tones without color."""
 
 from collections.abc import Callable
 from typing import Any
@@ -36,8 +36,8 @@ def shape_mask(name: str, size: int, outline: bool) -> Image.Image:
             draw.polygon(corners, 255)
 
     def disc(x: float, radius: float, ink: int, edge: bool = outline) -> None:
-        centre, reach = side / 2 + x * size / 2, radius * size / 2
-        box = (centre - reach, side / 2 - reach, centre + reach, side / 2 + reach)
+        center, reach = side / 2 + x * size / 2, radius * size / 2
+        box = (center - reach, side / 2 - reach, center + reach, side / 2 + reach)
         draw.ellipse(box, None if edge else ink, ink if edge else None, width)
 
     if name == "circle":

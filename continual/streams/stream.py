@@ -7,7 +7,7 @@ from zlib import crc32
 
 import numpy as np
 
-from vlm_prune.continual.streams.base import Labelled, LabelledImages, StreamTask, check_task_names
+from vlm_prune.continual.streams.base import Labeled, LabeledImages, StreamTask, check_task_names
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import write_json
 
@@ -48,10 +48,10 @@ class Stream:
         return sorted({prompt for prompt in prompts if prompts.count(prompt) > 1})
 
 
-class Subset(LabelledImages):
+class Subset(LabeledImages):
     """Some items of a split; `indices` says which."""
 
-    def __init__(self, split: Sequence[Labelled], indices: Sequence[int]) -> None:
+    def __init__(self, split: Sequence[Labeled], indices: Sequence[int]) -> None:
         self.split, self.indices = split, tuple(indices)
 
     @property
@@ -62,11 +62,11 @@ class Subset(LabelledImages):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def item(self, index: int) -> Labelled:
+    def item(self, index: int) -> Labeled:
         return self.split[self.indices[index]]
 
 
-def labels_of(split: Sequence[Labelled]) -> list[int]:
+def labels_of(split: Sequence[Labeled]) -> list[int]:
     """Labels of a split; images are opened only if it does not know them."""
     known = getattr(split, "labels", None)
     return list(known) if known is not None else [label for _, label in split]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vlm_prune.continual.streams.base import Labelled, LabelledImages, StreamTask, readable_indices
+from vlm_prune.continual.streams.base import Labeled, LabeledImages, StreamTask, readable_indices
 from vlm_prune.continual.streams.names import in_own_order, table
 from vlm_prune.continual.streams.stream import Subset
 from vlm_prune.vlm.common.errors import InputError
@@ -86,7 +86,7 @@ SPLIT_SEED = 42
 TRAIN_SHARE = 0.8
 
 
-class Held(LabelledImages):
+class Held(LabeledImages):
     """A torchvision data set as a sequence of RGB images and labels.
 
     Args:
@@ -121,7 +121,7 @@ class Held(LabelledImages):
     def __len__(self) -> int:
         return len(self.data)
 
-    def item(self, index: int) -> Labelled:
+    def item(self, index: int) -> Labeled:
         file = f" ({self.paths[index]})" if self.paths else ""
         try:
             if self.paths:
@@ -169,7 +169,7 @@ def torchvision_task(key: str, root: Path | DataRoot, skip_bad: bool = False) ->
     some = next(iter(splits.values())).data
     own = getattr(some, "categories", None) or getattr(some, "classes", None) or names.classes
     classes = in_own_order(key, own)
-    parts: dict[str, Sequence[Labelled]] = {"val": (), **splits}
+    parts: dict[str, Sequence[Labeled]] = {"val": (), **splits}
     if "all" in splits:
         whole = splits["all"]
         generator = torch.Generator().manual_seed(SPLIT_SEED)

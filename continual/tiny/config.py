@@ -16,7 +16,7 @@ WEIGHTS = "open_clip_model.safetensors"
 
 
 def make_tokenizer(corpus: Iterable[str], vocabulary: int = 512) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer learnt from `corpus`; the end token has the highest id, as in CLIP."""
+    """A byte-level BPE tokenizer learned from `corpus`; the end token has the highest id, as in CLIP."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(False)
     tokenizer.decoder = decoders.ByteLevel()

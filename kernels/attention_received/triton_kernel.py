@@ -1,4 +1,4 @@
-"""Attention received in two launches: the rows' normalisers, then the columns' sums."""
+"""Attention received in two launches: the rows' normalizers, then the columns' sums."""
 
 import torch
 import triton
@@ -23,18 +23,18 @@ def _lse_kernel(
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
     WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """One program: the normalisers of one tile of queries, for one head."""
+    """One program: the normalizers of one tile of queries, for one head."""
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
     rows, real, query_at, q = query_tile(
         query, query_positions, query_strides, batch, head, queries, width, BLOCK_T, BLOCK_D, DTYPE
     )
     key += batch * key_strides[0] + head // group * key_strides[1]
-    normaliser = row_lse(
+    normalizer = row_lse(
         q, query_at, key, key_positions, batch * keys,
         key_strides, scale, keys, width, BLOCK_N, BLOCK_D, DTYPE, WINDOW,
     )  # fmt: skip
-    tl.store(lse + row * queries + rows, normaliser, mask=real)
+    tl.store(lse + row * queries + rows, normalizer, mask=real)
 
 
 def attention_received(

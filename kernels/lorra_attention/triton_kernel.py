@@ -106,7 +106,7 @@ def _query_slope_kernel(
     routed_slope += batch * routed_strides[0]
     from_out = load_tile(out_slope, rows, real, out_strides, value_width, BLOCK_E).to(DTYPE)
     from_routed = load_tile(routed_slope, rows, real, routed_strides, routes, BLOCK_R).to(DTYPE)
-    normaliser = tl.load(lse + line * queries + rows, mask=real, other=float("inf"))
+    normalizer = tl.load(lse + line * queries + rows, mask=real, other=float("inf"))
     shift = tl.load(delta + line * queries + rows, mask=real, other=0.0)
     total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     until = seen_until(key_positions, batch * keys, keys, tl.max(query_at, 0), 1024)
@@ -118,7 +118,7 @@ def _query_slope_kernel(
         v = load_tile(value, places, inside, value_strides, value_width, BLOCK_E).to(DTYPE)
         r = load_tile(router, places, inside, router_strides, routes, BLOCK_R).to(DTYPE)
         _, slope = _slopes(
-            q, query_at, k, key_at, v, r, from_out, from_routed, normaliser, shift, scale, DTYPE
+            q, query_at, k, key_at, v, r, from_out, from_routed, normalizer, shift, scale, DTYPE
         )
         total += tl.dot(slope, k, input_precision="ieee")
     columns = tl.arange(0, BLOCK_D)
@@ -166,10 +166,10 @@ def _key_slope_kernel(
             from_out = load_tile(head_slope, rows, real, out_strides, value_width, BLOCK_E)
             from_routed = load_tile(routed_slope, rows, real, routed_strides, routes, BLOCK_R)
             from_out, from_routed = from_out.to(DTYPE), from_routed.to(DTYPE)
-            normaliser = tl.load(lse + row * queries + rows, mask=real, other=float("inf"))
+            normalizer = tl.load(lse + row * queries + rows, mask=real, other=float("inf"))
             shift = tl.load(delta + row * queries + rows, mask=real, other=0.0)
             weights, slope = _slopes(
-                q, query_at, k, key_at, v, r, from_out, from_routed, normaliser, shift, scale, DTYPE
+                q, query_at, k, key_at, v, r, from_out, from_routed, normalizer, shift, scale, DTYPE
             )
             of_key += tl.dot(tl.trans(slope), q, input_precision="ieee")
             of_value += tl.dot(tl.trans(weights), from_out, input_precision="ieee")

@@ -17,7 +17,7 @@ def text_guided_score(
 
     https://arxiv.org/abs/2508.06084
 
-    A is the causal attention of the text rows, p the column sums of the symmetrised text-to-text
+    A is the causal attention of the text rows, p the column sums of the symmetrized text-to-text
     part A + A^T - diag(A). Only text rows are computed, T x L per head instead of L x L.
 
     Shapes: query (B, H, T, d) and key (B, G, L, d) after the position rotation, H a multiple of G,

@@ -1,4 +1,4 @@
-"""The text-guided score in two launches: normalisers and text prior, then the weighted columns."""
+"""The text-guided score in two launches: normalizers and text prior, then the weighted columns."""
 
 import torch
 import triton
@@ -25,7 +25,7 @@ def _prior_kernel(
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
     WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """One program: the normalisers of a tile of text rows, and its share of the text prior.
+    """One program: the normalizers of a tile of text rows, and its share of the text prior.
 
     Row sums leave the diagonal out; column sums of each tile are kept apart, so that their order
     of addition is fixed. A single tile adds its own to its row sums.
@@ -37,11 +37,11 @@ def _prior_kernel(
     )
     columns += batch * queries
     key += batch * key_strides[0] + head // group * key_strides[1]
-    normaliser = row_lse(
+    normalizer = row_lse(
         q, query_at, key, key_positions, batch * keys,
         key_strides, scale, keys, width, BLOCK_N, BLOCK_D, DTYPE, WINDOW,
     )  # fmt: skip
-    tl.store(lse + row * queries + rows, normaliser, mask=real)
+    tl.store(lse + row * queries + rows, normalizer, mask=real)
     if column_sums is not None:
         column_sums += (row * tl.num_programs(0) + tl.program_id(0)) * queries
     total = tl.zeros([BLOCK_T], tl.float32)
@@ -50,7 +50,7 @@ def _prior_kernel(
         key_at = tl.load(columns + others, mask=others < queries, other=-1)
         tile = load_tile(key, key_at, key_at >= 0, key_strides, width, BLOCK_D).to(DTYPE)
         logits = visible_logits(q, query_at, tile, key_at, scale, WINDOW)
-        attention = tl.exp(logits - normaliser[:, None])
+        attention = tl.exp(logits - normalizer[:, None])
         total += tl.sum(tl.where(rows[:, None] == others[None, :], 0.0, attention), 1)
         if column_sums is None:
             total += tl.sum(attention, 0)

@@ -110,7 +110,7 @@ def make_clip():
 
 
 def pictures(classes, count, seed):
-    """Noise over a colour per class, so that a few steps of training learn it."""
+    """Noise over a color per class, so that a few steps of training learn it."""
     rng, rows = np.random.default_rng(seed), []
     for n in range(count):
         label = n % len(classes)

@@ -186,6 +186,6 @@ def test_a_hugging_face_clip_of_another_kind_is_refused(any_clip, tmp_path):
     assert "image_std" in refused(folder)
 
 
-def test_a_misspelt_name_is_told_its_neighbor():
+def test_a_misspelled_name_is_told_its_neighbor():
     assert "did you mean 'ViT-B-16'?" in refused("ViT-B-61")
     assert "did you mean 'tiny'?" in refused("tinny")

@@ -124,7 +124,7 @@ def test_frozen_gates_stay_at_zero(begin):
     assert not flat(method).any()
 
 
-def test_normalised_importance_shrinks_the_larger_component_less(begin):
+def test_normalized_importance_shrinks_the_larger_component_less(begin):
     method, _ = begin("codyra", gate_init="ones", importance="normalised", kappa=0.1, dense=0.0)
     for layer in method.layers.values():
         layer.A.data.fill_(1)
@@ -184,7 +184,7 @@ def test_controls_match_ranks_and_norm_of_another_run(learn, tmp_path, make_clip
         assert matched.norm() == pytest.approx(ours.norm(), rel=1e-4)
 
 
-def test_olora_penalises_shared_directions(learn, begin):
+def test_olora_penalizes_shared_directions(learn, begin):
     a = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     assert overlap(a, torch.tensor([[0.0, 3.0]])) == 36
     method, _ = begin("o-lora")

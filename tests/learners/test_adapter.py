@@ -164,7 +164,7 @@ def test_weights_of_another_kind_are_refused(winged, tmp_path):
             assert "\n" not in str(caught.value) and getattr(model, "wings", None) is None
 
 
-def test_a_misspelt_adapter_is_not_looked_up_in_the_network(llava, monkeypatch):
+def test_a_misspelled_adapter_is_not_looked_up_in_the_network(llava, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: 1 / 0)
     for name in ("runs/one/wings", "wigns", "", "/nowhere"):
         with pytest.raises(InputError, match="there is no such folder; give one"):

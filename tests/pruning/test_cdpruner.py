@@ -9,7 +9,7 @@ from vlm_prune.pruning.cdpruner import CDPruner, conditioned, relevance
 from vlm_prune.pruning.select import dpp, min_max
 
 
-def test_greedy_selection_maximises_the_determinant_at_each_step():
+def test_greedy_selection_maximizes_the_determinant_at_each_step():
     torch.manual_seed(0)
     features = torch.randn(2, 15, 10, dtype=torch.float64)
     kernel = conditioned(torch.rand(2, 15, dtype=torch.float64), features)
@@ -69,5 +69,5 @@ def test_negated_relevance_prefers_the_least_similar(vision):
         CDPruner(budget=1, negated=flag).reduce(asked).indices for flag in (False, True)
     )
     assert [int(p) for p in straight] == [7, 7]
-    towards = relevance(vision.projected, text[:, None])
-    assert [int(p) for p in negated] == towards.argmin(1).tolist()
+    toward = relevance(vision.projected, text[:, None])
+    assert [int(p) for p in negated] == toward.argmin(1).tolist()

@@ -12,7 +12,7 @@ from vlm_prune.vlm.common.errors import InputError
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.5, 1.0])
-def test_greedy_steps_maximise_the_objective(alpha):
+def test_greedy_steps_maximize_the_objective(alpha):
     torch.manual_seed(0)
     tokens = torch.randn(2, 15, 12, dtype=torch.float64)
     scores = torch.rand(2, 15, dtype=torch.float64)

@@ -49,7 +49,7 @@ def test_only_raters_score():
 def test_clusters_equal_the_papers_loop():
     torch.manual_seed(2)
     points, k = torch.randn(20, 8, dtype=torch.float64), 5
-    centres, group = density_peaks(points, 4, k)
+    centers, group = density_peaks(points, 4, k)
     distance = [[float((a - b).norm()) / 8**0.5 for b in points] for a in points]
     density, peak = [], []
     for i in range(20):
@@ -59,7 +59,7 @@ def test_clusters_equal_the_papers_loop():
         denser = [distance[i][j] for j in range(20) if density[j] > density[i]]
         peak.append(density[i] * (min(denser) if denser else max(distance[i])))
     expected = sorted(sorted(range(20), key=lambda i: -peak[i])[:4])
-    assert centres.tolist() == expected
+    assert centers.tolist() == expected
     nearest = [min(range(4), key=lambda c: distance[i][expected[c]]) for i in range(20)]
     assert group.tolist() == nearest
 

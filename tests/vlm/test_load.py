@@ -418,7 +418,7 @@ def test_wrong_names_are_refused_without_the_network(name, message, monkeypatch)
     assert message in refused(name, family_type)
 
 
-def test_a_misspelt_folder_is_told_its_neighbor(folder):
+def test_a_misspelled_folder_is_told_its_neighbor(folder):
     assert f"did you mean {str(folder)!r}?" in refused(folder.with_name("modle"))
 
 

@@ -37,7 +37,7 @@ class Shown:
     features: Tensor
 
     def triples(self) -> Tensor:
-        """(scenes * 576, 3) name, colour and place of each patch, as `Symbols` takes them."""
+        """(scenes * 576, 3) name, color and place of each patch, as `Symbols` takes them."""
         return torch.cat([SceneExample(scene).triples for scene in self.scenes])
 
 

@@ -179,10 +179,10 @@ def first_stage(folder: Path, arm: Arm, plan: Plan, shown: Shown, seed: int) -> 
     if not path.is_file():
         model, processor, groups = prepared(folder, arm, plan, 1, seed)
         fit(model, processor, groups, shown, plan, arm, 1, seed)
-        learnt = adapter_state(model) if arm.sees_in_stage_1 else {}
+        learned = adapter_state(model) if arm.sees_in_stage_1 else {}
         state = model.model.multi_modal_projector.state_dict()
         with atomic_path(path) as partial:
-            save_file({f"projector.{n}": t for n, t in state.items()} | learnt, partial)
+            save_file({f"projector.{n}": t for n, t in state.items()} | learned, partial)
     return path
 
 
@@ -203,7 +203,7 @@ def trained(folder: Path, arm: Arm, plan: Plan, shown: Shown, seed: int) -> tupl
     model, processor, groups = prepared(folder, arm, plan, 2, seed)
     projector = {n.split(".", 1)[1]: t for n, t in first.items() if n.startswith("projector.")}
     model.model.multi_modal_projector.load_state_dict(projector)
-    if learnt := {n: t for n, t in first.items() if n.startswith("layers.")}:
-        load_adapter_state(model, learnt, strict=False)
+    if learned := {n: t for n, t in first.items() if n.startswith("layers.")}:
+        load_adapter_state(model, learned, strict=False)
     cost = fit(model, processor, groups, shown, plan, arm, 2, seed)
     return model, processor, cost

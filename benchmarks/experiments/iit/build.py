@@ -1,4 +1,4 @@
-"""Conversations of neighbouring questions, written to a folder with their images."""
+"""Conversations of neighboring questions, written to a folder with their images."""
 
 import hashlib
 import io
@@ -117,7 +117,7 @@ def _distinct(items: list[Item], target: int, near: list[int], number: int) -> l
             said.add(items[candidate].question)
             kept.append(candidate)
     if len(kept) < number:
-        raise InputError("too many questions have the same text to find different neighbours")
+        raise InputError("too many questions have the same text to find different neighbors")
     return kept
 
 

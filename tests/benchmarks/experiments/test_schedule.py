@@ -9,7 +9,7 @@ FAST = ["--limit", "2", "--batch-size", "2", "--tasks", "exist"]
 
 
 @pytest.fixture(scope="module")
-def analysed(checkpoint, tmp_path_factory):
+def analyzed(checkpoint, tmp_path_factory):
     """A schedule of the random checkpoint."""
     from vlm_prune.benchmarks.experiments import schedule as analysis
     from vlm_prune.vlm.load import load
@@ -56,14 +56,14 @@ def test_the_command_proposes_from_tasks_or_a_file(run, checkpoint, tmp_path, im
 
 
 @pytest.mark.parametrize("method", ["adaptinfer", "divprune+fastv"])
-def test_eval_cuts_where_the_file_says(run, checkpoint, analysed, tmp_path, method):
+def test_eval_cuts_where_the_file_says(run, checkpoint, analyzed, tmp_path, method):
     code, out, err = run(
         "eval", "--model", checkpoint, "--method", method, "--budget", "400", "--output", tmp_path,
-        "--schedule", analysed / "schedule.json", *FAST,
+        "--schedule", analyzed / "schedule.json", *FAST,
     )  # fmt: skip
     assert code == 0, err
     assert f"{method} by schedule" in out
-    found = json.loads((analysed / "schedule.json").read_text())
+    found = json.loads((analyzed / "schedule.json").read_text())
     row = json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[0])
     layers = row["layer_tokens"]
     assert [n for n in range(1, 6) if layers[n] < layers[n - 1]] == found["places"]
@@ -71,8 +71,8 @@ def test_eval_cuts_where_the_file_says(run, checkpoint, analysed, tmp_path, meth
         assert [layers[place] for place in found["places"]] == [c["keep"] for c in found["cuts"]]
 
 
-def test_methods_without_cuts_refuse_a_schedule(run, checkpoint, analysed, tmp_path):
-    chosen = ["--model", checkpoint, "--schedule", analysed / "schedule.json"]
+def test_methods_without_cuts_refuse_a_schedule(run, checkpoint, analyzed, tmp_path):
+    chosen = ["--model", checkpoint, "--schedule", analyzed / "schedule.json"]
     code, _, err = run("eval", *chosen, "--method", "zoo")
     assert code == 2 and "zoo makes no cuts" in err
     code, _, err = run("bench", "--method", "zoo", *chosen[2:])

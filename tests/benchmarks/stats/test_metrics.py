@@ -5,15 +5,15 @@ import pytest
 
 from vlm_prune.benchmarks.stats.bootstrap import mean_interval, resampled, retained
 from vlm_prune.benchmarks.stats.paired import difference, mcnemar
-from vlm_prune.benchmarks.tasks.vqa import exact_match, normalise
+from vlm_prune.benchmarks.tasks.vqa import exact_match, normalize
 
 
 @pytest.mark.parametrize(
     ("raw", "clean"),
     [("The Cat.", "cat"), ("two", "2"), (" A  red, dog! ", "red dog"), ("3.5", "3.5"), ("", "")],
 )
-def test_normalise(raw, clean):
-    assert normalise(raw) == clean
+def test_normalize(raw, clean):
+    assert normalize(raw) == clean
 
 
 def test_exact_match():

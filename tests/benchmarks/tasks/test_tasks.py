@@ -18,7 +18,7 @@ from vlm_prune.benchmarks.tasks.scenes import (
     _digits,
     make_scene,
 )
-from vlm_prune.benchmarks.tasks.vqa import exact_match, normalise
+from vlm_prune.benchmarks.tasks.vqa import exact_match, normalize
 
 NAMES_OF_TASKS = ("exist", "attribute", "ocr", "count", "relation", "choice", "text", "iit")
 
@@ -72,7 +72,7 @@ def test_gold_answer_scores_one_and_another_answer_zero(name: str) -> None:
 )
 def test_answers_are_compared_as_vqa_does(prediction: str, answer: str) -> None:
     assert exact_match(prediction, answer) == 1.0
-    assert normalise(prediction) == answer
+    assert normalize(prediction) == answer
 
 
 def test_no_single_answer_of_a_visual_task_is_worth_much() -> None:
@@ -81,7 +81,7 @@ def test_no_single_answer_of_a_visual_task_is_worth_much() -> None:
         assert answers.most_common(1)[0][1] / 120 < 0.65, name
 
 
-def test_names_and_colours_are_unique_in_a_scene_so_questions_have_one_answer() -> None:
+def test_names_and_colors_are_unique_in_a_scene_so_questions_have_one_answer() -> None:
     for index in range(20):
         things = make_scene(np.random.default_rng(index), "val").things
         assert len(things) >= 3
@@ -92,7 +92,7 @@ def test_names_and_colours_are_unique_in_a_scene_so_questions_have_one_answer() 
             assert apart or abs(one.y - other.y) * 2 >= one.height + other.height
 
 
-def test_patch_labels_name_the_object_at_its_centre() -> None:
+def test_patch_labels_name_the_object_at_its_center() -> None:
     scene = make_scene(np.random.default_rng(0), "train", 6)
     assert scene.patch_names.shape == scene.patch_colors.shape == (GRID, GRID)
     labels = {

@@ -134,7 +134,7 @@ def test_streams_by_name(tmp_path):
         open_stream("mtil-1", tmp_path)
 
 
-def labelled(counts, name="mine"):
+def labeled(counts, name="mine"):
     split = [(Image.new("RGB", (1, 1)), label) for label, n in enumerate(counts) for _ in range(n)]
     return StreamTask(
         name, tuple(f"c{k}" for k in range(len(counts))), ("{}",), split, split, split
@@ -142,42 +142,42 @@ def labelled(counts, name="mine"):
 
 
 def test_shots_depend_on_seed_and_data_set_alone():
-    task = labelled([20, 30])
+    task = labeled([20, 30])
     drawn = few_shot(task, 4, seed=1).train.indices
     assert drawn == few_shot(task, 4, seed=1).train.indices
     assert drawn != few_shot(task, 4, seed=2).train.indices
-    assert drawn != few_shot(labelled([20, 30], "other"), 4, seed=1).train.indices
+    assert drawn != few_shot(labeled([20, 30], "other"), 4, seed=1).train.indices
     assert len(set(drawn)) == 8 and sum(k < 20 for k in drawn) == 4
 
 
 @pytest.mark.parametrize("shots", [0, -3])
 def test_no_shots(shots):
     with pytest.raises(InputError, match="give 1 or more"):
-        few_shot(labelled([3]), shots)
+        few_shot(labeled([3]), shots)
 
 
 def test_fewer_images_than_shots():
-    task = labelled([20, 3])
+    task = labeled([20, 3])
     with pytest.raises(InputError, match="class 'c1' of mine has 3 training images for 16 shots"):
         few_shot(task, 16)
     repeated = few_shot(task, 16, repeat=True).train
     assert np.bincount(repeated.labels).tolist() == [16, 16]
     assert set(repeated.indices[16:]) == {20, 21, 22}
     with pytest.raises(InputError, match="add some images"):
-        few_shot(labelled([20, 0]), 16, repeat=True)
+        few_shot(labeled([20, 0]), 16, repeat=True)
 
 
 def test_indices_are_published(tmp_path):
-    stream = Stream("s", (few_shot(labelled([5, 5]), 2),), joint=True, ensemble=False)
+    stream = Stream("s", (few_shot(labeled([5, 5]), 2),), joint=True, ensemble=False)
     write_indices(stream, tmp_path / "shots.json")
     written = json.loads((tmp_path / "shots.json").read_text())
     assert written == {"stream": "s", "train": {"mine": list(stream.tasks[0].train.indices)}}
     with pytest.raises(InputError, match="no shots"):
-        write_indices(Stream("s", (labelled([5]),), True, False), tmp_path / "none.json")
+        write_indices(Stream("s", (labeled([5]),), True, False), tmp_path / "none.json")
 
 
 def test_a_stream_counts_its_classes_and_finds_equal_prompts():
-    one, two = labelled([1, 1]), replace(labelled([1, 1, 1], "two"), classes=("c1", "x", "y"))
+    one, two = labeled([1, 1]), replace(labeled([1, 1, 1], "two"), classes=("c1", "x", "y"))
     stream = Stream("s", (one, two), joint=True, ensemble=False)
     assert stream.classes == 5 and stream.ambiguous() == ["c1"]
     with pytest.raises(InputError, match="two tasks are named 'mine'"):

@@ -78,7 +78,7 @@ def test_attention_received_is_that_of_the_towers_maps(tiny, monkeypatch):
     torch.testing.assert_close(ours, theirs)
 
 
-def test_a_checkpoint_is_recognised_by_its_config(tiny, tmp_path):
+def test_a_checkpoint_is_recognized_by_its_config(tiny, tmp_path):
     tiny.model.save_pretrained(tmp_path)
     tiny.processor.save_pretrained(tmp_path)
     model, processor = load(str(tmp_path))

@@ -188,7 +188,7 @@ def test_images_may_be_base64(copies, tmp_path):
     assert any(sample.images for sample in read_conversations(tmp_path / "out"))
 
 
-def test_settings_have_their_turns_and_neighbours_are_near(copies, tmp_path):
+def test_settings_have_their_turns_and_neighbors_are_near(copies, tmp_path):
     counts = build_conversations(tmp_path / "out", copies, size=8, seed=1)
     assert counts == dict.fromkeys(SETTINGS, 8)
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
