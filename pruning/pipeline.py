@@ -37,6 +37,9 @@ class PrunedVLM:
         device: str = "auto",
         dtype: str = "auto",
         device_map: str | dict[str, Any] | None = None,
+        quantization: str | None = None,
+        attn: str | None = None,
+        adapter: str | None = None,
         **hyperparameters: Any,
     ) -> "PrunedVLM":
         """Load a checkpoint and build a pruner by its registered name.
@@ -48,13 +51,20 @@ class PrunedVLM:
             device: a torch device.
             dtype: `float32`, `bfloat16`, `float16`, or `auto`.
             device_map: spreads the model over devices and disk instead of `device`, as in `load`.
+            quantization: `bnb-4bit`, `bnb-8bit`, `torchao-int8` or `torchao-int4`.
+            attn: the attention kernel, as in `load`.
+            adapter: the folder or hub name of a PEFT adapter (LoRA) on the model.
             hyperparameters: of the pruner.
 
         Raises:
             InputError: if the checkpoint cannot be loaded, or the pruner refuses its options.
         """
         built = build(pruner, budget=budget, **hyperparameters)
-        return cls(*load(name, device, dtype, device_map=device_map), built)
+        loaded = load(
+            name, device, dtype, device_map=device_map, quantization=quantization, attn=attn,
+            adapter=adapter,
+        )  # fmt: skip
+        return cls(*loaded, built)
 
     def answer(self, image: ImageSource, question: str, **generation: Any) -> str:
         """Returns the model's reply to one question about one image.

@@ -4,6 +4,7 @@ Everything that a forward needs to know travels with it, as an argument of the m
 several threads may use the model at once. Hooks say nothing to a copy of the model.
 """
 
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -95,6 +96,10 @@ class Block:
     changed: threading.Condition = field(default_factory=threading.Condition)
     last: threading.local = field(default_factory=threading.local)
 
+    def __post_init__(self) -> None:
+        family = self.family
+        self.hooked = (family.model, family.multimodal, family.decoder, *family.decoder.layers)
+
     @contextmanager
     def hooks(self) -> Iterator[None]:
         """Keep the hooks on the model, and its way of encoding images replaced, while open."""
@@ -147,6 +152,7 @@ class Block:
         if torch.compiler.is_compiling():
             torch._dynamo.graph_break()
             raise InputError(COMPILED)
+        self.refuse_compiled()
         labels, last = kwargs.get("labels"), kwargs.get("logits_to_keep", 0)
         drafts = last - 1 if isinstance(last, int) and last > 1 else 0
         if not self.open or (labels is None and not drafts):
@@ -169,7 +175,7 @@ class Block:
         call = kwargs.pop(CALL, None) or Call()
         if not self.open:
             return args, kwargs
-        refuse_compiled(self.family.model)
+        self.refuse_compiled()
         names = list(signature(type(module).forward).parameters)[1:]
         kwargs = dict(zip(names, args, strict=False)) | kwargs
         given = kwargs.get("mm_encoder_outputs") or {}
@@ -199,6 +205,15 @@ class Block:
             del kwargs["pixel_values"]
         kwargs[FORWARD] = call, self.forward(kwargs, call, source if shown else None)
         return (), kwargs
+
+    def refuse_compiled(self) -> None:
+        """Raises `InputError` when a module that carries hooks, or one around it, has been compiled or
+        replaced since the block was entered.
+        """
+        family, hooked = self.family, self.hooked
+        found = (family.model, family.multimodal, family.decoder, *family.decoder.layers)
+        if any(map(is_compiled, hooked)) or any(map(operator.is_not, found, hooked)):
+            raise InputError(COMPILED)
 
     def encode(self, module: Any, kwargs: dict[str, Any]) -> Any:
         """Run tower and projector, as `generate` does before it calls the model."""
@@ -387,11 +402,18 @@ class Block:
 
 def refuse_compiled(model: Any) -> None:
     """Raises `InputError` when a model or one of its modules is compiled."""
-    for module in model.modules():
-        own = vars(module)
-        compiled = own.get("_compiled_call_impl") is not None or "_orig_mod" in own["_modules"]
-        if compiled or hasattr(own.get("forward"), "_torchdynamo_orig_callable"):
-            raise InputError(COMPILED)
+    if any(map(is_compiled, model.modules())):
+        raise InputError(COMPILED)
+
+
+def is_compiled(module: Any) -> bool:
+    """Returns whether a module is compiled, its forward is, or it stands for a compiled one."""
+    own = vars(module)
+    return (
+        own.get("_compiled_call_impl") is not None
+        or "_orig_mod" in own["_modules"]
+        or ("forward" in own and hasattr(own["forward"], "_torchdynamo_orig_callable"))
+    )
 
 
 def check_arguments(family: Family, kwargs: dict[str, Any]) -> None:

@@ -84,7 +84,7 @@ def load(
             options["offload_folder"] = str(view / "offload")
         model = load_weights(AutoModelForImageTextToText, view, config, **options)
         if quantization is not None:
-            _check_quantized(model)
+            _check_quantized(model, quantization)
         with naming("its tokenizer or image processor cannot be used"):
             processor = AutoProcessor.from_pretrained(view, trust_remote_code=False)
         check_processor(processor, config)
@@ -224,14 +224,30 @@ def _quantization(name: str) -> Any:
     return TorchAoConfig(quant_type=kind())
 
 
-def _check_quantized(model: Any) -> None:
-    """Refuse a model that a library left as it was: it skips modules whose width it cannot pack."""
+def _check_quantized(model: Any, name: str) -> None:
+    """Refuse a model that a library left as it was, or whose modules it packs but cannot compute.
+
+    Args:
+        model: as loaded; one module of each size is called.
+        name: of the quantization.
+    """
     import torch
 
     plain = (torch.Tensor, torch.nn.Parameter)
     weights = list(model.parameters())
     if all(type(w.data) in plain and w.is_floating_point() for w in weights):
         raise InputError("its modules are too narrow for this quantization; leave it out")
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and not m.weight.is_meta]
+    for (inputs, outputs), module in {(m.in_features, m.out_features): m for m in linear}.items():
+        tokens = torch.zeros(1, 2, inputs, dtype=model.dtype, device=module.weight.device)
+        try:
+            with torch.no_grad():
+                module(tokens)
+        except Exception as error:
+            raise InputError(
+                f"{name} cannot compute a layer of {inputs} x {outputs} on {tokens.device.type} "
+                f"({first_line(error)}); leave it out or give another quantization"
+            ) from error
 
 
 def _config(view: Path) -> Any:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import tiny_families
 import torch
 import transformers as hf
 from tiny_families import Tiny, failing, snapshot
@@ -618,45 +619,50 @@ def test_offloaded_caches(name, llava, monkeypatch):
 @form("a model or module that is compiled before, inside or after the block", "refused inside it",
       "hooks do not run in compiled code; after the block it is the unpruned model")  # fmt: skip
 @pytest.mark.parametrize("name", ["divprune", "fastv"])
+@pytest.mark.parametrize("way", ["wrapped", "model", "language", "forward", "function", "replaced"])
 @torch.inference_mode()
-def test_compiled_models(name, llava):
-    model, inputs, pruner = llava.model, llava.inputs(ALONE), method(name, llava)
+def test_compiled_models(name, way, monkeypatch):
+    """A model of one layer, as tracing a whole one takes its time."""
+    monkeypatch.setattr(tiny_families, "LAYERS", 1)
+    tiny = Tiny("llava")
+    model, inputs, pruner = tiny.model, tiny.inputs(ALONE), method(name, tiny)
     plain = model(**inputs).logits
-    language = model.model.language_model
+    multimodal, language = model.model, model.model.language_model
+    compiled = partial(torch.compile, backend="eager")
 
-    def module(target):
-        target.compile(backend="eager")
-        return model, lambda: vars(target).__setitem__("_compiled_call_impl", None)
+    def make():
+        if way in ("model", "language"):
+            (model if way == "model" else language).compile(backend="eager")
+        elif way == "forward":
+            model.forward = compiled(model.forward)
+        elif way == "replaced":
+            multimodal.language_model = compiled(language)
+        elif way == "wrapped":
+            return compiled(model)
+        else:
+            return compiled(lambda **given: model(**given))
+        return model
 
-    def forward():
-        model.forward = torch.compile(model.forward, backend="eager")
-        return model, lambda: delattr(model, "forward")
+    def undo():
+        vars(model).pop("forward", None)
+        multimodal.language_model = language
+        for module in (model, language):
+            vars(module).pop("_compiled_call_impl", None)
 
-    def function():
-        whole = torch.compile(lambda **given: model(**given), backend="eager")
-        return whole, lambda: None
-
-    ways = [
-        lambda: (torch.compile(model, backend="eager"), lambda: None),
-        lambda: module(model), lambda: module(language), forward, function,
-    ]  # fmt: skip
-    for way in ways:
-        for before in (True, False):
-            torch._dynamo.reset()
-            compiled, undo = way()
-            if before:
-                compiled(**inputs)
-            else:
-                undo()
-            try:
-                with pruner(model):
-                    if not before:
-                        compiled, undo = way()
-                    refused(lambda call=compiled: call(**inputs), "compiled")
-            except InputError as refusal:
-                assert "compiled" in str(refusal)
-            close(compiled(**inputs).logits, plain)
-            undo()
+    for before in (True, False):
+        torch._dynamo.reset()
+        if before:
+            call = make()
+            close(call(**inputs).logits, plain)
+        try:
+            with pruner(model):
+                if not before:
+                    call = make()
+                refused(lambda call=call: call(**inputs), "compiled")
+        except InputError as refusal:
+            assert before and "compiled" in str(refusal)
+        close(call(**inputs).logits, plain)
+        undo()
     torch._dynamo.reset()
     with pruner(model):
         assert model(**inputs).logits.shape[1] < plain.shape[1]

@@ -6,6 +6,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_families import Tiny
 from transformers import AutoModelForImageTextToText
@@ -515,6 +516,47 @@ def test_prunedvlm_spreads_a_model(name, saved, shown):
         PrunedVLM.from_pretrained(str(saved), name, 4, device_map="balanced")
 
 
+@pytest.mark.parametrize(
+    "more",
+    [{"attn": "eager"}, {"quantization": "torchao-int8"}, {"quantization": "bnb-8bit"}],
+    ids=str,
+)
+def test_prunedvlm_loads_as_load_does(more, saved, shown):
+    if library := QUANTIZATIONS.get(more.get("quantization", "")):
+        pytest.importorskip(library)
+    tiny, inputs = shown
+    vlm = PrunedVLM.from_pretrained(str(saved), "divprune", 4, device="cpu", **more)
+    model, _ = load(str(saved), device="cpu", **more)
+    assert torch.equal(logits(vlm.model, inputs), logits(model, inputs))
+    assert vlm.model.config._attn_implementation == model.config._attn_implementation
+    assert vlm.replies(tiny.pictures[:1], ["red?"], max_new_tokens=2)[0].kept_tokens == 4
+    with pytest.raises(InputError, match="unknown quantization 'int3'"):
+        PrunedVLM.from_pretrained(str(saved), quantization="int3")
+
+
+def test_layers_that_a_library_packs_but_cannot_compute_are_named(saved, monkeypatch):
+    """As bitsandbytes on a CPU, whose 4-bit kernels take multiples of 32 outputs alone."""
+    pytest.importorskip("torchao")
+
+    def fail(self, given):
+        raise AssertionError("N must be divisible by block_n")
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", fail)
+    line = refused(saved, quantization="torchao-int8")
+    assert "torchao-int8 cannot compute a layer of" in line and "divisible by block_n" in line
+
+
+def test_the_embedded_model_runs_or_is_refused_in_four_bits():
+    pytest.importorskip("bitsandbytes")
+    try:
+        vlm = PrunedVLM.from_pretrained("tiny", "divprune", device="cpu", quantization="bnb-4bit")
+    except InputError as refusal:
+        assert "bnb-4bit cannot compute a layer of" in str(refusal)
+        assert "give another quantization" in str(refusal) and "\n" not in str(refusal)
+    else:
+        assert vlm.answer(Image.new("RGB", (336, 336)), "red?", max_new_tokens=2) is not None
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the refusals of a machine without a GPU")
 def test_what_this_machine_cannot_do_is_the_librarys_own_line(saved):
     assert "FlashAttention2" in refused(saved, attn="flash_attention_2")
@@ -564,7 +606,8 @@ PEFT_WARNS = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:Futur
 def test_an_adapter_answers_as_under_peft(options, adapter, saved, shown):
     _, inputs = shown
     folder, expected = adapter(inputs, **options)
-    for model, _ in (load(str(saved), adapter=str(folder)), load(str(folder))):
+    wrapper = PrunedVLM.from_pretrained(str(saved), device="cpu", adapter=str(folder))
+    for model in (load(str(saved), adapter=str(folder))[0], load(str(folder))[0], wrapper.model):
         assert type(model).__name__ == "LlavaForConditionalGeneration"
         assert torch.equal(logits(model, inputs), expected)
         assert not torch.equal(expected, logits(shown[0].model, inputs))

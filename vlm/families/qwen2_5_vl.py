@@ -71,6 +71,10 @@ class Qwen25VL(Family):
         inputs["image_grid_thw"] = inputs["image_grid_thw"].to(self.device)
         with noted(self.tower_layers[-1]) as seen:
             output = encoder(pixel_values=pixel_values, **inputs | {"return_dict": True})
+        if not seen:
+            raise InputError(
+                "a compiled vision tower runs without the hook that reads it; undo compile() on it"
+            )
         output.last_layer = seen
         return output
 
