@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy.typing import NDArray
 
+from vlm_prune.benchmarks.stats.table import percent_interval
 from vlm_prune.continual.clip import Clip, load_clip
 from vlm_prune.continual.config import Recipe
 from vlm_prune.continual.evaluate import evaluate_tasks
@@ -118,13 +119,11 @@ def write_card(folder: Path, figures: dict[str, Figures] | None = None) -> None:
     rows = []
     for one in tasks:
         count, seen, found = len(one.classes), len(DOMAINS[one.name].known), figures[one.name]
-        cells = (_cell(f) for f in (found.zero_shot, found.known, found.tuned, found.gain))
+        cells = (
+            percent_interval(value, interval)
+            for value, *interval in (found.zero_shot, found.known, found.tuned, found.gain)
+        )
         rows.append(
             f"| {one.name} | {count} ({seen}) | {100 / count:.1f} | {' | '.join(cells)} |\n"
         )
     (folder / "README.md").write_text(head + "".join(rows))
-
-
-def _cell(figure: Figure) -> str:
-    value, low, high = (100 * v for v in figure)
-    return f"{value:.1f} [{low:.1f}, {high:.1f}]"

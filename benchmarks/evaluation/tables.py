@@ -7,7 +7,7 @@ import msgspec
 
 from vlm_prune.benchmarks.evaluation.records import Accuracy, Results, TokenCounts, Variant
 from vlm_prune.benchmarks.stats.paired import Scores, difference, mcnemar
-from vlm_prune.benchmarks.stats.table import as_table, percent, points
+from vlm_prune.benchmarks.stats.table import as_table, percent, percent_interval, points
 
 THREE_WAYS = "kept / per layer / paper's count"
 NOTHING = "–"
@@ -17,8 +17,7 @@ def with_interval(entry: Accuracy) -> str:
     """The share of the unpruned accuracy that is retained, with its interval, in per cent."""
     if entry.retained is None or entry.ci is None:
         return NOTHING
-    low, high = entry.ci
-    return f"{percent(entry.retained)} [{percent(low)}, {percent(high)}]"
+    return percent_interval(entry.retained, entry.ci)
 
 
 def count(tokens: float) -> str:

@@ -52,6 +52,11 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
+def percent_interval(value: float, interval: Sequence[float]) -> str:
+    """Returns a share as per cent with its interval, `61.0 [59.2, 62.9]`."""
+    return f"{percent(value)} [{percent(interval[0])}, {percent(interval[1])}]"
+
+
 def points(value: float, interval: Sequence[float]) -> str:
     """A difference of accuracies in points, with its interval."""
     return f"{100 * value:+.1f} [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"

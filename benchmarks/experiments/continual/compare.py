@@ -2,17 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vlm_prune.benchmarks.stats.bootstrap import percentiles, resampled
 from vlm_prune.continual.clip import extra
-from vlm_prune.continual.metrics import AccuracyMatrix, bootstrap_means, summary
+from vlm_prune.continual.metrics import AccuracyMatrix, summary
 
 Array = NDArray[np.float64]
 Runs = Mapping[int, AccuracyMatrix]  # by seed
-DRAWS = 2000
 
 
 def values(runs: Runs) -> dict[str, list[float]]:
@@ -28,7 +27,7 @@ def figures(runs: Runs) -> dict[str, dict[str, float]]:
     test images alone.
     """
     drawn = _drawn([runs])
-    return {n: _figure(np.array(v), drawn[n][..., 0]) for n, v in values(runs).items()}
+    return {n: _figure(np.array(v), drawn[n][0]) for n, v in values(runs).items()}
 
 
 def metric_differences(one: Runs, other: Runs) -> dict[str, dict[str, float]]:
@@ -40,43 +39,52 @@ def metric_differences(one: Runs, other: Runs) -> dict[str, dict[str, float]]:
     drawn = _drawn(pair)
     first, second = (values(runs) for runs in pair)
     return {
-        name: _figure(np.array(first[name]) - np.array(second[name]), d[..., 0] - d[..., 1])
+        name: _figure(np.array(first[name]) - np.array(second[name]), d[0] - d[1])
         for name, d in drawn.items()
     }
 
 
 def _drawn(methods: Sequence[Runs]) -> dict[str, Array]:
-    """Bootstrap draws of each metric, mean over drawn seeds, (DRAWS, methods), in per cent."""
-    rng = np.random.default_rng(0)
+    """Bootstrap draws of each metric, mean over drawn seeds, (methods, DRAWS), in per cent."""
     matrices = [one for runs in methods for one in runs.values()]
     tasks, seeds = len(matrices[0].names), len(methods[0])
-    columns = []
-    for number in range(tasks):
-        rows = np.concatenate([one.hits[number] for one in matrices])
-        drawn = bootstrap_means(rows, DRAWS, rng)
-        columns.append(drawn.reshape(DRAWS, len(methods), seeds, tasks))
-    chosen = rng.integers(seeds, size=(DRAWS, 1, seeds))
-    return {
-        name: 100 * np.take_along_axis(metric, chosen, 2).mean(-1)
-        for name, metric in summary(np.stack(columns, -1)).items()
-    }
+    hits = [np.concatenate([one.hits[number] for one in matrices]) for number in range(tasks)]
+    names = list(summary(matrices[0].values))
+
+    def means(chosen: NDArray[np.int64], *images: NDArray[np.int64]) -> Array:
+        # (draws, methods, seeds, tasks, tasks): row t after task t, column i of task i's images
+        columns = [
+            _means(rows, drawn).reshape(-1, len(methods), seeds, tasks)
+            for rows, drawn in zip(hits, images, strict=True)
+        ]
+        metrics = summary(np.stack(columns, -1))
+        picked = [
+            np.take_along_axis(metrics[name], chosen[:, None], 2).mean(-1).T for name in names
+        ]
+        return 100 * np.stack(picked)
+
+    values = resampled(means, [seeds, *(rows.shape[1] for rows in hits)])
+    return dict(zip(names, values, strict=True))
+
+
+def _means(rows: NDArray[np.uint8], drawn: NDArray[np.int64]) -> Array:
+    """Means (D, R) of rows (R, n) over images that are drawn, (D, n)."""
+    draws, images = drawn.shape
+    # how often each image is drawn, with one run of numbers for each draw
+    places = drawn + images * np.arange(draws)[:, None]
+    counts = np.bincount(places.ravel(), minlength=draws * images).reshape(draws, images)
+    return counts @ rows.T.astype(np.float64) / images
 
 
 def _figure(seeds: Array, drawn: Array) -> dict[str, float]:
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return {"value": float(seeds.mean()), "low": float(low), "high": float(high)}
+    low, high = percentiles(drawn)
+    return {"value": float(seeds.mean()), "low": low, "high": high}
 
 
 def cell(figure: Mapping[str, float], sign: str = "") -> str:
     """`61.0 [59.2, 62.9]`."""
     value, low, high = (format(figure[key], f"{sign}.1f") for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table in Markdown."""
-    lines: list[Sequence[Any]] = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(str(c) for c in line)} |\n" for line in lines)
 
 
 def draw_comparison(rows: Mapping[str, Mapping[str, Mapping[str, float]]], path: Path) -> None:

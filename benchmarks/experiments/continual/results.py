@@ -16,13 +16,13 @@ from vlm_prune.benchmarks.experiments.continual.compare import (
     cell,
     draw_comparison,
     figures,
-    markdown_table,
     metric_differences,
     values,
 )
 from vlm_prune.benchmarks.experiments.continual.experiment import ARMS, Experiment
 from vlm_prune.benchmarks.experiments.continual.learn import accuracy_matrix, method_of
 from vlm_prune.benchmarks.experiments.continual.timing import step_times
+from vlm_prune.benchmarks.stats.table import as_markdown
 from vlm_prune.continual.clip import load_clip
 from vlm_prune.continual.data import prompts
 from vlm_prune.continual.delta import Delta
@@ -213,18 +213,16 @@ def results_page(found: Mapping[str, Any]) -> str:
         "added at inference",
         "step ms",
     ]
-    table = markdown_table(columns, lines)
-    pairs = markdown_table(
-        ["question", "difference", *SHOWN],
+    table = as_markdown([columns, *lines])
+    differences = [
         [
-            [
-                one["question"],
-                f"{one['of']} − {one['minus']}",
-                *(cell(one[name], "+") if name in one else "" for name in SHOWN),
-            ]
-            for one in found["differences"]
-        ],
-    )
+            one["question"],
+            f"{one['of']} − {one['minus']}",
+            *(cell(one[name], "+") if name in one else "" for name in SHOWN),
+        ]
+        for one in found["differences"]
+    ]
+    pairs = as_markdown([["question", "difference", *SHOWN], *differences])
     gates = found["initial_gates"]
     about = "".join(f"- {line}\n" for line in found["verdicts"])
     if gates:
@@ -235,18 +233,16 @@ def results_page(found: Mapping[str, Any]) -> str:
             f"{100 * gates['agreement']:.1f} % of them right (correlation "
             f"{'undefined' if correlation is None else format(correlation, '.2f')}).\n"
         )
-    tried = markdown_table(
-        ["arm", "candidate", "Average % on val"],
+    candidates = [
         [
-            [
-                label,
-                ", ".join(f"{k} {v}" for k, v in one.items() if k != "average"),
-                f"{100 * one['average']:.1f}",
-            ]
-            for label, scores in found["search"].items()
-            for one in scores
-        ],
-    )
+            label,
+            ", ".join(f"{k} {v}" for k, v in one.items() if k != "average"),
+            f"{100 * one['average']:.1f}",
+        ]
+        for label, scores in found["search"].items()
+        for one in scores
+    ]
+    tried = as_markdown([["arm", "candidate", "Average % on val"], *candidates])
     return (
         f"{head}{table}\n## Paired differences\n\n{pairs}\n{about}\n## Search\n\n"
         f"Validation images of the first {settings['search_tasks']} tasks, seed 0.\n\n{tried}"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlm_prune.benchmarks.embedded_models.language import IGNORE, Row, pack, projected
 from vlm_prune.benchmarks.experiments.forgetting.train import answer_logits
+from vlm_prune.benchmarks.stats.bootstrap import Values, percentiles, resampled
 from vlm_prune.learners.laws import laws
 from vlm_prune.vlm.families import family_of
 
@@ -66,44 +67,39 @@ def accuracy_over_kinds(kinds: dict[str, list[list[int]]]) -> float:
 Seeds = list[dict[str, list[list[int]]]]
 
 
-def interval(seeds: Seeds) -> tuple[float, list[float]]:
-    """Mean accuracy over seeds and kinds with a 95 % interval.
+def interval(seeds: Seeds) -> tuple[float, tuple[float, float]]:
+    """Returns the mean accuracy over seeds and kinds with a 95 % interval.
 
     Seeds are resampled, and within each its rows, whole: questions about one scene are not
     independent. With three seeds the spread between seeds is itself poorly known.
     """
-    return _mean(seeds), _percentiles(_resampled(seeds))
+    drawn = resampled(lambda *chosen: _means(seeds, *chosen), _sizes(seeds))
+    return _mean(seeds), percentiles(drawn)
 
 
-def accuracy_difference(ours: Seeds, other: Seeds) -> tuple[float, list[float]]:
-    """Our mean accuracy minus another with a 95 % interval, paired: both had the same questions."""
-    return _mean(ours) - _mean(other), _percentiles(_resampled(ours) - _resampled(other))
+def accuracy_difference(ours: Seeds, other: Seeds) -> tuple[float, tuple[float, float]]:
+    """Returns our mean accuracy minus another, on the same questions, with a 95 % interval."""
+    drawn = resampled(lambda *chosen: _means(ours, *chosen) - _means(other, *chosen), _sizes(ours))
+    return _mean(ours) - _mean(other), percentiles(drawn)
 
 
 def _mean(seeds: Seeds) -> float:
     return float(np.mean([accuracy_over_kinds(kinds) for kinds in seeds]))
 
 
-def _percentiles(draws: NDArray[np.float64]) -> list[float]:
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return [float(low), float(high)]
+def _sizes(seeds: Seeds) -> list[int]:
+    """Members of the strata: the seeds, then the rows of each kind of each seed."""
+    return [len(seeds), *(len(counts) for kinds in seeds for counts in kinds.values())]
 
 
-def _resampled(seeds: Seeds, draws: int = 2000) -> NDArray[np.float64]:
-    """Bootstrap means, (draws,); those of the same questions take the same rows and seeds."""
-    rng = np.random.default_rng(0)
-    resampled: list[NDArray[np.float64]] = []
+def _means(seeds: Seeds, chosen: NDArray[np.int64], *rows: NDArray[np.int64]) -> Values:
+    """Mean accuracies (D,) of seeds (D, S) that are drawn, each of rows that are drawn in it."""
+    strata, accuracies = iter(rows), []
     for kinds in seeds:
-        total = np.zeros(draws)
-        for counts in kinds.values():
-            table = np.array(counts, float)
-            chosen = table[rng.integers(0, len(table), (draws, len(table)))].sum(1)
-            total += chosen[:, 0] / chosen[:, 1]
-        resampled.append(total / len(kinds))
-    stacked = np.stack(resampled)
-    means: NDArray[np.float64] = stacked[
-        rng.integers(0, len(seeds), (len(seeds), draws)), np.arange(draws)
-    ].mean(0)
+        # (D, 2) right and asked answers of each kind's rows
+        counts = [np.array(counts, float)[next(strata)].sum(-2) for counts in kinds.values()]
+        accuracies.append(np.mean([both[:, 0] / both[:, 1] for both in counts], 0))
+    means: Values = np.take_along_axis(np.stack(accuracies, -1), chosen, -1).mean(-1)
     return means
 
 

@@ -14,7 +14,7 @@ from vlm_prune.benchmarks.experiments.forgetting.measure import (
     interval,
 )
 from vlm_prune.benchmarks.stats.bootstrap import mean_interval
-from vlm_prune.benchmarks.stats.table import as_markdown, percent
+from vlm_prune.benchmarks.stats.table import as_markdown, percent, percent_interval, points
 from vlm_prune.benchmarks.tasks.iit import SETTINGS
 from vlm_prune.learners.laws import GROUPS
 from vlm_prune.vlm.common.files import atomic_path, write_text
@@ -65,17 +65,7 @@ def summarize_arms(arms: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str,
     return summary
 
 
-def _cell(value: tuple[float, list[float]]) -> str:
-    point, (low, high) = value
-    return f"{percent(point)} [{percent(low)}, {percent(high)}]"
-
-
-def _points(value: tuple[float, list[float]]) -> str:
-    point, (low, high) = value
-    return f"{100 * point:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-
-
-def _shift_cell(value: tuple[float, list[float]] | None) -> str:
+def _shift_cell(value: tuple[float, tuple[float, float]] | None) -> str:
     return f"{value[0]:.2f} [{value[1][0]:.2f}, {value[1][1]:.2f}]" if value else "undefined"
 
 
@@ -90,7 +80,7 @@ def target_verdict(summary: dict[str, dict[str, Any]]) -> str:
     return (
         f"Target: {percent(KEPT)} % of the base's text-only accuracy, at most {BEHIND} point behind "
         f"the best baseline's visual accuracy. Wings keeps {percent(kept)} % and is {behind:.1f} points "
-        f"behind {ARMS[best].title} (Wings minus it: {_points(ahead)}): {'met' if met else 'not met'}."
+        f"behind {ARMS[best].title} (Wings minus it: {points(*ahead)}): {'met' if met else 'not met'}."
     )
 
 
@@ -116,17 +106,17 @@ def report_markdown(everything: dict[str, Any], summary: dict[str, dict[str, Any
                 title,
                 Plan(**plan).rate(ARMS[name]),
                 percent(before),
-                _cell(after),
+                percent_interval(*after),
                 ", ".join(map(percent, entry["by seed"]["text"])),
                 f"{round(100 * (after[0] - before), 1) + 0:+.1f}",
-                _cell(entry["visual"]),
+                percent_interval(*entry["visual"]),
                 ", ".join(map(percent, entry["by seed"]["visual"])),
-                "" if name == "wings" else _points(entry["wings minus it"]["visual"]),
+                "" if name == "wings" else points(*entry["wings minus it"]["visual"]),
             ]
         )
-        points = [entry[setting] for setting in SETTINGS]
-        mean = percent(float(np.mean([point for point, _ in points])))
-        settings.append([title, *map(_cell, points), mean])
+        found = [entry[setting] for setting in SETTINGS]
+        mean = percent(float(np.mean([point for point, _ in found])))
+        settings.append([title, *(percent_interval(*one) for one in found), mean])
         shifts = [_shift_cell(entry[k]) for k in ("with first token", "without first token")]
         cost = ["0", "", ""]
         if entry["trainable"]:
@@ -197,11 +187,11 @@ def plot(
     axes = figure.add_subplot(grid[rows:, :])
     places = np.arange(len(arms))
     for offset, (part, color) in enumerate(zip(("text", "visual"), COLORS, strict=False)):
-        points = np.array([summary[name][part][0] for name in arms])
+        means = np.array([summary[name][part][0] for name in arms])
         limits = np.array([summary[name][part][1] for name in arms]).T
-        errors = np.abs(limits - points)
+        errors = np.abs(limits - means)
         axes.bar(
-            places + 0.4 * offset - 0.2, 100 * points, 0.38, yerr=100 * errors, color=color,
+            places + 0.4 * offset - 0.2, 100 * means, 0.38, yerr=100 * errors, color=color,
             label={"text": "text-only", "visual": "visual"}[part], capsize=2,
         )  # fmt: skip
     axes.set_xticks(places, [fill(ARMS[name].title, 14) for name in arms], fontsize=7)
