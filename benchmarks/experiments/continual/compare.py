@@ -73,7 +73,8 @@ def _means(rows: NDArray[np.uint8], drawn: NDArray[np.int64]) -> Array:
     # how often each image is drawn, with one run of numbers for each draw
     places = drawn + images * np.arange(draws)[:, None]
     counts = np.bincount(places.ravel(), minlength=draws * images).reshape(draws, images)
-    return counts @ rows.T.astype(np.float64) / images
+    means: Array = counts @ rows.T.astype(np.float64) / images
+    return means
 
 
 def _figure(seeds: Array, drawn: Array) -> dict[str, float]:
