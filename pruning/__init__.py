@@ -16,8 +16,11 @@ from vlm_prune.pruning.compose import Cascade, Merge, merging
 from vlm_prune.pruning.dart import Dart
 from vlm_prune.pruning.divprune import DivPrune
 from vlm_prune.pruning.downsample import Downsample
+from vlm_prune.pruning.evs import EVS
 from vlm_prune.pruning.fastv import FastV
+from vlm_prune.pruning.fastvid import FastVID
 from vlm_prune.pruning.fopru import FoPru
+from vlm_prune.pruning.frames import Frames
 from vlm_prune.pruning.mmtok import MMTok
 from vlm_prune.pruning.none import NoPruning
 from vlm_prune.pruning.pool import Pool
@@ -26,6 +29,9 @@ from vlm_prune.pruning.random import Random
 from vlm_prune.pruning.restore import Restore
 from vlm_prune.pruning.scope import Scope
 from vlm_prune.pruning.sparsevlm import SparseVLM
+from vlm_prune.pruning.v_cast import VCast
+from vlm_prune.pruning.vidcom2 import VidCom2
+from vlm_prune.pruning.video import VideoPruner
 from vlm_prune.pruning.visionzip import VisionZip
 from vlm_prune.pruning.vispruner import VisPruner
 from vlm_prune.pruning.zoo import Zoo, ZooExact
@@ -38,6 +44,7 @@ METHODS: Registry[type[Pruner]] = Registry(
         "random": Random,
         "pool": Pool,
         "downsample": Downsample,
+        "frames": Frames,
         "fopru": FoPru,
         "adaptinfer": AdaptInfer,
         "zoo": Zoo,
@@ -54,6 +61,10 @@ METHODS: Registry[type[Pruner]] = Registry(
         "scope": Scope,
         "apet": Apet,
         "coin": CoIn,
+        "evs": EVS,
+        "vidcom2": VidCom2,
+        "fastvid": FastVID,
+        "v-cast": VCast,
         "cascade": Cascade,
         "merge": Merge,
         "restore": Restore,
@@ -62,6 +73,7 @@ METHODS: Registry[type[Pruner]] = Registry(
 )
 
 __all__ = [
+    "EVS",
     "METHODS",
     "AdaptInfer",
     "Apet",
@@ -76,7 +88,9 @@ __all__ = [
     "DivPrune",
     "Downsample",
     "FastV",
+    "FastVID",
     "FoPru",
+    "Frames",
     "MMTok",
     "Merge",
     "NoPruning",
@@ -88,6 +102,9 @@ __all__ = [
     "Scope",
     "ScorePruner",
     "SparseVLM",
+    "VCast",
+    "VidCom2",
+    "VideoPruner",
     "VisPruner",
     "VisionPruner",
     "VisionZip",

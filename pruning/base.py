@@ -3,16 +3,17 @@
 import math
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from vlm_prune.pruning.registry import methods
 from vlm_prune.pruning.schedule import Schedule, fit_cuts, scaled
 from vlm_prune.vlm.block import pruned
-from vlm_prune.vlm.budget import check_budget, check_fits, tokens_for
+from vlm_prune.vlm.budget import check_budget, check_fits, even_shares, tokens_for
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import Registry, unknown
 from vlm_prune.vlm.encoded import Images
@@ -149,7 +150,7 @@ class Pruner(ABC):
 
 @dataclass
 class VisionPruner(Pruner):
-    """Acts before the language model: reduces each image's tokens to exactly the budget."""
+    """Acts before the language model: reduces each image's or video's tokens to exactly the budget."""
 
     changes_attention: ClassVar[bool] = False
     """Whether the language model must attend to what is kept in another way than to other tokens."""
@@ -161,7 +162,32 @@ class VisionPruner(Pruner):
 
     @abstractmethod
     def reduce(self, vision: VisionTokens) -> Kept:
-        """Choose or merge tokens."""
+        """Choose or merge tokens of images."""
+
+    def reduce_video(self, vision: VisionTokens) -> Kept:
+        """Choose or merge tokens of videos: each frame is an image with its share of the budget."""
+        videos, tokens, frames = len(vision.projected), vision.projected.shape[1], vision.frames
+        shares = even_shares(self.count(vision), frames)
+        found: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+        for share in sorted({*shares} - {0}):
+            own = [frame for frame in range(frames) if shares[frame] == share]
+            kept = replace(self, budget=share).reduce(vision.in_frames(own))
+            parts = [kept.indices, kept.features, *([kept.sizes] if kept.sizes else [])]
+            at = [(video, frame) for video in range(videos) for frame in own]
+            for (video, frame), (indices, *more) in zip(at, zip(*parts, strict=True), strict=True):
+                found[video, frame] = indices + frame * (tokens // frames), *more
+        whole = [
+            [
+                torch.cat(part)
+                for part in zip(*(found[at] for at in sorted(found) if at[0] == video))
+            ]
+            for video in range(videos)
+        ]
+        return Kept(*map(list, zip(*whole, strict=True)))
+
+    def select(self, vision: VisionTokens) -> Kept:
+        """Choose or merge tokens of images or videos."""
+        return self.reduce_video(vision) if vision.frames else self.reduce(vision)
 
     def count(self, vision: VisionTokens) -> int:
         """Tokens to keep of each image; newlines come with all N of them, never with fewer."""
@@ -175,7 +201,7 @@ class VisionPruner(Pruner):
 
     def before_model(self, family: Family, vision: Images | None) -> BeforeModel:
         """What the engine is given of this method, on a model of `family`."""
-        return BeforeModel(self.reduce, self.positions_on(family), vision=vision)
+        return BeforeModel(self.select, self.positions_on(family), vision=vision)
 
 
 @dataclass

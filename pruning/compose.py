@@ -38,6 +38,11 @@ def check_before_model(method: object) -> None:
 def check_wrapped(method: VisionPruner) -> None:
     """Raises `InputError` unless what the method keeps can be changed by another one behind it."""
     check_before_model(method)
+    if "videos" in method.needs:
+        raise InputError(
+            f"{type(method).__name__} compares the frames of a video, and this changes what is kept of "
+            "each; give a method for images, such as divprune"
+        )
     if method.changes_attention:
         raise InputError(
             f"{type(method).__name__} changes attention to what it keeps; name it last, as in "

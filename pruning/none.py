@@ -22,3 +22,6 @@ class NoPruning(VisionPruner):
         count, tokens = vision.projected.shape[:2]
         every = torch.arange(tokens, device=vision.projected.device)
         return Kept.at(vision.projected, every.expand(count, -1))
+
+    def reduce_video(self, vision: VisionTokens) -> Kept:
+        return self.reduce(vision)

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from vlm_prune.pruning.base import Stage, VisionPruner
+from vlm_prune.vlm.budget import even_shares
 from vlm_prune.vlm.tokens import Kept, VisionTokens
 
 
@@ -35,7 +36,8 @@ class Pool(VisionPruner):
     """Average the projected tokens of rectangles, exactly as many as the budget.
 
     Each average stands at the token index of its rectangle's middle token. Several views of an image
-    share the budget by their numbers of tokens.
+    share the budget by their numbers of tokens. Of a video, averages are over boxes: about as many
+    frames as tokens along a side, at the frame and token in the box's middle.
     """
 
     stage: ClassVar[Stage] = "projector"
@@ -49,9 +51,32 @@ class Pool(VisionPruner):
             share = k * end // tokens - k * start // tokens
             for r, c in rectangles(share, rows, columns) if share else []:
                 means.append(grid[:, r, c].mean(dim=(1, 2)))
-                row, column = (r.start + r.stop - 1) // 2, (c.start + c.stop - 1) // 2
-                middles.append(start + row * columns + column)
+                middles.append(start + middle(r, c, columns))
             start = end
         indices = torch.tensor(middles, device=vision.projected.device)
         order = indices.argsort()
         return Kept([indices[order]] * len(vision.projected), list(torch.stack(means, 1)[:, order]))
+
+    def reduce_video(self, vision: VisionTokens) -> Kept:
+        k, frames = self.count(vision), vision.frames
+        rows, columns = vision.grids[0]
+        size = rows * columns
+        together = max(1, round((frames * size / k) ** (1 / 3)))
+        groups = min(k, max(-(-frames // together), -(-k // size)))
+        grid = vision.projected.unflatten(1, (frames, rows, columns))
+        means, middles = [], []
+        for group, share in enumerate(even_shares(k, groups)):
+            first, end = group * frames // groups, (group + 1) * frames // groups
+            frame = (first + end - 1) // 2
+            for r, c in rectangles(share, rows, columns):
+                means.append(grid[:, first:end, r, c].mean(dim=(1, 2, 3)))
+                middles.append(frame * size + middle(r, c, columns))
+        indices = torch.tensor(middles, device=vision.projected.device)
+        order = indices.argsort()
+        return Kept([indices[order]] * len(vision.projected), list(torch.stack(means, 1)[:, order]))
+
+
+def middle(rows: slice, columns: slice, across: int) -> int:
+    """Returns the index of a rectangle's middle token in a grid of `across` columns."""
+    row, column = (rows.start + rows.stop - 1) // 2, (columns.start + columns.stop - 1) // 2
+    return int(row * across + column)

@@ -9,14 +9,17 @@ from torch import Tensor
 
 from vlm_prune.pruning.base import DecoderScorePruner, Pruner, ScorePruner, Stage
 from vlm_prune.pruning.schedule import check_layer
-from vlm_prune.vlm.tokens import DecoderTokens, VisionTokens
+from vlm_prune.vlm.tokens import DecoderTokens, Kept, VisionTokens
 
 SPREAD = 2654435761
 
 
 @dataclass
 class Random(ScorePruner):
-    """Keep tokens drawn uniformly, anew for each image; the draw depends on its pixels and `seed`."""
+    """Keep tokens drawn uniformly, anew for each image; the draw depends on its pixels and `seed`.
+
+    Of a video they are drawn among the tokens of all frames.
+    """
 
     stage: ClassVar[Stage] = "projector"
 
@@ -26,6 +29,9 @@ class Random(ScorePruner):
 
     def score(self, vision: VisionTokens) -> Tensor:
         return drawn(vision.projected, self.seed, vision.seeds)
+
+    def reduce_video(self, vision: VisionTokens) -> Kept:
+        return self.reduce(vision)
 
 
 @dataclass

@@ -81,3 +81,16 @@ def sums_by_nearest(dropped: Tensor, nearest: Tensor, count: int) -> tuple[Tenso
     """
     member = one_hot(nearest, count).to(torch.float32)
     return member.transpose(1, 2) @ dropped.float(), member.sum(1)[..., None]
+
+
+def density_gap(distance: Tensor, density: Tensor, farthest: Tensor | None = None) -> Tensor:
+    """Each token's distance to the nearest denser one, (n,); the densest take their largest.
+
+    Args:
+        distance: between tokens, (n, n).
+        density: of tokens, (n,).
+        farthest: what the densest take instead.
+    """
+    denser = density[None] > density[:, None]
+    gap = distance.masked_fill(~denser, torch.inf).amin(1)
+    return torch.where(denser.any(1), gap, distance.amax(1) if farthest is None else farthest)

@@ -9,6 +9,7 @@ from torch.nn.functional import one_hot
 
 from vlm_prune.pruning.base import Counted, DecoderScorePruner
 from vlm_prune.pruning.received import in_decoder
+from vlm_prune.pruning.select import density_gap
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import Registry
 from vlm_prune.vlm.layer_pruning import Cut
@@ -164,10 +165,7 @@ def density_peaks(
     near = distance.sort(dim=1).values
     near = near[:, :count] if released else near[:, 1 : neighbors + 1]
     density = near.square().sum(1).div(max(1, near.shape[1])).neg().exp()
-    denser = density[None] > density[:, None]
-    gap = distance.masked_fill(~denser, torch.inf).amin(1)
-    farthest = distance.amax() if released else distance.amax(1)
-    gap = torch.where(denser.any(1), gap, farthest)
+    gap = density_gap(distance, density, distance.amax() if released else None)
     centers = top(density * gap, count)
     group = distance[:, centers].argmin(1)
     group[centers] = torch.arange(count, device=features.device)

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
 from vlm_prune.pruning.base import Stage, VisionPruner
@@ -61,7 +62,11 @@ class VisionZip(VisionPruner):
         merged_tokens = combine(
             take(vision.features, targets), take(vision.features, joining), nearest
         )
-        features = torch.cat([take(vision.projected, dominant), vision.projector(merged_tokens)], 1)
+        # where several tokens are made of one by the model, projecting its mean is not what it does
+        absorbing = one_hot(nearest, merged).any(1)[..., None]
+        alone = take(vision.projected, targets)
+        projected = torch.where(absorbing, vision.projector(merged_tokens), alone)
+        features = torch.cat([take(vision.projected, dominant), projected], 1)
         places, order = torch.cat([dominant, targets], 1).sort(1)
         return Kept(list(places), list(take(features, order)))
 

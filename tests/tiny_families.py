@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from PIL import Image
+from transformers.video_utils import VideoMetadata
 
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.tiny.config import CHAT_TEMPLATE, SPECIAL, make_processor
@@ -18,6 +19,8 @@ WIDTH = 2 * HEAD
 MROPE = [HEAD // 8, 3 * HEAD // 16, 3 * HEAD // 16]
 CORPUS = ["USER: What color is the star? ASSISTANT: red", "Is there a 7? yes no green blue"]
 PICTURES = [(84, 84), (42, 84), (126, 60), (84, 84)]  # width, height
+CLIPS = {"a": (6, (84, 84)), "b": (4, (84, 56)), "c": (6, (84, 84))}  # frames, size
+FPS = 2.0
 
 
 def tokenizer_with(**tokens):
@@ -29,8 +32,13 @@ def tokenizer_with(**tokens):
     )  # fmt: skip
 
 
-def template(image):
-    return CHAT_TEMPLATE.replace("<image>", image)
+def template(image, video=None):
+    own = CHAT_TEMPLATE.replace("<image>", image)
+    if video is None:
+        return own
+    return own.replace(
+        "{% else %}{{ part", f"{{% elif part['type'] == 'video' %}}{video}\n{{% else %}}{{{{ part"
+    )
 
 
 def text_of(tokenizer, **more):
@@ -113,9 +121,9 @@ def llava_onevision():
         hf.LlavaOnevisionImageProcessor(
             size={"height": 42, "width": 42}, image_grid_pinpoints=TILES["image_grid_pinpoints"]
         ),
-        tokenizer, hf.LlavaOnevisionVideoProcessor(), num_image_tokens=9,
-        vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_2",
-        chat_template=template("<image>"),
+        tokenizer, hf.LlavaOnevisionVideoProcessor(size={"height": 42, "width": 42}),
+        num_image_tokens=9, vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_2", chat_template=template("<image>", "<video>"),
     )  # fmt: skip
     return hf.LlavaOnevisionForConditionalGeneration(config), processor
 
@@ -128,6 +136,7 @@ def qwen_tokenizer():
 
 
 QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+QWEN_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 
 
 def qwen_ids(tokenizer):
@@ -137,6 +146,13 @@ def qwen_ids(tokenizer):
         "vision_start_token_id": token_id(tokenizer, "<|vision_start|>"),
         "vision_end_token_id": token_id(tokenizer, "<|vision_end|>"),
     }
+
+
+def qwen_frames(patch, frames):
+    """Frames of 2 x 3 to 3 x 3 tokens; `frames` is the number that the sizes count."""
+    size = {"shortest_edge": frames * 56 * 84, "longest_edge": frames * 84 * 84}
+    return {"size": size, "patch_size": patch, "merge_size": 2, "temporal_patch_size": 2,
+            "cap_pixels_per_frame": False}  # fmt: skip
 
 
 def qwen_pixels(patch):
@@ -158,8 +174,9 @@ def qwen2_5_vl():
         tie_word_embeddings=False, **qwen_ids(tokenizer),
     )  # fmt: skip
     processor = hf.Qwen2_5_VLProcessor(
-        hf.Qwen2VLImageProcessor(**qwen_pixels(14)), tokenizer, hf.Qwen2VLVideoProcessor(),
-        chat_template=template(QWEN_IMAGE),
+        hf.Qwen2VLImageProcessor(**qwen_pixels(14)), tokenizer,
+        hf.Qwen2VLVideoProcessor(**qwen_frames(14, 1)),
+        chat_template=template(QWEN_IMAGE, QWEN_VIDEO),
     )  # fmt: skip
     return hf.Qwen2_5_VLForConditionalGeneration(config), processor
 
@@ -181,8 +198,9 @@ def qwen3_vl(config_class=hf.Qwen3VLConfig, model_class=hf.Qwen3VLForConditional
         tie_word_embeddings=False, **qwen_ids(tokenizer),
     )  # fmt: skip
     processor = hf.Qwen3VLProcessor(
-        hf.Qwen2VLImageProcessor(**qwen_pixels(14)), tokenizer, hf.Qwen3VLVideoProcessor(),
-        chat_template=template(QWEN_IMAGE),
+        hf.Qwen2VLImageProcessor(**qwen_pixels(14)), tokenizer,
+        hf.Qwen3VLVideoProcessor(**qwen_frames(14, 6)),
+        chat_template=template(QWEN_IMAGE, QWEN_VIDEO),
     )  # fmt: skip
     return model_class(config), processor
 
@@ -206,8 +224,8 @@ def internvl():
     )  # fmt: skip
     processor = hf.InternVLProcessor(
         hf.GotOcr2ImageProcessor(size={"height": 84, "width": 84}, min_patches=1, max_patches=2),
-        tokenizer, hf.InternVLVideoProcessor(), image_seq_length=9,
-        chat_template=template("<IMG_CONTEXT>"),
+        tokenizer, hf.InternVLVideoProcessor(size={"height": 84, "width": 84}),
+        image_seq_length=9, chat_template=template("<IMG_CONTEXT>", "<video>"),
     )  # fmt: skip
     return hf.InternVLForConditionalGeneration(config), processor
 
@@ -369,31 +387,48 @@ class Tiny:
         )  # fmt: skip
         draw = np.random.default_rng(0)
         self.pictures = [picture(draw, size) for size in PICTURES]
+        self.clips = {
+            name: np.stack([np.asarray(picture(draw, size)) for _ in range(frames)])
+            for name, (frames, size) in CLIPS.items()
+        }
 
-    def inputs(self, rows, side="left"):
-        """Rows are lists of turns; a turn is pictures by number, and text."""
-        texts, images = [], []
+    def inputs(self, rows, side="left", **options):
+        """Rows are lists of turns; a turn is pictures by number, clips by letter, and text."""
+        texts, images, clips = [], [], []
         for turns in rows:
             chat = []
             for number, (pictures, text) in enumerate(turns):
-                content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": text}]
+                shown = [{"type": "video" if p in self.clips else "image"} for p in pictures]
+                content = [*shown, {"type": "text", "text": text}]
                 chat.append({"role": "assistant" if number % 2 else "user", "content": content})
             texts.append(self.processor.apply_chat_template(chat, add_generation_prompt=True))
-            images.append([self.pictures[p] for pictures, _ in turns for p in pictures])
+            used = [p for pictures, _ in turns for p in pictures]
+            images.append([self.pictures[p] for p in used if p not in self.clips])
+            clips += [self.clips[p] for p in used if p in self.clips]
         if not family_of(self.model).by_row:
             images = list(chain.from_iterable(images))
         images = images if any(images) else None
+        if clips:
+            options = {
+                "videos": clips, "do_sample_frames": False,
+                "video_metadata": [
+                    VideoMetadata(len(clip), FPS, frames_indices=list(range(len(clip))))
+                    for clip in clips
+                ],
+            } | options  # fmt: skip
         self.processor.tokenizer.padding_side = side
         out = self.processor(
-            text=texts, images=images, padding=True, padding_side=side, return_tensors="pt"
-        )
+            text=texts, images=images, padding=True, padding_side=side, return_tensors="pt",
+            **options,
+        )  # fmt: skip
         self.processor.tokenizer.padding_side = "left"
         return out
 
     def encode(self, inputs):
         """The images of these inputs, through tower and projector."""
         family = family_of(self.model)
-        names = ("pixel_values", "input_ids", *family.image_inputs)
+        names = ("pixel_values", "pixel_values_videos", "input_ids")
+        names += family.image_inputs + family.video_inputs
         return family.encode(**{name: inputs[name] for name in names if name in inputs})
 
 

@@ -20,8 +20,15 @@ from torch import Tensor
 from vlm_prune.vlm.cache import CachedPrompt, CachedTokens, cache_of, hold, prompt_in
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import Family, family_of
+from vlm_prune.vlm.families.base import KINDS, PIXELS, Kind
 from vlm_prune.vlm.layer_pruning import Forward, InsideModel, LayerPruning
-from vlm_prune.vlm.layout import TokenLayout, image_columns, image_ordinals, image_seeds
+from vlm_prune.vlm.layout import (
+    TokenLayout,
+    grid_lines,
+    image_columns,
+    image_seeds,
+    merged_ordinals,
+)
 from vlm_prune.vlm.prompt_pruning import BeforeModel, Choice, Encoder, Positions
 from vlm_prune.vlm.tokens import is_right_padded
 from vlm_prune.vlm.trace import Trace
@@ -115,20 +122,23 @@ class Block:
         for number, layer in enumerate(decoder.layers):
             hook = Hook(self, partial(self.before_layer, number))
             handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-        own, name = vars(multimodal), "get_image_features"
+        own, previous, nested = vars(multimodal), {}, threading.local()
         # a model that was compiled in a function looks for it, and is compiled anew, with the hooks
-        previous, encoder = own.get(name), Encoder(family, self.before, self.trace)
-        setattr(multimodal, name, encoder)
+        encoders = [Encoder(family, self.before, self.trace, kind, nested) for kind in family.kinds]
+        for encoder in encoders:
+            previous[encoder.name] = own.get(encoder.name)
+            setattr(multimodal, encoder.name, encoder)
         try:
             yield
         finally:
             self.close()
             for handle in handles:
                 handle.remove()
-            if own.get(name) is encoder:
-                delattr(multimodal, name)
-                if previous is not None:
-                    setattr(multimodal, name, previous)
+            for encoder in encoders:
+                if own.get(encoder.name) is encoder:
+                    delattr(multimodal, encoder.name)
+                    if previous[encoder.name] is not None:
+                        setattr(multimodal, encoder.name, previous[encoder.name])
 
     def close(self) -> None:
         """Let no forward enter, and wait for those of other threads."""
@@ -165,7 +175,7 @@ class Block:
     def before_merge(
         self, module: Any, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
-        """Encode images and choose among their tokens, where there are some.
+        """Encode images and videos and choose among their tokens, where there are some.
 
         Args:
             module: that puts image features into the prompt.
@@ -180,17 +190,22 @@ class Block:
         kwargs = dict(zip(names, args, strict=False)) | kwargs
         given = kwargs.get("mm_encoder_outputs") or {}
         features = {} if isinstance(given, Tensor) else given
-        for videos in (kwargs.get("pixel_values_videos"), features.get("video")):
-            if videos is not None:
-                raise InputError("videos are not pruned; give their frames as images")
+        sources: dict[Kind, Any] = {}
+        for kind in KINDS:
+            for source in (features.get(kind), kwargs.get(PIXELS[kind])):
+                if source is not None:
+                    sources.setdefault(kind, source)
+        if "video" in sources and "video" not in self.family.kinds:
+            raise InputError(
+                f"videos of {self.family.model.config.model_type} models are not pruned; give their "
+                "frames as images"
+            )
         prompt = prompt_in(cache_of(kwargs))
         with self.changed:
             self.running[threading.get_ident()] = (threading.current_thread(), prompt)
         if prompt is not None:
             prompt.open = True
-        encoded = features.get("image")
-        shown = kwargs.get("pixel_values") is not None or encoded is not None
-        embeds = kwargs.get("inputs_embeds")
+        shown, embeds = bool(sources), kwargs.get("inputs_embeds")
         if not shown and embeds is not None and embeds.shape[1] > 1:
             raise InputError(
                 "inputs_embeds alone do not tell which tokens are images'; give input_ids and "
@@ -199,11 +214,17 @@ class Block:
         if not shown and prompt is None:
             return (), kwargs
         check_arguments(self.family, kwargs)
-        source = kwargs.get("pixel_values") if encoded is None else encoded
-        if shown and encoded is None:
-            kwargs = kwargs | {"mm_encoder_outputs": {"image": self.encode(module, kwargs)}}
-            del kwargs["pixel_values"]
-        kwargs[FORWARD] = call, self.forward(kwargs, call, source if shown else None)
+        if shown:
+            encoded = {
+                kind: features[kind]
+                if features.get(kind) is not None
+                else self.encode(module, kind, kwargs)
+                for kind in sources
+            }
+            kwargs = kwargs | {"mm_encoder_outputs": encoded}
+            for kind in sources:
+                kwargs.pop(PIXELS[kind], None)
+        kwargs[FORWARD] = call, self.forward(kwargs, call, sources)
         return (), kwargs
 
     def refuse_compiled(self) -> None:
@@ -215,21 +236,30 @@ class Block:
         if any(map(is_compiled, hooked)) or any(map(operator.is_not, found, hooked)):
             raise InputError(COMPILED)
 
-    def encode(self, module: Any, kwargs: dict[str, Any]) -> Any:
-        """Run tower and projector, as `generate` does before it calls the model."""
-        names = signature(module.get_image_features).parameters
+    def encode(self, module: Any, kind: Kind, kwargs: dict[str, Any]) -> Any:
+        """Run tower and projector, as `generate` does before it calls the model.
+
+        Args:
+            module: that puts features into the prompt.
+            kind: of what is encoded.
+            kwargs: of the module's forward.
+        """
+        encoder = getattr(module, f"get_{kind}_features")
+        names = signature(encoder).parameters
         given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        return module.get_image_features(**given, return_dict=True)
+        return encoder(**given, return_dict=True)
 
-    def forward(self, kwargs: dict[str, Any], call: Call, source: Any) -> Forward:
-        """Where the tokens of a forward are and what is kept of its images.
+    def forward(self, kwargs: dict[str, Any], call: Call, sources: dict[Kind, Any]) -> Forward:
+        """Where the tokens of a forward are and what is kept of its images and videos.
 
-        `source` is what the images were given as; None where the forward has none.
+        Args:
+            kwargs: of the module that puts features into the prompt.
+            call: what the whole model was asked for.
+            sources: what images and videos were given as; empty where the forward has none.
         """
         family, cache = self.family, cache_of(kwargs)
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         ids = self.input_ids(kwargs)
-        is_image = (ids == family.image_token) & (source is not None)
         length = ids.shape[1]
         prompt, past = prompt_in(cache), 0 if cache is None else int(cache.get_seq_length())
         valid = torch.ones(ids.shape, dtype=torch.bool)
@@ -245,18 +275,24 @@ class Block:
             )
         counts: list[int] = []
         choice = None
-        if source is not None:
-            image = kwargs["mm_encoder_outputs"]["image"]
+        ordinal, lines = torch.full_like(ids, -1), None
+        if sources:
             if self.before is not None:
-                choice = Choice.of(family, self.before, image, ids)
-                counts = choice.counts
+                choice = Choice.of(family, self.before, kwargs["mm_encoder_outputs"], ids)
+                ordinal, counts = choice.ordinal, choice.counts
             else:
-                counts = family.counts(ids, kwargs)
-        ordinal = image_ordinals(is_image, counts)
-        drafts = call.drafts if source is not None else 0
-        if source is not None and cache is None:
-            drafts = self.drafts(source, ids, drafts)
-        layout = TokenLayout.of(ordinal, valid, counts, drafts, family.row_breaks)
+                each = [family.counts(ids, kwargs, kind) for kind in sources]
+                masks = [ids == family.placeholder(kind) for kind in sources]
+                ordinal, order = merged_ordinals(masks, each)
+                counts = [each[kind][index] for kind, index in order]
+            if "video" in sources:
+                lines = family.frame_lines(ids, ordinal)
+        drafts = call.drafts if sources else 0
+        if sources and cache is None:
+            drafts = self.drafts(next(iter(sources.values())), ids, drafts)
+        if lines is None and family.row_breaks:
+            lines = grid_lines(ordinal)
+        layout = TokenLayout.of(ordinal, valid, counts, drafts, lines)
         forward = Forward(layout, past, prompt, is_right_padded(valid), layout.counts)
         forward.blocks = family.blocks(kwargs, length)
         if choice is not None:
@@ -280,7 +316,7 @@ class Block:
         return forward
 
     def input_ids(self, kwargs: dict[str, Any]) -> Tensor:
-        """Token ids on the host; where embeddings are given, zeros but for images.
+        """Token ids on the host; where embeddings are given, zeros but for images and videos.
 
         Raises:
             InputError: when nothing tells where images are.
@@ -290,9 +326,12 @@ class Block:
             return ids
         embeds: Tensor = kwargs["inputs_embeds"]
         table = self.family.model.get_input_embeddings()
-        shown = table(torch.tensor(self.family.image_token, device=embeds.device)).to(embeds)
-        is_image: Tensor = (embeds == shown).all(-1)
-        return is_image.cpu() * self.family.image_token
+        ids = torch.zeros(embeds.shape[:2], dtype=torch.long)
+        for kind in self.family.kinds:
+            token = self.family.placeholder(kind)
+            shown = table(torch.tensor(token, device=embeds.device)).to(embeds)
+            ids[(embeds == shown).all(-1).cpu()] = token
+        return ids
 
     def drafts(self, source: Any, ids: Tensor, drafts: int) -> int:
         """Returns how many of the last tokens answer a prompt that was given before without a

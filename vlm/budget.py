@@ -1,4 +1,4 @@
-"""What a budget means in tokens of an image."""
+"""What a budget means in tokens of an image or a video."""
 
 from vlm_prune.vlm.common.errors import InputError
 
@@ -26,3 +26,8 @@ def check_budget(budget: float) -> None:
         raise InputError(
             f"budget {budget} is out of range; give tokens per image (64) or a fraction (0.11)"
         )
+
+
+def even_shares(total: int, parts: int) -> list[int]:
+    """A whole number split evenly, larger shares spread over the parts: 5 over 3 are 1, 2 and 2."""
+    return [total * (part + 1) // parts - total * part // parts for part in range(parts)]

@@ -1,8 +1,8 @@
-"""The images of a prompt after the vision tower, in groups that share a shape."""
+"""The images and videos of a prompt after the vision tower, in groups that share a shape."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Group:
-    """Images of equal shape: the unit that a pruner sees.
+    """Images, or videos, of equal shape: the unit that a pruner sees.
 
     Args:
         members: which images of the prompt they are, M of them.
@@ -82,7 +82,7 @@ class Group:
         tokens = self.tokens.of(image, own)
         if not bool(visible.all()):
             grids = ((1, int(own.sum())),)
-            tokens = replace(tokens, grids=grids, available=int(visible.sum()))
+            tokens = replace(tokens, grids=grids, available=int(visible.sum()), frames=0)
         return Group(
             [self.members[image]],
             tokens,
@@ -95,7 +95,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Images:
-    """All images of a prompt, encoded.
+    """All images of a prompt, encoded; its videos follow them.
 
     Args:
         groups: they together hold every image once.
@@ -104,6 +104,17 @@ class Images:
 
     groups: list[Group]
     inputs: dict[str, Tensor] = field(default_factory=dict)
+
+    def followed_by(self, videos: Self) -> Self:
+        """These images and then those videos, as one."""
+        first = sum(len(group.members) for group in self.groups)
+        later = [replace(g, members=[first + own for own in g.members]) for g in videos.groups]
+        return replace(self, groups=self.groups + later, inputs=self.inputs | videos.inputs)
+
+    @property
+    def frames(self) -> list[int]:
+        """Frames of each video, 0 for images."""
+        return self._in_order([[g.tokens.frames] * len(g.members) for g in self.groups])
 
     @property
     def counts(self) -> list[int]:

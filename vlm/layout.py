@@ -45,6 +45,39 @@ def image_ordinals(is_image: Tensor, counts: Sequence[int]) -> Tensor:
     return ordinal
 
 
+def merged_ordinals(
+    masks: Sequence[Tensor], counts: Sequence[Sequence[int]]
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Ordinals (B, L) of images and videos together, numbered as they stand in the prompt, and for
+    each number its kind and its index among those of its kind.
+
+    Args:
+        masks: where the placeholders of each kind are, (B, L).
+        counts: placeholders of each image, and of each video, in row order.
+
+    Raises:
+        InputError: when the placeholders do not fit.
+    """
+    ordinals = [image_ordinals(*each) for each in zip(masks, counts, strict=True)]
+    length, first = masks[0].shape[1], []
+    for kind, ordinal in enumerate(ordinals):
+        row, column = (ordinal >= 0).nonzero(as_tuple=True)
+        own = ordinal[row, column]
+        # the first placeholder of each: row order makes it the first of its number
+        starts = torch.searchsorted(own, torch.arange(len(counts[kind]), device=own.device))
+        places = (row * length + column)[starts].tolist()
+        first += [(place, kind, index) for index, place in enumerate(places)]
+    order = [(kind, index) for _, kind, index in sorted(first)]
+    numbers = {item: number for number, item in enumerate(order)}
+    merged = torch.full_like(ordinals[0], -1)
+    for kind, ordinal in enumerate(ordinals):
+        if not counts[kind]:
+            continue
+        table = torch.tensor([numbers[kind, index] for index in range(len(counts[kind]))])
+        merged[ordinal >= 0] = table.to(merged.device)[ordinal[ordinal >= 0]]
+    return merged, order
+
+
 def image_columns(ordinal: Tensor, counts: Sequence[int]) -> list[Tensor]:
     """Columns (n_i,) of each image's tokens in its row, given (B, L) ordinals."""
     return list((ordinal >= 0).nonzero(as_tuple=True)[1].split(list(counts)))
@@ -125,7 +158,8 @@ class TokenLayout:
         rows: the row of each image, (M,).
         counts: how many tokens each image has.
         line: of an image token, which row of the image's grid it is in, and of text that ends such a
-            row which one, counted over the prompt; -1 for other text.
+            row which one, counted over the prompt; of a video's token which frame, and of the frame's
+            time stamp and markers; -1 for other text.
         sizes: as how many tokens attention counts each one, in the first layer and in the others,
             (2, B, n); None where all count as one.
     """
@@ -150,7 +184,7 @@ class TokenLayout:
         valid: Tensor,
         counts: Sequence[int],
         drafts: int = 0,
-        row_breaks: bool = False,
+        line: Tensor | None = None,
     ) -> Self:
         """A full input's layout.
 
@@ -159,9 +193,13 @@ class TokenLayout:
             valid: tokens that are no padding, (B, L); a placeholder outside it is no token.
             counts: placeholders of each image, in row order.
             drafts: how many of the last tokens are no part of the prompt.
-            row_breaks: whether text between an image's placeholders ends rows of its grid.
+            line: of tokens, and of text that goes with the last one of them, which row of an image or
+                frame of a video they are of; -1 elsewhere, (B, L).
         """
         index = torch.zeros_like(ordinal)
+        if line is None:
+            line = torch.full_like(ordinal, -1)
+        line = torch.where(valid, line, -1)
         index[ordinal >= 0] = torch.cat([torch.arange(0), *map(torch.arange, counts)])
         image = torch.where(valid, ordinal, -1)
         column = torch.arange(ordinal.shape[1]).expand(len(ordinal), -1)
@@ -172,12 +210,12 @@ class TokenLayout:
             index,
             column,
             prompt,
-            question_mask(image >= 0, prompt),
+            question_mask((image >= 0) | (line >= 0), prompt),
             torch.zeros_like(ordinal),
             torch.zeros(len(ordinal), 1, dtype=torch.long),
             image_rows(ordinal, len(counts)),
             torch.bincount(image[image >= 0], minlength=len(counts)).tolist(),
-            grid_lines(ordinal) if row_breaks else torch.full_like(ordinal, -1),
+            line,
         )
 
     def images(self) -> list[Tensor]:
@@ -217,7 +255,7 @@ class TokenLayout:
         ), column
 
     def without_empty_rows(self, keep: Tensor) -> Tensor:
-        """Returns `keep` (B, n) without the text that ends rows of which no image token stays."""
+        """Returns `keep` (B, n) without the text of rows, or frames, of which no token stays."""
         text = (self.image < 0) & (self.line >= 0)
         if not bool(text.any()):
             return keep

@@ -1,14 +1,17 @@
-"""Choosing image tokens before the language model: encode, group, reduce.
+"""Choosing image and video tokens before the language model: encode, group, reduce.
 
 What is chosen is cut at the input of the first decoder layer, so the rest of the model, `generate`
 and the cache see the full prompt.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from inspect import signature
+from itertools import chain
 from types import MethodType
 from typing import Any, Literal, Self
 
@@ -18,8 +21,8 @@ from torch import Tensor
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.families import Family
-from vlm_prune.vlm.families.base import loaded
-from vlm_prune.vlm.layout import TokenLayout, repeated
+from vlm_prune.vlm.families.base import KINDS, PIXELS, Kind, loaded
+from vlm_prune.vlm.layout import TokenLayout, merged_ordinals, repeated
 from vlm_prune.vlm.tokens import Kept, VisionTokens
 from vlm_prune.vlm.trace import SELECTION, VISION, Trace, phase_timer
 
@@ -31,10 +34,10 @@ class BeforeModel:
     """A method before the language model.
 
     Args:
-        reduce: what it keeps of images of equal shape.
+        reduce: what it keeps of images, or videos, of equal shape.
         positions: what positions of kept tokens become.
         pixels: changes the images before they are encoded.
-        vision: the prompt's images where they were encoded beforehand.
+        vision: the prompt's images, and its videos behind them, where they were encoded beforehand.
     """
 
     reduce: Callable[[VisionTokens], Kept]
@@ -58,30 +61,48 @@ class Encoded:
 
 @dataclass
 class Encoder:
-    """Stands in for a model's `get_image_features` inside a block, and notes how it encoded.
+    """Stands in for a model's `get_image_features` or `get_video_features` inside a block, and notes
+    how it encoded.
 
     `generate` encodes images before it calls the model; methods before the language model need more
     of it than the features.
+
+    Args:
+        family: the model's adapter.
+        before: the method before the language model, if there is one.
+        trace: gets the seconds that encoding took.
+        kind: of what is encoded.
+        nested: its `inside` is true in a thread where an encoder of the block runs: some models
+            encode videos with their method for images.
     """
 
     family: Family
     before: BeforeModel | None
     trace: Trace
+    kind: Kind
+    nested: threading.local
     module: Any = field(init=False)
     original: Callable[..., Any] = field(init=False)
 
     def __post_init__(self) -> None:
         self.module = self.family.multimodal
-        self.original = self.module.get_image_features
+        self.original = getattr(self.module, self.name)
         self.__signature__ = signature(self.original)
 
+    @property
+    def name(self) -> str:
+        """Of the method that this stands in for."""
+        return f"get_{self.kind}_features"
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self.nested, "inside", False):
+            return self.original(*args, **kwargs)
         given = self.__signature__.bind(*args, **kwargs).arguments
         inputs = given | given.pop("kwargs", {})
-        whole = inputs.pop("pixel_values")
-        with phase_timer(VISION, whole.device, self.trace), loaded(self.module):
+        whole = inputs.pop(PIXELS[self.kind])
+        with phase_timer(VISION, whole.device, self.trace), loaded(self.module), self.alone():
             if self.before is None:
-                return self.original(pixel_values=whole, **inputs)
+                return self.original(whole, **inputs)
             seen = whole if self.before.pixels is None else self.before.pixels(whole)
             output = self.family.run(self.original, seen, **inputs)
         kept = copy.copy(output)
@@ -99,19 +120,33 @@ class Encoder:
         output["encoded"] = Encoded(kept, seen, inputs, counts)
         return output
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let the block's encoders that are called meanwhile do what the model's own methods do."""
+        self.nested.inside = True
+        try:
+            yield
+        finally:
+            self.nested.inside = False
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of the model encodes as its class does."""
         module = memo.get(id(self.module), self.module)
-        return MethodType(type(module).get_image_features, module)
+        return MethodType(getattr(type(module), self.name), module)
 
 
 @dataclass
 class Choice:
-    """What a method keeps of the images of a prompt, each once.
+    """What a method keeps of the images and videos of a prompt, each once.
 
     Args:
-        images: which of them each image of the prompt is; beam search repeats rows.
-        counts: placeholders of each image of the prompt.
+        family: the model's adapter.
+        method: the method.
+        encoded: the images, and the videos behind them.
+        images: which of these each image or video of the prompt is, in the prompt's order; beam
+            search repeats rows.
+        counts: placeholders of each image or video of the prompt.
+        ordinal: for each token of the prompt the image or video that it belongs to, -1 for text.
     """
 
     family: Family
@@ -119,38 +154,66 @@ class Choice:
     encoded: Images
     images: list[int]
     counts: list[int]
+    ordinal: Tensor
 
     @classmethod
-    def of(cls, family: Family, method: BeforeModel, output: Any, input_ids: Tensor) -> Self:
-        """The choice to be made of the images behind a model's `output`, given the prompt.
+    def of(
+        cls, family: Family, method: BeforeModel, outputs: dict[Kind, Any], input_ids: Tensor
+    ) -> Self:
+        """The choice to be made of images and videos.
+
+        Args:
+            family: the model's adapter.
+            method: the method.
+            outputs: what the model encoded, by kind.
+            input_ids: of the prompt, (B, L).
 
         Raises:
-            InputError: when it is not known how the images were encoded.
+            InputError: when it is not known how they were encoded, or they do not fit the prompt.
         """
-        is_image, noted = input_ids == family.image_token, getattr(output, "encoded", None)
-        if method.vision is not None:
-            counts = method.vision.counts
-        elif noted is not None:
-            counts = noted.counts
-        else:
-            raise InputError(
-                "these images were encoded outside the pruning block; give pixel_values, or give "
-                "the encoded images to the pruner"
-            )
-        copies = max(1, int(is_image.sum()) // max(1, sum(counts)))
-        images = method.vision
-        if images is None:
-            assert noted is not None
-            prompt = input_ids[::copies]
-            images = family.images(
-                noted.output, noted.pixel_values, **noted.inputs | {"input_ids": prompt}
-            )
-            counts = counts if method.pixels is not None else images.counts
-        found = int(is_image.sum())
-        if found != copies * sum(counts):
-            raise InputError(f"{found} image placeholders do not fit {len(counts)} images")
-        order = repeated(counts, is_image)
-        return cls(family, method, images, order, [counts[image] for image in order])
+        encoded, masks = Images([]), []
+        counts: list[list[int]] = []
+        orders: list[list[int]] = []
+        for kind in KINDS:
+            if (output := outputs.get(kind)) is None:
+                continue
+            is_kind, noted = input_ids == family.placeholder(kind), getattr(output, "encoded", None)
+            own: Images | None = None
+            if method.vision is not None:
+                frames = method.vision.frames
+                each = [
+                    count
+                    for count, video in zip(method.vision.counts, frames, strict=True)
+                    if bool(video) == (kind == "video")
+                ]
+            elif noted is not None:
+                each = noted.counts
+            else:
+                raise InputError(
+                    f"these {kind}s were encoded outside the pruning block; give "
+                    f"{PIXELS[kind]}, or give what was encoded to the pruner"
+                )
+            copies = max(1, int(is_kind.sum()) // max(1, sum(each)))
+            if method.vision is None:
+                assert noted is not None
+                read = family.images if kind == "image" else family.videos
+                inputs = noted.inputs | {"input_ids": input_ids[::copies]}
+                own = read(noted.output, noted.pixel_values, **inputs)
+                each = each if method.pixels is not None else own.counts
+            found = int(is_kind.sum())
+            if found != copies * sum(each):
+                raise InputError(f"{found} {kind} placeholders do not fit {len(each)} {kind}s")
+            first = sum(len(before) for before in counts)
+            orders.append([first + index for index in repeated(each, is_kind)])
+            counts.append(each)
+            masks.append(is_kind)
+            encoded = encoded if own is None else encoded.followed_by(own)
+        flat = list(chain.from_iterable(counts))
+        in_prompt = [[flat[index] for index in order] for order in orders]
+        ordinal, items = merged_ordinals(masks, in_prompt)
+        images = [orders[kind][index] for kind, index in items]
+        encoded = encoded if method.vision is None else method.vision
+        return cls(family, method, encoded, images, [flat[image] for image in images], ordinal)
 
     def reduce(
         self,
@@ -159,7 +222,7 @@ class Choice:
         embed: Callable[[int, Tensor], Tensor],
         trace: Trace,
     ) -> Kept:
-        """What is kept of each image of the prompt: indices on the host, and features.
+        """What is kept of each image or video of the prompt: indices on the host, and features.
 
         Args:
             layout: the prompt's.

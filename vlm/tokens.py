@@ -1,7 +1,8 @@
-"""Image tokens as plain tensors: what pruners see, what they give back, and index maths."""
+"""Image and video tokens as plain tensors: what pruners see, what they give back, index maths."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ def as_is(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class VisionTokens:
-    """The tokens of M images of N tokens each, after the vision tower.
+    """The tokens of M images of N tokens each, after the vision tower; or of M videos, whose N
+    tokens are those of their frames, one frame after the other.
 
     Args:
         features: what the projector's first layer reads, (M, N, d_v).
@@ -35,6 +37,8 @@ class VisionTokens:
         pool: what the tower says about its patches, (M T, S, c) without the CLS token, for image
             tokens, (M, N, c): the average where a token is made of several patches.
         available: placeholders of each image in the prompt: N, and newlines where there are some.
+        frames: T where these are videos, each of T frames of N / T tokens; 0 for images. Families
+            that encode several frames together count them as one.
     """
 
     features: Tensor
@@ -47,6 +51,7 @@ class VisionTokens:
     has_cls: bool = True
     pool: Callable[[Tensor], Tensor] = field(default=as_is, repr=False)
     available: int = -1
+    frames: int = 0
 
     def __post_init__(self) -> None:
         if self.available < 0:
@@ -69,6 +74,43 @@ class VisionTokens:
             query_key=query_key,
             question=lambda: self.question()[image : image + 1],
             pool=lambda values: self.pool(values)[:, chosen],
+        )
+
+    def in_frames(self, chosen: Sequence[int] | None = None) -> "VisionTokens":
+        """The frames of M videos as images, in the order video by video; (M F, N / T, ...).
+
+        Args:
+            chosen: which F of the frames, ascending; all T unless given.
+        """
+        videos, frames = len(self.projected), self.frames
+        own = list(range(frames)) if chosen is None else list(chosen)
+        at = [video * frames + frame for video in range(videos) for frame in own]
+
+        def split(values: Tensor) -> Tensor:
+            parts: Tensor = values.unflatten(1, (frames, -1))
+            return parts[:, own].flatten(0, 1)
+
+        def query_key() -> tuple[Tensor, Tensor]:
+            query, key = self.query_key()
+            return query[at], key[at]
+
+        def pool(values: Tensor) -> Tensor:
+            # the video's pool takes all frames: those that were not chosen are zeros
+            whole = values.new_zeros(videos * frames, *values.shape[1:])
+            whole[at] = values
+            return split(self.pool(whole))
+
+        return replace(
+            self,
+            features=split(self.features),
+            projected=split(self.projected),
+            grids=self.grids[: len(self.grids) // frames],
+            seeds=tuple(crc32(f"{seed} {frame}".encode()) for seed in self.seeds for frame in own),
+            query_key=query_key,
+            question=lambda: tuple(text for text in self.question() for _ in own),
+            pool=pool,
+            available=self.projected.shape[1] // frames,
+            frames=0,
         )
 
     def keys(self) -> Tensor:

@@ -5,13 +5,19 @@ import torch
 
 from vlm_prune.pruning import METHODS
 from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.tokens import VisionTokens
 
 ARGUMENTS = {
     "fopru": [{}, {"strategy": "row", "queries": "cls"}],
     "zoo": [{"directions": 4}],
     "vispruner": [{"step": 64}],  # small steps chain near-ties, which rounding decides
 }
-CASES = [(name, more) for name in METHODS for more in ARGUMENTS.get(name, [{}])]
+CASES = [
+    (name, more)
+    for name in METHODS
+    if "videos" not in METHODS[name]().needs
+    for more in ARGUMENTS.get(name, [{}])
+]
 
 
 @pytest.fixture(params=CASES, ids=lambda case: "-".join([case[0], *map(str, case[1].values())]))
@@ -39,3 +45,23 @@ def asked(llava, images, make_inputs):
         llava.set_attn_implementation("sdpa")
     shown = inputs["input_ids"][0] == llava.config.image_token_id
     return inputs, torch.stack(maps)[:, 0, :, :, shown]
+
+
+@pytest.fixture(scope="session")
+def clips():
+    """Two videos of ten frames of 3 x 4 tokens: scenes that last some frames, with noise."""
+    draw = torch.Generator().manual_seed(3)
+
+    def random(*shape):
+        return torch.randn(shape, generator=draw)
+
+    lengths = torch.tensor([[1, 4, 2, 3], [5, 1, 1, 3]])
+    scenes, noise = random(2, 4, 12, 16), random(2, 10, 12, 16)
+    frames = torch.stack([s.repeat_interleave(n, 0) for s, n in zip(scenes, lengths, strict=True)])
+    tokens = (frames + 0.4 * noise).flatten(1, 2)
+    query, key = random(20, 2, 12, 4), random(20, 2, 12, 4)
+    return VisionTokens(
+        features=tokens, projected=tokens, grids=((3, 4),) * 10, seeds=(1, 2), projector=torch.nn.Identity(),
+        query_key=lambda: (query, key), has_cls=False, frames=10,
+        pool=lambda values: values.unflatten(0, (2, 10)).flatten(1, 2),
+    )  # fmt: skip

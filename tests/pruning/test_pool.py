@@ -1,5 +1,7 @@
 """Pooling against a loop over the rectangles."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -47,3 +49,18 @@ def test_averages_stand_at_the_middle_tokens_of_their_rectangles(budget):
         assert kept.indices[image].tolist() == sorted(expected)
         means = [features[image, expected[index]].mean(0) for index in sorted(expected)]
         torch.testing.assert_close(kept.features[image], torch.stack(means))
+
+
+@pytest.mark.parametrize(("budget", "groups"), [(1, 1), (3, 3), (10, 5), (60, 10), (120, 10)])
+def test_a_videos_boxes_are_averages_over_space_and_time(budget, groups, clips):
+    """A map of which token counts in which average: each once, and alike where boxes are."""
+    each = torch.eye(120).expand(2, -1, -1)
+    kept = Pool(budget=budget).reduce_video(replace(clips, projected=each))
+    weights = kept.features[0]
+    assert weights.shape == (budget, 120)
+    member = weights > 0
+    assert (member.sum(0) == 1).all()
+    torch.testing.assert_close(weights, member / member.sum(1, keepdim=True))
+    frames = {tuple(own.view(10, 12).any(1).tolist()) for own in member}
+    assert len(frames) == groups
+    assert member[torch.arange(budget), kept.indices[0]].all()

@@ -37,7 +37,9 @@ def start_of_image(tiny):
     return ids.tolist().index(family_of(tiny.model).image_token)
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("none", "best")])
+@pytest.mark.parametrize(
+    "name", [n for n in METHODS if n not in ("none", "best") and "videos" not in METHODS[n]().needs]
+)
 @pytest.mark.parametrize("positions", ["auto", "contiguous", "original"])
 def test_positions_are_the_authors_or_the_users(name, positions, llava_tiny):
     method = build(name, budget=6, positions=positions)

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from threading import get_ident
 from typing import Any, ClassVar, Literal
 
@@ -21,8 +22,12 @@ Need = Literal[
     "a nonlinear projector (a linear one is equally sensitive to all tokens)",
     "a fixed image size",
     "a tower that takes smaller images",
+    "videos",
 ]
 MAX_RESIZED_PIXELS = 16_000_000
+Kind = Literal["image", "video"]
+KINDS: tuple[Kind, ...] = ("image", "video")
+PIXELS: dict[Kind, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 def seed_of(pixels: Tensor) -> int:
@@ -108,8 +113,10 @@ def loaded(module: nn.Module) -> AbstractContextManager[None]:
 class Family(ABC):
     """Paths into a model of one family.
 
-    `lacks` names what some methods need and the family has not; `image_inputs` the arguments of a
-    prompt, next to `pixel_values`, that describe its images; `mrope` whether positions have rows
+    `lacks` names what some methods need and the family has not; `kinds` what its models encode,
+    `KINDS` where that includes videos; `image_inputs` the arguments of a
+    prompt, next to `pixel_values`, that describe its images, `video_inputs` those next to
+    `pixel_values_videos`; `mrope` whether positions have rows
     for time, height and width, which leave gaps when tokens go; `by_row` whether the processor
     takes the images of each prompt apart; `both_ways` in which kinds of decoder layers the tokens
     of an image attend to each other both ways; `row_breaks` whether text between an image's
@@ -119,11 +126,18 @@ class Family(ABC):
     model: Any
 
     lacks: ClassVar[frozenset[Need]] = frozenset()
+    kinds: ClassVar[tuple[Kind, ...]] = ("image",)
     image_inputs: ClassVar[tuple[str, ...]] = ()
+    video_inputs: ClassVar[tuple[str, ...]] = ()
     mrope: ClassVar[bool] = False
     by_row: ClassVar[bool] = False
     both_ways: ClassVar[tuple[str, ...]] = ()
     row_breaks: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        videos: frozenset[Need] = frozenset({"videos"})
+        cls.lacks = cls.lacks - videos if "video" in cls.kinds else cls.lacks | videos
 
     @property
     def device(self) -> torch.device:
@@ -139,6 +153,25 @@ class Family(ABC):
     def image_token(self) -> int:
         """Returns the id of an image token's placeholder."""
         return int(self.model.config.image_token_id)
+
+    @property
+    def video_token(self) -> int:
+        """Returns the id of a video token's placeholder, in families that take videos."""
+        return int(self.model.config.video_token_id)
+
+    def placeholder(self, kind: Kind) -> int:
+        """Returns the id of the placeholder of an image's or a video's token."""
+        return self.image_token if kind == "image" else self.video_token
+
+    def frame_lines(self, input_ids: Tensor, ordinal: Tensor) -> Tensor | None:
+        """For each token of a prompt with videos the frame that it goes with, (B, L): as the frame's
+        token, its time stamp or its marker; -1 for all else. None where frames have no markers.
+
+        Args:
+            input_ids: (B, L).
+            ordinal: the image or video of each placeholder, -1 for text, (B, L).
+        """
+        return None
 
     @property
     @abstractmethod
@@ -171,22 +204,29 @@ class Family(ABC):
     def projector(self) -> Callable[[Tensor], Tensor]:
         """From `VisionTokens.features` to `.projected`."""
 
-    def image_features(self, pixel_values: Tensor, **inputs: Any) -> Any:
-        """Returns what the model's method of that name does, which no hook on its forward sees."""
+    def encoder_output(self, kind: Kind, pixel_values: Tensor, **inputs: Any) -> Any:
+        """Returns what the model's `get_image_features` or `get_video_features` does, which no hook
+        on its forward sees.
+
+        Args:
+            kind: of what is encoded.
+            pixel_values: as the processor gives them.
+            inputs: other arguments of that method.
+        """
         module: Any = self.multimodal
         with loaded(module):
-            return module.get_image_features(pixel_values, **inputs)
+            return getattr(module, f"get_{kind}_features")(pixel_values, **inputs)
 
     def run(self, encoder: Callable[..., Any], pixel_values: Tensor, **inputs: Any) -> Any:
         """Output of tower and projector, with all that `images` reads of it.
 
         Args:
-            encoder: the model's `get_image_features`.
+            encoder: the model's `get_image_features` or `get_video_features`.
             pixel_values: as the processor gives them.
             inputs: other arguments of `encoder`.
         """
         asked = {"output_hidden_states": True, "return_dict": True}
-        output = encoder(pixel_values=pixel_values, **inputs | asked)
+        output = encoder(pixel_values, **inputs | asked)
         states = output.hidden_states
         read = {number % len(states) for number in self.states_read}
         output.hidden_states = tuple(
@@ -209,12 +249,43 @@ class Family(ABC):
             inputs: those of `image_inputs`, and `input_ids`.
         """
 
-    def encode(self, pixel_values: Tensor, **inputs: Tensor) -> Images:
-        """Run tower and projector on a prompt's images; arguments as for `images`."""
-        moved = pixel_values.to(self.device)
-        given = {name: inputs[name] for name in self.image_inputs if inputs.get(name) is not None}
-        output = self.run(self.image_features, moved, **given)
-        return self.images(output, pixel_values, **inputs)
+    def videos(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
+        """Returns the videos of a prompt, given what `run` gave for them and the same arguments.
+
+        Args:
+            output: of `run`.
+            pixel_values: as the processor gives them.
+            inputs: those of `video_inputs`, and `input_ids`.
+        """
+        raise InputError(f"videos of {self.model.config.model_type} models are not pruned")
+
+    def encode(
+        self,
+        pixel_values: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        **inputs: Tensor,
+    ) -> Images:
+        """Run tower and projector on a prompt's images and videos.
+
+        Args:
+            pixel_values: of the images, as the processor gives them.
+            pixel_values_videos: of the videos, likewise.
+            inputs: those of `image_inputs` and `video_inputs`, and `input_ids`.
+        """
+        encoded = Images([])
+        if pixel_values is not None:
+            output = self._encoded("image", pixel_values, self.image_inputs, inputs)
+            encoded = self.images(output, pixel_values, **inputs)
+        if pixel_values_videos is not None:
+            output = self._encoded("video", pixel_values_videos, self.video_inputs, inputs)
+            encoded = encoded.followed_by(self.videos(output, pixel_values_videos, **inputs))
+        return encoded
+
+    def _encoded(
+        self, kind: Kind, pixels: Tensor, names: tuple[str, ...], inputs: Mapping[str, Tensor]
+    ) -> Any:
+        given = {name: inputs[name] for name in names if inputs.get(name) is not None}
+        return self.run(partial(self.encoder_output, kind), pixels.to(self.device), **given)
 
     def tower_flops(self, views: Sequence[int]) -> float:
         """Matrix-product FLOPs of the tower on an image whose views have so many patches."""
@@ -264,12 +335,20 @@ class Family(ABC):
                 f"for this model, above {MAX_RESIZED_PIXELS // 10**6} million pixels; crop it"
             )
 
-    def counts(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> list[int]:
-        """Placeholders of each image of an unpruned prompt, from what its forward is given."""
-        encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
+    def counts(
+        self, input_ids: Tensor, inputs: Mapping[str, Any], kind: Kind = "image"
+    ) -> list[int]:
+        """Placeholders of each image or video of an unpruned prompt.
+
+        Args:
+            input_ids: (B, L).
+            inputs: what the forward is given; videos are encoded beforehand.
+            kind: of what is counted.
+        """
+        encoded = (inputs.get("mm_encoder_outputs") or {}).get(kind)
         if encoded is not None:
             return [len(features) for features in encoded.pooler_output]
-        if inputs.get("pixel_values") is None:
+        if kind == "video" or inputs.get("pixel_values") is None:
             return []
         return self.sizes(input_ids, inputs)
 

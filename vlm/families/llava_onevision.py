@@ -3,15 +3,23 @@
 A prompt's only image is tiled; where a prompt has several, each is one tile. Methods that read the
 CLS token's attention read the mean over all tokens of the tile. The attention is that of the last
 layer, whose output the projector gets.
+
+A video's frames are views of one tile each, shrunk to half the sides, with one newline token behind
+the last.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
+from vlm_prune.vlm.encoded import Group, Images
+from vlm_prune.vlm.families.base import KINDS, Kind, seed_of
 from vlm_prune.vlm.families.llava_next import LlavaNext
+from vlm_prune.vlm.tokens import VisionTokens
 
 
 @dataclass(frozen=True)
@@ -21,6 +29,7 @@ class LlavaOneVision(LlavaNext):
     image_inputs: ClassVar[tuple[str, ...]] = (
         "image_sizes", "batch_num_images", "vision_aspect_ratio",
     )  # fmt: skip
+    kinds: ClassVar[tuple[Kind, ...]] = KINDS
     by_row: ClassVar[bool] = True
 
     def tiles(self, inputs: Mapping[str, Any]) -> list[int]:
@@ -39,3 +48,33 @@ class LlavaOneVision(LlavaNext):
         )
         tokens: Tensor = packed[0]
         return tokens
+
+    def videos(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
+        """Videos of (M, T, 3, H, W) frames, all of one group.
+
+        The model's shrinking is applied to features and attention alike.
+        """
+        count, frames = pixel_values.shape[:2]
+        states, whole = output.hidden_states, output.pooler_output
+        side = round(((whole.shape[1] - 1) // frames) ** 0.5)
+        pool = partial(self.shrunk, count)
+        tokens = VisionTokens(
+            features=pool(self.features(states)),
+            projected=whole[:, :-1],
+            grids=((side, side),) * frames,
+            seeds=tuple(map(seed_of, pixel_values)),
+            projector=self.projector,
+            query_key=partial(self.query_key, states),
+            has_cls=False,
+            pool=pool,
+            available=whole.shape[1],
+            frames=frames,
+        )
+        indices = torch.arange(tokens.projected.shape[1], device=whole.device)
+        flops = self.tower_flops([self.tokens_per_image] * frames)
+        return Images([Group(list(range(count)), tokens, indices, whole[:, -1:], flops=flops)])
+
+    def shrunk(self, videos: int, values: Tensor) -> Tensor:
+        """What the model does to frames, (M T, S, c), in the order of their videos, (M, N, c)."""
+        pooled: Tensor = self.model.model.apply_pooling(values).unflatten(0, (videos, -1))
+        return pooled.flatten(1, 2)

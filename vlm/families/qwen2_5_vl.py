@@ -1,5 +1,8 @@
 """Qwen2.5-VL in transformers: images of any size, 2 x 2 patches per token, three-row positions.
 
+The tower makes one frame of each two of a video, and sees those apart. A video is one run of
+placeholders; the time between its frames, `second_per_grid_ts`, is in the positions alone.
+
 The projector is the merger: its norm counts as the tower's, so that two layers remain, and its
 features are the four patches of a token side by side. A token receives the mean attention of its
 patches in the tower's last layer, which sees the whole image in every released checkpoint; where a
@@ -19,7 +22,7 @@ from transformers.vision_utils import get_vision_window_index
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.cost import tower_flops
 from vlm_prune.vlm.encoded import Group, Images
-from vlm_prune.vlm.families.base import Family, Need, matrices, noted, seed_of
+from vlm_prune.vlm.families.base import KINDS, Family, Kind, Need, matrices, noted, seed_of
 from vlm_prune.vlm.layout import alike
 from vlm_prune.vlm.projector import Projector
 from vlm_prune.vlm.tokens import VisionTokens
@@ -30,7 +33,9 @@ class Qwen25VL(Family):
     """Paths into a `Qwen2_5_VLForConditionalGeneration`."""
 
     lacks: ClassVar[frozenset[Need]] = frozenset({"a fixed image size"})
+    kinds: ClassVar[tuple[Kind, ...]] = KINDS
     image_inputs: ClassVar[tuple[str, ...]] = ("image_grid_thw",)
+    video_inputs: ClassVar[tuple[str, ...]] = ("video_grid_thw",)
     mrope: ClassVar[bool] = True
 
     @property
@@ -68,9 +73,9 @@ class Qwen25VL(Family):
 
     def run(self, encoder: Callable[..., Any], pixel_values: Tensor, **inputs: Any) -> Any:
         """The output's `last_layer` is what the tower's last layer gets: input and rotation."""
-        inputs["image_grid_thw"] = inputs["image_grid_thw"].to(self.device)
+        moved = {n: inputs[n].to(self.device) for n in inputs if n.endswith("_grid_thw")}
         with noted(self.tower_layers[-1]) as seen:
-            output = encoder(pixel_values=pixel_values, **inputs | {"return_dict": True})
+            output = encoder(pixel_values, **inputs | moved | {"return_dict": True})
         if not seen:
             raise InputError(
                 "a compiled vision tower runs without the hook that reads it; undo compile() on it"
@@ -80,7 +85,22 @@ class Qwen25VL(Family):
 
     def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
         """Images of flattened patches (P, c), of grids `image_grid_thw` (M, 3)."""
-        grid, seen = inputs["image_grid_thw"].to(self.device), output.last_layer
+        return self.encoded(output, pixel_values, inputs["image_grid_thw"], "image")
+
+    def videos(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
+        """Videos of flattened patches (P, c), of grids `video_grid_thw` (M, 3)."""
+        return self.encoded(output, pixel_values, inputs["video_grid_thw"], "video")
+
+    def encoded(self, output: Any, pixel_values: Tensor, grid: Tensor, kind: Kind) -> Images:
+        """Returns what `images` and `videos` do.
+
+        Args:
+            output: of `run`.
+            pixel_values: flattened patches (P, c).
+            grid: frames, rows and columns of patches, (M, 3).
+            kind: what they are.
+        """
+        grid, seen = grid.to(self.device), output.last_layer
         patches = grid.prod(1).tolist()
         counts = [count // self.merged for count in patches]
         features = self.in_rows(self.normed(output.last_hidden_state), grid).flatten(1)
@@ -94,8 +114,10 @@ class Qwen25VL(Family):
         for members in alike([tuple(row) for row in grid.tolist()]):
             first = members[0]
             time, rows, columns = grid[first].tolist()
-            rotary = (cos[first].flatten(0, 1), sin[first].flatten(0, 1))
+            # frames do not see each other, and all are rotated alike
+            rotary = [table[first].flatten(0, 1)[: rows * columns] for table in (cos, sin)]
             hidden = torch.stack([before[i].flatten(0, 1) for i in members])
+            hidden = hidden.unflatten(1, (time, -1)).flatten(0, 1)
             tokens = VisionTokens(
                 features=torch.stack([own[i] for i in members]),
                 projected=torch.stack([output.pooler_output[i] for i in members]),
@@ -104,13 +126,14 @@ class Qwen25VL(Family):
                 projector=self.projector,
                 query_key=partial(self.query_key, hidden, *rotary),
                 has_cls=False,
-                pool=self.pool,
+                pool=partial(self.pool, time),
+                frames=time if kind == "video" else 0,
             )
             layers = [torch.stack([layer[i] for i in members]) for layer in deepstack]
             groups.append(
                 Group(members, tokens, deepstack=layers, flops=self.grid_flops(grid[first]))
             )
-        return Images(groups, {"image_grid_thw": grid})
+        return Images(groups, {f"{kind}_grid_thw": grid})
 
     def grid_flops(self, grid: Tensor) -> float:
         """Matrix-product FLOPs of the tower on an image of that grid, (3,)."""
@@ -133,17 +156,18 @@ class Qwen25VL(Family):
         )
         return order, ends
 
-    def pool(self, values: Tensor) -> Tensor:
-        """(M, S, c) -> (M, N, c), the mean over a token's patches."""
+    def pool(self, frames: int, values: Tensor) -> Tensor:
+        """(M T, S, c) -> (M, N, c), the mean over a token's patches."""
         mean: Tensor = values.unflatten(1, (-1, self.merged)).mean(2)
-        return mean
+        whole: Tensor = mean.unflatten(0, (-1, frames))
+        return whole.flatten(1, 2)
 
     @torch.no_grad()
     def query_key(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Returns queries and keys of the last layer, after rotation.
 
         Args:
-            hidden: its input, (M, S, d).
+            hidden: its input, (M T, S, d).
             cos: of the rotation.
             sin: of the rotation.
         """

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.encoded import Group, Images
-from vlm_prune.vlm.families.base import Family, Need, seed_of
+from vlm_prune.vlm.families.base import Family, Kind, Need, seed_of
 from vlm_prune.vlm.layout import REMEDY, alike
 from vlm_prune.vlm.tokens import VisionTokens
 
@@ -25,7 +25,9 @@ class Tiled(Family):
 
     lacks: ClassVar[frozenset[Need]] = frozenset({"a fixed image size"})
 
-    def counts(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> list[int]:
+    def counts(
+        self, input_ids: Tensor, inputs: Mapping[str, Any], kind: Kind = "image"
+    ) -> list[int]:
         if inputs.get("pixel_values") is None and not inputs.get("mm_encoder_outputs"):
             return []
         return self.sizes(input_ids, inputs)

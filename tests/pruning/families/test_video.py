@@ -1,0 +1,259 @@
+"""What every method keeps on videos of every family that takes them; see CONTRIBUTING.md."""
+
+import re
+from functools import lru_cache
+from importlib.util import find_spec
+
+import pytest
+import torch
+from tiny_families import NEEDS, Tiny, failing, snapshot
+
+from vlm_prune.pruning import METHODS, VideoPruner
+from vlm_prune.pruning.registry import build
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.families import FAMILIES, family_of
+
+LONG = "What color is the star and is there a 7?"
+RAGGED = [
+    [(["a"], "Is there a 7?")],
+    [([], "What is red?")],
+    [([1], "Is it blue?"), ([], "yes"), (["b", "a"], LONG)],
+]
+EQUAL = [[(["c" if p == "b" else p for p in shown], text) for shown, text in row] for row in RAGGED]
+BUDGET = 5
+EVERY = [*METHODS, "divprune+adaptinfer", "vidcom2+fastv", "fastv+merge"]
+STAGES = ["divprune", "visionzip", "fastvid", "vidcom2+fastv"]
+
+
+@pytest.fixture(scope="module", params=[n for n, own in FAMILIES.items() if "video" in own.kinds])
+def tiny(request):
+    for package in NEEDS.get(request.param, ()):
+        if find_spec(package) is None:
+            pytest.skip(f"the processor of {request.param} needs {package}")
+    return Tiny(request.param)
+
+
+def rows_of(tiny):
+    """LLaVA-OneVision's processor takes videos of equal length only."""
+    return EQUAL if tiny.name == "llava_onevision" else RAGGED
+
+
+@lru_cache(maxsize=1)
+def unpruned(tiny):
+    with torch.no_grad():
+        inputs = tiny.inputs(rows_of(tiny))
+        return inputs, tiny.model(**inputs).logits
+
+
+def on(name, tiny, budget=BUDGET, **more):
+    method = build(name, budget=budget, **more)
+    if method.needs & family_of(tiny.model).lacks:
+        with pytest.raises(InputError, match="give one of none, random"):
+            method.admit(tiny.model)
+        pytest.skip(f"{name} does not go with {tiny.name}")
+    return method
+
+
+@torch.inference_mode()
+def greedy(tiny, inputs, steps=3):
+    return tiny.model.generate(
+        **inputs, max_new_tokens=steps, min_new_tokens=steps, return_dict_in_generate=True,
+        output_logits=True,
+    )  # fmt: skip
+
+
+def assert_close(ours, theirs, atol=2e-5):
+    torch.testing.assert_close(ours, theirs, atol=atol, rtol=1e-4)
+
+
+def named(methods):
+    """The methods that run by default, and all others behind `slow`."""
+    marks = [pytest.param(name, marks=pytest.mark.slow) for name in EVERY if name not in methods]
+    return pytest.mark.parametrize("name", [*methods, *marks])
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_keeping_all_equals_the_unpruned_model_and_the_budget_is_met(name, tiny):
+    inputs, expected = unpruned(tiny)
+    before = snapshot(tiny.model)
+    with on(name, tiny, budget=1.0)(tiny.model) as trace, torch.inference_mode():
+        during = snapshot(tiny.model)
+        logits = tiny.model(**inputs).logits
+    assert snapshot(tiny.model) == before != during
+    valid = inputs["attention_mask"].bool()
+    assert_close(logits[valid], expected[valid])
+    assert [len(places) for places in trace.kept] == trace.available
+
+    method = on(name, tiny)
+    with method(tiny.model) as trace, torch.inference_mode():
+        tiny.model(**inputs)
+    for item, places in enumerate(trace.kept):
+        computed = [counts[item] for counts in trace.computed]
+        mean = sum(computed) / len(computed)
+        # methods that compare frames leave the image, the second item, whole
+        whole = name == "none" or (item == 1 and isinstance(method, VideoPruner))
+        enough = trace.available[item] if whole else BUDGET
+        assert enough * 0.9 < mean <= enough
+        assert places.tolist() == sorted(set(places.tolist()))
+
+
+@named(STAGES)
+def test_each_row_equals_its_solo_run(name, tiny):
+    method, rows = on(name, tiny), rows_of(tiny)
+    with method(tiny.model):
+        batch = greedy(tiny, tiny.inputs(rows), steps=2)
+        for row, turns in enumerate(rows):
+            solo = greedy(tiny, tiny.inputs([turns]), steps=2)
+            for step, logits in enumerate(batch.logits):
+                assert_close(logits[row], solo.logits[step][0])
+
+
+@named(STAGES)
+def test_right_padded_rows_equal_left_padded_ones(name, tiny):
+    rows = rows_of(tiny)[::2]
+    with on(name, tiny)(tiny.model), torch.inference_mode():
+        left, right = (tiny.model(**tiny.inputs(rows, side)).logits for side in ("left", "right"))
+        solo = tiny.model(**tiny.inputs(rows[:1])).logits[0]
+    assert_close(left[0, -len(solo) :], solo)
+    assert_close(right[0, : len(solo)], solo)
+
+
+def frames_of(tiny, ids):
+    """Token indices that go with each frame of a prompt beside its placeholders, read as text.
+
+    Each frame's placeholders are a run of their own where there are such tokens.
+    """
+    tokens = tiny.processor.tokenizer.convert_ids_to_tokens(ids.tolist())
+    starts = torch.tensor([0, *map(len, tokens)]).cumsum(0).tolist()
+    frame = r"<[0-9.]+.?seconds><\|vision_start\|>((?:<\|video_pad\|>)+)<\|vision_end\|>"
+    spans = []
+    for found in re.finditer(frame, "".join(tokens)):
+        first, last = starts.index(found.start()), starts.index(found.end())
+        pads = [at for at in range(first, last) if ids[at] == family_of(tiny.model).video_token]
+        spans.append((sorted({*range(first, last)} - {*pads}), pads))
+    return spans
+
+
+@pytest.mark.parametrize("name", ["divprune", "evs", "fastv", "vidcom2+fastv"])
+def test_cached_decoding_equals_a_full_forward(name, tiny):
+    """The reference walks the layers: one pass, of the tokens that are left of the full prompt with
+    the embeddings and positions that these have there.
+    """
+    method, family = on(name, tiny, budget=2), family_of(tiny.model)
+    inputs = tiny.inputs([[([1], "Is it blue?"), ([], "yes"), (["a", "c"], LONG)]])
+    with method(tiny.model) as trace:
+        out = greedy(tiny, inputs)
+    ids, prompt = out.sequences, inputs["input_ids"]
+    seen = {}
+    hook = family.decoder.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
+    whole = dict(inputs) | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "mm_token_type_ids" in inputs:
+        types = inputs["mm_token_type_ids"]
+        whole["mm_token_type_ids"] = torch.cat([types, types.new_zeros(1, len(out.logits))], 1)
+    with torch.no_grad():
+        tiny.model(**whole)
+    hook.remove()
+
+    placeholders = (prompt[0] == family.image_token) | (prompt[0] == family.video_token)
+    items = placeholders.nonzero()[:, 0].split(trace.available)
+    spans = frames_of(tiny, prompt[0])
+    assert bool(spans) == (tiny.name == "qwen3_vl")
+    here, hidden = torch.arange(ids.shape[1]), seen["inputs_embeds"][0]
+    position = torch.arange(ids.shape[1])
+
+    def drop(kept, part):
+        nonlocal here, hidden, position
+        left = torch.cat([item[own] for item, own in zip(items, kept, strict=True)])
+        gone = {*placeholders.nonzero()[:, 0].tolist()} - {*left.tolist()}
+        for markers, pads in spans:
+            gone |= {*markers} if gone >= {*pads} else set()
+        keep = torch.tensor([column not in gone for column in here.tolist()])
+        here, hidden, position = here[keep], hidden[keep], position[keep]
+        if part.positions_on(family) != "original":
+            position = torch.arange(len(here))
+
+    cuts = {}
+    if trace.entered:
+        drop(trace.entered, getattr(method, "pre", method))
+    if method.stage == "decoder":
+        layers = len(family.decoder.layers)
+        for count in trace.available:
+            cuts |= {cut.layer: None for cut in method.cuts(count, layers)}
+        cuts = dict(zip(sorted(cuts), trace.cuts, strict=True))
+    for number, layer in enumerate(family.decoder.layers):
+        if number in cuts:
+            drop(cuts[number], getattr(method, "inside", method))
+        at = seen["position_ids"][-3:, :, here] if family.mrope else position[None]
+        mask = torch.full((len(here), len(here)), float("-inf")).triu(1)[None, None]
+        with torch.no_grad():
+            rotary = family.decoder.rotary_emb(hidden[None], position_ids=at)
+            hidden = layer(hidden[None], attention_mask=mask, position_embeddings=rotary)[0]
+        if number < len(seen.get("deepstack_visual_embeds") or []):
+            deep = torch.zeros_like(seen["inputs_embeds"][0])
+            deep[seen["visual_pos_masks"][0]] = seen["deepstack_visual_embeds"][number]
+            hidden = hidden + deep[here]
+    if spans:
+        markers = {column for own, _ in spans for column in own}
+        assert 0 < len(markers - {*here.tolist()}) < len(markers)
+    logits = tiny.model.lm_head(family.decoder.norm(hidden)).detach()
+    for step, ours in enumerate(out.logits):
+        assert_close(ours[0], logits[len(logits) - len(out.logits) - 1 + step])
+
+
+def test_beam_search_repeats_videos_with_their_rows(tiny):
+    rows = [rows_of(tiny)[2], rows_of(tiny)[0]]
+    steps = {"max_new_tokens": 3, "min_new_tokens": 3, "num_beams": 3}
+    with on("divprune", tiny)(tiny.model), torch.inference_mode():
+        both = tiny.model.generate(**tiny.inputs(rows), **steps)
+        alone = [tiny.model.generate(**tiny.inputs([row]), **steps) for row in rows]
+    for ours, theirs in zip(alone, both, strict=True):
+        assert torch.equal(ours[0, -3:], theirs[-3:])
+
+
+def test_videos_that_are_encoded_beforehand_are_pruned_alike(tiny):
+    inputs = tiny.inputs(rows_of(tiny))
+    encoded = tiny.encode(inputs)
+    assert [bool(frames) for frames in encoded.frames] == [False, True, True, True]
+    method = build("divprune", budget=BUDGET)
+    with method(tiny.model) as trace, torch.inference_mode():
+        expected = tiny.model(**inputs).logits
+    with method(tiny.model, vision=encoded) as again, torch.inference_mode():
+        assert torch.equal(tiny.model(**inputs).logits, expected)
+    assert all(map(torch.equal, trace.kept, again.kept))
+
+
+def test_a_failure_leaves_nothing_on_the_model(tiny):
+    inputs = tiny.inputs(rows_of(tiny))
+    before = snapshot(tiny.model)
+    with failing(family_of(tiny.model).decoder.layers[-1]), build("pool", budget=5)(tiny.model):
+        greedy(tiny, inputs)
+    assert snapshot(tiny.model) == before
+
+
+def test_an_image_method_sees_frames_and_shares_the_budget_evenly(tiny):
+    """Six frames are six, or three pairs where the tower makes one of two."""
+    inputs = tiny.inputs([[(["a"], LONG)]])
+    vision = tiny.encode(inputs).groups[0].tokens
+    frames = vision.in_frames()
+    size = vision.projected.shape[1] // vision.frames
+    assert frames.projected.shape[:2] == (vision.frames, size) == (len(frames.seeds), size)
+    some = vision.in_frames([1])
+    assert torch.equal(some.keys()[0], frames.keys()[1])
+    assert torch.equal(vision.keys()[0, size : 2 * size], frames.keys()[1])
+    assert some.seeds == frames.seeds[1:2]
+    with build("divprune", budget=vision.frames + 1)(tiny.model) as trace, torch.inference_mode():
+        tiny.model(**inputs)
+    shares = torch.bincount(trace.kept[0] // size, minlength=vision.frames)
+    assert sorted(shares.tolist()) == [1] * (vision.frames - 1) + [2]
+
+
+def test_a_model_without_videos_is_named(llava_tiny):
+    inputs = llava_tiny.inputs([[([0], "Is there a 7?")]])
+    inputs["pixel_values_videos"] = inputs.pop("pixel_values")[None]
+    with (
+        build("divprune", budget=5)(llava_tiny.model),
+        pytest.raises(InputError, match="videos of llava models are not pruned; give their frames"),
+    ):
+        llava_tiny.model.model(**inputs)
