@@ -77,6 +77,12 @@ class Pool(VisionPruner):
 
 
 def middle(rows: slice, columns: slice, across: int) -> int:
-    """Returns the index of a rectangle's middle token in a grid of `across` columns."""
+    """Returns the index of a rectangle's middle token in its grid.
+
+    Args:
+        rows: of the rectangle.
+        columns: of the rectangle.
+        across: columns of the grid.
+    """
     row, column = (rows.start + rows.stop - 1) // 2, (columns.start + columns.stop - 1) // 2
     return int(row * across + column)
