@@ -179,7 +179,7 @@ class VisionPruner(Pruner):
         whole = [
             [
                 torch.cat(part)
-                for part in zip(*(found[at] for at in sorted(found) if at[0] == video))
+                for part in zip(*(found[at] for at in sorted(found) if at[0] == video), strict=True)
             ]
             for video in range(videos)
         ]

@@ -259,12 +259,15 @@ class TokenLayout:
         text = (self.image < 0) & (self.line >= 0)
         if not bool(text.any()):
             return keep
-        shape = len(self.line), int(self.line.max()) + 1
+        shape, shown = (
+            (len(self.line), int(self.line.max()) + 1),
+            (self.image >= 0) & (self.line >= 0),
+        )
         before, after = (
             torch.zeros(shape, dtype=torch.bool).scatter_reduce_(
                 1, self.line.clamp(min=0), there, "amax"
             )
-            for there in (self.image >= 0, (self.image >= 0) & keep)
+            for there in (shown, shown & keep)
         )
         empty = (before & ~after).gather(1, self.line.clamp(min=0))
         return keep & ~(text & empty)
