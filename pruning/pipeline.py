@@ -12,6 +12,7 @@ from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.chat import encode_prompts, render
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.images import ImageSource
+from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.load import load
 
 
@@ -108,6 +109,11 @@ class PrunedVLM:
         ]
         rows = [[image] for image in images]
         inputs = encode_prompts(self.model, self.processor, prompts, rows)
+        config, tokens = family_of(self.model).decoder.config, inputs["input_ids"].shape[1]
+        if tokens > (most := getattr(config, "max_position_embeddings", tokens)):
+            raise InputError(
+                f"a prompt has {tokens} tokens, above the {most} that the model takes; ask less"
+            )
         block = nullcontext() if self.pruner is None else self.pruner(self.model)
         # a model is inside one block at a time
         with self.lock, torch.inference_mode(), block as trace:

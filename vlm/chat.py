@@ -44,7 +44,9 @@ class SpecialTokens:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise InputError(f"a text is no Unicode ({error.reason}); mend it") from None
+            raise InputError(
+                f"the text {text[:60]!r} is no Unicode ({error.reason}); mend it"
+            ) from None
         foreign = STAND_INS.sub("\N{REPLACEMENT CHARACTER}", text)
         return self.pattern.sub(lambda found: chr(FIRST + self.names.index(found[0])), foreign)
 

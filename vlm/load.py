@@ -192,10 +192,14 @@ def device_of(name: str) -> Any:
 
 
 def choose_device(name: str) -> str:
-    """Return the name of a device, and say on the error stream which GPU `auto` has become."""
+    """Return the name of a device, and say on the error stream which GPU `auto` has become.
+
+    Raises:
+        InputError: if there is no such device.
+    """
+    chosen = str(device_of(name))
     if name != "auto":
         return name
-    chosen = str(device_of(name))
     if chosen != "cpu":
         print(f"device: {chosen}", file=sys.stderr)
     return chosen

@@ -41,7 +41,9 @@ def find_images(source: Path, prompt: str, limit: int | None = None) -> pa.Table
     elif source.suffix.lower() in MANIFESTS:
         paths, prompts = _manifest(source, limit)
     else:
-        raise InputError(f"{source} is neither a folder nor a manifest ({', '.join(MANIFESTS)})")
+        raise InputError(
+            f"{source} is neither a folder nor a manifest; give a folder or {' or '.join(MANIFESTS)} file"
+        )
     if not paths:
         raise InputError(f"no images in {source}; looked for {', '.join(SUFFIXES)}")
     asked = [own or prompt for own in prompts]

@@ -21,16 +21,20 @@ import pyarrow as pa
 import torch
 from PIL import Image
 from pyarrow import parquet
+from safetensors import safe_open
+from transformers import AutoModelForImageTextToText
 
 from vlm_prune.benchmarks.batch.inputs import decode, find_images, input_root, printable
 from vlm_prune.benchmarks.batch.output import ANSWERS, Parts, finished, parts_of
 from vlm_prune.benchmarks.batch.served import ServedVLM, settings_of
 from vlm_prune.benchmarks.evaluation.records import Variant
 from vlm_prune.pruning.pipeline import PrunedVLM
-from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.load import load
+from vlm_prune.vlm.checkpoint import locate, weight_files
+from vlm_prune.vlm.common.errors import InputError, naming
+from vlm_prune.vlm.load import EMBEDDED, config_of, device_of, load
 
 MOST_BLOCKS = 2000
+ONE_GPU = "Ray hands out the GPUs; give --device cuda, and --workers for how many"
 # Bytes that Ray sets aside for a decoding task: the largest image that is opened, and copies of it.
 # As the models ask for none, Ray Data does not move decoding into their processes.
 DECODING = 2**30
@@ -146,6 +150,7 @@ def map_images(
     if finished(output, wanted):
         shutil.rmtree(parts_of(output), ignore_errors=True)  # a kill left it behind
         return counts(output)
+    check_model(config)
     source = Path(config.input)
     parts = Parts(output, wanted, partial(find_images, source, config.prompt, config.limit))
     missing = parts.missing()
@@ -155,6 +160,26 @@ def map_images(
             _collect(parts, _answers(config, workers, missing, batch_size), advance)
     parts.join()
     return counts(output)
+
+
+def check_model(config: MapConfig) -> None:
+    """Find out, before Ray starts, whether device, checkpoint, method and budget go together.
+
+    Raises:
+        InputError: if they do not, or the checkpoint cannot be read.
+    """
+    if config.device.startswith("cuda:"):
+        raise InputError(ONE_GPU)
+    if config.device not in ("auto", "cuda"):  # Ray may see GPUs of other machines
+        device_of(config.device)
+    with naming(f"cannot load model {config.model!r}"):
+        folder = locate(config.model, EMBEDDED)
+        for file in weight_files(folder):
+            with safe_open(folder / file, "pt"):
+                pass
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config_of(config.model))
+    config.variant.build(0).admit(model)
 
 
 def _collect(parts: Parts, answers: Iterator[pa.Table], advance: Callable[[int], None]) -> None:
@@ -231,7 +256,7 @@ def placed(
     if device == "auto":
         device = "cuda" if gpus else "cpu"
     if device.startswith("cuda:"):
-        raise InputError("Ray hands out the GPUs; give --device cuda, and --workers for how many")
+        raise InputError(ONE_GPU)
     if device == "cuda":
         if not gpus:
             raise InputError("Ray sees no GPU; give --device cpu")

@@ -18,6 +18,7 @@ from vlm_prune.benchmarks.cli.options import (
     parse_budget,
 )
 from vlm_prune.benchmarks.cli.terminal import quiet
+from vlm_prune.vlm.common.errors import InputError
 
 
 def ask_command(
@@ -40,6 +41,8 @@ def ask_command(
     from vlm_prune.vlm.load import load
 
     quiet()
+    if not question.strip():
+        raise InputError("the question is empty; ask something about the image")
     picture = open_image(image)
     pruner = build(method, budget=parse_budget(budget))
     loaded = load(

@@ -82,6 +82,7 @@ def bench_command(
         check_outputs(output, ("bench.json", "bench.md"))
     if engine == "vllm" and (schedule is not None or wings is not None or "," in method):
         raise InputError("--engine vllm measures one method, without --schedule or --wings")
+    counts = _counts(concurrency)
     names = named_methods(method, lambda: FAMILIES[SHAPES[model_shape]().model_type])
     more = parse_arguments(method_args)
     variants = [Variant(name, parse_budget(budget), arguments=more) for name in names]
@@ -95,7 +96,7 @@ def bench_command(
         results = bench_serving(
             ServingConfig(
                 model_shape, variants[0].method, variants[0].budget, requests,
-                _counts(concurrency), new_tokens, dtype=dtype, layers=layers, arguments=more,
+                counts, new_tokens, dtype=dtype, layers=layers, arguments=more,
             )
         )  # fmt: skip
         lines, table = serving_summary(results), serving_rows(results)

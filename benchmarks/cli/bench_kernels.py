@@ -30,6 +30,8 @@ def bench_kernels(
     from vlm_prune.benchmarks.speed.roofline import measured_ceilings
     from vlm_prune.vlm.common.files import check_output, write_json, write_text
 
+    if not out.name:
+        raise InputError(f"{str(out)!r} is a folder; give the beginning of the files' names")
     files = out.with_suffix(".json"), out.with_suffix(".md")
     for file in files:
         check_output(file)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vlm_prune.benchmarks.cli.options import AllowOutside, Seed, parse_arguments
+from vlm_prune.benchmarks.cli.options import AllowOutside, Device, Seed, parse_arguments
 from vlm_prune.vlm.common.errors import InputError
 
 STREAMS = ("packaged", "mtil-1", "mtil-2", "mtil-5shot", "x-tail")
@@ -113,7 +113,7 @@ def bench_continual(
     classes: Annotated[int, typer.Option(min=1)] = 8,
     rank: Annotated[int, typer.Option(min=1)] = 16,
     rounds: Annotated[int, typer.Option(min=1)] = 20,
-    device: str = "cpu",
+    device: Device = "cpu",
 ) -> None:
     """Time a training step of CoDyRA against plain LoRA of the same rank, on random weights."""
     import torch

@@ -26,7 +26,9 @@ def schedule_command(
     data: Annotated[
         str, typer.Option(help="Tasks (their validation split), or a LLaVA-format JSON file.")
     ] = "visual",
-    images: Annotated[Path, typer.Option(help="Folder of the images of a JSON file.")] = Path("."),
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the images of a JSON file; the working one.")
+    ] = None,
     allow_outside: AllowOutside = False,
     budget: OneBudget = "64",
     cuts: Annotated[int, typer.Option(min=1, max=3, help="Cuts to propose, at most.")] = 3,
@@ -54,7 +56,10 @@ def schedule_command(
     check_outputs(output, analysis.FILES)
     share = parse_budget(budget)
     if data.endswith(".json"):
-        prompts = analysis.prompts_of_file(Path(data), DataRoot(images, allow_outside), limit)
+        root = DataRoot(images or Path("."), allow_outside)
+        prompts = analysis.prompts_of_file(Path(data), root, limit)
+    elif images is not None:
+        raise InputError(f"--images {images} is for conversations; give --data FILE.json")
     else:
         prompts = analysis.prompts_of_tasks(parse_tasks(data), limit, seed)
     if not prompts:

@@ -51,6 +51,7 @@ def search_command(
     )
     from vlm_prune.benchmarks.stats.table import as_table, show
     from vlm_prune.pruning.best import PACKAGED
+    from vlm_prune.pruning.best import definitions as read_definitions
     from vlm_prune.vlm.budget import check_fits, tokens_for
     from vlm_prune.vlm.common.files import check_output, check_outputs
     from vlm_prune.vlm.families import family_of
@@ -59,7 +60,10 @@ def search_command(
     quiet()
     check_kind(output, "search")
     check_outputs(output, FILES)
-    check_output(definitions or PACKAGED)
+    target = definitions or PACKAGED
+    check_output(target)
+    if target.exists():
+        read_definitions(str(target))  # another file would be lost
     names = parse_tasks(tasks)
     if limit < len(names):
         raise InputError(f"limit {limit} is below one question for {len(names)} tasks")
@@ -83,7 +87,7 @@ def search_command(
     found = Search(loaded, processor, common, limit, output, watch).run(
         list(dict.fromkeys(tokens_for(each, whole) for each in wanted))
     )
-    save_search(found, output, definitions or PACKAGED)
+    save_search(found, output, target)
     for tokens, entry in found.budgets.items():
         show(as_table(definition_table(entry)))
         print(search_verdict(tokens, entry))

@@ -103,7 +103,9 @@ def merge_wings(
 ) -> None:
     """Write base + alpha (tuned - base), language model only, as OUTPUT/alpha-*."""
     from vlm_prune.learners.merge import sweep
+    from vlm_prune.vlm.common.files import output_folder
 
     quiet()
+    output_folder(output)
     for folder in sweep(base, tuned, output, alpha or [0.5]):
         typer.echo(folder)

@@ -19,10 +19,12 @@ from vlm_prune.benchmarks.speed.pictures import random_pictures
 from vlm_prune.benchmarks.speed.roofline import Ceilings, Timing, kept_memory, measured_ceilings
 from vlm_prune.benchmarks.speed.shapes import SHAPES
 from vlm_prune.vlm.common.errors import InputError, first_line
+from vlm_prune.vlm.common.registry import unknown
 from vlm_prune.vlm.cost import key_value_bytes, prefill_flops
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.trace import SELECTION, VISION
 
+DTYPES = ("float32", "bfloat16", "float16")
 PHASES = ("vision", "selection", "prefill", "decode")
 
 
@@ -50,9 +52,9 @@ def random_model(config: BenchConfig, architecture: Any = None) -> Any:
     architecture = architecture or SHAPES[config.shape]()
     if config.layers is not None:
         shorten(architecture.get_text_config(), config.layers, config.shape)
-    dtype = getattr(torch, config.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise InputError(f"unknown dtype {config.dtype!r}; give float32, bfloat16 or float16")
+    if config.dtype not in DTYPES:
+        raise InputError(unknown("dtype", config.dtype, DTYPES))
+    dtype = getattr(torch, config.dtype)
     try:
         with torch.device(config.device):
             torch.manual_seed(config.seed)

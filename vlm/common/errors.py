@@ -13,7 +13,14 @@ class InputError(ValueError):
 
 def first_line(error: BaseException) -> str:
     """The first line of what an exception says, or its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return _lines(error)[0]
+
+
+def _lines(error: BaseException) -> list[str]:
+    if isinstance(error, OSError) and error.strerror:
+        named = f": {error.filename}" if error.filename else ""
+        return [f"{error.strerror}{named}"]
+    return str(error).strip().splitlines() or [type(error).__name__]
 
 
 def one_line(text: str) -> str:
@@ -31,6 +38,8 @@ def naming(what: str) -> Iterator[None]:
         if isinstance(error, RecursionError):
             raise InputError(f"{what}: it is nested too deeply") from error
         # "Error(s) in loading state_dict for CLIP:" says what is wrong in its next line
-        first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+        first, *rest = _lines(error)
         line = f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first
+        if type(error).__name__ == "SafetensorError":
+            line = f"its weights are damaged ({line})"
         raise InputError(f"{what}: {line}") from error

@@ -85,8 +85,17 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     content = read_json(path)
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds {type(content).__name__} where a JSON object is expected")
+        raise InputError(f"{path} holds {_shape(content)} where a JSON object is expected")
     return content
+
+
+def _shape(content: Any) -> str:
+    """What a JSON value is called."""
+    if content is None or isinstance(content, bool):
+        return json.dumps(content)
+    if isinstance(content, list | str):
+        return "a list" if isinstance(content, list) else "a text"
+    return "a number"
 
 
 def output_file(path: Path) -> Path:
@@ -116,7 +125,11 @@ def output_folder(path: Path) -> Path:
     """
     target = Path(os.path.realpath(path))
     if target == Path.cwd() or target == target.parent:
-        raise InputError(f"{str(path)!r} is no folder for results; give one such as runs/one")
+        raise InputError(
+            f"the output {str(path)!r} is no folder of its own; give one such as runs/one"
+        )
+    if target.is_symlink():  # realpath stops where links form a loop
+        raise InputError(f"{path} is a link that leads nowhere; give another name")
     if target.exists() and not target.is_dir():
         raise InputError(f"{path} is {_kind(target.stat().st_mode)}; give a folder")
     return target

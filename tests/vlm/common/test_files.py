@@ -163,7 +163,7 @@ def test_the_working_folder_and_the_root_are_no_folders_for_results(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     for path in ("", ".", "./", "/", "/tmp/..", tmp_path):
-        with pytest.raises(InputError, match="no folder for results"):
+        with pytest.raises(InputError, match="no folder of its own"):
             output_folder(Path(path))
     with pytest.raises(InputError, match="is a file; give a folder"):
         output_folder(Path("file"))
