@@ -39,6 +39,15 @@ def _entry_points(_: tuple[tuple[str, int], ...]) -> list[Mapping[str, Any]]:
     return [point.load() for point in entry_points(group="vlm_prune.methods")]
 
 
+OPTIONS = ("budget", "positions", "seed")
+
+
+def check_own(arguments: Mapping[str, Any]) -> None:
+    """Raise `InputError` if an argument of a method is what every method has, given elsewhere."""
+    if shared := [name for name in OPTIONS if name in arguments]:
+        raise InputError(f"{shared[0]} is no hyperparameter but an option; give --{shared[0]}")
+
+
 def build(name: str, **hyperparameters: Any) -> Any:
     """A pruner by its registered name, or several joined by `+`.
 
@@ -98,7 +107,7 @@ def _replaced(pruner: Any, hyperparameters: dict[str, Any]) -> Any:
 def _check_names(method: type[Any], hyperparameters: Mapping[str, Any]) -> None:
     """Raise `InputError` for a hyperparameter that the method does not have."""
     known = [own.name for own in fields(method) if own.init]
-    own_names = [name for name in known if name not in ("budget", "positions", "seed")]
+    own_names = [name for name in known if name not in OPTIONS]
     for name in hyperparameters:
         if name not in known:
             near = get_close_matches(name, own_names, n=1)

@@ -19,11 +19,8 @@ def settings_of(model: str, variant: Variant) -> Settings:
     Raises:
         InputError: if vLLM is missing, or cannot serve the model so.
     """
-    arguments = dict(variant.arguments)
-    if variant.positions != "auto":
-        arguments["positions"] = variant.positions
     settings = Settings.read(
-        {"method": variant.method, "budget": variant.budget, "arguments": arguments}
+        {"method": variant.method, "budget": variant.budget, "arguments": variant.with_positions}
     )
     check_served(model, settings)
     return settings

@@ -10,9 +10,10 @@ from vlm_prune.benchmarks.cli.options import (
     Device,
     MethodArgs,
     OneBudget,
+    Positions,
     ScheduleFile,
-    parse_arguments,
     parse_budget,
+    parse_method_args,
     with_schedule,
 )
 from vlm_prune.benchmarks.cli.terminal import quiet
@@ -36,6 +37,7 @@ def bench_command(
     layers: Annotated[
         int | None, typer.Option(help="Decoder layers, where all are too many for the machine.")
     ] = None,
+    positions: Positions = "auto",
     method_args: MethodArgs = "",
     schedule: ScheduleFile = None,
     wings: Annotated[
@@ -84,8 +86,8 @@ def bench_command(
         raise InputError("--engine vllm measures one method, without --schedule or --wings")
     counts = _counts(concurrency)
     names = named_methods(method, lambda: FAMILIES[SHAPES[model_shape]().model_type])
-    more = parse_arguments(method_args)
-    variants = [Variant(name, parse_budget(budget), arguments=more) for name in names]
+    more = parse_method_args(method_args)
+    variants = [Variant(name, parse_budget(budget), positions, more) for name in names]
     variants = with_schedule(variants, schedule)
     config = BenchConfig(
         model_shape, variants[0], batch=batch, repeats=repeats, new_tokens=new_tokens,
@@ -96,7 +98,8 @@ def bench_command(
         results = bench_serving(
             ServingConfig(
                 model_shape, variants[0].method, variants[0].budget, requests,
-                counts, new_tokens, dtype=dtype, layers=layers, arguments=more,
+                counts, new_tokens, dtype=dtype, layers=layers,
+                arguments=variants[0].with_positions,
             )
         )  # fmt: skip
         lines, table = serving_summary(results), serving_rows(results)

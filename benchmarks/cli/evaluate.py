@@ -27,8 +27,8 @@ from vlm_prune.benchmarks.cli.options import (
     Tasks,
     Wings,
     data_root_of,
-    parse_arguments,
     parse_budget,
+    parse_method_args,
     with_schedule,
 )
 from vlm_prune.benchmarks.cli.runs import execute, open_run_folders, run_configs
@@ -90,7 +90,7 @@ def evaluate_command(
         return
     if base is not None:
         raise InputError("--base is a model of a suite; add --suite forgetting")
-    variant = Variant(method, parse_budget(budget), positions, parse_arguments(method_args))
+    variant = Variant(method, parse_budget(budget), positions, parse_method_args(method_args))
     configs = run_configs(with_schedule([variant], schedule), split, tasks, **common)
     with open_run_folders(configs, output) as folders:
         (results,) = execute(folders, data_root_of(data_root, allow_outside))

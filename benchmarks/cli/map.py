@@ -16,8 +16,9 @@ from vlm_prune.benchmarks.cli.options import (
     MethodArgs,
     Model,
     OneBudget,
-    parse_arguments,
+    Positions,
     parse_budget,
+    parse_method_args,
 )
 from vlm_prune.benchmarks.cli.terminal import progress, quiet
 from vlm_prune.vlm.common.errors import InputError
@@ -48,6 +49,7 @@ def map_command(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer; the model's own limit unless given.")
     ] = None,
+    positions: Positions = "auto",
     method_args: MethodArgs = "",
     workers: Annotated[
         int | None, typer.Option(min=1, help="Models at a time; one per GPU, or one on the CPUs.")
@@ -64,7 +66,7 @@ def map_command(
     quiet()
     if engine not in ENGINES:
         raise InputError(unknown("engine", engine, ENGINES))
-    variant = Variant(method, parse_budget(budget), arguments=parse_arguments(method_args))
+    variant = Variant(method, parse_budget(budget), positions, parse_method_args(method_args))
     config = pipeline.MapConfig(
         str(source.absolute()),
         prompt,

@@ -1,6 +1,8 @@
 """Arguments that several commands take, and how they are read."""
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -100,16 +102,38 @@ def data_root_of(data_root: Path | None, allow_outside: bool) -> "Root | None":
 
 
 def parse_arguments(text: str) -> dict[str, Any]:
-    """`strategy=row,directions=16` as a dictionary; values are JSON where they can be."""
+    """`strategy=row,directions=16` as a dictionary; values are JSON where they can be.
+
+    Raises:
+        InputError: if a part is no `name=value`, a name is given twice, or a number is not finite.
+    """
     arguments: dict[str, Any] = {}
-    for part in filter(None, text.split(",")):
+    # commas inside brackets belong to a value
+    for part in filter(None, re.split(r",(?![^\[]*\])", text)):
         key, equals, value = part.partition("=")
         if not equals or not key:
-            raise InputError(f"method argument {part!r} is not of the form name=value")
-        try:
-            arguments[key] = json.loads(value)
-        except json.JSONDecodeError:
-            arguments[key] = value
+            raise InputError(f"argument {part!r} is not of the form name=value")
+        if key in arguments:
+            raise InputError(f"argument {key!r} is given twice in {text!r}; leave out one")
+        arguments[key] = _value(value)
+        if isinstance(arguments[key], float) and not math.isfinite(arguments[key]):
+            raise InputError(f"argument {part!r} is not a finite number; give one")
+    return arguments
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def parse_method_args(text: str) -> dict[str, Any]:
+    """Hyperparameters of a method; raises `InputError` as `parse_arguments` and `check_own` do."""
+    from vlm_prune.pruning.registry import check_own
+
+    arguments = parse_arguments(text)
+    check_own(arguments)
     return arguments
 
 

