@@ -6,11 +6,21 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from filelock import FileLock
 
 from vlm_prune.benchmarks.evaluation.environment import device_name, versions
+from vlm_prune.benchmarks.evaluation.records import (
+    Count,
+    PhaseTimes,
+    PromptRecord,
+    check_prompt,
+)
 from vlm_prune.learners.store import adapter_digest
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.files import read_bytes
+from vlm_prune.vlm.common.folder import check_settings, record_settings
+from vlm_prune.vlm.common.records import from_json
 from vlm_prune.vlm.load import EMBEDDED
 
 
@@ -63,6 +73,38 @@ def source(model: Any, name: str, wings: str | None) -> dict[str, Any]:
     }
 
 
+class StoredAnswer(PromptRecord, frozen=True):
+    """A row of `answers.jsonl`: what a model answered, and what its prompt cost.
+
+    Args:
+        id: the task, the number of its document and perhaps more, `pope/000012/round1`.
+        question: as it was asked.
+        question_hash: its `fingerprint`.
+        reply: up to the first stop.
+        input_tokens: of the prompt.
+        output_tokens: up to the end of the answer.
+        time_ms: by phase.
+        nll: of a text that was given, in nats; None where the model wrote one.
+        greedy: whether that text is the greedy one.
+    """
+
+    id: str
+    question: str
+    question_hash: str
+    reply: str
+    input_tokens: Count
+    output_tokens: Count
+    time_ms: PhaseTimes
+    nll: float | None = None
+    greedy: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_prompt(self)
+        _, number, *_ = (*self.id.split("/"), "")
+        if not (number.isascii() and number.isdecimal()):
+            raise ValueError(f"{self.id!r} is no question of a task")
+
+
 class Answers:
     """Rows by id in `answers.jsonl`, written by any number of processes at once.
 
@@ -79,35 +121,29 @@ class Answers:
         folder.mkdir(parents=True, exist_ok=True)
         self.rows: dict[str, dict[str, Any]] = {}
         with self.lock:
-            stored = folder / "about.json"
-            wanted = json.loads(json.dumps(about))
-            try:
-                found = json.loads(stored.read_text()) if stored.is_file() else None
-            except ValueError:
-                found = None
-            if found is None:
-                self.path.unlink(missing_ok=True)
-                stored.write_text(json.dumps(wanted, indent=2) + "\n")
-            elif found != wanted:
-                raise InputError(f"{folder} holds another run's answers; remove the folder")
+            if not check_settings(folder / "about.json", about):
+                self.path.unlink(missing_ok=True)  # whose answers they are is not known
+                record_settings(folder / "about.json", about)
         self.read()
 
     def read(self) -> None:
         """Take in what other processes wrote; a line that a kill cut off is removed."""
-        if not self.path.is_file():
+        if not self.path.exists():
             return
         with self.lock:
-            text = self.path.read_bytes()
+            text = read_bytes(self.path)
             whole = text[: text.rfind(b"\n") + 1]
             if len(whole) < len(text):
                 os.truncate(self.path, len(whole))
-        try:
-            rows = [json.loads(line) for line in whole.splitlines()]
-            self.rows |= {row["id"]: row for row in rows}
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{self.path} is damaged ({error}); remove it") from error
+        for number, line in enumerate(whole.splitlines(), 1):
+            name = f"line {number} of {self.path}"
+            row = from_json(line, StoredAnswer, name, "remove it")
+            if row.id.partition("/")[0] != self.path.parent.name:
+                raise InputError(f"{name} answers {row.id!r}, another task's question; remove it")
+            self.rows[row.id] = msgspec.to_builtins(row)
 
     def append(self, rows: list[dict[str, Any]]) -> None:
+        """Note rows with the fields of `StoredAnswer`."""
         with self.lock, self.path.open("a") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()

@@ -5,12 +5,14 @@ seed 0; test images are first seen by the runs that are reported. Some methods t
 rate: a control that of what it is a control for, a relative of full fine-tuning or LoRA theirs.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
+
+from vlm_prune.benchmarks.evaluation.records import Amount, Count, Share
 from vlm_prune.benchmarks.experiments.continual.learn import (
     fewer,
     learn_tasks,
@@ -22,9 +24,12 @@ from vlm_prune.continual.methods import Method
 from vlm_prune.continual.streams import Stream, StreamTask, open_stream
 from vlm_prune.continual.streams.unseen import unseen_scenes
 from vlm_prune.continual.train import ContinualRun
+from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import write_json
 from vlm_prune.vlm.common.folder import OutputFolder, record_settings
+from vlm_prune.vlm.common.records import read_record
 
+OUTSIDE = "scenes"
 ADAPTER_RATES, FULL_RATES = (3e-4, 1e-3, 3e-3, 1e-2), (3e-5, 1e-4, 3e-4)
 
 
@@ -73,6 +78,97 @@ CANDIDATES: dict[str, list[dict[str, Any]]] = {
         {"lr": lr, "importance": kind} for kind in ("product", "taylor") for lr in ADAPTER_RATES[:3]
     ],
 }
+
+
+class Tried(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """One candidate of the search: its options, and Average on the validation images."""
+
+    lr: Annotated[float, msgspec.Meta(gt=0)]
+    importance: str | None = None
+    average: Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What was tried."""
+        return {k: v for k, v in msgspec.to_builtins(self).items() if k != "average"}
+
+
+class Retained(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is left of the accuracy on the outside set, as `retention` tells it."""
+
+    before: Share
+    after: Share
+    difference: float
+    ci: tuple[float, float]
+
+
+class UsedRecipe(msgspec.Struct, frozen=True, kw_only=True):
+    """Of a recipe, what the page shows."""
+
+    lr: Annotated[float, msgspec.Meta(gt=0)]
+
+
+class RunReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Of the `report.json` of an arm's run, what the experiment goes on with."""
+
+    recipe: UsedRecipe
+    retention: dict[str, Retained]
+    trainable_parameters: Annotated[list[Count], msgspec.Meta(min_length=1)]
+    added_parameters: Annotated[list[Count], msgspec.Meta(min_length=1)]
+    update_norms: list[Amount | None]
+    drift: Annotated[list[Amount], msgspec.Meta(min_length=1)]
+
+    def __post_init__(self) -> None:
+        if OUTSIDE not in self.retention:
+            raise ValueError(f"no retention on {OUTSIDE}")
+
+
+def read_report(folder: Path) -> RunReport | None:
+    """The report of a run; None if it has not finished.
+
+    Raises:
+        InputError: if it is damaged.
+    """
+    path = folder / "report.json"
+    return (
+        read_record(path, RunReport, "remove it; the run is finished again")
+        if path.exists()
+        else None
+    )
+
+
+def read_search(output: Path) -> dict[str, list[Tried]]:
+    """What the search has tried, by arm.
+
+    Raises:
+        InputError: if the file is damaged, or tells of other candidates.
+    """
+    path, advice = output / "search.json", "remove it; finished runs are read again"
+    if not path.exists():
+        return {}
+    record = read_record(path, dict[str, list[Tried]], advice)
+    for label, tried in record.items():
+        if [one.options for one in tried] != CANDIDATES.get(label, [])[: len(tried)]:
+            raise InputError(f"{path} tells of other candidates of {label[:60]!r}; {advice}")
+    return record
+
+
+def read_step_ms(output: Path) -> dict[str, Amount]:
+    """Milliseconds of a step by arm, as far as they were taken.
+
+    Raises:
+        InputError: if the file is damaged.
+    """
+    path, advice = output / "step_ms.json", "remove it; it is measured again"
+    if not path.exists():
+        return {}
+    found = read_record(path, dict[str, Amount], advice)
+    for label in found:
+        if label not in ARMS:
+            raise InputError(f"{path} tells of an unknown arm {label[:60]!r}; {advice}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -150,8 +246,7 @@ def search_rates(
         stream: of the tasks.
         tasks: the stream's; the first `search_tasks` of them are learned.
     """
-    path = experiment.output / "search.json"
-    record: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    record = read_search(experiment.output)
     some = tuple(replace(t, test=t.val) for t in tasks[: experiment.search_tasks])
     wanted = {ARMS[label].rate for label in experiment.arms} - {""}
     for label in filter(wanted.__contains__, CANDIDATES):
@@ -163,10 +258,11 @@ def search_rates(
             method, changes = _built(experiment, stream, label, candidate)
             run = ContinualRun(folder, method, recipe_of(stream, changes, 0))
             report = learn_tasks(run, load_clip("tiny"), some)
-            scores.append(candidate | {"average": report["metrics"]["average"]["value"]})
-            write_json(path, record)
-    best = {label: max(scores, key=lambda s: s["average"]) for label, scores in record.items()}
-    return {n: {k: v for k, v in one.items() if k != "average"} for n, one in best.items()}
+            average = report["metrics"]["average"]["value"]
+            scores.append(Tried(**candidate, average=average))
+            write_json(experiment.output / "search.json", record)
+    best = {label: max(scores, key=lambda one: one.average) for label, scores in record.items()}
+    return {label: one.options for label, one in best.items()}
 
 
 def run_one(
@@ -185,7 +281,7 @@ def run_one(
         outside: what retention is measured on.
     """
     folder = experiment.folder(label, seed)
-    if (folder / "report.json").is_file():
+    if read_report(folder) is not None:
         return
     arm = ARMS[label]
     candidate: dict[str, Any] = {}

@@ -1,12 +1,12 @@
 """The experiment's results: JSON, a page in Markdown, and a picture."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
@@ -19,7 +19,14 @@ from vlm_prune.benchmarks.experiments.continual.compare import (
     metric_differences,
     values,
 )
-from vlm_prune.benchmarks.experiments.continual.experiment import ARMS, Experiment
+from vlm_prune.benchmarks.experiments.continual.experiment import (
+    ARMS,
+    OUTSIDE,
+    Experiment,
+    read_report,
+    read_search,
+    read_step_ms,
+)
 from vlm_prune.benchmarks.experiments.continual.learn import accuracy_matrix, method_of
 from vlm_prune.benchmarks.experiments.continual.timing import step_times
 from vlm_prune.benchmarks.stats.table import as_markdown
@@ -56,22 +63,23 @@ def collect(experiment: Experiment) -> dict[str, Any]:
     runs: dict[str, Runs] = {}
     for label in experiment.arms:
         folders = {seed: experiment.folder(label, seed) for seed in range(experiment.seeds)}
-        done = {seed: f for seed, f in folders.items() if (f / "report.json").is_file()}
+        found = {seed: read_report(folder) for seed, folder in folders.items()}
+        reports = [report for report in found.values() if report is not None]
+        done = {seed: folders[seed] for seed, report in found.items() if report is not None}
         if not done:
             continue
         runs[label] = {seed: accuracy_matrix(read_results(f)) for seed, f in done.items()}
-        reports = [json.loads((f / "report.json").read_text()) for f in done.values()]
         first = reports[0]
         rows[label] = {
             "seeds": list(done),
-            "lr": first["recipe"]["lr"] if ARMS[label].rate else None,
+            "lr": first.recipe.lr if ARMS[label].rate else None,
             "metrics": figures(runs[label]),
             "metrics_by_seed": values(runs[label]),
-            "retention": [report["retention"]["scenes"] for report in reports],
-            "trainable_parameters": first["trainable_parameters"][0],
-            "added_parameters": first["added_parameters"][-1],
-            "update_norms": [report["update_norms"] for report in reports],
-            "drift": [report["drift"] for report in reports],
+            "retention": [report.retention[OUTSIDE] for report in reports],
+            "trainable_parameters": first.trainable_parameters[0],
+            "added_parameters": first.added_parameters[-1],
+            "update_norms": [report.update_norms for report in reports],
+            "drift": [report.drift for report in reports],
             "kept_rank": kept_rank(done.values()),
         }
     differences = [
@@ -79,15 +87,12 @@ def collect(experiment: Experiment) -> dict[str, Any]:
         for text, one, other in QUESTIONS
         if one in runs and other in runs
     ]
-    recorded: dict[str, Any] = {}
-    for name in ("search", "step_ms"):
-        path = experiment.output / f"{name}.json"
-        recorded[name] = json.loads(path.read_text()) if path.is_file() else {}
-    found = {
+    everything = {
         "settings": {k: v for k, v in asdict(experiment).items() if k != "output"},
         "finished": sum(len(row["seeds"]) for row in rows.values()),
         "planned": experiment.seeds * len(experiment.arms),
-        **recorded,
+        "search": read_search(experiment.output),
+        "step_ms": read_step_ms(experiment.output),
         "methods": rows,
         "differences": differences,
         "initial_gates": initial_gates(experiment),
@@ -95,7 +100,8 @@ def collect(experiment: Experiment) -> dict[str, Any]:
         "device": device_name(torch.device("cpu")),
         "versions": versions("open_clip_torch", "timm", "peft"),
     }
-    return found | {"verdicts": verdicts(found)}
+    plain: dict[str, Any] = msgspec.to_builtins(everything)
+    return plain | {"verdicts": verdicts(plain)}
 
 
 def kept_rank(folders: Iterable[Path]) -> float | None:
@@ -159,8 +165,7 @@ def verdicts(found: Mapping[str, Any]) -> list[str]:
 
 def time_steps(experiment: Experiment, rounds: int = 10) -> None:
     """Record the milliseconds of a step on the first task, all methods in turn, unless it is done."""
-    path = experiment.output / "step_ms.json"
-    if path.is_file():
+    if read_step_ms(experiment.output):
         return
     stream, clip = open_stream("packaged"), load_clip("tiny")
     task = stream.tasks[0]
@@ -173,7 +178,8 @@ def time_steps(experiment: Experiment, rounds: int = 10) -> None:
         if ARMS[label].rate and not ARMS[label].follows
     }
     make, words = (lambda: load_clip("tiny")), prompts(task)
-    write_json(path, step_times(methods, make, words, pixels, labels, rounds))
+    found = step_times(methods, make, words, pixels, labels, rounds)
+    write_json(experiment.output / "step_ms.json", found)
 
 
 def results_page(found: Mapping[str, Any]) -> str:

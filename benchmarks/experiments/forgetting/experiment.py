@@ -1,7 +1,7 @@
 """The experiment's course: each (seed, arm) leaves a file and is skipped when that file is there."""
 
 import hashlib
-import json
+import math
 from dataclasses import asdict
 from functools import cache
 from importlib.util import find_spec
@@ -29,6 +29,8 @@ from vlm_prune.benchmarks.experiments.forgetting.data import (
     shift_rows,
 )
 from vlm_prune.benchmarks.experiments.forgetting.measure import (
+    ADVICE,
+    ArmRecord,
     Hits,
     accuracy_over_kinds,
     right_answers,
@@ -43,6 +45,7 @@ from vlm_prune.learners.merge import merge
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import atomic_path, write_folder, write_json
 from vlm_prune.vlm.common.folder import OutputFolder, record_settings
+from vlm_prune.vlm.common.records import read_record
 from vlm_prune.vlm.load import load
 from vlm_prune.vlm.tiny import text_language_model
 
@@ -87,9 +90,7 @@ def run(
     return everything
 
 
-def _run_arms(
-    plan: Plan, output: Path, base: Path, jobs: int
-) -> dict[tuple[int, str], dict[str, Any]]:
+def _run_arms(plan: Plan, output: Path, base: Path, jobs: int) -> dict[tuple[int, str], ArmRecord]:
     """What is measured of each arm with each seed; what is missing is run."""
     _shown(plan, output)  # here, so that not each process computes features
     spread = Parallel(n_jobs=jobs, return_as="generator")
@@ -102,7 +103,7 @@ def _run_arms(
         for (seed, name), entry in zip(wave, runs, strict=True):
             found[seed, name] = entry
             figures = ", ".join(
-                f"{part} {100 * accuracy_over_kinds(entry['hits'][part]):.1f} %"
+                f"{part} {100 * accuracy_over_kinds(entry.hits[part]):.1f} %"
                 for part in ("text", "visual")
             )
             rate = f"language model's LR {plan.rate(ARMS[name])}"
@@ -129,15 +130,14 @@ def _begun(plan: Plan, output: Path, base: Path, seed: int) -> None:
             first_stage(folder, arm, plan, shown, seed)
 
 
-def _finished(plan: Plan, output: Path, seed: int, name: str) -> dict[str, Any]:
+def _finished(plan: Plan, output: Path, seed: int, name: str) -> ArmRecord:
     """What is measured of one arm, from its file if it is there."""
     folder = output / f"seed-{seed}"
     path = folder / f"{name}.json"
     if not path.is_file():
         shown = _shown(plan, output)
         write_json(path, measure_arm(folder, name, ARMS[name], plan, shown, seed))
-    entry: dict[str, Any] = json.loads(path.read_text())
-    return entry
+    return read_record(path, ArmRecord, ADVICE)
 
 
 def aligned(folder: Path, base: Path, plan: Plan, shown: Shown, seed: int) -> None:
@@ -292,9 +292,9 @@ def _language_and_projector(model: Any) -> dict[str, Tensor]:
     }
 
 
-def _mean_curves(curves: Tensor) -> list[list[float]]:
+def _mean_curves(curves: Tensor) -> list[list[float | None]]:
     means: list[list[float]] = curves.nanmean(0).tolist()
-    return means
+    return [[None if math.isnan(mean) else mean for mean in group] for group in means]
 
 
 def _shift(curves: Tensor) -> list[float]:

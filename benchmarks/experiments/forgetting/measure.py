@@ -1,7 +1,8 @@
 """What is measured of an arm: right answers by scene, and where attention goes."""
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -10,8 +11,58 @@ from torch import Tensor
 from vlm_prune.benchmarks.embedded_models.language import IGNORE, Row, pack, projected
 from vlm_prune.benchmarks.experiments.forgetting.train import answer_logits
 from vlm_prune.benchmarks.stats.bootstrap import Values, percentiles, resampled
-from vlm_prune.learners.laws import laws
+from vlm_prune.learners.laws import GROUPS, laws
 from vlm_prune.vlm.families import family_of
+
+ADVICE = "remove it, and it is measured again"
+FirstToken = Literal["with first token", "without first token"]
+Counts = Annotated[
+    list[Annotated[int, msgspec.Meta(ge=0)]], msgspec.Meta(min_length=2, max_length=2)
+]
+Counted = dict[str, Annotated[list[Counts], msgspec.Meta(min_length=1)]]
+
+
+class ArmCost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What training an arm took, as in `Cost`."""
+
+    trainable: Annotated[int, msgspec.Meta(ge=0)]
+    step_s: Annotated[float, msgspec.Meta(ge=0)]
+    memory_bytes: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class ArmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The file of one arm with one seed.
+
+    Args:
+        hits: `Hits` of the parts `text`, `visual` and `iit`.
+        curves: attention to each group of tokens by layer; None where it is undefined.
+        shift: of each prompt where it is defined.
+        cost: of training.
+        alpha: how far merging goes, for the arm that merges.
+        validation: what other distances had scored.
+    """
+
+    hits: dict[str, Counted]
+    curves: dict[FirstToken, list[list[float | None]]]
+    shift: dict[FirstToken, list[float]]
+    cost: ArmCost
+    alpha: float | None = None
+    validation: dict[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.hits.keys() != {"text", "visual", "iit"} or not all(self.hits.values()):
+            raise ValueError("hits are of text, visual and iit")
+        counts = [two for part in self.hits.values() for row in part.values() for two in row]
+        if any(right > asked or not asked for right, asked in counts):
+            raise ValueError("more right answers than questions, or no question")
+        if len(self.curves) != 2 or len(self.shift) != 2:
+            raise ValueError("curves and shift are with and without the first token")
+        if any(
+            len(curve) != len(GROUPS) or len({*map(len, curve)}) > 1
+            for curve in self.curves.values()
+        ):
+            raise ValueError(f"a curve is not of {len(GROUPS)} groups")
+
 
 Hits = dict[str, dict[str, list[list[int]]]]
 BATCH = 4

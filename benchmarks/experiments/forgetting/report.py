@@ -1,23 +1,25 @@
 """The experiment's JSON, table and plot."""
 
-import json
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from vlm_prune.benchmarks.experiments.forgetting.arms import ARMS, Plan
 from vlm_prune.benchmarks.experiments.forgetting.measure import (
+    ArmRecord,
+    FirstToken,
     accuracy_difference,
-    accuracy_over_kinds,
     interval,
+    accuracy_over_kinds,
 )
 from vlm_prune.benchmarks.stats.bootstrap import mean_interval
 from vlm_prune.benchmarks.stats.table import as_markdown, percent, percent_interval, points
 from vlm_prune.benchmarks.tasks.iit import SETTINGS
 from vlm_prune.learners.laws import GROUPS
 from vlm_prune.vlm.common.files import atomic_path, write_text
+from vlm_prune.vlm.common.records import to_json
 
 NAME = "forgetting"
 KEPT, BEHIND = 0.98, 1  # share of text-only accuracy, points of visual accuracy
@@ -29,18 +31,18 @@ def write_report(everything: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     summary = summarize_arms(everything["arms"])
     # on one line: there are thousands of single answers
-    write_text(folder / f"{NAME}.json", json.dumps(everything | {"summary": summary}) + "\n")
+    write_text(folder / f"{NAME}.json", to_json(everything | {"summary": summary}, indent=None))
     write_text(folder / f"{NAME}.md", report_markdown(everything, summary))
     with atomic_path(folder / f"{NAME}.png") as partial:
         plot(everything["arms"], summary, partial)
 
 
-def summarize_arms(arms: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+def summarize_arms(arms: dict[str, list[ArmRecord]]) -> dict[str, dict[str, Any]]:
     """Means and 95 % intervals over seeds and scenes, for each arm."""
     summary: dict[str, dict[str, Any]] = {}
-    wings = [run["hits"] for run in arms["wings"]]
+    wings = [run.hits for run in arms["wings"]]
     for name, runs in arms.items():
-        found = [run["hits"] for run in runs]
+        found = [run.hits for run in runs]
         entry: dict[str, Any] = {
             part: interval([seed[part] for seed in found]) for part in ("text", "visual")
         }
@@ -55,12 +57,12 @@ def summarize_arms(arms: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str,
         }
         for setting in SETTINGS:
             entry[setting] = interval([{setting: seed["iit"][setting]} for seed in found])
-        for key in ("with first token", "without first token"):
-            shifts = np.array([shift for run in runs for shift in run["shift"][key]])
+        for key in get_args(FirstToken):
+            shifts = np.array([shift for run in runs for shift in run.shift[key]])
             entry[key] = (float(shifts.mean()), mean_interval(shifts)) if len(shifts) else None
         for key in ("trainable", "step_s", "memory_bytes"):
-            entry[key] = float(np.median([run["cost"][key] for run in runs]))
-        entry["alpha"] = [run["alpha"] for run in runs if "alpha" in run]
+            entry[key] = float(np.median([getattr(run.cost, key) for run in runs]))
+        entry["alpha"] = [run.alpha for run in runs if run.alpha is not None]
         summary[name] = entry
     return summary
 
@@ -153,9 +155,7 @@ saved activations of a step.
 """
 
 
-def plot(
-    arms: dict[str, list[dict[str, Any]]], summary: dict[str, dict[str, Any]], path: Path
-) -> None:
+def plot(arms: dict[str, list[ArmRecord]], summary: dict[str, dict[str, Any]], path: Path) -> None:
     """Draws attention by layer of every arm, and bars of text-only and visual accuracy.
 
     Args:
@@ -171,7 +171,7 @@ def plot(
     grid = figure.add_gridspec(rows + 2, columns)
     for number, (name, runs) in enumerate(arms.items()):
         axes = figure.add_subplot(grid[number // columns, number % columns])
-        curves = np.array([run["curves"]["with first token"] for run in runs])
+        curves = np.array([run.curves["with first token"] for run in runs], float)
         layers = range(1, curves.shape[-1] + 1)
         for group, label in enumerate(GROUPS):
             for one in curves:

@@ -2,21 +2,22 @@
 
 import hashlib
 import io
-import json
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.neighbors import NearestNeighbors
 
 from vlm_prune.benchmarks.experiments.iit.files import image_bytes, read_source_rows
-from vlm_prune.benchmarks.experiments.iit.sources import Item, read_source
+from vlm_prune.benchmarks.experiments.iit.sources import LETTERS, Item, read_source
 from vlm_prune.benchmarks.tasks.iit import SETTINGS
-from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.errors import InputError, naming
 from vlm_prune.vlm.common.files import write_json, write_text
 from vlm_prune.vlm.common.images import open_image
+from vlm_prune.vlm.common.records import to_json
 
 LABEL = (
     "a reconstruction of the unpublished IIT benchmark of arXiv 2406.03496; "
@@ -33,6 +34,44 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "humanities": ("history", "philos", "religion", "moral", "art", "music", "literat", "design"),
     "science": ("physic", "chemi", "biolog", "astronom", "geograph", "geolog", "genetic", "scien"),
 }
+
+
+class ConversationTurn(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One multiple-choice question of a conversation.
+
+    Args:
+        question: its text.
+        options: to choose from, of the letters A, B, ...
+        answer: the letter of the right one.
+        image: file below the conversations' folder; None without an image.
+        source: the benchmark that the question is of.
+        subject: of the question, as the benchmark names it.
+    """
+
+    question: str
+    options: Annotated[list[str], msgspec.Meta(min_length=1, max_length=len(LETTERS))]
+    answer: str
+    image: str | None = None
+    source: str = ""
+    subject: str = ""
+
+    def __post_init__(self) -> None:
+        if self.answer not in LETTERS[: len(self.options)] or len(self.answer) != 1:
+            raise ValueError(f"answer {self.answer[:20]!r} is none of its options")
+
+
+class Conversation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A line of `iit.jsonl`: a setting, and questions of which the last is to be answered."""
+
+    id: str
+    setting: str
+    turns: Annotated[list[ConversationTurn], msgspec.Meta(min_length=1)]
+
+    def __post_init__(self) -> None:
+        if self.setting not in SETTINGS:
+            raise ValueError(f"its setting {self.setting[:60]!r} is none of {'; '.join(SETTINGS)}")
+        if len(self.turns) != len(self.setting.split(",")):
+            raise ValueError(f"{len(self.turns)} turns for the setting {self.setting}")
 
 
 def group_of(subject: str) -> str:
@@ -149,22 +188,26 @@ def build_conversations(
     lines = []
     for setting, talks in built.items():
         for number, talk in enumerate(talks):
-            turns = [
-                {
-                    "source": item.source, "subject": item.subject, "question": item.question,
-                    "options": item.options, "answer": item.answer, "image": pictures.get(item),
-                }
-                for item in talk
-            ]  # fmt: skip
-            lines.append({"id": f"{setting}/{number:04d}", "setting": setting, "turns": turns})
+            turns = [_turn(item, pictures.get(item)) for item in talk]
+            lines.append(Conversation(id=f"{setting}/{number:04d}", setting=setting, turns=turns))
     counts = {setting: len(talks) for setting, talks in built.items()}
-    write_text(folder / "iit.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    write_text(folder / "iit.jsonl", "".join(to_json(line, indent=None) for line in lines))
     described = {name: where for name, where in sources.items()}
     write_json(
         folder / "manifest.json",
         {"label": LABEL, "seed": seed, "size": size, "counts": counts, "sources": described},
     )
     return counts
+
+
+def _turn(item: Item, image: str | None) -> ConversationTurn:
+    with naming(f"the question {item.question[:60]!r} of {item.source} cannot be used"):
+        turn = ConversationTurn(
+            question=item.question, options=list(item.options), answer=item.answer, image=image,
+            source=item.source, subject=item.subject,
+        )  # fmt: skip
+        to_json(turn)
+        return turn
 
 
 def _images(items: set[Item], folder: Path) -> dict[Item, str]:

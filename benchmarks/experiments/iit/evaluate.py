@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +12,20 @@ import numpy as np
 import torch
 
 from vlm_prune.benchmarks.evaluation.environment import command_line, versions
-from vlm_prune.benchmarks.experiments.iit.build import LABEL
+from vlm_prune.benchmarks.experiments.iit.build import LABEL, Conversation
 from vlm_prune.benchmarks.experiments.iit.sources import LETTERS
 from vlm_prune.benchmarks.stats.bootstrap import mean_interval
 from vlm_prune.benchmarks.tasks.base import Sample, Turn
 from vlm_prune.benchmarks.tasks.iit import SETTINGS
 from vlm_prune.vlm.chat import encode_prompts, render
-from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.files import write_json, write_text
+from vlm_prune.vlm.common.errors import InputError, naming
+from vlm_prune.vlm.common.files import read_bytes, write_json, write_text
 from vlm_prune.vlm.common.images import open_image
 from vlm_prune.vlm.common.paths import DataRoot
+from vlm_prune.vlm.common.records import from_json
 
 Context = Literal["own", "gold"]
+ADVICE = "build it with 'vlm-prune iit build'"
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 
 
@@ -35,48 +38,29 @@ def read_conversations(folder: Path | DataRoot) -> list[Sample]:
     """
     root = DataRoot.of(folder)
     path, samples = root.folder / "iit.jsonl", list[Sample]()
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read conversations from {path}: {error}") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                samples.append(_sample(json.loads(line), root))
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            IndexError,
-            AttributeError,
-            RecursionError,
-        ) as error:
-            what = (
-                str(error) if isinstance(error, InputError) else f"{type(error).__name__} {error}"
-            )
-            raise InputError(f"{path}:{number} is no conversation: {what}") from error
+    for number, line in enumerate(read_bytes(path).splitlines(), 1):
+        if line.strip():
+            name = f"line {number} of {path}"
+            samples.append(_sample(from_json(line, Conversation, name, ADVICE), root, name))
+    ids = Counter(sample.id for sample in samples)
+    if repeated := [each for each, count in ids.items() if count > 1]:
+        raise InputError(f"{path} holds {repeated[0]!r} more than once; {ADVICE}")
     if not samples:
-        raise InputError(f"{path} holds no conversations; build them with 'vlm-prune iit build'")
+        raise InputError(f"{path} holds no conversations; {ADVICE}")
     return samples
 
 
-def _sample(entry: dict[str, Any], root: DataRoot) -> Sample:
-    if entry["setting"] not in SETTINGS:
-        raise InputError(
-            f"its setting {str(entry['setting'])[:60]!r} is none of {'; '.join(SETTINGS)}"
-        )
+def _sample(talk: Conversation, root: DataRoot, name: str) -> Sample:
     turns = []
-    for said in entry["turns"]:
+    for asked in talk.turns:
         options = "\n".join(
-            f"{letter}. {option}" for letter, option in zip(LETTERS, said["options"], strict=False)
+            f"{letter}. {option}" for letter, option in zip(LETTERS, asked.options, strict=False)
         )
-        images = (open_image(root.path(said["image"])),) if said["image"] else ()
-        text = f"{said['question']}\n{options}\n{INSTRUCTION}"
-        turns.append(Turn(text, images, str(said["answer"])))
+        with naming(f"an image of {name} cannot be used"):
+            images = (open_image(root.path(asked.image)),) if asked.image else ()
+        turns.append(Turn(f"{asked.question}\n{options}\n{INSTRUCTION}", images, asked.answer))
     last = turns[-1]
-    return Sample(
-        (*turns[:-1], replace(last, reply=None)), str(last.reply), entry["setting"], entry["id"]
-    )
+    return Sample((*turns[:-1], replace(last, reply=None)), str(last.reply), talk.setting, talk.id)
 
 
 def letter_of(reply: str) -> str:

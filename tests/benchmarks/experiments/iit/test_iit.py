@@ -267,11 +267,12 @@ def test_wrong_input_is_named(copies, tmp_path):
         read_conversations(tmp_path / "empty")
 
 
-LINE = {
-    "id": "V/0000",
-    "setting": "V",
-    "turns": [{"question": "What?", "options": ["a", "b"], "answer": "A", "image": "images/a.png"}],
-}
+TURN = {"question": "What?", "options": ["a", "b"], "answer": "A", "image": "images/a.png"}
+LINE = {"id": "V/0000", "setting": "V", "turns": [TURN]}
+
+
+def changed(**fields):
+    return json.dumps(LINE | fields)
 
 
 def written(folder, *lines):
@@ -284,14 +285,23 @@ def written(folder, *lines):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "holds no conversations; build them"),
-        ("\n\n", "holds no conversations; build them"),
-        ("{}", r"iit.jsonl:1 is no conversation: KeyError 'setting'"),
-        ("null", "is no conversation: TypeError"),
-        (json.dumps(LINE | {"turns": []}), "is no conversation: IndexError"),
-        (json.dumps(LINE | {"setting": "W"}), "its setting 'W' is none of T; T,T"),
-        ("[" * 100_000, "is no conversation"),
-        ("{", "is no conversation"),
+        ("", "holds no conversations; build it"),
+        ("\n\n", "holds no conversations; build it"),
+        ("{}", "line 1 of .*iit.jsonl is damaged .*missing required field `id`"),
+        ("null", "Expected `object`, got `null`"),
+        (changed(turns=[]), "of length >= 1"),
+        (changed(turns=[TURN, TURN]), "2 turns for the setting V"),
+        (changed(setting="W"), "its setting 'W' is none of T; T,T"),
+        (changed(id=7), r"Expected `str`, got `int` - at `\$.id`"),
+        (changed(nosuch=1), "unknown field `nosuch`"),
+        (changed(turns=[TURN | {"answer": "C"}]), "answer 'C' is none of its options"),
+        (changed(turns=[TURN | {"answer": ""}]), "answer '' is none of its options"),
+        (changed(turns=[TURN | {"options": "ab"}]), "Expected `array`, got `str`"),
+        (changed(turns=[TURN | {"image": "images/b.png"}]), "an image of line 1 .* cannot be used"),
+        (f"{changed()}\n{changed()}", "holds 'V/0000' more than once"),
+        ("[" * 100_000, "is damaged"),
+        ("{", "is damaged"),
+        ("1e999", "is damaged"),
     ],
 )
 def test_files_without_conversations_are_named(line, message, tmp_path):
