@@ -41,7 +41,7 @@ IMPORTED = (
     "vlm_prune.benchmarks.batch.pipeline", "vlm_prune.benchmarks.evaluation.engine",
     "vlm_prune.benchmarks.experiments.continual.learn", "vlm_prune.benchmarks.experiments.iit.evaluate",
     "vlm_prune.benchmarks.report", "vlm_prune.benchmarks.report.demo", "vlm_prune.learners.train",
-    "vlm_prune.pruning.pipeline", "gradio", "open_clip", "ray.data",
+    "vlm_prune.pruning.pipeline", "gradio", "open_clip",
 )  # fmt: skip
 LONGEST_LINE = 400
 ROOT = Path(__file__).resolve().parents[1]
@@ -301,7 +301,11 @@ POSITIONAL: dict[str, dict[int, tuple[str, ...]]] = {
     "train-tiny clip": {2: ("", ".", "/", "/dev/null", "{image}")},
 }  # fmt: skip
 
-CALLED = {("ask", 1): ("an image",), ("ask", 2): ("question", "prompt")}
+CALLED = {
+    ("ask", 1): ("an image",),
+    ("ask", 2): ("question", "prompt"),
+    ("iit evaluate", 2): ("iit.jsonl",),
+}
 
 # --- damaged files of folders that commands go on with
 
@@ -345,7 +349,7 @@ def cases() -> Iterator[Case]:
     for name, (arguments, file) in DAMAGED.items():
         for text in TEXTS:
             yield Case(
-                f"{name} {_short(text)}", arguments, (file,), _damage(file, text),
+                f"{name} {_short(text)}", arguments, (file, "{copy}"), _damage(file, text),
                 right=(name, text) in GOES_ON,
             )  # fmt: skip
     yield from _rows()
@@ -362,7 +366,7 @@ def _of_options() -> Iterator[Case]:
                 also = ALSO.get((command, option), ())
                 yield Case(
                     f"{command} {option} {_short(value)}", (*own, *also, option, value),
-                    (*_names(value), *re.split(r"[=.@+]", value), option, _plain(option)),
+                    (*_names(value), *re.split(r"[=.@+]", value), option, *_plain(option)),
                     right=(command, option, value) in RIGHT,
                 )  # fmt: skip
         if command != "serve":  # options of vLLM are passed on
@@ -374,9 +378,9 @@ def _names(value: str) -> tuple[str, ...]:
     return (value, f"'{value}'", *(("'.'", "Error: . ") if not value else ()))
 
 
-def _plain(option: str) -> str:
-    """An option as a word of a sentence."""
-    return option[2:].replace("-", " ").removesuffix("s")
+def _plain(option: str) -> tuple[str, str]:
+    """An option as words of a sentence, and as the name of an argument."""
+    return option[2:].replace("-", " ").removesuffix("s"), option[2:].replace("-", "_")
 
 
 def _options_of(command: str) -> list[str]:

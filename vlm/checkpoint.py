@@ -122,12 +122,8 @@ def locate(name: str, embedded: Mapping[str, Path], weights: bool = True) -> Pat
         str(folder.parent / other)
         for other in get_close_matches(folder.name, _names(folder.parent))
     ]
-    known = ", ".join(map(repr, embedded))
-    hint = (
-        f"did you mean {near[0]!r}?"
-        if near
-        else f"give {known}, a checkpoint folder, or owner/model"
-    )
+    known = ", ".join([*map(repr, embedded), "a checkpoint folder"])
+    hint = f"did you mean {near[0]!r}?" if near else f"give {known}, or owner/model"
     raise InputError(f"there is no such model; {hint}")
 
 

@@ -11,6 +11,7 @@ from vlm_prune.vlm.checkpoint import (
     locate,
     read_config,
     view_of,
+    weight_files,
 )
 from vlm_prune.vlm.common.errors import InputError, first_line, naming
 from vlm_prune.vlm.common.files import read_object, write_folder
@@ -165,6 +166,32 @@ def config_of(name: str) -> Any:
     with naming(f"cannot load model {name!r}"):
         name = base_of(name) if is_adapter(name) else name
         return _config(view_of(locate(name, EMBEDDED, weights=False), weights=False))
+
+
+def check_loadable(name: str, dtype: str = "auto") -> None:
+    """Find out whether `load` could take a checkpoint, without reading its weights.
+
+    Args:
+        name: as for `load`.
+        dtype: as for `load`.
+
+    Raises:
+        InputError: as for `load`, except for what the weights themselves are.
+    """
+    from safetensors import safe_open
+    from transformers import AutoProcessor
+
+    _dtype(dtype, "")
+    with naming(f"cannot load model {name!r}"):
+        folder = locate(base_of(name) if is_adapter(name) else name, EMBEDDED)
+        for file in weight_files(folder):
+            with safe_open(folder / file, "pt"):
+                pass
+        view = view_of(folder, weights=False)
+        config = _config(view)
+        with naming("its tokenizer or image processor cannot be used"):
+            processor = AutoProcessor.from_pretrained(view, trust_remote_code=False)
+        check_processor(processor, config)
 
 
 def device_of(name: str) -> Any:

@@ -45,7 +45,9 @@ def find_images(source: Path, prompt: str, limit: int | None = None) -> pa.Table
             f"{source} is neither a folder nor a manifest; give a folder or {' or '.join(MANIFESTS)} file"
         )
     if not paths:
-        raise InputError(f"no images in {source}; looked for {', '.join(SUFFIXES)}")
+        raise InputError(
+            f"there are no images in {source}; give a folder with files of {', '.join(SUFFIXES)}"
+        )
     asked = [own or prompt for own in prompts]
     if not all(asked):
         raise InputError(f"row {asked.index('') + 1} of {source} has no prompt; give --prompt")

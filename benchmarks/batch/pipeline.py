@@ -21,7 +21,6 @@ import pyarrow as pa
 import torch
 from PIL import Image
 from pyarrow import parquet
-from safetensors import safe_open
 from transformers import AutoModelForImageTextToText
 
 from vlm_prune.benchmarks.batch.inputs import decode, find_images, input_root, printable
@@ -29,11 +28,11 @@ from vlm_prune.benchmarks.batch.output import ANSWERS, Parts, finished, parts_of
 from vlm_prune.benchmarks.batch.served import ServedVLM, settings_of
 from vlm_prune.benchmarks.evaluation.records import Variant
 from vlm_prune.pruning.pipeline import PrunedVLM
-from vlm_prune.vlm.checkpoint import locate, weight_files
-from vlm_prune.vlm.common.errors import InputError, naming
-from vlm_prune.vlm.load import EMBEDDED, config_of, device_of, load
+from vlm_prune.vlm.common.errors import InputError, first_line
+from vlm_prune.vlm.load import check_loadable, config_of, device_of, load
 
 MOST_BLOCKS = 2000
+NO_GPU = "Ray sees no GPU for --device cuda; give --device cpu"
 ONE_GPU = "Ray hands out the GPUs; give --device cuda, and --workers for how many"
 # Bytes that Ray sets aside for a decoding task: the largest image that is opened, and copies of it.
 # As the models ask for none, Ray Data does not move decoding into their processes.
@@ -170,16 +169,22 @@ def check_model(config: MapConfig) -> None:
     """
     if config.device.startswith("cuda:"):
         raise InputError(ONE_GPU)
-    if config.device not in ("auto", "cuda"):  # Ray may see GPUs of other machines
+    if config.device == "cuda":
+        if not (torch.cuda.is_available() or _joined()):  # Ray may see GPUs of other machines
+            raise InputError(NO_GPU)
+    elif config.device != "auto":
         device_of(config.device)
-    with naming(f"cannot load model {config.model!r}"):
-        folder = locate(config.model, EMBEDDED)
-        for file in weight_files(folder):
-            with safe_open(folder / file, "pt"):
-                pass
+    check_loadable(config.model, config.dtype)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config_of(config.model))
     config.variant.build(0).admit(model)
+
+
+def _joined() -> bool:
+    """Whether this process belongs to a cluster of Ray already."""
+    import ray
+
+    return bool(ray.is_initialized())
 
 
 def _collect(parts: Parts, answers: Iterator[pa.Table], advance: Callable[[int], None]) -> None:
@@ -259,7 +264,7 @@ def placed(
         raise InputError(ONE_GPU)
     if device == "cuda":
         if not gpus:
-            raise InputError("Ray sees no GPU; give --device cpu")
+            raise InputError(NO_GPU)
         if workers is not None and workers > gpus:
             raise InputError(f"{workers} workers on cuda need as many GPUs, and there are {gpus}")
         return device, workers or gpus, {"num_gpus": 1}
@@ -294,7 +299,7 @@ def local_ray(cpus: int | None) -> Iterator[None]:
             _node_ip_address="127.0.0.1", log_to_driver=False, logging_level=logging.CRITICAL,
         )  # fmt: skip
     except Exception as error:  # Ray raises bare ones, as when it starts slowly
-        raise InputError(f"Ray does not start ({printable(error)}); run it again") from error
+        raise InputError(f"Ray does not start ({first_line(error)}); run it again") from error
     try:
         yield
     finally:

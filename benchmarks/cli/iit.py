@@ -9,12 +9,12 @@ from vlm_prune.benchmarks.cli.options import (
     AllowOutside,
     Device,
     Model,
-    OneBudget,
     Seed,
     Wings,
     parse_budget,
 )
 from vlm_prune.benchmarks.cli.terminal import quiet
+from vlm_prune.vlm.common.errors import InputError
 
 SOURCES = ("mmlu", "cmmlu", "openbookqa", "hellaswag", "mmmu", "mmbench", "seed", "ai2d")
 
@@ -33,7 +33,9 @@ def build_iit(
 ) -> None:
     """Write conversations in six settings; sources without a path come from the hub."""
     from vlm_prune.benchmarks.experiments.iit.build import build_conversations
+    from vlm_prune.vlm.common.files import check_outputs
 
+    check_outputs(folder, ("iit.jsonl", "manifest.json"))
     named = [part.partition("=") for part in source]
     sources = {name: where or None for name, _, where in named}
     counts = build_conversations(folder, sources, size, seed, allow_outside)
@@ -47,14 +49,19 @@ def evaluate_iit(
     model: Model = "tiny",
     wings: Wings = None,
     method: Annotated[str, typer.Option(help="See 'vlm-prune methods'.")] = "none",
-    budget: OneBudget = "1.0",
+    budget: Annotated[
+        str | None, typer.Option(help="Tokens per image, or a fraction, of the method.")
+    ] = None,
     context: Annotated[str, typer.Option(help="own or gold earlier replies.")] = "own",
     limit: Annotated[int | None, typer.Option(min=1, help="Conversations of a setting.")] = None,
     allow_outside: AllowOutside = False,
     device: Device = "auto",
 ) -> None:
     """Score the last turn of each conversation."""
-    from vlm_prune.benchmarks.experiments.iit.evaluate import evaluate_conversations
+    from vlm_prune.benchmarks.experiments.iit.evaluate import (
+        check_conversations,
+        evaluate_conversations,
+    )
     from vlm_prune.learners import from_pretrained
     from vlm_prune.pruning.registry import build as build_pruner
     from vlm_prune.vlm.common.paths import DataRoot
@@ -62,14 +69,18 @@ def evaluate_iit(
 
     quiet()
     pruner: Any = None
+    kept = 1.0 if budget is None else parse_budget(budget)
     if method != "none":
-        pruner = build_pruner(method, budget=parse_budget(budget))
+        pruner = build_pruner(method, budget=kept)
+    elif budget is not None:
+        raise InputError(f"--budget {budget} is of a pruning method; give --method, too")
+    root = DataRoot(folder, allow_outside)
+    check_conversations(root, output, context)
     loaded, processor = load(model, device)
     if wings is not None:
         from_pretrained(loaded, wings)
     if pruner is not None:
         pruner.admit(loaded)
-    root = DataRoot(folder, allow_outside)
     results = evaluate_conversations(loaded, processor, root, output, context, pruner, limit)  # type: ignore[arg-type]
     for setting, entry in results["settings"].items():
         low, high = entry["ci"]

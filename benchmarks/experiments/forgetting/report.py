@@ -11,8 +11,8 @@ from vlm_prune.benchmarks.experiments.forgetting.measure import (
     ArmRecord,
     FirstToken,
     accuracy_difference,
-    interval,
     accuracy_over_kinds,
+    interval,
 )
 from vlm_prune.benchmarks.stats.bootstrap import mean_interval
 from vlm_prune.benchmarks.stats.table import as_markdown, percent, percent_interval, points

@@ -12,7 +12,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.neighbors import NearestNeighbors
 
 from vlm_prune.benchmarks.experiments.iit.files import image_bytes, read_source_rows
-from vlm_prune.benchmarks.experiments.iit.sources import LETTERS, Item, read_source
+from vlm_prune.benchmarks.experiments.iit.sources import LETTERS, SOURCES, Item, read_source
 from vlm_prune.benchmarks.tasks.iit import SETTINGS
 from vlm_prune.vlm.common.errors import InputError, naming
 from vlm_prune.vlm.common.files import write_json, write_text
@@ -179,6 +179,8 @@ def build_conversations(
     Raises:
         InputError: if sources cannot be read or do not suffice.
     """
+    for name in sources:
+        SOURCES[name]  # an unknown one is refused before another's files are read
     items = [
         item for name, where in sources.items() for item in read_source(name, where, allow_outside)
     ]

@@ -19,7 +19,7 @@ from vlm_prune.benchmarks.tasks.base import Sample, Turn
 from vlm_prune.benchmarks.tasks.iit import SETTINGS
 from vlm_prune.vlm.chat import encode_prompts, render
 from vlm_prune.vlm.common.errors import InputError, naming
-from vlm_prune.vlm.common.files import read_bytes, write_json, write_text
+from vlm_prune.vlm.common.files import check_outputs, read_bytes, write_json, write_text
 from vlm_prune.vlm.common.images import open_image
 from vlm_prune.vlm.common.paths import DataRoot
 from vlm_prune.vlm.common.records import from_json
@@ -79,6 +79,23 @@ def _reply(model: Any, processor: Any, sample: Sample, pruner: Any | None) -> st
     return str(processor.decode(answer, skip_special_tokens=True)).strip()
 
 
+def check_conversations(folder: Path | DataRoot, output: Path, context: str) -> None:
+    """Find out, before a model is loaded, whether conversations and output can be used.
+
+    Args:
+        folder: what `build` wrote.
+        output: folder for the results.
+        context: `own` or `gold`.
+
+    Raises:
+        InputError: if they cannot, or the context is another.
+    """
+    if context not in ("own", "gold"):
+        raise InputError(f"context {context!r} is unknown; give own or gold")
+    check_outputs(output, (f"iit-{context}.json", f"iit-{context}.jsonl"))
+    read_conversations(folder)
+
+
 def evaluate_conversations(
     model: Any,
     processor: Any,
@@ -102,8 +119,7 @@ def evaluate_conversations(
     Raises:
         InputError: for an unknown context, or a folder without conversations.
     """
-    if context not in ("own", "gold"):
-        raise InputError(f"context {context!r} is unknown; give own or gold")
+    check_conversations(folder, output, context)
     rows: list[dict[str, Any]] = []
     for sample in read_conversations(folder):
         seen = sum(row["setting"] == sample.subset for row in rows)

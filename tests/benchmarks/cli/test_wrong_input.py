@@ -33,7 +33,7 @@ CASES = {
     ),
     "no finite number": (
         ["--method", "cascade", "--method-args", "widening=NaN"],
-        "widening nan is not a finite number",
+        "'widening=NaN' is not a finite number",
     ),
     "neither true nor false": (
         ["--method", "cdpruner", "--method-args", "negated=no"],

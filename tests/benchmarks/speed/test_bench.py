@@ -129,7 +129,7 @@ def test_shapes_have_the_released_sizes(name):
     [
         (["--model-shape", "llava-1.5-8b"], "did you mean 'llava-1.5-7b'"),
         (["--dtype", "float31"], "unknown dtype"),
-        (["--device", "cuda:99"], "cannot build tiny"),
+        (["--device", "cuda:99"], "there is no device 'cuda:99' here"),
         (["--budget", "577"], "above the 576 tokens"),
         (["--layers", "9"], "tiny has no 9 decoder layers; give 1 to 7"),
         (["--batch", "0"], "greater than or equal to 1"),
