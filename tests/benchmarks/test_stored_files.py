@@ -12,7 +12,7 @@ from vlm_prune.benchmarks.experiments.continual.experiment import (
     read_step_ms,
 )
 from vlm_prune.benchmarks.experiments.forgetting.experiment import _finished
-from vlm_prune.benchmarks.experiments.iit.evaluate import read
+from vlm_prune.benchmarks.experiments.iit.evaluate import read_conversations
 from vlm_prune.vlm.common.errors import InputError
 
 REPORT = {
@@ -54,7 +54,7 @@ READERS = {
     "search": ("search.json", SEARCH, read_search),
     "step_ms": ("step_ms.json", {"lora": 7.5, "codyra": 8.0}, read_step_ms),
     "arm": ("seed-0/lora.json", ARM, read_arm),
-    "conversations": ("iit.jsonl", TALK, read),
+    "conversations": ("iit.jsonl", TALK, read_conversations),
     "answers": ("pope/answers.jsonl", ANSWER, read_answers),
 }
 TEXTS = (
