@@ -149,7 +149,7 @@ def map_images(
     if finished(output, wanted):
         shutil.rmtree(parts_of(output), ignore_errors=True)  # a kill left it behind
         return counts(output)
-    check_model(config)
+    check_map_config(config)
     source = Path(config.input)
     parts = Parts(output, wanted, partial(find_images, source, config.prompt, config.limit))
     missing = parts.missing()
@@ -161,7 +161,7 @@ def map_images(
     return counts(output)
 
 
-def check_model(config: MapConfig) -> None:
+def check_map_config(config: MapConfig) -> None:
     """Find out, before Ray starts, whether device, checkpoint, method and budget go together.
 
     Raises:
