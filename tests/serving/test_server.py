@@ -68,7 +68,7 @@ def test_wrong_input_is_one_line(model, settings, options, message):
 def test_the_address_is_looked_at_first(monkeypatch, options, address):
     looked_at = []
     monkeypatch.setattr(server, "check_address", lambda *address: looked_at.append(address))
-    server.command("tiny", Settings("zoo"), options)
+    server.server_command("tiny", Settings("zoo"), options)
     assert looked_at == ([] if address is None else [address])
 
 
