@@ -390,7 +390,7 @@ def test_a_sweep_leaves_a_checkpoint_for_each_alpha(checkpoint, tmp_path):
 
 def test_a_sweep_writes_to_a_folder_of_its_own():
     for refused in (Path("/"), Path("")):
-        with pytest.raises(InputError, match="no folder for results"):
+        with pytest.raises(InputError, match="no folder of its own"):
             sweep("nowhere", "nowhere", refused, [0.5])
 
 

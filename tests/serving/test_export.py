@@ -72,7 +72,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
         export("tiny", tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["mine"]
     for refused in (Path("/"), Path("")):
-        with pytest.raises(InputError, match="no folder for results"):
+        with pytest.raises(InputError, match="no folder of its own"):
             export("nowhere", refused)
 
 

@@ -132,9 +132,9 @@ def test_damaged_state_is_named(tmp_path, data):
 @pytest.mark.parametrize("folder", ["/", ""])
 def test_a_training_writes_to_a_folder_of_its_own(folder, tmp_path, data, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="no folder for results"):
+    with pytest.raises(InputError, match="no folder of its own"):
         Pretraining(Path(folder), SMALL, data)
-    with pytest.raises(InputError, match="no folder for results"):
+    with pytest.raises(InputError, match="no folder of its own"):
         train_base(Path(folder), steps=1)
     assert not any(tmp_path.iterdir())
 

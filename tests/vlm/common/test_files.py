@@ -206,7 +206,7 @@ def test_a_folder_is_written_whole(tmp_path):
     with pytest.raises(InputError, match="no folder"):
         write_folder(tmp_path / "link", fill("new"))
     for refused in (Path("/"), Path("."), Path("")):
-        with pytest.raises(InputError, match="no folder for results"):
+        with pytest.raises(InputError, match="no folder of its own"):
             write_folder(refused, fail)
 
 
