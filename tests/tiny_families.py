@@ -312,11 +312,58 @@ def mistral3():
     return hf.Mistral3ForConditionalGeneration(config), processor
 
 
+GLM_IMAGE = "<|begin_of_image|><|image|><|end_of_image|>"
+
+
+def glm4v(
+    config_class=hf.Glm4vConfig, model_class=hf.Glm4vForConditionalGeneration,
+    processor_class=hf.Glm4vProcessor, image_processor=hf.Glm4vImageProcessor,
+    video_processor=hf.Glm4vVideoProcessor,
+):  # fmt: skip
+    names = ("begin_of_image", "end_of_image", "begin_of_video", "end_of_video")
+    tokenizer = tokenizer_with(
+        image_token="<|image|>", video_token="<|video|>",
+        **{f"{name}_token": f"<|{name}|>" for name in names},
+    )  # fmt: skip
+    ids = {
+        f"{kind}_{end}_token_id": token_id(tokenizer, f"<|{name}_of_{kind}|>")
+        for kind in ("image", "video") for end, name in (("start", "begin"), ("end", "end"))
+    }  # fmt: skip
+    text = text_of(
+        tokenizer,
+        rope_parameters={
+            "rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2],
+            "partial_rotary_factor": 0.5,
+        },
+    )  # fmt: skip
+    config = config_class(
+        vision_config={
+            "model_type": "glm4v_vision", "depth": 3, "hidden_size": WIDTH, "intermediate_size": 48,
+            "num_heads": 2, "out_hidden_size": WIDTH, "patch_size": 14, "image_size": 84,
+        },
+        text_config=text | {"model_type": "glm4v_text"}, tie_word_embeddings=False,
+        image_token_id=token_id(tokenizer, "<|image|>"),
+        video_token_id=token_id(tokenizer, "<|video|>"), **ids,
+    )  # fmt: skip
+    processor = processor_class(
+        image_processor(**qwen_pixels(14)), tokenizer, video_processor(),
+        chat_template=template(GLM_IMAGE),
+    )  # fmt: skip
+    return model_class(config), processor
+
+
+def glm46v():
+    return glm4v(
+        hf.Glm46VConfig, hf.Glm46VForConditionalGeneration, hf.Glm46VProcessor,
+        hf.Glm46VImageProcessor, hf.Glm46VVideoProcessor,
+    )  # fmt: skip
+
+
 MAKERS = {
     maker.__name__: maker
     for maker in (
         llava, llava_next, llava_onevision, qwen2_5_vl, qwen3_vl, internvl, smolvlm,
-        qwen3_vl_moe, idefics3, gemma3, mistral3,
+        qwen3_vl_moe, idefics3, gemma3, mistral3, glm4v, glm46v,
     )
 }  # fmt: skip
 
@@ -331,6 +378,8 @@ NEEDS = {
     "idefics3": ("torchvision",),
     "gemma3": ("torchvision",),
     "mistral3": ("torchvision",),
+    "glm4v": ("torchvision",),
+    "glm46v": ("torchvision",),
 }
 
 

@@ -1,5 +1,6 @@
 """Queries and keys of one layer, from its input."""
 
+import sys
 from typing import Any
 
 from torch import Tensor
@@ -48,8 +49,11 @@ def decoder_query_key(
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
     cos, sin = (table.expand(len(hidden), -1, -1) for table in rotary)
-    query, _ = apply_rotary_pos_emb(query, query, take(cos, index), take(sin, index))
-    key, _ = apply_rotary_pos_emb(key, key, cos, sin)
+    # some models turn pairs of neighbors, or part of a head only
+    own = sys.modules[type(attention).__module__]
+    turn = getattr(own, "apply_rotary_pos_emb", apply_rotary_pos_emb)
+    query, _ = turn(query, query, take(cos, index), take(sin, index))
+    key, _ = turn(key, key, cos, sin)
     return query, key
 
 

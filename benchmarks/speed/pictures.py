@@ -107,5 +107,7 @@ LAYOUTS: Registry[Callable[[Family, int], Layout]] = Registry(
         "idefics3": _marked_tiles,
         "gemma3": _one,
         "mistral3": _rows,
+        "glm4v": _patches,
+        "glm46v": _patches,
     },
 )

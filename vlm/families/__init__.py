@@ -6,6 +6,8 @@ from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import Registry
 from vlm_prune.vlm.families.base import Family, Need
 from vlm_prune.vlm.families.gemma3 import Gemma3
+from vlm_prune.vlm.families.glm4v import Glm4v
+from vlm_prune.vlm.families.glm46v import Glm46V
 from vlm_prune.vlm.families.idefics3 import Idefics3
 from vlm_prune.vlm.families.internvl import InternVL
 from vlm_prune.vlm.families.llava import Llava
@@ -31,6 +33,8 @@ FAMILIES: Registry[type[Family]] = Registry(
         "idefics3": Idefics3,
         "gemma3": Gemma3,
         "mistral3": Mistral3,
+        "glm4v": Glm4v,
+        "glm46v": Glm46V,
     },
 )
 

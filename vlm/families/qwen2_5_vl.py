@@ -65,6 +65,10 @@ class Qwen25VL(Family):
         normed: Tensor = self.tower.merger.ln_q(hidden)
         return normed
 
+    def features(self, output: Any, grid: Tensor) -> Tensor:
+        """What the projector's first layer reads of each token, (N, d_v), in reading order."""
+        return self.in_rows(self.normed(output.last_hidden_state), grid).flatten(1)
+
     def in_rows(self, values: Tensor, grid: Tensor) -> Tensor:
         """The tower's order undone: tokens in reading order, (P, ...) -> (P / 4, 4, ...)."""
         order, _ = self.windows(grid)
@@ -103,7 +107,7 @@ class Qwen25VL(Family):
         grid, seen = grid.to(self.device), output.last_layer
         patches = grid.prod(1).tolist()
         counts = [count // self.merged for count in patches]
-        features = self.in_rows(self.normed(output.last_hidden_state), grid).flatten(1)
+        features = self.features(output, grid)
         before, cos, sin = (
             self.in_rows(value, grid).split(counts) for value in (seen["hidden"], *seen["rotary"])
         )

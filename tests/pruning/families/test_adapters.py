@@ -68,7 +68,9 @@ def test_attention_received_is_that_of_the_towers_maps(tiny, monkeypatch):
     rows, columns = group.tokens.grids[0]
     ours = in_tower(group.tokens, "all")[0, : rows * columns]
     patches = maps[0][0].mean((0, 1))[int(group.tokens.has_cls) :]
-    if "qwen" in tiny.name:  # four patches follow one another, tokens in the order of windows
+    if family_of(
+        tiny.model
+    ).mrope:  # four patches follow one another, tokens in the order of windows
         assert len(ours) * 4 == len(patches)
         theirs = patches.view(-1, 4).mean(1)
         ours, theirs = ours.sort().values, theirs.sort().values
