@@ -290,6 +290,11 @@ class DecoderPruner(Pruner):
         at = dict(zip(places, counts, strict=True))
         return [Cut(place, min(keep, tokens)) for place, keep in at.items() if place < layers]
 
+    @property
+    def needs(self) -> frozenset[Need]:
+        """A dropped token has left its mark in the state of linear attention, which has no scores."""
+        return frozenset({"softmax attention in every decoder layer"})
+
     def check(self, tokens: int, layers: int) -> None:
         if not self.preset:
             check_fits(self.budget, tokens)

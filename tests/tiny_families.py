@@ -208,6 +208,40 @@ def qwen3_vl(config_class=hf.Qwen3VLConfig, model_class=hf.Qwen3VLForConditional
 EXPERTS = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
 
 
+LINEAR = {
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}  # fmt: skip
+
+
+def qwen3_5(config_class=hf.Qwen3_5Config, model_class=hf.Qwen3_5ForConditionalGeneration, **text):
+    tokenizer = qwen_tokenizer()
+    config = config_class(
+        vision_config={
+            "depth": 3, "hidden_size": WIDTH, "intermediate_size": 48, "num_heads": 2,
+            "out_hidden_size": WIDTH, "patch_size": 14, "num_position_embeddings": 64,
+        },
+        text_config=text_of(
+            tokenizer, head_dim=HEAD, **LINEAR,
+            rope_parameters={
+                "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
+                "mrope_section": [1, 1, 2], "mrope_interleaved": True,
+            }, **text,
+        ),
+        tie_word_embeddings=False, **qwen_ids(tokenizer),
+    )  # fmt: skip
+    processor = hf.Qwen3VLProcessor(
+        hf.Qwen2VLImageProcessor(**qwen_pixels(14)), tokenizer, hf.Qwen3VLVideoProcessor(),
+        chat_template=template(QWEN_IMAGE),
+    )  # fmt: skip
+    return model_class(config), processor
+
+
+def qwen3_5_moe():
+    experts = EXPERTS | {"shared_expert_intermediate_size": 24}
+    return qwen3_5(hf.Qwen3_5MoeConfig, hf.Qwen3_5MoeForConditionalGeneration, **experts)
+
+
 def qwen3_vl_moe():
     return qwen3_vl(hf.Qwen3VLMoeConfig, hf.Qwen3VLMoeForConditionalGeneration, **EXPERTS)
 
@@ -364,6 +398,7 @@ MAKERS = {
     for maker in (
         llava, llava_next, llava_onevision, qwen2_5_vl, qwen3_vl, internvl, smolvlm,
         qwen3_vl_moe, idefics3, gemma3, mistral3, glm4v, glm46v,
+        qwen3_5, qwen3_5_moe,
     )
 }  # fmt: skip
 
@@ -380,6 +415,8 @@ NEEDS = {
     "mistral3": ("torchvision",),
     "glm4v": ("torchvision",),
     "glm46v": ("torchvision",),
+    "qwen3_5": ("torchvision",),
+    "qwen3_5_moe": ("torchvision",),
 }
 
 
@@ -394,6 +431,7 @@ QUICK = {
     "test_keeping_all_equals_the_unpruned_model[cdpruner]",
     "test_the_budget_is_met_and_the_model_is_untouched_afterwards[zoo]",
     "test_each_row_equals_its_solo_run[divprune+adaptinfer]",
+    "test_each_row_equals_its_solo_run[visionzip]",
     "test_cached_decoding_equals_a_full_forward[divprune+adaptinfer]",
     "test_pruned_costs_are_those_of_the_pruned_forward[fastv]",
 }

@@ -17,13 +17,35 @@ def prefill_flops(config: Any, text: int, image_per_layer: list[float]) -> float
     width = config.hidden_size
     head = getattr(config, "head_dim", None) or width // config.num_attention_heads
     query, key = config.num_attention_heads * head, config.num_key_value_heads * head
-    projections = width * (2 * query + 2 * key)
+    # Qwen3.5's layers of softmax attention have a gate as wide as their queries
+    gates = query if "linear_attention" in kinds_of(config, len(image_per_layer)) else 0
+    projections = width * (2 * query + 2 * key + gates)
     total = config.vocab_size * width
-    for number, image in enumerate(image_per_layer):
-        tokens = text + image
-        weights = projections + feed_forward_weights(config, number)
-        total += tokens * weights + 2 * tokens * tokens * query
+    for number, kind in enumerate(kinds_of(config, len(image_per_layer))):
+        tokens = text + image_per_layer[number]
+        total += tokens * feed_forward_weights(config, number)
+        if kind == "linear_attention":
+            total += tokens * linear_attention_weights(config)
+        else:
+            total += tokens * projections + 2 * tokens * tokens * query
     return float(_MULTIPLY_ADD * total)
+
+
+def kinds_of(config: Any, layers: int) -> list[str]:
+    """The kind of attention of each of a decoder's layers, as far as its config tells them apart."""
+    return list(getattr(config, "layer_types", None) or [""] * layers)
+
+
+def linear_attention_weights(config: Any) -> int:
+    """Returns what a token is multiplied with in a layer of gated delta rule: projections, the
+    convolution, and the state, which it reads, corrects and is added to.
+    """
+    heads, values = config.linear_num_value_heads, config.linear_value_head_dim
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    mixed = 2 * keys + heads * values
+    projections = config.hidden_size * (mixed + 2 * heads * values + 2 * heads)
+    state = 3 * heads * values * config.linear_key_head_dim
+    return int(projections + mixed * config.linear_conv_kernel_dim + state)
 
 
 def feed_forward_weights(config: Any, number: int) -> int:
@@ -63,7 +85,7 @@ def tower_flops(
 def key_value_bytes(config: Any, text: int, image_per_layer: list[float], itemsize: int) -> float:
     """Returns the bytes of keys and values after the prefill of one prompt.
 
-    A layer with a sliding window holds those that the next token sees.
+    A layer with a sliding window holds those that the next token sees, one of linear attention none.
 
     Args:
         config: the language model's.
@@ -73,11 +95,8 @@ def key_value_bytes(config: Any, text: int, image_per_layer: list[float], itemsi
     """
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_key_value_heads * head * itemsize
-    kinds = getattr(config, "layer_types", None) or [""] * len(image_per_layer)
-    held = [
-        min(text + image, config.sliding_window - 1)
-        if kind == "sliding_attention"
-        else text + image
-        for kind, image in zip(kinds, image_per_layer, strict=True)
-    ]
+    held = []
+    for kind, image in zip(kinds_of(config, len(image_per_layer)), image_per_layer, strict=True):
+        tokens = 0 if kind == "linear_attention" else text + image
+        held.append(min(tokens, config.sliding_window - 1) if "sliding" in kind else tokens)
     return float(sum(held) * per_token)

@@ -109,5 +109,7 @@ LAYOUTS: Registry[Callable[[Family, int], Layout]] = Registry(
         "mistral3": _rows,
         "glm4v": _patches,
         "glm46v": _patches,
+        "qwen3_5": _patches,
+        "qwen3_5_moe": _patches,
     },
 )

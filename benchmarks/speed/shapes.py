@@ -6,6 +6,8 @@ from transformers import (
     AutoConfig,
     CLIPVisionConfig,
     Gemma3Config,
+    Glm4vConfig,
+    Glm46VConfig,
     Idefics3Config,
     InternVLConfig,
     LlamaConfig,
@@ -210,6 +212,32 @@ def _mistral_small_31_24b() -> Mistral3Config:
     )  # fmt: skip
 
 
+GLM_9B = {
+    "vision_config": {
+        "model_type": "glm4v_vision", "depth": 24, "hidden_size": 1536, "intermediate_size": 13696,
+        "num_heads": 12, "out_hidden_size": 4096, "patch_size": 14, "image_size": 336,
+    },
+    "text_config": {
+        "model_type": "glm4v_text", "vocab_size": 151552, "hidden_size": 4096,
+        "intermediate_size": 13696, "num_hidden_layers": 40, "num_attention_heads": 32,
+        "num_key_value_heads": 2,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12],
+            "partial_rotary_factor": 0.5,
+        },
+    },
+    "image_token_id": 151343, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def _glm_41v_9b() -> Glm4vConfig:
+    return Glm4vConfig(**GLM_9B)
+
+
+def _glm_46v_flash_9b() -> Glm46VConfig:
+    return Glm46VConfig(**GLM_9B)
+
+
 def _llava_05b() -> LlavaConfig:
     """LLaVA-1.5 over Qwen1.5-0.5B."""
     return LlavaConfig(
@@ -241,6 +269,8 @@ SHAPES: Registry[Callable[[], PreTrainedConfig]] = Registry(
         "idefics3-8b": _idefics3_8b,
         "gemma3-4b": _gemma3_4b,
         "mistral-small-3.1-24b": _mistral_small_31_24b,
+        "glm-4.1v-9b": _glm_41v_9b,
+        "glm-4.6v-flash-9b": _glm_46v_flash_9b,
         "tiny": _tiny,
     },
 )

@@ -15,6 +15,8 @@ from vlm_prune.vlm.families.llava_next import LlavaNext
 from vlm_prune.vlm.families.llava_onevision import LlavaOneVision
 from vlm_prune.vlm.families.mistral3 import Mistral3
 from vlm_prune.vlm.families.qwen2_5_vl import Qwen25VL
+from vlm_prune.vlm.families.qwen3_5 import Qwen35
+from vlm_prune.vlm.families.qwen3_5_moe import Qwen35Moe
 from vlm_prune.vlm.families.qwen3_vl import Qwen3VL
 from vlm_prune.vlm.families.qwen3_vl_moe import Qwen3VLMoe
 from vlm_prune.vlm.families.smolvlm import SmolVLM
@@ -35,6 +37,8 @@ FAMILIES: Registry[type[Family]] = Registry(
         "mistral3": Mistral3,
         "glm4v": Glm4v,
         "glm46v": Glm46V,
+        "qwen3_5": Qwen35,
+        "qwen3_5_moe": Qwen35Moe,
     },
 )
 

@@ -23,6 +23,7 @@ Need = Literal[
     "a fixed image size",
     "a tower that takes smaller images",
     "videos",
+    "softmax attention in every decoder layer",
 ]
 MAX_RESIZED_PIXELS = 16_000_000
 Kind = Literal["image", "video"]

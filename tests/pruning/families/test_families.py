@@ -214,7 +214,8 @@ def full_forward(tiny, inputs, sequences, method, trace, reduced, sizes):
             drop(next(kept), reduced["inside"], getattr(method, "inside", method))
         at = places[1:, :, here] if family.mrope else position[None]
         kind, own = mask_kind(family.decoder.config, number), {}
-        mask = visible(family, kind, here, images)
+        linear = kind == "linear_attention"
+        mask = None if linear else visible(family, kind, here, images)
         if "layer_type" in signature(family.decoder.rotary_emb.forward).parameters:
             own = {"layer_type": kind}
         rotary = family.decoder.rotary_emb(hidden[None], position_ids=at, **own)
