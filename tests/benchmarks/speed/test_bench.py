@@ -110,7 +110,7 @@ def test_floors_count_weights_once_and_flops_per_prompt():
 BILLIONS = {
     "llava-1.5-7b": 7.06, "llava-0.5b": 0.77, "llava-next-7b": 7.06, "llava-onevision-0.5b": 0.89,
     "qwen2.5-vl-3b": 3.75, "qwen3-vl-2b": 2.13, "internvl3-1b": 0.94, "smolvlm-256m": 0.256,
-    "qwen3-vl-30b-a3b": 31.07, "idefics3-8b": 8.46, "gemma3-4b": 4.30, "mistral-small-3.1-24b": 24.01,
+    "qwen3-vl-30b-a3b": 31.07, "idefics3-8b": 8.46, "gemma3-4b": 4.30, "mistral-small-3.1-24b": 24.01, "glm-4.1v-9b": 10.29,
 }  # fmt: skip
 
 

@@ -52,6 +52,14 @@ def greedy(tiny, inputs, steps=3, **more):
     )  # fmt: skip
 
 
+def rounding(tiny):
+    """How far logits may differ where padding moves the chunks that linear attention adds up."""
+    linear = "linear_attention" in (
+        getattr(tiny.model.config.get_text_config(), "layer_types", None) or ()
+    )
+    return 2e-4 if linear else 2e-5
+
+
 def assert_close(ours, theirs, atol=2e-5):
     torch.testing.assert_close(ours, theirs, atol=atol, rtol=1e-4)
 
@@ -71,7 +79,7 @@ def test_keeping_all_equals_the_unpruned_model(name, tiny):
         out = greedy(tiny, inputs)
     assert torch.equal(out.sequences, expected.sequences)
     for ours, theirs in zip(out.logits, expected.logits, strict=True):
-        assert_close(ours, theirs, atol=1e-5)
+        assert_close(ours, theirs, rounding(tiny) / 2)
     assert [len(places) for places in trace.kept] == trace.available
 
 
@@ -103,7 +111,7 @@ def test_each_row_equals_its_solo_run(name, tiny):
         for row, turns in enumerate(RAGGED):
             solo = greedy(tiny, tiny.inputs([turns]))
             for step, logits in enumerate(batch.logits):
-                assert_close(logits[row], solo.logits[step][0])
+                assert_close(logits[row], solo.logits[step][0], rounding(tiny))
 
 
 @named(STAGES)
@@ -113,8 +121,8 @@ def test_right_padded_rows_equal_left_padded_ones(name, tiny):
         left, right = (tiny.model(**tiny.inputs(RAGGED, side)).logits for side in ("left", "right"))
         for row, turns in enumerate(RAGGED):
             solo = tiny.model(**tiny.inputs([turns])).logits[0]
-            assert_close(left[row, -len(solo) :], solo)
-            assert_close(right[row, : len(solo)], solo)
+            assert_close(left[row, -len(solo) :], solo, rounding(tiny))
+            assert_close(right[row, : len(solo)], solo, rounding(tiny))
 
 
 @named(STAGES)
@@ -141,7 +149,8 @@ def test_cached_decoding_equals_a_full_forward(name, tiny, monkeypatch):
         out = greedy(tiny, inputs)
     logits = full_forward(tiny, inputs, out.sequences, method, trace, reduced, sizes)
     for step, ours in enumerate(out.logits):
-        assert_close(ours[0], logits[len(logits) - len(out.logits) - 1 + step])
+        theirs = logits[len(logits) - len(out.logits) - 1 + step]
+        assert_close(ours[0], theirs, rounding(tiny))
 
 
 def visible(family, kind, here, images):
