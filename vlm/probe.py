@@ -22,6 +22,9 @@ def question_rows(model: Any, inputs: Mapping[str, Any]) -> Iterator[list[Attent
     Args:
         inputs: what the processor gives for prompts, `input_ids` (B, L), or images encoded
             beforehand as `mm_encoder_outputs`, with `position_ids` where these have rows.
+
+    Raises:
+        InputError: if a layer has no attention that could be scored.
     """
     family, ids = family_of(model), inputs["input_ids"]
     counts = family.counts(ids, inputs)
@@ -36,6 +39,7 @@ def question_rows(model: Any, inputs: Mapping[str, Any]) -> Iterator[list[Attent
         seen.append((hidden, kwargs["position_embeddings"]))
 
     layers = family.decoder.layers
+    windows = [window_of(family.decoder.config, number) for number in range(len(layers))]
     hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     try:
         model(**{**inputs, "position_ids": positions}, use_cache=False, logits_to_keep=1)
@@ -50,7 +54,7 @@ def question_rows(model: Any, inputs: Mapping[str, Any]) -> Iterator[list[Attent
     groups = [(rows[own], torch.stack([columns_of[i] for i in own])) for own in alike(counts)]
     for number, (layer, (hidden, rotary)) in enumerate(zip(layers, seen, strict=True)):
         query, key = decoder_query_key(layer, hidden, rotary, index)
-        scale, window = layer.self_attn.scaling, window_of(family.decoder.config, number)
+        scale, window = layer.self_attn.scaling, windows[number]
         yield [
             AttentionRows(query[row], key[row], columns[row], valid[row], at, scale, window)
             for row, at in groups

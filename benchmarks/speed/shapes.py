@@ -20,6 +20,8 @@ from transformers import (
     PreTrainedConfig,
     Qwen2_5_VLConfig,
     Qwen2Config,
+    Qwen3_5Config,
+    Qwen3_5MoeConfig,
     Qwen3VLConfig,
     Qwen3VLMoeConfig,
     SiglipVisionConfig,
@@ -139,6 +141,46 @@ def _qwen3_vl_30b_a3b() -> Qwen3VLMoeConfig:
             },
         },
         **QWEN_IDS | {"tie_word_embeddings": False},
+    )  # fmt: skip
+
+
+def _qwen3_5_vision(width: int) -> dict[str, int]:
+    return {
+        "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16,
+        "out_hidden_size": width, "patch_size": 16, "num_position_embeddings": 2304,
+    }  # fmt: skip
+
+
+QWEN3_5_TEXT = {
+    "vocab_size": 248320, "num_attention_heads": 16, "head_dim": 256, "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e7, "mrope_section": [11, 11, 10],
+        "mrope_interleaved": True, "partial_rotary_factor": 0.25,
+    },
+}  # fmt: skip
+
+
+def _qwen3_5_9b() -> Qwen3_5Config:
+    return Qwen3_5Config(
+        vision_config=_qwen3_5_vision(4096),
+        text_config={
+            "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32,
+            "num_key_value_heads": 4, **QWEN3_5_TEXT,
+        },
+        tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def _qwen3_5_35b_a3b() -> Qwen3_5MoeConfig:
+    return Qwen3_5MoeConfig(
+        vision_config=_qwen3_5_vision(2048),
+        text_config={
+            "hidden_size": 2048, "num_hidden_layers": 40, "num_key_value_heads": 2,
+            "num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512, **QWEN3_5_TEXT,
+        },
+        tie_word_embeddings=False,
     )  # fmt: skip
 
 
@@ -271,6 +313,8 @@ SHAPES: Registry[Callable[[], PreTrainedConfig]] = Registry(
         "mistral-small-3.1-24b": _mistral_small_31_24b,
         "glm-4.1v-9b": _glm_41v_9b,
         "glm-4.6v-flash-9b": _glm_46v_flash_9b,
+        "qwen3.5-9b": _qwen3_5_9b,
+        "qwen3.5-35b-a3b": _qwen3_5_35b_a3b,
         "tiny": _tiny,
     },
 )

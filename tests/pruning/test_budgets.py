@@ -99,6 +99,8 @@ def test_all_budgets_are_met_on_every_family(family, name, layers, monkeypatch):
 @pytest.mark.parametrize("name", ["adaptinfer", "adaptinfer+merge"])
 def test_a_preset_may_keep_nothing_after_its_last_cut(name, tiny):
     """The authors' counts for a mean of 32 tokens end with none."""
+    if build(name).needs & family_of(tiny.model).lacks:
+        pytest.skip("refused")
     with build(name, preset="32")(tiny.model) as trace, torch.no_grad():
         logits = tiny.model(**tiny.inputs(TURNS)).logits
     assert [len(kept) for kept in trace.kept] == [0, 0, 0] and logits.isfinite().all()
