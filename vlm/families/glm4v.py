@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from vlm_prune.vlm.families.base import Need, matrices
+from vlm_prune.vlm.families.base import Kind, Need, matrices
 from vlm_prune.vlm.families.qwen2_5_vl import Qwen25VL
 
 
@@ -20,6 +20,7 @@ class Glm4v(Qwen25VL):
     """Paths into a `Glm4vForConditionalGeneration`."""
 
     lacks: ClassVar[frozenset[Need]] = Qwen25VL.lacks | {"a two-layer projector"}
+    kinds: ClassVar[tuple[Kind, ...]] = ("image",)
 
     @property
     def projector(self) -> Callable[[Tensor], Tensor]:  # type: ignore[override]  # not two layers

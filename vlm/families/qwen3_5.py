@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from vlm_prune.vlm.families.base import Family, Need
+from vlm_prune.vlm.families.base import Family, Kind, Need
 from vlm_prune.vlm.families.qwen3_vl import Qwen3VL
 
 
@@ -20,6 +20,7 @@ class Qwen35(Qwen3VL):
     """Paths into a `Qwen3_5ForConditionalGeneration`."""
 
     lacks: ClassVar[frozenset[Need]] = Qwen3VL.lacks | {"softmax attention in every decoder layer"}
+    kinds: ClassVar[tuple[Kind, ...]] = ("image",)
 
     def output(
         self, features: Sequence[Tensor], deepstack: Sequence[list[Tensor]] = ()
