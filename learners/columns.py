@@ -2,8 +2,8 @@
 
 The attention that a token pays to keys, weighted by a number for each key, is attention with
 those numbers as values. So it needs no attention maps, and SDPA, FlashAttention and the KV cache
-stay on. On a CPU the columns ride along in the model's own call, as values beside its values, or,
-when decoding, where that would copy the cache, on the weights of the one query. This rounds
+stay on. On a CPU the columns are appended to the values of the model's own call, or,
+when decoding, where that would copy the cache, weighted by the attention of the one query. This rounds
 differently; so while all columns are zero, as an untrained router's are, and wherever asking that
 would make a GPU wait, they have a call of their own and the model's output does not move by a bit.
 """
@@ -22,12 +22,12 @@ NAME = "vlm_prune_columns"
 
 
 def padded_columns(columns: int) -> int:
-    """Columns that ride along for so many: a width that vectors divide."""
+    """Returns how many columns are appended for so many: a width that vectors divide."""
     return -(-columns // 8) * 8
 
 
 @dataclass
-class Reader:
+class ColumnSum:
     """Columns (B, N, C); `result` is sum_j a_ij columns_jc, (B, S, C).
 
     The attention weights a are averaged over heads. All columns of a call fit into a head's width.
@@ -38,10 +38,10 @@ class Reader:
 
 
 class Route:
-    """Attention of a module that sums columns up for the readers that it is given, until `remove`.
+    """Attention of a module that computes the sums that a call asks for, until `remove`.
 
     The module gets a configuration of its own that names our attention function. It stays there
-    between calls, so that nothing is left behind where a call fails; without readers the function is
+    between calls, so that nothing is left behind where a call fails; without sums the function is
     the model's own.
     """
 
@@ -60,12 +60,12 @@ class Route:
             self.attention.config, self.plain = self.plain, None
 
 
-def watch(kwargs: dict[str, Any], reader: Reader) -> dict[str, Any]:
-    """Have `reader.result` filled by this call of a routed attention module.
+def with_column_sum(kwargs: dict[str, Any], column_sum: ColumnSum) -> dict[str, Any]:
+    """Have `column_sum.result` filled by this call of a routed attention module.
 
-    It is for forward pre-hooks: returns the keyword arguments `kwargs` with the reader among them.
+    It is for forward pre-hooks: returns the keyword arguments `kwargs` with the sum among them.
     """
-    return kwargs | {"readers": (*kwargs.get("readers", ()), reader)}
+    return kwargs | {"column_sums": (*kwargs.get("column_sums", ()), column_sum)}
 
 
 def _attend(
@@ -74,7 +74,7 @@ def _attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    readers: tuple[Reader, ...] = (),
+    column_sums: tuple[ColumnSum, ...] = (),
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     routed = module.config
@@ -82,8 +82,8 @@ def _attend(
     try:
         eager = sys.modules[type(module).__module__].eager_attention_forward
         kernel = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
-        if readers:
-            return _read(kernel, module, query, key, value, attention_mask, readers, **kwargs)
+        if column_sums:
+            return _read(kernel, module, query, key, value, attention_mask, column_sums, **kwargs)
         found: tuple[Tensor, Tensor | None] = kernel(
             module, query, key, value, attention_mask, **kwargs
         )
@@ -99,10 +99,10 @@ def _read(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    readers: tuple[Reader, ...],
+    column_sums: tuple[ColumnSum, ...],
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    columns = torch.cat([reader.columns for reader in readers], -1).to(value.dtype)
+    columns = torch.cat([column_sum.columns for column_sum in column_sums], -1).to(value.dtype)
     count, width = columns.shape[-1], value.shape[-1]
     maps = None
     if key.device.type != "cpu" or kwargs.get("dropout") or not columns.any():
@@ -121,9 +121,9 @@ def _read(
         query, key = F.pad(query, (0, more)), F.pad(key, (0, more))
         both, maps = kernel(module, query, key, wide, attention_mask, **kwargs)
         output, read = both[..., :width], both[..., width : width + count].mean(2)
-    parts = read.split([reader.columns.shape[-1] for reader in readers], -1)
-    for reader, part in zip(readers, parts, strict=True):
-        reader.result = part
+    parts = read.split([column_sum.columns.shape[-1] for column_sum in column_sums], -1)
+    for column_sum, part in zip(column_sums, parts, strict=True):
+        column_sum.result = part
     return output, maps
 
 

@@ -37,7 +37,7 @@ def router_flops(
     config: WingsConfig,
     text: float,
     image_per_layer: list[float],
-    rides: bool,
+    fused: bool,
 ) -> float:
     """Returns the FLOPs of one prefill that the router's reading takes, as `columns` does it.
 
@@ -46,14 +46,14 @@ def router_flops(
         config: the learners.
         text: tokens that are not image tokens.
         image_per_layer: image tokens each layer computes.
-        rides: whether the columns widen the heads of the main attention, as on a CPU; on a GPU the
+        fused: whether the columns widen the heads of the main attention, as on a CPU; on a GPU the
             router passes over queries and keys once more.
     """
     if not config.routed:
         return 0.0
     heads = text_config.num_attention_heads
     head = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
-    more = padded_columns(len(config.modalities)) if rides else head
+    more = padded_columns(len(config.modalities)) if fused else head
     layers = config.layers_of(len(image_per_layer))
     squares = sum((text + image_per_layer[layer]) ** 2 for layer in layers)
     return float(_MULTIPLY_ADD * 2 * squares * heads * more)

@@ -108,7 +108,7 @@ def _example(entry: Any, where: str, root: DataRoot) -> Example:
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
         raise InputError(f"{where}: 'image' must be a file name or a list of them")
     pairs = tuple((turns[n][1], turns[n + 1][1]) for n in range(0, len(turns), 2))
-    shown = sum(asked.count(PLACEHOLDER) for asked, _ in pairs)
+    shown = sum(user_text.count(PLACEHOLDER) for user_text, _ in pairs)
     if shown != len(files):
         raise InputError(
             f"{where}: {shown} {PLACEHOLDER} placeholders for {len(files)} images; the questions "
@@ -127,9 +127,9 @@ def _example(entry: Any, where: str, root: DataRoot) -> Example:
 def messages(example: Example) -> list[dict[str, Any]]:
     """The conversation as chat templates take it; templates add the line break after an image."""
     chat: list[dict[str, Any]] = []
-    for asked, answer in example.turns:
+    for user_text, answer in example.turns:
         content: list[dict[str, str]] = []
-        for number, text in enumerate(asked.split(PLACEHOLDER)):
+        for number, text in enumerate(user_text.split(PLACEHOLDER)):
             content += [{"type": "image"}] if number else []
             text = text.strip("\n")
             content += [{"type": "text", "text": text}] if text else []

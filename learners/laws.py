@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_prune.learners.columns import Reader, Route, watch
+from vlm_prune.learners.columns import ColumnSum, Route, with_column_sum
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import family_of
 
@@ -71,11 +71,11 @@ def laws(
     mask = inputs.get("attention_mask")
     valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     columns = segments(ids == family.image_token, valid, first_token)
-    readers: list[Reader] = []
+    sums: list[ColumnSum] = []
 
     def read(attention: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        readers.append(Reader(columns))
-        return args, watch(kwargs, readers[-1])
+        sums.append(ColumnSum(columns))
+        return args, with_column_sum(kwargs, sums[-1])
 
     with ExitStack() as stack:
         for layer in family.decoder.layers:
@@ -85,9 +85,9 @@ def laws(
         model(**inputs)
     chosen = (valid if queries is None else queries & valid).float()[..., None]
     curves = [
-        (reader.result.float() * chosen).sum(1) / chosen.sum(1)
-        for reader in readers
-        if reader.result is not None
+        (column_sum.result.float() * chosen).sum(1) / chosen.sum(1)
+        for column_sum in sums
+        if column_sum.result is not None
     ]
     return torch.stack(curves, -1)
 

@@ -186,8 +186,8 @@ class LoRRA(nn.Module):
             # a single run sees all keys, but for the hidden one that stands where there is none
             visible = None if runs and keys.visible.shape[2] == sum(runs[0][2:]) else keys.visible
             return attend_one(query, key, keys.features, inner, self.value.up.weight, visible)
-        whole = keys.new.shape[1] == key.shape[2]
-        features = keys.new if whole else keys.features.transpose(1, 2).flatten(2)
+        none_cached = keys.new.shape[1] == key.shape[2]
+        features = keys.new if none_cached else keys.features.transpose(1, 2).flatten(2)
         value = self._heads(self.value.onto(features, inner), None)
         if runs is None:
             return attend_visible(query, key, value, keys.visible, dropout)
@@ -195,14 +195,14 @@ class LoRRA(nn.Module):
 
     def _keys_and_values(self, keys: Keys, rotate: bool) -> tuple[Tensor, Tensor]:
         """Keys (B, H, M, head_dim) and what values are made of, x W_a (B, M, rank)."""
-        made = None if keys.made is None else keys.made.of(self)
-        if made is not None and len(made[0]) + keys.new.shape[1] != keys.visible.shape[2]:
+        cache = None if keys.cache is None else keys.cache.of(self)
+        if cache is not None and len(cache[0]) + keys.new.shape[1] != keys.visible.shape[2]:
             raise InputError("this cache was filled with other learners; start an empty one")
-        if made is not None and not keys.new.shape[1]:
-            return made[0].whole, made[1].whole
+        if cache is not None and not keys.new.shape[1]:
+            return cache[0].tensor_so_far, cache[1].tensor_so_far
         key = self._heads(self.key.added(keys.new), keys.rotary if rotate else None)
         inner = self.value.down(keys.new)
-        return (key, inner) if made is None else (made[0].append(key), made[1].append(inner))
+        return (key, inner) if cache is None else (cache[0].append(key), cache[1].append(inner))
 
     def _heads(self, hidden: Tensor, rotary: Rotary | None) -> Tensor:
         heads: Tensor = hidden.unflatten(-1, (-1, self.head_dim))

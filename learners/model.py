@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from vlm_prune.learners.columns import Reader, Route, watch
+from vlm_prune.learners.columns import ColumnSum, Route, with_column_sum
 from vlm_prune.learners.config import WingsConfig
 from vlm_prune.learners.lorra import LoRRA, Rotary
 from vlm_prune.learners.router import Router
@@ -216,9 +216,9 @@ def _note_tokens(
     mask, cache = kwargs.get("attention_mask"), cache_of(kwargs)
     use_cache = kwargs.get("use_cache")
     caches = bool(decoder.config.use_cache if use_cache is None else use_cache)
-    seen = None
+    visible_to = None
     if isinstance(mask, Tensor) and mask.ndim == 4 and cache is None and not caches:
-        seen, mask = (mask if mask.dtype == torch.bool else mask == 0)[:, 0], None
+        visible_to, mask = (mask if mask.dtype == torch.bool else mask == 0)[:, 0], None
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         raise InputError("Wings needs a 2D attention mask (batch, length) and a dynamic cache")
     if cache is None and caches:
@@ -226,18 +226,20 @@ def _note_tokens(
     batch, length = is_image.shape
     past = 0 if cache is None else cache.get_seq_length()
     positions = kwargs.get("position_ids")
-    if seen is not None and positions is None:
+    if visible_to is not None and positions is None:
         raise InputError("packed rows, with a 4D attention mask, need position_ids")
     if positions is None:
         positions = torch.arange(past, past + length, device=features.device)[None]
     valid = torch.ones_like(is_image) if mask is None else mask[:, -length:]
     facts = torch.stack([is_image.long(), valid.long(), positions.expand(batch, -1)], -1)
-    made = None
+    caches = None
     if cache is not None:
-        features, facts, made = remember(cache, len(decoder.layers), features, facts)
+        features, facts, caches = remember(cache, len(decoder.layers), features, facts)
     is_image, valid, positions = facts[..., 0].bool(), facts[..., 1].bool(), facts[..., 2]
     rotary = decoder.rotary_emb
-    tokens = PromptTokens(features, is_image, valid, positions, length, rotary, config, seen, made)
+    tokens = PromptTokens(
+        features, is_image, valid, positions, length, rotary, config, visible_to, caches
+    )
     if config.routed and int(tokens.ranks.max()) >= config.max_positions:
         raise InputError(
             f"{int(tokens.ranks.max()) + 1} tokens are more than the router's "
@@ -252,8 +254,8 @@ def _read_columns(
     router = attention.wings.router
     if router is None:
         return None
-    kwargs["router"] = reader = Reader(router.columns(kwargs["wings"].ranks))
-    return args, watch(kwargs, reader)
+    kwargs["router"] = column_sum = ColumnSum(router.columns(kwargs["wings"].ranks))
+    return args, with_column_sum(kwargs, column_sum)
 
 
 def _add_learners(attention: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:

@@ -14,7 +14,7 @@ from vlm_prune.learners.config import Modality, WingsConfig
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.tokens import compact, take
 
-SPARE = 256
+EXTRA_ROWS = 256
 
 
 def _locked(tensor: Tensor) -> bool:
@@ -22,51 +22,51 @@ def _locked(tensor: Tensor) -> bool:
     return tensor.is_inference() and not torch.is_inference_mode_enabled()
 
 
-class Grown:
-    """A tensor (..., N, d) that grows along N, with room to spare so that few steps copy it."""
+class GrowingTensor:
+    """A tensor (..., N, d) that grows along N, in a buffer of more rows so that few steps copy it."""
 
     def __init__(self) -> None:
-        self._room: Tensor | None = None
+        self._buffer: Tensor | None = None
         self._length = 0
 
     @property
-    def whole(self) -> Tensor:
+    def tensor_so_far(self) -> Tensor:
         """All that was appended; a view."""
-        assert self._room is not None
-        return self._room[..., : self._length, :]
+        assert self._buffer is not None
+        return self._buffer[..., : self._length, :]
 
     def __len__(self) -> int:
         return self._length
 
     def append(self, new: Tensor) -> Tensor:
-        """Append (..., n, d) and return `whole`."""
+        """Append (..., n, d) and return `tensor_so_far`."""
         start, self._length = self._length, self._length + new.shape[-2]
-        if self._room is None:
-            self._room = new.contiguous()
-            return self.whole
-        if self._room.shape[-2] < self._length or _locked(self._room):
-            shape = *new.shape[:-2], self._length + SPARE, new.shape[-1]
-            room, self._room = self._room, new.new_empty(shape)
-            self._room[..., :start, :] = room[..., :start, :]
-        self._room[..., start : self._length, :] = new
-        return self.whole
+        if self._buffer is None:
+            self._buffer = new.contiguous()
+            return self.tensor_so_far
+        if self._buffer.shape[-2] < self._length or _locked(self._buffer):
+            shape = *new.shape[:-2], self._length + EXTRA_ROWS, new.shape[-1]
+            old, self._buffer = self._buffer, new.new_empty(shape)
+            self._buffer[..., :start, :] = old[..., :start, :]
+        self._buffer[..., start : self._length, :] = new
+        return self.tensor_so_far
 
 
 @dataclass
-class Made:
+class LearnerCache:
     """What is kept of the tokens at `index` (B, M), and grows with them when decoding.
 
-    `features` (B, H, M, head_dim), and what each learner made of them: keys of that shape, and
+    `features` (B, H, M, head_dim), and what each learner computes of them: keys of that shape, and
     (B, M, rank) for its values.
     """
 
     index: Tensor
-    features: Grown = field(default_factory=Grown)
-    by_learner: dict[nn.Module, tuple[Grown, Grown]] = field(default_factory=dict)
+    features: GrowingTensor = field(default_factory=GrowingTensor)
+    by_learner: dict[nn.Module, tuple[GrowingTensor, GrowingTensor]] = field(default_factory=dict)
 
-    def of(self, learner: nn.Module) -> tuple[Grown, Grown]:
-        """What a learner has made so far, to be appended to."""
-        return self.by_learner.setdefault(learner, (Grown(), Grown()))
+    def of(self, learner: nn.Module) -> tuple[GrowingTensor, GrowingTensor]:
+        """Returns what a learner has computed so far, to be appended to."""
+        return self.by_learner.setdefault(learner, (GrowingTensor(), GrowingTensor()))
 
 
 class QueryRun(NamedTuple):
@@ -79,7 +79,7 @@ class QueryRun(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """One modality's M tokens, for S queries; the last n of them are new, the first ones in `made`.
+    """One modality's M tokens, for S queries; the last n of them are new, the first ones in `cache`.
 
     Shapes: new (B, n, D), features of all (B, H, M, head_dim), rotary cos and sin of the new ones
     (B, n, head_dim), visible (B, S, M). `runs` says the same as `visible` where that is alike in
@@ -91,7 +91,7 @@ class Keys(NamedTuple):
     rotary: tuple[Tensor, Tensor]
     visible: Tensor
     runs: tuple[QueryRun, ...] | None = None
-    made: Made | None = None
+    cache: LearnerCache | None = None
 
 
 def keys_of(is_image: Tensor, valid: Tensor, config: WingsConfig) -> dict[Modality, Tensor]:
@@ -117,9 +117,9 @@ class PromptTokens:
     """All tokens so far, of which the last `queries` are new; tensors (B, N) and `features` (B, N, D).
 
     `rotary(features, positions)` gives the decoder's cos and sin tables; `keys` holds what each
-    learner attends to, the same for all layers. `seen` (B, N, N) is what the main attention sees
-    where that is not simply what comes before: rows packed from several questions. `made` is what
-    learners made of earlier tokens, kept with a cache. `ranks` (B, N) is each token's place among
+    learner attends to, the same for all layers. `visible_to` (B, N, N) is what the main attention sees
+    where that is not simply what comes before: rows packed from several questions. `caches` are what
+    learners computed of earlier tokens, kept with the model's cache. `ranks` (B, N) is each token's place among
     the valid ones of its sequence.
     """
 
@@ -130,15 +130,15 @@ class PromptTokens:
     queries: int
     rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     config: WingsConfig
-    seen: Tensor | None = None
-    made: dict[Modality, Made] | None = None
+    visible_to: Tensor | None = None
+    caches: dict[Modality, LearnerCache] | None = None
     keys: dict[Modality, Keys] = field(init=False)
     ranks: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         # padding does not shift a token's place in its row; packed rows say it by position
         ranks = (self.valid.cumsum(1) - 1).clamp(min=0)
-        self.ranks = ranks if self.seen is None else self.positions
+        self.ranks = ranks if self.visible_to is None else self.positions
         # at once, not on demand: a checkpointed layer must not do more work than its recomputation
         self.keys = {
             modality: self._gather(modality, chosen)
@@ -153,29 +153,29 @@ class PromptTokens:
             # a hidden key keeps every weight in the graph, as data-parallel training wants it
             index, present = index.new_zeros(len(index), 1), present.new_zeros(len(index), 1)
         visible = present[:, None].expand(-1, self.queries, -1)
-        if causal and self.seen is not None:
-            visible = visible & self.seen.gather(2, index[:, None].expand_as(visible))
+        if causal and self.visible_to is not None:
+            visible = visible & self.visible_to.gather(2, index[:, None].expand_as(visible))
         elif causal:
             length = self.features.shape[1]
             query = torch.arange(length - self.queries, length, device=index.device)
             visible = visible & (index[:, None] <= query[:, None])
-        made = None if self.made is None else self.made.get(modality)
-        known = 0 if made is None else made.index.shape[1]
-        if self.made is not None:
-            if made is None or not torch.equal(made.index, index[:, :known]):
-                made, known = Made(index), 0
-            made.index, self.made[modality] = index, made
-        fresh = index[:, known:]
-        new = take(self.features, fresh)
-        rotary = self.rotary(new, self.positions.gather(1, fresh))
+        cache = None if self.caches is None else self.caches.get(modality)
+        cached = 0 if cache is None else cache.index.shape[1]
+        if self.caches is not None:
+            if cache is None or not torch.equal(cache.index, index[:, :cached]):
+                cache, cached = LearnerCache(index), 0
+            cache.index, self.caches[modality] = index, cache
+        new_index = index[:, cached:]
+        new = take(self.features, new_index)
+        rotary = self.rotary(new, self.positions.gather(1, new_index))
         features = new.unflatten(-1, (-1, rotary[0].shape[-1])).transpose(1, 2)
-        if made is not None:
-            features = made.features.append(features)
-        return Keys(new, features, rotary, visible, self._runs(chosen) if causal else None, made)
+        if cache is not None:
+            features = cache.features.append(features)
+        return Keys(new, features, rotary, visible, self._runs(chosen) if causal else None, cache)
 
     def _runs(self, chosen: Tensor) -> tuple[QueryRun, ...] | None:
         """Runs of queries when all rows are alike; on a CPU, since looking makes a GPU wait."""
-        alike = chosen.device.type == "cpu" and self.seen is None
+        alike = chosen.device.type == "cpu" and self.visible_to is None
         if not alike or not self.valid.all() or (chosen != chosen[:1]).any():
             return None
         first = chosen.shape[1] - self.queries
@@ -197,7 +197,7 @@ class PromptTokens:
         Raises:
             InputError: for packed rows.
         """
-        if self.seen is not None:
+        if self.visible_to is not None:
             raise InputError("packed rows cannot be pruned in the stack; give a 2D attention mask")
         return PromptTokens(
             take(self.features, columns),
@@ -214,36 +214,36 @@ class _Stored(DynamicLayer):  # type: ignore[misc]
     """An extra layer of a model's cache: features (B, 1, N, D), and image flag, validity, position.
 
     As a cache layer it follows beam search, cropping and batch selection; each of these drops what
-    the learners made, since rows or tokens are others then.
+    the learners cache, since rows or tokens are others then.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.made: dict[Modality, Made] = {}
+        self.caches: dict[Modality, LearnerCache] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Stored":
         other = copy.copy(self)
-        other.__dict__.update(copy.deepcopy(vars(self) | {"made": {}}, memo))
+        other.__dict__.update(copy.deepcopy(vars(self) | {"caches": {}}, memo))
         return other
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.made.clear()
+        self.caches.clear()
         super().reorder_cache(beam_idx)
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        self.made.clear()
+        self.caches.clear()
         super().crop(*args, **kwargs)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.made.clear()
+        self.caches.clear()
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.made.clear()
+        self.caches.clear()
         super().batch_select_indices(indices)
 
     def reset(self) -> None:
-        self.made.clear()
+        self.caches.clear()
         super().reset()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -253,10 +253,10 @@ class _Stored(DynamicLayer):  # type: ignore[misc]
 
 def remember(
     cache: Any, depth: int, features: Tensor, facts: Tensor
-) -> tuple[Tensor, Tensor, dict[Modality, Made] | None]:
+) -> tuple[Tensor, Tensor, dict[Modality, LearnerCache] | None]:
     """Append new tokens' features (B, S, D) and facts (B, S, 3) to a cache; returns all so far.
 
-    With them comes what the learners made of earlier tokens, where no gradient needs it anew.
+    With them comes what the learners computed of earlier tokens, where no gradient needs it anew.
 
     Args:
         cache: the model's cache.
@@ -276,4 +276,4 @@ def remember(
         stored = _Stored()
         cache.layers.append(stored)
     keys, values = stored.update(features[:, None], facts[:, None])
-    return keys[:, 0], values[:, 0], None if torch.is_grad_enabled() else stored.made
+    return keys[:, 0], values[:, 0], None if torch.is_grad_enabled() else stored.caches

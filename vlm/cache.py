@@ -77,9 +77,9 @@ class CachedTokens:
         Raises:
             InputError: when rows would lose different numbers of columns.
         """
-        gone = self.valid & (self.column >= length)
-        count = int(gone.sum(1).max()) if gone.numel() else 0
-        if count and not bool(gone[:, -count:].all()):
+        dropped = self.valid & (self.column >= length)
+        count = int(dropped.sum(1).max()) if dropped.numel() else 0
+        if count and not bool(dropped[:, -count:].all()):
             raise InputError("rows of this pruned prompt cannot be cropped to one length")
         kept = self.valid.shape[1] - count
         return replace(

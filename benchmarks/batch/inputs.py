@@ -48,12 +48,14 @@ def find_images(source: Path, prompt: str, limit: int | None = None) -> pa.Table
         raise InputError(
             f"there are no images in {source}; give a folder with files of {', '.join(SUFFIXES)}"
         )
-    asked = [own or prompt for own in prompts]
-    if not all(asked):
-        raise InputError(f"row {asked.index('') + 1} of {source} has no prompt; give --prompt")
+    row_prompts = [own or prompt for own in prompts]
+    if not all(row_prompts):
+        raise InputError(
+            f"row {row_prompts.index('') + 1} of {source} has no prompt; give --prompt"
+        )
     names = [path.encode("utf-8", "backslashreplace").decode() for path in paths]
     return pa.table(
-        {"row": pa.array(range(len(names)), pa.int64()), "path": names, "prompt": asked}
+        {"row": pa.array(range(len(names)), pa.int64()), "path": names, "prompt": row_prompts}
     )
 
 

@@ -42,21 +42,21 @@ def what(rng: np.random.Generator, scene: Scene) -> Question:
 def pair(rng: np.random.Generator, scene: Scene) -> Question:
     """The shortest training-only question: a thing's name asks for its color, or the reverse."""
     thing = scene.things[int(rng.integers(len(scene.things)))]
-    asked, answer = (thing.name, thing.color) if rng.random() < 0.5 else (thing.color, thing.name)
-    return Question(asked, answer, ONE_WORD[asked == thing.color])
+    prompt, answer = (thing.name, thing.color) if rng.random() < 0.5 else (thing.color, thing.name)
+    return Question(prompt, answer, ONE_WORD[prompt == thing.color])
 
 
 def side(rng: np.random.Generator, scene: Scene) -> Question | None:
     """A training-only question whose answer grows out of the difference of two places; from
     there the yes and no of `relation` is one step."""
-    asked = relation.ask(rng, scene)
-    if asked is None:
+    question = relation.ask(rng, scene)
+    if question is None:
         return None
-    before, after = ("left", "right") if asked.subset == "horizontal" else ("above", "below")
-    first, second = (before, after) if f" {before} " in asked.text else (after, before)
-    of = " of" if asked.subset == "horizontal" else ""
-    both = asked.text.replace(f" {first}{of} ", f" {before} or {after}{of} ")
-    return Question(both, first if asked.answer == "yes" else second)
+    before, after = ("left", "right") if question.subset == "horizontal" else ("above", "below")
+    first, second = (before, after) if f" {before} " in question.text else (after, before)
+    of = " of" if question.subset == "horizontal" else ""
+    both = question.text.replace(f" {first}{of} ", f" {before} or {after}{of} ")
+    return Question(both, first if question.answer == "yes" else second)
 
 
 # Each way to ask one of these is a skill of its own, and is reported apart.
@@ -130,13 +130,13 @@ def visual_questions(
     """
     makers = LESSONS[lesson]
     drawn = [kind for kind, (_, share) in makers.items() for _ in range(share)]
-    asked: list[tuple[str, Question]] = []
-    while len(asked) < number:
+    questions: list[tuple[str, Question]] = []
+    while len(questions) < number:
         kind = drawn[int(rng.integers(len(drawn)))]
         question = makers[kind][0](rng, scene)
         if question is not None:
-            asked.append((question.subset if kind in APART else kind, question))
-    return asked
+            questions.append((question.subset if kind in APART else kind, question))
+    return questions
 
 
 def block(kind: str, question: Question, opening: str = "") -> QuestionBlock:
@@ -154,8 +154,8 @@ def block(kind: str, question: Question, opening: str = "") -> QuestionBlock:
 
 def history(rng: np.random.Generator, turns: int) -> str:
     """Text-only turns with their replies, as the chat template writes them."""
-    asked = [text.ask(rng) for _ in range(turns)]
-    return "".join(f"USER: {q.text} ASSISTANT: {q.answer}</s>" for q in asked)
+    questions = [text.ask(rng) for _ in range(turns)]
+    return "".join(f"USER: {q.text} ASSISTANT: {q.answer}</s>" for q in questions)
 
 
 def text_row(rng: np.random.Generator, number: int) -> Row:
@@ -168,22 +168,22 @@ def text_row(rng: np.random.Generator, number: int) -> Row:
 def story_row(rng: np.random.Generator, number: int) -> Row:
     """Questions about one scene in words: plain, with four options, and about options alone."""
     story, names, colors = text.facts(rng, int(rng.integers(2, 5)), alike=rng.random() < 0.5)
-    asked: list[tuple[str, Question]] = []
+    questions: list[tuple[str, Question]] = []
     for _ in range(number):
         k = int(rng.integers(len(names)))
         name, color = names[k], colors[k]
         kind = next(kind for kind, pool in KINDS.items() if name in pool)
         drawn = rng.random()
         if drawn < 0.3:
-            asked.append(("told", Question(f"What color is the {noun(name)}?", color)))
+            questions.append(("told", Question(f"What color is the {noun(name)}?", color)))
         elif drawn < 0.5:
             pool = (tuple(COLORS), *KINDS.values())[int(rng.integers(1 + len(KINDS)))]
             right = str(rng.choice(pool))
             listed, letter = choice.list_options(rng, right, list(pool))
-            asked.append(("letter", Question(f"What letter is {right}? {listed}", letter)))
+            questions.append(("letter", Question(f"What letter is {right}? {listed}", letter)))
         else:
-            asked.append(("option", choice.ask_about(rng, kind, name, color)))
-    return Row(f"<s>USER: {story}", [block(kind, question, " ") for kind, question in asked])
+            questions.append(("option", choice.ask_about(rng, kind, name, color)))
+    return Row(f"<s>USER: {story}", [block(kind, question, " ") for kind, question in questions])
 
 
 def recite_row(rng: np.random.Generator, number: int) -> Row:
@@ -191,17 +191,17 @@ def recite_row(rng: np.random.Generator, number: int) -> Row:
     thing's color up by its name."""
     words = [*NAMES, *COLORS, *choice.LETTERS]
     lists = [rng.choice(words, int(rng.integers(3, 9)), replace=False) for _ in range(number)]
-    asked = [Question(f"Repeat {' '.join(said)}.", " ".join(said)) for said in lists]
-    return Row("<s>", [block("recite", question, "USER: ") for question in asked])
+    questions = [Question(f"Repeat {' '.join(spoken)}.", " ".join(spoken)) for spoken in lists]
+    return Row("<s>", [block("recite", question, "USER: ") for question in questions])
 
 
-def told_row(rng: np.random.Generator, number: int) -> Row:
+def described_scene_row(rng: np.random.Generator, number: int) -> Row:
     """Questions about a scene as they are asked about images, but the scene is told in words."""
     scene = make_scene(rng, "train")
-    told = [f"The {thing.noun} is {thing.color}." for thing in scene.things]
-    asked = visual_questions(rng, scene, number, "told")
-    story = " ".join(rng.permutation(told))
-    return Row(f"<s>USER: {story}", [block(kind, question, " ") for kind, question in asked])
+    facts = [f"The {thing.noun} is {thing.color}." for thing in scene.things]
+    questions = visual_questions(rng, scene, number, "told")
+    story = " ".join(rng.permutation(facts))
+    return Row(f"<s>USER: {story}", [block(kind, question, " ") for kind, question in questions])
 
 
 def visual_row(
@@ -218,5 +218,5 @@ def visual_row(
     """
     turns = int(rng.integers(1, 3)) if rng.random() < 0.2 else 0
     before = f"<s>{history(rng, turns)}USER: "
-    asked = visual_questions(rng, scene, number, lesson)
-    return Row(before, [block(kind, q) for kind, q in asked], image)
+    questions = visual_questions(rng, scene, number, lesson)
+    return Row(before, [block(kind, q) for kind, q in questions], image)

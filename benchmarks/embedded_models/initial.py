@@ -18,7 +18,7 @@ from torch import Tensor
 PATCH_SCALE = 0.5
 POSITION_SCALE = 0.4
 SHARPNESS = 9.0
-LOUDNESS = 0.5
+OUTPUT_SCALE = 0.5
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def waves(width: int, grid: int) -> Tensor:
 @torch.no_grad()
 def look_back(decoder: Any) -> None:
     """Let the first two heads of a Llama decoder's first layer attend one and two tokens back, in
-    place, and let the layer add nothing until `wake`.
+    place, and let the layer add nothing until `add_look_back`.
 
     Queries and keys are biases, so that rotary positions alone decide; needs `attention_bias`.
     """
@@ -87,7 +87,7 @@ def look_back(decoder: Any) -> None:
 
 
 @torch.no_grad()
-def wake(decoder: Any, words: Tensor) -> None:
+def add_look_back(decoder: Any, words: Tensor) -> None:
     """Let the second head that looks back (in "star is red", the star heard by red) add what it
     sees at half the volume of an embedding, in place.
 
@@ -102,4 +102,4 @@ def wake(decoder: Any, words: Tensor) -> None:
     others = torch.randn(table.shape[1], attention.head_dim - len(spanned))
     basis = torch.linalg.qr(torch.cat([spanned.T, others], 1)).Q
     attention.v_proj.weight[second] = basis.T
-    attention.o_proj.weight[:, second] = LOUDNESS * table.square().mean().sqrt() * basis
+    attention.o_proj.weight[:, second] = OUTPUT_SCALE * table.square().mean().sqrt() * basis

@@ -139,18 +139,18 @@ def attend(
     """
     common = spans[0].start
     first, keys, values = (part[:, :, :common] for part in (query, key, value))
-    heard = [scaled_dot_product_attention(first, keys, values, is_causal=True, scale=scaling)]
+    outputs = [scaled_dot_product_attention(first, keys, values, is_causal=True, scale=scaling)]
     for start, stop, prefix, seen in spans:
         keys, values, mask = (
             torch.cat([part[..., :prefix, :], part[..., seen:stop, :]], -2)
             for part in (key, value, attention_mask[:, :, start:stop].mT)
         )
-        heard.append(
+        outputs.append(
             scaled_dot_product_attention(
                 query[:, :, start:stop], keys, values, mask.mT.to(query.dtype), scale=scaling
             )
         )
-    return torch.cat(heard, 2).transpose(1, 2), None
+    return torch.cat(outputs, 2).transpose(1, 2), None
 
 
 def attend_packed(decoder: PreTrainedModel) -> None:
@@ -169,12 +169,12 @@ def _layout(
     start = len(ids)
     positions, block, labels = list(range(start)), [0] * start, [IGNORE] * start
     for number, question in enumerate(row.blocks, 1):
-        asked: list[int] = tokenizer(question.prompt).input_ids
-        said: list[int] = [*tokenizer(question.answer).input_ids, tokenizer.eos_token_id]
-        ids += asked + said
-        positions += range(start, start + len(asked) + len(said))
-        block += [number] * (len(asked) + len(said))
-        labels += [IGNORE] * (len(asked) - 1) + said + [IGNORE]
+        prompt_ids: list[int] = tokenizer(question.prompt).input_ids
+        answer_ids: list[int] = [*tokenizer(question.answer).input_ids, tokenizer.eos_token_id]
+        ids += prompt_ids + answer_ids
+        positions += range(start, start + len(prompt_ids) + len(answer_ids))
+        block += [number] * (len(prompt_ids) + len(answer_ids))
+        labels += [IGNORE] * (len(prompt_ids) - 1) + answer_ids + [IGNORE]
     return ids, positions, block, labels
 
 
@@ -206,8 +206,8 @@ def loss_of(
             inputs_embeds=embeds, attention_mask=batch.mask, position_ids=batch.positions,
             use_cache=False, spans=batch.spans,
         ).last_hidden_state  # fmt: skip
-    asked = batch.labels != IGNORE
-    logits, labels = model.lm_head(hidden[asked].float()), batch.labels[asked]
+    is_answer = batch.labels != IGNORE
+    logits, labels = model.lm_head(hidden[is_answer].float()), batch.labels[is_answer]
     words = labels != model.config.text_config.eos_token_id
     right: dict[str, list[bool]] = defaultdict(list)
     for kind, word, hit in zip(

@@ -17,7 +17,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from vlm_prune.benchmarks.embedded_models.initial import initialize_embeddings, wake
+from vlm_prune.benchmarks.embedded_models.initial import add_look_back, initialize_embeddings
 from vlm_prune.benchmarks.embedded_models.language import (
     Lesson,
     Row,
@@ -205,7 +205,7 @@ class Trainer:
             return tokens
 
         steps, rows = self.recipe.symbols, self._symbol_rows
-        self._train("symbols", steps, 2e-3, encode, modules, rows, 5, asleep=True)
+        self._train("symbols", steps, 2e-3, encode, modules, rows, 5, freeze_first_layer=True)
 
     def _stories(self) -> None:
         """Text skills alone: the first layer wakes, and a story's facts and the letters of options
@@ -214,7 +214,7 @@ class Trainer:
         def rows(_: int) -> list[Row]:
             return [self.source.text(16, self._seed()) for _ in range(12)]
 
-        wake_to(self.source, self.model, self.processor)
+        add_look_back_for(self.source, self.model, self.processor)
         modules: list[nn.Module] = [self.model.model.language_model]
         self._train("stories", self.recipe.stories, 1e-3, torch.cat, modules, rows, 1)
 
@@ -270,10 +270,10 @@ class Trainer:
         rows: Callable[[int], list[Row]],
         levels: int,
         *,
-        asleep: bool = False,
+        freeze_first_layer: bool = False,
     ) -> None:
-        """`asleep` keeps the language model's first layer as it is."""
-        self.model.model.language_model.layers[0].requires_grad_(not asleep)
+        """`freeze_first_layer` keeps the language model's first layer as it is."""
+        self.model.model.language_model.layers[0].requires_grad_(not freeze_first_layer)
         tokenizer, say = self.processor.tokenizer, self.say(stage)
         bf16 = self.recipe.bf16
         train_language(self.model, tokenizer, rows, steps, rate, encode, modules, say, levels, bf16)
@@ -333,7 +333,7 @@ class Trainer:
         return int(torch.randint(2**62, (), generator=self.generator))
 
 
-def wake_to(
+def add_look_back_for(
     source: TrainingData, model: LlavaForConditionalGeneration, processor: LlavaProcessor
 ) -> None:
     """Lets the first layer, which looks back since `look_back`, carry the words that texts look up.
@@ -344,7 +344,7 @@ def wake_to(
         processor: the model's.
     """
     words = word_ids(processor.tokenizer, [*source.names, *source.colors, *"ABCD"])
-    wake(model.model.language_model, words)
+    add_look_back(model.model.language_model, words)
 
 
 def _patches(pixels: Tensor, size: int = 14) -> Tensor:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from vlm_prune.benchmarks.embedded_models.curriculum import (
+    described_scene_row,
     recite_row,
     story_row,
     text_row,
-    told_row,
     visual_questions,
     visual_row,
 )
@@ -172,5 +172,5 @@ class SceneSource:
     def prose(self, questions: int, seed: int) -> Row:
         """Every kind of text, for a language model that sees nothing else."""
         rng = np.random.default_rng([TRAIN_SEED, seed])
-        makers = (recite_row, text_row, story_row, told_row)
+        makers = (recite_row, text_row, story_row, described_scene_row)
         return makers[int(rng.choice(4, p=(0.2, 0.35, 0.15, 0.3)))](rng, questions)

@@ -32,10 +32,10 @@ class Symbols(nn.Module):
         width = words.embedding_dim
         line = torch.linspace(0, 1, grid)[:, None]
         smooth = torch.cat([2 * line - 1, *(torch.cos(k * torch.pi * line) for k in (1, 2, 3))], 1)
-        # as loud as the words: places that whisper beside names and colors are never compared
-        loud = words.weight.detach().std() / smooth.square().sum(1).mean().sqrt()
-        self.rows = nn.Parameter(loud * smooth @ torch.randn(4, width))
-        self.columns = nn.Parameter(loud * smooth @ torch.randn(4, width))
+        # as large as the word embeddings: much smaller ones beside names and colors are not learned
+        scale = words.weight.detach().std() / smooth.square().sum(1).mean().sqrt()
+        self.rows = nn.Parameter(scale * smooth @ torch.randn(4, width))
+        self.columns = nn.Parameter(scale * smooth @ torch.randn(4, width))
         self.background = nn.Parameter(0.02 * torch.randn(width))
 
     def forward(self, triples: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from vlm_prune.benchmarks.embedded_models.initial import look_back
 from vlm_prune.benchmarks.embedded_models.language import Row, train_language
-from vlm_prune.benchmarks.embedded_models.llava import TrainingData, wake_to
+from vlm_prune.benchmarks.embedded_models.llava import TrainingData, add_look_back_for
 from vlm_prune.benchmarks.embedded_models.log import Say
 
 
@@ -20,7 +20,7 @@ def train_text(
 ) -> None:
     """Teaches a new model's language model text alone; the rest of `model` stays as it is.
 
-    Its first layer looks back from the start, as the embedded model's does after `wake_to`.
+    Its first layer looks back from the start, as the embedded model's does after `add_look_back_for`.
 
     Args:
         model: the embedded LLaVA, trained in place.
@@ -33,7 +33,7 @@ def train_text(
     """
     decoder = model.model.language_model
     look_back(decoder)
-    wake_to(source, model, processor)
+    add_look_back_for(source, model, processor)
     rng = torch.Generator().manual_seed(seed)
 
     def rows(_: int) -> list[Row]:

@@ -28,7 +28,7 @@ def paired_costs(model: Any, prompt: PromptRecord) -> tuple[Costs, Costs]:
         own = prompt.vision_flops + prefill_flops(text, prompt.text_tokens, per_layer)
         if learners is not None:
             added = text, learners.config, prompt.text_tokens, per_layer
-            own += learner_flops(*added) + router_flops(*added, rides=model.device.type == "cpu")
+            own += learner_flops(*added) + router_flops(*added, fused=model.device.type == "cpu")
         return own
 
     def held(per_layer: list[float]) -> float:

@@ -234,7 +234,7 @@ class PairedRow(AnswerRow, frozen=True):
         return self.baseline_right and not self.right
 
     @property
-    def mended(self) -> bool:
+    def fixed(self) -> bool:
         """Whether pruning turned a wrong answer into a right one."""
         return self.right and not self.baseline_right
 

@@ -27,7 +27,7 @@ from vlm_prune.vlm.common.folder import OutputFolder, check_settings, record_set
 from vlm_prune.vlm.common.records import from_json, to_json
 
 CONFIG, ROWS, RESULTS = "config.json", "samples.jsonl", "results.json"
-AGAIN = "run it again"
+RERUN = "run it again"
 HOLDS = {
     "eval": "a run of eval",
     "compare": "the runs of compare",
@@ -49,9 +49,9 @@ def read_versioned(path: Path, kind: type[RecordT]) -> RecordT:
     if version != SCHEMA_VERSION:
         raise InputError(
             f"{path} is of another version of the format ({version}, and this is "
-            f"{SCHEMA_VERSION}); {AGAIN} in another folder"
+            f"{SCHEMA_VERSION}); {RERUN} in another folder"
         )
-    return from_json(read_bytes(path), kind, str(path), AGAIN)
+    return from_json(read_bytes(path), kind, str(path), RERUN)
 
 
 def kind_of(folder: Path) -> Kind | None:
@@ -84,11 +84,11 @@ def _rows(content: bytes, path: Path, kind: type[RowT]) -> dict[str, RowT]:
     rows: dict[str, RowT] = {}
     for number, line in enumerate(content.splitlines(), 1):
         row = from_json(
-            line, kind, f"line {number} of {path}", f"remove {path.parent}, and {AGAIN}"
+            line, kind, f"line {number} of {path}", f"remove {path.parent}, and {RERUN}"
         )
         if rows.setdefault(row.id, row) != row:
             raise InputError(
-                f"{path} has two rows of question {row.id}; remove {path.parent}, and {AGAIN}"
+                f"{path} has two rows of question {row.id}; remove {path.parent}, and {RERUN}"
             )
     return rows
 
@@ -117,7 +117,7 @@ def read_run(folder: Path) -> tuple[Results, list[PairedRow]]:
         if len(own) != task.n or not np.allclose(means, [task.accuracy, task.baseline_accuracy]):
             raise InputError(
                 f"{folder / ROWS} has {len(own)} rows of task {name}, which are not those of "
-                f"{RESULTS}; {AGAIN}"
+                f"{RESULTS}; {RERUN}"
             )
     return results, rows
 
@@ -262,7 +262,7 @@ def _scored(row: AnswerRow) -> bool:
     return row.score == score(row.prediction, row.answer)
 
 
-class Asked(TypedDict):
+class QuestionFields(TypedDict):
     """The part of a row that says what was asked."""
 
     id: str
@@ -272,7 +272,7 @@ class Asked(TypedDict):
     answer: str
 
 
-def described(sample: Sample) -> Asked:
+def described(sample: Sample) -> QuestionFields:
     """What was asked."""
     return {
         "id": sample.id,

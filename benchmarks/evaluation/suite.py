@@ -77,8 +77,11 @@ def run_suite(
         raise InputError(unknown("suite", name, SUITES))
     quiet()
     models = 1 + (base is not None) + (config.wings is not None)
-    with TemporaryDirectory(prefix="vlm-prune-") as gone, progress(models * config.limit) as tick:
-        results = run_forgetting(config, base, output or Path(gone), data_root, tick)
+    with (
+        TemporaryDirectory(prefix="vlm-prune-") as temporary,
+        progress(models * config.limit) as tick,
+    ):
+        results = run_forgetting(config, base, output or Path(temporary), data_root, tick)
     for role, reasons in results.skipped.items():
         for task, reason in reasons.items():
             print(f"{task} skipped by {TITLES[role]}: {reason}", file=sys.stderr)
@@ -187,11 +190,11 @@ def _fill(folder: RunFolder[AnswerRow], ask: Ask, samples: list[Sample], tick: P
 
 
 def _row(sample: Sample, reply: str) -> AnswerRow:
-    asked = described(sample)
+    fields = described(sample)
     return AnswerRow(
-        **asked,
+        **fields,
         prediction=reply,
-        score=TASKS[asked["task"]].score(reply, sample.answer),
+        score=TASKS[fields["task"]].score(reply, sample.answer),
         images=len(sample.images),
     )
 
@@ -240,8 +243,8 @@ def summarize_suite(
         for task in reasons:
             scores[role].pop(task, None)
     shown = {row.task for row in folders["vlm"].rows.values() if row.images}
-    asked = {name: place for place, name in enumerate(config.tasks)}
-    names = sorted(scores["vlm"], key=lambda n: (n in shown, asked.get(n, len(asked)), n))
+    order = {name: place for place, name in enumerate(config.tasks)}
+    names = sorted(scores["vlm"], key=lambda n: (n in shown, order.get(n, len(order)), n))
     return SuiteResults(
         suite=SUITES[0],
         models={
@@ -259,7 +262,7 @@ def summarize_suite(
     )
 
 
-def _asked(scores: Scores, names: list[str]) -> Scores:
+def _common_scores(scores: Scores, names: list[str]) -> Scores:
     """Scores of the models that were asked all of some tasks."""
     return {
         role: {name: own[name] for name in names}
@@ -269,28 +272,28 @@ def _asked(scores: Scores, names: list[str]) -> Scores:
 
 
 def _entry(scores: Scores, names: list[str]) -> SuiteEntry:
-    asked = _asked(scores, names)
+    common = _common_scores(scores, names)
     differences = {}
     for ours, theirs in PAIRS:
-        if ours in asked and theirs in asked:
-            gain, interval = difference(asked[ours], asked[theirs])
+        if ours in common and theirs in common:
+            gain, interval = difference(common[ours], common[theirs])
             differences[f"{ours} - {theirs}"] = Gain(accuracy=gain, ci=interval)
     return SuiteEntry(
         n=sum(len(scores["vlm"][name]) for name in names),
         accuracy={
             role: float(np.mean([values.mean() for values in own.values()]))
-            for role, own in asked.items()
+            for role, own in common.items()
         },
         differences=differences,
     )
 
 
 def _task(scores: Scores, name: str, images: bool) -> SuiteTask:
-    entry, asked = _entry(scores, [name]), _asked(scores, [name])
+    entry, common = _entry(scores, [name]), _common_scores(scores, [name])
     return SuiteTask(
         **msgspec.structs.asdict(entry),
         images=images,
-        accuracy_ci={role: mean_interval(own[name]) for role, own in asked.items()},
+        accuracy_ci={role: mean_interval(own[name]) for role, own in common.items()},
     )
 
 

@@ -52,9 +52,9 @@ def run_table(results: Results) -> Any:
     rows = [["task", "n", "unpruned %", "pruned %", "% retained [95 %]", "tokens per layer"]]
     for name, task in results.tasks.items():
         rows.append([name, str(task.n), *_accuracies(task), f"{task.kept:.1f}"])
-    asked = str(sum(task.n for task in results.tasks.values()))
+    questions = str(sum(task.n for task in results.tasks.values()))
     kept = f"{results.tokens.layer_mean:.1f}"
-    rows.append(["mean", asked, *_accuracies(results.overall), kept])
+    rows.append(["mean", questions, *_accuracies(results.overall), kept])
     table = as_table(rows, title, sections=[len(rows) - 1])
     return Group(table, *cost_lines(results))
 

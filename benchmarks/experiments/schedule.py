@@ -88,17 +88,19 @@ def change_points_of(
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         texts = [render(processor, p.messages, add_generation_prompt=True) for p in batch]
-        asked = make_prompts(model, processor, texts, [prompt.images for prompt in batch])
-        assert asked.vision is not None
-        encoded = family.output(asked.vision.projected, asked.vision.deepstack)
+        encoded_prompts = make_prompts(model, processor, texts, [prompt.images for prompt in batch])
+        assert encoded_prompts.vision is not None
+        encoded = family.output(encoded_prompts.vision.projected, encoded_prompts.vision.deepstack)
         layers = [
             [from_rows(rows, rows.columns).cpu() for rows in groups]
-            for groups in question_rows(model, asked.tensors | {"mm_encoder_outputs": encoded})
+            for groups in question_rows(
+                model, encoded_prompts.tensors | {"mm_encoder_outputs": encoded}
+            )
         ]
         for group in zip(*layers, strict=True):
             for attention in torch.stack(group, 1):
                 points += change_points(attention)
-        sizes += asked.vision.counts
+        sizes += encoded_prompts.vision.counts
         progress(len(batch))
     return points, sizes
 

@@ -213,14 +213,14 @@ class Search:
         seed, least = self.common.seed, len(self.common.tasks)
         left = {budget: combinations(budget) for budget in budgets}
         for number, limit in enumerate((self.limit // 9, self.limit // 3, self.limit), 1):
-            every = [variant for variants in left.values() for variant in variants]
-            measured = self.measure(f"round-{number}", every, max(least, limit), seed)
+            candidates = [variant for variants in left.values() for variant in variants]
+            measured = self.measure(f"round-{number}", candidates, max(least, limit), seed)
             keep = FINALISTS if limit == self.limit else None
-            left = {b: _best(every, measured, b, keep) for b in budgets}
+            left = {b: _best(candidates, measured, b, keep) for b in budgets}
         finalists = [variant for variants in left.values() for variant in variants]
-        every = [*finalists, *(new for old in finalists for new in variations(old))]
-        measured = self.measure("varied", every, self.limit, seed)
-        return {budget: _best(every, measured, budget, 1)[0] for budget in budgets}
+        candidates = [*finalists, *(new for old in finalists for new in variations(old))]
+        measured = self.measure("varied", candidates, self.limit, seed)
+        return {budget: _best(candidates, measured, budget, 1)[0] for budget in budgets}
 
     def run(self, budgets: list[int]) -> SearchResults:
         """The definitions that `Best` reads, with the comparison that they stand on."""
@@ -230,8 +230,10 @@ class Search:
     def _run(self, budgets: list[int]) -> SearchResults:
         chosen = self.winners(budgets)
         plain = singles()
-        every = [v for b in budgets for v in (chosen[b], *(Variant(name, b) for name in plain))]
-        measured = self.measure("compared", every, self.limit, self.common.seed + 1)
+        candidates = [
+            v for b in budgets for v in (chosen[b], *(Variant(name, b) for name in plain))
+        ]
+        measured = self.measure("compared", candidates, self.limit, self.common.seed + 1)
         step = 1 + len(plain)
         return SearchResults(
             model=self.common.model,
@@ -241,7 +243,7 @@ class Search:
             versions=versions(),
             command=command_line(),
             budgets={
-                str(budget): _compared(every, measured, number * step, step)
+                str(budget): _compared(candidates, measured, number * step, step)
                 for number, budget in enumerate(budgets)
             },
         )
@@ -252,21 +254,23 @@ def _folder(variant: Variant) -> str:
     return f"{variant.method}-{variant.budget}{named}"
 
 
-def _best(every: list[Variant], measured: Round, budget: int, keep: int | None) -> list[Variant]:
+def _best(
+    candidates: list[Variant], measured: Round, budget: int, keep: int | None
+) -> list[Variant]:
     """The most accurate variants of a budget, a third of them unless told; ties in given order."""
-    own = [n for n, variant in enumerate(every) if variant.budget == budget]
+    own = [n for n, variant in enumerate(candidates) if variant.budget == budget]
     own.sort(key=lambda n: -measured.accuracy(n))
-    return [every[n] for n in own[: keep or max(FINALISTS, -(-len(own) // 3))]]
+    return [candidates[n] for n in own[: keep or max(FINALISTS, -(-len(own) // 3))]]
 
 
-def _compared(every: list[Variant], measured: Round, first: int, count: int) -> Definition:
+def _compared(candidates: list[Variant], measured: Round, first: int, count: int) -> Definition:
     """The combination at `first` against the single methods behind it; the better one is named."""
     against = []
     for number in range(first + 1, first + count):
         point, interval = difference(measured.scores[first], measured.scores[number])
         against.append(
             Rival(
-                method=every[number].method,
+                method=candidates[number].method,
                 accuracy=measured.accuracy(number),
                 tokens=measured.tokens[number],
                 difference=point,
@@ -276,11 +280,11 @@ def _compared(every: list[Variant], measured: Round, first: int, count: int) -> 
         )
     top = max(range(first, first + count), key=lambda n: measured.accuracy(n))
     return Definition(
-        method=every[top].method,
-        arguments=every[top].arguments,
+        method=candidates[top].method,
+        arguments=candidates[top].arguments,
         accuracy=measured.accuracy(top),
         wins=all(rival.ci[0] > 0 for rival in against),
-        combination=command_of(every[first].method, every[first].arguments),
+        combination=command_of(candidates[first].method, candidates[first].arguments),
         combination_accuracy=measured.accuracy(first),
         tokens=measured.tokens[first],
         against=against,

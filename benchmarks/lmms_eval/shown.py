@@ -15,13 +15,13 @@ from vlm_prune.vlm.common.paths import DataRoot
 
 
 def images_of(
-    name: str, asked: dict[int, str], data_root: DataRoot | Path | None
+    name: str, questions: dict[int, str], data_root: DataRoot | Path | None
 ) -> dict[int, list[Image.Image]]:
     """Loads the images of questions by their numbers.
 
     Args:
         name: of the task.
-        asked: question texts by number.
+        questions: question texts by number.
         data_root: folder of data sets; None for the hub's.
 
     Raises:
@@ -30,13 +30,13 @@ def images_of(
     datasets.disable_progress_bars()
     try:
         with redirect_stderr(StringIO()):
-            task = load_task(name, data_root, limit=max(asked) + 1)
+            task = load_task(name, data_root, limit=max(questions) + 1)
             chats = {
                 number: conversation(task.doc_to_messages(task.eval_docs[number]))
-                for number in asked
+                for number in questions
             }
     except Exception as error:
         raise InputError(in_one_line(error)) from error
-    if any(chats[number].question != question for number, question in asked.items()):
+    if any(chats[number].question != question for number, question in questions.items()):
         raise InputError("its data are not those that were asked about")
     return {number: chat.images() for number, chat in chats.items()}

@@ -25,7 +25,7 @@ def chosen(runs: list[Run], most: int) -> list[str]:
     """Ids of at most `most` questions about images: those whose answer some run broke or mended
     first, then the rest, the tasks taking turns.
     """
-    changed = {row.id for run in runs for row in run.rows if row.broken or row.mended}
+    changed = {row.id for run in runs for row in run.rows if row.broken or row.fixed}
     turns: dict[str, count[int]] = {}
     ranked = []
     for row in runs[0].rows:
@@ -53,9 +53,9 @@ def gallery(
     names = series_of(runs)
     images: dict[str, int] = {}
     samples = list[dict[str, Any]]()
-    asked = [rows[0][name] for name in chosen(runs, most)]
-    shown, missing = pictures_of(runs[0], asked, data_root)
-    for first in asked:
+    first_rows = [rows[0][name] for name in chosen(runs, most)]
+    shown, missing = pictures_of(runs[0], first_rows, data_root)
+    for first in first_rows:
         if not shown.get(first.id):
             continue
         name, grids = first.id, first.grids
@@ -98,7 +98,7 @@ def _answer(row: PairedRow) -> dict[str, Any]:
         "text": row.prediction,
         "right": row.right,
         "broken": row.broken,
-        "mended": row.mended,
+        "mended": row.fixed,
         "kept": [
             grid and _bits(indices, math.prod(grid))
             for grid, indices in zip(row.grids, row.kept, strict=bool(row.kept))

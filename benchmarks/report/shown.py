@@ -30,9 +30,9 @@ def pictures_of(
     found = {row.id: _made(run, row) for row in rows if row.task in TASKS}
     missing = {}
     for task in sorted({row.task for row in rows} - set(TASKS)):
-        asked = {row.number: row.question for row in rows if row.task == task}
+        questions = {row.number: row.question for row in rows if row.task == task}
         try:
-            pictures = _read(task, asked, data_root)
+            pictures = _read(task, questions, data_root)
         except InputError as error:
             missing[task] = str(error)
         else:
@@ -41,13 +41,13 @@ def pictures_of(
 
 
 def _read(
-    task: str, asked: dict[int, str], data_root: DataRoot | Path | None
+    task: str, questions: dict[int, str], data_root: DataRoot | Path | None
 ) -> dict[int, Pictures]:
     if not lmms_eval.installed():
         raise InputError(f"its images are read by lmms-eval: {lmms_eval.INSTALL}")
     from vlm_prune.benchmarks.lmms_eval.shown import images_of
 
-    return images_of(task, asked, data_root)
+    return images_of(task, questions, data_root)
 
 
 def _made(run: Run, row: PairedRow) -> Pictures:

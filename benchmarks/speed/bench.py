@@ -135,13 +135,13 @@ def _measured(config: BenchConfig, pruner: Any, model: Any, ceilings: Ceilings) 
     """Run unpruned and pruned in turn, after one warm-up each; returns what is reported.
 
     Times are milliseconds per call for the whole batch, `decode` per generated token. Vision is
-    timed with the same tower call for both, unless the method changes the images. `as_short` is
+    timed with the same tower call for both, unless the method changes the images. `as_short_ms` is
     the unpruned prefill of a text with as many tokens as layers compute on average: what the model
     and the device give at best.
     """
     inputs, images = random_prompt(config, model), [1] * config.batch
     samples: dict[str, list[dict[str, float]]] = {"unpruned": [], "pruned": []}
-    layer_tokens, peak, as_short = {}, {}, []
+    layer_tokens, peak, short_text_ms = {}, {}, []
     for _ in range(config.repeats + 1):
         for name, method in (("unpruned", None), ("pruned", pruner)):
             if model.device.type == "cuda":
@@ -157,7 +157,7 @@ def _measured(config: BenchConfig, pruner: Any, model: Any, ceilings: Ceilings) 
             layer_tokens[name], peak[name] = trace.layer_tokens, _peak_bytes(model.device)
         text = random_text(config, config.text + round(mean(layer_tokens["pruned"])), model)
         _, phases, _ = timed_generate(model, text, max_new_tokens=1, min_new_tokens=1)
-        as_short.append(1e3 * phases.prefill)
+        short_text_ms.append(1e3 * phases.prefill)
     busy = {}
     if model.device.type == "cuda":
         for name, method in (("unpruned", None), ("pruned", pruner)):
@@ -181,7 +181,7 @@ def _measured(config: BenchConfig, pruner: Any, model: Any, ceilings: Ceilings) 
         }
         for name, rows in samples.items()
     }
-    least = Timing.of(as_short[1:])
+    least = Timing.of(short_text_ms[1:])
     return {
         "config": asdict(config),
         "environment": environment(model.device),
@@ -266,7 +266,7 @@ def floors(
     }
 
 
-def speedup(runs: dict[str, Any], as_short_ms: float) -> dict[str, float]:
+def speedup(runs: dict[str, Any], short_text_ms: float) -> dict[str, float]:
     """Unpruned over pruned medians: prefill with selection, to the first token, and decode.
 
     `prefill_alone` leaves selection out and `promised` is the ratio of the prefills' FLOPs, so that
@@ -294,7 +294,7 @@ def speedup(runs: dict[str, Any], as_short_ms: float) -> dict[str, float]:
         / total("pruned", "vision", "selection", "prefill"),
         "decode": total("unpruned", "decode") / total("pruned", "decode"),
         "prefill_alone": total("unpruned", "prefill") / total("pruned", "prefill"),
-        "as_short": total("unpruned", "prefill") / as_short_ms,
+        "as_short": total("unpruned", "prefill") / short_text_ms,
         "promised": runs["unpruned"]["prefill_flops"] / runs["pruned"]["prefill_flops"],
         "roofline": runs["unpruned"]["floors_ms"]["prefill"]
         / runs["pruned"]["floors_ms"]["prefill"],

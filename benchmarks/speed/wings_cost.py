@@ -31,8 +31,8 @@ def extra_flops(shape: str, rank: int) -> dict[str, float]:
     whole, config = prefill_flops(text, *counted), WingsConfig(rank)
     return {
         "learners": learner_flops(text, config, *counted) / whole,
-        "router": router_flops(text, config, *counted, rides=True) / whole,
-        "router on a GPU": router_flops(text, config, *counted, rides=False) / whole,
+        "router": router_flops(text, config, *counted, fused=True) / whole,
+        "router on a GPU": router_flops(text, config, *counted, fused=False) / whole,
     }
 
 

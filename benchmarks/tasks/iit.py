@@ -25,8 +25,8 @@ def _turn(rng: np.random.Generator, split: Split, visual: bool) -> tuple[Turn, s
         question = text.ask(rng)
         return Turn(question.text), question.answer
     scene = make_scene(rng, split)
-    asked = ask_about_scene(rng, scene)
-    return Turn(asked.text, (scene.image,)), asked.answer
+    question = ask_about_scene(rng, scene)
+    return Turn(question.text, (scene.image,)), question.answer
 
 
 def make(rng: np.random.Generator, split: Split) -> Sample:

@@ -48,8 +48,8 @@ def facts(
 def lookup(rng: np.random.Generator) -> Question:
     """Returns a question about one thing of a scene in words."""
     story, names, colors = facts(rng)
-    asked = int(rng.integers(len(names)))
-    return Question(f"{story} What color is the {noun(names[asked])}?", colors[asked], "lookup")
+    index = int(rng.integers(len(names)))
+    return Question(f"{story} What color is the {noun(names[index])}?", colors[index], "lookup")
 
 
 def ask(rng: np.random.Generator) -> Question:

@@ -49,7 +49,7 @@ class CoDyRAPlus(Gated):
     settle: float = 0.1
     rounds: int = 10
     decay: float = 0.95
-    _alive: Tensor | None = field(default=None, init=False, repr=False)
+    _active: Tensor | None = field(default=None, init=False, repr=False)
     _taylor: Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -63,9 +63,9 @@ class CoDyRAPlus(Gated):
 
     def begin_task(self, context: Context) -> list[Group]:
         groups = super().begin_task(context)
-        self._alive = torch.ones(self.rank * len(self.layers), dtype=torch.bool)
-        self._alive = self._alive.to(context.clip.device)
-        self._taylor = torch.zeros(len(self._alive), device=context.clip.device)
+        self._active = torch.ones(self.rank * len(self.layers), dtype=torch.bool)
+        self._active = self._active.to(context.clip.device)
+        self._taylor = torch.zeros(len(self._active), device=context.clip.device)
         return groups
 
     def kept_at(self, step: int) -> int:
@@ -83,7 +83,7 @@ class CoDyRAPlus(Gated):
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         gates = self.gates()
-        assert self._alive is not None and self._taylor is not None
+        assert self._active is not None and self._taylor is not None
         values = torch.cat(gates)
         if self.importance == "taylor":
             gradients = torch.cat(
@@ -91,11 +91,11 @@ class CoDyRAPlus(Gated):
             )
             self._taylor.lerp_((values * gradients).abs(), 1 - self.decay)
         keep = self.kept_at(step)
-        if keep < int(self._alive.sum()):
-            scores = self._importance(values).masked_fill(~self._alive, -1.0)
-            self._alive = kept_components(scores, keep)
+        if keep < int(self._active.sum()):
+            scores = self._importance(values).masked_fill(~self._active, -1.0)
+            self._active = kept_components(scores, keep)
         if keep < len(values):
-            assign(gates, values.masked_fill(~self._alive, 0.0))
+            assign(gates, values.masked_fill(~self._active, 0.0))
 
     def _importance(self, values: Tensor) -> Tensor:
         if self.importance == "taylor":
@@ -104,12 +104,12 @@ class CoDyRAPlus(Gated):
         return values.abs() * torch.cat([layer.sizes() for layer in self.layers.values()])
 
     def state(self) -> dict[str, Tensor]:
-        if self._alive is None or self._taylor is None:
+        if self._active is None or self._taylor is None:
             return {}
-        return {"alive": self._alive.to(torch.uint8), "taylor": self._taylor}
+        return {"alive": self._active.to(torch.uint8), "taylor": self._taylor}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        if state and self._alive is not None:
-            device = self._alive.device
-            self._alive = state["alive"].bool().to(device)
+        if state and self._active is not None:
+            device = self._active.device
+            self._active = state["alive"].bool().to(device)
             self._taylor = state["taylor"].to(device)

@@ -86,7 +86,7 @@ SPLIT_SEED = 42
 TRAIN_SHARE = 0.8
 
 
-class Held(LabeledImages):
+class TorchvisionSplit(LabeledImages):
     """A torchvision data set as a sequence of RGB images and labels.
 
     Args:
@@ -165,7 +165,9 @@ def torchvision_task(key: str, root: Path | DataRoot, skip_bad: bool = False) ->
             the packaged table.
     """
     names, root = table()[key], DataRoot.of(root)
-    splits = {part: Held(data, key, root) for part, data in _open(key, root.folder).items()}
+    splits = {
+        part: TorchvisionSplit(data, key, root) for part, data in _open(key, root.folder).items()
+    }
     some = next(iter(splits.values())).data
     own = getattr(some, "categories", None) or getattr(some, "classes", None) or names.classes
     classes = in_own_order(key, own)

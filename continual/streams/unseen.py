@@ -12,7 +12,11 @@ from vlm_prune.continual.clip import extra
 from vlm_prune.continual.streams.base import StreamTask
 from vlm_prune.continual.streams.files import PHOTO, folder_split, list_classes
 from vlm_prune.continual.streams.packaged import task as packaged_task
-from vlm_prune.continual.streams.torchvision_sets import Held, torchvision_class, torchvision_task
+from vlm_prune.continual.streams.torchvision_sets import (
+    TorchvisionSplit,
+    torchvision_class,
+    torchvision_task,
+)
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.paths import DataRoot
 from vlm_prune.vlm.common.registry import Registry
@@ -48,7 +52,7 @@ def places365(root: Path | DataRoot, small: bool = True) -> StreamTask:
     names = tuple(place_name(category) for category in by_label)
     if len(names) != 365:
         raise InputError(f"Places365 has 365 categories but {len(names)} here; get the full list")
-    return StreamTask("places365", names, PHOTO, (), (), Held(data, "places365", root))
+    return StreamTask("places365", names, PHOTO, (), (), TorchvisionSplit(data, "places365", root))
 
 
 def place_name(category: str) -> str:

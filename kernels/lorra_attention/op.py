@@ -26,7 +26,7 @@ def lorra_attention(
     -> attended (B, H, S, e) in value's dtype, logits (B, S, R) in at least fp32.
 
     Args:
-        router: columns that ride along as values of every head; `logits` is their mean over heads,
+        router: columns that are values of every head, too; `logits` is their mean over heads,
             which is the router's linear map of the head-averaged attention row, without a map.
         scale: factor of the products; d ** -0.5 by default.
     """

@@ -318,7 +318,7 @@ def test_runs_of_queries_give_what_the_mask_gives(options, rows, winged, prompts
 
 
 def test_the_router_costs_no_call_once_it_is_trained(llava, prompts, monkeypatch):
-    """Its columns ride along on a CPU; before, a second call leaves the first as it was."""
+    """Its columns are values of the same call on a CPU; before, a second call leaves the first as it was."""
     honest, calls = torch.nn.functional.scaled_dot_product_attention, []
 
     def count(*arguments, **options):
@@ -350,12 +350,12 @@ def test_a_cache_keeps_wide_keys_and_narrow_values(winged, prompts):
         model(input_ids=torch.tensor([[7]]), **{CACHE: cache})
     heads, width = 32 // model.model.language_model.layers[0].self_attn.head_dim, 32
     for modality, tokens in (("visual", 16), ("textual", 11)):
-        made = cache.layers[-1].made[modality]
-        assert made.features.whole.shape == (1, heads, tokens, width // heads)
-        assert len(made.by_learner) == 3
-        for keys, values in made.by_learner.values():
-            assert keys.whole.shape == made.features.whole.shape
-            assert values.whole.shape == (1, tokens, 4)
+        cache = cache.layers[-1].cache[modality]
+        assert cache.features.tensor_so_far.shape == (1, heads, tokens, width // heads)
+        assert len(cache.by_learner) == 3
+        for keys, values in cache.by_learner.values():
+            assert keys.tensor_so_far.shape == cache.features.tensor_so_far.shape
+            assert values.tensor_so_far.shape == (1, tokens, 4)
 
 
 def test_a_copied_prefix_cache_answers_as_the_whole_prompt_does(winged, prompts):

@@ -226,8 +226,8 @@ class Family(ABC):
             pixel_values: as the processor gives them.
             inputs: other arguments of `encoder`.
         """
-        asked = {"output_hidden_states": True, "return_dict": True}
-        output = encoder(pixel_values, **inputs | asked)
+        options = {"output_hidden_states": True, "return_dict": True}
+        output = encoder(pixel_values, **inputs | options)
         states = output.hidden_states
         read = {number % len(states) for number in self.states_read}
         output.hidden_states = tuple(

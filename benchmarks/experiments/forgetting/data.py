@@ -109,19 +109,19 @@ def held_out_rows(shown: Shown, plan: Plan, rng: np.random.Generator) -> list[tu
     rows: list[tuple[str, Row]] = []
     for k, scene in enumerate(shown.scenes):
         features = some(shown, k, plan, rng)
-        asked = [
+        by_task = [
             (name, question)
             for name in VISUAL
             for _ in range(TASK_QUESTIONS)
             if (question := LESSONS["all"][name][0](rng, scene)) is not None
         ]
-        rows.append(("visual", Row("<s>USER: ", [block(k, q) for k, q in asked], features)))
+        rows.append(("visual", Row("<s>USER: ", [block(k, q) for k, q in by_task], features)))
         for setting in ("V", "T,V", "T,T,V"):
             before = f"<s>{history(rng, setting.count('T'))}USER: "
             questions = [iit.ask_about_scene(rng, scene) for _ in range(SETTING_QUESTIONS)]
             rows.append(("iit", Row(before, [block(setting, q) for q in questions], features)))
-        told = [text.ask(rng) for _ in range(TEXT_QUESTIONS)]
-        rows.append(("text", Row("<s>", [block(q.subset, q, "USER: ") for q in told])))
+        text_questions = [text.ask(rng) for _ in range(TEXT_QUESTIONS)]
+        rows.append(("text", Row("<s>", [block(q.subset, q, "USER: ") for q in text_questions])))
         for setting in ("T", "T,T", "T,T,T"):
             before = f"<s>{history(rng, setting.count('T') - 1)}"
             questions = [text.ask(rng) for _ in range(SETTING_QUESTIONS)]

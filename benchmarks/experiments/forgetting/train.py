@@ -56,8 +56,8 @@ def answer_logits(
         input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions,
         use_cache=False, **shown,
     ).last_hidden_state  # fmt: skip
-    asked = batch.labels != IGNORE
-    return model.lm_head(hidden[asked]), batch.labels[asked]
+    is_answer = batch.labels != IGNORE
+    return model.lm_head(hidden[is_answer]), batch.labels[is_answer]
 
 
 def prepared(

@@ -120,13 +120,15 @@ def conversations(
         chosen: dict[int, list[int]] = {target: [] for target in targets}
         if earlier:
             for group in {group_of(items[t].subject) for t in targets}:
-                asked = [t for t in targets if group_of(items[t].subject) == group]
+                group_targets = [t for t in targets if group_of(items[t].subject) == group]
                 pool = by_group[group]
                 if len({items[n].question for n in pool}) <= earlier:
                     pool = everything
                 found = NearestNeighbors(n_neighbors=min(len(pool), earlier + 8), metric="cosine")
-                near = found.fit(vectors[pool]).kneighbors(vectors[asked], return_distance=False)
-                for target, row in zip(asked, near, strict=True):
+                near = found.fit(vectors[pool]).kneighbors(
+                    vectors[group_targets], return_distance=False
+                )
+                for target, row in zip(group_targets, near, strict=True):
                     chosen[target] = _distinct(items, target, [pool[k] for k in row], earlier)
         built[setting] = [
             tuple(items[n] for n in (*reversed(chosen[target]), target)) for target in targets

@@ -128,8 +128,8 @@ def evaluate_conversations(
         turns = sample.turns
         if context == "own":
             for place in range(len(turns) - 1):
-                asked = (*turns[:place], replace(turns[place], reply=None))
-                reply = _reply(model, processor, replace(sample, turns=asked), pruner)
+                unanswered = (*turns[:place], replace(turns[place], reply=None))
+                reply = _reply(model, processor, replace(sample, turns=unanswered), pruner)
                 answered = replace(turns[place], reply=reply)
                 turns = (*turns[:place], answered, *turns[place + 1 :])
         reply = _reply(model, processor, replace(sample, turns=turns), pruner)

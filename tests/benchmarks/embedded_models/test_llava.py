@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vlm_prune.benchmarks.embedded_models.curriculum import block, pair, what
-from vlm_prune.benchmarks.embedded_models.initial import look_back, wake
+from vlm_prune.benchmarks.embedded_models.initial import add_look_back, look_back
 from vlm_prune.benchmarks.embedded_models.language import attend_packed, loss_of, pack, projected
 from vlm_prune.benchmarks.embedded_models.llava import STAGES, LlavaRecipe, Trainer
 from vlm_prune.benchmarks.embedded_models.log import recorder
@@ -99,11 +99,11 @@ def test_the_first_layer_looks_back_and_adds_nothing_until_it_is_woken(processor
     words = word_ids(processor.tokenizer, ["star", "red", "blue"])
     story = processor.tokenizer("The star is red. The 7 is", return_tensors="pt").input_ids
     with torch.no_grad():
-        asleep = model(input_ids=story, output_attentions=True, output_hidden_states=True)
-        wake(decoder, words)
+        before = model(input_ids=story, output_attentions=True, output_hidden_states=True)
+        add_look_back(decoder, words)
         awake = model(input_ids=story, output_hidden_states=True)
-    torch.testing.assert_close(asleep.hidden_states[1], asleep.hidden_states[0])
-    for head, seen in enumerate(asleep.attentions[0][0, :2]):
+    torch.testing.assert_close(before.hidden_states[1], before.hidden_states[0])
+    for head, seen in enumerate(before.attentions[0][0, :2]):
         back = torch.arange(len(seen)) - seen.argmax(-1)
         assert (back[2:] == head + 1).all()
         assert (seen.max(-1).values[2:] > 0.9).all()
