@@ -232,13 +232,13 @@ def _note_tokens(
         positions = torch.arange(past, past + length, device=features.device)[None]
     valid = torch.ones_like(is_image) if mask is None else mask[:, -length:]
     facts = torch.stack([is_image.long(), valid.long(), positions.expand(batch, -1)], -1)
-    caches = None
+    learner_caches = None
     if cache is not None:
-        features, facts, caches = remember(cache, len(decoder.layers), features, facts)
+        features, facts, learner_caches = remember(cache, len(decoder.layers), features, facts)
     is_image, valid, positions = facts[..., 0].bool(), facts[..., 1].bool(), facts[..., 2]
     rotary = decoder.rotary_emb
     tokens = PromptTokens(
-        features, is_image, valid, positions, length, rotary, config, visible_to, caches
+        features, is_image, valid, positions, length, rotary, config, visible_to, learner_caches
     )
     if config.routed and int(tokens.ranks.max()) >= config.max_positions:
         raise InputError(
