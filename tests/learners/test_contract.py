@@ -350,11 +350,11 @@ def test_a_cache_keeps_wide_keys_and_narrow_values(winged, prompts):
         model(input_ids=torch.tensor([[7]]), **{CACHE: cache})
     heads, width = 32 // model.model.language_model.layers[0].self_attn.head_dim, 32
     for modality, tokens in (("visual", 16), ("textual", 11)):
-        cache = cache.layers[-1].cache[modality]
-        assert cache.features.tensor_so_far.shape == (1, heads, tokens, width // heads)
-        assert len(cache.by_learner) == 3
-        for keys, values in cache.by_learner.values():
-            assert keys.tensor_so_far.shape == cache.features.tensor_so_far.shape
+        kept = cache.layers[-1].caches[modality]
+        assert kept.features.tensor_so_far.shape == (1, heads, tokens, width // heads)
+        assert len(kept.by_learner) == 3
+        for keys, values in kept.by_learner.values():
+            assert keys.tensor_so_far.shape == kept.features.tensor_so_far.shape
             assert values.tensor_so_far.shape == (1, tokens, 4)
 
 
