@@ -307,6 +307,14 @@ CALLED = {
     ("iit evaluate", 2): ("iit.jsonl",),
 }
 
+# Wrong arguments of each script that takes some.
+SCRIPTS: dict[str, tuple[str, ...]] = {
+    "bench_continual": ("--model", "nonsense"), "bench_kernels": ("{image}/below",),
+    "compare_continual": ("/",), "draw_kept_tokens": ("{images}",), "iit": ("evaluate", "{missing}"),
+    "train_continual": ("--method", "codyr"), "train_tiny_clip": ("/dev/null",),
+    "train_tiny_llava": (".",), "train_tiny_text": ("",), "train_wings": ("--experiment", "forgeting"),
+}  # fmt: skip
+
 # --- damaged files of folders that commands go on with
 
 TEXTS = ("", "{", "null", "[]", "[" * 100_000, '{"a":' * 50_000, "NaN", "\xff\xfe", '{"schema_version": 1}',
@@ -517,6 +525,12 @@ def _more() -> Iterator[Case]:
     yield Case("an unknown command", ("evil",), ("evil",))
     for group in ("train-wings", "continual", "iit", "train-tiny"):
         yield Case(f"{group} alone", (group,), ("give a command",))
+    for command in ("methods", "tasks", "models"):
+        yield Case(f"{command} --nosuch", (command, "--nosuch"), ("--nosuch",))
+    for script, words in SCRIPTS.items():
+        yield Case(f"script {script} --nosuch", (*words, "--nosuch"), ("--nosuch",), script=script)
+        yield Case(f"script {script} {words}", words, _names(words[-1]), script=script)
+        yield Case(f"script {script} --help", ("--help",), (), right=True, script=script)
     for command in ("ask", "map", "report", "export", "serve", "iit build"):
         yield Case(f"{command} without arguments", tuple(command.split()), ("Missing",))
     for command in SOUND:
