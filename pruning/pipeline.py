@@ -112,7 +112,7 @@ class PrunedVLM:
         config, tokens = family_of(self.model).decoder.config, inputs["input_ids"].shape[1]
         if tokens > (most := getattr(config, "max_position_embeddings", tokens)):
             raise InputError(
-                f"a prompt has {tokens} tokens, above the {most} that the model takes; ask less"
+                f"a prompt has {tokens} tokens, above the {most} that the model takes; give a shorter one"
             )
         block = nullcontext() if self.pruner is None else self.pruner(self.model)
         # a model is inside one block at a time

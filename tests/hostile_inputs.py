@@ -547,8 +547,6 @@ def make_folder(folder: Path) -> None:
     from PIL import Image
     from tiny_families import Tiny
 
-    from vlm_prune.benchmarks.cli import app as cli
-
     (folder / "images").mkdir()
     (folder / "empty").mkdir()
     Image.new("RGB", (60, 60), "red").save(folder / "image.png")
@@ -594,9 +592,10 @@ def make_folder(folder: Path) -> None:
         (folder / name / "iit.jsonl").write_text(text)
     torch.manual_seed(0)
     words = [word.replace("{model}", str(folder / "model")) for word in SOUND["eval"]]
-    sys.argv = ["vlm-prune", *words, "--output", str(folder / "run")]
+    argv, sys.argv = sys.argv, ["vlm-prune", *words, "--output", str(folder / "run")]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-        cli.main()
+        run_script()
+    sys.argv = argv
     assert (folder / "run" / "results.json").is_file()
 
 
@@ -748,27 +747,50 @@ def select(words: list[str]) -> list[Case]:
     return [case for case in found if not words or any(word in case.name for word in words)]
 
 
-def run(
-    chosen: list[Case],
-    meeting: Callable[[Case, Path, int], Outcome] = meet_apart,
-    tell: Callable[[Outcome], None] = lambda outcome: None,
-) -> list[Outcome]:
-    """Meet the cases one after the other in a new folder; `tell` is told each outcome."""
-    with tempfile.TemporaryDirectory(prefix="hostile-") as name, socket.socket() as taken:
-        folder = Path(name)
-        make_folder(folder)
-        (folder / "work").mkdir()
+@contextlib.contextmanager
+def prepared(folder: Path) -> Iterator[int]:
+    """Make the folder of inputs; gives a port that is taken during the block."""
+    make_folder(folder)
+    (folder / "work").mkdir()
+    execute, os.execv = os.execv, lambda *_: sys.exit(0)  # a server that starts is a success
+    with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        execute, os.execv = os.execv, lambda *_: sys.exit(0)  # a server that starts is a success
         try:
-            outcomes = []
-            for case in chosen:
-                outcomes.append(meeting(case, folder, taken.getsockname()[1]))
-                tell(outcomes[-1])
-            return outcomes
+            yield taken.getsockname()[1]
         finally:
             os.execv = execute
+
+
+def run(chosen: list[Case], tell: Callable[[Outcome], None]) -> list[Outcome]:
+    """Meet the cases one after the other in a new folder; `tell` is told each outcome."""
+    outcomes = []
+    with tempfile.TemporaryDirectory(prefix="hostile-") as name, prepared(Path(name)) as port:
+        for case in chosen:
+            outcomes.append(meet_apart(case, Path(name), port))
+            tell(outcomes[-1])
+    return outcomes
+
+
+def few() -> list[Case]:
+    """A case of each kind, cheap enough for the default tests: each option, argument and file once.
+
+    Outputs that are not below the folder of inputs are left to users without rights to them.
+    """
+    found: dict[tuple[str, ...], Case] = {}
+    for case in select([]):
+        if {"/", "/dev/null", "/proc/x/y"} & set(case.arguments) or "train-tiny" in case.name:
+            continue
+        what, _, value = case.name.partition(" --" if " --" in case.name else " '")
+        option = value.partition(" ")[0]
+        if case.prepare is not None:
+            key: tuple[str, ...] = (case.name,)
+            if "null" not in case.name and "PIPE" not in case.name and what in DAMAGED:
+                continue
+        else:
+            key = (option,) if " --" in case.name and option != "help" else (what,)
+        found.setdefault(key, case)
+    return list(found.values())
 
 
 def main() -> int:
@@ -795,7 +817,7 @@ def main() -> int:
                 flush=True,
             )
 
-    outcomes = run(select(arguments.words), tell=tell)
+    outcomes = run(select(arguments.words), tell)
     refused = [one for one in outcomes if not one.case.right]
     kinds = Counter(one.kind for one in outcomes)
     slowest = max(refused, key=lambda one: one.seconds)

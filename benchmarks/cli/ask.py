@@ -42,7 +42,7 @@ def ask_command(
 
     quiet()
     if not question.strip():
-        raise InputError("the question is empty; ask something about the image")
+        raise InputError("the question is empty; give one about the image")
     picture = open_image(image)
     pruner = build(method, budget=parse_budget(budget))
     loaded = load(

@@ -17,7 +17,10 @@ Keep = Literal["tower", "all"]
 app = typer.Typer(pretty_exceptions_enable=False, help="Train the embedded models on a CPU.")
 
 
-def _begin(threads: int) -> None:
+def _begin(folder: Path, threads: int) -> None:
+    from vlm_prune.vlm.common.files import output_folder
+
+    output_folder(folder)
     import logging
 
     import torch
@@ -41,9 +44,9 @@ def llava(
     The result is written to `FOLDER/checkpoint`. Stages that the folder already holds are loaded,
     not repeated.
     """
+    _begin(folder, threads)
     from vlm_prune.benchmarks.embedded_models.packaged import train_llava
 
-    _begin(threads)
     train_llava(folder, tuple(stage or ()), seed, keep, bf16, install)
 
 
@@ -61,9 +64,9 @@ def text(
     The result is `FOLDER/text.safetensors`, the base of the experiment `forgetting`. Tokenizer and
     shape are those of the packaged model; its weights are not used.
     """
+    _begin(folder, threads)
     from vlm_prune.benchmarks.embedded_models.packaged import train_base
 
-    _begin(threads)
     train_base(folder, steps, seed, bf16, install)
 
 
@@ -72,7 +75,7 @@ def train_clip_command(
     folder: Folder, seed: Seed = 0, threads: Threads = 2, install: Install = False
 ) -> None:
     """Pre-train the CLIP; a training that was killed goes on from its last checkpoint."""
+    _begin(folder, threads)
     from vlm_prune.benchmarks.embedded_models.packaged import train_clip
 
-    _begin(threads)
     train_clip(folder, seed, install)
