@@ -47,7 +47,8 @@ class MapConfig:
     """What decides the answers; an output holds those of one configuration.
 
     `input` is a folder or a manifest, `max_new_tokens` the longest answer, None for the model's own
-    limit; `allow_outside` lets paths and links lead out of the folder; `engine` is `hf` or `vllm`.
+    limit; `allow_outside` lets paths and links lead out of the folder; `engine` is `hf` or `vllm`;
+    `device_map`, `quantization`, `attn` and `adapter` are those of `load`.
     """
 
     input: str
@@ -60,6 +61,10 @@ class MapConfig:
     max_new_tokens: int | None = None
     allow_outside: bool = False
     engine: str = "hf"
+    device_map: str | None = None
+    quantization: str | None = None
+    attn: str | None = None
+    adapter: str | None = None
 
 
 class Answerer:
@@ -76,7 +81,11 @@ class Answerer:
                 self.vlm = ServedVLM(config.model, config.variant, device, config.dtype)
                 return
             pruner = config.variant.build(0)
-            self.vlm = PrunedVLM(*load(config.model, device, config.dtype), pruner)
+            loaded = load(
+                config.model, device, config.dtype, device_map=config.device_map,
+                quantization=config.quantization, attn=config.attn, adapter=config.adapter,
+            )  # fmt: skip
+            self.vlm = PrunedVLM(*loaded, pruner)
             pruner.admit(self.vlm.model)
         except InputError as error:
             self.refused = str(error)

@@ -4,7 +4,15 @@ from typing import Annotated
 
 import typer
 
-from vlm_prune.benchmarks.cli.options import Device, Dtype, Model
+from vlm_prune.benchmarks.cli.options import (
+    Adapter,
+    Attn,
+    Device,
+    DeviceMap,
+    Dtype,
+    Model,
+    Quantization,
+)
 from vlm_prune.benchmarks.cli.terminal import quiet
 
 
@@ -16,9 +24,16 @@ def demo(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve at.")] = 7860,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    quantization: Quantization = None,
+    attn: Attn = None,
+    adapter: Adapter = None,
 ) -> None:
     """Serve a page to try methods on: answers, kept tokens and times, pruned and unpruned."""
     from vlm_prune.benchmarks.report.demo import serve_demo
 
     quiet()
-    serve_demo(model, host, port, device, dtype)
+    serve_demo(
+        model, host, port, device, dtype, device_map=device_map, quantization=quantization,
+        attn=attn, adapter=adapter,
+    )  # fmt: skip

@@ -9,14 +9,18 @@ import typer
 
 from vlm_prune.benchmarks.cli.options import (
     ENGINES,
+    Adapter,
     AllowOutside,
+    Attn,
     BatchSize,
+    DeviceMap,
     Dtype,
     Method,
     MethodArgs,
     Model,
     OneBudget,
     Positions,
+    Quantization,
     parse_budget,
     parse_method_args,
 )
@@ -56,6 +60,10 @@ def map_command(
     ] = None,
     cpus: Annotated[int | None, typer.Option(min=2, help="CPUs to use; all unless given.")] = None,
     engine: Annotated[str, typer.Option(help="What answers: hf, or vllm.")] = "hf",
+    device_map: DeviceMap = None,
+    quantization: Quantization = None,
+    attn: Attn = None,
+    adapter: Adapter = None,
 ) -> None:
     """Answer one prompt about every image of a folder, with Ray Data; it resumes."""
     if find_spec("ray") is None or find_spec("pyarrow") is None:
@@ -66,6 +74,11 @@ def map_command(
     quiet()
     if engine not in ENGINES:
         raise InputError(unknown("engine", engine, ENGINES))
+    if engine != "hf" and any((device_map, quantization, attn, adapter)):
+        raise InputError(
+            "--device-map, --quantization, --attn and --adapter are for --engine hf; vLLM has "
+            "options of its own"
+        )
     variant = Variant(method, parse_budget(budget), positions, parse_method_args(method_args))
     config = pipeline.MapConfig(
         str(source.absolute()),
@@ -78,6 +91,10 @@ def map_command(
         max_new_tokens,
         allow_outside,
         engine,
+        device_map,
+        quantization,
+        attn,
+        adapter,
     )
     bar = partial(progress, what="images")
     rows, errors = pipeline.map_images(config, output, batch_size, workers, cpus, bar)

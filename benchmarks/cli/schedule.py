@@ -6,13 +6,17 @@ from typing import Annotated
 import typer
 
 from vlm_prune.benchmarks.cli.options import (
+    Adapter,
     AllowOutside,
+    Attn,
     BatchSize,
     Device,
+    DeviceMap,
     Dtype,
     Limit,
     Model,
     OneBudget,
+    Quantization,
     Seed,
     parse_budget,
     parse_tasks,
@@ -40,6 +44,10 @@ def schedule_command(
     output: Annotated[Path, typer.Option(help="Folder for schedule.json and schedule.png.")] = Path(
         "runs/schedule"
     ),
+    device_map: DeviceMap = None,
+    quantization: Quantization = None,
+    attn: Attn = None,
+    adapter: Adapter = None,
 ) -> None:
     """Propose cuts inside the LLM from where a model's attention to the image shifts."""
     from statistics import median_low
@@ -64,7 +72,10 @@ def schedule_command(
         prompts = analysis.prompts_of_tasks(parse_tasks(data), limit, seed)
     if not prompts:
         raise InputError(f"{data} holds no question about an image")
-    loaded, processor = load(model, device, dtype)
+    loaded, processor = load(
+        model, device, dtype, device_map=device_map, quantization=quantization, attn=attn,
+        adapter=adapter,
+    )  # fmt: skip
     family = family_of(loaded)
     if family.fixed_size:
         check_fits(share, family.tokens_per_image)

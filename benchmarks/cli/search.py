@@ -7,11 +7,15 @@ from typing import Annotated, Any
 import typer
 
 from vlm_prune.benchmarks.cli.options import (
+    Adapter,
+    Attn,
     BatchSize,
     Budgets,
     Device,
+    DeviceMap,
     Dtype,
     Model,
+    Quantization,
     Seed,
     Tasks,
     parse_budget,
@@ -38,6 +42,10 @@ def search_command(
     definitions: Annotated[
         Path | None, typer.Option(help="File to define 'best' in; the package's own unless given.")
     ] = None,
+    device_map: DeviceMap = None,
+    quantization: Quantization = None,
+    attn: Attn = None,
+    adapter: Adapter = None,
 ) -> None:
     """Search on validation questions for the combination of methods that 'best' stands for."""
     from vlm_prune.benchmarks.evaluation.records import RunConfig, Variant
@@ -73,13 +81,17 @@ def search_command(
             f"a search defines 'best', whose budgets are tokens of images of one size, and {model} "
             "takes images of many; give compare a list of methods"
         )
-    loaded, processor = load(model, device, dtype)
+    loaded, processor = load(
+        model, device, dtype, device_map=device_map, quantization=quantization, attn=attn,
+        adapter=adapter,
+    )  # fmt: skip
     whole = family_of(loaded).tokens_per_image
     for each in wanted:
         check_fits(each, whole)
     common = RunConfig(
-        model, Variant("none", whole), names, limit, batch_size, device, dtype, seed, "val"
-    )
+        model, Variant("none", whole), names, limit, batch_size, device, dtype, seed, "val",
+        device_map=device_map, quantization=quantization, attn=attn, peft=adapter,
+    )  # fmt: skip
 
     def watch(what: str, questions: int) -> AbstractContextManager[Any]:
         return progress(questions, what)

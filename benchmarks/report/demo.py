@@ -260,7 +260,9 @@ def launch(blocks: Any, host: str, port: int) -> str:
     return str(address)
 
 
-def serve_demo(name: str, host: str, port: int, device: str, dtype: str) -> None:
+def serve_demo(
+    name: str, host: str, port: int, device: str, dtype: str, **loading: str | None
+) -> None:
     """Load the model and serve the page until Ctrl-C; uploads are gone afterwards.
 
     Args:
@@ -269,6 +271,7 @@ def serve_demo(name: str, host: str, port: int, device: str, dtype: str) -> None
         port: to serve at.
         device: a torch device.
         dtype: as for `load`.
+        loading: other arguments of `load`.
 
     Raises:
         InputError: if gradio is not installed, the model is of no use here, or the port is taken.
@@ -276,7 +279,7 @@ def serve_demo(name: str, host: str, port: int, device: str, dtype: str) -> None
     if find_spec("gradio") is None:
         raise InputError(f"the demo needs gradio: {INSTALL}")
     check_address(host, port)
-    compare = Comparer(*load(name, device, dtype))
+    compare = Comparer(*load(name, device, dtype, **loading))
     with TemporaryDirectory(prefix="vlm-prune-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         blocks = demo_page(compare, name)
