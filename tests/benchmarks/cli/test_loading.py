@@ -75,7 +75,7 @@ def command(name, folder, tmp_path):
         ("--device-map", "balanced", "unknown device map 'balanced'"),
         ("--quantization", "4bit", "did you mean 'bnb-4bit'"),
         ("--attn", "flash", "unknown attention 'flash'"),
-        ("--attn", "flash_attention_2", "flash"),
+        ("--attn", "flash_attention_2", "FlashAttention2"),
         ("--adapter", "nowhere", "nowhere"),
     ],
 )
