@@ -14,7 +14,7 @@ from PIL import Image
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by transformers
 
-from tiny_families import NEEDS, Tiny, is_quick
+from tiny_families import NEEDS, OTHERS, Tiny, is_quick
 
 from vlm_prune.vlm.families import FAMILIES
 from vlm_prune.vlm.tiny.config import make_model, make_processor
@@ -54,9 +54,9 @@ def llava(processor):
     return model
 
 
-@pytest.fixture(scope="session", params=list(FAMILIES))
+@pytest.fixture(scope="session", params=[*FAMILIES, *OTHERS])
 def tiny(request):
-    """A random model of each family, and its processor."""
+    """A random model of each family, and of some around other language models, and its processor."""
     for package in NEEDS.get(request.param, ()):
         if find_spec(package) is None:
             pytest.skip(f"the processor of {request.param} needs {package}")

@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -246,14 +247,14 @@ def qwen3_vl_moe():
     return qwen3_vl(hf.Qwen3VLMoeConfig, hf.Qwen3VLMoeForConditionalGeneration, **EXPERTS)
 
 
-def internvl():
+def internvl(text=hf.Qwen2Config):
     tokenizer = tokenizer_with(
         start_image_token="<img>", end_image_token="</img>",
         context_image_token="<IMG_CONTEXT>", video_token="<video>",
     )  # fmt: skip
     config = hf.InternVLConfig(
         vision_config=vit(image_size=[84, 84], patch_size=[14, 14], norm_type="layer_norm"),
-        text_config=hf.Qwen2Config(**text_of(tokenizer)),
+        text_config=text(**text_of(tokenizer)),
         image_token_id=token_id(tokenizer, "<IMG_CONTEXT>"), image_seq_length=9,
     )  # fmt: skip
     processor = hf.InternVLProcessor(
@@ -393,17 +394,33 @@ def glm46v():
     )  # fmt: skip
 
 
+def internvl3_5():
+    return internvl(partial(hf.Qwen3Config, head_dim=HEAD))
+
+
+def internvl3_5_moe():
+    return internvl(partial(hf.Qwen3MoeConfig, head_dim=HEAD, **EXPERTS))
+
+
+def llava_qwen3():
+    return llava(text=partial(hf.Qwen3Config, head_dim=HEAD))
+
+
+OTHERS = ("internvl3_5", "internvl3_5_moe", "llava_qwen3")
+"""Models of these families around other language models."""
 MAKERS = {
     maker.__name__: maker
     for maker in (
         llava, llava_next, llava_onevision, qwen2_5_vl, qwen3_vl, internvl, smolvlm,
         qwen3_vl_moe, idefics3, gemma3, mistral3, glm4v, glm46v,
-        qwen3_5, qwen3_5_moe,
+        qwen3_5, qwen3_5_moe, internvl3_5, internvl3_5_moe, llava_qwen3,
     )
 }  # fmt: skip
 
 
 NEEDS = {
+    "internvl3_5": ("torchvision",),
+    "internvl3_5_moe": ("torchvision",),
     "llava_onevision": ("torchvision",),
     "qwen2_5_vl": ("torchvision",),
     "qwen3_vl": ("torchvision",),
@@ -458,9 +475,9 @@ class Tiny:
     """A model, its processor, and prompts with pictures of several sizes."""
 
     def __init__(self, name, **options):
-        self.name = name
         torch.manual_seed(0)
         self.model, self.processor = MAKERS[name](**options)
+        self.name = self.model.config.model_type
         self.model.eval()
         with torch.no_grad():  # sharp enough that tokens matter
             for parameter in self.model.parameters():
