@@ -107,10 +107,12 @@ def _read(
     maps = None
     if key.device.type != "cpu" or kwargs.get("dropout") or not columns.any():
         output, maps = kernel(module, query, key, value, attention_mask, **kwargs)
+        # a call of its own, with the columns as values of every head
         alone = _per_head(F.pad(columns, (0, width - count)), key)
         read, _ = kernel(module, query, key, alone, attention_mask, **kwargs | {"dropout": 0.0})
         read = read[..., :count].mean(2)
     elif query.shape[2] == 1 and module.config._attn_implementation == "sdpa":
+        # one query: its weights (B, G, H / G, N) serve values and columns alike
         weights = weights_of_one(query, key, attention_mask, kwargs["scaling"])
         output = (weights @ value).flatten(1, 2)[:, None]
         read = weights.mean((1, 2))[:, None] @ columns
@@ -142,6 +144,7 @@ def weights_of_one(query: Tensor, key: Tensor, mask: Tensor | None, scaling: flo
         mask: (B, 1, 1, N), bool or additive; None sees all.
         scaling: factor of the products.
     """
+    # heads that share keys are rows of one product
     scores = query.unflatten(1, (key.shape[1], -1)).squeeze(3) @ key.transpose(-1, -2) * scaling
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)

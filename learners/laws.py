@@ -34,6 +34,7 @@ def segments(is_image: Tensor, valid: Tensor, first_token: bool = True) -> Tenso
         first_token: whether the first valid token belongs to `before`.
     """
     image = is_image & valid
+    # 0 before the first image token, and the total behind the last one
     seen = image.cumsum(1)
     text = valid & ~image & image.any(1, keepdim=True)
     before, after = text & (seen == 0), text & (seen == seen[:, -1:])
@@ -83,6 +84,7 @@ def laws(
             hook = layer.self_attn.register_forward_pre_hook(read, with_kwargs=True)
             stack.callback(hook.remove)
         model(**inputs)
+    # mean over each row's queries of what they pay to the groups, layer by layer
     chosen = (valid if queries is None else queries & valid).float()[..., None]
     curves = [
         (column_sum.result.float() * chosen).sum(1) / chosen.sum(1)
@@ -98,6 +100,7 @@ def attention_shift(curves: Tensor) -> Tensor:
     Shapes: (B, 3, layers) -> (B,); NaN where it is undefined, that is for an empty group or a curve
     that does not vary. `nanmean()` of it is the paper's score.
     """
+    # Pearson correlation over layers, of centered curves
     before, after = (curves[:, group] - curves[:, group].mean(-1, keepdim=True) for group in (0, 2))
     product = before.norm(dim=-1) * after.norm(dim=-1)
     shift: Tensor = 1 - (before * after).sum(-1) / product

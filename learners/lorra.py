@@ -34,6 +34,7 @@ def attend_visible(
         visible: which keys each query sees, (B, S, M).
         dropout: of attention weights.
     """
+    # a row without keys would be NaN: it sees all, and its output is set to zero
     empty = ~visible.any(-1, keepdim=True)
     output = F.scaled_dot_product_attention(
         query, key, value, (visible | empty)[:, None], dropout_p=dropout
@@ -55,6 +56,7 @@ def attend_runs(
     """
     outputs = []
     for start, stop, before, own in runs:
+        # a run sees the keys before it, and its own causally if it is of the modality
         part, seen = query[:, :, start:stop], before + (stop - start if own else 0)
         if not seen:
             outputs.append(torch.zeros_like(part))
@@ -93,6 +95,7 @@ def attend_one(
     weights = weights_of_one(query, key, mask, query.shape[-1] ** -0.5)
     if mask is not None:
         weights = weights * mask
+    # W_b by heads, (H, rank, d)
     maps = up.unflatten(0, (query.shape[1], -1)).transpose(1, 2)
     attended: Tensor = weights @ features + (weights @ inner[:, None]) @ maps
     return attended.flatten(1)[:, None]

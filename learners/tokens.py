@@ -45,6 +45,7 @@ class GrowingTensor:
             self._buffer = new.contiguous()
             return self.tensor_so_far
         if self._buffer.shape[-2] < self._length or _locked(self._buffer):
+            # a larger buffer takes over the rows so far
             shape = *new.shape[:-2], self._length + EXTRA_ROWS, new.shape[-1]
             old, self._buffer = self._buffer, new.new_empty(shape)
             self._buffer[..., :start, :] = old[..., :start, :]
@@ -104,9 +105,11 @@ def keys_of(is_image: Tensor, valid: Tensor, config: WingsConfig) -> dict[Modali
     """
     image, text = is_image & valid, ~is_image & valid
     if config.images == "first":
+        # tokens of the first unbroken run: no second run has begun
         before = torch.nn.functional.pad(image[:, :-1], (1, 0))
         image = image & ((image & ~before).cumsum(1) == 1)
     if config.skip_text:
+        # the first text tokens of rows with an image
         skipped = is_image.any(1, keepdim=True) & (text.cumsum(1) <= config.skip_text)
         text = text & ~skipped
     return {"visual": image, "textual": text}
@@ -157,6 +160,7 @@ class PromptTokens:
             visible = visible & self.visible_to.gather(2, index[:, None].expand_as(visible))
         elif causal:
             length = self.features.shape[1]
+            # the queries are the last tokens: each sees the modality's tokens up to itself
             query = torch.arange(length - self.queries, length, device=index.device)
             visible = visible & (index[:, None] <= query[:, None])
         cache = None if self.caches is None else self.caches.get(modality)
@@ -165,6 +169,7 @@ class PromptTokens:
             if cache is None or not torch.equal(cache.index, index[:, :cached]):
                 cache, cached = LearnerCache(index), 0
             cache.index, self.caches[modality] = index, cache
+        # only tokens that are not cached yet are gathered and rotated
         new_index = index[:, cached:]
         new = take(self.features, new_index)
         rotary = self.rotary(new, self.positions.gather(1, new_index))
@@ -178,6 +183,7 @@ class PromptTokens:
         alike = chosen.device.type == "cpu" and self.visible_to is None
         if not alike or not self.valid.all() or (chosen != chosen[:1]).any():
             return None
+        # runs of queries of one modality, with the number of its keys before each
         first = chosen.shape[1] - self.queries
         own, counts = chosen[0].tolist(), [0, *chosen[0].cumsum(0).tolist()]
         cuts = [n for n in range(first + 1, len(own)) if own[n] != own[n - 1]]

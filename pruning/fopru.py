@@ -56,10 +56,12 @@ def row_scores(scores: Tensor, grids: tuple[tuple[int, int], ...]) -> Tensor:
 
     Shapes: (M, N) -> (M, N), N the tokens of all grids.
     """
+    # each grid as (M, rows, columns), and the rank of every row by its mean, over all grids
     sizes = [rows * columns for rows, columns in grids]
     views = [v.unflatten(1, grid) for v, grid in zip(scores.split(sizes, 1), grids, strict=True)]
     means = torch.cat([view.mean(2) for view in views], 1)
     ranks = means.argsort(dim=1, descending=True, stable=True).argsort(1)
+    # a row's rank comes first, then the rank of the token in its row
     widest = max(columns for _, columns in grids)
     order = [
         (rank[..., None] * widest + view.argsort(dim=2, descending=True, stable=True).argsort(2))

@@ -16,6 +16,7 @@ def min_max(scores: Tensor) -> Tensor:
 
 def others(indices: Tensor, count: int) -> Tensor:
     """The indices below `count` that are not given, ascending; (M, k) -> (M, count - k)."""
+    # what is left in a mask when the given ones are crossed out
     free = torch.ones(len(indices), count, dtype=torch.bool, device=indices.device)
     free.scatter_(1, indices, False)
     return free.nonzero()[:, 1].view(len(indices), count - indices.shape[1])
@@ -41,6 +42,7 @@ def max_min(features: Tensor, k: int) -> Tensor:
     Shapes: (M, N, d) -> (M, k) in the order chosen. Ties go to the lowest index.
     """
     similarity = pairwise_cosine(features, features)
+    # a token is not its own neighbor
     apart = similarity.clone()
     apart.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
     isolation = 1 - apart.amax(-1)
@@ -91,6 +93,7 @@ def density_gap(distance: Tensor, density: Tensor, farthest: Tensor | None = Non
         density: of tokens, (n,).
         farthest: what the densest take instead.
     """
+    # entry (i, j): whether j is denser than i
     denser = density[None] > density[:, None]
     gap = distance.masked_fill(~denser, torch.inf).amin(1)
     return torch.where(denser.any(1), gap, distance.amax(1) if farthest is None else farthest)

@@ -85,6 +85,7 @@ class Zoo(VisionPruner):
         """(M, N), the mean change of the output along random directions."""
         features, projector = vision.features, vision.projector
         generator = torch.Generator().manual_seed(self.seed)
+        # unit vectors, the same for all tokens
         bank = torch.randn(self.directions, features.shape[-1], generator=generator)
         bank = (bank / bank.norm(dim=1, keepdim=True)).to(features.device)
         whole = not self.rank and self.estimator != "derivative"
@@ -137,6 +138,7 @@ def sampled(project: Map, features: Tensor, bank: Tensor, step: float) -> Tensor
     """
     total = torch.zeros(features.shape[:2], device=features.device)
     for direction in bank.to(features.dtype):
+        # central differences
         there, back = project(features + step * direction), project(features - step * direction)
         total += (there - back).float().norm(dim=-1)
     return total / (2 * step * len(bank))
@@ -193,6 +195,7 @@ def truncation(rank: int) -> PerWeights[Weights]:
         one, two = at_least_fp32(weights.w1), at_least_fp32(weights.w2)
         _, vectors = squared_spectrum(one, rank)
         sizes, rows = squared_spectrum(two, rank)
+        # W1 is projected; W2 loses rows and its rotation
         w1 = (one @ vectors) @ vectors.T
         w2 = sizes.clamp_min(0).sqrt()[:, None] * rows.T
         return Weights(w1.to(weights.w1.dtype), weights.b1, w2.to(weights.w2.dtype), None)

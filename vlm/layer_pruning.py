@@ -113,11 +113,13 @@ class Segment:
         """The 2D attention mask of these layers' keys, None where none is padding."""
         if not explicit and bool(self.cached.valid.all()):
             return None
+        # columns that the cache counts but does not hold are masked
         front = self.cached.valid.new_zeros(len(self.cached.valid), self.front)
         return torch.cat([front, self.cached.valid], 1).to(device)
 
     def blocks(self, blocks: Tensor, device: torch.device) -> Tensor:
         """The block of each of these layers' keys, -1 for text, given those of the full input."""
+        # blocks of this forward's tokens, behind those of the cache, which are none
         own = torch.where(self.layout.valid, blocks.gather(1, self.layout.column), -1)
         past = self.front + self.cached.valid.shape[1] - own.shape[1]
         return torch.cat([own.new_full((len(own), past), -1), own], 1).to(device)
@@ -179,6 +181,7 @@ def gathered(
     """
     device = tensors[0].device
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        # a differentiable gather, padding zero
         column, mask = column.to(device), valid.to(device)[..., None]
         return [take(tensor, column) * mask for tensor in tensors]
     _, moved = compact_tokens(keep.to(device), *tensors, right_padded=right_padded)
@@ -219,6 +222,7 @@ class LayerPruning:
         new: dict[str, Any] = {"position_ids": positions}
         if forward.kept is not None:
             keep = keep_mask(layout, forward.kept.indices)
+            # drop what is not kept, then write what the method made of the rest in its place
             if not bool((keep == layout.valid).all()):
                 layout, column = layout.keep(keep, forward.right_padded, self.renumbers)
                 (hidden,) = gathered(keep, column, layout.valid, [hidden], forward.right_padded)
@@ -250,14 +254,17 @@ class LayerPruning:
         first, at = min(forward.due, default=len(layers)), kwargs["visual_pos_masks"]
         new = {"deepstack_visual_embeds": layers[:first]}
         if layout is not forward.layout:
+            # where the kept tokens are an image's
             column = layout.column.to(at.device)
             new["visual_pos_masks"] = at.gather(1, column) & layout.valid.to(at.device)
         for number, features in enumerate(layers):
             if number < first and layout is forward.layout:
                 continue
+            # features of image tokens, spread over the full input, (B, L, D)
             whole = features.new_zeros(*at.shape, features.shape[-1])
             whole[at] = features
             if number < first:
+                # those of kept tokens, in the order in which the decoder adds them
                 moved = take(whole, layout.column.to(whole.device))
                 new["deepstack_visual_embeds"][number] = moved[new["visual_pos_masks"]]
             else:
@@ -273,6 +280,7 @@ class LayerPruning:
             layout: of its tokens.
             number: of the layer.
         """
+        # what the cache of this layer holds, with this forward's tokens behind it
         past, full = forward.prompt.of(number), forward.layout
         shift = layout.shift + past.next_shift
         cached = CachedTokens(
@@ -286,6 +294,7 @@ class LayerPruning:
         )
         positions = forward.positions
         column = layout.column.to(positions.device)
+        # position ids of the tokens that are left; a fourth row is that of the text
         positions = positions.gather(-1, column.expand(*positions.shape[:-1], -1))
         valid = layout.valid.to(positions.device)
         if positions.ndim == 2:
@@ -326,6 +335,7 @@ class LayerPruning:
         """
         segment, device = forward.active[number - 1], hidden.device
         if (features := forward.deepstack.get(number - 1)) is not None:
+            # add this layer's image features to the tokens that are left
             column, valid = segment.layout.column.to(device), segment.layout.valid.to(device)
             hidden = hidden + take(features.to(device), column) * valid[..., None]
         rotary = self._rotary(segment, number, hidden, kwargs["position_embeddings"])
@@ -357,6 +367,7 @@ class LayerPruning:
         if segment is forward.active[-1]:
             moved = {"position_ids": self._given(segment)} if segment.cached.pruned else {}
             return self._biased(forward, segment, number, hidden, kwargs | moved)
+        # what the decoder made for its input does not fit fewer tokens
         own = {
             "position_ids": self._given(segment),
             "position_embeddings": self._rotary(
@@ -435,6 +446,7 @@ class LayerPruning:
             cache, keys = cache_of(kwargs), hidden.shape[1]
             if cache is not None:
                 keys, _ = cache.get_mask_sizes(keys, number)
+            # a key that stands for s tokens counts s-fold: log s is added to its logits
             bias = sizes[int(number > 0)].to(hidden.device).log()[:, None]
             if segment.layout.sizes is not None:
                 bias = bias + self._distances(forward, segment, *kwargs["position_embeddings"])
@@ -513,8 +525,10 @@ class Cutting:
         if number and self.reducer.reads == "before":
             number -= 1
             source, before, rotary = self.forward.states[self.number]
+        # the question's tokens of each row, padded to the longest, (B, T)
         index, real = map(moved, compact(layout.question_mask))
         columns_of = layout.images()
+        # rows and columns of the images' tokens (M, n) and of their questions (M, T)
         row = moved(layout.rows[images])
         texts, question = index[row], real[row]
         at = (row[:, None], moved(torch.stack([columns_of[image] for image in images])))
@@ -527,6 +541,7 @@ class Cutting:
                 query, key = decoder_query_key(source, before, rotary, columns)
             valid, first = layout.valid, 0
             if self.forward.prompt.of(number).valid.shape[1]:
+                # keys of the cache come first, and shift the columns of this forward
                 past, past_valid = self.past_keys(number)
                 key, first = torch.cat([past.to(key), key], 2), past.shape[2]
                 valid = torch.cat([past_valid, valid], 1)
@@ -546,6 +561,7 @@ class Cutting:
             return attention(index[:, queries], real[:, queries])
 
         def prompt_rows() -> AttentionRows:
+            # every token of the prompt is a query
             columns = torch.arange(layout.valid.shape[1], device=device).expand(len(before), -1)
             last = self.last_of_block(columns, number)
             return attention(columns, moved(layout.prompt_mask), last)
@@ -576,6 +592,7 @@ class Cutting:
         if self.forward.blocks is None or kind not in self.pruning.both_ways:
             return None
         layout = self.segment.layout
+        # the block of each token that is left
         blocks = torch.where(layout.valid, self.forward.blocks.gather(1, layout.column), -1)
         blocks = blocks.to(columns.device)
         # -1 as an index is the last entry, which stands for text
@@ -593,6 +610,7 @@ class Cutting:
         keys, new = self.cache.layers[number].keys, self.segment.layout.valid.shape[1]
         quantized, offloaded = keys.ndim < 4, getattr(self.cache, "offloading", False)
         if not quantized and number < self.number:
+            # layers before the cut have already appended this forward's keys
             keys = keys[:, :, : keys.shape[2] - new]
         lost = quantized or (keys.shape[2] < valid.shape[1] and not self.sliding(number))
         if lost or offloaded:
@@ -625,11 +643,13 @@ class Cutting:
         """Hidden states of what is kept, and what the layers after the cut get."""
         forward, layout, device = self.forward, self.segment.layout, self.hidden.device
         due = forward.due[self.number]
+        # how many tokens each image keeps; nothing is moved where all stay
         wanted = [min(count, due.get(i, count)) for i, count in enumerate(layout.counts)]
         if wanted == layout.counts:
             forward.cuts[self.number] = layout.indices()
             return self.hidden, self.segment
         columns = layout.images()
+        # all text stays, and what the method chooses of each image
         keep = layout.valid & (layout.image < 0)
         features: list[Tensor | None] = [None] * len(columns)
         with phase_timer(SELECTION, device, self.pruning.trace):
@@ -647,6 +667,7 @@ class Cutting:
                 for image, own in zip(group, indices, strict=True):
                     keep[layout.rows[image], columns[image][own]] = True
             keep = layout.without_empty_rows(keep)
+            # close the gaps; unless positions are renumbered, rotations move with their tokens
             kept, column = layout.keep(keep, forward.right_padded, self.pruning.contiguous)
             tables = []
             if not self.pruning.contiguous:

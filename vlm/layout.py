@@ -41,6 +41,7 @@ def image_ordinals(is_image: Tensor, counts: Sequence[int]) -> Tensor:
     if found != sum(counts) or min(counts) == 0:
         raise InputError(f"{found} image placeholders do not fit {len(counts)} images; {REMEDY}")
     sizes = torch.tensor(counts, device=is_image.device)
+    # number each image's placeholders, in reading order
     ordinal[is_image] = torch.arange(len(counts), device=is_image.device).repeat_interleave(sizes)
     return ordinal
 
@@ -68,6 +69,7 @@ def merged_ordinals(
         places = (row * length + column)[starts].tolist()
         first += [(place, kind, index) for index, place in enumerate(places)]
     order = [(kind, index) for _, kind, index in sorted(first)]
+    # renumber each kind's placeholders by what stands first in the prompt
     numbers = {item: number for number, item in enumerate(order)}
     merged = torch.full_like(ordinals[0], -1)
     for kind, ordinal in enumerate(ordinals):
@@ -87,6 +89,7 @@ def image_rows(ordinal: Tensor, images: int) -> Tensor:
     """The row that each image is in, (M,), given (B, L) ordinals of images that all have tokens."""
     rows = torch.zeros(images, dtype=torch.long, device=ordinal.device)
     row, column = (ordinal >= 0).nonzero(as_tuple=True)
+    # every token writes its row; all of an image agree
     rows[ordinal[row, column]] = row
     return rows
 
@@ -113,6 +116,7 @@ def repeated(counts: Sequence[int], is_image: Tensor) -> list[int]:
     out, image = [], 0
     for total in totals[::beams]:
         row = []
+        # as many images as fill the row's placeholders
         while total > 0:
             row.append(image)
             total -= counts[image]
@@ -123,6 +127,7 @@ def repeated(counts: Sequence[int], is_image: Tensor) -> list[int]:
 
 def question_mask(is_image: Tensor, valid: Tensor) -> Tensor:
     """The text after the last image of each row that has one; (B, L) masks."""
+    # no placeholder stands at or behind these columns
     after = is_image.flip(1).cumsum(1).flip(1) == 0
     return after & valid.bool() & is_image.any(1, keepdim=True)
 
@@ -136,6 +141,8 @@ def grid_lines(ordinal: Tensor) -> Tensor:
     before = ordinal.cummax(1).values
     last = int(ordinal.max()) + 1
     after = torch.where(shown, ordinal, last).flip(1).cummin(1).values.flip(1)
+    # text between tokens of one image, and where lines begin: at an image's first token and behind
+    # such text
     inside = ~shown & (before == after)
     first = shown & (torch.nn.functional.pad(before, (1, 0), value=-1)[:, :-1] != ordinal)
     begins = first | torch.nn.functional.pad(inside, (1, 0))[:, :-1]
@@ -200,6 +207,7 @@ class TokenLayout:
         if line is None:
             line = torch.full_like(ordinal, -1)
         line = torch.where(valid, line, -1)
+        # count each image's placeholders from 0
         index[ordinal >= 0] = torch.cat([torch.arange(0), *map(torch.arange, counts)])
         image = torch.where(valid, ordinal, -1)
         column = torch.arange(ordinal.shape[1]).expand(len(ordinal), -1)
@@ -263,6 +271,7 @@ class TokenLayout:
             (len(self.line), int(self.line.max()) + 1),
             (self.image >= 0) & (self.line >= 0),
         )
+        # which lines have image tokens, before and after the cut
         before, after = (
             torch.zeros(shape, dtype=torch.bool).scatter_reduce_(
                 1, self.line.clamp(min=0), there, "amax"

@@ -193,6 +193,7 @@ class Choice:
                     f"these {kind}s were encoded outside the pruning block; give "
                     f"{PIXELS[kind]}, or give what was encoded to the pruner"
                 )
+            # beam search repeats the rows of a prompt, but not what it encoded
             copies = max(1, int(is_kind.sum()) // max(1, sum(each)))
             if method.vision is None:
                 assert noted is not None
@@ -203,11 +204,13 @@ class Choice:
             found = int(is_kind.sum())
             if found != copies * sum(each):
                 raise InputError(f"{found} {kind} placeholders do not fit {len(each)} {kind}s")
+            # numbers of this kind follow those of the kinds before it
             first = sum(len(before) for before in counts)
             orders.append([first + index for index in repeated(each, is_kind)])
             counts.append(each)
             masks.append(is_kind)
             encoded = encoded if own is None else encoded.followed_by(own)
+        # images and videos of the prompt in its order, by their numbers among all that were encoded
         flat = list(chain.from_iterable(counts))
         in_prompt = [[flat[index] for index in order] for order in orders]
         ordinal, items = merged_ordinals(masks, in_prompt)
@@ -230,6 +233,7 @@ class Choice:
             embed: embeddings of the tokens of a row where a mask (L,) is true.
             trace: gets the seconds that choosing took.
         """
+        # each image is reduced once, at its first copy in the prompt
         unique = range(max(self.images, default=-1) + 1)
         first = [self.images.index(image) for image in unique]
         masks = [visible[at] for at in first]
@@ -246,6 +250,7 @@ class Choice:
                 question = partial(questions, group.members)
                 kept = self.method.reduce(replace(group.tokens, question=question))
                 for place, image in enumerate(group.members):
+                    # where nothing is dropped, newlines between the tokens have features, too
                     own = kept.features[place]
                     own = group.filled(place, own) if len(own) == group.size else own
                     chosen.append((image, group.placeholders(kept.indices[place]), own))

@@ -63,6 +63,7 @@ class VisionTokens:
         def query_key() -> tuple[Tensor, Tensor]:
             query, key = self.query_key()
             tiles = len(query) // len(self.projected)
+            # the image's tiles follow one another
             own = slice(image * tiles, (image + 1) * tiles)
             return query[own], key[own]
 
@@ -84,6 +85,7 @@ class VisionTokens:
         """
         videos, frames = len(self.projected), self.frames
         own = list(range(frames)) if chosen is None else list(chosen)
+        # frames of all videos are numbered one after the other
         at = [video * frames + frame for video in range(videos) for frame in own]
 
         def split(values: Tensor) -> Tensor:
@@ -220,6 +222,7 @@ def top(scores: Tensor, k: int) -> Tensor:
 
     Shapes: scores (..., N) -> (..., k).
     """
+    # a stable sort gives ties to the lowest index
     order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     return order.sort(dim=-1).values
 
@@ -233,6 +236,7 @@ def compact(keep: Tensor, right_padded: bool = False) -> tuple[Tensor, Tensor]:
     padded on the left (or right), where `valid` is False and `index` points anywhere.
     """
     length = int(keep.sum(1).max()) if keep.numel() else 0
+    # a stable sort moves kept tokens to one side, in their order
     order = keep.to(torch.int8).argsort(dim=1, stable=True, descending=right_padded)
     index = order[:, :length] if right_padded else order[:, keep.shape[1] - length :]
     return index, keep.gather(1, index)

@@ -29,6 +29,7 @@ def summarize(config: RunConfig, rows: Sequence[PairedRow], machine: Machine) ->
         rows: of all its questions, at least one of each task.
         machine: where the model ran.
     """
+    # unpruned and pruned scores of each task's questions, in one order
     scores = {
         name: (
             np.array([row.baseline_score for row in rows if row.task == name]),
@@ -47,6 +48,7 @@ def summarize(config: RunConfig, rows: Sequence[PairedRow], machine: Machine) ->
             for key in get_type_hints(PairedTimes)
         }
     )
+    # selection counts as part of the pruned prefill, and vision on both sides
     before, after = times.baseline_prefill, times.selection + times.prefill
     whole = times.baseline_vision + before + times.baseline_decode
     tokens = _tokens(config, rows, machine)
@@ -100,6 +102,7 @@ def _tokens(config: RunConfig, rows: Sequence[PairedRow], machine: Machine) -> T
     if machine.tokens_per_image is not None:
         full = machine.tokens_per_image
     pruner, shown = config.variant.build(config.seed), [row for row in rows if row.images]
+    # the paper's count is given where it is defined for every question with images
     papers = [pruner.papers_count(round(full), row.layer_tokens) for row in shown]
     counted = [count for count in papers if count is not None]
     return Tokens(
@@ -112,6 +115,7 @@ def _tokens(config: RunConfig, rows: Sequence[PairedRow], machine: Machine) -> T
 
 def _per_image(rows: Sequence[PairedRow], values: list[float], without: float = 0.0) -> float:
     """The mean over all images of what rows say about theirs; `without` any, that number."""
+    # rows hold means over their images, so that they weigh by how many these are
     images = [row.images for row in rows]
     return float(np.average(values, weights=images)) if any(images) else without
 
