@@ -14,6 +14,7 @@ from vlm_prune.pruning.cdpruner import CDPruner
 from vlm_prune.pruning.coin import CoIn
 from vlm_prune.pruning.compose import Cascade, Merge, merging
 from vlm_prune.pruning.dart import Dart
+from vlm_prune.pruning.dedupe import Dedupe
 from vlm_prune.pruning.divprune import DivPrune
 from vlm_prune.pruning.downsample import Downsample
 from vlm_prune.pruning.evs import EVS
@@ -68,6 +69,7 @@ METHODS: Registry[type[Pruner]] = Registry(
         "cascade": Cascade,
         "merge": Merge,
         "restore": Restore,
+        "dedupe": Dedupe,
         "best": Best,
     },
 )
@@ -85,6 +87,7 @@ __all__ = [
     "Dart",
     "DecoderPruner",
     "DecoderScorePruner",
+    "Dedupe",
     "DivPrune",
     "Downsample",
     "FastV",

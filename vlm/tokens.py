@@ -16,6 +16,14 @@ def as_is(values: Tensor) -> Tensor:
     return values
 
 
+def no_patches() -> Tensor:
+    """Raises `InputError`: whoever made these tokens does not hand out the pixels behind them."""
+    raise InputError(
+        "this method compares pixels, and those of each token are not known here; "
+        "give one that reads features, such as divprune"
+    )
+
+
 @dataclass(frozen=True)
 class VisionTokens:
     """The tokens of M images of N tokens each, after the vision tower; or of M videos, whose N
@@ -39,6 +47,7 @@ class VisionTokens:
         available: placeholders of each image in the prompt: N, and newlines where there are some.
         frames: T where these are videos, each of T frames of N / T tokens; 0 for images. Families
             that encode several frames together count them as one.
+        patches: the pixels behind each token as the tower reads them, (M, N, p).
     """
 
     features: Tensor
@@ -52,6 +61,7 @@ class VisionTokens:
     pool: Callable[[Tensor], Tensor] = field(default=as_is, repr=False)
     available: int = -1
     frames: int = 0
+    patches: Callable[[], Tensor] = field(default=no_patches, repr=False)
 
     def __post_init__(self) -> None:
         if self.available < 0:
@@ -75,6 +85,7 @@ class VisionTokens:
             query_key=query_key,
             question=lambda: self.question()[image : image + 1],
             pool=lambda values: self.pool(values)[:, chosen],
+            patches=lambda: self.patches()[image : image + 1, chosen.to(self.patches().device)],
         )
 
     def in_frames(self, chosen: Sequence[int] | None = None) -> "VisionTokens":
@@ -113,6 +124,7 @@ class VisionTokens:
             pool=pool,
             available=self.projected.shape[1] // frames,
             frames=0,
+            patches=lambda: split(self.patches()),
         )
 
     def keys(self) -> Tensor:

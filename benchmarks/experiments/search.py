@@ -40,16 +40,9 @@ from vlm_prune.vlm.families import family_of
 FILES = ("search.md", "best.json")
 WIDENINGS = (1.5, 2.0, 3.0, 4.0)
 MERGED = {"merge", "visionzip", "apet"}
-NO_PART = {
-    "none",
-    "random",
-    "pool",
-    "downsample",
-    "merge",
-    "restore",
-    "zoo",
-}  # zoo chooses as zoo-exact does
-COMBINED = {"cascade", "merge", "restore", "best"}
+# zoo chooses as zoo-exact does
+NO_PART = {"none", "random", "pool", "downsample", "merge", "restore", "dedupe", "zoo"}
+COMBINED = {"cascade", "merge", "restore", "dedupe", "best"}
 VARIATIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "fopru": {"queries": ("all", "cls")},
     "visionzip": {"contextual": (0.05, 0.15625, 0.3)},

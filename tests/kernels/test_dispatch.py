@@ -56,7 +56,7 @@ def vision(make):
     projector = Projector.of(w1, b1, gelu, w2, None)
     return VisionTokens(
         features, projector(features), ((3, 4),), (0, 1), projector,
-        query_key=lambda: (query, key),
+        query_key=lambda: (query, key), patches=lambda: features,
     )  # fmt: skip
 
 

@@ -12,8 +12,9 @@ ARGUMENTS = {
     "zoo": [{"directions": 4}],
     "vispruner": [{"step": 64}],  # small steps chain near-ties, which rounding decides
 }
+SLOW = {"restore", "dedupe"}  # the tiny families hold them to the same
 CASES = [
-    (name, more)
+    pytest.param((name, more), marks=pytest.mark.slow if name in SLOW else ())
     for name in METHODS
     if "videos" not in METHODS[name]().needs
     for more in ARGUMENTS.get(name, [{}])

@@ -36,6 +36,17 @@ def seed_of(pixels: Tensor) -> int:
     return zlib.crc32(pixels.float().cpu().numpy().tobytes())
 
 
+def patched(pixels: Tensor, side: int) -> Tensor:
+    """Squares of images (M, C, H, W) in reading order, (M, S, C x side x side); what is left at the
+    right and at the bottom is no square.
+    """
+    rows, columns = (edge // side for edge in pixels.shape[-2:])
+    grid = pixels[..., : rows * side, : columns * side]
+    grid = grid.unflatten(-1, (columns, side)).unflatten(-3, (rows, side))
+    patches: Tensor = grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return patches
+
+
 def matrices(module: nn.Module) -> int:
     """Returns the weights of a module's matrix products, however they are stored."""
     total = 0

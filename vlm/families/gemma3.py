@@ -12,6 +12,7 @@ prompt says to which image they belong: a crop is an image of its own, with a bu
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlm_prune.vlm.attention import encoder_query_key
 from vlm_prune.vlm.encoded import Group, Images
-from vlm_prune.vlm.families.base import Family, Need, loaded, seed_of
+from vlm_prune.vlm.families.base import Family, Need, loaded, patched, seed_of
 from vlm_prune.vlm.tokens import VisionTokens
 
 
@@ -79,6 +80,7 @@ class Gemma3(Family):
             query_key=query_key,
             has_cls=False,
             pool=self.pool,
+            patches=partial(patched, pixel_values, pixel_values.shape[-1] // side),
         )
         flops = self.tower_flops([before.shape[1]])
         return Images([Group(list(range(len(pixel_values))), tokens, flops=flops)])

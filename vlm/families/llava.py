@@ -16,7 +16,7 @@ from vlm_prune.vlm.attention import encoder_query_key
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import unknown
 from vlm_prune.vlm.encoded import Group, Images
-from vlm_prune.vlm.families.base import Family, check_strategy, loaded, seed_of
+from vlm_prune.vlm.families.base import Family, check_strategy, loaded, patched, seed_of
 from vlm_prune.vlm.projector import Projector
 from vlm_prune.vlm.tokens import VisionTokens
 
@@ -101,6 +101,7 @@ class Llava(Family):
             projector=self.projector,
             query_key=partial(self.query_key, states),
             has_cls=self.tower_prefix > 0,
+            patches=partial(patched, pixel_values, patch),
         )
         rows, columns = tokens.grid
         flops = self.tower_flops([rows * columns])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vlm_prune.vlm.encoded import Group, Images
-from vlm_prune.vlm.families.base import Need, seed_of
+from vlm_prune.vlm.families.base import Need, patched, seed_of
 from vlm_prune.vlm.families.llava import Llava
 from vlm_prune.vlm.layout import alike
 from vlm_prune.vlm.tokens import VisionTokens
@@ -99,6 +99,9 @@ class LlavaNext(Llava):
                 has_cls=self.tower_prefix > 0,
                 pool=pool,
                 available=len(newline),
+                patches=partial(
+                    self.packed_patches, pool, [pixel_values[i, :count] for i in members]
+                ),
             )
             indices = (~newline).nonzero()[:, 0]
             flops = self.tower_flops([self.tokens_per_image] * count)
@@ -114,6 +117,16 @@ class LlavaNext(Llava):
             values: of the tiles, (M T, S, c).
         """
         return torch.stack([packing(own, None) for own in values.split(tiles)])
+
+    def packed_patches(self, pool: Callable[[Tensor], Tensor], tiles: list[Tensor]) -> Tensor:
+        """The pixels behind tokens, (M, N, p), interpolated where features are.
+
+        Args:
+            pool: from values of the tiles' patches to those of tokens.
+            tiles: of each image, (T, 3, H, W).
+        """
+        side = int(self.model.config.vision_config.patch_size)
+        return pool(patched(torch.cat(tiles), side))
 
     def grids(self, newline: Tensor, tiles: int) -> tuple[tuple[int, int], ...]:
         """Of the overview, and of the tiles where there are some.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vlm_prune.vlm.encoded import Group, Images
-from vlm_prune.vlm.families.base import KINDS, Kind, seed_of
+from vlm_prune.vlm.families.base import KINDS, Kind, patched, seed_of
 from vlm_prune.vlm.families.llava_next import LlavaNext
 from vlm_prune.vlm.tokens import VisionTokens
 
@@ -69,6 +69,7 @@ class LlavaOneVision(LlavaNext):
             pool=pool,
             available=whole.shape[1],
             frames=frames,
+            patches=lambda: pool(patched(pixel_values.flatten(0, 1), self.patch_size)),
         )
         indices = torch.arange(tokens.projected.shape[1], device=whole.device)
         flops = self.tower_flops([self.tokens_per_image] * frames)

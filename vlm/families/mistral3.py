@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.encoded import Group, Images
-from vlm_prune.vlm.families.base import Family, Need, noted, seed_of
+from vlm_prune.vlm.families.base import Family, Need, noted, patched, seed_of
 from vlm_prune.vlm.layout import alike
 from vlm_prune.vlm.projector import Projector
 from vlm_prune.vlm.tokens import VisionTokens
@@ -91,9 +91,15 @@ class Mistral3(Family):
                 query_key=partial(self.query_key, before, cos[first], sin[first]),
                 has_cls=False,
                 pool=partial(self.pool, grids[first]),
+                patches=partial(self.token_pixels, pixel_values[members], grids[first]),
             )
             groups.append(Group(members, tokens, flops=self.tower_flops([patches[first]])))
         return Images(groups, {"image_sizes": sizes})
+
+    def token_pixels(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The pixels behind the tokens of padded images (M, 3, H, W) of one grid, (M, N, p)."""
+        side, (rows, columns) = self.patch_size * self.merge, grid
+        return patched(pixels[..., : rows * side, : columns * side], side)
 
     def pool(self, grid: tuple[int, int], values: Tensor) -> Tensor:
         """(M, S, c) -> (M, N, c), the mean over a token's patches, given the grid of tokens."""

@@ -132,12 +132,17 @@ class Qwen25VL(Family):
                 has_cls=False,
                 pool=partial(self.pool, time),
                 frames=time if kind == "video" else 0,
+                patches=partial(self.token_pixels, [pixels[i] for i in members]),
             )
             layers = [torch.stack([layer[i] for i in members]) for layer in deepstack]
             groups.append(
                 Group(members, tokens, deepstack=layers, flops=self.grid_flops(grid[first]))
             )
         return Images(groups, {f"{kind}_grid_thw": grid})
+
+    def token_pixels(self, patches: list[Tensor]) -> Tensor:
+        """The pixels behind the tokens of images of equally many patches (P, c), (M, N, p)."""
+        return torch.stack([own.unflatten(0, (-1, self.merged)).flatten(1) for own in patches])
 
     def grid_flops(self, grid: Tensor) -> float:
         """Matrix-product FLOPs of the tower on an image of that grid, (3,)."""

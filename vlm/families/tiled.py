@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.encoded import Group, Images
-from vlm_prune.vlm.families.base import Family, Kind, Need, seed_of
+from vlm_prune.vlm.families.base import Family, Kind, Need, patched, seed_of
 from vlm_prune.vlm.layout import REMEDY, alike
 from vlm_prune.vlm.tokens import VisionTokens
 
@@ -41,6 +42,12 @@ class Tiled(Family):
         patches = self.patches(values).unflatten(-1, (-1, values.shape[-1])).mean(2)
         pooled: Tensor = patches.unflatten(0, (-1, tiles)).flatten(1, 2)
         return pooled
+
+    def tile_patches(self, tiles: list[Tensor]) -> Tensor:
+        """The pixels behind the tokens of images of equally many tiles (T, 3, H, W), (M, N, p)."""
+        values = self.patches(patched(torch.cat(tiles), self.patch_size))
+        patches: Tensor = values.unflatten(0, (len(tiles), -1)).flatten(1, 2)
+        return patches
 
     def grouped(
         self,
@@ -91,6 +98,10 @@ class Tiled(Family):
                 query_key=partial(query_key, rows),
                 has_cls=has_cls,
                 pool=partial(self.pool, count),
+                patches=partial(
+                    self.tile_patches,
+                    [pixels[starts[i] : starts[i] + count] for i in members],
+                ),
             )
             flops = self.tower_flops([patches] * count)
             groups.append(Group(members, tokens, flops=flops))

@@ -1,0 +1,100 @@
+"""Patches that an image shows more than once are kept once."""
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vlm_prune.pruning.base import Pruner, Rule, Stage, VisionPruner
+from vlm_prune.pruning.compose import check_wrapped
+from vlm_prune.pruning.divprune import DivPrune
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.families import Family, Need
+from vlm_prune.vlm.prompt_pruning import Positions
+from vlm_prune.vlm.tokens import Kept, VisionTokens
+
+
+@dataclass
+class Dedupe(VisionPruner):
+    """Drop each token whose pixels equal those of an earlier token of its image; a method chooses
+    among the others where they are more than the budget, which is a ceiling: `divprune+dedupe`.
+
+    After vLLM's request for this on documents and screens (vllm-project/vllm#39708). With a budget
+    of 1.0 all that goes are repetitions: every patch of the image is still there once, with the
+    features of the first place where it stands.
+
+    Args:
+        method: chooses among tokens that differ; its own budget, positions and seed are replaced.
+        threshold: patches count as equal whose pixels round to the same multiples of it, as values
+            that the tower reads; what is dropped differs by at most so much. At 0 all are equal bit
+            by bit.
+
+    Tokens go behind the tower: which patches a tower could do without depends on its windows and tiles.
+    """
+
+    method: VisionPruner = field(default_factory=DivPrune)
+    threshold: float = 0.0
+    stage: ClassVar[Stage] = "projector"
+    authors_positions: ClassVar[Rule] = "as its parts"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_wrapped(self.method)
+        if self.threshold < 0:
+            raise InputError(f"threshold {self.threshold} is negative; give 0 or more")
+
+    @classmethod
+    def around(cls, method: Pruner) -> Pruner:
+        """The method, choosing among tokens that differ."""
+        return cls(method)  # type: ignore[arg-type]  # refused there in one line
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return self.method.needs
+
+    def positions_on(self, family: Family) -> Positions:
+        return replace(self.method, positions=self.positions).positions_on(family)
+
+    def reduce(self, vision: VisionTokens) -> Kept:
+        tokens, k = vision.projected, self.count(vision)
+        new = first_of_their_kind(vision.patches().to(tokens.device), self.threshold)
+        method = replace(self.method, budget=k, positions=self.positions, seed=self.seed)
+        left = new.sum(1).tolist()
+        if min(left) == tokens.shape[1] > k:
+            return method.reduce(vision)
+        indices, features = [], []
+        for image, count in enumerate(left):
+            places, chosen = new[image].nonzero()[:, 0], tokens[image, new[image]]
+            if count > k:
+                own = replace(vision.of(image, new[image]), grids=((1, count),), available=count)
+                kept = method.reduce(own)
+                places, chosen = places[kept.indices[0]], kept.features[0]
+            indices.append(places)
+            features.append(chosen)
+        return Kept(indices, features)
+
+
+def first_of_their_kind(patches: Tensor, threshold: float) -> Tensor:
+    """Returns whether no earlier patch of the image equals each one; (M, N, p) -> (M, N).
+
+    Args:
+        patches: pixels of each token.
+        threshold: of pixels that count as equal, 0 for those that are.
+    """
+    values = patches.float()
+    if threshold:
+        values = (values / threshold).round()
+    # a sum of products of bits is equal where patches are, and hardly ever elsewhere; -0 becomes 0
+    generator = torch.Generator().manual_seed(0)
+    odd = torch.randint(-(2**62), 2**62, values.shape[2:], generator=generator) * 2 + 1
+    marks = ((values + 0.0).view(torch.int32).long() * odd.to(values.device)).sum(-1)
+    ordered, order = marks.sort(dim=1, stable=True)
+    # of each run of equal marks the first token stands for all
+    here = torch.arange(marks.shape[1], device=marks.device).expand_as(marks)
+    starts = torch.ones_like(marks, dtype=torch.bool)
+    starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    run = torch.where(starts, here, 0).cummax(1).values
+    first = torch.empty_like(order).scatter(1, order, order.gather(1, run))
+    alike = values == values.gather(1, first[..., None].expand_as(values))
+    return (first == here) | ~alike.all(-1)
