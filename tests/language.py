@@ -127,7 +127,7 @@ def repeated(*folders: str) -> dict[str, list[Found]]:
     """
     wanted = {str(found.path) for found in source(*folders)}
     by_name: dict[str, list[Found]] = defaultdict(list)
-    for found in source(*PACKAGES):
+    for found in dict.fromkeys(source(*PACKAGES, *folders)):
         is_class = isinstance(found.node, ast.ClassDef)
         public = not found.name.startswith("_") and found.name not in INTERFACES
         if "." not in found.name and (is_class or public):
@@ -149,7 +149,7 @@ def home(found: Found) -> Path:
 def british(*folders: str) -> list[str]:
     """Identifiers and comments with a British spelling; strings may be data."""
     return [
-        f"{path.relative_to(ROOT)}:{token.start[0]} {token.string}"
+        f"{path}:{token.start[0]} {token.string}"
         for folder in folders
         for path in sorted((ROOT / folder).rglob("*.py"))
         for token in tokenize.generate_tokens(path.open().readline)

@@ -26,3 +26,21 @@ def test_evaluation_passes_on_typed_records():
 
 def test_names_and_comments_have_american_spelling():
     assert not british(*PACKAGES), "\n".join(british(*PACKAGES))
+
+
+def test_each_rule_finds_what_breaks_it(tmp_path):
+    text = """def act(first, second, third):
+    '''Acts.'''
+def silent(): ...
+class TokenLayout:
+    '''A second one.'''
+    rows: list[dict[str, Any]]
+colour = 1  # grey
+"""
+    (tmp_path / "broken.py").write_text(text)
+    folder = str(tmp_path)
+    assert [found.name for found in undocumented(folder)] == ["act"]
+    assert [found.name for found in missing_docstrings(folder)] == ["silent"]
+    assert list(repeated(folder)) == ["TokenLayout"]
+    assert [found.name for found in untyped_records(folder)] == ["TokenLayout"]
+    assert [line.split()[1:] for line in british(folder)] == [["colour"], ["#", "grey"]]
