@@ -79,7 +79,11 @@ def check_strategy(config: Any, prefix: int) -> None:
 
 @contextmanager
 def noted(layer: nn.Module) -> Iterator[dict[str, Any]]:
-    """What a layer gets in this thread while open: its input, and rotation where there is one."""
+    """What a layer gets in this thread while open: its input, and rotation where there is one.
+
+    Raises:
+        InputError: when the layer has not been called through its hooks, as in a compiled tower.
+    """
     seen: dict[str, Any] = {}
     thread = get_ident()
 
@@ -92,6 +96,10 @@ def noted(layer: nn.Module) -> Iterator[dict[str, Any]]:
         yield seen
     finally:
         hook.remove()
+    if not seen:
+        raise InputError(
+            "a compiled vision tower runs without the hook that reads it; undo compile() on it"
+        )
 
 
 def compute_device(model: Any) -> torch.device:
