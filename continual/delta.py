@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vlm_prune.continual.attention import fuse, sites, split
 from vlm_prune.continual.layer import GatedLoRA, product
 from vlm_prune.vlm.common.errors import InputError, naming
+from vlm_prune.vlm.common.records import from_json
 from vlm_prune.vlm.common.state import writing
 
 
@@ -65,6 +66,19 @@ class Factors:
         return product(self.A, self.B, self.gate)
 
 
+def read_facts(text: str) -> dict[str, Any]:
+    """Returns the facts of a delta from its JSON.
+
+    Raises:
+        InputError: if they are no JSON object, or name a task that no file may be called after.
+    """
+    facts = from_json(text, dict[str, Any], "its description", "train that task again")
+    name = facts.get("name", "task")
+    if not isinstance(name, str) or not name or Path(name).name != name or not name.isprintable():
+        raise InputError(f"it names the task {str(name)[:60]!r}; train that task again")
+    return facts
+
+
 @dataclass
 class Delta:
     """The change of each site by its name, and facts such as the method's and the task's name."""
@@ -104,12 +118,10 @@ class Delta:
         grouped: dict[str, dict[str, Tensor]] = {}
         with naming(f"{path} is no readable delta of a task"):
             with safe_open(path, "pt") as file:
-                facts = json.loads((file.metadata() or {})["facts"])
+                facts = read_facts((file.metadata() or {}).get("facts", "null"))
                 for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                     site, _, name = key.rpartition("|")
                     grouped.setdefault(site, {})[name] = file.get_tensor(key)
-            if not isinstance(facts, dict):
-                raise InputError("its facts are no JSON object")
             factors = {site: Factors(**parts) for site, parts in grouped.items()}
             for site, each in factors.items():
                 each.check(site)

@@ -156,7 +156,18 @@ def test_a_delta_with_a_bad_factor_is_refused_and_changes_nothing(kind, delta, c
 
 @pytest.mark.parametrize(
     "facts",
-    [None, "null", "[1]", "{", "[" * 100_000, '{"name": ' * 100_000],
+    [
+        None,
+        "null",
+        "[1]",
+        "{",
+        "[" * 100_000,
+        '{"name": ' * 100_000,
+        '{"name": "../escaped"}',
+        '{"name": 7}',
+        '{"name": ""}',
+        '{"name": 1e999}',
+    ],
     ids=lambda f: str(f)[:9],
 )
 def test_a_file_that_is_no_delta_is_refused(facts, delta, tmp_path):

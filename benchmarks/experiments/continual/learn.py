@@ -199,15 +199,17 @@ def outside_of(settings: Learning, stream: Stream) -> tuple[list[StreamTask], di
 
 def picture_ranks(folder: Path) -> None:
     """Draw how many components each task kept, module by layer, where some were dropped."""
-    deltas = [Delta.load(path) for path in sorted((folder / "deltas").glob("*.safetensors"))]
+    paths = sorted((folder / "deltas").glob("*.safetensors"))
+    deltas = [Delta.load(path) for path in paths]
     dropped = any(f.rank < len(f.start) for delta in deltas for f in delta.factors.values())
     if not dropped:
         return
     model = load_clip(str(folder / "model")).model
     split(model)
     (folder / "ranks").mkdir(exist_ok=True)
-    for delta in deltas:
-        draw_ranks(delta, sites(model), folder / "ranks" / f"{delta.facts['name']}.png")
+    for path, delta in zip(paths, deltas, strict=True):
+        name = delta.facts.get("name", path.stem)
+        draw_ranks(delta, sites(model), folder / "ranks" / f"{name}.png")
 
 
 def fewer(task: StreamTask, test_per_class: int | None) -> StreamTask:
