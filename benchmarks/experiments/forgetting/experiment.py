@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from joblib import Parallel, delayed
-from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import set_seed
 
-from vlm_prune.benchmarks.cli.terminal import quiet
+from vlm_prune.benchmarks.cli.terminal import console, quiet
 from vlm_prune.benchmarks.embedded_models.symbols import Symbols, align_projector, word_ids
 from vlm_prune.benchmarks.evaluation.environment import command_line, device_name, versions
 from vlm_prune.benchmarks.experiments.forgetting.arms import ARMS, Arm, Plan
@@ -95,7 +94,7 @@ def _run_arms(plan: Plan, output: Path, base: Path, jobs: int) -> dict[tuple[int
     _shown(plan, output)  # here, so that not each process computes features
     spread = Parallel(n_jobs=jobs, return_as="generator")
     list(spread(delayed(_begun)(plan, output, base, seed) for seed in plan.seeds))
-    found, console = {}, Console()
+    found, lines = {}, console()
     pairs = list(product(plan.seeds, ARMS))
     for after in (False, True):  # merging takes the weights of full tuning
         wave = [(seed, name) for seed, name in pairs if ARMS[name].merged is after]
@@ -108,7 +107,7 @@ def _run_arms(plan: Plan, output: Path, base: Path, jobs: int) -> dict[tuple[int
             )
             rate = f"language model's LR {plan.rate(ARMS[name])}"
             place = f"{len(found)}/{len(pairs)} seed {seed}, {ARMS[name].title}"
-            console.print(f"{place}, {rate}: {figures}")
+            lines.print(f"{place}, {rate}: {figures}")
     return found
 
 

@@ -5,12 +5,14 @@ import math
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
+from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from vlm_prune.benchmarks.lmms_eval.catalog import TASK_FOLDER
@@ -277,3 +279,17 @@ def test_videos_are_refused(lm):
 def test_wrong_arguments(checkpoint, arguments, message):
     with pytest.raises(InputError, match=message):
         PrunedChat(str(checkpoint), device="cpu", **arguments)
+
+
+@pytest.mark.parametrize("kind", ["generate_until", "loglikelihood"])
+def test_a_picture_that_would_become_too_large_is_refused_before_the_processor(lm, kind):
+    """lmms-eval's own command opens images itself; the model looks at their size in any case."""
+    lm.task_dict["boxes"] = {"test": [{"image": Image.new("RGB", (10_000, 1))}]}
+    given = {"generate_until": ({},), "loglikelihood": (" red",)}[kind]
+    ask = simple(lm, kind, "What?", *given, lambda doc: [doc["image"]])
+    with (
+        mock.patch.object(lm.processor.image_processor, "preprocess") as preprocess,
+        pytest.raises(InputError, match="above 16 million pixels; crop it"),
+    ):
+        getattr(lm, kind)([ask])
+    assert not preprocess.called
