@@ -12,12 +12,13 @@ from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.chat import encode_prompts, render
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.images import ImageSource
+from vlm_prune.vlm.common.video import Clip, is_video, open_video
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.load import load
 
 
 class PrunedVLM:
-    """A vision-language model that answers questions with fewer image tokens.
+    """A vision-language model that answers questions with fewer image and video tokens.
 
     Args:
         model: an unmodified Hugging Face model of a supported family.
@@ -67,29 +68,39 @@ class PrunedVLM:
         )  # fmt: skip
         return cls(*loaded, built)
 
-    def answer(self, image: ImageSource, question: str, **generation: Any) -> str:
-        """Returns the model's reply to one question about one image.
+    def answer(
+        self,
+        image: ImageSource | Clip,
+        question: str,
+        frames: int = 32,
+        fps: float | None = None,
+        **generation: Any,
+    ) -> str:
+        """Returns the model's reply to one question about one image or video.
 
         Args:
-            image: a file, a Pillow image or an array.
+            image: a file, a Pillow image or an array; or a video file or a `Clip`.
             question: about it.
+            frames: of a video file, at most, at even distances.
+            fps: frames for each second of a video file instead, `frames` at most.
             generation: arguments of the model's `generate`.
 
         Raises:
-            InputError: if image or question cannot be used.
+            InputError: if image, video or question cannot be used.
         """
-        return self.replies([image], [question], **generation)[0].text
+        shown = open_video(image, frames, fps) if is_video(image) else image  # type: ignore[arg-type]
+        return self.replies([shown], [question], **generation)[0].text
 
     def replies(
         self,
-        images: Sequence[ImageSource],
+        images: Sequence[ImageSource | Clip],
         questions: Sequence[str],
         **generation: Any,
     ) -> list["Reply"]:
-        """Returns the replies to several images at once, one question about each.
+        """Returns the replies to several images or videos at once, one question about each.
 
         Args:
-            images: files, Pillow images or arrays.
+            images: files, Pillow images or arrays; video files, of which 32 frames are read, or clips.
             questions: as many.
             generation: arguments of the model's `generate`.
 
@@ -99,16 +110,18 @@ class PrunedVLM:
         """
         if generation.get("num_return_sequences", 1) != 1:
             raise InputError("there is one reply to each question; leave out num_return_sequences")
+        kinds = ["video" if is_video(own) else "image" for own in images]
         prompts = [
             render(
                 self.processor,
-                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}],
+                [{"role": "user", "content": [{"type": kind}, {"type": "text", "text": text}]}],
                 add_generation_prompt=True,
             )
-            for text in questions
+            for kind, text in zip(kinds, questions, strict=True)
         ]
-        rows = [[image] for image in images]
-        inputs = encode_prompts(self.model, self.processor, prompts, rows)
+        rows = [[] if kind == "video" else [own] for kind, own in zip(kinds, images, strict=True)]
+        clips = [open_video(own) for own in images if is_video(own)]  # type: ignore[arg-type]
+        inputs = encode_prompts(self.model, self.processor, prompts, rows, clips)  # type: ignore[arg-type]
         config, tokens = family_of(self.model).decoder.config, inputs["input_ids"].shape[1]
         if tokens > (most := getattr(config, "max_position_embeddings", tokens)):
             raise InputError(
@@ -133,7 +146,7 @@ class PrunedVLM:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer, how many tokens its image had, and how many were left at the end of pruning.
+    """An answer, how many tokens its image or video had, and how many were left at the end of pruning.
 
     For methods that prune inside the language model the latter are those of its last layer, fewer
     than the budget, which is a mean over layers. Without a pruner both are None.

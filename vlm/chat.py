@@ -19,7 +19,8 @@ from torch import Tensor
 
 from vlm_prune.vlm.common.errors import InputError, first_line
 from vlm_prune.vlm.common.images import ImageSource, open_image
-from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.common.video import Clip
+from vlm_prune.vlm.families import FAMILIES, Family, family_of
 
 # turns, each with a `role` and a `content`: a string, or parts as `transformers` has them
 Messages = list[dict[str, Any]]
@@ -121,15 +122,18 @@ def encode_prompts(
     processor: Any,
     texts: Sequence[str],
     images: Sequence[Sequence[ImageSource]],
+    videos: Sequence[Clip] = (),
     **options: Any,
 ) -> Any:
-    """Return what a processor makes of rendered conversations and their images, on the model's device.
+    """Return what a processor makes of rendered conversations, their images and videos, on the
+    model's device.
 
     Args:
         model: of a supported family.
         processor: its processor.
         texts: from `render`, one for each row.
         images: those of each row.
+        videos: those of all rows, in order.
         options: of the processor; rows are padded on the left unless these say otherwise.
 
     Raises:
@@ -143,6 +147,13 @@ def encode_prompts(
     flat = [image for row in rows for image in row]
     given: Any = (rows if family.by_row else flat) if flat else None
     options = {"padding": True, "padding_side": "left", "return_tensors": "pt"} | options
+    if videos:
+        check_videos(family, processor, videos)
+        options |= {
+            "videos": [clip.frames for clip in videos],
+            "video_metadata": [clip.metadata() for clip in videos],
+            "do_sample_frames": False,
+        }
     hidden = any(map(STAND_INS.search, texts))
     used, plain = processor, dict[int, list[int]]()
     if hidden:
@@ -156,6 +167,37 @@ def encode_prompts(
         left = options["padding_side"] == "left"
         _replace(inputs, plain, left, processor.tokenizer.pad_token_id or 0)
     return inputs.to(model.device)
+
+
+def check_videos(family: Family, processor: Any, videos: Sequence[Clip]) -> None:
+    """Refuse videos that a model cannot take.
+
+    Args:
+        family: the model's adapter.
+        processor: of the model.
+        videos: clips.
+
+    Raises:
+        InputError: if the model takes no videos, or a clip is too short.
+    """
+    if "video" not in family.kinds or getattr(processor, "video_processor", None) is None:
+        known = [name for name, own in FAMILIES.items() if "video" in own.kinds]
+        raise InputError(
+            f"{family.model.config.model_type} models take no videos here; give their frames as images, "
+            f"or a model of {', '.join(known)}"
+        )
+    together = getattr(processor.video_processor, "temporal_patch_size", 1)
+    shortest = min(len(clip.frames) for clip in videos)
+    if shortest < together:
+        raise InputError(
+            f"a clip of {shortest} frame is shorter than the {together} that this model encodes as one; "
+            "give a longer clip, or its frame as an image"
+        )
+    lengths = {len(clip.frames) for clip in videos}
+    if len(lengths) > 1 and together == 1:
+        raise InputError(
+            f"this model takes clips of equal length at a time, and these have {sorted(lengths)} frames"
+        )
 
 
 def _wide(processor: Any) -> tuple[Any, dict[int, list[int]]]:

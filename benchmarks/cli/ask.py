@@ -22,7 +22,7 @@ from vlm_prune.vlm.common.errors import InputError
 
 
 def ask_command(
-    image: Annotated[Path, typer.Argument(help="An image file.")],
+    image: Annotated[Path, typer.Argument(help="An image or video file.")],
     question: Annotated[str, typer.Argument(help="A question about it.")],
     model: Model = "tiny",
     method: Method = "zoo",
@@ -33,17 +33,20 @@ def ask_command(
     quantization: Quantization = None,
     attn: Attn = None,
     adapter: Adapter = None,
+    frames: Annotated[int, typer.Option(help="Frames of a video, at most.")] = 32,
+    fps: Annotated[float | None, typer.Option(help="Frames for each second instead.")] = None,
 ) -> None:
-    """Answer one question about one image with a pruned model."""
+    """Answer one question about one image or video with a pruned model."""
     from vlm_prune.pruning.pipeline import PrunedVLM
     from vlm_prune.pruning.registry import build
     from vlm_prune.vlm.common.images import open_image
+    from vlm_prune.vlm.common.video import is_video, open_video
     from vlm_prune.vlm.load import load
 
     quiet()
     if not question.strip():
         raise InputError("the question is empty; give one about the image")
-    picture = open_image(image)
+    picture = open_video(image, frames, fps) if is_video(image) else open_image(image)
     pruner = build(method, budget=parse_budget(budget))
     loaded = load(
         model, device, dtype, device_map=device_map, quantization=quantization, attn=attn,

@@ -113,14 +113,19 @@ class SearchResults(Record, frozen=True):
     budgets: dict[str, Definition]
 
 
+def image_methods() -> dict[str, Any]:
+    """Registered methods that choose among an image's tokens; others compare a video's frames."""
+    return {name: m for name, m in methods().items() if "videos" not in m().needs}
+
+
 def singles() -> list[str]:
     """Registered methods that are no combination of others, controls included."""
-    return [name for name in methods() if name not in COMBINED | {"none"}]
+    return [name for name in image_methods() if name not in COMBINED | {"none"}]
 
 
 def combinations(budget: int) -> list[Variant]:
     """Every method before the language model with every one inside it, merging or not."""
-    table = methods()
+    table = image_methods()
     before = [n for n, m in table.items() if issubclass(m, VisionPruner) and n not in NO_PART]
     inside = [n for n, m in table.items() if issubclass(m, DecoderPruner)]
     first = [*before, *(f"{name}+merge" for name in before if name not in MERGED)]

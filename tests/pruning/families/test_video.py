@@ -4,13 +4,16 @@ import re
 from functools import lru_cache
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
-from tiny_families import NEEDS, Tiny, failing, snapshot
+from tiny_families import FPS, NEEDS, Tiny, failing, snapshot
 
 from vlm_prune.pruning import METHODS, VideoPruner
+from vlm_prune.pruning.pipeline import PrunedVLM
 from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.video import Clip
 from vlm_prune.vlm.families import FAMILIES, family_of
 
 LONG = "What color is the star and is there a 7?"
@@ -257,3 +260,76 @@ def test_a_model_without_videos_is_named(llava_tiny):
         pytest.raises(InputError, match="videos of llava models are not pruned; give their frames"),
     ):
         llava_tiny.model.model(**inputs)
+
+
+def clip_of(tiny, name="a"):
+    frames = tiny.clips[name]
+    return Clip(frames, tuple(n / FPS for n in range(len(frames))), len(frames) / FPS)
+
+
+def test_a_clip_is_answered_as_its_frames_are(tiny):
+    """Also beside an image, and as many times a second as it says."""
+    method = build("divprune", budget=BUDGET)
+    vlm = PrunedVLM(tiny.model, tiny.processor, method)
+    steps = {"max_new_tokens": 3, "min_new_tokens": 3}
+    clip, image = vlm.replies([clip_of(tiny), tiny.pictures[0]], ["Is it red?", LONG], **steps)
+    assert clip.kept_tokens == image.kept_tokens == BUDGET < clip.image_tokens
+    inputs = tiny.inputs([[(["a"], "Is it red?")]])
+    with method(tiny.model), torch.inference_mode():
+        expected = tiny.model.generate(**inputs, **steps)[:, -3:]
+    assert tiny.processor.decode(expected[0], skip_special_tokens=True).strip() == clip.text
+    assert vlm.answer(clip_of(tiny), "Is it red?", **steps) == clip.text
+
+
+def test_a_clip_that_a_model_cannot_take_is_refused(tiny, llava_tiny):
+    one = Clip(tiny.clips["a"][:1], (0.0,), 0.5)
+    vlm = PrunedVLM(llava_tiny.model, llava_tiny.processor)
+    with pytest.raises(InputError, match="llava models take no videos here; give their frames"):
+        vlm.answer(one, "Is it red?")
+    vlm = PrunedVLM(tiny.model, tiny.processor)
+    if tiny.name == "llava_onevision":
+        assert vlm.answer(one, "Is it red?", max_new_tokens=1) is not None
+        with pytest.raises(
+            InputError, match=r"clips of equal length at a time, .* \[4, 6\] frames"
+        ):
+            vlm.replies([clip_of(tiny), clip_of(tiny, "b")], ["Is it red?"] * 2)
+        return
+    with pytest.raises(InputError, match="a clip of 1 frame is shorter than the 2"):
+        vlm.answer(one, "Is it red?")
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl"])
+def test_without_metadata_qwen3_drops_frames_and_invents_their_times(name):
+    """What the processor does in silence, and what it does not do where it is told the times."""
+    tiny = Tiny(name)
+    text, frames = "<|vision_start|><|video_pad|><|vision_end|>", np.repeat(tiny.clips["a"], 8, 0)
+    plain = tiny.processor(text=[text], videos=[frames], return_tensors="pt")
+    assert plain["video_grid_thw"][0, 0] == 2  # four frames of 48: two seconds at 24 a second
+    told = tiny.inputs([[(["a"], LONG)]])
+    assert told["video_grid_thw"][0, 0] == 3
+    shown = tiny.processor.decode(told["input_ids"][0])
+    assert re.findall(r"<([0-9.]+) ?seconds>", shown) == ["0.2", "1.2", "2.2"]
+
+
+def test_times_of_qwen2_5_are_in_the_positions_and_stay_there():
+    tiny, seen = Tiny("qwen2_5_vl"), []
+    family = family_of(tiny.model)
+    hook = family.decoder.layers[-1].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["position_embeddings"][0]), with_kwargs=True
+    )
+    inputs = tiny.inputs([[(["a"], LONG)]])
+    slower = inputs | {"second_per_grid_ts": inputs["second_per_grid_ts"] * 3}
+    with torch.no_grad():
+        for given in (inputs, slower):
+            tiny.model(**given)
+            with build("evs", budget=12)(tiny.model) as trace:
+                tiny.model(**given)
+    hook.remove()
+    whole, kept, whole_slower, kept_slower = (own[0] for own in seen)
+    start = inputs["input_ids"][0].tolist().index(family.video_token)
+    columns = torch.tensor(
+        [*range(start), *(start + trace.kept[0]).tolist(), *range(start + 27, len(whole))]
+    )
+    assert torch.equal(kept_slower, whole_slower[columns])
+    assert not torch.allclose(kept, kept_slower)
+    assert not torch.allclose(whole, whole_slower)

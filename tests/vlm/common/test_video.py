@@ -1,0 +1,132 @@
+"""Reading frames of video files that PyAV makes."""
+
+import sys
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.video import Clip, is_video, open_video
+
+av = pytest.importorskip("av")
+
+
+def write_clip(path, times, size=(64, 48), codec="mpeg4", sound=False):
+    """A video whose n-th frame has the gray level 20 n + 10, shown at `times` in milliseconds."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=30)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for number, time in enumerate(times):
+            gray = np.full((*size[::-1], 3), (20 * number + 10) % 240, np.uint8)
+            frame = av.VideoFrame.from_ndarray(gray, format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def shown(clip):
+    """The numbers of the frames, read from their gray levels."""
+    return [round((float(frame.mean()) - 10) / 20) for frame in clip.frames]
+
+
+def test_frames_at_even_distances(tmp_path):
+    path = write_clip(tmp_path / "a.mp4", range(0, 1000, 100))
+    clip = open_video(path, frames=5)
+    assert clip.frames.shape == (5, 48, 64, 3) and clip.frames.dtype == np.uint8
+    assert shown(clip) == [1, 3, 5, 7, 9]
+    assert clip.times == pytest.approx((0.1, 0.3, 0.5, 0.7, 0.9), abs=0.002)
+    assert clip.duration == pytest.approx(1, abs=0.1)
+    assert shown(open_video(path, fps=2)) == [2, 7]
+    assert len(open_video(path, frames=64).frames) == 10
+    assert len(open_video(path, frames=4, fps=100).frames) == 4
+    assert open_video(clip) is clip
+
+
+def test_a_variable_rate_gives_the_times_that_frames_are_shown_at(tmp_path):
+    """Five frames in the first half second, and one for each second after it."""
+    path = write_clip(tmp_path / "a.mkv", [0, 100, 200, 300, 400, 1000, 2000, 3000])  # 3.4 s
+    clip = open_video(path, frames=4)
+    assert shown(clip) == [4, 5, 6, 7]
+    metadata = clip.metadata()
+    assert metadata.timestamps == pytest.approx(clip.times, abs=0.002)
+    assert metadata.timestamps[0] == pytest.approx(0.4, abs=0.002)
+
+
+def test_long_gaps_are_skipped_and_give_the_same_frames(tmp_path, monkeypatch):
+    path = write_clip(tmp_path / "a.mp4", range(0, 11000, 1000))
+    expected = open_video(path, frames=3)
+    monkeypatch.setattr("vlm_prune.vlm.common.video.SEEK_SECONDS", 0.5)
+    again = open_video(path, frames=3)
+    assert again.times == expected.times and shown(again) == shown(expected) == [1, 5, 9]
+
+
+def test_one_frame_is_a_clip(tmp_path):
+    clip = open_video(write_clip(tmp_path / "a.mp4", [0]), frames=8)
+    assert len(clip.frames) == 1 and clip.times == (0.0,)
+    assert clip.metadata().total_num_frames >= 1
+
+
+def audio(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        for number in range(20):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            frame.rate, frame.pts = 16000, 1024 * number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def empty(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        container.start_encoding()
+    return path
+
+
+def cut_short(path):
+    whole = write_clip(path, range(0, 10000, 100)).read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    return path
+
+
+def noise(path):
+    path.write_bytes(np.random.default_rng(0).bytes(5000))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (audio, {}, "has no video stream"),
+        (empty, {}, "cannot read video|without frames|has no video stream"),
+        (cut_short, {}, "cannot read video|has no video stream"),
+        (lambda path: cut_short(path.with_suffix(".mkv")), {}, "is cut short: it says 9.9 seconds and"),
+        (noise, {}, "cannot read video"),
+        (lambda path: path, {}, "does not exist; give a video file"),
+        (lambda path: path.mkdir() or path, {}, "is no regular file"),
+        (lambda path: write_clip(path, [0]), {"frames": 0}, "frames 0 is out of range"),
+        (lambda path: write_clip(path, [0]), {"fps": 0.0}, "fps 0.0 is out of range"),
+        (lambda path: write_clip(path, [0, 100]), {"frames": 10**6}, "more than 4 GB; give fewer"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_named_in_one_line(make, options, message, tmp_path):
+    with pytest.raises(InputError, match=message) as refusal:
+        open_video(make(tmp_path / "a.mp4"), **options)
+    assert "\n" not in str(refusal.value)
+
+
+def test_without_a_decoder_the_extra_is_named(tmp_path, monkeypatch):
+    path = write_clip(tmp_path / "a.mp4", [0])
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(InputError, match=r"pip install 'vlm-prune\[video\]'"):
+        open_video(path)
+
+
+def test_what_is_a_video():
+    assert is_video("a.MP4") and is_video(Clip(np.zeros((1, 2, 2, 3), np.uint8), (0.0,), 1.0))
+    assert not is_video("a.png") and not is_video(np.zeros((2, 2, 3), np.uint8))

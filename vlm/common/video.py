@@ -1,0 +1,191 @@
+"""Frames of video files, at times of their own; no more of a file is held than the frames kept."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlm_prune.vlm.common.errors import InputError, first_line
+from vlm_prune.vlm.common.images import MAX_PIXELS
+
+SUFFIXES = (
+    ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv",
+    ".ts", ".webm", ".wmv",
+)  # fmt: skip
+MAX_BYTES = 4_000_000_000
+SEEK_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames of a video.
+
+    Args:
+        frames: (T, height, width, 3) of uint8.
+        times: when each is shown, in seconds from the first one of the video.
+        duration: of the whole video, in seconds.
+    """
+
+    frames: NDArray[np.uint8]
+    times: tuple[float, ...]
+    duration: float
+
+    def metadata(self) -> Any:
+        """What processors are told of these frames: their numbers in a video of a thousand frames a
+        second, so that times are right where the file's rate varies.
+        """
+        from transformers.video_utils import VideoMetadata
+
+        indices = [round(1000 * time) for time in self.times]
+        height, width = self.frames.shape[1:3]
+        total = max(round(1000 * self.duration), indices[-1] + 1)
+        return VideoMetadata(
+            total, fps=1000.0, width=width, height=height, duration=self.duration,
+            frames_indices=indices,
+        )  # fmt: skip
+
+
+def is_video(source: Any) -> bool:
+    """Whether a source is a `Clip`, or a path that ends as video files do."""
+    if isinstance(source, Clip):
+        return True
+    return isinstance(source, str | Path) and Path(source).suffix.lower() in SUFFIXES
+
+
+def open_video(source: str | Path | Clip, frames: int = 32, fps: float | None = None) -> Clip:
+    """Read frames of a video file, upright and in RGB.
+
+    The video is cut into as many equal spans as there are frames, and of each the frame is kept that
+    is shown in its middle; one that is shown in the middle of several is kept once.
+
+    Args:
+        source: a file, or a clip, which is returned as it is.
+        frames: how many, at most.
+        fps: frames for each second instead, `frames` at most.
+
+    Raises:
+        InputError: if there is no decoder, the file is missing, broken or cut short, or has no video.
+    """
+    if isinstance(source, Clip):
+        return source
+    if frames < 1:
+        raise InputError(f"frames {frames} is out of range; give 1 or more")
+    if fps is not None and not 0 < fps < float("inf"):
+        raise InputError(f"fps {fps} is out of range; give more than 0")
+    path = Path(source)
+    if not path.is_file():
+        missing = "is no regular file" if path.exists() else "does not exist"
+        raise InputError(f"{path} {missing}; give a video file")
+    with _opened(path) as (container, stream):
+        start, duration = _span(path, container, stream)
+        wanted = frames if fps is None else min(frames, max(1, int(float(duration) * fps)))
+        _check_size(path, wanted, stream)
+        targets = [(2 * n + 1) * duration / (2 * wanted) for n in range(wanted)]
+        kept, times = _shown(path, container, stream, start, targets)
+    return Clip(np.stack(kept), tuple(times), float(duration))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    try:
+        import av
+    except ImportError:
+        raise InputError("videos need a decoder: pip install 'vlm-prune[video]'") from None
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise InputError(f"{path} has no video stream; give a video file")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            yield container, stream
+    except (av.FFmpegError, ValueError, MemoryError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"cannot read video {path}: {first_line(error)}") from error
+
+
+def _span(path: Path, container: Any, stream: Any) -> tuple[int, Fraction]:
+    """Time stamp of the first frame, and seconds to the end of the last one, which is taken to be
+    shown as long as the mean one.
+
+    Stamps are read and nothing is decoded.
+
+    Raises:
+        InputError: if there is no frame, or less than the file says.
+    """
+    first = last = count = length = 0
+    for packet in container.demux(stream):
+        if packet.pts is not None:
+            first = min(first, packet.pts) if count else packet.pts
+            last = max(last, packet.pts) if count else packet.pts
+            length, count = packet.duration or 1, count + 1
+    if not count:
+        raise InputError(f"{path} has a video stream without frames; give another file")
+    mean = Fraction(last - first, count - 1) if count > 1 else Fraction(length)
+    duration = (last + mean - first) * stream.time_base
+    stated = stream.duration * stream.time_base if stream.duration else duration
+    if not stream.duration and container.duration and len(container.streams) == 1:
+        stated = Fraction(container.duration, 10**6)
+    if duration < Fraction(9, 10) * stated - 1:
+        raise InputError(
+            f"{path} is cut short: it says {float(stated):.1f} seconds and holds {float(duration):.1f}; "
+            "give the whole file"
+        )
+    container.seek(first, stream=stream)
+    return first, duration
+
+
+def _check_size(path: Path, frames: int, stream: Any) -> None:
+    """Refuse frames that would not fit in memory."""
+    width, height = stream.width, stream.height
+    if width * height > MAX_PIXELS:
+        raise InputError(f"{path} has frames of {width} x {height}, above 89 million pixels")
+    if 3 * frames * width * height > MAX_BYTES:
+        raise InputError(
+            f"{frames} frames of {width} x {height} of {path} are more than 4 GB; give fewer frames"
+        )
+
+
+def _shown(
+    path: Path, container: Any, stream: Any, start: int, targets: list[Fraction]
+) -> tuple[list[NDArray[np.uint8]], list[float]]:
+    """The frames that are shown at `targets`, each once, and when they begin.
+
+    Args:
+        path: of the file.
+        container: open, before the first frame.
+        stream: of it.
+        start: time stamp of the first frame.
+        targets: seconds, ascending.
+    """
+    kept: list[NDArray[np.uint8]] = []
+    times: list[float] = []
+    frames, current, following = container.decode(stream), None, None
+    for target in targets:
+        due = start + target / stream.time_base
+        at = start if current is None else current.pts
+        if float((due - at) * stream.time_base) > SEEK_SECONDS:
+            # frames between are neither kept nor needed to decode others
+            container.seek(int(due), stream=stream)
+            frames, following = container.decode(stream), None
+        while following is None or following.pts <= due:
+            if following is not None:
+                current = following
+            following = next((frame for frame in frames if frame.pts is not None), None)
+            if following is None:
+                break
+            current = following if current is None else current
+        if current is None:
+            raise InputError(f"{path} has a video stream without frames; give another file")
+        second = float((current.pts - start) * stream.time_base)
+        if not times or second > times[-1]:
+            image = current.to_ndarray(format="rgb24")
+            turns = round(getattr(current, "rotation", 0) / 90) % 4
+            kept.append(np.rot90(image, turns) if turns else image)
+            times.append(second)
+    return kept, times
