@@ -12,7 +12,7 @@ from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.chat import encode_prompts, render
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.images import ImageSource
-from vlm_prune.vlm.common.video import Clip, is_video, open_video
+from vlm_prune.vlm.common.video import VideoClip, is_video, open_video
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.load import load
 
@@ -70,7 +70,7 @@ class PrunedVLM:
 
     def answer(
         self,
-        image: ImageSource | Clip,
+        image: ImageSource | VideoClip,
         question: str,
         frames: int = 32,
         fps: float | None = None,
@@ -79,7 +79,7 @@ class PrunedVLM:
         """Returns the model's reply to one question about one image or video.
 
         Args:
-            image: a file, a Pillow image or an array; or a video file or a `Clip`.
+            image: a file, a Pillow image or an array; or a video file or a `VideoClip`.
             question: about it.
             frames: of a video file, at most, at even distances.
             fps: frames for each second of a video file instead, `frames` at most.
@@ -93,7 +93,7 @@ class PrunedVLM:
 
     def replies(
         self,
-        images: Sequence[ImageSource | Clip],
+        images: Sequence[ImageSource | VideoClip],
         questions: Sequence[str],
         **generation: Any,
     ) -> list["Reply"]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vlm_prune.vlm.common.errors import InputError, first_line
 from vlm_prune.vlm.common.images import ImageSource, open_image
-from vlm_prune.vlm.common.video import Clip
+from vlm_prune.vlm.common.video import VideoClip
 from vlm_prune.vlm.families import FAMILIES, Family, family_of
 
 # turns, each with a `role` and a `content`: a string, or parts as `transformers` has them
@@ -122,7 +122,7 @@ def encode_prompts(
     processor: Any,
     texts: Sequence[str],
     images: Sequence[Sequence[ImageSource]],
-    videos: Sequence[Clip] = (),
+    videos: Sequence[VideoClip] = (),
     **options: Any,
 ) -> Any:
     """Return what a processor makes of rendered conversations, their images and videos, on the
@@ -169,7 +169,7 @@ def encode_prompts(
     return inputs.to(model.device)
 
 
-def check_videos(family: Family, processor: Any, videos: Sequence[Clip]) -> None:
+def check_videos(family: Family, processor: Any, videos: Sequence[VideoClip]) -> None:
     """Refuse videos that a model cannot take.
 
     Args:

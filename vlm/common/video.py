@@ -22,7 +22,7 @@ SEEK_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Clip:
+class VideoClip:
     """Frames of a video.
 
     Args:
@@ -51,13 +51,15 @@ class Clip:
 
 
 def is_video(source: Any) -> bool:
-    """Whether a source is a `Clip`, or a path that ends as video files do."""
-    if isinstance(source, Clip):
+    """Whether a source is a `VideoClip`, or a path that ends as video files do."""
+    if isinstance(source, VideoClip):
         return True
     return isinstance(source, str | Path) and Path(source).suffix.lower() in SUFFIXES
 
 
-def open_video(source: str | Path | Clip, frames: int = 32, fps: float | None = None) -> Clip:
+def open_video(
+    source: str | Path | VideoClip, frames: int = 32, fps: float | None = None
+) -> VideoClip:
     """Read frames of a video file, upright and in RGB.
 
     The video is cut into as many equal spans as there are frames, and of each the frame is kept that
@@ -71,7 +73,7 @@ def open_video(source: str | Path | Clip, frames: int = 32, fps: float | None = 
     Raises:
         InputError: if there is no decoder, the file is missing, broken or cut short, or has no video.
     """
-    if isinstance(source, Clip):
+    if isinstance(source, VideoClip):
         return source
     if frames < 1:
         raise InputError(f"frames {frames} is out of range; give 1 or more")
@@ -87,7 +89,7 @@ def open_video(source: str | Path | Clip, frames: int = 32, fps: float | None = 
         _check_size(path, wanted, stream)
         targets = [(2 * n + 1) * duration / (2 * wanted) for n in range(wanted)]
         kept, times = _shown(path, container, stream, start, targets)
-    return Clip(np.stack(kept), tuple(times), float(duration))
+    return VideoClip(np.stack(kept), tuple(times), float(duration))
 
 
 @contextmanager

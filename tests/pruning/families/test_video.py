@@ -13,7 +13,7 @@ from vlm_prune.pruning import METHODS, VideoPruner
 from vlm_prune.pruning.pipeline import PrunedVLM
 from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.video import Clip
+from vlm_prune.vlm.common.video import VideoClip
 from vlm_prune.vlm.families import FAMILIES, family_of
 
 LONG = "What color is the star and is there a 7?"
@@ -264,7 +264,7 @@ def test_a_model_without_videos_is_named(llava_tiny):
 
 def clip_of(tiny, name="a"):
     frames = tiny.clips[name]
-    return Clip(frames, tuple(n / FPS for n in range(len(frames))), len(frames) / FPS)
+    return VideoClip(frames, tuple(n / FPS for n in range(len(frames))), len(frames) / FPS)
 
 
 def test_a_clip_is_answered_as_its_frames_are(tiny):
@@ -282,7 +282,7 @@ def test_a_clip_is_answered_as_its_frames_are(tiny):
 
 
 def test_a_clip_that_a_model_cannot_take_is_refused(tiny, llava_tiny):
-    one = Clip(tiny.clips["a"][:1], (0.0,), 0.5)
+    one = VideoClip(tiny.clips["a"][:1], (0.0,), 0.5)
     vlm = PrunedVLM(llava_tiny.model, llava_tiny.processor)
     with pytest.raises(InputError, match="llava models take no videos here; give their frames"):
         vlm.answer(one, "Is it red?")

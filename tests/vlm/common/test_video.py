@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.video import Clip, is_video, open_video
+from vlm_prune.vlm.common.video import VideoClip, is_video, open_video
 
 av = pytest.importorskip("av")
 
@@ -128,5 +128,5 @@ def test_without_a_decoder_the_extra_is_named(tmp_path, monkeypatch):
 
 
 def test_what_is_a_video():
-    assert is_video("a.MP4") and is_video(Clip(np.zeros((1, 2, 2, 3), np.uint8), (0.0,), 1.0))
+    assert is_video("a.MP4") and is_video(VideoClip(np.zeros((1, 2, 2, 3), np.uint8), (0.0,), 1.0))
     assert not is_video("a.png") and not is_video(np.zeros((2, 2, 3), np.uint8))
