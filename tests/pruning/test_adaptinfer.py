@@ -15,23 +15,6 @@ def test_authors_presets_stand_where_the_code_prunes():
         AdaptInfer(preset="63")
 
 
-@pytest.mark.parametrize(
-    ("preset", "layers", "kept"),
-    [
-        ("128", 32, [290, 72, 18]),
-        ("64", 32, [133, 27, 3]),
-        ("48", 32, [80, 24, 2]),
-        ("32", 32, [40, 12, 0]),
-        ("128-13b", 40, [300, 94, 30]),
-        ("64-13b", 40, [148, 40, 5]),
-    ],
-)
-def test_presets_are_the_authors(preset, layers, kept):
-    assert list(AdaptInfer.presets[preset]) == kept
-    cuts = AdaptInfer(preset=preset).cuts(576, layers)
-    assert [cut.keep for cut in cuts] == kept
-
-
 def test_budgets_scale_the_authors_pattern_for_64_tokens():
     assert AdaptInfer(budget=64).pattern() == [(2, 133), (11, 27), (21, 3)]
 

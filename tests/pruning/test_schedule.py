@@ -43,6 +43,32 @@ def test_presets_are_the_papers(name, preset, expected):
     assert [(cut.layer, cut.keep) for cut in cuts] == expected
 
 
+# image tokens, or shares of them, after each cut, as the papers and the authors' code have them
+PRESETS = {
+    "adaptinfer": {
+        "128": (290, 72, 18),
+        "64": (133, 27, 3),
+        "48": (80, 24, 2),
+        "32": (40, 12, 0),
+        "128-13b": (300, 94, 30),
+        "64-13b": (148, 40, 5),
+    },
+    "fastv": {"r50": (0.5,), "r75": (0.25,)},
+    "pyramiddrop": {"paper": (0.5, 0.25, 0.125)},
+    "sparsevlm": {
+        "192": (300, 200, 110),
+        "128": (303, 110, 36),
+        "96": (238, 48, 26),
+        "64": (66, 30, 17),
+    },
+}
+
+
+@pytest.mark.parametrize("name", [name for name in INSIDE if METHODS[name].presets])
+def test_every_preset_has_the_authors_numbers(name):
+    assert dict(METHODS[name].presets) == PRESETS[name]
+
+
 @pytest.mark.parametrize("name", INSIDE)
 @pytest.mark.parametrize(("layers", "places"), [(8, [4, 6]), (16, [8, 12])])
 def test_a_schedule_replaces_the_pattern_at_any_depth(name, layers, places):
