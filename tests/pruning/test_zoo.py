@@ -96,6 +96,11 @@ def test_a_rank_is_that_of_both_layers(rank, llava, vision):
 
 
 @torch.no_grad()
+def test_weights_are_cut_once_for_each_rank(vision):
+    assert Zoo(rank=2).weights(vision) is Zoo(rank=2).weights(vision)
+    assert Zoo(rank=2).weights(vision) is not Zoo(rank=3).weights(vision)
+
+
 def test_a_projector_of_other_layers_is_sampled_as_written():
     """That of Gemma 3 is a norm and a linear map; a token's length decides how much it moves."""
     torch.manual_seed(0)
