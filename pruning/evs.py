@@ -1,6 +1,7 @@
 """EVS: tokens that differ from the frame before."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -28,6 +29,11 @@ class EVS(VideoPruner):
         if k < size:
             first = torch.tensor(spread(k, size), device=tokens.device)
             return Kept.at(vision.projected, first.expand(videos, -1))
-        change = 1 - cosine_similarity(tokens[:, 1:].float(), tokens[:, :-1].float(), dim=-1)
-        scores = torch.cat([change.new_full((videos, 1, size), torch.inf), change], 1)
+        whole = torch.full((videos, size), torch.inf, device=tokens.device)
+        # frame by frame, so that no copy of the video is made
+        change = [
+            1 - cosine_similarity(own.float(), before.float(), dim=-1)
+            for before, own in pairwise(tokens.unbind(1))
+        ]
+        scores = torch.stack([whole, *change], 1)
         return Kept.at(vision.projected, top(scores.flatten(1), k))

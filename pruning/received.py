@@ -9,6 +9,7 @@ from vlm_prune.kernels.attention_received import attention_received
 from vlm_prune.vlm.tokens import AttentionRows, DecoderTokens, VisionTokens
 
 Queries = Literal["all", "patches", "cls"]
+FRAMES = 8
 
 
 def in_tower(vision: VisionTokens, queries: Queries) -> Tensor:
@@ -20,7 +21,10 @@ def in_tower(vision: VisionTokens, queries: Queries) -> Tensor:
     query, key = vision.query_key()
     first = int(vision.has_cls)
     rows = {"all": slice(None), "patches": slice(first, None), "cls": slice(0, first or None)}
-    received = attention_received(query[:, :, rows[queries]], key)[:, first:]
+    # frames do not attend to each other: a few at a time hold little attention at once
+    together = FRAMES if vision.frames else len(query)
+    parts = zip(query[:, :, rows[queries]].split(together), key.split(together), strict=True)
+    received = torch.cat([attention_received(*part) for part in parts])[:, first:]
     return vision.pool(received[..., None])[..., 0]
 
 

@@ -33,10 +33,15 @@ class VCast(VideoPruner):
             raise InputError(f"temperature {self.temperature} is out of range; give more than 0")
 
     def reduce_video(self, vision: VisionTokens) -> Kept:
-        k, frames = self.count(vision), frames_of(vision).float()
+        k, frames = self.count(vision), frames_of(vision)
         size, means = frames.shape[2], frame_means(frames)
-        apart = 1 - cosine_similarity(frames, means[:, :, None], dim=-1)
-        scores = apart + min_max(frames.norm(dim=-1))
+        # frame by frame, so that no copy of the video is made
+        apart = [
+            1 - cosine_similarity(own.float(), mean[:, None], dim=-1)
+            for own, mean in zip(frames.unbind(1), means.unbind(1), strict=True)
+        ]
+        norms = torch.linalg.vector_norm(frames, dim=-1, dtype=torch.float32)
+        scores = torch.stack(apart, 1) + min_max(norms)
         weights = (curvature(means) / self.temperature).softmax(1)
         kept = []
         for score, weight in zip(scores, weights, strict=True):

@@ -70,8 +70,13 @@ def steady_half(tokens: Tensor) -> Tensor:
 
 
 def kernels(tokens: Tensor, center: Tensor) -> Tensor:
-    """The sum over five widths a of exp(-|x - c|^2 / 2a); (..., d) of both -> (...)."""
-    squared = (tokens - center).square().sum(-1)
+    """The sum over five widths a of exp(-|x - c|^2 / 2a), of normalized tokens x.
+
+    Shapes: tokens (M, T, n, d), center (M, T or 1, 1, d) -> (M, T, n).
+    """
+    # all tokens have length 1; differences would be a copy of them
+    products = (tokens @ center.mT)[..., 0]
+    squared = (1 - 2 * products + center.square().sum(-1)).clamp_min(0)
     total = torch.zeros_like(squared)
     for width in WIDTHS:
         total += torch.exp(-squared / (2 * width))
