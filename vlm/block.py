@@ -21,7 +21,7 @@ from vlm_prune.vlm.cache import CachedPrompt, CachedTokens, cache_of, hold, prom
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import Family, family_of
 from vlm_prune.vlm.families.base import KINDS, PIXELS, Kind
-from vlm_prune.vlm.layer_pruning import Forward, InsideModel, LayerPruning
+from vlm_prune.vlm.layer_pruning import Forward, InsideModel, LayerPruning, position_deltas
 from vlm_prune.vlm.layout import (
     TokenLayout,
     grid_lines,
@@ -205,6 +205,8 @@ class Block:
             self.running[threading.get_ident()] = (threading.current_thread(), prompt)
         if prompt is not None:
             prompt.open = True
+            if prompt.deltas is not None:
+                module.rope_deltas = prompt.deltas
         shown, embeds = bool(sources), kwargs.get("inputs_embeds")
         if not shown and embeds is not None and embeds.shape[1] > 1:
             raise InputError(
@@ -263,9 +265,11 @@ class Block:
         length = ids.shape[1]
         prompt, past = prompt_in(cache), 0 if cache is None else int(cache.get_seq_length())
         valid = torch.ones(ids.shape, dtype=torch.bool)
+        seen = torch.full((len(ids), 1), past + length)
         before = torch.ones(len(ids), past, dtype=torch.bool)
         if mask is not None:
             whole = mask.bool().cpu()
+            seen = whole.sum(1, keepdim=True)
             valid, before = whole[:, -length:], whole[:, : whole.shape[1] - length]
         if prompt is None:
             prompt = CachedPrompt(past, {0: CachedTokens.whole(before[:, :past])})
@@ -294,6 +298,7 @@ class Block:
             lines = grid_lines(ordinal)
         layout = TokenLayout.of(ordinal, valid, counts, drafts, lines)
         forward = Forward(layout, past, prompt, is_right_padded(valid), layout.counts)
+        forward.seen = seen
         forward.blocks = family.blocks(kwargs, length)
         if choice is not None:
             rows = zip(layout.rows, image_columns(ordinal, counts), strict=True)
@@ -421,6 +426,8 @@ class Block:
             if any(tokens.pruned for tokens in layers.values()):
                 prompt = prompt_in(cache) or CachedPrompt(0, {}, len(module.layers))
                 prompt.length, prompt.layers = length, layers
+                if self.family.mrope:
+                    prompt.deltas = position_deltas(forward)
                 hold(cache, prompt)
         if call.labels is not None and last.layout is not forward.layout:
             column = last.layout.column.to(call.labels.device)

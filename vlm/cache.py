@@ -100,12 +100,15 @@ class CachedPrompt:
         length: tokens of the full prompt and what followed.
         layers: by the first of the layers that hold the same tokens.
         depth: decoder layers; what a cache holds beyond them is of full length.
+        deltas: of positions with rows and columns, by how much the next token's is above the number
+            of tokens, (B, 1); the model itself remembers those of its last prompt alone.
         open: whether a forward inside a pruning block is using the cache.
     """
 
     length: int
     layers: dict[int, CachedTokens]
     depth: int = 0
+    deltas: Tensor | None = None
     open: bool = field(default=False, compare=False)
 
     def of(self, number: int) -> CachedTokens:
@@ -120,6 +123,8 @@ class CachedPrompt:
     def select(self, index: Tensor) -> None:
         """Keep the rows at `index`, on the host."""
         self.layers = {first: tokens.rows(index) for first, tokens in self.layers.items()}
+        if self.deltas is not None:
+            self.deltas = self.deltas[index.to(self.deltas.device)]
 
 
 class PrunedCache(Cache):  # type: ignore[misc]

@@ -139,6 +139,7 @@ class Forward:
         kept: what a method before the model keeps of the images.
         due: for each layer that cuts how many tokens each image keeps.
         positions: position ids of the full input, (B, L) or (3 or 4, B, L).
+        seen: how many tokens each row has so far, padding apart, (B, 1).
         active: the segment of each layer; that of the decoder's input under -1.
         states: a layer with its input and rotation, for the cut after it.
         query_mask: the question's tokens that the method reads, of each image.
@@ -158,6 +159,7 @@ class Forward:
     kept: Kept | None = None
     due: dict[int, dict[int, int]] = field(default_factory=dict)
     positions: Tensor = field(default_factory=lambda: torch.zeros(0))
+    seen: Tensor = field(default_factory=lambda: torch.zeros(0))
     active: dict[int, Segment] = field(default_factory=dict)
     states: dict[int, tuple[Any, Tensor, tuple[Tensor, Tensor]]] = field(default_factory=dict)
     query_mask: Tensor | None = None
@@ -165,6 +167,16 @@ class Forward:
     per_token: dict[str, PerToken] = field(default_factory=dict)
     cuts: dict[int, list[Tensor]] = field(default_factory=dict)
     blocks: Tensor | None = None
+
+
+def position_deltas(forward: Forward) -> Tensor:
+    """Returns by how much the next token's position is above the number of tokens, (B, 1), where
+    positions have rows and columns.
+    """
+    positions = forward.positions if forward.positions.ndim == 3 else forward.positions[None]
+    padding = ~forward.layout.valid.to(positions.device)
+    highest = positions[-3:].masked_fill(padding, -1).amax((0, 2))[:, None]
+    return highest + 1 - forward.seen.to(positions.device)
 
 
 def gathered(

@@ -87,7 +87,10 @@ class Encoder:
     def __post_init__(self) -> None:
         self.module = self.family.multimodal
         self.original = getattr(self.module, self.name)
-        self.__signature__ = signature(self.original)
+        # a user's own function may take what the class's does without naming it
+        self.__signature__ = signature(
+            MethodType(getattr(type(self.module), self.name), self.module)
+        )
 
     @property
     def name(self) -> str:
