@@ -292,8 +292,15 @@ class DecoderPruner(Pruner):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """A dropped token has left its mark in the state of linear attention, which has no scores."""
-        return frozenset({"softmax attention in every decoder layer"})
+        """A dropped token has left its mark in the state of linear attention, which has no scores, and
+        layers that use another one's keys would still see it.
+        """
+        return frozenset(
+            {
+                "softmax attention in every decoder layer",
+                "decoder layers with keys and values, and no inputs but hidden states, of their own",
+            }
+        )
 
     def check(self, tokens: int, layers: int) -> None:
         if not self.preset:

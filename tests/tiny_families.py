@@ -394,6 +394,42 @@ def glm46v():
     )  # fmt: skip
 
 
+def gemma4(**text):
+    names = ("boi", "eoi", "boa", "eoa", "image", "audio")
+    tokenizer = tokenizer_with(
+        **{f"{name}_token": f"<|{name}|>" for name in names}, video_token="<|video|>"
+    )
+    ids = {
+        f"{name}_token_id": token_id(tokenizer, f"<|{name}|>")
+        for name in (*names, "video")
+        if name != "eoa"
+    }
+    config = hf.Gemma4Config(
+        vision_config=vit(
+            patch_size=2, position_embedding_size=64, head_dim=HEAD, num_key_value_heads=2
+        ),
+        text_config=hf.Gemma4TextConfig(
+            **text_of(
+                tokenizer, head_dim=HEAD, global_head_dim=HEAD, sliding_window=21,
+                hidden_size_per_layer_input=8, vocab_size_per_layer_input=len(tokenizer),
+                layer_types=[("sliding_attention", "full_attention")[n % 2] for n in range(LAYERS)],
+            )
+            | {"use_bidirectional_attention": "vision"} | text
+        ),
+        tie_word_embeddings=False, **ids,
+    )  # fmt: skip
+    processor = hf.Gemma4Processor(
+        hf.Gemma4AudioFeatureExtractor(), hf.Gemma4ImageProcessor(patch_size=2, max_soft_tokens=70),
+        tokenizer, hf.Gemma4VideoProcessor(), chat_template=template("<|image|>"),
+    )  # fmt: skip
+    return hf.Gemma4ForConditionalGeneration(config), processor
+
+
+def gemma4_sharing():
+    """As the smaller models: causal, and the last layers use keys and values of others."""
+    return gemma4(use_bidirectional_attention=None, num_kv_shared_layers=1)
+
+
 def internvl3_5():
     return internvl(partial(hf.Qwen3Config, head_dim=HEAD))
 
@@ -406,7 +442,7 @@ def llava_qwen3():
     return llava(text=partial(hf.Qwen3Config, head_dim=HEAD))
 
 
-OTHERS = ("internvl3_5", "internvl3_5_moe", "llava_qwen3")
+OTHERS = ("gemma4_sharing", "internvl3_5", "internvl3_5_moe", "llava_qwen3")
 """Models of these families around other language models."""
 MAKERS = {
     maker.__name__: maker
@@ -414,11 +450,14 @@ MAKERS = {
         llava, llava_next, llava_onevision, qwen2_5_vl, qwen3_vl, internvl, smolvlm,
         qwen3_vl_moe, idefics3, gemma3, mistral3, glm4v, glm46v,
         qwen3_5, qwen3_5_moe, internvl3_5, internvl3_5_moe, llava_qwen3,
+        gemma4, gemma4_sharing,
     )
 }  # fmt: skip
 
 
 NEEDS = {
+    "gemma4": ("torchvision",),
+    "gemma4_sharing": ("torchvision",),
     "internvl3_5": ("torchvision",),
     "internvl3_5_moe": ("torchvision",),
     "llava_onevision": ("torchvision",),

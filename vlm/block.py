@@ -400,7 +400,7 @@ class Block:
         _, forward = kwargs.pop(FORWARD)
         hidden = args[0] if args else kwargs.pop("hidden_states")
         hidden, kwargs = self.layers.before_layer(forward, number, layer, hidden, kwargs)
-        return (hidden,), kwargs
+        return (hidden, *args[1:]), kwargs
 
     def after_decoder(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Note what the cache holds now, shorten labels, and say what was kept.

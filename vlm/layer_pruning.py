@@ -239,6 +239,11 @@ class LayerPruning:
                 layout, column = layout.keep(keep, forward.right_padded, self.renumbers)
                 (hidden,) = gathered(keep, column, layout.valid, [hidden], forward.right_padded)
             new["inputs_embeds"] = filled(hidden, layout, forward.kept.features)
+            if layout is not forward.layout and kwargs.get("per_layer_inputs") is not None:
+                # embeddings of ids, (B, L, layers, d), that the decoder hands to its layers
+                own = kwargs["per_layer_inputs"]
+                chosen = take(own.flatten(2), layout.column.to(own.device))
+                new["per_layer_inputs"] = chosen.unflatten(2, own.shape[2:])
             if forward.kept.sizes is not None and layout is not forward.layout:
                 layout = layout.sized(forward.kept.sizes)
         segment = self.segment(forward, layout, 0)

@@ -93,6 +93,17 @@ def _rows(family: Family, batch: int) -> Layout:
     )  # fmt: skip
 
 
+def _positions(family: Family, batch: int) -> Layout:
+    """Flattened patches, each with its column and row."""
+    vision = family.model.config.vision_config
+    side = SIDE // (vision.patch_size * vision.pooling_kernel_size) * vision.pooling_kernel_size
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    positions = torch.stack([columns, rows], -1).flatten(0, 1)
+    inputs = {"image_position_ids": positions.expand(batch, -1, -1)}
+    tokens = [family.image_token] * (side // vision.pooling_kernel_size) ** 2
+    return (batch, side**2, 3 * vision.patch_size**2), inputs, tokens
+
+
 LAYOUTS: Registry[Callable[[Family, int], Layout]] = Registry(
     "model family",
     {
@@ -109,6 +120,7 @@ LAYOUTS: Registry[Callable[[Family, int], Layout]] = Registry(
         "mistral3": _rows,
         "glm4v": _patches,
         "glm46v": _patches,
+        "gemma4": _positions,
         "qwen3_5": _patches,
         "qwen3_5_moe": _patches,
     },

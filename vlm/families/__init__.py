@@ -6,6 +6,7 @@ from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import Registry
 from vlm_prune.vlm.families.base import Family, Need
 from vlm_prune.vlm.families.gemma3 import Gemma3
+from vlm_prune.vlm.families.gemma4 import Gemma4
 from vlm_prune.vlm.families.glm4v import Glm4v
 from vlm_prune.vlm.families.glm46v import Glm46V
 from vlm_prune.vlm.families.idefics3 import Idefics3
@@ -37,6 +38,7 @@ FAMILIES: Registry[type[Family]] = Registry(
         "mistral3": Mistral3,
         "glm4v": Glm4v,
         "glm46v": Glm46V,
+        "gemma4": Gemma4,
         "qwen3_5": Qwen35,
         "qwen3_5_moe": Qwen35Moe,
     },

@@ -24,6 +24,7 @@ Need = Literal[
     "a tower that takes smaller images",
     "videos",
     "softmax attention in every decoder layer",
+    "decoder layers with keys and values, and no inputs but hidden states, of their own",
 ]
 MAX_RESIZED_PIXELS = 16_000_000
 Kind = Literal["image", "video"]
