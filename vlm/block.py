@@ -433,6 +433,10 @@ class Block:
             column = last.layout.column.to(call.labels.device)
             valid = last.layout.valid.to(call.labels.device)
             call.labels.data = torch.where(valid, call.labels.gather(1, column), -100)
+        asked = kwargs.get("logits_to_keep")
+        if isinstance(asked, int) and asked and forward.active[-1].cached.pruned:
+            # Gemma 4 tells from the prompt's length whether its decoder has left other rows out
+            output.last_hidden_state = output.last_hidden_state[:, -asked:]
         if forward.available:
             self.note(forward, len(module.layers))
 

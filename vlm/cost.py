@@ -15,20 +15,36 @@ def prefill_flops(config: Any, text: int, image_per_layer: list[float]) -> float
         image_per_layer: image tokens each layer computes.
     """
     width = config.hidden_size
-    head = getattr(config, "head_dim", None) or width // config.num_attention_heads
-    query, key = config.num_attention_heads * head, config.num_key_value_heads * head
-    # Qwen3.5's layers of softmax attention have a gate as wide as their queries
-    gates = query if "linear_attention" in kinds_of(config, len(image_per_layer)) else 0
-    projections = width * (2 * query + 2 * key + gates)
+    kinds = kinds_of(config, len(image_per_layer))
     total = config.vocab_size * width
-    for number, kind in enumerate(kinds_of(config, len(image_per_layer))):
-        tokens = text + image_per_layer[number]
-        total += tokens * feed_forward_weights(config, number)
+    for number, kind in enumerate(kinds):
+        query, key = widths_of(config, number)
+        tokens = computed = text + image_per_layer[number]
+        # Qwen3.5's layers of softmax attention have a gate as wide as their queries
+        weights = width * (2 * query + 2 * key + (query if "linear_attention" in kinds else 0))
         if kind == "linear_attention":
-            total += tokens * linear_attention_weights(config)
-        else:
-            total += tokens * projections + 2 * tokens * tokens * query
+            total += tokens * (
+                feed_forward_weights(config, number) + linear_attention_weights(config)
+            )
+            continue
+        if number >= own_layers(config, len(kinds)):
+            # a layer that uses another one's keys and values computes the token alone whose logits are asked
+            weights, computed = 2 * width * query, 1
+        total += computed * (weights + feed_forward_weights(config, number) + 2 * tokens * query)
     return float(_MULTIPLY_ADD * total)
+
+
+def own_layers(config: Any, layers: int) -> int:
+    """How many of a decoder's layers, the first ones, have keys and values of their own."""
+    return layers - (getattr(config, "num_kv_shared_layers", None) or 0)
+
+
+def widths_of(config: Any, number: int) -> tuple[int, int]:
+    """Returns how wide the queries of layer `number` are, and its keys."""
+    own = getattr(config, "per_layer_config", None)
+    layer = config if own is None else own[number]
+    head = getattr(layer, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_attention_heads * head, layer.num_key_value_heads * head
 
 
 def kinds_of(config: Any, layers: int) -> list[str]:
@@ -58,9 +74,12 @@ def feed_forward_weights(config: Any, number: int) -> int:
     dense = number in (getattr(config, "mlp_only_layers", None) or ())
     if not experts or dense or (number + 1) % (getattr(config, "decoder_sparse_step", None) or 1):
         return int(3 * width * config.intermediate_size)
-    inner = config.num_experts_per_tok * config.moe_intermediate_size
+    chosen = getattr(config, "num_experts_per_tok", None) or config.top_k_experts
+    inner = chosen * config.moe_intermediate_size
     shared = getattr(config, "shared_expert_intermediate_size", None) or 0
     gates = experts + (1 if shared else 0)
+    if getattr(config, "enable_moe_block", False):  # beside the layer's own block
+        shared += config.intermediate_size
     return int(width * (3 * (inner + shared) + gates))
 
 
@@ -85,7 +104,8 @@ def tower_flops(
 def key_value_bytes(config: Any, text: int, image_per_layer: list[float], itemsize: int) -> float:
     """Returns the bytes of keys and values after the prefill of one prompt.
 
-    A layer with a sliding window holds those that the next token sees, one of linear attention none.
+    A layer with a sliding window holds those that the next token sees; one of linear attention, or
+    one that uses another layer's, none.
 
     Args:
         config: the language model's.
@@ -93,10 +113,11 @@ def key_value_bytes(config: Any, text: int, image_per_layer: list[float], itemsi
         image_per_layer: image tokens that each layer computes.
         itemsize: bytes of a number.
     """
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_key_value_heads * head * itemsize
-    held = []
-    for kind, image in zip(kinds_of(config, len(image_per_layer)), image_per_layer, strict=True):
-        tokens = 0 if kind == "linear_attention" else text + image
-        held.append(min(tokens, config.sliding_window - 1) if "sliding" in kind else tokens)
-    return float(sum(held) * per_token)
+    kinds, total = kinds_of(config, len(image_per_layer)), 0.0
+    for number in range(own_layers(config, len(kinds))):
+        tokens = text + image_per_layer[number]
+        if kinds[number] == "sliding_attention":
+            tokens = min(tokens, config.sliding_window - 1)
+        if kinds[number] != "linear_attention":
+            total += tokens * 2 * widths_of(config, number)[1] * itemsize
+    return total
