@@ -19,7 +19,11 @@ from vlm_prune.learners.router import Router
 from vlm_prune.learners.tokens import PromptTokens, remember
 from vlm_prune.vlm.cache import CACHE, cache_of
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.families import Family, family_of
+from vlm_prune.vlm.families import Family, Need, family_of
+
+OF_THEIR_OWN: frozenset[Need] = frozenset(
+    {"decoder layers with keys and values, and no inputs but hidden states, of their own"}
+)
 
 
 class WingsLayer(nn.Module):
@@ -108,11 +112,12 @@ def attach(model: Any, config: WingsConfig | None = None, seed: int = 0) -> None
     if getattr(model, "wings", None) is not None:
         raise InputError("this model has Wings already; call detach(model) first")
     text = decoder.config
+    kind = model.config.model_type
     if family.mrope:
-        kind = model.config.model_type
         raise InputError(f"Wings needs one position for each token, and {kind} models have three")
+    if needed := sorted(OF_THEIR_OWN & family.lacks):
+        raise InputError(f"Wings needs {needed[0]}, which {kind} models lack")
     if family.both_ways:
-        kind = model.config.model_type
         raise InputError(
             f"Wings needs causal attention, and the image tokens of {kind} models attend to each "
             "other both ways"
