@@ -406,7 +406,7 @@ def gemma4(**text):
     }
     config = hf.Gemma4Config(
         vision_config=vit(
-            patch_size=2, position_embedding_size=64, head_dim=HEAD, num_key_value_heads=2
+            patch_size=2, position_embedding_size=1024, head_dim=HEAD, num_key_value_heads=2
         ),
         text_config=hf.Gemma4TextConfig(
             **text_of(

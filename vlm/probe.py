@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from vlm_prune.vlm.attention import decoder_query_key, window_of
-from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.families import Need, family_of
 from vlm_prune.vlm.layout import alike, image_columns, image_ordinals, image_rows, question_mask
 from vlm_prune.vlm.tokens import AttentionRows, compact
 
@@ -27,6 +28,13 @@ def question_rows(model: Any, inputs: Mapping[str, Any]) -> Iterator[list[Attent
         InputError: if a layer has no attention that could be scored.
     """
     family, ids = family_of(model), inputs["input_ids"]
+    own: frozenset[Need] = frozenset(
+        {"decoder layers with keys and values, and no inputs but hidden states, of their own"}
+    )
+    if needed := sorted(own & family.lacks):
+        raise InputError(
+            f"scores of attention need {needed[0]}, which {model.config.model_type} models lack"
+        )
     counts = family.counts(ids, inputs)
     valid = inputs["attention_mask"].bool()
     positions = inputs.get("position_ids")
