@@ -86,7 +86,7 @@ class Gemma4(Family):
         for members in alike(grids):
             first = members[0]
             patches = slice(counts[first] * self.side**2)
-            rotary = [table[first, patches] for table in output.last_layer["rotary"]]
+            cos, sin = (table[first, patches] for table in output.last_layer["rotary"])
             own = torch.stack([hidden[i, patches] for i in members])
             tokens = VisionTokens(
                 features=torch.stack([features[i] for i in members]),
@@ -94,7 +94,7 @@ class Gemma4(Family):
                 grids=(grids[first],),
                 seeds=tuple(seed_of(pixel_values[i, patches]) for i in members),
                 projector=self.projector,
-                query_key=partial(self.query_key, own, *rotary, positions[first, patches]),
+                query_key=partial(self.query_key, own, cos, sin, positions[first, patches]),
                 has_cls=False,
                 pool=partial(self.pool, grids[first]),
             )
@@ -107,7 +107,7 @@ class Gemma4(Family):
         width = vision.num_attention_heads * vision.head_dim
         layers = [(matrices(layer), [patches]) for layer in self.tower_layers]
         embedding = matrices(tower.patch_embedder.input_proj)
-        pooling = 2.0 * patches * (patches // self.side**2) * vision.hidden_size
+        pooling = 2.0 * patches * (patches // self.side**2) * int(vision.hidden_size)
         return tower_flops(width, patches, embedding, layers) + pooling
 
     def pool(self, grid: tuple[int, int], values: Tensor) -> Tensor:
