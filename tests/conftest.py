@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,12 +10,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from PIL import Image
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by transformers
 
-from tiny_families import NEEDS, OTHERS, Tiny, is_quick
+from tiny_families import NEEDS, OTHERS, SINCE, Tiny, is_quick
 
 from vlm_prune.vlm.families import FAMILIES
 from vlm_prune.vlm.tiny.config import make_model, make_processor
@@ -60,6 +62,8 @@ def tiny(request):
     for package in NEEDS.get(request.param, ()):
         if find_spec(package) is None:
             pytest.skip(f"the processor of {request.param} needs {package}")
+    if Version(version("transformers")) < Version(SINCE.get(request.param, "0")):
+        pytest.skip(f"{request.param} needs transformers {SINCE[request.param]}")
     return Tiny(request.param)
 
 

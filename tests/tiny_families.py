@@ -475,6 +475,9 @@ NEEDS = {
     "qwen3_5_moe": ("torchvision",),
 }
 
+SINCE = {"smolvlm": "5.21", "idefics3": "5.21"}
+"""The transformers that a family needs, where it is newer than the oldest one."""
+
 
 CORE = (
     "llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm",

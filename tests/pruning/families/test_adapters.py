@@ -4,6 +4,7 @@ import sys
 from functools import partial
 from inspect import signature
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -129,7 +130,9 @@ def test_the_wrapper_answers_as_the_unpruned_model(tiny):
     vlm = PrunedVLM(tiny.model, tiny.processor, NoPruning())
     unpruned = PrunedVLM(tiny.model, tiny.processor)
     picture, asked = tiny.pictures[2], {"max_new_tokens": 5}
-    assert vlm.answer(picture, "red?", **asked) == unpruned.answer(picture, "red?", **asked)
+    expected = unpruned.answer(picture, "red?", **asked)
+    assert vlm.answer(picture, "red?", **asked) == expected
+    assert vlm.answer(np.asarray(picture), "red?", **asked) == expected
 
 
 @pytest.mark.parametrize("pruner", [None, DivPrune(budget=4), FastV(budget=0.5)])
