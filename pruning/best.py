@@ -18,13 +18,15 @@ from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.families import Need
 from vlm_prune.vlm.trace import Trace
 
+REMEDY = "give the best.json of vlm-prune search"
 PACKAGED = Path(__file__).with_name("best.json")
 
 
 @dataclass
 class Best(Pruner):
-    """The method that `vlm-prune search` chose for the budget nearest to this one, positions
-    included: where `positions` is `auto` they are that method's.
+    """The method that `vlm-prune search` chose for the budget nearest to this one, a share of the
+    tokens among shares and a number among numbers; where `positions` is `auto` they are that
+    method's.
 
     Args:
         definitions: file that the search wrote; the package's own unless given, which was found on
@@ -35,18 +37,25 @@ class Best(Pruner):
     stage: ClassVar[Stage] = "decoder"
     authors_positions: ClassVar[Rule] = "as its parts"
 
-    def _entry(self, tokens: int) -> tuple[str, dict[str, Any]]:
-        found, share = definitions(self.definitions), tokens_for(self.budget, tokens) / tokens
-        near = min(found.entries, key=lambda budget: abs(log(share * found.tokens / int(budget))))
+    def _entry(self) -> tuple[str, dict[str, Any]]:
+        found, wanted = definitions(self.definitions), float(self.budget)
+        if isinstance(self.budget, int) and found.tokens is None:
+            raise InputError(
+                f"{self.definitions} was found on images of any size, for shares of their tokens; "
+                f"give a share such as 0.11 instead of {self.budget}"
+            )
+        if isinstance(self.budget, float) and found.tokens is not None:
+            wanted *= found.tokens
+        near = min(found.entries, key=lambda budget: abs(log(wanted / float(budget))))
         return found.entries[near]
 
-    def chosen(self, tokens: int) -> Pruner:
-        """The method itself, for images of so many tokens."""
-        name, arguments = self._entry(tokens)
+    def chosen(self, tokens: int | None) -> Pruner:
+        """The method itself, for images of so many tokens; None where they differ in size."""
+        name, arguments = self._entry()
+        budget = self.budget if tokens is None else tokens_for(self.budget, tokens)
         built: Pruner = build(
-            name, budget=tokens_for(self.budget, tokens), positions=self.positions, seed=self.seed,
-            **arguments,
-        )  # fmt: skip
+            name, budget=budget, positions=self.positions, seed=self.seed, **arguments
+        )
         return built
 
     @property
@@ -55,7 +64,7 @@ class Best(Pruner):
         return definitions(self.definitions).needs
 
     def definition(self, tokens: int) -> str:
-        return command_of(*self._entry(tokens))
+        return command_of(*self._entry())
 
     def papers_count(self, tokens: int, layer_tokens: list[float]) -> float | None:
         return self.chosen(tokens).papers_count(tokens, layer_tokens)
@@ -65,7 +74,8 @@ class Best(Pruner):
         self.chosen(tokens).check(tokens, layers)
 
     def __call__(self, model: Any, vision: Images | None = None) -> AbstractContextManager[Trace]:
-        return self.chosen(self.admit(model).tokens_per_image)(model, vision)
+        family = self.admit(model)
+        return self.chosen(family.tokens_per_image if family.fixed_size else None)(model, vision)
 
 
 @dataclass(frozen=True)
@@ -73,18 +83,19 @@ class Definitions:
     """What a search found.
 
     Args:
-        tokens: of an image in the search.
-        entries: for each budget a method and its hyperparameters.
+        tokens: of an image in the search; None where they differed in size.
+        entries: for each budget a method and its hyperparameters; a budget is a number of tokens, or
+            a share of them where images differed in size.
     """
 
-    tokens: int
+    tokens: int | None
     entries: dict[str, tuple[str, dict[str, Any]]]
 
     @cached_property
     def needs(self) -> frozenset[Need]:
-        """What a model must have for all of them; budgets mean something else where sizes differ."""
+        """What a model must have for all of them."""
         parts = (build(name, **more).needs for name, more in self.entries.values())
-        return frozenset[Need]({"a fixed image size"}).union(*parts)
+        return frozenset[Need]().union(*parts)
 
 
 def command_of(name: str, arguments: dict[str, Any]) -> str:
@@ -115,15 +126,20 @@ class _Entry(msgspec.Struct, frozen=True):
 class _File(msgspec.Struct, frozen=True):
     """What is read of the file that a search writes."""
 
-    tokens: Annotated[int, msgspec.Meta(ge=1)]
-    budgets: Annotated[dict[Annotated[int, msgspec.Meta(ge=1)], _Entry], msgspec.Meta(min_length=1)]
+    tokens: Annotated[int, msgspec.Meta(ge=1)] | None
+    budgets: Annotated[dict[float, _Entry], msgspec.Meta(min_length=1)]
 
 
 @lru_cache
 def _definitions(path: str, _time: int, _size: int) -> Definitions:
-    found = read_record(Path(path), _File, "give the best.json of vlm-prune search")
+    found = read_record(Path(path), _File, REMEDY)
+    for budget in found.budgets:
+        fits = 0 < budget <= 1 if found.tokens is None else budget >= 1 and budget.is_integer()
+        if not fits:
+            kind = "a share" if found.tokens is None else "a number of tokens"
+            raise InputError(f"{path}: budget {budget:g} is not {kind}; {REMEDY}")
     entries = {
-        str(budget): (entry.method, dict(entry.arguments))
+        f"{budget:g}": (entry.method, dict(entry.arguments))
         for budget, entry in found.budgets.items()
     }
     for name, arguments in entries.values():

@@ -76,18 +76,22 @@ def search_command(
     if limit < len(names):
         raise InputError(f"limit {limit} is below one question for {len(names)} tasks")
     wanted = [parse_budget(text) for text in budget.split(",")]
-    if "a fixed image size" in family_type(model).lacks:
+    several_sizes = "a fixed image size" in family_type(model).lacks
+    if several_sizes and any(isinstance(each, int) for each in wanted):
         raise InputError(
-            f"a search defines 'best', whose budgets are tokens of images of one size, and {model} "
-            "takes images of many; give compare a list of methods"
+            f"a number of tokens means something else for each image of {model}, which takes images "
+            "of many sizes; give shares, such as --budget 0.05,0.11,0.22"
         )
     loaded, processor = load(
         model, device, dtype, device_map=device_map, quantization=quantization, attn=attn,
         adapter=adapter,
     )  # fmt: skip
-    whole = family_of(loaded).tokens_per_image
-    for each in wanted:
-        check_fits(each, whole)
+    whole: int | float = 1.0
+    if not several_sizes:
+        whole = family_of(loaded).tokens_per_image
+        for each in wanted:
+            check_fits(each, whole)
+        wanted = [tokens_for(each, whole) for each in wanted]
     common = RunConfig(
         model, Variant("none", whole), names, limit, batch_size, device, dtype, seed, "val",
         device_map=device_map, quantization=quantization, attn=attn, peft=adapter,
@@ -96,9 +100,7 @@ def search_command(
     def watch(what: str, questions: int) -> AbstractContextManager[Any]:
         return progress(questions, what)
 
-    found = Search(loaded, processor, common, limit, output, watch).run(
-        list(dict.fromkeys(tokens_for(each, whole) for each in wanted))
-    )
+    found = Search(loaded, processor, common, limit, output, watch).run(list(dict.fromkeys(wanted)))
     save_search(found, output, target)
     for tokens, entry in found.budgets.items():
         show(as_table(definition_table(entry)))

@@ -5,7 +5,7 @@ of them are then varied one hyperparameter at a time. Because the winner was cho
 score on those questions flatters it: it is compared with the single methods on new ones.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,10 +102,12 @@ class Definition(Record, frozen=True):
 
 
 class SearchResults(Record, frozen=True):
-    """`best.json`: definitions by budget, found with images of so many `tokens`."""
+    """`best.json`: definitions by budget, found with images of so many `tokens`; None where they
+    differ in size, and budgets are shares.
+    """
 
     model: str
-    tokens: int
+    tokens: int | None
     questions: int
     seed: int
     versions: dict[str, str]
@@ -123,7 +125,7 @@ def singles() -> list[str]:
     return [name for name in image_methods() if name not in COMBINED | {"none"}]
 
 
-def combinations(budget: int) -> list[Variant]:
+def combinations(budget: float) -> list[Variant]:
     """Every method before the language model with every one inside it, merging or not."""
     table = image_methods()
     before = [n for n, m in table.items() if issubclass(m, VisionPruner) and n not in NO_PART]
@@ -206,10 +208,17 @@ class Search:
             results = evaluate(self.model, self.processor, folders, advance)
         return Round([folder.scores() for folder in folders], [run.tokens for run in results])
 
-    def winners(self, budgets: list[int]) -> dict[int, Variant]:
+    def works(self, variant: Variant) -> bool:
+        """Whether the model has what the variant needs."""
+        return not variant.build(self.common.seed).needs & family_of(self.model).lacks
+
+    def winners(self, budgets: Sequence[int | float]) -> dict[int | float, Variant]:
         """The best combination at each budget."""
         seed, least = self.common.seed, len(self.common.tasks)
-        left = {budget: combinations(budget) for budget in budgets}
+        left: dict[int | float, list[Variant]] = {
+            budget: [variant for variant in combinations(budget) if self.works(variant)]
+            for budget in budgets
+        }
         for number, limit in enumerate((self.limit // 9, self.limit // 3, self.limit), 1):
             candidates = [variant for variants in left.values() for variant in variants]
             measured = self.measure(f"round-{number}", candidates, max(least, limit), seed)
@@ -220,14 +229,14 @@ class Search:
         measured = self.measure("varied", candidates, self.limit, seed)
         return {budget: _best(candidates, measured, budget, 1)[0] for budget in budgets}
 
-    def run(self, budgets: list[int]) -> SearchResults:
+    def run(self, budgets: Sequence[int | float]) -> SearchResults:
         """The definitions that `Best` reads, with the comparison that they stand on."""
         with GroupFolder(self.output, "search") as self.group:
             return self._run(budgets)
 
-    def _run(self, budgets: list[int]) -> SearchResults:
-        chosen = self.winners(budgets)
-        plain = singles()
+    def _run(self, budgets: Sequence[int | float]) -> SearchResults:
+        chosen, family = self.winners(budgets), family_of(self.model)
+        plain = [name for name in singles() if self.works(Variant(name, budgets[0]))]
         candidates = [
             v for b in budgets for v in (chosen[b], *(Variant(name, b) for name in plain))
         ]
@@ -235,7 +244,7 @@ class Search:
         step = 1 + len(plain)
         return SearchResults(
             model=self.common.model,
-            tokens=family_of(self.model).tokens_per_image,
+            tokens=family.tokens_per_image if family.fixed_size else None,
             questions=self.limit,
             seed=self.common.seed,
             versions=versions(),
@@ -253,7 +262,7 @@ def _folder(variant: Variant) -> str:
 
 
 def _best(
-    candidates: list[Variant], measured: Round, budget: int, keep: int | None
+    candidates: list[Variant], measured: Round, budget: float, keep: int | None
 ) -> list[Variant]:
     """The most accurate variants of a budget, a third of them unless told; ties in given order."""
     own = [n for n, variant in enumerate(candidates) if variant.budget == budget]

@@ -11,8 +11,10 @@ import torch
 from vlm_prune.benchmarks.cli.support import every_method, support
 from vlm_prune.benchmarks.evaluation import engine
 from vlm_prune.benchmarks.evaluation.prompts import make_prompts
+from vlm_prune.benchmarks.evaluation.records import Variant
+from vlm_prune.benchmarks.experiments import search
 from vlm_prune.benchmarks.tasks import TASKS, Sample, Task, Turn
-from vlm_prune.pruning import METHODS
+from vlm_prune.pruning import METHODS, Best
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.load import family_type
 
@@ -229,3 +231,24 @@ def test_a_search_is_for_images_of_one_size(run, tiny, folder, tmp_path):
     code, _, err = run(*asked)
     assert code == 2 and len(err.strip().splitlines()) == 1
     assert ("takes images of many" if tiny.name != "llava" else "above the 25 tokens") in err
+
+
+@pytest.mark.parametrize("tiny", ["smolvlm"], indirect=True)
+def test_a_search_on_images_of_any_size_takes_shares(run, tiny, folder, tmp_path, monkeypatch):
+    """What the model lacks is left out, and what is found is what best stands for."""
+    few = [Variant("divprune+merge", 0.3), Variant("zoo-exact+fastv", 0.3)]
+    monkeypatch.setattr(search, "combinations", lambda budget: few)
+    monkeypatch.setattr(search, "singles", lambda: ["random", "downsample", "zoo"])
+    defined = tmp_path / "best.json"
+    code, out, err = run(
+        "search", "--model", folder, "--budget", "0.3", "--limit", "2", "--tasks", "exist,ocr",
+        "--output", tmp_path / "out", "--definitions", defined,
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads(defined.read_text())
+    assert found["tokens"] is None and list(found["budgets"]) == ["0.3"] and "budget 0.3:" in out
+    entry = found["budgets"]["0.3"]
+    assert entry["combination"] == "divprune+merge"
+    assert [rival["method"] for rival in entry["against"]] == ["random"]
+    best = Best(budget=0.25, definitions=str(defined))
+    assert best.definition(0) == entry["method"] and not best.needs

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from tiny_families import Tiny
 
 from vlm_prune.pruning import Best, Cascade, DivPrune, FoPru, Merge, registry
 from vlm_prune.vlm.common.errors import InputError
@@ -60,8 +62,35 @@ def test_the_packaged_definitions_meet_their_budgets():
         assert best.chosen(576).budget == budget and best.definition(576)
 
 
+@pytest.mark.parametrize(("budget", "kind"), [(0.5, DivPrune), (0.1, FoPru), (0.3, DivPrune)])
+def test_images_of_any_size_have_shares(tmp_path, budget, kind):
+    entries = {
+        "0.11": {"method": "fopru", "arguments": {}},
+        "0.5": {"method": "divprune", "arguments": {}},
+    }
+    path = tmp_path / "best.json"
+    path.write_text(json.dumps({"tokens": None, "budgets": entries}))
+    tiny, best = Tiny("qwen2_5_vl"), Best(budget=budget, definitions=str(path))
+    assert isinstance(best.chosen(None), kind) and best.chosen(None).budget == budget
+    with best(tiny.model) as trace, torch.no_grad():
+        tiny.model(**tiny.inputs([[([1, 2], "red?")]]))
+    assert [len(kept) for kept in trace.kept] == [round(budget * n) for n in trace.available]
+    with pytest.raises(InputError, match="give a share such as 0.11 instead of 64"):
+        Best(budget=64, definitions=str(path))(tiny.model)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "budget", "kind"), [(None, "64", "a share"), (576, "0.5", "a number of tokens")]
+)
+def test_budgets_of_another_kind_are_refused(tmp_path, tokens, budget, kind):
+    content = {"tokens": tokens, "budgets": {budget: {"method": "divprune", "arguments": {}}}}
+    (tmp_path / "best.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=f"budget {budget} is not {kind}"):
+        Best(definitions=str(tmp_path / "best.json")).chosen(576)
+
+
 def test_a_family_that_it_does_not_fit_is_refused(tiny):
-    """A budget means something else where images differ in size."""
+    """Where the projector has not what a definition needs."""
     best = Best(budget=1.0)
     if not best.needs & family_of(tiny.model).lacks:
         return

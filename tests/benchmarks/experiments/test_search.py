@@ -11,7 +11,6 @@ from vlm_prune.benchmarks.evaluation.records import Tokens, Variant
 from vlm_prune.benchmarks.experiments import search as engine
 from vlm_prune.benchmarks.stats.paired import difference, mcnemar
 from vlm_prune.pruning import Best
-from vlm_prune.pruning.registry import methods
 
 FAST = ["--budget", "64", "--limit", "2", "--batch-size", "2", "--tasks", "exist,ocr"]
 FEW = [
@@ -34,7 +33,7 @@ def test_every_candidate_and_variation_builds_at_the_budget():
 
 
 def test_every_registered_method_is_a_rival_or_a_combination():
-    assert set(engine.singles()) | engine.COMBINED | {"none"} == set(methods())
+    assert set(engine.singles()) | engine.COMBINED | {"none"} == set(engine.image_methods())
 
 
 def test_the_better_third_goes_on_and_ties_keep_their_order():
