@@ -20,6 +20,7 @@ from vlm_prune.pruning.downsample import Downsample
 from vlm_prune.pruning.evs import EVS
 from vlm_prune.pruning.fastv import FastV
 from vlm_prune.pruning.fastvid import FastVID
+from vlm_prune.pruning.flashvid import FlashVID
 from vlm_prune.pruning.fopru import FoPru
 from vlm_prune.pruning.frames import Frames
 from vlm_prune.pruning.mmtok import MMTok
@@ -65,6 +66,7 @@ METHODS: Registry[type[Pruner]] = Registry(
         "evs": EVS,
         "vidcom2": VidCom2,
         "fastvid": FastVID,
+        "flashvid": FlashVID,
         "v-cast": VCast,
         "cascade": Cascade,
         "merge": Merge,
@@ -92,6 +94,7 @@ __all__ = [
     "Downsample",
     "FastV",
     "FastVID",
+    "FlashVID",
     "FoPru",
     "Frames",
     "MMTok",

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from vlm_prune.pruning.base import Rule, Stage
 from vlm_prune.pruning.received import in_tower
-from vlm_prune.pruning.select import density_gap, others, sums_by_nearest
+from vlm_prune.pruning.select import density_centers, others, sums_by_nearest
 from vlm_prune.pruning.video import VideoPruner, frame_means, frames_of, segment_starts
 from vlm_prune.vlm.budget import even_shares
 from vlm_prune.vlm.common.errors import InputError
@@ -86,7 +86,10 @@ class FastVID(VideoPruner):
         budgets = self.context_budgets(shares, salient, frames, size)
         own: dict[int, Tensor] = {f: top(salience[f], salient[f]) for f in frames}
         rest = {f: others(own[f][None], size)[0] for f in frames}
-        targets = {f: rest[f][self.peaks(tokens[f, rest[f]], budgets[f])] for f in frames}
+        targets = {
+            f: rest[f][density_centers(tokens[f, rest[f]], budgets[f], self.neighbors)]
+            for f in frames
+        }
         merged = self.merged(tokens, rest, targets, frames)
         indices = torch.cat([f * size + at for f in frames for at in (own[f], targets[f])])
         features = torch.cat([kept for f in frames for kept in (tokens[f, own[f]], merged[f])])
@@ -114,15 +117,6 @@ class FastVID(VideoPruner):
                     budgets[f] += given
                     left -= given
         return budgets
-
-    def peaks(self, tokens: Tensor, count: int) -> Tensor:
-        """The `count` tokens (n, d) of largest density times distance to a denser one, ascending."""
-        if count == 0 or not len(tokens):
-            return torch.arange(0, device=tokens.device)
-        distance = torch.cdist(tokens.float(), tokens.float()) / tokens.shape[1] ** 0.5
-        near = distance.sort(1).values[:, : self.neighbors]
-        density = near.square().mean(1).neg().exp()
-        return top(density * density_gap(distance, density), count)
 
     def merged(
         self,

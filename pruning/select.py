@@ -6,6 +6,7 @@ from torch.nn.functional import one_hot
 
 from vlm_prune.kernels.greedy_select import greedy_select
 from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
+from vlm_prune.vlm.tokens import top
 
 
 def min_max(scores: Tensor) -> Tensor:
@@ -97,3 +98,22 @@ def density_gap(distance: Tensor, density: Tensor, farthest: Tensor | None = Non
     denser = density[None] > density[:, None]
     gap = distance.masked_fill(~denser, torch.inf).amin(1)
     return torch.where(denser.any(1), gap, distance.amax(1) if farthest is None else farthest)
+
+
+def density_centers(tokens: Tensor, count: int, neighbors: int) -> Tensor:
+    """The `count` tokens of (n, d) with the largest density times distance to a denser one, ascending.
+
+    Density is exp(-mean squared distance to the nearest tokens, itself among them); distances are
+    divided by the root of d.
+
+    Args:
+        tokens: to choose from.
+        count: centers.
+        neighbors: nearest tokens that a density is taken over.
+    """
+    if count == 0 or not len(tokens):
+        return torch.arange(0, device=tokens.device)
+    distance = torch.cdist(tokens.float(), tokens.float()) / tokens.shape[1] ** 0.5
+    near = distance.sort(1).values[:, :neighbors]
+    density = near.square().mean(1).neg().exp()
+    return top(density * density_gap(distance, density), count)

@@ -1,0 +1,185 @@
+"""FlashVID: diverse and salient tokens of each frame, and trees of alike tokens over frames."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
+from vlm_prune.pruning.base import Stage
+from vlm_prune.pruning.received import in_tower
+from vlm_prune.pruning.select import density_centers, others, sums_by_nearest
+from vlm_prune.pruning.video import VideoPruner, frame_means, frames_of, segment_starts
+from vlm_prune.vlm.budget import even_shares
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.tokens import Kept, VisionTokens
+
+
+@dataclass
+class FlashVID(VideoPruner):
+    """Keep of each frame tokens that are salient and differ from each other; merge others with the
+    most similar one of the frame before, and what is left around tokens that stand for many.
+
+    https://arxiv.org/abs/2602.08024
+
+    Args:
+        segments: fewest segments of the video; nothing is merged over their ends.
+        threshold: cosine of two frames' means below which a segment ends.
+        diverse: share of a frame's budget for salient and diverse tokens, rounded up.
+        alike: cosine from which on a token joins one of the frame before.
+        neighbors: nearest tokens of its frame, itself among them, that a density is taken over.
+
+    A token joins at most one of the frame before, and may be joined by several: each such tree becomes
+    its mean, at its first token. Frames with fewer of them than their share leave the rest to others;
+    where all together have fewer, the least alike do not join. The paper's whole is a cascade,
+    `flashvid+fastv@20`.
+    """
+
+    segments: int = 8
+    threshold: float = 0.9
+    diverse: float = 0.7
+    alike: float = 0.8
+    neighbors: int = 7
+    stage: ClassVar[Stage] = "encoder"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2602.08024"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("segments", "neighbors"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} is out of range; give 1 or more")
+        if not 0 < self.diverse <= 1:
+            raise InputError(f"diverse {self.diverse} is out of range; give a share in (0, 1]")
+
+    def reduce_video(self, vision: VisionTokens) -> Kept:
+        frames, size = vision.frames, vision.projected.shape[1] // vision.frames
+        shares = even_shares(self.count(vision), frames)
+        first = [ceil(self.diverse * share) for share in shares]
+        attention = in_tower(vision, "cls").unflatten(1, (frames, -1))
+        means, tokens = frame_means(frames_of(vision)), frames_of(vision)
+        indices, features = [], []
+        for video in range(len(tokens)):
+            own = [
+                diverse_salient(frame, salience, count)
+                for frame, salience, count in zip(
+                    tokens[video], attention[video], first, strict=True
+                )
+            ]
+            starts = segment_starts(means[video], self.segments, self.threshold)
+            context = sum(shares) - sum(first)
+            rest = [others(at[None], size)[0] for at in own]
+            parents = self.parents(tokens[video], rest, starts, context)
+            budgets = fitted(
+                [share - count for share, count in zip(shares, first, strict=True)],
+                [int((joins < 0).sum()) for joins in parents],
+            )
+            at, kept = [], []
+            for frame, (roots, merged) in self.trees(tokens[video], rest, parents):
+                places, centers = self.clustered(roots, merged, budgets[frame])
+                here = torch.cat([own[frame], places])
+                order = here.argsort()
+                at.append(here[order] + frame * size)
+                chosen = tokens[video, frame, own[frame]]
+                kept.append(torch.cat([chosen, centers.to(chosen.dtype)])[order])
+            indices.append(torch.cat(at[::-1]))
+            features.append(torch.cat(kept[::-1]))
+        return Kept(indices, features)
+
+    def parents(
+        self, tokens: Tensor, rest: list[Tensor], starts: list[int], fewest: int
+    ) -> list[Tensor]:
+        """For each frame and each of its tokens that may join others which one of the frame before it
+        joins, (r,); -1 for none.
+
+        Args:
+            tokens: of the video, (T, n, d).
+            rest: those of each frame that may join others.
+            starts: first frames of segments.
+            fewest: tokens that must join none.
+        """
+        parents, likeness = [torch.full_like(rest[0], -1)], [tokens.new_zeros(len(rest[0]))]
+        for frame in range(1, len(tokens)):
+            own, before = (tokens[f, rest[f]].float() for f in (frame, frame - 1))
+            joins, best = torch.full_like(rest[frame], -1), own.new_zeros(len(own))
+            if frame not in starts and len(own) and len(before):
+                best, nearest = (normalize(own, dim=-1) @ normalize(before, dim=-1).T).max(1)
+                joins = torch.where(best >= self.alike, nearest, joins)
+            parents.append(joins)
+            likeness.append(best)
+        # the least alike stay by themselves where there would be too few trees
+        joins, strength = torch.cat(parents), torch.cat([own.float() for own in likeness])
+        order = torch.where(joins >= 0, strength, -torch.inf).argsort(descending=True, stable=True)
+        joins[order[max(0, len(joins) - fewest) :]] = -1
+        return list(joins.split([len(at) for at in rest]))
+
+    def trees(
+        self, tokens: Tensor, rest: list[Tensor], parents: list[Tensor]
+    ) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        """From the last frame back, so that a chain arrives at its first token: each frame with the
+        first tokens of trees, and the trees' means, (r,) and (r, d).
+
+        Args:
+            tokens: of the video, (T, n, d).
+            rest: those of each frame that may join others.
+            parents: those of the frame before that they join, -1 for none.
+        """
+        sums = sizes = None
+        for frame in range(len(tokens) - 1, -1, -1):
+            own, roots = tokens[frame, rest[frame]].float(), parents[frame] < 0
+            total = own if sums is None else own + sums
+            members = own.new_ones(len(own), 1) if sizes is None else 1 + sizes
+            yield frame, (rest[frame][roots], (total / members)[roots])
+            sums = sizes = None
+            if not bool(roots.all()):
+                joined = parents[frame][~roots][None], len(rest[frame - 1])
+                sums = sums_by_nearest(total[~roots][None], *joined)[0][0]
+                sizes = sums_by_nearest(members[~roots][None], *joined)[0][0]
+
+    def clustered(self, roots: Tensor, merged: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Indices and features of `count` trees of a frame, the others averaged into them.
+
+        Args:
+            roots: where the trees stand in the frame, (r,).
+            merged: their means, (r, d).
+            count: at most r.
+        """
+        if count == len(roots) or count == 0:
+            return roots[:count], merged[:count]
+        centers = density_centers(merged, count, self.neighbors)
+        joining = others(centers[None], len(roots))[0]
+        nearest = torch.cdist(merged[joining], merged[centers]).argmin(1)
+        sums, sizes = sums_by_nearest(merged[joining][None], nearest[None], count)
+        return roots[centers], (merged[centers] + sums[0]) / (1 + sizes[0])
+
+
+def fitted(shares: list[int], available: list[int]) -> list[int]:
+    """Shares cut to what is available, and what that frees spread evenly over those with more."""
+    given = [min(pair) for pair in zip(shares, available, strict=True)]
+    while left := sum(shares) - sum(given):
+        free = [i for i, most in enumerate(available) if given[i] < most]
+        for index, more in zip(free, even_shares(left, len(free)), strict=True):
+            given[index] += min(more, available[index] - given[index])
+    return given
+
+
+def diverse_salient(tokens: Tensor, salience: Tensor, count: int) -> Tensor:
+    """Greedy max-min of distance times the salience of the token to choose, first the one farthest
+    from its nearest neighbor; (n, d), (n,) -> (k,), ascending.
+
+    Args:
+        tokens: of a frame.
+        salience: attention that they receive.
+        count: tokens to choose.
+    """
+    distance = (1 - pairwise_cosine(tokens[None], tokens[None])[0].float()) * salience.float()
+    nearest = distance.clone().fill_diagonal_(torch.inf).amin(0)
+    chosen = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    for step in range(count):
+        best = nearest.masked_fill(chosen, -torch.inf).argmax()
+        chosen[best] = True
+        nearest = distance[best] if step == 0 else torch.minimum(nearest, distance[best])
+    return chosen.nonzero()[:, 0]
