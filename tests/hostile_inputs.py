@@ -518,6 +518,14 @@ def _more() -> Iterator[Case]:
     for changed in (("--seed", "1"), ("--limit", "3"), ("--method", "random"), ("--budget", "9")):
         yield Case(f"eval with another {changed[0]}", (*SOUND["eval"], "--output", "{copy}", *changed),
                    (changed[0][2:],), copy)  # fmt: skip
+    for method, more, named in (
+        ("adaptinfer", ("--method-args", "schedule=7"), "schedule"),
+        ("sparsevlm", ("--method-args", "preset=[]"), "preset"),
+        ("best", ("--model", "tiny", "--budget", "577"), "577"),
+        ("none", ("--method-args", "step=1"), "step"),
+    ):
+        yield Case(f"eval, {method} of {' '.join(more)}", (*SOUND["eval"], "--method", method, *more),
+                   (named,))  # fmt: skip
     yield Case("eval goes on", (*SOUND["eval"], "--output", "{copy}"), (), copy, right=True)
     yield Case("ask about a special token", ("ask", "{image}", "What is <image>?", *SOUND["ask"][3:]), (),
                right=True)  # fmt: skip

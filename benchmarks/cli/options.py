@@ -145,7 +145,7 @@ def parse_tasks(text: str) -> tuple[str, ...]:
     groups = {"visual": VISUAL, "all": tuple(TASKS)}
     names = groups.get(text) or tuple(name for name in text.split(",") if name)
     if not names:
-        raise InputError(f"no task given; known: {', '.join(TASKS)}")
+        raise InputError(f"no task given in {text!r}; known: {', '.join(TASKS)}")
     if len(set(names)) < len(names):
         raise InputError(f"a task is named twice in {text!r}")
     if others := [name for name in names if name not in TASKS]:
