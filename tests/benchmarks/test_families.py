@@ -14,7 +14,7 @@ from vlm_prune.benchmarks.evaluation.prompts import make_prompts
 from vlm_prune.benchmarks.evaluation.records import Variant
 from vlm_prune.benchmarks.experiments import search
 from vlm_prune.benchmarks.tasks import TASKS, Sample, Task, Turn
-from vlm_prune.pruning import METHODS, Best
+from vlm_prune.pruning import METHODS, Best, FastV
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.load import family_type
 
@@ -95,7 +95,8 @@ def test_images_encoded_beforehand_give_the_model_s_own_answers(tiny, mixed):
         inputs = tiny.processor(text=[text], images=given if row else None, return_tensors="pt")
         output = tiny.model.generate(**inputs, **NEW)
         assert replies(tiny.processor, output, inputs["input_ids"]) == [reply]
-    assert len(set(ours)) > 2
+    # GLM's random weights repeat one token
+    assert len(set(ours)) > 2 or tiny.name.startswith("glm")
 
 
 def test_images_of_several_sizes(run, tiny, folder, mixed, tmp_path, monkeypatch):
@@ -108,15 +109,18 @@ def test_images_of_several_sizes(run, tiny, folder, mixed, tmp_path, monkeypatch
         return encode(self, pixel_values, **inputs)
 
     monkeypatch.setattr(family, "encode", counted)
+    names = (
+        ["divprune"] if FastV().needs & family.lacks else ["divprune", "fastv", "divprune+fastv"]
+    )
     code, _, err = run(
-        "compare", "--model", folder, "--method", "divprune,fastv,divprune+fastv", "--budget",
-        "1.0,12,0.4", "--tasks", "mixed", "--limit", "8", "--batch-size", "4", "--output", tmp_path,
+        "compare", "--model", folder, "--method", ",".join(names), "--budget", "1.0,12,0.4", "--tasks", "mixed", "--limit", "8", "--batch-size", "4", "--output", tmp_path,
     )  # fmt: skip
     assert code == 0, err
     assert len(calls) == 1 + 2  # a question to warm up, then two batches for all nine runs
     table, _ = (tmp_path / "compare.md").read_text().split("\n\n")
-    assert len(table.splitlines()) == 2 + 1 + 9
-    for name in ("divprune", "fastv", "divprune+fastv"):
+    assert len(table.splitlines()) == 2 + 1 + 3 * len(names)
+    kinds = getattr(tiny.model.config.get_text_config(), "layer_types", None) or ["full_attention"]
+    for name in names:
         content, rows = results(tmp_path / f"{name}-1.0")
         assert all(row["prediction"] == row["baseline"] for row in rows)
         assert content["flops"]["pruned"] == pytest.approx(content["flops"]["baseline"])
@@ -134,8 +138,10 @@ def test_images_of_several_sizes(run, tiny, folder, mixed, tmp_path, monkeypatch
             assert content["tokens"]["full"] == pytest.approx(np.mean(every))
             for run_, tokens in (("baseline", full_of), ("pruned", computed_of)):
                 held = [512 * (row["text_tokens"] + tokens(row)) for row in rows]  # 4 layers
-                assert content["kv_bytes"][run_] == pytest.approx(np.mean(held))
-    assert len(set(every)) > (tiny.name != "llava")
+                bytes_ = content["kv_bytes"][run_]
+                whole = set(kinds) == {"full_attention"}
+                assert bytes_ == pytest.approx(np.mean(held)) if whole else bytes_ < np.mean(held)
+    assert len(set(every)) > (not family_of(tiny.model).fixed_size)
     code, _, err = run("report", tmp_path)
     assert code == 0, err
     page = (tmp_path / "report.html").read_text()
@@ -209,6 +215,9 @@ def test_a_schedule_is_found_and_followed(run, tiny, folder, mixed, tmp_path):
         "schedule", "--model", folder, "--data", "mixed,iit", "--limit", "16", "--budget", "0.6",
         "--output", tmp_path,
     )  # fmt: skip
+    if FastV().needs & family_of(tiny.model).lacks:
+        assert code == 2 and "scores of attention need" in err and err.count("\n") == 1
+        return
     assert code == 0, err
     found = json.loads((tmp_path / "schedule.json").read_text())
     assert found["layers"] == 4 and sum(found["histogram"]) == found["change_points"] > 9
@@ -230,7 +239,8 @@ def test_a_search_is_for_images_of_one_size(run, tiny, folder, tmp_path):
     asked = ["search", "--model", folder, "--budget", "500", "--output", tmp_path]
     code, _, err = run(*asked)
     assert code == 2 and len(err.strip().splitlines()) == 1
-    assert ("takes images of many" if tiny.name != "llava" else "above the 25 tokens") in err
+    fixed = family_of(tiny.model).fixed_size
+    assert ("above the 25 tokens" if fixed else "takes images of many") in err
 
 
 @pytest.mark.parametrize("tiny", ["smolvlm"], indirect=True)
