@@ -140,7 +140,7 @@ def test_images_of_several_sizes(run, tiny, folder, mixed, tmp_path, monkeypatch
                 held = [512 * (row["text_tokens"] + tokens(row)) for row in rows]  # 4 layers
                 bytes_ = content["kv_bytes"][run_]
                 whole = set(kinds) == {"full_attention"}
-                assert bytes_ == pytest.approx(np.mean(held)) if whole else bytes_ < np.mean(held)
+                assert bytes_ == pytest.approx(np.mean(held)) if whole else bytes_ <= np.mean(held)
     assert len(set(every)) > (not family_of(tiny.model).fixed_size)
     code, _, err = run("report", tmp_path)
     assert code == 0, err
