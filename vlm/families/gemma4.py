@@ -97,6 +97,7 @@ class Gemma4(Family):
                 query_key=partial(self.query_key, own, cos, sin, positions[first, patches]),
                 has_cls=False,
                 pool=partial(self.pool, grids[first]),
+                patches=partial(self.token_pixels, grids[first], pixel_values[members, patches]),
             )
             groups.append(Group(members, tokens, flops=flops))
         return Images(groups, {"image_position_ids": positions})
@@ -109,6 +110,12 @@ class Gemma4(Family):
         embedding = matrices(tower.patch_embedder.input_proj)
         pooling = 2.0 * patches * (patches // self.side**2) * int(vision.hidden_size)
         return tower_flops(width, patches, embedding, layers) + pooling
+
+    def token_pixels(self, grid: tuple[int, int], patches: Tensor) -> Tensor:
+        """The pixels behind tokens, (M, N, p), of patches (M, S, c), given the grid of tokens."""
+        side, (rows, columns) = self.side, grid
+        pixels: Tensor = patches.unflatten(1, (rows, side, columns, side)).transpose(2, 3)
+        return pixels.flatten(3).flatten(1, 2)
 
     def pool(self, grid: tuple[int, int], values: Tensor) -> Tensor:
         """(M, S, c) -> (M, N, c), the mean over a token's patches, given the grid of tokens."""
