@@ -63,7 +63,11 @@ class Restore(VisionPruner):
 
     @property
     def needs(self) -> frozenset[Need]:
-        return self.method.needs
+        # the bias is a mask over keys that each layer holds itself
+        return self.method.needs | {
+            "softmax attention in every decoder layer",
+            "decoder layers with keys and values, and no inputs but hidden states, of their own",
+        }
 
     def before_model(self, family: Family, vision: Images | None) -> BeforeModel:
         if family.decoder.config._attn_implementation not in ("sdpa", "eager"):
