@@ -33,6 +33,7 @@ def test_dpp_takes_the_token_that_makes_the_determinant_largest():
         minor = {i: kernel[0][[*chosen, i]][:, [*chosen, i]].det().item() for i in rest}
         chosen.append(max(rest, key=lambda i: minor[i]))
     assert dpp(kernel, 5)[0].tolist() == chosen
+    assert dpp(kernel[:, :1, :1], 1).tolist() == [[0]]
 
 
 def test_kept_tokens_are_averaged_with_those_that_join_them():
