@@ -9,7 +9,7 @@ from vlm_prune.pruning import METHODS
 from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.families import family_of
 
-ORIGINAL = {"fastv", "dart"}
+ORIGINAL = {"fastv", "dart", "restore"}
 TURNS = [[([0], "Is there a 7?")]]
 
 
@@ -46,7 +46,9 @@ def test_positions_are_the_authors_or_the_users(name, positions, llava_tiny):
     seen, trace = positions_in_layers(llava_tiny, method)
     rule = positions
     if positions == "auto":
-        inside = getattr(method, "inside", getattr(method, "method", method))
+        inside = method
+        if method.authors_positions == "as its parts":
+            inside = getattr(method, "inside", getattr(method, "method", method))
         rule = "original" if name in ORIGINAL else "contiguous"
         assert inside.positions_on(family_of(llava_tiny.model)) == rule
     if rule == "contiguous":
