@@ -137,7 +137,7 @@ def frames_of(tiny, ids):
     return spans
 
 
-@pytest.mark.parametrize("name", ["divprune", "evs", "fastv", "vidcom2+fastv"])
+@pytest.mark.parametrize("name", ["scope", "evs", "fastv", "vidcom2+fastv"])
 def test_cached_decoding_equals_a_full_forward(name, tiny):
     """The reference walks the layers: one pass, of the tokens that are left of the full prompt with
     the embeddings and positions that these have there.
