@@ -11,7 +11,7 @@ def models() -> None:
 
     matrix = support()
     rows = [["model", "what", "methods"]]
-    rows.append(["tiny", "the embedded LLaVA; needs no download", "all"])
+    rows.append(["tiny", "the embedded LLaVA; needs no download", "as llava"])
     for name, family in FAMILIES.items():
         what = (sys.modules[family.__module__].__doc__ or "").strip().split("\n\n")[0]
         without = [method for method, works in matrix.items() if not works[name]]
