@@ -135,7 +135,7 @@ def test_where_pixels_are_not_known_it_says_so():
     tokens = VisionTokens(features, features, ((2, 2),), (0,), lambda x: x, query_key=None)
     with pytest.raises(InputError, match="compares pixels"):
         Dedupe(budget=2).reduce(tokens)
-    with pytest.raises(InputError, match="compares pixels"):
+    with pytest.raises(InputError, match="dedupe is not served: this method compares pixels"):
         Settings.read({"method": "dedupe", "budget": 8})
     with pytest.raises(InputError, match="threshold -1 is negative"):
         Dedupe(threshold=-1)

@@ -106,7 +106,11 @@ def check(name: str, pruner: Any) -> None:
             f"{name} acts inside the language model, which vLLM runs itself; "
             "give a method that chooses tokens before it, such as zoo or divprune"
         )
-    if reads_question(pruner):
+    try:
+        text = reads_question(pruner)
+    except InputError as error:
+        raise InputError(f"{name} is not served: {error}") from None
+    if text:
         raise InputError(
             f"{name} reads the question, which vLLM does not show to the vision tower; "
             "choose tokens with vlm_prune.vlm.serving.image_embeds and send those"
