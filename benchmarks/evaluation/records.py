@@ -6,7 +6,7 @@ Numbers in JSON are finite; a folder of another version is refused.
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 import msgspec
 
@@ -239,7 +239,20 @@ class PairedRow(AnswerRow, frozen=True):
         return self.right and not self.baseline_right
 
 
-def check_prompt(prompt: PromptRecord | PairedRow) -> None:
+class NotedImages(Protocol):
+    """What a record notes of the images of a prompt, as `PromptRecord` does."""
+
+    @property
+    def images(self) -> int: ...
+    @property
+    def image_tokens(self) -> list[int]: ...
+    @property
+    def grids(self) -> list[tuple[int, int] | None]: ...
+    @property
+    def kept(self) -> list[list[int]]: ...
+
+
+def check_prompt(prompt: NotedImages) -> None:
     """Raise `ValueError` if what is noted of a prompt's images does not go together."""
     for part in (prompt.image_tokens, prompt.grids, prompt.kept or prompt.grids):
         if len(part) != prompt.images:

@@ -11,9 +11,10 @@ from filelock import FileLock
 
 from vlm_prune.benchmarks.evaluation.environment import device_name, versions
 from vlm_prune.benchmarks.evaluation.records import (
+    Amount,
     Count,
     PhaseTimes,
-    PromptRecord,
+    Record,
     check_prompt,
 )
 from vlm_prune.learners.store import adapter_digest
@@ -22,6 +23,8 @@ from vlm_prune.vlm.common.files import read_bytes
 from vlm_prune.vlm.common.folder import check_settings, record_settings
 from vlm_prune.vlm.common.records import from_json
 from vlm_prune.vlm.load import EMBEDDED
+
+TEXT_PHASE = "prefill and decode"
 
 
 def fingerprint(ask: Any, text: str) -> str:
@@ -73,8 +76,10 @@ def source(model: Any, name: str, wings: str | None) -> dict[str, Any]:
     }
 
 
-class StoredAnswer(PromptRecord, frozen=True):
+class StoredAnswer(Record, frozen=True):
     """A row of `answers.jsonl`: what a model answered, and what its prompt cost.
+
+    Fields of images are as in `PromptRecord`; a text-only model has none of them.
 
     Args:
         id: the task, the number of its document and perhaps more, `pope/000012/round1`.
@@ -83,7 +88,7 @@ class StoredAnswer(PromptRecord, frozen=True):
         reply: up to the first stop.
         input_tokens: of the prompt.
         output_tokens: up to the end of the answer.
-        time_ms: by phase.
+        time_ms: by phase; of a text-only model all in one.
         nll: of a text that was given, in nats; None where the model wrote one.
         greedy: whether that text is the greedy one.
     """
@@ -92,9 +97,17 @@ class StoredAnswer(PromptRecord, frozen=True):
     question: str
     question_hash: str
     reply: str
+    images: Count
+    text_tokens: Count
     input_tokens: Count
     output_tokens: Count
-    time_ms: PhaseTimes
+    time_ms: dict[str, Amount]
+    image_tokens: list[Count] = msgspec.field(default_factory=list)
+    cropped: bool = False
+    grids: list[tuple[Count, Count] | None] = msgspec.field(default_factory=list)
+    vision_flops: Amount = 0.0
+    layer_tokens: list[Amount] = msgspec.field(default_factory=list)
+    kept: list[list[Count]] = msgspec.field(default_factory=list)
     nll: float | None = None
     greedy: bool | None = None
 
@@ -103,6 +116,10 @@ class StoredAnswer(PromptRecord, frozen=True):
         _, number, *_ = (*self.id.split("/"), "")
         if not (number.isascii() and number.isdecimal()):
             raise ValueError(f"{self.id!r} is no question of a task")
+        if self.time_ms.keys() not in (set(PhaseTimes.__struct_fields__), {TEXT_PHASE}):
+            raise ValueError(f"time_ms is of {', '.join(self.time_ms)}")
+        if TEXT_PHASE not in self.time_ms and not self.layer_tokens:
+            raise ValueError("layer_tokens is empty")
 
 
 class Answers:

@@ -7,7 +7,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 
 from vlm_prune.benchmarks.evaluation.language import Language
-from vlm_prune.benchmarks.lmms_eval.answers import answered
+from vlm_prune.benchmarks.lmms_eval.answers import TEXT_PHASE, answered
 from vlm_prune.benchmarks.lmms_eval.forced import Forced
 from vlm_prune.benchmarks.lmms_eval.model import Ask, PrunedChat
 from vlm_prune.vlm.common.errors import InputError
@@ -62,6 +62,6 @@ class LanguageChat(PrunedChat):
                 "output_tokens": int(
                     (tokens[number] != self.language.tokenizer.pad_token_id).sum()
                 ),
-                "time_ms": {"prefill and decode": milliseconds},
+                "time_ms": {TEXT_PHASE: milliseconds},
             }
             yield row | (forced.row(number) if forced is not None else {})

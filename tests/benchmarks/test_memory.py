@@ -29,7 +29,7 @@ def refused(road, call):
 """
 # The library and the commands as far as they share no code; a refusal of one row is that row's error
 ROADS = """
-from vlm_prune.benchmarks.batch.inputs import decode, find_images, root_of
+from vlm_prune.benchmarks.batch.inputs import decode, find_images, input_root
 from vlm_prune.benchmarks.batch.pipeline import Answerer, MapConfig
 from vlm_prune.benchmarks.evaluation.records import Variant
 from vlm_prune.benchmarks.experiments.iit import evaluate as iit
@@ -41,7 +41,7 @@ from vlm_prune.pruning.pipeline import PrunedVLM
 refused("ask", lambda: PrunedVLM(model, processor).answer(image, question))
 answerer = Answerer(MapConfig(str(folder), question, "tiny", Variant("zoo", 64)), "cpu")
 import pyarrow as pa
-(pixels,) = decode(find_images(folder, question), root_of(folder))
+(pixels,) = decode(find_images(folder, question), input_root(folder))
 said["map"] = answerer(pixels).to_pylist()[0]["error"]
 refused("demo", lambda: Comparer(model, processor)(image, question, "zoo", "64"))
 prompts = prompts_of_file(folder / "data.json", folder, 1)

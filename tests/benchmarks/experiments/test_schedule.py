@@ -33,9 +33,9 @@ def test_the_command_proposes_from_tasks_or_a_file(run, checkpoint, tmp_path, im
         ]
     }
     (tmp_path / "data.json").write_text(json.dumps([entry]))
-    for data in ("exist", tmp_path / "data.json"):
+    for data, more in (("exist", ()), (tmp_path / "data.json", ("--images", tmp_path))):
         code, out, err = run(
-            "schedule", "--model", checkpoint, "--data", data, "--images", tmp_path, "--limit", "2",
+            "schedule", "--model", checkpoint, "--data", data, *more, "--limit", "2",
             "--output", tmp_path / "out",
         )  # fmt: skip
         assert code == 0, err

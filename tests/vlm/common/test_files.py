@@ -212,9 +212,9 @@ def test_a_folder_is_written_whole(tmp_path):
 
 def test_what_killed_writers_left_goes_with_the_next_one(tmp_path):
     code = (
-        "import os, sys, pathlib; from vlm_prune.vlm.common.files import whole, write_folder\n"
+        "import os, sys, pathlib; from vlm_prune.vlm.common.files import atomic_path, write_folder\n"
         "target = pathlib.Path(sys.argv[1])\n"
-        "with whole(target / 'file') as partial:\n"
+        "with atomic_path(target / 'file') as partial:\n"
         "    write_folder(target / 'folder', lambda folder: os.kill(os.getpid(), 9))\n"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path], check=False)
