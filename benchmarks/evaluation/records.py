@@ -243,13 +243,20 @@ class NotedImages(Protocol):
     """What a record notes of the images of a prompt, as `PromptRecord` does."""
 
     @property
-    def images(self) -> int: ...
+    def images(self) -> int:
+        """How many there are."""
+
     @property
-    def image_tokens(self) -> list[int]: ...
+    def image_tokens(self) -> list[int]:
+        """Tokens of each image, unpruned."""
+
     @property
-    def grids(self) -> list[tuple[int, int] | None]: ...
+    def grids(self) -> list[tuple[int, int] | None]:
+        """Rows and columns of each image's tokens."""
+
     @property
-    def kept(self) -> list[list[int]]: ...
+    def kept(self) -> list[list[int]]:
+        """Token indices of each image that are left."""
 
 
 def check_prompt(prompt: NotedImages) -> None:
