@@ -33,7 +33,7 @@ from vlm_prune.benchmarks.batch.inputs import decode, find_images, input_root
 from vlm_prune.benchmarks.batch.pipeline import Answerer, MapConfig
 from vlm_prune.benchmarks.evaluation.records import Variant
 from vlm_prune.benchmarks.experiments.iit import evaluate as iit
-from vlm_prune.benchmarks.experiments.schedule import points_of, prompts_of_file
+from vlm_prune.benchmarks.experiments.schedule import change_points_of, prompts_of_file
 from vlm_prune.benchmarks.report.demo import Comparer
 from vlm_prune.learners.data import Conversations, read_llava
 from vlm_prune.pruning.pipeline import PrunedVLM
@@ -45,14 +45,14 @@ import pyarrow as pa
 said["map"] = answerer(pixels).to_pylist()[0]["error"]
 refused("demo", lambda: Comparer(model, processor)(image, question, "zoo", "64"))
 prompts = prompts_of_file(folder / "data.json", folder, 1)
-refused("schedule", lambda: points_of(model, processor, prompts, 1))
+refused("schedule", lambda: change_points_of(model, processor, prompts, 1))
 family = family_of(model)
 layout = family.image_token, family.tokens_per_image, 2048
 data = Conversations(
     read_llava(folder / "data.json", folder), processor, *layout, family.check_size
 )
 refused("training", lambda: data[0])
-refused("iit", lambda: iit.evaluate(model, processor, folder, folder / "out"))
+refused("iit", lambda: iit.evaluate_conversations(model, processor, folder, folder / "out"))
 """
 ROWS = """
 from vlm_prune.benchmarks.lmms_eval.load import load_task
