@@ -1,13 +1,11 @@
 """What a live model tells a record: operations and key-value bytes of a prompt, and the machine."""
 
-import resource
 from typing import Any
-
-import torch
 
 from vlm_prune.benchmarks.evaluation.environment import device_name
 from vlm_prune.benchmarks.evaluation.records import Costs, Machine, PromptRecord
 from vlm_prune.learners.cost import learner_flops, router_flops
+from vlm_prune.vlm.common.timing import peak_bytes
 from vlm_prune.vlm.cost import key_value_bytes, prefill_flops
 from vlm_prune.vlm.families import family_of
 
@@ -43,11 +41,8 @@ def paired_costs(model: Any, prompt: PromptRecord) -> tuple[Costs, Costs]:
 def machine_of(model: Any) -> Machine:
     """Where a model runs, the most memory that was held so far, and how many tokens its images have."""
     family = family_of(model)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if model.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(model.device)
     return Machine(
         device=device_name(model.device),
-        peak_memory_bytes=peak,
+        peak_memory_bytes=peak_bytes(model.device),
         tokens_per_image=family.tokens_per_image if family.fixed_size else None,
     )

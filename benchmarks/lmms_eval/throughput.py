@@ -1,11 +1,12 @@
 """What was measured while answering, into `throughput` of lmms-eval's results."""
 
-import resource
 from typing import Any
 
 import numpy as np
 import torch
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
+
+from vlm_prune.vlm.common.timing import peak_bytes
 
 
 def log_throughput(rows: list[dict[str, Any]], pruner: Any, device: torch.device) -> None:
@@ -25,10 +26,7 @@ def log_throughput(rows: list[dict[str, Any]], pruner: Any, device: torch.device
     }
     extra["text_tokens"] = float(np.mean([row["text_tokens"] for row in rows]))
     extra |= image_tokens([row for row in rows if row["images"]], pruner)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) // 1024
-    extra |= {"peak_memory_mb": peak / 1024, "total_requests": len(rows)}
+    extra |= {"peak_memory_mb": peak_bytes(device) / 2**20, "total_requests": len(rows)}
     log_metrics(seconds, tokens, tokens / seconds if seconds else 0.0, extra)
 
 

@@ -1,6 +1,5 @@
 """Phase times of a pruned and the unpruned model on random weights, next to the roofline."""
 
-import resource
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from statistics import mean
@@ -20,6 +19,7 @@ from vlm_prune.benchmarks.speed.roofline import Ceilings, Timing, kept_memory, m
 from vlm_prune.benchmarks.speed.shapes import SHAPES
 from vlm_prune.vlm.common.errors import InputError, first_line
 from vlm_prune.vlm.common.registry import unknown
+from vlm_prune.vlm.common.timing import peak_bytes
 from vlm_prune.vlm.cost import key_value_bytes, prefill_flops
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.trace import SELECTION, VISION
@@ -154,7 +154,7 @@ def _measured(config: BenchConfig, pruner: Any, model: Any, ceilings: Ceilings) 
             times = asdict(phases) | {"vision": phases.vision or prompts.vision_s}
             times["decode"] /= max(1, config.new_tokens - 1)
             samples[name].append({phase: 1e3 * times[phase] for phase in PHASES})
-            layer_tokens[name], peak[name] = trace.layer_tokens, _peak_bytes(model.device)
+            layer_tokens[name], peak[name] = trace.layer_tokens, peak_bytes(model.device)
         text = random_text(config, config.text + round(mean(layer_tokens["pruned"])), model)
         _, phases, _ = timed_generate(model, text, max_new_tokens=1, min_new_tokens=1)
         short_text_ms.append(1e3 * phases.prefill)
@@ -219,13 +219,6 @@ def busy_ms(call: Callable[[], object]) -> dict[str, float]:
             ms for start, ms in spent if any(r.start <= start <= r.end for r in selections)
         ),
     }
-
-
-def _peak_bytes(device: torch.device) -> int:
-    """Most memory in use on a GPU since its last reset; on a CPU by the process so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def floors(

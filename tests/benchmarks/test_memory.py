@@ -14,6 +14,7 @@ import json, resource, sys
 resource.setrlimit(resource.RLIMIT_DATA, (4 * 2**30,) * 2)
 from pathlib import Path
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.timing import peak_bytes
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.load import load
 folder = Path(sys.argv[1])
@@ -59,7 +60,7 @@ from vlm_prune.benchmarks.lmms_eval.load import load_task
 check = lambda image: family_of(model).check_size(processor.image_processor, *image.size)
 refused("lmms-eval", lambda: load_task("pope", folder, limit=1, check=check))
 """
-END = "print(json.dumps([said, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))"
+END = "print(json.dumps([said, peak_bytes(model.device)]))"
 
 
 @pytest.fixture
