@@ -293,7 +293,8 @@ def check_processor(processor: Any, config: Any) -> None:
 
     Raises:
         InputError: if it has no tokenizer, image processor or chat template, its image token is not
-            the one of the model's configuration, or its pixels are no usable numbers.
+            the one of the model's configuration, its pixels are no usable numbers, or it makes
+            crops by pan and scan.
     """
     for part in ("tokenizer", "image_processor", "chat_template"):
         if getattr(processor, part, None) is None:
@@ -301,6 +302,11 @@ def check_processor(processor: Any, config: Any) -> None:
             raise InputError(f"the checkpoint has no {part.replace('_', ' ')}{fix}")
     names = ("image_mean", "image_std", "rescale_factor")
     check_pixels(**{name: getattr(processor.image_processor, name, None) for name in names})
+    if getattr(processor.image_processor, "do_pan_and_scan", False):
+        raise InputError(
+            "pan and scan makes crops that no prompt says which picture they are of; "
+            "set do_pan_and_scan to false in the checkpoint's processor configuration"
+        )
     token = getattr(processor, "image_token", None)
     wanted = getattr(config, "image_token_id", None)
     if isinstance(token, str) and wanted is not None:

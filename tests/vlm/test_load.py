@@ -266,6 +266,7 @@ WRONG = {
     "rescaled to nothing": (
         setting("processor_config.json", image_processor__rescale_factor=0), "rescale_factor",
     ),
+    "pan and scan": (setting("processor_config.json", image_processor__do_pan_and_scan=True), "pan and scan"),
     "no chat template": (lambda f: (f / "chat_template.jinja").unlink(), "put a chat_template.jinja"),
     "a wrong chat template": (
         lambda f: (f / "chat_template.jinja").write_text("{% for %}"), "the chat template fails",
