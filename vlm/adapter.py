@@ -85,6 +85,26 @@ def read_options(folder: Path) -> dict[str, Any]:
     return msgspec.structs.asdict(options)
 
 
+def read_adapter(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of an adapter for `peft.LoraConfig` and its tensors by name.
+
+    Raises:
+        InputError: if there is no such adapter, or it is damaged or no LoRA.
+    """
+    from vlm_prune.vlm.common.state import load_tensors
+
+    with naming(f"cannot load adapter {name!r}"):
+        folder = locate_files(name, [CONFIG, WEIGHTS])
+        options = read_options(folder)
+        if not (folder / WEIGHTS).is_file() and (folder / "adapter_model.bin").exists():
+            raise InputError(
+                "its weights are adapter_model.bin, a pickle, which is not read; convert it"
+            )
+        tensors = load_tensors(folder / WEIGHTS)
+        check_finite(tensors)
+        return options, tensors
+
+
 def add_adapter(model: Any, name: str) -> None:
     """Put a LoRA into the modules of a model, in place; its class stays.
 
@@ -99,17 +119,8 @@ def add_adapter(model: Any, name: str) -> None:
         import peft
     except ImportError:
         raise InputError("adapters need peft: pip install 'vlm-prune[train]'") from None
-    from vlm_prune.vlm.common.state import load_tensors
-
+    options, tensors = read_adapter(name)
     with naming(f"cannot load adapter {name!r}"):
-        folder = locate_files(name, [CONFIG, WEIGHTS])
-        options = read_options(folder)
-        if not (folder / WEIGHTS).is_file() and (folder / "adapter_model.bin").exists():
-            raise InputError(
-                "its weights are adapter_model.bin, a pickle, which is not read; convert it"
-            )
-        tensors = load_tensors(folder / WEIGHTS)
-        check_finite(tensors)
         wrapped = peft.PeftModel(model, peft.LoraConfig(**options, inference_mode=True))
         try:
             own = peft.get_peft_model_state_dict(wrapped)

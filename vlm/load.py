@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vlm_prune.vlm.adapter import add_adapter, base_of, is_adapter
+from vlm_prune.vlm.adapter import add_adapter, base_of, is_adapter, read_adapter
 from vlm_prune.vlm.checkpoint import (
     check_pixels,
     load_weights,
@@ -64,12 +64,7 @@ def load(
 
     target = device_of(device)
     options: dict[str, Any] = {"dtype": _dtype(dtype, target.type if device_map is None else "")}
-    if attn is not None and attn not in ATTENTION:
-        raise InputError(unknown("attention", attn, ATTENTION))
-    if quantization is not None and quantization not in QUANTIZATIONS:
-        raise InputError(unknown("quantization", quantization, QUANTIZATIONS))
-    if isinstance(device_map, str) and device_map != "auto":
-        raise InputError(unknown("device map", device_map, ["auto"]))
+    _check_names(attn, quantization, device_map)
     with naming(f"cannot load model {name!r}"):
         if adapter is None and is_adapter(name):
             adapter, name = name, base_of(name)
@@ -168,12 +163,23 @@ def config_of(name: str) -> Any:
         return _config(view_of(locate(name, EMBEDDED, weights=False), weights=False))
 
 
-def check_loadable(name: str, dtype: str = "auto") -> None:
+def check_loadable(
+    name: str,
+    dtype: str = "auto",
+    adapter: str | None = None,
+    attn: str | None = None,
+    quantization: str | None = None,
+    device_map: Any = None,
+) -> None:
     """Find out whether `load` could take a checkpoint, without reading its weights.
 
     Args:
         name: as for `load`.
         dtype: as for `load`.
+        adapter: as for `load`.
+        attn: as for `load`.
+        quantization: as for `load`.
+        device_map: as for `load`.
 
     Raises:
         InputError: as for `load`, except for what the weights themselves are.
@@ -182,6 +188,9 @@ def check_loadable(name: str, dtype: str = "auto") -> None:
     from transformers import AutoProcessor
 
     _dtype(dtype, "")
+    _check_names(attn, quantization, device_map)
+    if quantization is not None:
+        _quantization(quantization)
     with naming(f"cannot load model {name!r}"):
         folder = locate(base_of(name) if is_adapter(name) else name, EMBEDDED)
         for file in weight_files(folder):
@@ -192,6 +201,18 @@ def check_loadable(name: str, dtype: str = "auto") -> None:
         with naming("its tokenizer or image processor cannot be used"):
             processor = AutoProcessor.from_pretrained(view, trust_remote_code=False)
         check_processor(processor, config)
+    if adapter is not None:
+        read_adapter(adapter)
+
+
+def _check_names(attn: str | None, quantization: str | None, device_map: Any) -> None:
+    """Raise `InputError` for a kernel, a quantization or a device map that is not known."""
+    if attn is not None and attn not in ATTENTION:
+        raise InputError(unknown("attention", attn, ATTENTION))
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise InputError(unknown("quantization", quantization, QUANTIZATIONS))
+    if isinstance(device_map, str) and device_map != "auto":
+        raise InputError(unknown("device map", device_map, ["auto"]))
 
 
 def device_of(name: str) -> Any:

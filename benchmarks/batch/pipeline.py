@@ -183,7 +183,10 @@ def check_map_config(config: MapConfig) -> None:
             raise InputError(NO_GPU)
     elif config.device != "auto":
         device_of(config.device)
-    check_loadable(config.model, config.dtype)
+    check_loadable(
+        config.model, config.dtype, config.adapter, config.attn, config.quantization,
+        config.device_map,
+    )  # fmt: skip
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config_of(config.model))
     config.variant.build(0).admit(model)
