@@ -25,10 +25,13 @@ SOME = [*READING, "none", "fopru", "cdpruner", "downsample", "adaptinfer", "dart
 
 
 READS = "reads the table of its tower's positions without calling the module, which is on no device"
+WORDS = "reads its word embeddings without calling the module, which is on no device"
 NOT_OFFLOADED = {
     "idefics3": "moves embeddings to model.device, which is none",
     "glm4v": READS,
     "glm46v": READS,
+    "gemma4": WORDS,
+    "gemma4_sharing": WORDS,
 }
 
 
