@@ -85,7 +85,7 @@ def read_options(folder: Path) -> dict[str, Any]:
     return msgspec.structs.asdict(options)
 
 
-def read_adapter(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_lora(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options of an adapter for `peft.LoraConfig` and its tensors by name.
 
     Raises:
@@ -119,7 +119,7 @@ def add_adapter(model: Any, name: str) -> None:
         import peft
     except ImportError:
         raise InputError("adapters need peft: pip install 'vlm-prune[train]'") from None
-    options, tensors = read_adapter(name)
+    options, tensors = read_lora(name)
     with naming(f"cannot load adapter {name!r}"):
         wrapped = peft.PeftModel(model, peft.LoraConfig(**options, inference_mode=True))
         try:

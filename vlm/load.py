@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vlm_prune.vlm.adapter import add_adapter, base_of, is_adapter, read_adapter
+from vlm_prune.vlm.adapter import add_adapter, base_of, is_adapter, read_lora
 from vlm_prune.vlm.checkpoint import (
     check_pixels,
     load_weights,
@@ -64,7 +64,7 @@ def load(
 
     target = device_of(device)
     options: dict[str, Any] = {"dtype": _dtype(dtype, target.type if device_map is None else "")}
-    _check_names(attn, quantization, device_map)
+    _check_choices(attn, quantization, device_map)
     with naming(f"cannot load model {name!r}"):
         if adapter is None and is_adapter(name):
             adapter, name = name, base_of(name)
@@ -188,7 +188,7 @@ def check_loadable(
     from transformers import AutoProcessor
 
     _dtype(dtype, "")
-    _check_names(attn, quantization, device_map)
+    _check_choices(attn, quantization, device_map)
     if quantization is not None:
         _quantization(quantization)
     with naming(f"cannot load model {name!r}"):
@@ -202,10 +202,10 @@ def check_loadable(
             processor = AutoProcessor.from_pretrained(view, trust_remote_code=False)
         check_processor(processor, config)
     if adapter is not None:
-        read_adapter(adapter)
+        read_lora(adapter)
 
 
-def _check_names(attn: str | None, quantization: str | None, device_map: Any) -> None:
+def _check_choices(attn: str | None, quantization: str | None, device_map: Any) -> None:
     """Raise `InputError` for a kernel, a quantization or a device map that is not known."""
     if attn is not None and attn not in ATTENTION:
         raise InputError(unknown("attention", attn, ATTENTION))
