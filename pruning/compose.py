@@ -114,14 +114,11 @@ class Cascade(Pruner):
 
 
 @dataclass
-class Merge(VisionPruner):
-    """Any method before the language model, with each token that it drops averaged into the most
-    similar kept one: `divprune+merge`. `merging` does so for a method inside it: `fastv+merge`.
+class MethodWrapper(VisionPruner):
+    """A method before the language model, and something done about what it keeps: `divprune+merge`.
 
     Args:
         method: chooses the tokens; its own budget, positions and seed are replaced.
-
-    Similarity is the cosine of projected tokens; an average weighs all its tokens equally.
     """
 
     method: VisionPruner = field(default_factory=DivPrune)
@@ -132,16 +129,39 @@ class Merge(VisionPruner):
         super().__post_init__()
         check_wrapped(self.method)
 
+    @classmethod
+    def around(cls, method: Pruner) -> Pruner:
+        """The wrapper of a method."""
+        return cls(method)  # type: ignore[arg-type]  # refused there in one line
+
     @property
     def needs(self) -> frozenset[Need]:
         return self.method.needs
 
     def positions_on(self, family: Family) -> Positions:
+        if self.authors_positions != "as its parts":
+            return super().positions_on(family)
         return replace(self.method, positions=self.positions).positions_on(family)
 
+    def wrapped(self, budget: float) -> VisionPruner:
+        """The method with a budget, and with the wrapper's positions and seed."""
+        return replace(self.method, budget=budget, positions=self.positions, seed=self.seed)
+
+
+@dataclass
+class Merge(MethodWrapper):
+    """Any method before the language model, with each token that it drops averaged into the most
+    similar kept one: `divprune+merge`. `merging` does so for a method inside it: `fastv+merge`.
+
+    Args:
+        method: chooses the tokens; its own budget, positions and seed are replaced.
+
+    Similarity is the cosine of projected tokens; an average weighs all its tokens equally.
+    """
+
     def reduce(self, vision: VisionTokens) -> Kept:
-        method = replace(self.method, budget=self.budget, positions=self.positions, seed=self.seed)
-        return separately(method.reduce(vision), vision.projected, _merged)
+        kept = self.wrapped(self.budget).reduce(vision)
+        return separately(kept, vision.projected, _merged)
 
     @classmethod
     def around(cls, method: Pruner) -> Pruner:
@@ -150,7 +170,7 @@ class Merge(VisionPruner):
             return replace(method, inside=merging(method.inside))
         if isinstance(method, DecoderPruner):
             return merging(method)
-        return cls(method)  # type: ignore[arg-type]  # refused there in one line
+        return super().around(method)
 
 
 def merging(method: DecoderPruner) -> DecoderPruner:

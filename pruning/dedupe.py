@@ -1,22 +1,17 @@
 """Patches that an image shows more than once are kept once."""
 
-from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from vlm_prune.pruning.base import Pruner, Rule, Stage, VisionPruner
-from vlm_prune.pruning.compose import check_wrapped
-from vlm_prune.pruning.divprune import DivPrune
+from vlm_prune.pruning.compose import MethodWrapper
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.families import Family, Need
-from vlm_prune.vlm.prompt_pruning import Positions
 from vlm_prune.vlm.tokens import Kept, VisionTokens
 
 
 @dataclass
-class Dedupe(VisionPruner):
+class Dedupe(MethodWrapper):
     """Drop each token whose pixels equal those of an earlier token of its image; a method chooses
     among the others where they are more than the budget, which is a ceiling: `divprune+dedupe`.
 
@@ -33,33 +28,17 @@ class Dedupe(VisionPruner):
     Tokens go behind the tower: which patches a tower could do without depends on its windows and tiles.
     """
 
-    method: VisionPruner = field(default_factory=DivPrune)
     threshold: float = 0.0
-    stage: ClassVar[Stage] = "projector"
-    authors_positions: ClassVar[Rule] = "as its parts"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_wrapped(self.method)
         if self.threshold < 0:
             raise InputError(f"threshold {self.threshold} is negative; give 0 or more")
-
-    @classmethod
-    def around(cls, method: Pruner) -> Pruner:
-        """The method, choosing among tokens that differ."""
-        return cls(method)  # type: ignore[arg-type]  # refused there in one line
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return self.method.needs
-
-    def positions_on(self, family: Family) -> Positions:
-        return replace(self.method, positions=self.positions).positions_on(family)
 
     def reduce(self, vision: VisionTokens) -> Kept:
         tokens, k = vision.projected, self.count(vision)
         new = first_of_their_kind(vision.patches().to(tokens.device), self.threshold)
-        method = replace(self.method, budget=k, positions=self.positions, seed=self.seed)
+        method = self.wrapped(k)
         left = new.sum(1).tolist()
         if min(left) == tokens.shape[1] > k:
             return method.reduce(vision)

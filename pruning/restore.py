@@ -1,15 +1,14 @@
 """RESTORE: merged tokens keep their positions, and attention counts them as what they stand for."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
-from vlm_prune.pruning.base import Pruner, Rule, Stage, VisionPruner
-from vlm_prune.pruning.compose import check_wrapped, separately
-from vlm_prune.pruning.divprune import DivPrune
+from vlm_prune.pruning.base import Rule
+from vlm_prune.pruning.compose import MethodWrapper, separately
 from vlm_prune.pruning.select import others, sums_by_nearest
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.encoded import Images
@@ -20,7 +19,7 @@ from vlm_prune.vlm.tokens import Kept, VisionTokens, take, top
 
 
 @dataclass
-class Restore(VisionPruner):
+class Restore(MethodWrapper):
     """Any method before the language model at half the budget; the other half are anchors into which
     all other tokens are averaged: `divprune+restore`.
 
@@ -43,28 +42,20 @@ class Restore(VisionPruner):
         anchors: their share of the budget, above 0 and up to 1.
     """
 
-    method: VisionPruner = field(default_factory=DivPrune)
     anchors: float = 0.5
-    stage: ClassVar[Stage] = "projector"
     paper: ClassVar[str] = "https://arxiv.org/abs/2606.01711"
     authors_positions: ClassVar[Rule] = "original"
     changes_attention: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_wrapped(self.method)
         if not 0 < self.anchors <= 1:
             raise InputError(f"anchors {self.anchors} is out of range; give a share in (0, 1]")
-
-    @classmethod
-    def around(cls, method: Pruner) -> Pruner:
-        """The method with anchors for what it drops."""
-        return cls(method)  # type: ignore[arg-type]  # refused there in one line
 
     @property
     def needs(self) -> frozenset[Need]:
         # the bias is a mask over keys that each layer holds itself
-        return self.method.needs | {
+        return super().needs | {
             "softmax attention in every decoder layer",
             "decoder layers with keys and values, and no inputs but hidden states, of their own",
         }
@@ -82,8 +73,7 @@ class Restore(VisionPruner):
         alone = min(k - 1, round(k * (1 - self.anchors)))
         kept = Kept.at(tokens, torch.empty(len(tokens), 0, dtype=torch.long, device=tokens.device))
         if alone:
-            method = replace(self.method, budget=alone, positions=self.positions, seed=self.seed)
-            kept = method.reduce(vision)
+            kept = self.wrapped(alone).reduce(vision)
         return separately(kept, tokens, lambda own, among: absorbed(own, among, k))
 
 
