@@ -64,16 +64,16 @@ def survival(delta: Delta, total: float) -> Survival:
     )
 
 
-def ranks(delta: Delta, places: Mapping[str, Site], tower: Tower) -> NDArray[np.float64]:
+def ranks(delta: Delta, sites: Mapping[str, Site], tower: Tower) -> NDArray[np.float64]:
     """Kept components by module and layer (6, layers); nan where there is no adapter.
 
     Args:
-        places: the sites by name, `attention.sites` of a CLIP that is split.
+        sites: by name, `attention.sites` of a CLIP that is split.
     """
-    depth = 1 + max((s.layer for s in places.values() if s.tower == tower), default=-1)
+    depth = 1 + max((s.layer for s in sites.values() if s.tower == tower), default=-1)
     table = np.full((len(MODULES), depth), np.nan)
     for name, factors in delta.factors.items():
-        site = places[name]
+        site = sites[name]
         if site.tower == tower:
             table[MODULES.index(site.module), site.layer] = factors.rank
     return table
@@ -89,17 +89,17 @@ def update_norms(delta: Delta) -> dict[str, float]:
     return {name: float(f.matrix().norm()) for name, f in delta.factors.items()}
 
 
-def draw_ranks(delta: Delta, places: Mapping[str, Site], path: Path) -> None:
+def draw_ranks(delta: Delta, sites: Mapping[str, Site], path: Path) -> None:
     """Write a picture of the kept ranks, module by layer, one panel per tower.
 
     Args:
         delta: the low-rank changes of a task.
-        places: where each of them sits.
+        sites: where each of them sits.
         path: the picture to write.
     """
     figure_module = extra("matplotlib.figure")
     towers: list[Tower] = ["vision", "text"]
-    tables = {t: table for t in towers if (table := ranks(delta, places, t)).size}
+    tables = {t: table for t in towers if (table := ranks(delta, sites, t)).size}
     figure = figure_module.Figure(figsize=(6 * len(tables), 3), layout="constrained")
     axes = figure.subplots(1, len(tables), squeeze=False)[0]
     most = max(len(f.start) for f in delta.factors.values())

@@ -13,8 +13,8 @@ def load_tile(base, rows, seen, strides, width, BLOCK: tl.constexpr):
     The last two of `strides` are those of rows and columns.
     """
     columns = tl.arange(0, BLOCK)
-    places = rows[:, None] * strides[-2] + columns[None, :] * strides[-1]
-    return tl.load(base + places, mask=seen[:, None] & (columns < width)[None, :], other=0.0)
+    offsets = rows[:, None] * strides[-2] + columns[None, :] * strides[-1]
+    return tl.load(base + offsets, mask=seen[:, None] & (columns < width)[None, :], other=0.0)
 
 
 @triton.jit

@@ -55,15 +55,15 @@ def attend_runs(
         dropout: of attention weights.
     """
     outputs = []
-    for start, stop, before, own in runs:
+    for start, stop, before, includes_itself in runs:
         # a run sees the keys before it, and its own causally if it is of the modality
-        part, seen = query[:, :, start:stop], before + (stop - start if own else 0)
+        part, seen = query[:, :, start:stop], before + (stop - start if includes_itself else 0)
         if not seen:
             outputs.append(torch.zeros_like(part))
             continue
-        square = own and not before
+        square = includes_itself and not before
         mask = None
-        if own and before and stop - start > 1:
+        if includes_itself and before and stop - start > 1:
             shape = stop - start, seen
             mask = torch.ones(shape, dtype=torch.bool, device=part.device).tril(before)
         outputs.append(

@@ -152,16 +152,16 @@ def _hook(family: Family, record: Attached, learners: dict[int, WingsLayer]) -> 
     add(family.multimodal.register_forward_pre_hook(mark, with_kwargs=True))
     note = partial(_note_tokens, record.config)
     add(decoder.register_forward_pre_hook(note, with_kwargs=True))
-    for number, own in learners.items():
+    for number, learner in learners.items():
         layer = decoder.layers[number]
         attention, norm = layer.self_attn, layer.input_layernorm
-        attention.wings = own.train(attention.training)
+        attention.wings = learner.train(attention.training)
         if record.config.routed:
             add(Route(attention))
         add(attention.register_forward_pre_hook(_read_columns, with_kwargs=True))
         add(attention.register_forward_hook(_add_learners, with_kwargs=True))
         if record.config.query == "sequential":
-            add(norm.register_forward_pre_hook(partial(_keep_residual, own)))
+            add(norm.register_forward_pre_hook(partial(_keep_residual, learner)))
 
 
 def detach(model: Any) -> None:

@@ -151,11 +151,12 @@ def open_parameters(
             *family.decoder.named_parameters(),
             *model.get_output_embeddings().named_parameters(),
         ]
-        own = {id(parameter) for parameter in groups["learners"]}
+        learner_parameters = {id(parameter) for parameter in groups["learners"]}
         unique = {
             id(parameter): parameter
             for name, parameter in named
-            if id(parameter) not in own and (method.language == "full" or "lora_" in name)
+            if id(parameter) not in learner_parameters
+            and (method.language == "full" or "lora_" in name)
         }
         groups["language"] = list(unique.values())
     for parameters in groups.values():

@@ -120,16 +120,16 @@ def load_adapter_state(model: Any, weights: dict[str, Tensor], strict: bool = Tr
     Raises:
         InputError: if names or shapes do not fit.
     """
-    own = adapter_state(model)
-    wrong = sorted(weights.keys() - own.keys()) + (
-        sorted(own.keys() - weights.keys()) if strict else []
+    current = adapter_state(model)
+    wrong = sorted(weights.keys() - current.keys()) + (
+        sorted(current.keys() - weights.keys()) if strict else []
     )
-    wrong += [n for n in weights.keys() & own.keys() if weights[n].shape != own[n].shape]
+    wrong += [n for n in weights.keys() & current.keys() if weights[n].shape != current[n].shape]
     if wrong:
         raise InputError(f"the adapter's weights do not fit its configuration, first {wrong[0]!r}")
     with torch.no_grad():
         for name, tensor in weights.items():
-            own[name].copy_(tensor)
+            current[name].copy_(tensor)
 
 
 class _Described(msgspec.Struct):

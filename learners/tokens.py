@@ -185,11 +185,13 @@ class PromptTokens:
             return None
         # runs of queries of one modality, with the number of its keys before each
         first = chosen.shape[1] - self.queries
-        own, counts = chosen[0].tolist(), [0, *chosen[0].cumsum(0).tolist()]
-        cuts = [n for n in range(first + 1, len(own)) if own[n] != own[n - 1]]
-        edges = [first, *cuts, len(own)]
+        is_chosen, counts = chosen[0].tolist(), [0, *chosen[0].cumsum(0).tolist()]
+        cuts = [n for n in range(first + 1, len(is_chosen)) if is_chosen[n] != is_chosen[n - 1]]
+        edges = [first, *cuts, len(is_chosen)]
         return tuple(
-            QueryRun(a - first, b - first, counts[a], own[a]) for a, b in pairwise(edges) if a < b
+            QueryRun(a - first, b - first, counts[a], is_chosen[a])
+            for a, b in pairwise(edges)
+            if a < b
         )
 
     def select_tokens(self, columns: Tensor, valid: Tensor, shift: Tensor) -> "PromptTokens":

@@ -319,8 +319,8 @@ def data_digest(examples: list[Example]) -> str:
             with path.open("rb") as file:
                 size = file.seek(0, os.SEEK_END)
                 digest.update(size.to_bytes(8, "little"))
-                for place in (0, max(0, size - ENDS)):
-                    file.seek(place)
+                for offset in (0, max(0, size - ENDS)):
+                    file.seek(offset)
                     digest.update(file.read(ENDS))
     return digest.hexdigest()[:16]
 

@@ -59,18 +59,18 @@ class Pruner(ABC):
     def __post_init__(self) -> None:
         check_budget(self.budget)
         self._choice("positions", get_args(Positions))
-        for own in fields(self):
-            value = getattr(self, own.name)
-            if own.type is int and type(value) is not int:
-                raise InputError(f"{own.name} {value!r} is not a whole number")
-            if own.type is float and not (type(value) in (int, float) and abs(value) < math.inf):
-                raise InputError(f"{own.name} {value!r} is not a finite number")
-            if own.type is bool and type(value) is not bool:
-                raise InputError(f"{own.name} {value!r} is neither true nor false")
-            if own.type is str and type(value) is int:
-                setattr(self, own.name, str(value))
-            elif own.type is str and type(value) is not str:
-                raise InputError(f"{own.name} {value!r} is not a text")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and type(value) is not int:
+                raise InputError(f"{field.name} {value!r} is not a whole number")
+            if field.type is float and not (type(value) in (int, float) and abs(value) < math.inf):
+                raise InputError(f"{field.name} {value!r} is not a finite number")
+            if field.type is bool and type(value) is not bool:
+                raise InputError(f"{field.name} {value!r} is neither true nor false")
+            if field.type is str and type(value) is int:
+                setattr(self, field.name, str(value))
+            elif field.type is str and type(value) is not str:
+                raise InputError(f"{field.name} {value!r} is not a text")
 
     def _choice(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:
@@ -170,10 +170,10 @@ class VisionPruner(Pruner):
         shares = even_shares(self.count(vision), frames)
         found: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         for share in sorted({*shares} - {0}):
-            own = [frame for frame in range(frames) if shares[frame] == share]
-            kept = replace(self, budget=share).reduce(vision.in_frames(own))
+            members = [frame for frame in range(frames) if shares[frame] == share]
+            kept = replace(self, budget=share).reduce(vision.in_frames(members))
             parts = [kept.indices, kept.features, *([kept.sizes] if kept.sizes else [])]
-            at = [(video, frame) for video in range(videos) for frame in own]
+            at = [(video, frame) for video in range(videos) for frame in members]
             for (video, frame), (indices, *more) in zip(at, zip(*parts, strict=True), strict=True):
                 found[video, frame] = indices + frame * (tokens // frames), *more
         whole = [
@@ -255,7 +255,7 @@ class DecoderPruner(Pruner):
 
     @classmethod
     def at_layer(cls, layer: int) -> Pruner:
-        if "layer" not in {own.name for own in fields(cls)}:
+        if "layer" not in {field.name for field in fields(cls)}:
             return super().at_layer(layer)
         return cls(layer=layer)  # type: ignore[call-arg]  # a field of those that have one cut
 
@@ -288,7 +288,7 @@ class DecoderPruner(Pruner):
             places, counts = fit_cuts(budget, tokens, layers, places, shares)
         # in a shallow model two cuts may fall on one place; the later one decides
         at = dict(zip(places, counts, strict=True))
-        return [Cut(place, min(keep, tokens)) for place, keep in at.items() if place < layers]
+        return [Cut(depth, min(keep, tokens)) for depth, keep in at.items() if depth < layers]
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -184,7 +184,7 @@ def merging(method: DecoderPruner) -> DecoderPruner:
         return _merged(kind.reduce(self, tokens, keep), tokens.features)
 
     merged: type[DecoderPruner] = type(f"{kind.__name__}Merge", (kind,), {"reduce": reduce})
-    return merged(**{own.name: getattr(method, own.name) for own in fields(method)})
+    return merged(**{field.name: getattr(method, field.name) for field in fields(method)})
 
 
 def separately(kept: Kept, tokens: Tensor, change: Callable[[Kept, Tensor], Kept]) -> Kept:
@@ -196,11 +196,11 @@ def separately(kept: Kept, tokens: Tensor, change: Callable[[Kept, Tensor], Kept
         tokens: (M, N, d).
         change: takes what was kept of some images, equally many tokens each, and their tokens.
     """
-    if len({len(own) for own in kept.indices}) < 2:
+    if len({len(indices) for indices in kept.indices}) < 2:
         return change(kept, tokens)
     parts = [
-        change(Kept([indices], [features]), own[None])
-        for indices, features, own in zip(kept.indices, kept.features, tokens, strict=True)
+        change(Kept([indices], [features]), image_tokens[None])
+        for indices, features, image_tokens in zip(kept.indices, kept.features, tokens, strict=True)
     ]
     return Kept(
         [part.indices[0] for part in parts],

@@ -44,12 +44,14 @@ class Dedupe(MethodWrapper):
             return method.reduce(vision)
         indices, features = [], []
         for image, count in enumerate(left):
-            places, chosen = new[image].nonzero()[:, 0], tokens[image, new[image]]
+            distinct_indices, chosen = new[image].nonzero()[:, 0], tokens[image, new[image]]
             if count > k:
-                own = replace(vision.of(image, new[image]), grids=((1, count),), available=count)
-                kept = method.reduce(own)
-                places, chosen = places[kept.indices[0]], kept.features[0]
-            indices.append(places)
+                distinct = replace(
+                    vision.of(image, new[image]), grids=((1, count),), available=count
+                )
+                kept = method.reduce(distinct)
+                distinct_indices, chosen = distinct_indices[kept.indices[0]], kept.features[0]
+            indices.append(distinct_indices)
             features.append(chosen)
         return Kept(indices, features)
 

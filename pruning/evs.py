@@ -32,8 +32,8 @@ class EVS(VideoPruner):
         whole = torch.full((videos, size), torch.inf, device=tokens.device)
         # frame by frame, so that no copy of the video is made
         change = [
-            1 - cosine_similarity(own.float(), before.float(), dim=-1)
-            for before, own in pairwise(tokens.unbind(1))
+            1 - cosine_similarity(after.float(), before.float(), dim=-1)
+            for before, after in pairwise(tokens.unbind(1))
         ]
         scores = torch.stack([whole, *change], 1)
         return Kept.at(vision.projected, top(scores.flatten(1), k))

@@ -67,7 +67,7 @@ class FastVID(VideoPruner):
                 for first, end in zip(starts, [*starts[1:], vision.frames], strict=True)
             ]
             indices.append(torch.cat([at for at, _ in kept]))
-            features.append(torch.cat([own for _, own in kept]))
+            features.append(torch.cat([rows for _, rows in kept]))
         return Kept(indices, features)
 
     def segment(
@@ -84,15 +84,17 @@ class FastVID(VideoPruner):
         size = tokens.shape[1]
         salient = {f: shares[f] - int(self.context * shares[f]) for f in frames}
         budgets = self.context_budgets(shares, salient, frames, size)
-        own: dict[int, Tensor] = {f: top(salience[f], salient[f]) for f in frames}
-        rest = {f: others(own[f][None], size)[0] for f in frames}
+        salient_kept: dict[int, Tensor] = {f: top(salience[f], salient[f]) for f in frames}
+        rest = {f: others(salient_kept[f][None], size)[0] for f in frames}
         targets = {
             f: rest[f][density_centers(tokens[f, rest[f]], budgets[f], self.neighbors)]
             for f in frames
         }
         merged = self.merged(tokens, rest, targets, frames)
-        indices = torch.cat([f * size + at for f in frames for at in (own[f], targets[f])])
-        features = torch.cat([kept for f in frames for kept in (tokens[f, own[f]], merged[f])])
+        indices = torch.cat([f * size + at for f in frames for at in (salient_kept[f], targets[f])])
+        features = torch.cat(
+            [kept for f in frames for kept in (tokens[f, salient_kept[f]], merged[f])]
+        )
         order = indices.argsort()
         return indices[order], features[order]
 
@@ -142,9 +144,9 @@ class FastVID(VideoPruner):
         # one frame after the other: of a long segment all cosines at once would be many
         for f in frames:
             joining = rest[f][~torch.isin(rest[f], targets[f])]
-            own = tokens[f, joining].float()
-            nearest = (normalize(own, dim=-1) @ directions.T).argmax(1)
-            more, members = sums_by_nearest(own[None], nearest[None], len(start))
+            joined = tokens[f, joining].float()
+            nearest = (normalize(joined, dim=-1) @ directions.T).argmax(1)
+            more, members = sums_by_nearest(joined[None], nearest[None], len(start))
             sums, sizes = sums + more[0], sizes + members[0]
         weight = torch.clamp(1 / (sizes.float() + 1), min=self.weight)
         mean = sums / sizes.clamp_min(1)

@@ -63,7 +63,7 @@ class FlashVID(VideoPruner):
         means, tokens = frame_means(frames_of(vision)), frames_of(vision)
         indices, features = [], []
         for video in range(len(tokens)):
-            own = [
+            salient = [
                 diverse_salient(frame, salience, count)
                 for frame, salience, count in zip(
                     tokens[video], attention[video], first, strict=True
@@ -71,7 +71,7 @@ class FlashVID(VideoPruner):
             ]
             starts = segment_starts(means[video], self.segments, self.threshold)
             context = sum(shares) - sum(first)
-            rest = [others(at[None], size)[0] for at in own]
+            rest = [others(at[None], size)[0] for at in salient]
             parents = self.parents(tokens[video], rest, starts, context)
             budgets = fitted(
                 [share - count for share, count in zip(shares, first, strict=True)],
@@ -79,11 +79,11 @@ class FlashVID(VideoPruner):
             )
             at, kept = [], []
             for frame, (roots, merged) in self.trees(tokens[video], rest, parents):
-                places, centers = self.clustered(roots, merged, budgets[frame])
-                here = torch.cat([own[frame], places])
+                clustered, centers = self.clustered(roots, merged, budgets[frame])
+                here = torch.cat([salient[frame], clustered])
                 order = here.argsort()
                 at.append(here[order] + frame * size)
-                chosen = tokens[video, frame, own[frame]]
+                chosen = tokens[video, frame, salient[frame]]
                 kept.append(torch.cat([chosen, centers.to(chosen.dtype)])[order])
             indices.append(torch.cat(at[::-1]))
             features.append(torch.cat(kept[::-1]))
@@ -103,15 +103,15 @@ class FlashVID(VideoPruner):
         """
         parents, likeness = [torch.full_like(rest[0], -1)], [tokens.new_zeros(len(rest[0]))]
         for frame in range(1, len(tokens)):
-            own, before = (tokens[f, rest[f]].float() for f in (frame, frame - 1))
-            joins, best = torch.full_like(rest[frame], -1), own.new_zeros(len(own))
-            if frame not in starts and len(own) and len(before):
-                best, nearest = (normalize(own, dim=-1) @ normalize(before, dim=-1).T).max(1)
+            current, before = (tokens[f, rest[f]].float() for f in (frame, frame - 1))
+            joins, best = torch.full_like(rest[frame], -1), current.new_zeros(len(current))
+            if frame not in starts and len(current) and len(before):
+                best, nearest = (normalize(current, dim=-1) @ normalize(before, dim=-1).T).max(1)
                 joins = torch.where(best >= self.alike, nearest, joins)
             parents.append(joins)
             likeness.append(best)
         # the least alike stay by themselves where there would be too few trees
-        joins, strength = torch.cat(parents), torch.cat([own.float() for own in likeness])
+        joins, strength = torch.cat(parents), torch.cat([part.float() for part in likeness])
         order = torch.where(joins >= 0, strength, -torch.inf).argsort(descending=True, stable=True)
         joins[order[max(0, len(joins) - fewest) :]] = -1
         return list(joins.split([len(at) for at in rest]))
@@ -129,9 +129,9 @@ class FlashVID(VideoPruner):
         """
         sums = sizes = None
         for frame in range(len(tokens) - 1, -1, -1):
-            own, roots = tokens[frame, rest[frame]].float(), parents[frame] < 0
-            total = own if sums is None else own + sums
-            members = own.new_ones(len(own), 1) if sizes is None else 1 + sizes
+            current, roots = tokens[frame, rest[frame]].float(), parents[frame] < 0
+            total = current if sums is None else current + sums
+            members = current.new_ones(len(current), 1) if sizes is None else 1 + sizes
             yield frame, (rest[frame][roots], (total / members)[roots])
             sums = sizes = None
             if not bool(roots.all()):

@@ -51,8 +51,8 @@ class MMTok(VisionPruner):
         questions = vision.question() or projected[:, :0]
         text = pad_sequence(
             [
-                cover(own[None], question[None].to(own), self.text_temperature)[0].T
-                for own, question in zip(projected, questions, strict=True)
+                cover(features[None], question[None].to(features), self.text_temperature)[0].T
+                for features, question in zip(projected, questions, strict=True)
             ],
             batch_first=True,
         )

@@ -110,7 +110,7 @@ class PrunedVLM:
         """
         if generation.get("num_return_sequences", 1) != 1:
             raise InputError("there is one reply to each question; leave out num_return_sequences")
-        kinds = ["video" if is_video(own) else "image" for own in images]
+        kinds = ["video" if is_video(medium) else "image" for medium in images]
         prompts = [
             render(
                 self.processor,
@@ -119,8 +119,10 @@ class PrunedVLM:
             )
             for kind, text in zip(kinds, questions, strict=True)
         ]
-        rows = [[] if kind == "video" else [own] for kind, own in zip(kinds, images, strict=True)]
-        clips = [open_video(own) for own in images if is_video(own)]  # type: ignore[arg-type]
+        rows = [
+            [] if kind == "video" else [medium] for kind, medium in zip(kinds, images, strict=True)
+        ]
+        clips = [open_video(medium) for medium in images if is_video(medium)]  # type: ignore[arg-type]
         inputs = encode_prompts(self.model, self.processor, prompts, rows, clips)  # type: ignore[arg-type]
         config, tokens = family_of(self.model).decoder.config, inputs["input_ids"].shape[1]
         if tokens > (most := getattr(config, "max_position_embeddings", tokens)):

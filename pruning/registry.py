@@ -91,22 +91,22 @@ def _layer(name: str) -> int:
 
 
 def _replaced(pruner: Any, hyperparameters: dict[str, Any]) -> Any:
-    own = {key: value for key, value in hyperparameters.items() if "." not in key}
+    direct = {key: value for key, value in hyperparameters.items() if "." not in key}
     inner: dict[str, dict[str, Any]] = {}
-    for key in hyperparameters.keys() - own.keys():
+    for key in hyperparameters.keys() - direct.keys():
         part, _, rest = key.partition(".")
         inner.setdefault(part, {})[rest] = hyperparameters[key]
     for part, values in inner.items():
         if not is_dataclass(getattr(pruner, part, None)):
             raise InputError(f"{type(pruner).__name__} has no part {part!r}")
-        own[part] = _replaced(getattr(pruner, part), values)
-    _check_names(type(pruner), own)
-    return replace(pruner, **own)
+        direct[part] = _replaced(getattr(pruner, part), values)
+    _check_names(type(pruner), direct)
+    return replace(pruner, **direct)
 
 
 def _check_names(method: type[Any], hyperparameters: Mapping[str, Any]) -> None:
     """Raise `InputError` for a hyperparameter that the method does not have."""
-    known = [own.name for own in fields(method) if own.init]
+    known = [field.name for field in fields(method) if field.init]
     own_names = [name for name in known if name not in OPTIONS]
     for name in hyperparameters:
         if name not in known:

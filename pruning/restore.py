@@ -74,7 +74,7 @@ class Restore(MethodWrapper):
         kept = Kept.at(tokens, torch.empty(len(tokens), 0, dtype=torch.long, device=tokens.device))
         if alone:
             kept = self.wrapped(alone).reduce(vision)
-        return separately(kept, tokens, lambda own, among: absorbed(own, among, k))
+        return separately(kept, tokens, lambda result, among: absorbed(result, among, k))
 
 
 def absorbed(kept: Kept, tokens: Tensor, count: int) -> Kept:
@@ -85,12 +85,12 @@ def absorbed(kept: Kept, tokens: Tensor, count: int) -> Kept:
         tokens: (M, N, d).
         count: tokens of an image that stay.
     """
-    own = torch.stack(kept.indices)
-    rest = others(own, tokens.shape[1])
-    groups = grouped(take(tokens, rest), min(count - own.shape[1], rest.shape[1]))
-    indices, order = torch.cat([own, rest.gather(1, groups.medians)], 1).sort(1)
+    anchors = torch.stack(kept.indices)
+    rest = others(anchors, tokens.shape[1])
+    groups = grouped(take(tokens, rest), min(count - anchors.shape[1], rest.shape[1]))
+    indices, order = torch.cat([anchors, rest.gather(1, groups.medians)], 1).sort(1)
     features = torch.cat([torch.stack(kept.features), groups.means.to(tokens)], 1)
-    sizes = torch.cat([torch.ones_like(own), groups.sizes], 1)
+    sizes = torch.cat([torch.ones_like(anchors), groups.sizes], 1)
     return Kept(list(indices), list(take(features, order)), list(sizes.gather(1, order)))
 
 

@@ -20,7 +20,7 @@ class Schedule:
 
     Args:
         layers: decoder layers of that model.
-        places: how many of them have run at each cut, ascending.
+        depths: how many of them have run at each cut, ascending.
         shares: relative number of tokens after each cut, not rising.
 
     Raises:
@@ -60,7 +60,7 @@ class Schedule:
         Raises:
             InputError: beginning with `wrong`, if its parts are not there or of another kind.
         """
-        names = [own.name for own in fields(cls)]
+        names = [field.name for field in fields(cls)]
         try:
             if missing := [name for name in names if name not in content]:
                 raise ValueError(f"no {missing[0]}")
@@ -71,7 +71,7 @@ class Schedule:
 
     def scaled(self, layers: int) -> list[int]:
         """Its places in a model of another depth."""
-        return [round(place * layers / self.layers) for place in self.places]
+        return [round(depth * layers / self.layers) for depth in self.places]
 
 
 def check_layer(layer: int) -> None:
@@ -88,13 +88,13 @@ def entering(layer: int) -> float:
     return 1 / (share + (1 - share) / 3)
 
 
-def scaled(places: list[int], layers: int) -> list[int]:
+def scaled(depths: list[int], layers: int) -> list[int]:
     """Cuts stated for 32 decoder layers, for a model of another depth."""
-    return [round(place * layers / DEPTH) for place in places]
+    return [round(depth * layers / DEPTH) for depth in depths]
 
 
 def fit_cuts(
-    budget: int, tokens: int, layers: int, places: list[int], shares: list[float]
+    budget: int, tokens: int, layers: int, depths: list[int], shares: list[float]
 ) -> tuple[list[int], list[int]]:
     """Returns where to cut and the counts after each cut whose mean over `layers` is `budget`.
 
@@ -105,18 +105,18 @@ def fit_cuts(
         budget: mean number of image tokens that a layer computes, 1 to `tokens`.
         tokens: image tokens that enter the first layer.
         layers: decoder layers.
-        places: how many layers have run at each cut, ascending.
+        depths: how many layers have run at each cut, ascending.
         shares: relative number of tokens after each cut, not rising.
     """
-    first = places[0]
+    first = depths[0]
     while first * tokens + layers - first > budget * layers:
         first -= 1
-    places = [first, *places[1:]]
-    return places, solve_counts(budget, tokens, layers, places, shares)
+    depths = [first, *depths[1:]]
+    return depths, solve_counts(budget, tokens, layers, depths, shares)
 
 
 def solve_counts(
-    budget: int, tokens: int, layers: int, places: list[int], shares: list[float]
+    budget: int, tokens: int, layers: int, depths: list[int], shares: list[float]
 ) -> list[int]:
     """Returns the counts after each cut, proportional to `shares` and at least 1.
 
@@ -128,13 +128,13 @@ def solve_counts(
         budget: mean number of image tokens that a layer computes.
         tokens: image tokens that enter the first layer.
         layers: decoder layers.
-        places: how many layers have run at each cut, ascending.
+        depths: how many layers have run at each cut, ascending.
         shares: relative number of tokens after each cut, not rising.
     """
     # how many layers run between a cut and the next, and what they may compute together
-    ends = [*places[1:], layers]
-    spans = [end - start for start, end in zip(places, ends, strict=True)]
-    left = budget * layers - places[0] * tokens
+    ends = [*depths[1:], layers]
+    spans = [end - start for start, end in zip(depths, ends, strict=True)]
+    left = budget * layers - depths[0] * tokens
 
     def counts_at(scale: float) -> list[int]:
         return [min(tokens, max(1, int(scale * share))) for share in shares]

@@ -103,18 +103,18 @@ class SparseVLM(DecoderScorePruner):
         scores, count = self.score(tokens), tokens.features.shape[1]
         unmerged = self.unmerged_count(count, keep)
         indices, features = [], []
-        for score, own in zip(scores, tokens.features, strict=True):
+        for score, image_features in zip(scores, tokens.features, strict=True):
             order = score.argsort(descending=True, stable=True)
-            kept, kept_features = order[:unmerged], own[order[:unmerged]]
+            kept, kept_features = order[:unmerged], image_features[order[:unmerged]]
             if keep > unmerged:
                 # the best of the dropped tokens come back as one token per cluster
                 share = int(self.recycle * (count - unmerged))
                 recycled = order[unmerged:][: max(keep - unmerged, share)]
                 centers, cluster = density_peaks(
-                    own[recycled], keep - unmerged, self.neighbors, self.released
+                    image_features[recycled], keep - unmerged, self.neighbors, self.released
                 )
-                members = one_hot(cluster, keep - unmerged).to(own.dtype).T
-                merged = members @ own[recycled]
+                members = one_hot(cluster, keep - unmerged).to(image_features.dtype).T
+                merged = members @ image_features[recycled]
                 if self.released:
                     merged = merged / members.sum(1, keepdim=True)
                 kept = torch.cat([kept, recycled[centers]])

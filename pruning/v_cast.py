@@ -37,8 +37,8 @@ class VCast(VideoPruner):
         size, means = frames.shape[2], frame_means(frames)
         # frame by frame, so that no copy of the video is made
         apart = [
-            1 - cosine_similarity(own.float(), mean[:, None], dim=-1)
-            for own, mean in zip(frames.unbind(1), means.unbind(1), strict=True)
+            1 - cosine_similarity(frame.float(), mean[:, None], dim=-1)
+            for frame, mean in zip(frames.unbind(1), means.unbind(1), strict=True)
         ]
         norms = torch.linalg.vector_norm(frames, dim=-1, dtype=torch.float32)
         scores = torch.stack(apart, 1) + min_max(norms)
@@ -46,8 +46,8 @@ class VCast(VideoPruner):
         kept = []
         for score, weight in zip(scores, weights, strict=True):
             shares = apportioned(weight, k, size)
-            own = [f * size + top(score[f], share) for f, share in enumerate(shares) if share]
-            kept.append(torch.cat(own))
+            indices = [f * size + top(score[f], share) for f, share in enumerate(shares) if share]
+            kept.append(torch.cat(indices))
         return Kept(kept, list(take(vision.projected, torch.stack(kept))))
 
 

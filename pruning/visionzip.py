@@ -67,8 +67,8 @@ class VisionZip(VisionPruner):
         alone = take(vision.projected, targets)
         projected = torch.where(absorbing, vision.projector(merged_tokens), alone)
         features = torch.cat([take(vision.projected, dominant), projected], 1)
-        places, order = torch.cat([dominant, targets], 1).sort(1)
-        return Kept(list(places), list(take(features, order)))
+        indices, order = torch.cat([dominant, targets], 1).sort(1)
+        return Kept(list(indices), list(take(features, order)))
 
 
 def mean_keys(vision: VisionTokens) -> Tensor:

@@ -123,10 +123,10 @@ def add_adapter(model: Any, name: str) -> None:
     with naming(f"cannot load adapter {name!r}"):
         wrapped = peft.PeftModel(model, peft.LoraConfig(**options, inference_mode=True))
         try:
-            own = peft.get_peft_model_state_dict(wrapped)
-            shapes = [(n, tensors[n].shape, t.shape) for n, t in own.items() if n in tensors]
+            expected = peft.get_peft_model_state_dict(wrapped)
+            shapes = [(n, tensors[n].shape, t.shape) for n, t in expected.items() if n in tensors]
             wrong = [each for each in shapes if each[1] != each[2]]
-            check_report(own.keys() - tensors.keys(), tensors.keys() - own.keys(), wrong)
+            check_report(expected.keys() - tensors.keys(), tensors.keys() - expected.keys(), wrong)
             peft.set_peft_model_state_dict(wrapped, tensors)
         except Exception:
             wrapped.unload()

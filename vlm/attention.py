@@ -50,8 +50,8 @@ def decoder_query_key(
         query, key = attention.q_norm(query), attention.k_norm(key)
     cos, sin = (table.expand(len(hidden), -1, -1) for table in rotary)
     # some models turn pairs of neighbors, or part of a head only
-    own = sys.modules[type(attention).__module__]
-    turn = getattr(own, "apply_rotary_pos_emb", apply_rotary_pos_emb)
+    modeling = sys.modules[type(attention).__module__]
+    turn = getattr(modeling, "apply_rotary_pos_emb", apply_rotary_pos_emb)
     query, _ = turn(query, query, take(cos, index), take(sin, index))
     key, _ = turn(key, key, cos, sin)
     return query, key

@@ -122,11 +122,11 @@ class Block:
         for number, layer in enumerate(decoder.layers):
             hook = Hook(self, partial(self.before_layer, number))
             handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-        own, previous, nested = vars(multimodal), {}, threading.local()
+        attributes, previous, nested = vars(multimodal), {}, threading.local()
         # a model that was compiled in a function looks for it, and is compiled anew, with the hooks
         encoders = [Encoder(family, self.before, self.trace, kind, nested) for kind in family.kinds]
         for encoder in encoders:
-            previous[encoder.name] = own.get(encoder.name)
+            previous[encoder.name] = attributes.get(encoder.name)
             setattr(multimodal, encoder.name, encoder)
         try:
             yield
@@ -135,7 +135,7 @@ class Block:
             for handle in handles:
                 handle.remove()
             for encoder in encoders:
-                if own.get(encoder.name) is encoder:
+                if attributes.get(encoder.name) is encoder:
                     delattr(multimodal, encoder.name)
                     if previous[encoder.name] is not None:
                         setattr(multimodal, encoder.name, previous[encoder.name])
@@ -306,8 +306,8 @@ class Block:
 
             def embed(row: int, chosen: Tensor) -> Tensor:
                 if embeds is not None:
-                    own: Tensor = embeds[row][chosen.to(embeds.device)]
-                    return own
+                    chosen_rows: Tensor = embeds[row][chosen.to(embeds.device)]
+                    return chosen_rows
                 table = family.model.get_input_embeddings()
                 found: Tensor = table(ids[row][chosen].to(family.device))
                 return found
@@ -458,11 +458,13 @@ def refuse_compiled(model: Any) -> None:
 
 def is_compiled(module: Any) -> bool:
     """Returns whether a module is compiled, its forward is, or it stands for a compiled one."""
-    own = vars(module)
+    attributes = vars(module)
     return (
-        own.get("_compiled_call_impl") is not None
-        or "_orig_mod" in own["_modules"]
-        or ("forward" in own and hasattr(own["forward"], "_torchdynamo_orig_callable"))
+        attributes.get("_compiled_call_impl") is not None
+        or "_orig_mod" in attributes["_modules"]
+        or (
+            "forward" in attributes and hasattr(attributes["forward"], "_torchdynamo_orig_callable")
+        )
     )
 
 

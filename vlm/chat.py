@@ -63,8 +63,8 @@ def special_tokens(processor: Any) -> SpecialTokens:
         added = list(tokenizer.added_tokens_decoder.values())
         names = {str(token) for token in added if token.special}
         # some checkpoints hold placeholders as tokens that are not marked as special
-        own = {value for key, value in vars(processor).items() if key.endswith("_token")}
-        names |= own & set(map(str, added))
+        declared = {value for key, value in vars(processor).items() if key.endswith("_token")}
+        names |= declared & set(map(str, added))
         longest_first = sorted(names - {""}, key=lambda name: (-len(name), name))
         longest_first = longest_first[: LAST - FIRST]
         pattern = "|".join(map(re.escape, longest_first)) or "(?!)"
@@ -114,7 +114,7 @@ def encode_text(processor: Any, text: str) -> list[int]:
         return ids
     wide, plain = _wide(processor)
     found = wide(text, add_special_tokens=False)["input_ids"]
-    return [token for own in found for token in plain.get(own, [own])]
+    return [token for token_id in found for token in plain.get(token_id, [token_id])]
 
 
 def encode_prompts(
@@ -181,7 +181,7 @@ def check_videos(family: Family, processor: Any, videos: Sequence[VideoClip]) ->
         InputError: if the model takes no videos, or a clip is too short.
     """
     if "video" not in family.kinds or getattr(processor, "video_processor", None) is None:
-        known = [name for name, own in FAMILIES.items() if "video" in own.kinds]
+        known = [name for name, adapter in FAMILIES.items() if "video" in adapter.kinds]
         raise InputError(
             f"{family.model.config.model_type} models take no videos here; give their frames as images, "
             f"or a model of {', '.join(known)}"
@@ -231,17 +231,17 @@ def _after_newline(tokenizer: Any, text: str) -> list[int]:
 def _replace(inputs: Any, plain: dict[int, list[int]], left: bool, pad: int) -> None:
     """Put tokens of plain characters in place of private ones, in every (B, L) tensor alike."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
-    rows = [own[valid].tolist() for own, valid in zip(ids, mask, strict=True)]
-    counts = [torch.tensor([len(plain.get(own, [own])) for own in row]) for row in rows]
+    rows = [row_ids[valid].tolist() for row_ids, valid in zip(ids, mask, strict=True)]
+    counts = [torch.tensor([len(plain.get(token, [token])) for token in row]) for row in rows]
     fills = {"input_ids": pad}
     for name in [key for key, value in inputs.items() if _like(value, ids)]:
         values = [
-            own[valid].repeat_interleave(count)
-            for own, valid, count in zip(inputs[name], mask, counts, strict=True)
+            row_ids[valid].repeat_interleave(count)
+            for row_ids, valid, count in zip(inputs[name], mask, counts, strict=True)
         ]
         if name == "input_ids":
             values = [
-                torch.tensor([token for own in row for token in plain.get(own, [own])])
+                torch.tensor([text_id for token in row for text_id in plain.get(token, [token])])
                 for row in rows
             ]
         inputs[name] = torch.nn.utils.rnn.pad_sequence(

@@ -41,8 +41,8 @@ def own_layers(config: Any, layers: int) -> int:
 
 def widths_of(config: Any, number: int) -> tuple[int, int]:
     """Returns how wide the queries of layer `number` are, and its keys."""
-    own = getattr(config, "per_layer_config", None)
-    layer = config if own is None else own[number]
+    per_layer = getattr(config, "per_layer_config", None)
+    layer = config if per_layer is None else per_layer[number]
     head = getattr(layer, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_attention_heads * head, layer.num_key_value_heads * head
 

@@ -70,25 +70,25 @@ class Group:
         Where some are masked the others no longer fill a grid: to methods they are one row.
         """
         visible = visible.to(self.tokens.projected.device)
-        own, indices = visible, None
+        chosen, indices = visible, None
         if self.indices is not None:
-            own = visible[self.indices]
-            indices = (visible.cumsum(0) - 1)[self.indices[own]]
+            chosen = visible[self.indices]
+            indices = (visible.cumsum(0) - 1)[self.indices[chosen]]
         newlines = self.newlines
         if newlines is not None and self.indices is not None:
             free = torch.ones_like(visible)
             free[self.indices] = False
             newlines = newlines[image : image + 1, visible[free]]
-        tokens = self.tokens.of(image, own)
+        tokens = self.tokens.of(image, chosen)
         if not bool(visible.all()):
-            grids = ((1, int(own.sum())),)
+            grids = ((1, int(chosen.sum())),)
             tokens = replace(tokens, grids=grids, available=int(visible.sum()), frames=0)
         return Group(
             [self.members[image]],
             tokens,
             indices,
             newlines,
-            [layer[image : image + 1, own] for layer in self.deepstack],
+            [layer[image : image + 1, chosen] for layer in self.deepstack],
             self.flops,
         )
 
@@ -108,7 +108,9 @@ class Images:
     def followed_by(self, videos: Self) -> Self:
         """These images and then those videos, as one."""
         first = sum(len(group.members) for group in self.groups)
-        later = [replace(g, members=[first + own for own in g.members]) for g in videos.groups]
+        later = [
+            replace(g, members=[first + member for member in g.members]) for g in videos.groups
+        ]
         return replace(self, groups=self.groups + later, inputs=self.inputs | videos.inputs)
 
     @property
@@ -135,7 +137,7 @@ class Images:
     def projected(self) -> list[Tensor]:
         """Features of each image as the unpruned model gets them, (n_i, d_l)."""
         return self._in_order(
-            [[g.filled(i, own) for i, own in enumerate(g.tokens.projected)] for g in self.groups]
+            [[g.filled(i, rows) for i, rows in enumerate(g.tokens.projected)] for g in self.groups]
         )
 
     @property
@@ -154,8 +156,10 @@ class Images:
             if all(bool(masks[image].all()) for image in group.members):
                 groups.append(group)
                 continue
-            own = [group.alone(place, masks[image]) for place, image in enumerate(group.members)]
-            groups += [one for one in own if one.size]
+            single = [
+                group.alone(number, masks[image]) for number, image in enumerate(group.members)
+            ]
+            groups += [one for one in single if one.size]
         return groups
 
     def _in_order(self, per_group: Sequence[Sequence[T]]) -> list[T]:

@@ -120,9 +120,9 @@ class Segment:
     def blocks(self, blocks: Tensor, device: torch.device) -> Tensor:
         """The block of each of these layers' keys, -1 for text, given those of the full input."""
         # blocks of this forward's tokens, behind those of the cache, which are none
-        own = torch.where(self.layout.valid, blocks.gather(1, self.layout.column), -1)
-        past = self.front + self.cached.valid.shape[1] - own.shape[1]
-        return torch.cat([own.new_full((len(own), past), -1), own], 1).to(device)
+        current = torch.where(self.layout.valid, blocks.gather(1, self.layout.column), -1)
+        past = self.front + self.cached.valid.shape[1] - current.shape[1]
+        return torch.cat([current.new_full((len(current), past), -1), current], 1).to(device)
 
 
 @dataclass
@@ -241,9 +241,9 @@ class LayerPruning:
             new["inputs_embeds"] = filled(hidden, layout, forward.kept.features)
             if layout is not forward.layout and kwargs.get("per_layer_inputs") is not None:
                 # embeddings of ids, (B, L, layers, d), that the decoder hands to its layers
-                own = kwargs["per_layer_inputs"]
-                chosen = take(own.flatten(2), layout.column.to(own.device))
-                new["per_layer_inputs"] = chosen.unflatten(2, own.shape[2:])
+                per_layer = kwargs["per_layer_inputs"]
+                chosen = take(per_layer.flatten(2), layout.column.to(per_layer.device))
+                new["per_layer_inputs"] = chosen.unflatten(2, per_layer.shape[2:])
             if forward.kept.sizes is not None and layout is not forward.layout:
                 layout = layout.sized(forward.kept.sizes)
         segment = self.segment(forward, layout, 0)
@@ -385,14 +385,14 @@ class LayerPruning:
             moved = {"position_ids": self._given(segment)} if segment.cached.pruned else {}
             return self._biased(forward, segment, number, hidden, kwargs | moved)
         # what the decoder made for its input does not fit fewer tokens
-        own = {
+        replaced = {
             "position_ids": self._given(segment),
             "position_embeddings": self._rotary(
                 segment, number, hidden, kwargs["position_embeddings"]
             ),
             "attention_mask": self._mask(forward, segment, number, hidden, kwargs),
         }
-        return self._biased(forward, segment, number, hidden, kwargs | segment.selected | own)
+        return self._biased(forward, segment, number, hidden, kwargs | segment.selected | replaced)
 
     def _mask(
         self,
@@ -443,8 +443,8 @@ class LayerPruning:
 
     def rotary_kind(self, number: int) -> str:
         """The kind of layer `number` where each kind turns by frequencies of its own, else nothing."""
-        own = "layer_type" in signature(self.decoder.rotary_emb.forward).parameters
-        return mask_kind(self.decoder.config, number) if own else ""
+        typed = "layer_type" in signature(self.decoder.rotary_emb.forward).parameters
+        return mask_kind(self.decoder.config, number) if typed else ""
 
     def _biased(
         self,
@@ -742,9 +742,9 @@ def keep_mask(layout: TokenLayout, indices: list[Tensor]) -> Tensor:
     ascending; a mask (B, n).
     """
     keep = layout.valid & (layout.image < 0)
-    for row, columns, own in zip(layout.rows, layout.images(), indices, strict=True):
+    for row, columns, chosen in zip(layout.rows, layout.images(), indices, strict=True):
         # masked placeholders have no columns
-        keep[row, columns[torch.searchsorted(layout.index[row, columns], own)]] = True
+        keep[row, columns[torch.searchsorted(layout.index[row, columns], chosen)]] = True
     return layout.without_empty_rows(keep)
 
 
@@ -757,11 +757,13 @@ def filled(hidden: Tensor, layout: TokenLayout, features: Sequence[Tensor | None
         features: of each image, (k, D), or None.
     """
     columns = layout.images()
-    given = [image for image, own in enumerate(features) if own is not None and len(columns[image])]
+    given = [
+        image for image, rows in enumerate(features) if rows is not None and len(columns[image])
+    ]
     if not given:
         return hidden
     row = torch.cat([layout.rows[image].expand(len(columns[image])) for image in given])
     column = torch.cat([columns[image] for image in given])
-    values = torch.cat([own for image in given if (own := features[image]) is not None])
+    values = torch.cat([rows for image in given if (rows := features[image]) is not None])
     at = (row.to(hidden.device), column.to(hidden.device))
     return hidden.index_put(at, values.to(hidden.device, hidden.dtype))

@@ -63,11 +63,11 @@ def merged_ordinals(
     length, first = masks[0].shape[1], []
     for kind, ordinal in enumerate(ordinals):
         row, column = (ordinal >= 0).nonzero(as_tuple=True)
-        own = ordinal[row, column]
+        of_kind = ordinal[row, column]
         # the first placeholder of each: row order makes it the first of its number
-        starts = torch.searchsorted(own, torch.arange(len(counts[kind]), device=own.device))
-        places = (row * length + column)[starts].tolist()
-        first += [(place, kind, index) for index, place in enumerate(places)]
+        starts = torch.searchsorted(of_kind, torch.arange(len(counts[kind]), device=of_kind.device))
+        tokens = (row * length + column)[starts].tolist()
+        first += [(token, kind, index) for index, token in enumerate(tokens)]
     order = [(kind, index) for _, kind, index in sorted(first)]
     # renumber each kind's placeholders by what stands first in the prompt
     numbers = {item: number for number, item in enumerate(order)}
@@ -286,9 +286,9 @@ class TokenLayout:
         counts all tokens of an image as their mean.
         """
         table = torch.ones(2, *self.valid.shape)
-        for row, columns, own in zip(self.rows, self.images(), sizes, strict=True):
+        for row, columns, image_sizes in zip(self.rows, self.images(), sizes, strict=True):
             if len(columns):
-                table[0, row, columns], table[1, row, columns] = own.mean(), own
+                table[0, row, columns], table[1, row, columns] = image_sizes.mean(), image_sizes
         return replace(self, sizes=table)
 
 

@@ -28,10 +28,10 @@ def question_rows(model: Any, inputs: Mapping[str, Any]) -> Iterator[list[Attent
         InputError: if a layer has no attention that could be scored.
     """
     family, ids = family_of(model), inputs["input_ids"]
-    own: frozenset[Need] = frozenset(
+    needs: frozenset[Need] = frozenset(
         {"decoder layers with keys and values, and no inputs but hidden states, of their own"}
     )
-    if needed := sorted(own & family.lacks):
+    if needed := sorted(needs & family.lacks):
         raise InputError(
             f"scores of attention need {needed[0]}, which {model.config.model_type} models lack"
         )
@@ -59,7 +59,9 @@ def question_rows(model: Any, inputs: Mapping[str, Any]) -> Iterator[list[Attent
     rows, columns_of = image_rows(ordinal, len(counts)), image_columns(ordinal, counts)
     index, real = compact(question_mask(is_image, valid))
     columns = torch.where(real, index, -1)
-    groups = [(rows[own], torch.stack([columns_of[i] for i in own])) for own in alike(counts)]
+    groups = [
+        (rows[members], torch.stack([columns_of[i] for i in members])) for members in alike(counts)
+    ]
     for number, (layer, (hidden, rotary)) in enumerate(zip(layers, seen, strict=True)):
         query, key = decoder_query_key(layer, hidden, rotary, index)
         scale, window = layer.self_attn.scaling, windows[number]

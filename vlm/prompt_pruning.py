@@ -118,7 +118,7 @@ class Encoder:
             ]
         if "hidden_states" in output and not inputs.get("output_hidden_states"):
             output.hidden_states = None
-        counts = [own.numel() // own.shape[-1] for own in output.pooler_output]
+        counts = [rows.numel() // rows.shape[-1] for rows in output.pooler_output]
         # a key, since accelerate makes a mapping anew and drops attributes
         output["encoded"] = Encoded(kept, seen, inputs, counts)
         return output
@@ -181,7 +181,7 @@ class Choice:
             if (output := outputs.get(kind)) is None:
                 continue
             is_kind, noted = input_ids == family.placeholder(kind), getattr(output, "encoded", None)
-            own: Images | None = None
+            given: Images | None = None
             if method.vision is not None:
                 frames = method.vision.frames
                 each = [
@@ -202,8 +202,8 @@ class Choice:
                 assert noted is not None
                 read = family.images if kind == "image" else family.videos
                 inputs = noted.inputs | {"input_ids": input_ids[::copies]}
-                own = read(noted.output, noted.pixel_values, **inputs)
-                each = each if method.pixels is not None else own.counts
+                given = read(noted.output, noted.pixel_values, **inputs)
+                each = each if method.pixels is not None else given.counts
             found = int(is_kind.sum())
             if found != copies * sum(each):
                 raise InputError(f"{found} {kind} placeholders do not fit {len(each)} {kind}s")
@@ -212,7 +212,7 @@ class Choice:
             orders.append([first + index for index in repeated(each, is_kind)])
             counts.append(each)
             masks.append(is_kind)
-            encoded = encoded if own is None else encoded.followed_by(own)
+            encoded = encoded if given is None else encoded.followed_by(given)
         # images and videos of the prompt in its order, by their numbers among all that were encoded
         flat = list(chain.from_iterable(counts))
         in_prompt = [[flat[index] for index in order] for order in orders]
@@ -252,24 +252,25 @@ class Choice:
             for group in self.encoded.groups if changed else self.encoded.visible(masks):
                 question = partial(questions, group.members)
                 kept = self.method.reduce(replace(group.tokens, question=question))
-                for place, image in enumerate(group.members):
+                for member, image in enumerate(group.members):
                     # where nothing is dropped, newlines between the tokens have features, too
-                    own = kept.features[place]
-                    own = group.filled(place, own) if len(own) == group.size else own
-                    chosen.append((image, group.placeholders(kept.indices[place]), own))
+                    rows = kept.features[member]
+                    if len(rows) == group.size:
+                        rows = group.filled(member, rows)
+                    chosen.append((image, group.placeholders(kept.indices[member]), rows))
                     if kept.sizes is not None:
-                        sizes[image] = kept.sizes[place].float().cpu()
+                        sizes[image] = kept.sizes[member].float().cpu()
             found = on_host([indices for _, indices, _ in chosen])
         # a masked image is none of the groups: nothing is kept of it
         indices, features = [torch.arange(0)] * len(first), [torch.zeros(0)] * len(first)
-        for (image, _, own), at in zip(chosen, found, strict=True):
+        for (image, _, rows), at in zip(chosen, found, strict=True):
             if changed:
                 seen = masks[image][at]
-                indices[image], features[image] = at[seen], own[seen.to(own.device)]
+                indices[image], features[image] = at[seen], rows[seen.to(rows.device)]
             else:
                 # methods count the placeholders that are not masked
                 indices[image] = masks[image].nonzero()[:, 0][at]
-                features[image] = own
+                features[image] = rows
         counted = None
         if sizes:
             counted = [sizes.get(i, torch.ones(len(indices[i]))) for i in self.images]
@@ -284,4 +285,4 @@ def on_host(indices: list[Tensor]) -> list[Tensor]:
     """Each image's indices on the CPU, in one transfer."""
     if not indices:
         return []
-    return list(torch.cat(indices).cpu().split([len(own) for own in indices]))
+    return list(torch.cat(indices).cpu().split([len(one) for one in indices]))

@@ -74,8 +74,8 @@ class VisionTokens:
             query, key = self.query_key()
             tiles = len(query) // len(self.projected)
             # the image's tiles follow one another
-            own = slice(image * tiles, (image + 1) * tiles)
-            return query[own], key[own]
+            rows = slice(image * tiles, (image + 1) * tiles)
+            return query[rows], key[rows]
 
         return replace(
             self,
@@ -95,13 +95,13 @@ class VisionTokens:
             chosen: which F of the frames, ascending; all T unless given.
         """
         videos, frames = len(self.projected), self.frames
-        own = list(range(frames)) if chosen is None else list(chosen)
+        frame_numbers = list(range(frames)) if chosen is None else list(chosen)
         # frames of all videos are numbered one after the other
-        at = [video * frames + frame for video in range(videos) for frame in own]
+        at = [video * frames + frame for video in range(videos) for frame in frame_numbers]
 
         def split(values: Tensor) -> Tensor:
             parts: Tensor = values.unflatten(1, (frames, -1))
-            return parts[:, own].flatten(0, 1)
+            return parts[:, frame_numbers].flatten(0, 1)
 
         def query_key() -> tuple[Tensor, Tensor]:
             query, key = self.query_key()
@@ -118,9 +118,11 @@ class VisionTokens:
             features=split(self.features),
             projected=split(self.projected),
             grids=self.grids[: len(self.grids) // frames],
-            seeds=tuple(crc32(f"{seed} {frame}".encode()) for seed in self.seeds for frame in own),
+            seeds=tuple(
+                crc32(f"{seed} {frame}".encode()) for seed in self.seeds for frame in frame_numbers
+            ),
             query_key=query_key,
-            question=lambda: tuple(text for text in self.question() for _ in own),
+            question=lambda: tuple(text for text in self.question() for _ in frame_numbers),
             pool=pool,
             available=self.projected.shape[1] // frames,
             frames=0,
@@ -170,8 +172,8 @@ class AttentionRows:
     @property
     def key_positions(self) -> Tensor:
         """Places of the keys, -1 for padding, (M, L)."""
-        places = torch.arange(self.key.shape[2], device=self.key.device)
-        return torch.where(self.key_valid, places, -1)
+        positions = torch.arange(self.key.shape[2], device=self.key.device)
+        return torch.where(self.key_valid, positions, -1)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def find_images(source: Path, prompt: str, limit: int | None = None) -> pa.Table
         raise InputError(
             f"there are no images in {source}; give a folder with files of {', '.join(SUFFIXES)}"
         )
-    row_prompts = [own or prompt for own in prompts]
+    row_prompts = [text or prompt for text in prompts]
     if not all(row_prompts):
         raise InputError(
             f"row {row_prompts.index('') + 1} of {source} has no prompt; give --prompt"

@@ -180,7 +180,7 @@ class Pretraining:
 
     def _step(self, step: int) -> tuple[float, float]:
         pixels, captions = self._batch(step)
-        texts, own = captions.unique(return_inverse=True)
+        texts, target = captions.unique(return_inverse=True)
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.rate * _schedule(step, self.recipe)
         self.model.train()
@@ -189,14 +189,14 @@ class Pretraining:
             text = self.model.encode_text(self.tokens[texts])
         scale = self.model.logit_scale.exp()
         logits = scale * normalize(image.float(), dim=-1) @ normalize(text.float(), dim=-1).T
-        loss = contrastive(logits, own)
+        loss = contrastive(logits, target)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, math.log(100))
-        return float(loss.detach()), float((logits.argmax(1) == own).float().mean())
+        return float(loss.detach()), float((logits.argmax(1) == target).float().mean())
 
     @torch.no_grad()
     def _initialize(self) -> None:
@@ -242,17 +242,17 @@ class Pretraining:
             file.write(json.dumps(line) + "\n")
 
 
-def contrastive(logits: Tensor, own: Tensor) -> Tensor:
+def contrastive(logits: Tensor, target: Tensor) -> Tensor:
     """CLIP's two-way loss where several pictures may share a caption.
 
     Args:
         logits: (B, C) of pictures against the batch's distinct captions.
-        own: (B,) the caption of each picture; a caption's pictures share its target evenly.
+        target: (B,) the caption of each picture; a caption's pictures share its target evenly.
     """
-    rows = torch.arange(len(own))
-    to_text = -log_softmax(logits, 1)[rows, own].mean()
-    counts = own.bincount(minlength=logits.shape[1])
-    to_image = -(log_softmax(logits, 0)[rows, own] / counts[own]).sum() / logits.shape[1]
+    rows = torch.arange(len(target))
+    to_text = -log_softmax(logits, 1)[rows, target].mean()
+    counts = target.bincount(minlength=logits.shape[1])
+    to_image = -(log_softmax(logits, 0)[rows, target] / counts[target]).sum() / logits.shape[1]
     return (to_text + to_image) / 2
 
 

@@ -321,10 +321,10 @@ class Trainer:
         chosen = torch.randint(len(drawn), (images,), generator=self.generator).tolist()
         encoded = self._encoded(chosen) if features else []
         rows = []
-        for place, k in enumerate(chosen):
+        for number, k in enumerate(chosen):
             example = drawn[k]
             keep = _some(example.triples[:, 0] > 0, extra, self.generator)
-            image = (encoded[place] if features else example.triples)[keep]
+            image = (encoded[number] if features else example.triples)[keep]
             rows.append(example.row(image, questions, lesson, self._seed()))
         texts = (self.source.text(written, self._seed()) for _ in range(images // 2))
         return [*rows, *texts]

@@ -93,12 +93,12 @@ def windows(source: Iterator[Scene], seed: int, batch: int, side: int) -> Iterat
 def whole_scenes(seed: int, batch: int) -> Iterator[PatchBatch]:
     """Batches of whole scenes."""
     source = scenes(seed, things=6)
-    places = torch.arange(GRID * GRID).expand(batch, -1)
+    cells = torch.arange(GRID * GRID).expand(batch, -1)
     while True:
         drawn = [next(source) for _ in range(batch)]
         yield PatchBatch(
             pixels_of(drawn),
-            places,
+            cells,
             torch.from_numpy(np.stack([s.patch_names.ravel() for s in drawn])),
             torch.from_numpy(np.stack([s.patch_colors.ravel() for s in drawn])),
         )

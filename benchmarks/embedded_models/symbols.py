@@ -46,9 +46,9 @@ class Symbols(nn.Module):
         what = torch.where((name > 0)[:, None], shown, self.background)
         return what + self.place(place)
 
-    def place(self, place: Tensor) -> Tensor:
+    def place(self, cell: Tensor) -> Tensor:
         """Patch indices -> (tokens, width)."""
-        return self.rows[place // self.grid] + self.columns[place % self.grid]
+        return self.rows[cell // self.grid] + self.columns[cell % self.grid]
 
 
 def word_ids(tokenizer: PreTrainedTokenizerFast, words: Sequence[str]) -> Tensor:

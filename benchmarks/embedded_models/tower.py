@@ -59,9 +59,11 @@ def tower_features(tower: Any, pixels: Tensor, positions: Tensor | None = None) 
     embeddings = tower.embeddings
     patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
     table = embeddings.position_embedding.weight
-    places = table[1:].expand(len(pixels), -1, -1) if positions is None else table[1:][positions]
+    position_embeddings = (
+        table[1:].expand(len(pixels), -1, -1) if positions is None else table[1:][positions]
+    )
     first = (embeddings.class_embedding + table[0]).expand(len(pixels), 1, -1)
-    hidden = tower.pre_layrnorm(torch.cat([first, patches + places], 1))
+    hidden = tower.pre_layrnorm(torch.cat([first, patches + position_embeddings], 1))
     for layer in tower.encoder.layers[:-1]:
         hidden = layer(hidden, None)
     features: Tensor = hidden[:, 1:]

@@ -23,11 +23,13 @@ def paired_costs(model: Any, prompt: PromptRecord) -> tuple[Costs, Costs]:
     learners = getattr(model, "wings", None)
 
     def flops(per_layer: list[float]) -> float:
-        own = prompt.vision_flops + prefill_flops(text, prompt.text_tokens, per_layer)
+        pruned_flops = prompt.vision_flops + prefill_flops(text, prompt.text_tokens, per_layer)
         if learners is not None:
             added = text, learners.config, prompt.text_tokens, per_layer
-            own += learner_flops(*added) + router_flops(*added, fused=model.device.type == "cpu")
-        return own
+            pruned_flops += learner_flops(*added) + router_flops(
+                *added, fused=model.device.type == "cpu"
+            )
+        return pruned_flops
 
     def held(per_layer: list[float]) -> float:
         return key_value_bytes(text, prompt.text_tokens, per_layer, model.dtype.itemsize)

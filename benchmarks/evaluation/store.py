@@ -109,14 +109,16 @@ def read_run(folder: Path) -> tuple[Results, list[PairedRow]]:
         row for row in read_rows(folder / ROWS, PairedRow).values() if row.task in results.tasks
     ]
     for name, task in results.tasks.items():
-        own = [row for row in rows if row.task == name]
+        of_task = [row for row in rows if row.task == name]
         means = [
-            np.mean([getattr(row, key) for row in own]) if own else 0.0
+            np.mean([getattr(row, key) for row in of_task]) if of_task else 0.0
             for key in ("score", "baseline_score")
         ]
-        if len(own) != task.n or not np.allclose(means, [task.accuracy, task.baseline_accuracy]):
+        if len(of_task) != task.n or not np.allclose(
+            means, [task.accuracy, task.baseline_accuracy]
+        ):
             raise InputError(
-                f"{folder / ROWS} has {len(own)} rows of task {name}, which are not those of "
+                f"{folder / ROWS} has {len(of_task)} rows of task {name}, which are not those of "
                 f"{RESULTS}; {RERUN}"
             )
     return results, rows

@@ -124,8 +124,10 @@ def run_forgetting(
     with ExitStack() as stack:
         group = stack.enter_context(GroupFolder(output, "suite"))
         folders = {
-            role: stack.enter_context(RunFolder(output / role, own, AnswerRow, "answers", group))
-            for role, own in configs.items()
+            role: stack.enter_context(
+                RunFolder(output / role, role_config, AnswerRow, "answers", group)
+            )
+            for role, role_config in configs.items()
         }
         if lmms_eval.needed(config.tasks):
             skipped = _through_lmms(folders, data_root, tick)
@@ -143,8 +145,8 @@ def _embedded(folders: dict[str, RunFolder[AnswerRow]], tick: Progress) -> None:
     config = folders["vlm"].config
     samples = samples_of(config.tasks, config.limit, config.seed, config.split)
     if "base" in folders:
-        own = folders["base"].config
-        language = Language(own.model, own.device, own.dtype)
+        base_config = folders["base"].config
+        language = Language(base_config.model, base_config.device, base_config.dtype)
         _fill(folders["base"], _asking_text(language), [s for s in samples if _text(s)], tick)
         del language
     model, processor = load(config.model, config.device, config.dtype)
@@ -243,7 +245,7 @@ def summarize_suite(
         for task in reasons:
             scores[role].pop(task, None)
     shown = {row.task for row in folders["vlm"].rows.values() if row.images}
-    order = {name: place for place, name in enumerate(config.tasks)}
+    order = {name: number for number, name in enumerate(config.tasks)}
     names = sorted(scores["vlm"], key=lambda n: (n in shown, order.get(n, len(order)), n))
     return SuiteResults(
         suite=SUITES[0],
@@ -265,9 +267,9 @@ def summarize_suite(
 def _common_scores(scores: Scores, names: list[str]) -> Scores:
     """Scores of the models that were asked all of some tasks."""
     return {
-        role: {name: own[name] for name in names}
-        for role, own in scores.items()
-        if names and set(names) <= set(own)
+        role: {name: by_task[name] for name in names}
+        for role, by_task in scores.items()
+        if names and set(names) <= set(by_task)
     }
 
 
@@ -281,8 +283,8 @@ def _entry(scores: Scores, names: list[str]) -> SuiteEntry:
     return SuiteEntry(
         n=sum(len(scores["vlm"][name]) for name in names),
         accuracy={
-            role: float(np.mean([values.mean() for values in own.values()]))
-            for role, own in common.items()
+            role: float(np.mean([values.mean() for values in by_task.values()]))
+            for role, by_task in common.items()
         },
         differences=differences,
     )
@@ -293,7 +295,7 @@ def _task(scores: Scores, name: str, images: bool) -> SuiteTask:
     return SuiteTask(
         **msgspec.structs.asdict(entry),
         images=images,
-        accuracy_ci={role: mean_interval(own[name]) for role, own in common.items()},
+        accuracy_ci={role: mean_interval(by_task[name]) for role, by_task in common.items()},
     )
 
 
@@ -304,9 +306,11 @@ def suite_table(results: SuiteResults) -> list[list[str]]:
     named = [" - ".join(TITLES[role] for role in pair.split(" - ")) for pair in pairs]
     table = [["task", "n", *(f"{TITLES[role]} %" for role in roles), *named]]
     for images, mean in ((False, results.text), (True, results.images)):
-        own = {name: entry for name, entry in results.tasks.items() if entry.images == images}
-        entries: dict[str, SuiteEntry] = {**own}
-        if len(own) > 1:
+        entries_of_kind = {
+            name: entry for name, entry in results.tasks.items() if entry.images == images
+        }
+        entries: dict[str, SuiteEntry] = {**entries_of_kind}
+        if len(entries_of_kind) > 1:
             entries[f"mean, {'images' if images else 'text'}"] = mean
         for name, entry in entries.items():
             accuracies = [

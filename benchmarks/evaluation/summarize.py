@@ -38,8 +38,8 @@ def summarize(config: RunConfig, rows: Sequence[PairedRow], machine: Machine) ->
         for name in config.tasks
     }
     tasks = {
-        name: _task_result([row for row in rows if row.task == name], {name: own})
-        for name, own in scores.items()
+        name: _task_result([row for row in rows if row.task == name], {name: score})
+        for name, score in scores.items()
     }
     point, interval = retained(scores)
     times = PairedTimes(

@@ -120,10 +120,10 @@ def proposal(model: Any, points: list[int], budget: int, cuts: int, tokens: int)
     """
     layers, pattern = len(family_of(model).decoder.layers), AdaptInfer().pattern()
     counts = histogram(points, layers)
-    places = propose(counts, min(cuts, len(pattern)))
-    if not places:
+    depths = propose(counts, min(cuts, len(pattern)))
+    if not depths:
         raise InputError("no layer stands out, so there is nothing to propose; give more --limit")
-    schedule = Schedule(layers, tuple(places), tuple(share for _, share in pattern[: len(places)]))
+    schedule = Schedule(layers, tuple(depths), tuple(share for _, share in pattern[: len(depths)]))
     method = AdaptInfer(budget=budget, schedule=schedule)
     made = method.cuts(tokens, layers)
     computed = [
@@ -154,9 +154,9 @@ def draw_schedule(content: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
     axes.bar(range(content["layers"]), content["histogram"], color="#8aa4c8")
-    for number, place in enumerate(content["places"]):
+    for number, depth in enumerate(content["places"]):
         label = "proposed cuts" if number == 0 else None
-        axes.axvline(place - 0.5, color="#b3261e", linestyle="--", label=label)
+        axes.axvline(depth - 0.5, color="#b3261e", linestyle="--", label=label)
     axes.set(
         xlabel="decoder layer where text-to-vision attention changes", ylabel="image tokens",
         title=f"{content['change_points']} change points",

@@ -265,9 +265,9 @@ def _best(
     candidates: list[Variant], measured: Round, budget: float, keep: int | None
 ) -> list[Variant]:
     """The most accurate variants of a budget, a third of them unless told; ties in given order."""
-    own = [n for n, variant in enumerate(candidates) if variant.budget == budget]
-    own.sort(key=lambda n: -measured.accuracy(n))
-    return [candidates[n] for n in own[: keep or max(FINALISTS, -(-len(own) // 3))]]
+    at_budget = [n for n, variant in enumerate(candidates) if variant.budget == budget]
+    at_budget.sort(key=lambda n: -measured.accuracy(n))
+    return [candidates[n] for n in at_budget[: keep or max(FINALISTS, -(-len(at_budget) // 3))]]
 
 
 def _compared(candidates: list[Variant], measured: Round, first: int, count: int) -> Definition:
@@ -301,8 +301,8 @@ def _compared(candidates: list[Variant], measured: Round, first: int, count: int
 def definition_table(entry: Definition) -> list[list[str]]:
     """Header and one row per single method: its accuracy and how far the combination is above."""
     rows = [["method", f"tokens {THREE_WAYS}", "accuracy %", "combination minus it [95 %]", "p"]]
-    own = percent(entry.combination_accuracy)
-    rows.append([entry.combination, three_ways(entry.tokens), own, "", ""])
+    combined = percent(entry.combination_accuracy)
+    rows.append([entry.combination, three_ways(entry.tokens), combined, "", ""])
     for rival in sorted(entry.against, key=lambda rival: -rival.accuracy):
         accuracy, tokens = percent(rival.accuracy), three_ways(rival.tokens)
         gain = points(rival.difference, rival.ci)

@@ -99,10 +99,10 @@ class _DataTask(ConfigurableTask):  # type: ignore[misc]
     def with_data(
         cls, config: dict[str, Any], data_root: DataRoot | None, limit: int | None, check: Check
     ) -> Any:
-        own = {"data_root": data_root, "limit": limit, "check": staticmethod(check)}
+        attributes = {"data_root": data_root, "limit": limit, "check": staticmethod(check)}
         if not _judged(config):  # a judge may fail and be asked again; a wrong row stays wrong
-            own["process_results"] = ConfigurableTask.process_results.__wrapped__
-        bound = type(cls.__name__, (cls,), own)
+            attributes["process_results"] = ConfigurableTask.process_results.__wrapped__
+        bound = type(cls.__name__, (cls,), attributes)
         if config.get("num_fewshot") and not config.get("fewshot_config"):
             # without a configuration lmms-eval 0.7.3 makes no sampler, and then asks for it
             config = config | {"fewshot_config": {"sampler": "default"}}
@@ -242,11 +242,11 @@ def _with_gqa_images(questions: Any, root: DataRoot, split: str) -> Any:
             raise InputError(f"{folder} lacks the image {folder / lost}; download it again")
         return row_images(questions.add_column("image", names), root)
     pictures = load_split(root, "testdev_balanced_images", split)
-    place = {number: row for row, number in enumerate(pictures["id"])}
-    lost = next((number for number in questions["imageId"] if number not in place), None)
+    row_of = {number: row for row, number in enumerate(pictures["id"])}
+    lost = next((number for number in questions["imageId"] if number not in row_of), None)
     if lost:
         raise InputError(f"{folder} lacks the image {lost!r}; download it again")
     raw = pictures.cast_column("image", datasets.Image(decode=False))
-    chosen = raw.select([place[number] for number in questions["imageId"]])
+    chosen = raw.select([row_of[number] for number in questions["imageId"]])
     column = questions.add_column("image", list(chosen["image"]))
     return row_images(column.cast_column("image", datasets.Image()), root)

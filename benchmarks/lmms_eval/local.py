@@ -75,9 +75,11 @@ def load_split(root: DataRoot, config: str | None, split: str) -> Any:
 
 
 def _files(folder: Path, config: str | None, split: str) -> list[Path]:
-    places = [folder / config, folder] if config else [folder]
+    candidates = [folder / config, folder] if config else [folder]
     named = [_matching(folder, config)] if config else []
-    found = [_matching(place / inner, split) for place in places for inner in ("", "data")]
+    found = [
+        _matching(candidate / inner, split) for candidate in candidates for inner in ("", "data")
+    ]
     return next((files for files in [*found, *named] if files), [])
 
 

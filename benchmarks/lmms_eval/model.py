@@ -116,8 +116,8 @@ class PrunedChat(lmms):  # type: ignore[misc]
 
     @property
     def device(self) -> torch.device:
-        place: torch.device = self.model.device
-        return place
+        device: torch.device = self.model.device
+        return device
 
     def clean(self) -> None:
         """Free the model after a run, unless more runs follow."""
@@ -279,7 +279,7 @@ def _name(request: Instance, names: Counter[str]) -> str:
 
 def _length(tokens: list[int], ends: list[int]) -> int:
     """Tokens up to and with the first end of sequence."""
-    for place, token in enumerate(tokens):
+    for number, token in enumerate(tokens):
         if token in ends:
-            return place + 1
+            return number + 1
     return len(tokens)

@@ -117,7 +117,7 @@ def _same(value: Any, stored: Any) -> bool:
     """Whether Arrow kept a value; keys that only other rows have may be there as None."""
     if isinstance(value, dict):
         return isinstance(stored, dict) and all(
-            _same(value.get(key), own) for key, own in stored.items()
+            _same(value.get(key), kept) for key, kept in stored.items()
         )
     if isinstance(value, list):
         return len(value) == len(stored) and all(map(_same, value, stored))
@@ -153,9 +153,9 @@ def row_images(rows: datasets.Dataset, root: DataRoot, named: bool = True) -> da
 
 def _guarded(kind: Any, image: RowImage) -> Any:
     if isinstance(kind, dict):
-        return {name: _guarded(own, image) for name, own in kind.items()}
+        return {name: _guarded(inner, image) for name, inner in kind.items()}
     if isinstance(kind, list):
-        return [_guarded(own, image) for own in kind]
+        return [_guarded(inner, image) for inner in kind]
     if hasattr(kind, "feature"):
         return replace(kind, feature=_guarded(kind.feature, image))
     if isinstance(kind, datasets.Image):

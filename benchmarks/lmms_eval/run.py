@@ -263,14 +263,14 @@ def one_pass(
 def _rows(leaf: Leaf, task: Any, model: PrunedChat, before: Pass, after: Pass) -> list[PairedRow]:
     rows = []
     for number, sample in sorted(after.samples.items()):
-        other, own, base = before.samples[number], after.answers[number], before.answers[number]
+        other, pruned, base = before.samples[number], after.answers[number], before.answers[number]
         times = {
             prefix + phase: sum(row["time_ms"][phase] for row in answers)
-            for prefix, answers in (("", own), ("baseline_", base))
+            for prefix, answers in (("", pruned), ("baseline_", base))
             for phase in ("vision", "selection", "prefill", "decode")
         }
         del times["baseline_selection"]
-        noted = {name: own[0][name] for name in PromptRecord.__struct_fields__}
+        noted = {name: pruned[0][name] for name in PromptRecord.__struct_fields__}
         prompt = msgspec.convert(noted, PromptRecord)
         flops, kv_bytes = paired_costs(model.model, prompt)
         rows.append(
@@ -278,7 +278,7 @@ def _rows(leaf: Leaf, task: Any, model: PrunedChat, before: Pass, after: Pass) -
                 id=f"{leaf.shown}/{number:06d}",
                 task=leaf.shown,
                 subset=str(sample["doc"].get("category") or ""),
-                question=own[0]["question"],
+                question=pruned[0]["question"],
                 answer=str(sample["target"]),
                 baseline=reply_of(task, other),
                 prediction=reply_of(task, sample),

@@ -50,4 +50,4 @@ def image_tokens(rows: list[dict[str, Any]], pruner: Any) -> dict[str, float]:
         if None not in papers:
             counted["papers_visual_tokens"] = papers
     weights = [row["images"] for row in rows]
-    return {name: float(np.average(own, weights=weights)) for name, own in counted.items()}
+    return {name: float(np.average(counts, weights=weights)) for name, counts in counted.items()}

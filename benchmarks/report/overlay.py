@@ -5,17 +5,17 @@ from PIL import Image
 from torch import Tensor
 
 
-def kept_overlay(image: Image.Image, places: Tensor, grid: tuple[int, int]) -> Image.Image:
+def kept_overlay(image: Image.Image, indices: Tensor, grid: tuple[int, int]) -> Image.Image:
     """Returns the RGB image with everything pale but the patches of the tokens kept.
 
     Args:
         image: the picture.
-        places: token indices (k,) in a grid that covers the whole image, in reading order.
+        indices: of the tokens, (k,), in a grid that covers the whole image, in reading order.
         grid: its rows and columns.
     """
     rows, columns = grid
     kept = np.zeros(rows * columns, bool)
-    kept[places.cpu().numpy()] = True
+    kept[indices.cpu().numpy()] = True
     pixels = np.asarray(image)
     height, width = pixels.shape[:2]
     down, across = np.arange(height) * rows // height, np.arange(width) * columns // width

@@ -17,10 +17,10 @@ def list_options(rng: np.random.Generator, right: str, others: list[str]) -> tup
         others: wrong answers to draw from.
     """
     wrong = [str(w) for w in rng.choice([o for o in others if o != right], 3, replace=False)]
-    place = int(rng.integers(4))
-    shown = [*wrong[:place], right, *wrong[place:]]
+    position = int(rng.integers(4))
+    shown = [*wrong[:position], right, *wrong[position:]]
     text = " ".join(f"{letter}. {option}" for letter, option in zip(LETTERS, shown, strict=True))
-    return text, LETTERS[place]
+    return text, LETTERS[position]
 
 
 def ask_about(rng: np.random.Generator, kind: str, name: str, color: str) -> Question:

@@ -11,12 +11,12 @@ CLEAR_MARGIN = 56.0
 def ask(rng: np.random.Generator, scene: Scene) -> Question | None:
     """None when no two objects are at least 56 px (4 patches) apart on the chosen axis."""
     horizontal = bool(rng.random() < 0.5)
-    places = [thing.x if horizontal else thing.y for thing in scene.things]
+    coordinates = [thing.x if horizontal else thing.y for thing in scene.things]
     pairs = [
         (a, b)
-        for a in range(len(places))
-        for b in range(len(places))
-        if places[b] - places[a] >= CLEAR_MARGIN
+        for a in range(len(coordinates))
+        for b in range(len(coordinates))
+        if coordinates[b] - coordinates[a] >= CLEAR_MARGIN
     ]
     if not pairs:
         return None

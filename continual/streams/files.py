@@ -69,19 +69,23 @@ def image_folder(
             f"{root / missing[0]} is not a folder; put images at {root}/{{train,val,test}}/<class>/"
         )
     folders = {part: list_classes(root / part) for part in ("train", "val", "test")}
-    own = folders["train"]
+    class_folders = folders["train"]
     for part, names in folders.items():
-        if names != own and (root / part).is_dir():
-            odd = min(set(names) ^ set(own))
+        if names != class_folders and (root / part).is_dir():
+            odd = min(set(names) ^ set(class_folders))
             raise InputError(f"class {odd!r} of {name} is not in both train and {part}; give both")
     splits = [
-        folder_split(data.below(part), own, skip_bad) if (root / part).is_dir() else Files([], [])
+        folder_split(data.below(part), class_folders, skip_bad)
+        if (root / part).is_dir()
+        else Files([], [])
         for part in folders
     ]
-    chosen = tuple(classes) if classes else tuple(folder.replace("_", " ") for folder in own)
-    if len(chosen) != len(own):
+    chosen = (
+        tuple(classes) if classes else tuple(folder.replace("_", " ") for folder in class_folders)
+    )
+    if len(chosen) != len(class_folders):
         raise InputError(
-            f"{name} has {len(own)} folders but {len(chosen)} class names; give as many"
+            f"{name} has {len(class_folders)} folders but {len(chosen)} class names; give as many"
         )
     return StreamTask(name, chosen, templates, *splits)
 

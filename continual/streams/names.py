@@ -43,24 +43,24 @@ def table() -> Registry[Names]:
     )
 
 
-def in_own_order(key: str, own: Sequence[str]) -> tuple[str, ...]:
+def in_own_order(key: str, given: Sequence[str]) -> tuple[str, ...]:
     """The table's names in the order in which a copy of the data set lists its classes.
 
     Raises:
         InputError: if the copy has another number of classes, or one that the table lacks.
     """
     names = table()[key].classes
-    if len(own) != len(names):
+    if len(given) != len(names):
         raise InputError(
-            f"{key} has {len(names)} classes but this copy has {len(own)}; get the full one"
+            f"{key} has {len(names)} classes but this copy has {len(given)}; get the full one"
         )
     if key not in _SAME_NAMES:
         return names
     spelled = {_spelling(name): name for name in names}
-    for name in own:
+    for name in given:
         if _spelling(name) not in spelled:
             raise InputError(f"class {name!r} is none of {key}; check that the copy is {key}")
-    return tuple(spelled[_spelling(name)] for name in own)
+    return tuple(spelled[_spelling(name)] for name in given)
 
 
 def _spelling(name: str) -> str:

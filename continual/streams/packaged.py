@@ -99,8 +99,8 @@ class Drawn(LabeledImages):
     def _draw(self, index: int) -> Labeled:
         count, label = divmod(index, len(self.classes))
         name = self.classes[label]
-        place = (self.number, self.domain.classes.index(name), SPLITS.index(self.split), count)
-        rng = np.random.default_rng((SEED, *place))
+        key = (self.number, self.domain.classes.index(name), SPLITS.index(self.split), count)
+        rng = np.random.default_rng((SEED, *key))
         return self.domain.draw(name, self.split, count, rng, self.style), label
 
 
@@ -135,9 +135,9 @@ def _digit(
     name: str, split: Split, count: int, rng: np.random.Generator, style: Style
 ) -> Image.Image:
     images, target = drawing.handwritten()
-    own = images[target == DIGITS.index(name)]
+    drawings = images[target == DIGITS.index(name)]
     size = 110 if split == "pretraining" else PER_CLASS[split]
-    return drawing.digit_image(own[_DRAWINGS[split] + count % size], rng, style)
+    return drawing.digit_image(drawings[_DRAWINGS[split] + count % size], rng, style)
 
 
 def _photograph(

@@ -91,15 +91,15 @@ def few_shot(task: StreamTask, shots: int, seed: int = 0, repeat: bool = False) 
     labels = np.array(labels_of(task.train))
     indices = list[int]()
     for label, name in enumerate(task.classes):
-        own = np.flatnonzero(labels == label)
-        if len(own) == 0 or (len(own) < shots and not repeat):
+        of_class = np.flatnonzero(labels == label)
+        if len(of_class) == 0 or (len(of_class) < shots and not repeat):
             raise InputError(
-                f"class {name!r} of {task.name} has {len(own)} training images for {shots} shots; "
-                + ("give fewer shots" if len(own) else "add some images")
+                f"class {name!r} of {task.name} has {len(of_class)} training images for {shots} shots; "
+                + ("give fewer shots" if len(of_class) else "add some images")
             )
-        chosen = rng.permutation(own)[:shots]
+        chosen = rng.permutation(of_class)[:shots]
         if len(chosen) < shots:
-            chosen = np.concatenate([chosen, rng.choice(own, shots - len(chosen))])
+            chosen = np.concatenate([chosen, rng.choice(of_class, shots - len(chosen))])
         indices += chosen.tolist()
     return replace(task, train=Subset(task.train, indices))
 

@@ -169,8 +169,8 @@ def torchvision_task(key: str, root: Path | DataRoot, skip_bad: bool = False) ->
         part: TorchvisionSplit(data, key, root) for part, data in _open(key, root.folder).items()
     }
     some = next(iter(splits.values())).data
-    own = getattr(some, "categories", None) or getattr(some, "classes", None) or names.classes
-    classes = in_own_order(key, own)
+    given = getattr(some, "categories", None) or getattr(some, "classes", None) or names.classes
+    classes = in_own_order(key, given)
     parts: dict[str, Sequence[Labeled]] = {"val": (), **splits}
     if "all" in splits:
         whole = splits["all"]

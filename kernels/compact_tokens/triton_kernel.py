@@ -21,19 +21,19 @@ def _compact_kernel(
     RIGHT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The r-th kept token stands where r + 1 is first reached by the running count."""
-    place, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    slot, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     count = tl.load(counts + batch)
-    rank = place if RIGHT else place - (length - count)
+    rank = slot if RIGHT else slot - (length - count)
     filled = (rank >= 0) & (rank < count)
     columns = tl.arange(0, BLOCK_L)
     kept = tl.load(keep + batch * tokens + columns, mask=columns < tokens, other=0)
     running = tl.cumsum(kept.to(tl.int32), 0)
     source = tl.sum(((running <= rank) & (columns < tokens)).to(tl.int32), 0)
-    tl.store(valid + batch * length + place, filled)
+    tl.store(valid + batch * length + slot, filled)
     for i in tl.static_range(len(sources)):
         _copy(
             sources[i] + batch * strides[i][0] + source * strides[i][1],
-            targets[i] + (batch * length + place) * widths[i],
+            targets[i] + (batch * length + slot) * widths[i],
             strides[i][2], widths[i], filled, BLOCK,
         )  # fmt: skip
 

@@ -17,14 +17,14 @@ def _select_kernel(
     similarity += image * by_image
     if RULE == "dpp":
         factor += image * k * tokens
-    places = tl.arange(0, BLOCK)
-    inside = places < tokens
-    score = tl.load(scores + image * tokens + places, mask=inside, other=0.0)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < tokens
+    score = tl.load(scores + image * tokens + columns, mask=inside, other=0.0)
     free = inside.to(tl.int8)
     if valid is not None:
-        free = tl.load(valid + image * tokens + places, mask=inside, other=0)
+        free = tl.load(valid + image * tokens + columns, mask=inside, other=0)
     nearest = tl.zeros([BLOCK], tl.float32)
-    diagonal = tl.load(similarity + places * (by_row + by_column), mask=inside, other=0.0)
+    diagonal = tl.load(similarity + columns * (by_row + by_column), mask=inside, other=0.0)
     residual = score * score * diagonal
     spent = SPENT * tl.max(residual, 0)
     for step in range(k):
@@ -38,8 +38,8 @@ def _select_kernel(
         gain = tl.where(free != 0, gain, float("-inf"))
         best, pick = tl.max(gain, 0, return_indices=True, return_indices_tie_break_left=True)
         tl.store(chosen + image * k + step, tl.where(best > float("-inf"), pick, -1))
-        free = tl.where(places == pick, 0, free)
-        row = similarity + pick * by_row + places * by_column
+        free = tl.where(columns == pick, 0, free)
+        row = similarity + pick * by_row + columns * by_column
         closest = tl.load(row, mask=inside, other=0.0)
         nearest = tl.where(step == 0, closest, tl.maximum(nearest, closest))
         if RULE == "dpp":
@@ -47,10 +47,10 @@ def _select_kernel(
             part = tl.load(scores + image * tokens + pick) * score * closest
             past = tl.zeros([BLOCK], tl.float32)
             for earlier in range(step):
-                vector = tl.load(factor + earlier * tokens + places, mask=inside, other=0.0)
+                vector = tl.load(factor + earlier * tokens + columns, mask=inside, other=0.0)
                 past += tl.load(factor + earlier * tokens + pick) * vector
             part = tl.where(size > 0, (part - past) / tl.sqrt(tl.where(size > 0, size, 1.0)), 0.0)
-            tl.store(factor + step * tokens + places, part, mask=inside)
+            tl.store(factor + step * tokens + columns, part, mask=inside)
             tl.debug_barrier()  # the next step reads this row across threads
             residual -= part * part
 
@@ -74,8 +74,8 @@ def _cover_kernel(
         current = tl.where(free, 0, 1)
         best, pick = tl.max(gain, 0, return_indices=True, return_indices_tie_break_left=True)
         while tl.sum(tl.where(rows == pick, current, 0)) == 0:
-            own = cover + pick * by_row + columns * by_column
-            more = tl.load(own, mask=columns < things, other=0.0) - covered
+            row = cover + pick * by_row + columns * by_column
+            more = tl.load(row, mask=columns < things, other=0.0) - covered
             more = tl.sum(tl.maximum(more, 0.0)) * tl.load(weights + image * tokens + pick)
             gain = tl.where(rows == pick, more, gain)
             current = tl.where(rows == pick, 1, current)
@@ -83,9 +83,9 @@ def _cover_kernel(
         tl.store(chosen + image * k + step, tl.where(best > float("-inf"), pick, -1))
         free = free & (rows != pick)
         gain = tl.where(free, gain, float("-inf"))
-        own = cover + pick * by_row + columns * by_column
-        own = tl.load(own, mask=columns < things, other=0.0)
-        covered = tl.maximum(covered, own)
+        row = cover + pick * by_row + columns * by_column
+        row = tl.load(row, mask=columns < things, other=0.0)
+        covered = tl.maximum(covered, row)
 
 
 def greedy_select(

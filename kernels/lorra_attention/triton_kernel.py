@@ -47,12 +47,12 @@ def _forward_kernel(
     logits = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
     until = seen_until(key_positions, batch * keys, keys, tl.max(query_at, 0), 1024)
     for start in range(0, until, BLOCK_N):
-        places = start + tl.arange(0, BLOCK_N)
-        inside = places < keys
-        key_at = tl.load(key_positions + batch * keys + places, mask=inside, other=-1)
-        k = load_tile(key, places, inside, key_strides, width, BLOCK_D).to(DTYPE)
-        v = load_tile(value, places, inside, value_strides, value_width, BLOCK_E).to(DTYPE)
-        r = load_tile(router, places, inside, router_strides, routes, BLOCK_R).to(DTYPE)
+        key_index = start + tl.arange(0, BLOCK_N)
+        inside = key_index < keys
+        key_at = tl.load(key_positions + batch * keys + key_index, mask=inside, other=-1)
+        k = load_tile(key, key_index, inside, key_strides, width, BLOCK_D).to(DTYPE)
+        v = load_tile(value, key_index, inside, value_strides, value_width, BLOCK_E).to(DTYPE)
+        r = load_tile(router, key_index, inside, router_strides, routes, BLOCK_R).to(DTYPE)
         scores = visible_logits(q, query_at, k, key_at, scale)
         top = tl.maximum(high, tl.max(scores, 1))
         base = tl.where(top == float("-inf"), 0.0, top)
@@ -111,12 +111,12 @@ def _query_slope_kernel(
     total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     until = seen_until(key_positions, batch * keys, keys, tl.max(query_at, 0), 1024)
     for start in range(0, until, BLOCK_N):
-        places = start + tl.arange(0, BLOCK_N)
-        inside = places < keys
-        key_at = tl.load(key_positions + batch * keys + places, mask=inside, other=-1)
-        k = load_tile(key, places, inside, key_strides, width, BLOCK_D).to(DTYPE)
-        v = load_tile(value, places, inside, value_strides, value_width, BLOCK_E).to(DTYPE)
-        r = load_tile(router, places, inside, router_strides, routes, BLOCK_R).to(DTYPE)
+        key_index = start + tl.arange(0, BLOCK_N)
+        inside = key_index < keys
+        key_at = tl.load(key_positions + batch * keys + key_index, mask=inside, other=-1)
+        k = load_tile(key, key_index, inside, key_strides, width, BLOCK_D).to(DTYPE)
+        v = load_tile(value, key_index, inside, value_strides, value_width, BLOCK_E).to(DTYPE)
+        r = load_tile(router, key_index, inside, router_strides, routes, BLOCK_R).to(DTYPE)
         _, slope = _slopes(
             q, query_at, k, key_at, v, r, from_out, from_routed, normalizer, shift, scale, DTYPE
         )
@@ -138,16 +138,16 @@ def _key_slope_kernel(
     """One program: the gradients of a tile of keys of one group, over all its heads."""
     line, groups = tl.program_id(1).to(tl.int64), heads // group
     batch, shared = line // groups, line % groups
-    places = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = places < keys
-    key_at = tl.load(key_positions + batch * keys + places, mask=inside, other=-1)
+    key_index = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = key_index < keys
+    key_at = tl.load(key_positions + batch * keys + key_index, mask=inside, other=-1)
     key += batch * key_strides[0] + shared * key_strides[1]
     value += batch * value_strides[0] + shared * value_strides[1]
     router += batch * router_strides[0]
     routed_slope += batch * routed_strides[0]
-    k = load_tile(key, places, inside, key_strides, width, BLOCK_D).to(DTYPE)
-    v = load_tile(value, places, inside, value_strides, value_width, BLOCK_E).to(DTYPE)
-    r = load_tile(router, places, inside, router_strides, routes, BLOCK_R).to(DTYPE)
+    k = load_tile(key, key_index, inside, key_strides, width, BLOCK_D).to(DTYPE)
+    v = load_tile(value, key_index, inside, value_strides, value_width, BLOCK_E).to(DTYPE)
+    r = load_tile(router, key_index, inside, router_strides, routes, BLOCK_R).to(DTYPE)
     of_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     of_value = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     of_router = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
@@ -175,7 +175,7 @@ def _key_slope_kernel(
             of_value += tl.dot(tl.trans(weights), from_out, input_precision="ieee")
             of_router += tl.dot(tl.trans(weights), from_routed, input_precision="ieee")
     columns, outputs = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
-    lanes, at = tl.arange(0, BLOCK_R), line * keys + places[:, None]
+    lanes, at = tl.arange(0, BLOCK_R), line * keys + key_index[:, None]
     inside = inside[:, None]
     tl.store(key_slope + at * width + columns, of_key, mask=inside & (columns < width))
     tl.store(value_slope + at * value_width + outputs, of_value,

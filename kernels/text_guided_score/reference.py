@@ -16,9 +16,9 @@ def text_guided_score(
 ) -> Tensor:
     """Returns what `op.text_guided_score` describes, with the text rows of attention in memory."""
     query, key = at_least_fp32(query), at_least_fp32(share_heads(key, query))
-    places = torch.arange(key.shape[2], device=key.device)
+    positions = torch.arange(key.shape[2], device=key.device)
     scores = query @ key.transpose(-1, -2) * scale
-    attention = visible_softmax(scores, columns, torch.where(key_valid, places, -1), window)
+    attention = visible_softmax(scores, columns, torch.where(key_valid, positions, -1), window)
     index = columns.clamp_min(0)[:, None, None].expand(-1, *attention.shape[1:3], -1)
     to_text = attention.gather(3, index) * (columns >= 0)[:, None, None]
     diagonal = to_text.diagonal(dim1=-2, dim2=-1)

@@ -86,22 +86,22 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> bool:
     return True
 
 
-def compare_settings(place: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise `InputError` unless the settings found at `place`, plain values, are the ones wanted.
+def compare_settings(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise `InputError` unless the settings found in `folder`, plain values, are the ones wanted.
 
     Args:
-        place: where the settings were found, for the message.
+        folder: where the settings were found, for the message.
         found: the settings there, plain values.
         wanted: those of this run.
     """
     plain = msgspec.json.decode(to_json(wanted))
     if found.keys() != plain.keys():
         raise InputError(
-            f"{place} holds a run of another version; give another --output or remove it"
+            f"{folder} holds a run of another version; give another --output or remove it"
         )
     if changed := _changed(found, plain):
         raise InputError(
-            f"{place} holds a run with another {', '.join(changed)}; "
+            f"{folder} holds a run with another {', '.join(changed)}; "
             "give another --output or remove it"
         )
 

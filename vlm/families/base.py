@@ -55,7 +55,11 @@ def matrices(module: nn.Module) -> int:
         if isinstance(part, nn.Linear):
             total += part.in_features * part.out_features
         else:
-            total += sum(own.numel() for own in part.parameters(recurse=False) if own.ndim > 1)
+            total += sum(
+                parameter.numel()
+                for parameter in part.parameters(recurse=False)
+                if parameter.ndim > 1
+            )
     return total
 
 
@@ -310,8 +314,8 @@ class Family(ABC):
 
     def tower_flops(self, views: Sequence[int]) -> float:
         """Matrix-product FLOPs of the tower on an image whose views have so many patches."""
-        places = [patches + self.tower_prefix for patches in views]
-        layers = [(matrices(layer), places) for layer in self.tower_layers]
+        tokens = [patches + self.tower_prefix for patches in views]
+        layers = [(matrices(layer), tokens) for layer in self.tower_layers]
         width = self.model.config.vision_config.hidden_size
         return tower_flops(width, sum(views), self.patch_embedding, layers)
 

@@ -87,14 +87,14 @@ class Gemma4(Family):
             first = members[0]
             patches = slice(counts[first] * self.side**2)
             cos, sin = (table[first, patches] for table in output.last_layer["rotary"])
-            own = torch.stack([hidden[i, patches] for i in members])
+            visible = torch.stack([hidden[i, patches] for i in members])
             tokens = VisionTokens(
                 features=torch.stack([features[i] for i in members]),
                 projected=torch.stack([output.pooler_output[i] for i in members]),
                 grids=(grids[first],),
                 seeds=tuple(seed_of(pixel_values[i, patches]) for i in members),
                 projector=self.projector,
-                query_key=partial(self.query_key, own, cos, sin, positions[first, patches]),
+                query_key=partial(self.query_key, visible, cos, sin, positions[first, patches]),
                 has_cls=False,
                 pool=partial(self.pool, grids[first]),
                 patches=partial(self.token_pixels, grids[first], pixel_values[members, patches]),

@@ -116,7 +116,7 @@ class LlavaNext(Llava):
             tiles: of each image, T.
             values: of the tiles, (M T, S, c).
         """
-        return torch.stack([packing(own, None) for own in values.split(tiles)])
+        return torch.stack([packing(image_values, None) for image_values in values.split(tiles)])
 
     def packed_patches(self, pool: Callable[[Tensor], Tensor], tiles: list[Tensor]) -> Tensor:
         """The pixels behind tokens, (M, N, p), interpolated where features are.

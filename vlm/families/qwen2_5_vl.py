@@ -107,7 +107,7 @@ class Qwen25VL(Family):
         before, cos, sin = (
             self.in_rows(value, grid).split(counts) for value in (seen["hidden"], *seen["rotary"])
         )
-        own, pixels = features.split(counts), pixel_values.split(patches)
+        by_image, pixels = features.split(counts), pixel_values.split(patches)
         deepstack = getattr(output, "deepstack_features", None) or []
         side = self.tower.spatial_merge_size
         groups = []
@@ -119,7 +119,7 @@ class Qwen25VL(Family):
             hidden = torch.stack([before[i].flatten(0, 1) for i in members])
             hidden = hidden.unflatten(1, (time, -1)).flatten(0, 1)
             tokens = VisionTokens(
-                features=torch.stack([own[i] for i in members]),
+                features=torch.stack([by_image[i] for i in members]),
                 projected=torch.stack([output.pooler_output[i] for i in members]),
                 grids=((rows // side, columns // side),) * time,
                 seeds=tuple(seed_of(pixels[i]) for i in members),
@@ -138,7 +138,9 @@ class Qwen25VL(Family):
 
     def token_pixels(self, patches: list[Tensor]) -> Tensor:
         """The pixels behind the tokens of images of equally many patches (P, c), (M, N, p)."""
-        return torch.stack([own.unflatten(0, (-1, self.merged)).flatten(1) for own in patches])
+        return torch.stack(
+            [image_patches.unflatten(0, (-1, self.merged)).flatten(1) for image_patches in patches]
+        )
 
     def grid_flops(self, grid: Tensor) -> float:
         """Matrix-product FLOPs of the tower on an image of that grid, (3,)."""

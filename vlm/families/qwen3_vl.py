@@ -45,7 +45,8 @@ class Qwen3VL(Qwen25VL):
 
         return {
             "image": BaseModelOutputWithDeepstackFeatures(
-                pooler_output=list(features), deepstack_features=[list(own) for own in deepstack]
+                pooler_output=list(features),
+                deepstack_features=[list(layer) for layer in deepstack],
             )
         }
 

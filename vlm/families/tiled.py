@@ -85,12 +85,12 @@ class Tiled(Family):
         for members in alike(tiles):
             count = tiles[members[0]]
             rows = [starts[image] + tile for image in members for tile in range(count)]
-            own, out = (
+            selected, out = (
                 values[rows].unflatten(0, (-1, count)).flatten(1, 2)
                 for values in (features, projected)
             )
             tokens = VisionTokens(
-                features=own,
+                features=selected,
                 projected=out,
                 grids=((round(each**0.5),) * 2,) * count,
                 seeds=tuple(seed_of(pixels[starts[i] : starts[i] + count]) for i in members),

@@ -72,8 +72,8 @@ def image_embeds(
     embed = model.get_input_embeddings()
     names = ("pixel_values", "input_ids", *family.image_inputs)
     out = []
-    for own, prompt in zip(images, prompts, strict=True):
-        pictures = [own] if isinstance(own, Picture) else list(own)
+    for given, prompt in zip(images, prompts, strict=True):
+        pictures = [given] if isinstance(given, Picture) else list(given)
         content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": prompt}]
         turn = {"role": "user", "content": content}
         text = render(processor, [turn], add_generation_prompt=True)
@@ -86,11 +86,11 @@ def image_embeds(
         ).groups:
             questions = partial(_repeated, question, len(group.members))
             kept = pruner.reduce(replace(group.tokens, question=questions))
-            for place, (image, features) in enumerate(
+            for number, (image, features) in enumerate(
                 zip(group.members, kept.features, strict=True)
             ):
                 whole = len(features) == group.size
-                rows[image] = group.filled(place, features) if whole else features
+                rows[image] = group.filled(number, features) if whole else features
         out.append([rows[image] for image in sorted(rows)])
     return out
 
@@ -105,9 +105,9 @@ def as_content(rows: Sequence[Tensor]) -> list[dict[str, str]]:
     The rows travel as base64 of a NumPy file. The server needs `--enable-mm-embeds`.
     """
     parts = []
-    for own in rows:
+    for tensor in rows:
         file = io.BytesIO()
-        np.save(file, own.detach().float().cpu().numpy(), allow_pickle=False)
+        np.save(file, tensor.detach().float().cpu().numpy(), allow_pickle=False)
         text = base64.b64encode(file.getvalue()).decode()
         parts.append({"type": "image_embeds", "image_embeds": text})
     return parts

@@ -63,14 +63,14 @@ class PrunedInternVL(PrunedModel, interns1.InternS1ForConditionalGeneration):
         side = round(seen.features.shape[1] ** 0.5)
         images = [
             Image(
-                features=own.flatten(0, 1),
+                features=image_tiles.flatten(0, 1),
                 projected=projected,
-                grids=((side, side),) * len(own),
+                grids=((side, side),) * len(image_tiles),
                 seed=seed_of(pixels),
                 tower=(normed,),
                 placeholders=len(projected),
             )
-            for own, projected, pixels, normed in zip(
+            for image_tiles, projected, pixels, normed in zip(
                 seen.features.split(tiles),
                 whole,
                 image_input["pixel_values"].split(tiles),

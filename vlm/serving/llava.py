@@ -66,8 +66,15 @@ class PrunedLlava(ClipTower, llava.LlavaForConditionalGeneration):
             projected = super()._process_image_input(image_input)
         side = round(projected.shape[1] ** 0.5)
         images = [
-            Image(features, own, ((side, side),), seed_of(picture), (normed[None],), len(own))
-            for features, own, picture, normed in zip(
+            Image(
+                features,
+                projection,
+                ((side, side),),
+                seed_of(picture),
+                (normed[None],),
+                len(projection),
+            )
+            for features, projection, picture, normed in zip(
                 seen.features, projected, pixels, seen.normed, strict=True
             )
         ]

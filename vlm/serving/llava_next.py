@@ -70,7 +70,7 @@ class PrunedLlavaNext(ClipTower, llava_next.LlavaNextForConditionalGeneration):
         with watching(self.attention, self.multi_modal_projector.linear_1) as seen:
             projected = self._process_image_pixels(image_input)
         orders, images, start = [], [], 0
-        for picture, size, own in zip(
+        for picture, size, packed in zip(
             image_input["pixel_values"], image_input["image_sizes"], projected, strict=True
         ):
             views = slice(start, start + len(picture))
@@ -81,7 +81,7 @@ class PrunedLlavaNext(ClipTower, llava_next.LlavaNextForConditionalGeneration):
             images.append(
                 Image(
                     features=seen.features[views].flatten(0, 1)[at],
-                    projected=own.flatten(0, 1)[at],
+                    projected=packed.flatten(0, 1)[at],
                     grids=grids,
                     seed=seed_of(picture),
                     tower=(seen.normed[views],),

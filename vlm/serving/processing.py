@@ -77,8 +77,8 @@ class PrunedProcessor:
         identity = self.settings.identity
         if "image" in hashes:
             hashes["image"] = [
-                MultiModalHasher.hash_kwargs(algorithm, image=own, vlm_prune=identity)
-                for own in hashes["image"]
+                MultiModalHasher.hash_kwargs(algorithm, image=digest, vlm_prune=identity)
+                for digest in hashes["image"]
             ]
         return hashes
 

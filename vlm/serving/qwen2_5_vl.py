@@ -93,23 +93,23 @@ class QwenTower(PrunedModel):
         width = self.config.vision_config.out_hidden_size
         names = ("rotary_pos_emb_cos", "rotary_pos_emb_sin")
         parts = [
-            seen.features.split([len(own) for own in whole]),
+            seen.features.split([len(image_rows) for image_rows in whole]),
             seen.normed[:, 0].split(patches),
             *(seen.arguments[name].split(patches) for name in names),
         ]
         images = [
             Image(
                 features=self.in_rows(features, grid, 1).flatten(1),
-                projected=own[:, :width],
+                projected=image_rows[:, :width],
                 grids=((rows, columns),) * time,
                 seed=seed_of(pixels),
                 tower=tuple(
                     self.in_rows(part, grid, merge**2).flatten(0, 1)[None]
                     for part in (normed, cos, sin)
                 ),
-                placeholders=len(own),
+                placeholders=len(image_rows),
             )
-            for grid, (time, rows, columns), own, pixels, features, normed, cos, sin in zip(
+            for grid, (time, rows, columns), image_rows, pixels, features, normed, cos, sin in zip(
                 grids, in_tokens, whole, image_input["pixel_values"].split(patches), *parts,
                 strict=True,
             )
@@ -117,8 +117,8 @@ class QwenTower(PrunedModel):
         kept = self.reduced(images, False, self.pool)
         # features that decoder layers add stand behind the first `width` channels
         return [
-            with_grid(torch.cat([features, own[places, width:]], 1), places, grid)
-            for own, grid, (places, features) in zip(whole, in_tokens, kept, strict=True)
+            with_grid(torch.cat([features, image_rows[indices, width:]], 1), indices, grid)
+            for image_rows, grid, (indices, features) in zip(whole, in_tokens, kept, strict=True)
         ]
 
     def get_mrope_input_positions(
@@ -128,15 +128,15 @@ class QwenTower(PrunedModel):
         merge = self.config.vision_config.spatial_merge_size
         images, features, shift = [], [], 0
         for feature in sorted(mm_features, key=lambda f: f.mm_position.offset):
-            place = feature.mm_position
-            whole = place.length
+            span = feature.mm_position
+            whole = span.length
             if feature.modality == "image":
                 grid = feature.data["image_grid_thw"].data
                 whole = int(grid.prod()) // merge**2
-                images.append((place.offset, place.length, whole))
-            full = replace(place, offset=place.offset + shift, length=whole)
+                images.append((span.offset, span.length, whole))
+            full = replace(span, offset=span.offset + shift, length=whole)
             features.append(replace(feature, mm_position=full))
-            shift += whole - place.length
+            shift += whole - span.length
         ids, kept = expanded(input_tokens, images)
         positions, _ = super().get_mrope_input_positions(ids, features)  # type: ignore[misc]
         delta = int(positions.max()) + 1 - len(input_tokens)
@@ -164,11 +164,11 @@ class QwenTower(PrunedModel):
             width = self.visual.out_hidden_size + CHANNELS
             rows, coordinates = [], []
             for whole in multimodal_embeddings:
-                own, place = whole, whole.new_zeros(len(whole), 3).long()
+                features, coordinate = whole, whole.new_zeros(len(whole), 3).long()
                 if whole.shape[1] == width:
-                    own, place = split_grid(whole)
-                rows.append(copy_mm_embedding_modality(whole, own))
-                coordinates.append(place)
+                    features, coordinate = split_grid(whole)
+                rows.append(copy_mm_embedding_modality(whole, features))
+                coordinates.append(coordinate)
             if len(input_ids) > self.offsets.shape[1]:
                 self.offsets = self.offsets.new_zeros(3, len(input_ids))
             offsets, mask = self.offsets[:, : len(input_ids)], is_multimodal.to(input_ids.device)

@@ -128,13 +128,15 @@ def choose(
         )
         reduced = pruner.reduce(tokens)
         expected = kept_tokens(pruner, tokens.projected.shape[1], first.placeholders)
-        for index, places, features in zip(members, reduced.indices, reduced.features, strict=True):
-            if expected < first.placeholders and len(places) != expected:
+        for index, indices, features in zip(
+            members, reduced.indices, reduced.features, strict=True
+        ):
+            if expected < first.placeholders and len(indices) != expected:
                 raise InputError(
-                    f"{type(pruner).__name__} kept {len(places)} tokens where its budget means "
+                    f"{type(pruner).__name__} kept {len(indices)} tokens where its budget means "
                     f"{expected}; vLLM needs the number before it sees the image"
                 )
-            kept[index] = (places, features)
+            kept[index] = (indices, features)
     return [kept[index] for index in range(len(images))]
 
 

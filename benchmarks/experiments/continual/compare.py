@@ -71,8 +71,8 @@ def _means(rows: NDArray[np.uint8], drawn: NDArray[np.int64]) -> Array:
     """Means (D, R) of rows (R, n) over images that are drawn, (D, n)."""
     draws, images = drawn.shape
     # how often each image is drawn, with one run of numbers for each draw
-    places = drawn + images * np.arange(draws)[:, None]
-    counts = np.bincount(places.ravel(), minlength=draws * images).reshape(draws, images)
+    indices = drawn + images * np.arange(draws)[:, None]
+    counts = np.bincount(indices.ravel(), minlength=draws * images).reshape(draws, images)
     means: Array = counts @ rows.T.astype(np.float64) / images
     return means
 

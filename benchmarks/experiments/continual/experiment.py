@@ -286,8 +286,8 @@ def run_one(
     arm = ARMS[label]
     candidate: dict[str, Any] = {}
     if arm.rate:
-        own = arm.rate == label
-        candidate = dict(chosen[arm.rate]) if own else {"lr": chosen[arm.rate]["lr"]}
+        tuned = arm.rate == label
+        candidate = dict(chosen[arm.rate]) if tuned else {"lr": chosen[arm.rate]["lr"]}
     follows: dict[str, Any] = (
         {arm.follows: experiment.folder("codyra", seed)} if arm.follows else {}
     )

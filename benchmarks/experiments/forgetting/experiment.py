@@ -106,8 +106,8 @@ def _run_arms(plan: Plan, output: Path, base: Path, jobs: int) -> dict[tuple[int
                 for part in ("text", "visual")
             )
             rate = f"language model's LR {plan.rate(ARMS[name])}"
-            place = f"{len(found)}/{len(pairs)} seed {seed}, {ARMS[name].title}"
-            lines.print(f"{place}, {rate}: {figures}")
+            progress = f"{len(found)}/{len(pairs)} seed {seed}, {ARMS[name].title}"
+            lines.print(f"{progress}, {rate}: {figures}")
     return found
 
 

@@ -185,16 +185,16 @@ def plot(arms: dict[str, list[ArmRecord]], summary: dict[str, dict[str, Any]], p
             axes.legend(fontsize=7)
             axes.set_ylabel("share of attention", fontsize=8)
     axes = figure.add_subplot(grid[rows:, :])
-    places = np.arange(len(arms))
+    centers = np.arange(len(arms))
     for offset, (part, color) in enumerate(zip(("text", "visual"), COLORS, strict=False)):
         means = np.array([summary[name][part][0] for name in arms])
         limits = np.array([summary[name][part][1] for name in arms]).T
         errors = np.abs(limits - means)
         axes.bar(
-            places + 0.4 * offset - 0.2, 100 * means, 0.38, yerr=100 * errors, color=color,
+            centers + 0.4 * offset - 0.2, 100 * means, 0.38, yerr=100 * errors, color=color,
             label={"text": "text-only", "visual": "visual"}[part], capsize=2,
         )  # fmt: skip
-    axes.set_xticks(places, [fill(ARMS[name].title, 14) for name in arms], fontsize=7)
+    axes.set_xticks(centers, [fill(ARMS[name].title, 14) for name in arms], fontsize=7)
     axes.set_ylabel("right answers %")
     axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
     figure.savefig(path, format="png", dpi=110)

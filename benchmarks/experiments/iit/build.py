@@ -113,8 +113,8 @@ def conversations(
         [f"{item.subject} {item.question} {' '.join(item.options)}" for item in items]
     )
     built: dict[str, list[tuple[Item, ...]]] = {}
-    for place, setting in enumerate(SETTINGS):
-        rng = np.random.default_rng([seed, place])
+    for position, setting in enumerate(SETTINGS):
+        rng = np.random.default_rng([seed, position])
         targets = _targets(items, setting.endswith("V"), size, rng)
         earlier = setting.count(",")
         chosen: dict[int, list[int]] = {target: [] for target in targets}
@@ -221,14 +221,14 @@ def _images(items: set[Item], folder: Path) -> dict[Item, str]:
     for item in items:
         by_file[item.place[0]][item.place[1]] = item
     names: dict[Item, str] = {}
-    for path, places in by_file.items():
+    for path, cells in by_file.items():
         for number, row in enumerate(read_source_rows(path, images=True)):
-            if number not in places:
+            if number not in cells:
                 continue
             cell = row["image"] if row.get("image") is not None else row.get("image_1")
-            content = image_bytes(cell, places[number].root)
+            content = image_bytes(cell, cells[number].root)
             picture = open_image(io.BytesIO(content))
             name = f"images/{hashlib.sha256(content).hexdigest()[:16]}.png"
             picture.save(folder / name)
-            names[places[number]] = name
+            names[cells[number]] = name
     return names

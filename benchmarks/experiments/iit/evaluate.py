@@ -127,11 +127,11 @@ def evaluate_conversations(
             continue
         turns = sample.turns
         if context == "own":
-            for place in range(len(turns) - 1):
-                unanswered = (*turns[:place], replace(turns[place], reply=None))
+            for position in range(len(turns) - 1):
+                unanswered = (*turns[:position], replace(turns[position], reply=None))
                 reply = _reply(model, processor, replace(sample, turns=unanswered), pruner)
-                answered = replace(turns[place], reply=reply)
-                turns = (*turns[:place], answered, *turns[place + 1 :])
+                answered = replace(turns[position], reply=reply)
+                turns = (*turns[:position], answered, *turns[position + 1 :])
         reply = _reply(model, processor, replace(sample, turns=turns), pruner)
         rows.append(
             {
