@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlm_prune.continual.config import Module, Tower
+from vlm_prune.continual.config import Module, Tower, tower_of
 from vlm_prune.vlm.common.errors import InputError
 
 BLOCK = re.compile(r"(?P<before>.*?)(?:resblocks|blocks|layers)\.(?P<layer>\d+)\.(?P<part>.+)")
@@ -44,8 +44,7 @@ def sites(model: nn.Module) -> dict[str, Site]:
     for name, module in model.named_modules():
         match = BLOCK.fullmatch(name)
         if match and isinstance(module, nn.Linear) and match["part"] in PARTS:
-            tower: Tower = "vision" if match["before"].startswith("vis") else "text"
-            found[name] = Site(name, tower, int(match["layer"]), PARTS[match["part"]])
+            found[name] = Site(name, tower_of(name), int(match["layer"]), PARTS[match["part"]])
     return found
 
 

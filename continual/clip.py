@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from vlm_prune.continual.config import Tower
+from vlm_prune.continual.config import Tower, tower_of
 from vlm_prune.continual.tiny import clip_checkpoint_path
 from vlm_prune.vlm.checkpoint import (
     VOCABULARIES,
@@ -112,8 +112,7 @@ class Clip:
         return {
             name: parameter
             for name, parameter in self.model.named_parameters()
-            if not name.startswith("logit_")
-            and tower in (None, "vision" if name.startswith("vis") else "text")
+            if not name.startswith("logit_") and tower in (None, tower_of(name))
         }
 
     def trains(self, tower: Tower) -> bool:

@@ -14,6 +14,11 @@ MODULES: tuple[Module, ...] = get_args(Module)
 TextTerm = Literal["all", "present", "none"]
 
 
+def tower_of(name: str) -> Tower:
+    """The tower that a parameter or module of a CLIP belongs to, in every library."""
+    return "vision" if name.startswith("vis") else "text"
+
+
 def check_options(kind: type[Any], what: str, options: Mapping[str, Any]) -> None:
     """Raise `InputError` for an option that a dataclass lacks, or whose value is of another kind.
 

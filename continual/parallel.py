@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class _Gather(torch.autograd.Function):
@@ -52,7 +52,7 @@ def gather(rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Replace every gradient by its mean over the processes, in place."""
     if place()[1] == 1:
         return

@@ -9,6 +9,7 @@ from vlm_prune.continual.methods.codyra import CoDyRA
 from vlm_prune.continual.methods.codyra_plus import CoDyRAPlus
 from vlm_prune.continual.methods.dora import DoRA
 from vlm_prune.continual.methods.full import FullFineTune
+from vlm_prune.continual.methods.keeplora import KeepLoRA
 from vlm_prune.continual.methods.lora import LoRA
 from vlm_prune.continual.methods.lwf import LwF
 from vlm_prune.continual.methods.olora import OLoRA
@@ -23,7 +24,7 @@ from vlm_prune.vlm.common.registry import Registry
 METHODS: Registry[type[Method]] = Registry("continual method")
 for _method in (
     ZeroShot, CoDyRA, CoDyRAPlus, RandomRank, LoRA, OLoRA, DoRA, RandLoRA, AdaLoRA,
-    FullFineTune, WiseFT, LwF, ZSCL, RAIL,
+    KeepLoRA, FullFineTune, WiseFT, LwF, ZSCL, RAIL,
 ):  # fmt: skip
     METHODS.register(_method.name, _method)
 

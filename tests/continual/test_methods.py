@@ -27,6 +27,7 @@ OPTIONS = {
     "dora": {"rank": 2},
     "randlora": {"rank": 8, "alpha": 8},
     "adalora": {"rank": 4, "target_rank": 2, "every": 2},
+    "keeplora": {"rank": 2, "placement": Placement(), "feature_energy": 0.5},
     "rail": {"width": 64},
     "zscl": {"captions": ["a disc", "a bar", "a ring"], "average_every": 3, "reference_batch": 2},
 }

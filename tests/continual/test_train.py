@@ -122,6 +122,7 @@ RESUMED = {
     "adalora": {"rank": 3, "target_rank": 1, "every": 2},
     "wise-ft": {"anchor": "initial"},
     "lwf": {},
+    "keeplora": {"rank": 2, "feature_energy": 0.5},
     "rail": {"width": 32},
     "zscl": {"captions": ["a bar"], "average_every": 2},
 }

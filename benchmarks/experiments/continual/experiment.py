@@ -69,10 +69,11 @@ ARMS = {
     "dora": ContinualArm("dora", "lora"),
     "randlora": ContinualArm("randlora", "randlora"),
     "adalora": ContinualArm("adalora", "adalora", {"every": 2}),
+    "keeplora": ContinualArm("keeplora", "keeplora"),
 }
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
     **{name: [{"lr": lr} for lr in ADAPTER_RATES] for name in ("codyra", "lora", "randlora")},
-    "adalora": [{"lr": lr} for lr in ADAPTER_RATES],
+    **{name: [{"lr": lr} for lr in ADAPTER_RATES] for name in ("adalora", "keeplora")},
     "full": [{"lr": lr} for lr in FULL_RATES],
     "codyra-plus": [
         {"lr": lr, "importance": kind} for kind in ("product", "taylor") for lr in ADAPTER_RATES[:3]
