@@ -4,13 +4,13 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from vlm_prune.vlm.common.files import atomic_path
 from vlm_prune.vlm.common.state import writing
-from vlm_prune.vlm.serving.export import rename_weights
+from vlm_prune.vlm.stored_weights import halve_weights, rename_weights
 
 
 def save_checkpoint(
@@ -34,8 +34,7 @@ def save_checkpoint(
     with writing(folder):
         model.save_pretrained(fresh)
         processor.save_pretrained(fresh)
-        weights = load_file(fresh / "model.safetensors")
-        save_file(_half(weights), fresh / "model.safetensors", {"format": "pt"})
+        halve_weights(fresh / "model.safetensors")
     rename_weights(fresh)
     if folder.is_dir():
         for kept in folder.iterdir():

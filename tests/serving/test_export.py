@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.serving.export import TOWERS, export, rename_weights
+from vlm_prune.vlm.serving.export import export
+from vlm_prune.vlm.stored_weights import TOWERS, rename_weights
 from vlm_prune.vlm.tiny import checkpoint_path
 
 

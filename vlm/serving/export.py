@@ -1,62 +1,17 @@
-"""Checkpoints whose weight names both transformers and vLLM read.
+"""Checkpoints that both transformers and vLLM load."""
 
-transformers has dropped a level of the CLIP and SigLIP towers: it saves `vision_tower.encoder` for
-what it read as `vision_tower.vision_model.encoder`, and it reads both. vLLM reads the latter.
-"""
-
-import json
-import re
 from pathlib import Path
 
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.files import output_folder, write_folder, write_text
-
-TOWERS = ("clip_vision_model", "siglip_vision_model")
-_TOWER = re.compile(r"^(model\.)?vision_tower\.(?!vision_model\.)")
-
-
-def shared_name(name: str) -> str:
-    """The name that both libraries read, of a weight of a model with a CLIP or SigLIP tower."""
-    return _TOWER.sub(lambda found: f"{found[1] or ''}vision_tower.vision_model.", name)
-
-
-def rename_weights(folder: Path) -> int:
-    """Rename the weights of a saved checkpoint in place, sharded or not, where it needs it.
-
-    Returns:
-        How many names changed.
-    """
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("vision_config", {}).get("model_type") not in TOWERS:
-        return 0
-    changed = 0
-    for file in sorted(folder.glob("model*.safetensors")):
-        with safe_open(file, "pt") as weights:
-            metadata, names = weights.metadata(), list(weights.keys())
-            tensors = {shared_name(name): weights.get_tensor(name) for name in names}
-        differing = len(tensors.keys() - set(names))
-        if differing:
-            whole = file.with_suffix(".renamed")
-            save_file(tensors, whole, metadata)
-            whole.replace(file)
-        changed += differing
-    index = folder / "model.safetensors.index.json"
-    if changed and index.is_file():
-        content = json.loads(index.read_text(encoding="utf-8"))
-        files = content["weight_map"].items()
-        content["weight_map"] = {shared_name(name): file for name, file in files}
-        write_text(index, json.dumps(content, indent=2) + "\n")
-    return changed
+from vlm_prune.vlm.common.files import output_folder, write_folder
+from vlm_prune.vlm.stored_weights import rename_weights
 
 
 def export(name: str, folder: Path) -> int:
     """Save a model and its processor so that transformers and vLLM both load the folder.
 
     Args:
-        name: `tiny`, a checkpoint folder, or a hub name; weights keep their type.
+        name: `tiny`, `smol`, a checkpoint folder, or a hub name; weights keep their type.
         folder: where to; it must be new or empty.
 
     Returns:
