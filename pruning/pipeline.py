@@ -47,7 +47,7 @@ class PrunedVLM:
         """Load a checkpoint and build a pruner by its registered name.
 
         Args:
-            name: `tiny`, a folder, or a hub name.
+            name: `tiny`, `smol`, a folder, or a hub name.
             pruner: a method's registered name, or several joined by `+`.
             budget: image tokens kept per image, or a fraction of them.
             device: a torch device.

@@ -1,6 +1,7 @@
 """Loading a model and its processor; whatever is wrong with them is said in one line."""
 
 import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,34 @@ from vlm_prune.vlm.checkpoint import (
 from vlm_prune.vlm.common.errors import InputError, first_line, naming
 from vlm_prune.vlm.common.files import read_object, write_folder
 from vlm_prune.vlm.common.registry import unknown
+from vlm_prune.vlm.smol import smol_path
 from vlm_prune.vlm.tiny import checkpoint_path
 
-EMBEDDED = {"tiny": checkpoint_path()}
+
+class EmbeddedModels(Mapping[str, Path]):
+    """Folders of the models that come with the package, by name; looking one up may put it together.
+
+    Args:
+        folders: what returns each folder.
+    """
+
+    def __init__(self, folders: Mapping[str, Callable[[], Path]]) -> None:
+        self._folders = dict(folders)
+
+    def __getitem__(self, name: str) -> Path:
+        return self._folders[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._folders
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._folders)
+
+    def __len__(self) -> int:
+        return len(self._folders)
+
+
+EMBEDDED = EmbeddedModels({"tiny": checkpoint_path, "smol": smol_path})
 PROMPT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
 QUANTIZATIONS = {
     "bnb-4bit": "bitsandbytes",
@@ -46,7 +72,7 @@ def load(
     adapter alone is loaded with the base model that it names.
 
     Args:
-        name: `tiny`, the folder of a checkpoint or of an adapter, or `owner/model`.
+        name: `tiny`, `smol`, the folder of a checkpoint or of an adapter, or `owner/model`.
         device: where to put the model; `auto` is a GPU if there is one, else the CPU.
         dtype: one of `DTYPES`; `auto` is fp32 on a CPU and the checkpoint's own type elsewhere.
         device_map: `auto` spreads the model over GPUs, CPU memory and disk, as accelerate does; or a

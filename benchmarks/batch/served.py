@@ -30,7 +30,7 @@ class ServedVLM:
     """An engine in this process; it answers as `PrunedVLM` does.
 
     Args:
-        model: `tiny`, a checkpoint folder, or a hub name.
+        model: `tiny`, `smol`, a checkpoint folder, or a hub name.
         variant: the method.
         device: `cpu`, or the kind of GPU.
         dtype: as for `load`.

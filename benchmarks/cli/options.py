@@ -19,7 +19,7 @@ ENGINES = ("hf", "vllm")
 Model = Annotated[
     str,
     typer.Option(
-        help="'tiny' (embedded), or a checkpoint of a family in 'vlm-prune models': folder or hub name."
+        help="'tiny' or 'smol' (embedded), or a checkpoint of a family in 'vlm-prune models': folder or hub name."
     ),
 ]
 Method = Annotated[str, typer.Option(help="See 'vlm-prune methods'; two joined by + cascade.")]

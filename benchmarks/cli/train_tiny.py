@@ -79,3 +79,38 @@ def train_clip_command(
     from vlm_prune.benchmarks.embedded_models.packaged import train_clip
 
     train_clip(folder, seed, install)
+
+
+@app.command()
+def smol(
+    folder: Folder,
+    steps: Annotated[
+        int, typer.Option(min=1, help="In all; a resumed run may be given more.")
+    ] = 1400,
+    seed: Seed = 0,
+    threads: Threads = 2,
+    keep: Annotated[bool, typer.Option("--keep", help="Start from the packaged weights.")] = False,
+    install: Install = False,
+) -> None:
+    """Train projector and LoRA of the LLaVA over SmolLM2, in about an hour on a CPU with AMX.
+
+    A training that was killed goes on from its last state, at most 50 steps back.
+    """
+    _begin(folder, threads)
+    from vlm_prune.benchmarks.embedded_models.packaged import train_smol
+
+    train_smol(folder, steps, seed, keep, install)
+
+
+@app.command("measure-smol")
+def measure_smol(
+    output: Annotated[Path, typer.Argument(help="JSON file for the figures.")],
+    threads: Threads = 2,
+) -> None:
+    """Measure whether the LLaVA over SmolLM2 kept SmolLM2's text skills: loss and answers."""
+    import torch
+
+    torch.set_num_threads(threads)
+    from vlm_prune.benchmarks.embedded_models.text_skills import measure
+
+    measure(output)

@@ -46,6 +46,14 @@ def pair(rng: np.random.Generator, scene: Scene) -> Question:
     return Question(prompt, answer, ONE_WORD[prompt == thing.color])
 
 
+def name_letter(rng: np.random.Generator, _: Scene | None = None) -> Question:
+    """A training-only question about four options alone, one step before `choice`."""
+    pool = (tuple(COLORS), *KINDS.values())[int(rng.integers(1 + len(KINDS)))]
+    right = str(rng.choice(pool))
+    listed, letter = choice.list_options(rng, right, list(pool))
+    return Question(f"What letter is {right}? {listed}", letter)
+
+
 def side(rng: np.random.Generator, scene: Scene) -> Question | None:
     """A training-only question whose answer grows out of the difference of two places; from
     there the yes and no of `relation` is one step."""
@@ -177,10 +185,7 @@ def story_row(rng: np.random.Generator, number: int) -> Row:
         if drawn < 0.3:
             questions.append(("told", Question(f"What color is the {noun(name)}?", color)))
         elif drawn < 0.5:
-            pool = (tuple(COLORS), *KINDS.values())[int(rng.integers(1 + len(KINDS)))]
-            right = str(rng.choice(pool))
-            listed, letter = choice.list_options(rng, right, list(pool))
-            questions.append(("letter", Question(f"What letter is {right}? {listed}", letter)))
+            questions.append(("letter", name_letter(rng)))
         else:
             questions.append(("option", choice.ask_about(rng, kind, name, color)))
     return Row(f"<s>USER: {story}", [block(kind, question, " ") for kind, question in questions])

@@ -18,10 +18,11 @@ from vlm_prune.benchmarks.embedded_models.store import save_checkpoint, save_lan
 from vlm_prune.benchmarks.embedded_models.text import train_text
 from vlm_prune.continual.tiny import clip_checkpoint_path as clip_path
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.files import write_text
+from vlm_prune.vlm.common.files import write_folder, write_text
 from vlm_prune.vlm.common.folder import OutputFolder
 from vlm_prune.vlm.common.registry import unknown
 from vlm_prune.vlm.load import load
+from vlm_prune.vlm.smol import adapter_path
 from vlm_prune.vlm.tiny import checkpoint_path, text_language_model
 from vlm_prune.vlm.tiny.config import make_model, make_processor
 
@@ -118,3 +119,31 @@ def train_clip(folder: Path, seed: int = 0, install: bool = False) -> None:
     if install:
         state = shutil.ignore_patterns(f"{STATE}*")
         shutil.copytree(folder, clip_path(), ignore=state, dirs_exist_ok=True)
+
+
+def train_smol(
+    folder: Path, steps: int, seed: int = 0, keep: bool = False, install: bool = False
+) -> None:
+    """Train projector and LoRA of the LLaVA over SmolLM2, from the folder's last state on.
+
+    Args:
+        folder: where state, log and the result, `checkpoint`, go.
+        steps: of the optimizer in all; curriculum and learning rate follow the share that is done.
+        seed: of the data.
+        keep: whether a new training starts from the packaged weights.
+        install: whether the result replaces the packaged weights.
+
+    Raises:
+        InputError: if SmolLM2's weights are not installed, or another training writes to the folder.
+    """
+    from vlm_prune.benchmarks.embedded_models.smol import SmolRecipe, SmolTrainer
+
+    with OutputFolder(folder):
+        recipe = SmolRecipe(steps=steps, seed=seed)
+        trainer = SmolTrainer(folder, recipe, adapter_path() if keep else None)
+        trainer.run()
+        write_folder(folder / "checkpoint", trainer.write_adapter)
+    if install:
+        for file in (folder / "checkpoint").iterdir():
+            shutil.copyfile(file, adapter_path() / file.name)
+        shutil.copyfile(folder / "log.jsonl", adapter_path() / "training_log.jsonl")

@@ -46,7 +46,7 @@ class PrunedChat(lmms):  # type: ignore[misc]
     """A pruned model for `lmms-eval --model vlm_prune`.
 
     Args:
-        pretrained: `tiny` (embedded), a checkpoint folder, or a hub name.
+        pretrained: `tiny` or `smol` (embedded), a checkpoint folder, or a hub name.
         method: a registered pruner, `none` for the unpruned model.
         budget: image tokens kept per image, or a fraction of them in (0, 1].
         batch_size: questions answered together.

@@ -266,7 +266,7 @@ def serve_demo(
     """Load the model and serve the page until Ctrl-C; uploads are gone afterwards.
 
     Args:
-        name: of the model: `tiny`, a folder or a hub name.
+        name: of the model: `tiny`, `smol`, a folder or a hub name.
         host: address to serve at.
         port: to serve at.
         device: a torch device.

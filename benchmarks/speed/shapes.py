@@ -296,6 +296,18 @@ def _tiny() -> LlavaConfig:
     return AutoConfig.from_pretrained(checkpoint_path())
 
 
+def _smol() -> LlavaConfig:
+    """The embedded LLaVA over SmolLM2-135M-Instruct."""
+    return LlavaConfig(
+        vision_config=_tiny().vision_config,
+        text_config=LlamaConfig(
+            vocab_size=49153, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+            num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
+        ),
+        image_token_index=49152, image_seq_length=576, tie_word_embeddings=True,
+    )  # fmt: skip
+
+
 SHAPES: Registry[Callable[[], PreTrainedConfig]] = Registry(
     "model shape",
     {
@@ -316,5 +328,6 @@ SHAPES: Registry[Callable[[], PreTrainedConfig]] = Registry(
         "qwen3.5-9b": _qwen3_5_9b,
         "qwen3.5-35b-a3b": _qwen3_5_35b_a3b,
         "tiny": _tiny,
+        "smol": _smol,
     },
 )

@@ -45,7 +45,7 @@ def server_command(model: str, settings: Settings, options: Sequence[str]) -> li
     """The command line that starts the server.
 
     Args:
-        model: `tiny`, a checkpoint folder, or a hub name.
+        model: `tiny`, `smol`, a checkpoint folder, or a hub name.
         settings: what to keep of each image.
         options: vLLM's own, passed on as they are.
 

