@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -11,14 +12,14 @@ import torch
 from torch import Tensor
 
 from vlm_prune.pruning.registry import methods
-from vlm_prune.pruning.schedule import Schedule, fit_cuts, scaled
+from vlm_prune.pruning.schedule import Schedule, fit_cuts, nearest, scaled
 from vlm_prune.vlm.block import pruned
 from vlm_prune.vlm.budget import check_budget, check_fits, even_shares, tokens_for
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import Registry, unknown
 from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.families import Family, Need, family_of
-from vlm_prune.vlm.layer_pruning import Cut, InsideModel, Side
+from vlm_prune.vlm.layer_pruning import Cut, InsideModel, Side, cut_depths
 from vlm_prune.vlm.prompt_pruning import BeforeModel, Positions
 from vlm_prune.vlm.tokens import DecoderTokens, Kept, VisionTokens, top
 from vlm_prune.vlm.trace import Trace
@@ -271,13 +272,21 @@ class DecoderPruner(Pruner):
         """Question mask (M, T): tokens to read attention from, given the first layer's input."""
         return tokens.question_mask
 
-    def cuts(self, tokens: int, layers: int) -> list[Cut]:
-        """Where to cut, and to how many tokens, for images of `tokens` in `layers` layers."""
+    def cuts(self, tokens: int, layers: int, allowed: Sequence[int] = ()) -> list[Cut]:
+        """Where to cut, and to how many tokens.
+
+        Args:
+            tokens: of an image.
+            layers: of the decoder.
+            allowed: how many of them can have run at a cut, ascending; any number unless given.
+        """
+        allowed = allowed or range(layers)
         if isinstance(self.schedule, Schedule):
             places, shares = self.schedule.scaled(layers), list(self.schedule.shares)
         else:
             depths, shares = map(list, zip(*self.pattern(), strict=True))
             places = scaled(depths, layers)
+        places = nearest(places, allowed, layers)
         if self.preset:
             counts = [
                 count if isinstance(count, int) else round(count * tokens)
@@ -285,22 +294,14 @@ class DecoderPruner(Pruner):
             ]
         else:
             budget = tokens_for(self.budget, tokens)
-            places, counts = fit_cuts(budget, tokens, layers, places, shares)
+            places, counts = fit_cuts(budget, tokens, layers, places, shares, allowed)
         # in a shallow model two cuts may fall on one place; the later one decides
         at = dict(zip(places, counts, strict=True))
         return [Cut(depth, min(keep, tokens)) for depth, keep in at.items() if depth < layers]
 
-    @property
-    def needs(self) -> frozenset[Need]:
-        """A dropped token has left its mark in the state of linear attention, which has no scores, and
-        layers that use another one's keys would still see it.
-        """
-        return frozenset(
-            {
-                "softmax attention in every decoder layer",
-                "decoder layers with keys and values, and no inputs but hidden states, of their own",
-            }
-        )
+    def depths_on(self, family: Family) -> list[int]:
+        """How many decoder layers can have run where it cuts a model of `family`."""
+        return cut_depths(family.decoder, self.reads, family.last_cut)
 
     def check(self, tokens: int, layers: int) -> None:
         if not self.preset:
@@ -321,7 +322,8 @@ class DecoderPruner(Pruner):
 
     def inside_model(self, family: Family) -> InsideModel:
         """What the engine is given of this method, on a model of `family`."""
-        cuts = partial(self.cuts, layers=len(family.decoder.layers))
+        layers, allowed = len(family.decoder.layers), self.depths_on(family)
+        cuts = partial(self.cuts, layers=layers, allowed=allowed)
         return InsideModel(cuts, self, self.positions_on(family))
 
 

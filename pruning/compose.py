@@ -1,6 +1,6 @@
 """Methods made of other methods: one before and one inside the language model, or with merging."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -92,10 +92,16 @@ class Cascade(Pruner):
         """Returns how many tokens of an image of `tokens` enter the language model."""
         return tokens_for(self.entering_budget, tokens)
 
-    def cuts(self, tokens: int, layers: int) -> list[Cut]:
-        """The cuts of `inside` for images of `tokens` before `pre`."""
+    def cuts(self, tokens: int, layers: int, allowed: Sequence[int] = ()) -> list[Cut]:
+        """The cuts of `inside`, given what an image has before `pre`.
+
+        Args:
+            tokens: of an image.
+            layers: of the decoder.
+            allowed: as for `inside`.
+        """
         inside = replace(self.inside, budget=tokens_for(self.budget, tokens))
-        return inside.cuts(self.entering(tokens), layers)
+        return inside.cuts(self.entering(tokens), layers, allowed)
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -103,7 +109,8 @@ class Cascade(Pruner):
 
     def __call__(self, model: Any, vision: Images | None = None) -> AbstractContextManager[Trace]:
         family = self.admit(model)
-        cuts = partial(self.cuts, layers=len(family.decoder.layers))
+        layers, allowed = len(family.decoder.layers), self.inside.depths_on(family)
+        cuts = partial(self.cuts, layers=layers, allowed=allowed)
         entering = self.entering_budget
         if isinstance(entering, int) and family.fixed_size:
             entering = self.entering(family.tokens_per_image)

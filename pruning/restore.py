@@ -54,11 +54,8 @@ class Restore(MethodWrapper):
 
     @property
     def needs(self) -> frozenset[Need]:
-        # the bias is a mask over keys that each layer holds itself
-        return super().needs | {
-            "softmax attention in every decoder layer",
-            "decoder layers with keys and values, and no inputs but hidden states, of their own",
-        }
+        # the bias is added to logits, which linear attention has none of
+        return super().needs | {"softmax attention in every decoder layer"}
 
     def before_model(self, family: Family, vision: Images | None) -> BeforeModel:
         if family.decoder.config._attn_implementation not in ("sdpa", "eager"):

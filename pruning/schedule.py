@@ -1,7 +1,7 @@
 """Where a method cuts inside the language model, and to how many tokens, to spend a budget."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -93,8 +93,27 @@ def scaled(depths: list[int], layers: int) -> list[int]:
     return [round(depth * layers / DEPTH) for depth in depths]
 
 
+def nearest(depths: list[int], allowed: Sequence[int], layers: int) -> list[int]:
+    """Returns each of the cuts at the nearest place where one is allowed, of two at the first.
+
+    Args:
+        depths: how many layers have run at each cut; those behind the last layer stay there.
+        allowed: where cuts can be, ascending.
+        layers: of the decoder.
+    """
+    return [
+        depth if depth >= layers else min(allowed, key=lambda other: abs(other - depth))
+        for depth in depths
+    ]
+
+
 def fit_cuts(
-    budget: int, tokens: int, layers: int, depths: list[int], shares: list[float]
+    budget: int,
+    tokens: int,
+    layers: int,
+    depths: list[int],
+    shares: list[float],
+    allowed: Sequence[int] = (),
 ) -> tuple[list[int], list[int]]:
     """Returns where to cut and the counts after each cut whose mean over `layers` is `budget`.
 
@@ -107,10 +126,22 @@ def fit_cuts(
         layers: decoder layers.
         depths: how many layers have run at each cut, ascending.
         shares: relative number of tokens after each cut, not rising.
+        allowed: where cuts can be, ascending; anywhere unless given.
+
+    Raises:
+        InputError: if the layers before the first place where a cut can be spend the budget.
     """
-    first = depths[0]
+    allowed = [depth for depth in allowed or range(layers) if depth <= depths[0]]
+    first = allowed.pop()
     while first * tokens + layers - first > budget * layers:
-        first -= 1
+        if not allowed:
+            least = math.ceil((first * tokens + layers - first) / layers)
+            raise InputError(
+                f"a budget of {budget} of {tokens} tokens is spent before layer {first} of {layers}, "
+                f"where this model can first be cut; give {least} or more, or a method before the "
+                "language model, such as divprune"
+            )
+        first = allowed.pop()
     depths = [first, *depths[1:]]
     return depths, solve_counts(budget, tokens, layers, depths, shares)
 

@@ -1,5 +1,6 @@
 """SparseVLM: text raters score image tokens, and what is dropped is partly recycled."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -61,8 +62,8 @@ class SparseVLM(DecoderScorePruner):
     def pattern(self) -> list[tuple[int, float]]:
         return [(3, 66), (7, 30), (16, 17)]
 
-    def cuts(self, tokens: int, layers: int) -> list[Cut]:
-        cuts = super().cuts(tokens, layers)
+    def cuts(self, tokens: int, layers: int, allowed: Sequence[int] = ()) -> list[Cut]:
+        cuts = super().cuts(tokens, layers, allowed)
         if not self.preset:
             return cuts
         with_recycled, here = [], tokens

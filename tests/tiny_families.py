@@ -48,8 +48,8 @@ def text_of(tokenizer, **more):
         num_hidden_layers=LAYERS, num_attention_heads=2, num_key_value_heads=1,
         max_position_embeddings=1024, tie_word_embeddings=False,
         **{f"{k}_token_id": tokenizer.convert_tokens_to_ids(SPECIAL[f"{k}_token"])
-           for k in ("bos", "eos", "pad")}, **more,
-    )  # fmt: skip
+           for k in ("bos", "eos", "pad")},
+    ) | more  # fmt: skip
 
 
 def vit(**more):
@@ -223,7 +223,8 @@ def qwen3_5(config_class=hf.Qwen3_5Config, model_class=hf.Qwen3_5ForConditionalG
             "out_hidden_size": WIDTH, "patch_size": 14, "num_position_embeddings": 64,
         },
         text_config=text_of(
-            tokenizer, head_dim=HEAD, **LINEAR,
+            tokenizer, head_dim=HEAD, num_hidden_layers=2 * LAYERS, full_attention_interval=2,
+            **LINEAR, rms_norm_eps=1e-2,  # heads of 8 may be all but zero
             rope_parameters={
                 "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
                 "mrope_section": [1, 1, 2], "mrope_interleaved": True,
@@ -522,10 +523,16 @@ class Tiny:
         self.name = self.model.config.model_type
         self.model.eval()
         with torch.no_grad():  # sharp enough that tokens matter
-            for parameter in self.model.parameters():
+            for part, parameter in self.model.named_parameters():
+                # some norms multiply with 1 + weight, which is 0 at first
+                offset = part.endswith("weight") and not parameter.any()
                 parameter.copy_(torch.randn_like(parameter) * (0.2 if parameter.ndim > 1 else 0.02))
-                if parameter.ndim == 1:
+                if parameter.ndim == 1 and not offset:
                     parameter.add_(1)
+            for module in self.model.modules():
+                # attention without a scale has it in its norm of queries
+                if hasattr(module, "q_norm") and getattr(module, "scaling", 0) == 1:
+                    module.q_norm.weight.mul_(module.head_dim**-0.5)
         tokenizer = self.processor.tokenizer
         self.model.generation_config.update(
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,

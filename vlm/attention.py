@@ -1,6 +1,7 @@
 """Queries and keys of one layer, from its input."""
 
 import sys
+from inspect import signature
 from typing import Any
 
 from torch import Tensor
@@ -41,17 +42,21 @@ def decoder_query_key(
         rotary: cos and sin, (B, L, d) each.
         index: token indices of the rows, (B, T).
     """
-    attention = layer.self_attn
+    attention, width = layer.self_attn, layer.self_attn.head_dim
     normed = layer.input_layernorm(hidden)
     chosen = take(normed, index)
-    query = attention.q_proj(chosen).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-    key = attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    key = attention.k_proj(normed).unflatten(-1, (-1, width)).transpose(1, 2)
+    heads = key.shape[1] * attention.num_key_value_groups
+    # Qwen3.5 has a gate behind each head's query
+    query = attention.q_proj(chosen).unflatten(-1, (heads, -1))[..., :width].transpose(1, 2)
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
     cos, sin = (table.expand(len(hidden), -1, -1) for table in rotary)
     # some models turn pairs of neighbors, or part of a head only
     modeling = sys.modules[type(attention).__module__]
     turn = getattr(modeling, "apply_rotary_pos_emb", apply_rotary_pos_emb)
+    if "k" not in signature(turn).parameters:
+        return turn(query, take(cos, index), take(sin, index)), turn(key, cos, sin)
     query, _ = turn(query, query, take(cos, index), take(sin, index))
     key, _ = turn(key, key, cos, sin)
     return query, key
@@ -80,5 +85,15 @@ def window_of(config: Any, number: int) -> int | None:
         return int(config.sliding_window)
     raise InputError(
         f"decoder layer {number} has {kind}, and scores of attention need full or sliding attention; "
-        "give a method before the language model"
+        "those of all layers are not known here"
     )
+
+
+def scored_layers(config: Any, layers: int) -> list[int]:
+    """Returns the decoder layers whose attention methods can read: all but those of linear attention.
+
+    Args:
+        config: of the language model.
+        layers: how many it has.
+    """
+    return [number for number in range(layers) if mask_kind(config, number) != "linear_attention"]

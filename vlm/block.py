@@ -398,9 +398,8 @@ class Block:
             return None
         kwargs = dict(kwargs)
         _, forward = kwargs.pop(FORWARD)
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        hidden, kwargs = self.layers.before_layer(forward, number, layer, hidden, kwargs)
-        return (hidden, *args[1:]), kwargs
+        args = args or (kwargs.pop("hidden_states"),)
+        return self.layers.before_layer(forward, number, layer, args, kwargs)
 
     def after_decoder(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Note what the cache holds now, shorten labels, and say what was kept.
@@ -433,10 +432,9 @@ class Block:
             column = last.layout.column.to(call.labels.device)
             valid = last.layout.valid.to(call.labels.device)
             call.labels.data = torch.where(valid, call.labels.gather(1, column), -100)
-        asked = kwargs.get("logits_to_keep")
-        if isinstance(asked, int) and asked and forward.active[-1].cached.pruned:
+        if forward.wanted and last.cached.pruned:
             # Gemma 4 tells from the prompt's length whether its decoder has left other rows out
-            output.last_hidden_state = output.last_hidden_state[:, -asked:]
+            output.last_hidden_state = output.last_hidden_state[:, -forward.wanted :]
         if forward.available:
             self.note(forward, len(module.layers))
 

@@ -13,7 +13,7 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import create_causal_mask
 
 from vlm_prune.vlm.common.errors import InputError
@@ -134,13 +134,18 @@ class PrunedCache(Cache):  # type: ignore[misc]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of the full prompt and what followed."""
-        length = super().get_seq_length(layer_idx)
-        return int(length) + self.prompt.of(layer_idx).missing
+        length = int(super().get_seq_length(layer_idx))
+        return length + self.prompt.of(self._counted(layer_idx)).missing
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """How many keys a layer has, and how many stood in front of them."""
         length, offset = super().get_mask_sizes(query_length, layer_idx)
-        return length, offset + self.prompt.of(layer_idx).missing
+        return length, offset + self.prompt.of(self._counted(layer_idx)).missing
+
+    def _counted(self, layer_idx: int) -> int:
+        """The layer whose keys transformers counts: for one without keys the first that has some."""
+        later = range(layer_idx, len(self.layers))
+        return next((n for n in later if isinstance(self.layers[n], CacheLayerMixin)), layer_idx)
 
     def update(self, key_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append to a layer, inside a pruning block.
@@ -153,12 +158,20 @@ class PrunedCache(Cache):  # type: ignore[misc]
         Raises:
             InputError: outside one, where masks and positions would be those of the full prompt.
         """
+        self._check_open()
+        return cast(tuple[Tensor, Tensor], super().update(key_states, *args, **kwargs))
+
+    def get_conv_state(self, *args: Any, **kwargs: Any) -> Any:
+        """What a layer of linear attention remembers of the last tokens; as for `update`."""
+        self._check_open()
+        return super().get_conv_state(*args, **kwargs)
+
+    def _check_open(self) -> None:
         if not self.prompt.open:
             raise InputError(
                 "this cache holds a pruned prompt; go on with it inside a pruning block of its "
                 "model, or start an empty cache"
             )
-        return cast(tuple[Tensor, Tensor], super().update(key_states, *args, **kwargs))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens; a positive number is the length that stays, as it once was."""

@@ -20,7 +20,13 @@ from transformers.masking_utils import (
 )
 
 from vlm_prune.kernels.compact_tokens import compact_tokens
-from vlm_prune.vlm.attention import decoder_keys, decoder_query_key, mask_kind, window_of
+from vlm_prune.vlm.attention import (
+    decoder_keys,
+    decoder_query_key,
+    mask_kind,
+    scored_layers,
+    window_of,
+)
 from vlm_prune.vlm.cache import CACHE, CachedPrompt, CachedTokens, cache_of
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.layout import TokenLayout, alike
@@ -92,6 +98,7 @@ class Segment:
         cached: those, and what these layers' cache holds of tokens before them.
         front: columns that the cache says stood in front of what it holds.
         positions: position ids of this forward's tokens.
+        entered: their indices in what the decoder was given, (B, n).
         rotary: tables of their positions by kind of layer, as far as they are known; None where
             they are the decoder's own.
         selected: arguments for every token so far.
@@ -104,6 +111,7 @@ class Segment:
     cached: CachedTokens
     front: int
     positions: Tensor
+    entered: Tensor
     rotary: dict[str, tuple[Tensor, Tensor]] | None = None
     selected: dict[str, Any] = field(default_factory=dict)
     masks: dict[str, Any] = field(default_factory=dict)
@@ -141,13 +149,15 @@ class Forward:
         positions: position ids of the full input, (B, L) or (3 or 4, B, L).
         seen: how many tokens each row has so far, padding apart, (B, 1).
         active: the segment of each layer; that of the decoder's input under -1.
-        states: a layer with its input and rotation, for the cut after it.
+        states: a layer with its input and rotation, for the cut after it, and the keys that it held
+            before.
         query_mask: the question's tokens that the method reads, of each image.
         deepstack: features that layers add to the full input, by layer.
         per_token: arguments of layers for every token so far, of the full input.
         cuts: indices kept of each image at each cut.
         blocks: which tokens of the full input attend to each other both ways: those of the same
             number, (B, L), -1 for none; None where all attention is causal.
+        wanted: of how many of the last tokens the decoder is to give the output; 0 for all.
     """
 
     layout: TokenLayout
@@ -161,12 +171,31 @@ class Forward:
     positions: Tensor = field(default_factory=lambda: torch.zeros(0))
     seen: Tensor = field(default_factory=lambda: torch.zeros(0))
     active: dict[int, Segment] = field(default_factory=dict)
-    states: dict[int, tuple[Any, Tensor, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    states: dict[int, tuple[Any, Tensor, tuple[Tensor, Tensor], Tensor | None]] = field(
+        default_factory=dict
+    )
     query_mask: Tensor | None = None
     deepstack: dict[int, Tensor] = field(default_factory=dict)
     per_token: dict[str, PerToken] = field(default_factory=dict)
     cuts: dict[int, list[Tensor]] = field(default_factory=dict)
     blocks: Tensor | None = None
+    wanted: int = 0
+
+
+def cut_depths(decoder: Any, reads: Side, last: int) -> list[int]:
+    """Returns how many decoder layers can have run at a cut, where the layer that the method reads
+    has attention to be read.
+
+    Args:
+        decoder: the language model.
+        reads: on which side of the cut that layer is.
+        last: how many layers can have run at most.
+    """
+    scored = scored_layers(decoder.config, len(decoder.layers))
+    depths = [number + (reads == "before") for number in scored]
+    # a cut at the decoder's input has only the layer after it
+    depths = [0, *depths] if reads == "before" and scored[:1] == [0] else depths
+    return [depth for depth in depths if depth <= last]
 
 
 def position_deltas(forward: Forward) -> Tensor:
@@ -232,6 +261,11 @@ class LayerPruning:
         forward.positions = positions.expand(*positions.shape[:-2], len(hidden), -1)
         forward.per_token = {n: value for n, value in kwargs.items() if isinstance(value, PerToken)}
         new: dict[str, Any] = {"position_ids": positions}
+        if isinstance(last := kwargs.get("logits_to_keep"), int):
+            forward.wanted = last
+            # Gemma 4 leaves rows out on its way, of which it would take others behind a cut
+            cut = forward.due or len(forward.prompt.layers) > 1
+            new["logits_to_keep"] = 0 if cut and last > 1 else last
         if forward.kept is not None:
             keep = keep_mask(layout, forward.kept.indices)
             # drop what is not kept, then write what the method made of the rest in its place
@@ -288,7 +322,9 @@ class LayerPruning:
                 forward.deepstack[number] = whole
         return new
 
-    def segment(self, forward: Forward, layout: TokenLayout, number: int) -> Segment:
+    def segment(
+        self, forward: Forward, layout: TokenLayout, number: int, entered: Tensor | None = None
+    ) -> Segment:
         """Returns what layers from `number` on get: this forward's tokens after those that they
         hold.
 
@@ -296,6 +332,7 @@ class LayerPruning:
             forward: the one under way.
             layout: of its tokens.
             number: of the layer.
+            entered: the tokens' indices in what the decoder was given; all of them unless given.
         """
         # what the cache of this layer holds, with this forward's tokens behind it
         past, full = forward.prompt.of(number), forward.layout
@@ -320,7 +357,9 @@ class LayerPruning:
             # the row of the text only orders tokens: gaps in it would read as packed sequences
             order = (cached.valid.cumsum(1) - 1)[:, -layout.valid.shape[1] :]
             positions = torch.cat([order[None].to(positions.device), positions[1:]])
-        return Segment(layout, cached, past.missing, positions * valid)
+        if entered is None:
+            entered = torch.arange(layout.valid.shape[1]).expand_as(layout.valid)
+        return Segment(layout, cached, past.missing, positions * valid, entered)
 
     def selected(self, forward: Forward, segment: Segment, device: torch.device) -> dict[str, Any]:
         """Returns the arguments for every token so far, for the tokens of a segment.
@@ -337,8 +376,13 @@ class LayerPruning:
         return {name: value.select_tokens(*given) for name, value in forward.per_token.items()}
 
     def before_layer(
-        self, forward: Forward, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
-    ) -> tuple[Tensor, dict[str, Any]]:
+        self,
+        forward: Forward,
+        number: int,
+        layer: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Cut if one is due; give the layer its segment's arguments.
 
         A layer that is run again, as recomputation for gradients does, gets the same ones again.
@@ -347,9 +391,11 @@ class LayerPruning:
             forward: the one under way.
             number: of the layer.
             layer: the layer.
-            hidden: its input, (B, n, D).
+            args: its input, (B, n, D), and what else it gets of each token that the decoder was
+                given.
             kwargs: its other arguments.
         """
+        hidden, *own = args
         segment, device = forward.active[number - 1], hidden.device
         if (features := forward.deepstack.get(number - 1)) is not None:
             # add this layer's image features to the tokens that are left
@@ -363,14 +409,18 @@ class LayerPruning:
             hidden, segment = cutting.cut()
         elif number in forward.prompt.layers and number > 0:
             known = {} if self.contiguous else segment.rotary
-            segment = self.segment(forward, segment.layout, number)
+            segment = self.segment(forward, segment.layout, number, segment.entered)
             segment.rotary = known
             segment.selected = self.selected(forward, segment, device)
         forward.active[number] = segment
         kwargs = self._arguments(forward, segment, number, hidden, kwargs)
         if number + 1 in forward.due:
-            forward.states[number + 1] = (layer, hidden, kwargs["position_embeddings"])
-        return hidden, kwargs
+            past = held_keys(cache_of(kwargs), number)
+            forward.states[number + 1] = (layer, hidden, kwargs["position_embeddings"], past)
+        if hidden.shape[1] == segment.entered.shape[1] and segment is not forward.active[-1]:
+            entered = segment.entered.to(device)
+            own = [take(part, entered) if isinstance(part, Tensor) else part for part in own]
+        return (hidden, *own), kwargs
 
     def _arguments(
         self,
@@ -384,13 +434,14 @@ class LayerPruning:
         if segment is forward.active[-1]:
             moved = {"position_ids": self._given(segment)} if segment.cached.pruned else {}
             return self._biased(forward, segment, number, hidden, kwargs | moved)
-        # what the decoder made for its input does not fit fewer tokens
+        # what the decoder made for its input does not fit fewer tokens; it may ask for the last ones
+        rotary = self._rotary(segment, number, hidden, kwargs["position_embeddings"])
+        mask = self._mask(forward, segment, number, hidden, kwargs)
+        queries = hidden.shape[1]
         replaced = {
             "position_ids": self._given(segment),
-            "position_embeddings": self._rotary(
-                segment, number, hidden, kwargs["position_embeddings"]
-            ),
-            "attention_mask": self._mask(forward, segment, number, hidden, kwargs),
+            "position_embeddings": tuple(table[:, -queries:] for table in rotary),
+            "attention_mask": last_rows(mask, queries),
         }
         return self._biased(forward, segment, number, hidden, kwargs | segment.selected | replaced)
 
@@ -469,7 +520,7 @@ class LayerPruning:
                 bias = bias + self._distances(forward, segment, *kwargs["position_embeddings"])
             mask = kwargs.get("attention_mask")
             segment.biased[key] = additive(mask, bias[..., -keys:], hidden)
-        return kwargs | {"attention_mask": segment.biased[key]}
+        return kwargs | {"attention_mask": last_rows(segment.biased[key], hidden.shape[1])}
 
     def _distances(self, forward: Forward, segment: Segment, cos: Tensor, sin: Tensor) -> Tensor:
         """Returns log(2 - D) of a segment's tokens and all keys, (B, n, K), D the mean cosine of
@@ -539,9 +590,10 @@ class Cutting:
 
         source: Any
         source, before, rotary, number = self.layer, self.hidden, self.rotary, self.number
+        past_keys = held_keys(self.cache, number)
         if number and self.reducer.reads == "before":
             number -= 1
-            source, before, rotary = self.forward.states[self.number]
+            source, before, rotary, past_keys = self.forward.states[self.number]
         # the question's tokens of each row, padded to the longest, (B, T)
         index, real = map(moved, compact(layout.question_mask))
         columns_of = layout.images()
@@ -559,7 +611,7 @@ class Cutting:
             valid, first = layout.valid, 0
             if self.forward.prompt.of(number).valid.shape[1]:
                 # keys of the cache come first, and shift the columns of this forward
-                past, past_valid = self.past_keys(number)
+                past, past_valid = self.past_keys(number, past_keys)
                 key, first = torch.cat([past.to(key), key], 2), past.shape[2]
                 valid = torch.cat([past_valid, valid], 1)
             # a token sees all keys up to the last one of its block
@@ -617,20 +669,20 @@ class Cutting:
         ends.scatter_reduce_(1, blocks % ends.shape[1], columns, "amax")
         return torch.where(blocks < 0, columns, ends.gather(1, blocks % ends.shape[1]))
 
-    def past_keys(self, number: int) -> tuple[Tensor, Tensor]:
-        """Keys (B, G, P, d) of tokens before this forward's in layer `number`, and which are valid.
+    def past_keys(self, number: int, keys: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keys (B, G, P, d) of tokens before this forward's, and which are valid.
+
+        Args:
+            number: of the layer.
+            keys: that the cache held of it before this forward.
 
         Raises:
-            InputError: when the cache does not hold them as they are.
+            InputError: when these are not all of them.
         """
         valid = self.forward.prompt.of(number).valid
-        keys, new = self.cache.layers[number].keys, self.segment.layout.valid.shape[1]
-        quantized, offloaded = keys.ndim < 4, getattr(self.cache, "offloading", False)
-        if not quantized and number < self.number:
-            # layers before the cut have already appended this forward's keys
-            keys = keys[:, :, : keys.shape[2] - new]
-        lost = quantized or (keys.shape[2] < valid.shape[1] and not self.sliding(number))
-        if lost or offloaded:
+        offloaded = getattr(self.cache, "offloading", False)
+        lost = keys is None or (keys.shape[2] < valid.shape[1] and not self.sliding(number))
+        if keys is None or lost or offloaded:
             raise InputError(
                 "images behind a prefix need its keys; give the whole prompt at once, or a cache "
                 "that is neither quantized nor offloaded"
@@ -693,7 +745,8 @@ class Cutting:
                 keep, column, kept.valid, [self.hidden, *tables], forward.right_padded
             )
             hidden = filled(hidden, kept, features)
-        segment = self.pruning.segment(forward, kept, self.number)
+        entered = self.segment.entered.gather(1, column)
+        segment = self.pruning.segment(forward, kept, self.number, entered)
         segment.rotary = {}
         if rotary:
             cos, sin = rotary
@@ -701,6 +754,15 @@ class Cutting:
         segment.selected = self.pruning.selected(forward, segment, device)
         forward.cuts[self.number] = kept.indices()
         return hidden, segment
+
+
+def held_keys(cache: Any, number: int) -> Tensor | None:
+    """Returns the keys (B, G, P, d) that a cache holds of layer `number`; None where it holds none, or
+    others than attention gets.
+    """
+    layers = [] if cache is None else cache.layers
+    keys: Tensor | None = getattr(layers[number], "keys", None) if number < len(layers) else None
+    return keys if keys is not None and keys.ndim == 4 else None
 
 
 def joined_sizes(past: CachedTokens, layout: TokenLayout) -> Tensor | None:
@@ -735,6 +797,14 @@ def additive(mask: Tensor | None, bias: Tensor, hidden: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return torch.where(mask, bias, torch.finfo(hidden.dtype).min)
     return mask + bias
+
+
+def last_rows(mask: Any, count: int) -> Any:
+    """Returns a mask of attention for the last `count` queries, of a mask (B, 1, n, K) or another
+    kind, which stays as it is.
+    """
+    whole = not isinstance(mask, Tensor) or mask.ndim != 4
+    return mask if whole else mask[:, :, -count:]
 
 
 def keep_mask(layout: TokenLayout, indices: list[Tensor]) -> Tensor:

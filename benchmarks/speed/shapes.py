@@ -6,6 +6,7 @@ from transformers import (
     AutoConfig,
     CLIPVisionConfig,
     Gemma3Config,
+    Gemma4Config,
     Glm4vConfig,
     Glm46VConfig,
     Idefics3Config,
@@ -239,6 +240,19 @@ def _gemma3_4b() -> Gemma3Config:
     )  # fmt: skip
 
 
+def _gemma4_e2b() -> Gemma4Config:
+    """Without its tower for sound; the tower for images is the default one."""
+    kinds = [*["sliding_attention"] * 4, "full_attention"] * 7
+    return Gemma4Config(
+        text_config={
+            "hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 35,
+            "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256,
+            "global_head_dim": 512, "sliding_window": 512, "num_kv_shared_layers": 20,
+            "use_double_wide_mlp": True, "final_logit_softcapping": 30.0, "layer_types": kinds,
+        },
+    )  # fmt: skip
+
+
 def _mistral_small_31_24b() -> Mistral3Config:
     return Mistral3Config(
         vision_config=PixtralVisionConfig(
@@ -322,6 +336,7 @@ SHAPES: Registry[Callable[[], PreTrainedConfig]] = Registry(
         "qwen3-vl-30b-a3b": _qwen3_vl_30b_a3b,
         "idefics3-8b": _idefics3_8b,
         "gemma3-4b": _gemma3_4b,
+        "gemma4-e2b": _gemma4_e2b,
         "mistral-small-3.1-24b": _mistral_small_31_24b,
         "glm-4.1v-9b": _glm_41v_9b,
         "glm-4.6v-flash-9b": _glm_46v_flash_9b,

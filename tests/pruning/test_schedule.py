@@ -1,10 +1,14 @@
 """Schedules of the methods that cut inside the language model."""
 
+from types import SimpleNamespace
+
 import pytest
+from transformers import Gemma4TextConfig, LlamaConfig, Qwen3_5TextConfig
 
 from vlm_prune.pruning import METHODS, DecoderPruner
 from vlm_prune.pruning.schedule import Schedule
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.layer_pruning import cut_depths
 
 INSIDE = [name for name, method in METHODS.items() if issubclass(method, DecoderPruner)]
 
@@ -25,6 +29,44 @@ def test_the_mean_over_layers_is_the_budget(name, layers, budget):
     spent = computed(METHODS[name](budget=budget).cuts(576, layers), layers)
     assert budget - 1 < sum(spent) / layers <= budget
     assert spent == sorted(spent, reverse=True)
+
+
+def depths_in(config, reads, last=None):
+    layers = config.num_hidden_layers
+    decoder = SimpleNamespace(config=config, layers=[None] * layers)
+    return cut_depths(decoder, reads, layers - 1 if last is None else last)
+
+
+def test_cuts_stand_next_to_attention_that_can_be_read():
+    assert depths_in(LlamaConfig(), "before") == depths_in(LlamaConfig(), "after") == [*range(32)]
+    linear = Qwen3_5TextConfig(num_hidden_layers=32)
+    assert depths_in(linear, "before") == [4, 8, 12, 16, 20, 24, 28]
+    assert depths_in(linear, "after") == [3, 7, 11, 15, 19, 23, 27, 31]
+    assert depths_in(Gemma4TextConfig(num_hidden_layers=35), "before", 13) == [*range(14)]
+
+
+@pytest.mark.parametrize("name", INSIDE)
+@pytest.mark.parametrize("budget", [96, 300, 576])
+@pytest.mark.parametrize(("layers", "last"), [(32, 31), (35, 13)])
+def test_the_mean_is_the_budget_where_cuts_cannot_stand_anywhere(name, budget, layers, last):
+    method = METHODS[name](budget=budget)
+    config = Qwen3_5TextConfig(num_hidden_layers=layers)
+    allowed = depths_in(config, getattr(method, "inside", method).reads, last)
+    cuts = method.cuts(576, layers, allowed)
+    assert {cut.layer for cut in cuts} <= {*allowed}
+    spent = computed(cuts, layers)
+    assert budget - 1 < sum(spent) / layers <= budget
+    assert spent == sorted(spent, reverse=True)
+
+
+def test_a_cut_goes_to_the_nearest_place_or_says_what_it_costs():
+    allowed = depths_in(Qwen3_5TextConfig(num_hidden_layers=32), "before")
+    assert [c.layer for c in METHODS["fastv"](budget=96).cuts(576, 32, allowed)] == [4]
+    deep = METHODS["adaptinfer"](preset="64").cuts(576, 32, allowed)
+    assert [(cut.layer, cut.keep) for cut in deep] == [(4, 133), (12, 27), (20, 3)]
+    with pytest.raises(InputError, match="spent before layer 4 of 32.* give 73 or more"):
+        METHODS["fastv"](budget=72).cuts(576, 32, allowed)
+    assert METHODS["fastv"](budget=73).cuts(576, 32, allowed)[0].keep >= 1
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,11 @@ class Family(ABC):
         return self.model.model.language_model
 
     @property
+    def last_cut(self) -> int:
+        """How many decoder layers can have run at most when tokens are dropped between them."""
+        return len(self.decoder.layers) - 1
+
+    @property
     @abstractmethod
     def tower_layers(self) -> Any:
         """The vision tower's layers."""

@@ -3,8 +3,8 @@
 Patches are averaged to tokens, and the projector is a norm and one matrix: the norm makes it nonlinear,
 so features are what the norm reads. In the larger models an image's tokens attend to each other both
 ways, in layers with a sliding window alone. Layers also get an embedding of each token's id, which goes
-with its token, and in the smaller models the last ones use keys and values of layers before: tokens are
-dropped before the language model, and methods inside it are refused.
+with its token, and in the smaller models the last ones use keys and values of two layers before, behind
+which nothing is dropped. `generate` asks those last layers for the last token alone.
 """
 
 from collections.abc import Callable, Mapping
@@ -45,6 +45,13 @@ class Gemma4(Family):
     @property
     def tokens_per_image(self) -> int:
         raise InputError("images of this model have as many tokens as their shape asks for")
+
+    @property
+    def last_cut(self) -> int:
+        """The last layers use keys and values of layers before, which must have been cut by then."""
+        layers = self.decoder.layers
+        lent = [n for n, layer in enumerate(layers) if layer.self_attn.store_full_length_kv]
+        return min(lent, default=len(layers) - 1)
 
     @property
     def side(self) -> int:

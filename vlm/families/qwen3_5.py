@@ -1,8 +1,8 @@
 """Qwen3.5 in transformers: Qwen3-VL's tower without deepstack, over a decoder of mostly linear attention.
 
-Three of four decoder layers keep a state of fixed size instead of keys and values: a token that they
-have seen is part of it, and nothing says how much each token counts. So tokens are dropped before the
-language model; methods inside it are refused.
+Three of four decoder layers keep a state of fixed size instead of keys and values, and have no scores
+of attention: cuts inside the language model stand next to one of the others. Layers behind a cut keep a
+state of the tokens that are left. `restore` adds to logits of attention, and is refused.
 """
 
 from collections.abc import Sequence
