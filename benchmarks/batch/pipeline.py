@@ -305,6 +305,10 @@ def local_ray(cpus: int | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    # Ray reads the environment when it is imported, which vLLM may have done before
+    raylet: Any = ray._raylet
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
     try:
         ray.init(
             address="local", num_cpus=cpus or max(2, os.cpu_count() or 1), include_dashboard=False,

@@ -106,6 +106,11 @@ def check(name: str, pruner: Any) -> None:
             f"{name} acts inside the language model, which vLLM runs itself; "
             "give a method that chooses tokens before it, such as zoo or divprune"
         )
+    if "videos" in pruner.needs:
+        raise InputError(
+            f"{name} compares frames of videos, which are not pruned in vLLM; "
+            "give a method that prunes images, such as zoo"
+        )
     try:
         text = reads_question(pruner)
     except InputError as error:
