@@ -7,6 +7,7 @@ from vlm_prune.continual.methods.adalora import AdaLoRA
 from vlm_prune.continual.methods.base import Context, Method, Space
 from vlm_prune.continual.methods.codyra import CoDyRA
 from vlm_prune.continual.methods.codyra_plus import CoDyRAPlus
+from vlm_prune.continual.methods.condu import ConDU
 from vlm_prune.continual.methods.dora import DoRA
 from vlm_prune.continual.methods.full import FullFineTune
 from vlm_prune.continual.methods.keeplora import KeepLoRA
@@ -24,7 +25,7 @@ from vlm_prune.vlm.common.registry import Registry
 METHODS: Registry[type[Method]] = Registry("continual method")
 for _method in (
     ZeroShot, CoDyRA, CoDyRAPlus, RandomRank, LoRA, OLoRA, DoRA, RandLoRA, AdaLoRA,
-    KeepLoRA, FullFineTune, WiseFT, LwF, ZSCL, RAIL,
+    KeepLoRA, FullFineTune, ConDU, WiseFT, LwF, ZSCL, RAIL,
 ):  # fmt: skip
     METHODS.register(_method.name, _method)
 

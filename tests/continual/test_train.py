@@ -121,6 +121,7 @@ RESUMED = {
     "o-lora": {"rank": 2},
     "adalora": {"rank": 3, "target_rank": 1, "every": 2},
     "wise-ft": {"anchor": "initial"},
+    "condu": {},
     "lwf": {},
     "keeplora": {"rank": 2, "feature_energy": 0.5},
     "rail": {"width": 32},

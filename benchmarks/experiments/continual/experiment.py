@@ -70,11 +70,12 @@ ARMS = {
     "randlora": ContinualArm("randlora", "randlora"),
     "adalora": ContinualArm("adalora", "adalora", {"every": 2}),
     "keeplora": ContinualArm("keeplora", "keeplora"),
+    "condu": ContinualArm("condu", "condu"),
 }
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
     **{name: [{"lr": lr} for lr in ADAPTER_RATES] for name in ("codyra", "lora", "randlora")},
     **{name: [{"lr": lr} for lr in ADAPTER_RATES] for name in ("adalora", "keeplora")},
-    "full": [{"lr": lr} for lr in FULL_RATES],
+    **{name: [{"lr": lr} for lr in FULL_RATES] for name in ("full", "condu")},
     "codyra-plus": [
         {"lr": lr, "importance": kind} for kind in ("product", "taylor") for lr in ADAPTER_RATES[:3]
     ],
