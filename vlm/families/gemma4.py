@@ -50,8 +50,9 @@ class Gemma4(Family):
     def last_cut(self) -> int:
         """The last layers use keys and values of layers before, which must have been cut by then."""
         layers = self.decoder.layers
-        lent = [n for n, layer in enumerate(layers) if layer.self_attn.store_full_length_kv]
-        return min(lent, default=len(layers) - 1)
+        if not any(layer.self_attn.is_kv_shared_layer for layer in layers):
+            return super().last_cut
+        return min(n for n, layer in enumerate(layers) if layer.self_attn.store_full_length_kv)
 
     @property
     def side(self) -> int:
