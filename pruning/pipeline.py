@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.chat import encode_prompts, render
@@ -137,13 +138,19 @@ class PrunedVLM:
         texts = self.processor.batch_decode(
             output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )
-        counts: list[tuple[int | None, int | None]] = [(None, None)] * len(texts)
+        # frames, rows and columns of those that are videos, in the order of the prompts
+        grids = iter(family_of(self.model).video_grids(inputs) if clips else [])
+        own_grids = [next(grids) if kind == "video" else None for kind in kinds]
+        counts: list[tuple[int | None, int | None, Tensor | None]] = [(None,) * 3] * len(texts)
         if trace is not None:
             # beam search repeats a prompt with its image, whose first copy counts
             copies = len(trace.available) // len(texts)
-            kept = map(len, trace.kept[::copies])
-            counts = list(zip(trace.available[::copies], kept, strict=True))
-        return [Reply(text.strip(), *each) for text, each in zip(texts, counts, strict=True)]
+            kept = trace.kept[::copies]
+            counts = list(zip(trace.available[::copies], map(len, kept), kept, strict=True))
+        return [
+            Reply(text.strip(), *each, grid)
+            for text, each, grid in zip(texts, counts, own_grids, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -152,8 +159,17 @@ class Reply:
 
     For methods that prune inside the language model the latter are those of its last layer, fewer
     than the budget, which is a mean over layers. Without a pruner both are None.
+
+    Args:
+        text: the answer.
+        image_tokens: of the image or video.
+        kept_tokens: left at the end.
+        kept: their indices, (k,).
+        grid: frames, rows and columns of a video's tokens; None for images.
     """
 
     text: str
     image_tokens: int | None
     kept_tokens: int | None
+    kept: Tensor | None = field(default=None, compare=False, repr=False)
+    grid: tuple[int, int, int] | None = None

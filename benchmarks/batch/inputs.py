@@ -3,7 +3,9 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from PIL import Image
 from pyarrow import csv, parquet
@@ -11,6 +13,8 @@ from pyarrow import csv, parquet
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.images import open_image
 from vlm_prune.vlm.common.paths import DataRoot
+from vlm_prune.vlm.common.video import SUFFIXES as VIDEOS
+from vlm_prune.vlm.common.video import VideoClip, is_video, open_video
 
 SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MANIFESTS = (".csv", ".parquet")
@@ -22,13 +26,17 @@ def input_root(source: Path, allow_outside: bool = False) -> DataRoot:
     return DataRoot(folder, allow_outside)
 
 
-def find_images(source: Path, prompt: str, limit: int | None = None) -> pa.Table:
+def find_images(
+    source: Path, prompt: str, limit: int | None = None, videos: bool = False
+) -> pa.Table:
     """The rows to answer: `row` (their number), `path` below `input_root(source)`, `prompt`.
 
     Args:
         source: a folder, searched with its subfolders in the order of the paths, or a Parquet or
             CSV file with a column `path` and perhaps one `prompt`, in the order of its rows.
         prompt: asked where a row has none of its own.
+        limit: only so many of the first.
+        videos: whether video files of a folder are rows, too; a manifest names what it likes.
 
     Raises:
         InputError: if there is no such source, no image in it, or a row without a prompt.
@@ -36,7 +44,8 @@ def find_images(source: Path, prompt: str, limit: int | None = None) -> pa.Table
     if not source.exists():
         raise InputError(f"no such input: {source}; give a folder of images or a manifest")
     if source.is_dir():
-        paths = _walk(source.resolve())[:limit]
+        suffixes = SUFFIXES + VIDEOS * videos
+        paths = _walk(source.resolve(), suffixes)[:limit]
         prompts: list[str | None] = [None] * len(paths)
     elif source.suffix.lower() in MANIFESTS:
         paths, prompts = _manifest(source, limit)
@@ -46,7 +55,8 @@ def find_images(source: Path, prompt: str, limit: int | None = None) -> pa.Table
         )
     if not paths:
         raise InputError(
-            f"there are no images in {source}; give a folder with files of {', '.join(SUFFIXES)}"
+            f"there are no images in {source}; give a folder with files of "
+            f"{', '.join(SUFFIXES + VIDEOS * videos)}"
         )
     row_prompts = [text or prompt for text in prompts]
     if not all(row_prompts):
@@ -59,8 +69,8 @@ def find_images(source: Path, prompt: str, limit: int | None = None) -> pa.Table
     )
 
 
-def _walk(root: Path) -> list[str]:
-    """Image files below `root`, and the links to folders outside, which become errors."""
+def _walk(root: Path, suffixes: tuple[str, ...]) -> list[str]:
+    """Files with these suffixes below `root`, and the links to folders outside, which become errors."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -68,7 +78,7 @@ def _walk(root: Path) -> list[str]:
     found = []
     for folder, folders, files in os.walk(root, onerror=refuse):
         here = Path(folder)
-        names = [name for name in files if name.lower().endswith(SUFFIXES)]
+        names = [name for name in files if name.lower().endswith(suffixes)]
         names += [name for name in folders if not _inside(root, here / name)]
         found += [(here / name).relative_to(root).as_posix() for name in names]
     return sorted(found)
@@ -99,16 +109,24 @@ def _manifest(source: Path, limit: int | None) -> tuple[list[str], list[str | No
     return [path or "" for path in paths], prompts
 
 
-def open_below(root: DataRoot, path: str) -> Image.Image:
-    """The image at `path` below `root`, as RGB.
+def open_below(
+    root: DataRoot, path: str, frames: int = 32, fps: float | None = None
+) -> Image.Image | VideoClip:
+    """The image at `path` below `root`, as RGB, or frames of the video there.
+
+    Args:
+        root: of the input.
+        path: below it.
+        frames: of a video, at most.
+        fps: frames for each second instead.
 
     Raises:
-        InputError: if it is no file, leads out of the root, or is no sound image.
+        InputError: if it is no file, leads out of the root, or is no sound image or video.
     """
     file = root.path(path)
     if not file.is_file():
         raise InputError(f"{path} is no file")
-    return open_image(file)
+    return open_video(file, frames, fps) if is_video(file) else open_image(file)
 
 
 PIXELS = pa.schema(
@@ -119,20 +137,36 @@ PIXELS = pa.schema(
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("pixels", pa.large_binary()),  # 64-bit offsets: a batch may be above 2 GiB
+        ("times", pa.list_(pa.float64())),  # of a video's frames; null for images
+        ("duration", pa.float64()),
     ]
 )
 
 
-def decode(rows: pa.Table, root: DataRoot) -> Iterator[pa.Table]:
-    """Rows of `find_images` with their pixels, one at a time so that Ray Data can cut blocks."""
+def decode(
+    rows: pa.Table, root: DataRoot, frames: int = 32, fps: float | None = None
+) -> Iterator[pa.Table]:
+    """Rows of `find_images` with their pixels, one at a time so that Ray Data can cut blocks.
+
+    Args:
+        rows: of `find_images`.
+        root: of the input.
+        frames: of a video, at most.
+        fps: frames for each second instead.
+    """
     for row in rows.to_pylist():
-        error, size, pixels = None, (0, 0), b""
+        error, size, pixels, times, duration = None, (0, 0), b"", None, None
         try:
-            image = open_below(root, row["path"])
-            size, pixels = image.size, image.tobytes()
+            shown = open_below(root, row["path"], frames, fps)
+            if isinstance(shown, VideoClip):
+                height, width = shown.frames.shape[1:3]
+                size, pixels = (width, height), shown.frames.tobytes()
+                times, duration = list(shown.times), shown.duration
+            else:
+                size, pixels = shown.size, shown.tobytes()
         except Exception as problem:  # noqa: BLE001 - decoders fail in many ways; none may end the run
             error = printable(problem)
-        values = (row["row"], row["prompt"], error, *size, pixels)
+        values = (row["row"], row["prompt"], error, *size, pixels, times, duration)
         yield pa.table([[value] for value in values], schema=PIXELS)
 
 
@@ -140,3 +174,13 @@ def printable(error: Exception) -> str:
     """Our own messages as they are, others with their type."""
     text = " ".join(str(error).split())
     return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
+
+
+def shown_of(row: dict[str, Any]) -> Image.Image | VideoClip:
+    """The image or video of a row of `decode`."""
+    width, height = row["width"], row["height"]
+    if row["times"] is None:
+        return Image.frombuffer("RGB", (width, height), row["pixels"])
+    flat = np.frombuffer(bytearray(row["pixels"]), np.uint8)  # writable, as torch wants it
+    frames = flat.reshape(-1, height, width, 3)
+    return VideoClip(frames, tuple(row["times"]), row["duration"])

@@ -19,16 +19,16 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from PIL import Image
 from pyarrow import parquet
 from transformers import AutoModelForImageTextToText
 
-from vlm_prune.benchmarks.batch.inputs import decode, find_images, input_root, printable
+from vlm_prune.benchmarks.batch.inputs import decode, find_images, input_root, printable, shown_of
 from vlm_prune.benchmarks.batch.output import ANSWERS, Parts, finished, parts_of
 from vlm_prune.benchmarks.batch.served import ServedVLM, settings_of
 from vlm_prune.benchmarks.evaluation.records import Variant
 from vlm_prune.pruning.pipeline import PrunedVLM
 from vlm_prune.vlm.common.errors import InputError, first_line
+from vlm_prune.vlm.families import takes_videos
 from vlm_prune.vlm.load import check_loadable, config_of, device_of, load
 
 MOST_BLOCKS = 2000
@@ -48,7 +48,8 @@ class MapConfig:
 
     `input` is a folder or a manifest, `max_new_tokens` the longest answer, None for the model's own
     limit; `allow_outside` lets paths and links lead out of the folder; `engine` is `hf` or `vllm`;
-    `device_map`, `quantization`, `attn` and `adapter` are those of `load`.
+    `device_map`, `quantization`, `attn` and `adapter` are those of `load`, `frames` and `fps` those of
+    `open_video`.
     """
 
     input: str
@@ -65,6 +66,8 @@ class MapConfig:
     quantization: str | None = None
     attn: str | None = None
     adapter: str | None = None
+    frames: int = 32
+    fps: float | None = None
 
 
 class Answerer:
@@ -103,9 +106,7 @@ class Answerer:
         """Where a batch cannot be answered, its rows are tried alone."""
         if not rows:
             return []
-        images = [
-            Image.frombuffer("RGB", (row["width"], row["height"]), row["pixels"]) for row in rows
-        ]
+        images: list[Any] = [shown_of(row) for row in rows]
         try:
             replies = self.vlm.replies(images, [row["prompt"] for row in rows], **self.options)
         except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
@@ -160,7 +161,8 @@ def map_images(
         return counts(output)
     check_map_config(config)
     source = Path(config.input)
-    parts = Parts(output, wanted, partial(find_images, source, config.prompt, config.limit))
+    videos = config.engine == "hf" and takes_videos(config_of(config.model).model_type)
+    parts = Parts(output, wanted, partial(find_images, source, config.prompt, config.limit, videos))
     missing = parts.missing()
     if len(missing):
         with _stderr_to(parts.log), local_ray(cpus), bar(len(parts.images)) as advance:
@@ -237,7 +239,11 @@ def _answers(
         .map_batches(
             decode,
             batch_format="pyarrow",
-            fn_kwargs={"root": input_root(Path(config.input), config.allow_outside)},
+            fn_kwargs={
+                "root": input_root(Path(config.input), config.allow_outside),
+                "frames": config.frames,
+                "fps": config.fps,
+            },
             num_cpus=1,
             memory=DECODING,
         )

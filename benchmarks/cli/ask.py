@@ -1,7 +1,7 @@
 """`vlm-prune ask`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +17,7 @@ from vlm_prune.benchmarks.cli.options import (
     Quantization,
     parse_budget,
 )
-from vlm_prune.benchmarks.cli.terminal import quiet
+from vlm_prune.benchmarks.cli.terminal import progress, quiet
 from vlm_prune.vlm.common.errors import InputError
 
 
@@ -35,10 +35,15 @@ def ask_command(
     adapter: Adapter = None,
     frames: Annotated[int, typer.Option(help="Frames of a video, at most.")] = 32,
     fps: Annotated[float | None, typer.Option(help="Frames for each second instead.")] = None,
+    sheet: Annotated[
+        Path | None, typer.Option(help="PNG file for a video's frames and their kept tokens.")
+    ] = None,
 ) -> None:
     """Answer one question about one image or video with a pruned model."""
+    from vlm_prune.benchmarks.report.overlay import contact_sheet
     from vlm_prune.pruning.pipeline import PrunedVLM
     from vlm_prune.pruning.registry import build
+    from vlm_prune.vlm.common.files import atomic_path, check_output
     from vlm_prune.vlm.common.images import open_image
     from vlm_prune.vlm.common.video import is_video, open_video
     from vlm_prune.vlm.load import load
@@ -46,11 +51,24 @@ def ask_command(
     quiet()
     if not question.strip():
         raise InputError("the question is empty; give one about the image")
-    picture = open_video(image, frames, fps) if is_video(image) else open_image(image)
+    if sheet is not None:
+        if not is_video(image):
+            raise InputError("--sheet draws the frames of a video; give a video file")
+        check_output(sheet)
+    picture: Any
+    if is_video(image):
+        with progress(frames, "frames") as advance:
+            picture = open_video(image, frames, fps, advance)
+    else:
+        picture = open_image(image)
     pruner = build(method, budget=parse_budget(budget))
     loaded = load(
         model, device, dtype, device_map=device_map, quantization=quantization, attn=attn,
         adapter=adapter,
     )  # fmt: skip
     vlm = PrunedVLM(*loaded, pruner)
-    print(vlm.answer(picture, question))
+    (reply,) = vlm.replies([picture], [question])
+    print(reply.text)
+    if sheet is not None and reply.kept is not None and reply.grid is not None:
+        with atomic_path(sheet) as partial:
+            contact_sheet(picture, reply.kept, reply.grid).save(partial, "PNG")

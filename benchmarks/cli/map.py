@@ -27,13 +27,15 @@ from vlm_prune.benchmarks.cli.options import (
 from vlm_prune.benchmarks.cli.terminal import progress, quiet
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import unknown
+from vlm_prune.vlm.common.video import check_rate
 
 
 def map_command(
     source: Annotated[
         Path,
         typer.Option(
-            "--input", help="A folder of images, or a .csv or .parquet file: path[, prompt]."
+            "--input",
+            help="A folder of images and videos, or a .csv or .parquet file: path[, prompt].",
         ),
     ],
     output: Annotated[
@@ -64,14 +66,17 @@ def map_command(
     quantization: Quantization = None,
     attn: Attn = None,
     adapter: Adapter = None,
+    frames: Annotated[int, typer.Option(min=1, help="Frames of a video, at most.")] = 32,
+    fps: Annotated[float | None, typer.Option(help="Frames for each second instead.")] = None,
 ) -> None:
-    """Answer one prompt about every image of a folder, with Ray Data; it resumes."""
+    """Answer one prompt about every image or video of a folder, with Ray Data; it resumes."""
     if find_spec("ray") is None or find_spec("pyarrow") is None:
         raise InputError("map needs Ray Data; install it with: pip install 'vlm-prune[ray]'")
     from vlm_prune.benchmarks.batch import pipeline
     from vlm_prune.benchmarks.evaluation.records import Variant
 
     quiet()
+    check_rate(frames, fps)
     if engine not in ENGINES:
         raise InputError(unknown("engine", engine, ENGINES))
     if engine != "hf" and any((device_map, quantization, attn, adapter)):
@@ -95,6 +100,8 @@ def map_command(
         quantization,
         attn,
         adapter,
+        frames,
+        fps,
     )
     bar = partial(progress, what="images")
     rows, errors = pipeline.map_images(config, output, batch_size, workers, cpus, bar)

@@ -25,12 +25,14 @@ def console(stderr: bool = False) -> "Console":
 
 @contextmanager
 def progress(total: int, what: str = "questions") -> Iterator[Callable[[float], None]]:
-    """A progress bar over questions; gives what to call with the number done."""
+    """A progress bar over questions, on terminals; gives what to call with the number done."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     text = TextColumn("{task.description}", markup=False)
     columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True, console=console()) as bar:
+    where = console()
+    hidden = not where.is_terminal
+    with Progress(*columns, transient=True, console=where, disable=hidden) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.advance(task, done)
 

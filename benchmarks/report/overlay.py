@@ -1,8 +1,16 @@
 """Which tokens a method keeps, drawn on the picture."""
 
+from math import ceil, sqrt
+
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
+
+from vlm_prune.vlm.common.video import VideoClip
+
+SMALL = 224
+"""Pixels of the longer side of a frame on a contact sheet."""
+CAPTION = 20
 
 
 def kept_overlay(image: Image.Image, indices: Tensor, grid: tuple[int, int]) -> Image.Image:
@@ -21,3 +29,37 @@ def kept_overlay(image: Image.Image, indices: Tensor, grid: tuple[int, int]) -> 
     down, across = np.arange(height) * rows // height, np.arange(width) * columns // width
     shown = kept.reshape(grid)[down[:, None], across, None]
     return Image.fromarray(np.where(shown, pixels, pixels // 5 + 190).astype(np.uint8))
+
+
+def contact_sheet(clip: VideoClip, indices: Tensor, grid: tuple[int, int, int]) -> Image.Image:
+    """Returns the frames of a video side by side, each with its time, the number of its tokens that
+    are kept, and everything pale but their patches.
+
+    Where a model encodes several frames as one, the first one of them is shown.
+
+    Args:
+        clip: the frames.
+        indices: tokens kept (k,) among the video's, frame by frame; others are none of a frame.
+        grid: frames, rows and columns of the tokens.
+    """
+    frames, rows, columns = grid
+    size = rows * columns
+    kept = indices[indices < frames * size].cpu()
+    together = ceil(len(clip.frames) / frames)
+    tiles = []
+    for frame in range(frames):
+        # of the last ones that are encoded together there may be fewer
+        shown = min(frame * together, len(clip.frames) - 1)
+        picture = ImageOps.contain(Image.fromarray(clip.frames[shown]), (SMALL, SMALL))
+        own = kept[kept // size == frame] % size
+        tile = Image.new("RGB", (picture.width, picture.height + CAPTION), "white")
+        tile.paste(kept_overlay(picture, own, (rows, columns)), (0, CAPTION))
+        text = f"{clip.times[shown]:.1f} s: {len(own)} of {size}"
+        ImageDraw.Draw(tile).text((2, 2), text, "black", ImageFont.load_default(12))
+        tiles.append(tile)
+    width, height = tiles[0].size
+    across = ceil(sqrt(frames * height / width))
+    sheet = Image.new("RGB", (across * width, ceil(frames / across) * height), "white")
+    for number, tile in enumerate(tiles):
+        sheet.paste(tile, (number % across * width, number // across * height))
+    return sheet

@@ -1,6 +1,6 @@
 """Frames of video files, at times of their own; no more of a file is held than the frames kept."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -57,8 +57,19 @@ def is_video(source: Any) -> bool:
     return isinstance(source, str | Path) and Path(source).suffix.lower() in SUFFIXES
 
 
+def check_rate(frames: int, fps: float | None) -> None:
+    """Raises `InputError` unless so many frames, or frames for each second, can be read."""
+    if frames < 1:
+        raise InputError(f"frames {frames} is out of range; give 1 or more")
+    if fps is not None and not 0 < fps < float("inf"):
+        raise InputError(f"fps {fps} is out of range; give more than 0")
+
+
 def open_video(
-    source: str | Path | VideoClip, frames: int = 32, fps: float | None = None
+    source: str | Path | VideoClip,
+    frames: int = 32,
+    fps: float | None = None,
+    advance: Callable[[int], None] = lambda done: None,
 ) -> VideoClip:
     """Read frames of a video file, upright and in RGB.
 
@@ -69,16 +80,14 @@ def open_video(
         source: a file, or a clip, which is returned as it is.
         frames: how many, at most.
         fps: frames for each second instead, `frames` at most.
+        advance: called with the number of frames that were read since the last call.
 
     Raises:
         InputError: if there is no decoder, the file is missing, broken or cut short, or has no video.
     """
     if isinstance(source, VideoClip):
         return source
-    if frames < 1:
-        raise InputError(f"frames {frames} is out of range; give 1 or more")
-    if fps is not None and not 0 < fps < float("inf"):
-        raise InputError(f"fps {fps} is out of range; give more than 0")
+    check_rate(frames, fps)
     path = Path(source)
     if not path.is_file():
         missing = "is no regular file" if path.exists() else "does not exist"
@@ -88,7 +97,7 @@ def open_video(
         wanted = frames if fps is None else min(frames, max(1, int(float(duration) * fps)))
         _check_size(path, wanted, stream)
         targets = [(2 * n + 1) * duration / (2 * wanted) for n in range(wanted)]
-        kept, times = _shown(path, container, stream, start, targets)
+        kept, times = _shown(path, container, stream, start, targets, advance)
     return VideoClip(np.stack(kept), tuple(times), float(duration))
 
 
@@ -154,7 +163,12 @@ def _check_size(path: Path, frames: int, stream: Any) -> None:
 
 
 def _shown(
-    path: Path, container: Any, stream: Any, start: int, targets: list[Fraction]
+    path: Path,
+    container: Any,
+    stream: Any,
+    start: int,
+    targets: list[Fraction],
+    advance: Callable[[int], None],
 ) -> tuple[list[NDArray[np.uint8]], list[float]]:
     """The frames that are shown at `targets`, each once, and when they begin.
 
@@ -164,6 +178,7 @@ def _shown(
         stream: of it.
         start: time stamp of the first frame.
         targets: seconds, ascending.
+        advance: called with 1 for each of them.
     """
     kept: list[NDArray[np.uint8]] = []
     times: list[float] = []
@@ -190,4 +205,5 @@ def _shown(
             turns = round(getattr(current, "rotation", 0) / 90) % 4
             kept.append(np.rot90(image, turns) if turns else image)
             times.append(second)
+        advance(1)
     return kept, times

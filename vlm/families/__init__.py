@@ -44,7 +44,12 @@ FAMILIES: Registry[type[Family]] = Registry(
     },
 )
 
-__all__ = ["FAMILIES", "Family", "Need", "check_supported", "family_of"]
+__all__ = ["FAMILIES", "Family", "Need", "check_supported", "family_of", "takes_videos"]
+
+
+def takes_videos(kind: str) -> bool:
+    """Whether models whose config says `kind` have an adapter that prunes videos."""
+    return kind in FAMILIES and "video" in FAMILIES[kind].kinds
 
 
 def check_supported(kind: str) -> None:

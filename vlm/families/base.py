@@ -311,6 +311,14 @@ class Family(ABC):
             encoded = encoded.followed_by(self.videos(output, pixel_values_videos, **inputs))
         return encoded
 
+    def video_grids(self, inputs: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+        """Returns frames, rows and columns of each video's tokens.
+
+        Args:
+            inputs: what the processor gives.
+        """
+        raise InputError(f"videos of {self.model.config.model_type} models are not pruned")
+
     def _encoded(
         self, kind: Kind, pixels: Tensor, names: tuple[str, ...], inputs: Mapping[str, Tensor]
     ) -> Any:

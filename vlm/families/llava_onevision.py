@@ -56,7 +56,7 @@ class LlavaOneVision(LlavaNext):
         """
         count, frames = pixel_values.shape[:2]
         states, whole = output.hidden_states, output.pooler_output
-        side = round(((whole.shape[1] - 1) // frames) ** 0.5)
+        (_, side, _) = self.video_grids({"pixel_values_videos": pixel_values})[0]
         pool = partial(self.shrunk, count)
         tokens = VisionTokens(
             features=pool(self.features(states)),
@@ -74,6 +74,12 @@ class LlavaOneVision(LlavaNext):
         indices = torch.arange(tokens.projected.shape[1], device=whole.device)
         flops = self.tower_flops([self.tokens_per_image] * frames)
         return Images([Group(list(range(count)), tokens, indices, whole[:, -1:], flops=flops)])
+
+    def video_grids(self, inputs: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+        pixels = inputs["pixel_values_videos"]
+        # shrinking rounds up
+        side = -(-(pixels.shape[-1] // self.patch_size) // 2)
+        return [(pixels.shape[1], side, side)] * len(pixels)
 
     def shrunk(self, videos: int, values: Tensor) -> Tensor:
         """What the model does to frames, (M T, S, c), in the order of their videos, (M, N, c)."""

@@ -91,6 +91,11 @@ class Qwen25VL(Family):
         """Videos of flattened patches (P, c), of grids `video_grid_thw` (M, 3)."""
         return self.encoded(output, pixel_values, inputs["video_grid_thw"], "video")
 
+    def video_grids(self, inputs: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+        side = self.tower.spatial_merge_size
+        grids = inputs["video_grid_thw"].tolist()
+        return [(time, rows // side, columns // side) for time, rows, columns in grids]
+
     def encoded(self, output: Any, pixel_values: Tensor, grid: Tensor, kind: Kind) -> Images:
         """Returns what `images` and `videos` do.
 

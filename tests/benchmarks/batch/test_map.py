@@ -10,11 +10,14 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 from pyarrow import parquet
+from tiny_families import Tiny
+from video_files import write_clip
 
-from vlm_prune.benchmarks.batch.inputs import find_images, input_root, open_below
+from vlm_prune.benchmarks.batch.inputs import decode, find_images, input_root, open_below
 from vlm_prune.benchmarks.batch.output import ANSWERS, Parts, parts_of
-from vlm_prune.benchmarks.batch.pipeline import local_ray, placed
+from vlm_prune.benchmarks.batch.pipeline import Answerer, MapConfig, local_ray, placed
 from vlm_prune.benchmarks.cli import map as command
+from vlm_prune.benchmarks.evaluation.records import Variant
 from vlm_prune.benchmarks.tasks import TASKS
 from vlm_prune.pruning.pipeline import PrunedVLM
 from vlm_prune.vlm.common.errors import InputError
@@ -274,6 +277,37 @@ def test_a_manifest_names_paths_and_prompts(tmp_path, kind):
     file.write_bytes(b"\xff\n\xfe")
     with pytest.raises(InputError):
         find_images(file, "blue?")
+
+
+def test_videos_are_rows_where_the_model_takes_them(tmp_path):
+    """Decoded as `answer` reads them; models for images alone do not list them in a folder."""
+    pytest.importorskip("av")
+    pytest.importorskip("torchvision")
+    tiny, folder, checkpoint = Tiny("llava_onevision"), tmp_path / "in", tmp_path / "model"
+    tiny.model.save_pretrained(checkpoint)
+    tiny.processor.save_pretrained(checkpoint)
+    folder.mkdir()
+    for name, frames in (("long.mp4", 8), ("short.mp4", 3)):
+        write_clip(folder / name, range(0, 250 * frames, 250))
+    (folder / "broken.mp4").write_bytes(b"no video")
+    Image.new("RGB", (8, 8), "red").save(folder / "a.png")
+    assert find_images(folder, "red?")["path"].to_pylist() == ["a.png"]
+    found = find_images(folder, "red?", videos=True)
+    names = ["a.png", "broken.mp4", "long.mp4", "short.mp4"]
+    assert found["path"].to_pylist() == names
+
+    variant, limit = Variant("divprune", 5), {"max_new_tokens": 2}
+    config = MapConfig(str(folder), "red?", str(checkpoint), variant, "cpu", frames=4, **limit)
+    decoded = pa.concat_tables(decode(found, input_root(folder), frames=4))
+    assert decoded["error"].to_pylist()[1].startswith("cannot read video")
+    answers = sorted(Answerer(config, "cpu")(decoded).to_pylist(), key=lambda row: row["row"])
+    vlm = PrunedVLM.from_pretrained(str(checkpoint), "divprune", 5, "cpu")
+    for name, own in zip(names, answers, strict=True):
+        assert bool(own["error"]) == (name == "broken.mp4")
+        if not own["error"]:
+            assert own["kept_tokens"] == 5 and own["answer"] == vlm.answer(
+                folder / name, "red?", frames=4, **limit
+            )
 
 
 def test_a_row_is_counted_once_and_a_damaged_part_is_refused(tmp_path):

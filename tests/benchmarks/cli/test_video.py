@@ -2,7 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from tiny_families import Tiny
+
+from vlm_prune.benchmarks.report.overlay import CAPTION, SMALL, contact_sheet
+from vlm_prune.vlm.common.video import VideoClip
 
 av = pytest.importorskip("av")
 pytest.importorskip("torchvision")
@@ -27,11 +32,27 @@ def test_a_video_is_answered(run, clip, tmp_path, capsys):
     tiny.model.save_pretrained(tmp_path)
     tiny.processor.save_pretrained(tmp_path)
     capsys.readouterr()  # transformers shows how it writes
+    sheet = tmp_path / "sheet.png"
     asked = ["ask", clip, "What color?", "--model", tmp_path, "--method", "evs", "--frames", "4"]
     code, answer, err = run(*asked, "--budget", "0.5")
     assert code == 0 and not err, err
-    other = run(*asked, "--budget", "1.0")[1]
+    other = run(*asked, "--budget", "1.0", "--sheet", sheet)[1]
     assert answer != other
+    assert Image.open(sheet).size == (2 * SMALL, 2 * (SMALL * 3 // 4 + CAPTION))
+
+
+def test_a_contact_sheet_shows_which_tokens_of_each_frame_are_kept():
+    """Three frames of 2 x 2 tokens, of which the model encodes two as one, and one that is alone."""
+    frames = np.stack([np.full((8, 8, 3), level, np.uint8) for level in (10, 20, 30, 40, 50)])
+    clip = VideoClip(frames, (0.0, 1.0, 2.0, 3.0, 4.0), 5.0)
+    sheet = contact_sheet(clip, torch.tensor([0, 6, 11, 12]), (3, 2, 2))
+    assert sheet.size == (2 * SMALL, 2 * (SMALL + CAPTION))
+    for frame, (level, own) in enumerate([(10, 0), (30, 2), (50, 3)]):
+        left, top = frame % 2 * SMALL, frame // 2 * (SMALL + CAPTION) + CAPTION
+        for token in range(4):
+            middle = [SMALL // 4 + SMALL // 2 * at for at in (token % 2, token // 2)]
+            color = sheet.getpixel((left + middle[0], top + middle[1]))
+            assert color[0] == (level if token == own else level // 5 + 190)
 
 
 def test_what_cannot_be_done_is_one_line(run, clip, checkpoint, images, tmp_path):
@@ -45,6 +66,10 @@ def test_what_cannot_be_done_is_one_line(run, clip, checkpoint, images, tmp_path
         ),
         ((tmp_path / "a.mp4", "What?"), "cannot read video"),
         ((tmp_path / "b.mp4", "What?"), "does not exist; give a video file"),
+        (
+            (tmp_path / "a.png", "What?", "--sheet", tmp_path / "s.png"),
+            "draws the frames of a video",
+        ),
         ((clip, "What?", "--frames", "0"), "frames 0 is out of range"),
         ((clip, "What?", "--fps", "0"), "fps 0.0 is out of range"),
         ((clip, "What?", "--budget", "0"), "budget 0 is out of range"),

@@ -1,30 +1,15 @@
 """Reading frames of video files that PyAV makes."""
 
 import sys
-from fractions import Fraction
 
 import numpy as np
 import pytest
+from video_files import write_clip
 
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.video import VideoClip, is_video, open_video
 
 av = pytest.importorskip("av")
-
-
-def write_clip(path, times, size=(64, 48), codec="mpeg4", sound=False):
-    """A video whose n-th frame has the gray level 20 n + 10, shown at `times` in milliseconds."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=30)
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
-        for number, time in enumerate(times):
-            gray = np.full((*size[::-1], 3), (20 * number + 10) % 240, np.uint8)
-            frame = av.VideoFrame.from_ndarray(gray, format="rgb24")
-            frame.pts, frame.time_base = time, Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
 
 
 def shown(clip):
@@ -34,7 +19,9 @@ def shown(clip):
 
 def test_frames_at_even_distances(tmp_path):
     path = write_clip(tmp_path / "a.mp4", range(0, 1000, 100))
-    clip = open_video(path, frames=5)
+    done = []
+    clip = open_video(path, frames=5, advance=done.append)
+    assert done == [1] * 5
     assert clip.frames.shape == (5, 48, 64, 3) and clip.frames.dtype == np.uint8
     assert shown(clip) == [1, 3, 5, 7, 9]
     assert clip.times == pytest.approx((0.1, 0.3, 0.5, 0.7, 0.9), abs=0.002)
