@@ -15,6 +15,7 @@ from vlm_prune.pruning import (
     FastV,
     Merge,
     Random,
+    VideoPruner,
     merging,
 )
 from vlm_prune.pruning.registry import build
@@ -154,3 +155,13 @@ def test_methods_that_do_not_go_together_are_refused(name, message):
 def test_widening_below_one_is_refused():
     with pytest.raises(InputError, match="widening"):
         Cascade(widening=0.5)
+
+
+@pytest.mark.parametrize("wrapper", ["merge", "restore", "dedupe"])
+@pytest.mark.parametrize(
+    "name", [name for name, method in METHODS.items() if issubclass(method, VideoPruner)]
+)
+def test_methods_that_compare_frames_are_not_wrapped(name, wrapper):
+    with pytest.raises(InputError, match="compares the frames of a video") as refusal:
+        build(f"{name}+{wrapper}")
+    assert "\n" not in str(refusal.value)
