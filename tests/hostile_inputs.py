@@ -313,6 +313,7 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "compare_continual": ("/",), "draw_kept_tokens": ("{images}",), "iit": ("evaluate", "{missing}"),
     "train_continual": ("--method", "codyr"), "train_tiny_clip": ("/dev/null",),
     "train_tiny_llava": (".",), "train_tiny_text": ("",), "train_wings": ("--experiment", "forgeting"),
+    "train_smol_llava": (".",), "measure_smol_llava": (".",),
 }  # fmt: skip
 
 # --- damaged files of folders that commands go on with

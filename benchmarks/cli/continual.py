@@ -11,7 +11,7 @@ from vlm_prune.vlm.common.errors import InputError
 STREAMS = ("packaged", "mtil-1", "mtil-2", "mtil-5shot", "x-tail")
 METHODS = (
     "zero-shot", "codyra", "codyra-plus", "random-rank", "lora", "o-lora", "dora", "randlora",
-    "adalora", "full", "wise-ft", "lwf", "zscl", "rail",
+    "adalora", "keeplora", "full", "condu", "wise-ft", "lwf", "zscl", "rail",
 )  # fmt: skip
 RESULTS = Path("docs/results/continual")
 

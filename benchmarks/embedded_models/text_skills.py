@@ -18,7 +18,7 @@ from vlm_prune.benchmarks.embedded_models.base_text import (
     package_text,
 )
 from vlm_prune.benchmarks.tasks.vqa import normalize
-from vlm_prune.vlm.common.files import write_json
+from vlm_prune.vlm.common.files import check_output, write_json
 from vlm_prune.vlm.load import load
 from vlm_prune.vlm.smol.base import load_base
 
@@ -146,8 +146,9 @@ def measure(output: Path) -> None:
         output: JSON file for the figures and for all answers.
 
     Raises:
-        InputError: if SmolLM2's weights are not installed.
+        InputError: if the output cannot be written, or SmolLM2's weights are not installed.
     """
+    check_output(output)
     tuned, processor = load("smol", "cpu")
     base = text_skills(load_base()[0].eval(), processor)
     write_json(output, compared(base, text_skills(tuned, processor)))

@@ -402,7 +402,10 @@ def test_a_language_model_is_checked_as_well(folder, tmp_path):
     ("name", "message"),
     [
         ("tinny", "there is no such model; did you mean 'tiny'?"),
-        ("nonsense", "there is no such model; give 'tiny', a checkpoint folder, or owner/model"),
+        (
+            "nonsense",
+            "there is no such model; give 'tiny', 'smol', a checkpoint folder, or owner/model",
+        ),
         ("/nowhere/a/model", "there is no such model; give"),
         ("owner/model/more", "there is no such model; give"),
         ("", "it is no folder"),
