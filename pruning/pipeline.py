@@ -140,7 +140,7 @@ class PrunedVLM:
         )
         # frames, rows and columns of those that are videos, in the order of the prompts
         grids = iter(family_of(self.model).video_grids(inputs) if clips else [])
-        own_grids = [next(grids) if kind == "video" else None for kind in kinds]
+        medium_grids = [next(grids) if kind == "video" else None for kind in kinds]
         counts: list[tuple[int | None, int | None, Tensor | None]] = [(None,) * 3] * len(texts)
         if trace is not None:
             # beam search repeats a prompt with its image, whose first copy counts
@@ -149,7 +149,7 @@ class PrunedVLM:
             counts = list(zip(trace.available[::copies], map(len, kept), kept, strict=True))
         return [
             Reply(text.strip(), *each, grid)
-            for text, each, grid in zip(texts, counts, own_grids, strict=True)
+            for text, each, grid in zip(texts, counts, medium_grids, strict=True)
         ]
 
 

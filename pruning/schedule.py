@@ -20,7 +20,7 @@ class Schedule:
 
     Args:
         layers: decoder layers of that model.
-        depths: how many of them have run at each cut, ascending.
+        places: how many of them have run at each cut, ascending.
         shares: relative number of tokens after each cut, not rising.
 
     Raises:

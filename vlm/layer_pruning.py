@@ -395,7 +395,7 @@ class LayerPruning:
                 given.
             kwargs: its other arguments.
         """
-        hidden, *own = args
+        hidden, *per_token = args
         segment, device = forward.active[number - 1], hidden.device
         if (features := forward.deepstack.get(number - 1)) is not None:
             # add this layer's image features to the tokens that are left
@@ -419,8 +419,8 @@ class LayerPruning:
             forward.states[number + 1] = (layer, hidden, kwargs["position_embeddings"], past)
         if hidden.shape[1] == segment.entered.shape[1] and segment is not forward.active[-1]:
             entered = segment.entered.to(device)
-            own = [take(part, entered) if isinstance(part, Tensor) else part for part in own]
-        return (hidden, *own), kwargs
+            per_token = [take(p, entered) if isinstance(p, Tensor) else p for p in per_token]
+        return (hidden, *per_token), kwargs
 
     def _arguments(
         self,
@@ -731,10 +731,10 @@ class Cutting:
                     with torch.autocast(device.type, enabled=False):
                         reduced = self.reducer.reduce(tokens, left)
                     indices = on_host(reduced.indices)
-                    for image, own in zip(group, reduced.features, strict=True):
-                        features[image] = own
-                for image, own in zip(group, indices, strict=True):
-                    keep[layout.rows[image], columns[image][own]] = True
+                    for image, rows in zip(group, reduced.features, strict=True):
+                        features[image] = rows
+                for image, chosen in zip(group, indices, strict=True):
+                    keep[layout.rows[image], columns[image][chosen]] = True
             keep = layout.without_empty_rows(keep)
             # close the gaps; unless positions are renumbered, rotations move with their tokens
             kept, column = layout.keep(keep, forward.right_padded, self.pruning.contiguous)

@@ -4,10 +4,8 @@ Each step draws its scenes and questions from its own number, so that a run that
 on from its last state draws what an undisturbed one does.
 """
 
-import json
-import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -37,6 +35,7 @@ from vlm_prune.benchmarks.embedded_models.language import (
     pack,
     vision_transformer,
 )
+from vlm_prune.benchmarks.embedded_models.log import recorder
 from vlm_prune.benchmarks.embedded_models.source import TRAIN_SEED, pixels_of
 from vlm_prune.benchmarks.embedded_models.symbols import Symbols, align_projector, word_ids
 from vlm_prune.benchmarks.embedded_models.tower import tower_features
@@ -55,8 +54,6 @@ from vlm_prune.vlm.load import load
 from vlm_prune.vlm.smol import PROJECTOR
 from vlm_prune.vlm.smol.base import language_folder, load_base
 from vlm_prune.vlm.smol.config import llava_over, smol_processor
-
-logger = logging.getLogger(__name__)
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -113,14 +110,14 @@ class Level:
     Args:
         until: share of the steps at which the level ends.
         things: objects of each scene, from and to; None as the tasks have them.
-        extra: background tokens beside those of objects, at most.
+        extra: background tokens beside those of objects, at most; None for all.
         questions: of each row.
         shares: how often each kind of question is drawn.
     """
 
     until: float
     things: tuple[int, int] | None
-    extra: int
+    extra: int | None
     questions: int
     shares: dict[str, int]
 
@@ -141,7 +138,7 @@ LEVELS = (
          "choice": 3, "letter": 1},
     ),
     Level(
-        1.0, None, 576, 14,
+        1.0, None, None, 14,
         {"attribute": 1, "ocr": 3, "exist": 3, "relation": 4, "count": 4, "choice": 2},
     ),
 )  # fmt: skip
@@ -202,8 +199,7 @@ class SmolTrainer:
         tiny, _ = load("tiny", "cpu")
         self.processor = smol_processor(language_folder())
         self.tokenizer = self.processor.tokenizer
-        self.model = llava_over(language, self.processor, tiny.config.vision_config)
-        self.model.model.vision_tower.load_state_dict(tiny.model.vision_tower.state_dict())
+        self.model = llava_over(language, self.processor, tiny.model.vision_tower)
         self.model.requires_grad_(False).eval()
         self.decoder = self.model.model.language_model
         self.projector = self.model.model.multi_modal_projector.requires_grad_(True)
@@ -235,11 +231,10 @@ class SmolTrainer:
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=LINEAR)
         inject_adapter_in_model(config, self.decoder)
         self.words = nn.Embedding.from_pretrained(self.model.get_input_embeddings().weight.detach())
-        live = {n: p for n, p in self.decoder.named_parameters() if "lora_" in n}
-        self.lora = {n: nn.Parameter(p.detach().float()) for n, p in live.items()}
+        self.live = {n: p for n, p in self.decoder.named_parameters() if "lora_" in n}
+        self.lora = {n: nn.Parameter(p.detach().float()) for n, p in self.live.items()}
         self.decoder.layers.to(torch.bfloat16)
         self.decoder.norm.to(torch.bfloat16)
-        self.live = {n: p for n, p in self.decoder.named_parameters() if "lora_" in n}
         for module in self.decoder.modules():
             if isinstance(module, BaseTunerLayer):
                 fuse_lora(module)
@@ -284,14 +279,10 @@ class SmolTrainer:
             features = torch.cat([s.features for s in scenes])
             triples = torch.cat([triples_of(s.scene) for s in scenes])
             wanted = symbols(triples)
-        with (self.folder / "log.jsonl").open("a") as file:
-
-            def say(step: int, **figures: float) -> None:
-                file.write(json.dumps({"stage": "projector", "step": step, **figures}) + "\n")
-
-            align_projector(
-                self.projector, features, wanted, triples[:, 0] > 0, self.recipe.fit_steps, say
-            )
+        say = recorder(self.folder / "log.jsonl", "projector")
+        align_projector(
+            self.projector, features, wanted, triples[:, 0] > 0, self.recipe.fit_steps, say
+        )
 
     @torch.no_grad()
     def scene(self, split: Split, number: int, things: int | None) -> EncodedScene:
@@ -337,7 +328,7 @@ class SmolTrainer:
             if question is not None:
                 blocks.append(self.block(kind, question))
         keep = torch.arange(GRID * GRID)
-        if extra is not None and extra < GRID * GRID:
+        if extra is not None:
             shown = encoded.scene.patch_names.ravel() > 0
             drawn = rng.permutation(np.flatnonzero(~shown))[:extra]
             keep = torch.from_numpy(np.sort(np.concatenate([np.flatnonzero(shown), drawn])))
@@ -349,11 +340,10 @@ class SmolTrainer:
     def rows(self, rng: np.random.Generator, level: Level) -> list[Row]:
         """Draws a batch of rows about images."""
         rows = []
-        number = 1 if level.extra > 500 else self.recipe.images
-        for _ in range(number):
+        for _ in range(1 if level.extra is None else self.recipe.images):
             k = int(rng.integers(self.recipe.scenes))
             things = None if level.things is None else level.things[0] + k % 2
-            extra = int(rng.integers(0, level.extra + 1)) if level.extra < 500 else None
+            extra = None if level.extra is None else int(rng.integers(0, level.extra + 1))
             rows.append(self.row(rng, self.scene("train", k, things), level, extra))
         return rows
 
@@ -442,7 +432,9 @@ class SmolTrainer:
 
     def run(self, until: int | None = None) -> None:
         """Trains to the end, or to step `until`."""
-        begin = time.monotonic()
+        train, validation = (
+            recorder(self.folder / "log.jsonl", stage) for stage in ("train", "validation")
+        )
         while self.step < min(self.recipe.steps, until or self.recipe.steps):
             level = self._level()
             rng = np.random.default_rng([TRAIN_SEED, self.recipe.seed, self.step])
@@ -450,12 +442,12 @@ class SmolTrainer:
             figures = self._step(rng, level)
             figures["took"] = time.monotonic() - started
             if self.step % 20 == 0:
-                self.log(seconds=time.monotonic() - begin, level=LEVELS.index(level), **figures)
+                train(self.step, level=LEVELS.index(level), **figures)
             self.step += 1
             if self.step % 50 == 0:
                 self.save()
             if self.step % 150 == 0:
-                self.log(stage="validation", **self.validate())
+                validation(self.step, **self.validate())
         self.save()
 
     def _step(self, rng: np.random.Generator, level: Level) -> dict[str, float]:
@@ -492,21 +484,12 @@ class SmolTrainer:
         found: dict[str, list[bool]] = {}
         for k in range(scenes):
             rng = np.random.default_rng([TRAIN_SEED, 5, k])
-            level = Level(1, None, 576, 18, dict.fromkeys(TASKS, 1))
+            level = Level(1, None, None, 18, dict.fromkeys(TASKS, 1))
             rows = [self.row(rng, self.scene("val", k, None), level, None)]
             for kind, hits in self.answer_loss(rows)[1].items():
                 found.setdefault(kind, []).extend(hits)
         shares = {kind: fmean(hits) for kind, hits in sorted(found.items())}
         return shares | {"mean": fmean(shares.values())}
-
-    def log(self, **figures: Any) -> None:
-        """Writes a line of figures to the log."""
-        line = {"stage": "train", "step": self.step} | {
-            k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()
-        }
-        logger.info(" ".join(f"{key} {value}" for key, value in line.items()))
-        with (self.folder / "log.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
 
     def _trained(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.lora.items():
@@ -534,8 +517,7 @@ class SmolTrainer:
             base_model_name_or_path="HuggingFaceTB/SmolLM2-135M-Instruct",
         )  # fmt: skip
         config.save_pretrained(str(folder))
-        begin = "base_model.model.model."
-        lora = {f"{begin}{n.replace('.default', '')}": t.half() for n, t in self.lora.items()}
+        lora = {peft_name(name): factor.half() for name, factor in self.lora.items()}
         save_tensors(folder / "adapter_model.safetensors", lora)
         projector = {name: t.half() for name, t in self.projector.state_dict().items()}
         save_tensors(folder / PROJECTOR, projector)
@@ -545,8 +527,7 @@ class SmolTrainer:
         """Starts from weights that `write_adapter` wrote."""
         saved = load_tensors(folder / "adapter_model.safetensors")
         for name, parameter in self.lora.items():
-            stored = f"base_model.model.model.{name.replace('.default', '')}"
-            parameter.copy_(saved[stored])
+            parameter.copy_(saved[peft_name(name)])
         self.projector.load_state_dict(load_tensors(folder / PROJECTOR))
         self._copy_master()
 
@@ -557,12 +538,19 @@ class SmolTrainer:
         self.step = int(state["step"])
         for name, parameter in self._trained():
             parameter.copy_(state[name])
-        begin = "moments."
-        moments = {n.removeprefix(begin): t for n, t in state.items() if n.startswith(begin)}
-        restore_moments(path, self.optimizer, moments)
+        restore_moments(path, self.optimizer, below("moments.", state))
         self._copy_master()
-        begin = "running."
-        self.running = {n.removeprefix(begin): float(t) for n, t in state.items() if begin in n}
+        self.running = {name: float(value) for name, value in below("running.", state).items()}
+
+
+def below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors whose names begin with a prefix, by the rest of their names."""
+    return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+
+
+def peft_name(name: str) -> str:
+    """Returns what PEFT calls a factor in the file of an adapter of SmolLM2."""
+    return f"base_model.model.model.{name.replace('.default', '')}"
 
 
 def padded(batch: Packed, multiple: int = 64) -> Packed:

@@ -51,10 +51,10 @@ def contact_sheet(clip: VideoClip, indices: Tensor, grid: tuple[int, int, int]) 
         # of the last ones that are encoded together there may be fewer
         shown = min(frame * together, len(clip.frames) - 1)
         picture = ImageOps.contain(Image.fromarray(clip.frames[shown]), (SMALL, SMALL))
-        own = kept[kept // size == frame] % size
+        chosen = kept[kept // size == frame] % size
         tile = Image.new("RGB", (picture.width, picture.height + CAPTION), "white")
-        tile.paste(kept_overlay(picture, own, (rows, columns)), (0, CAPTION))
-        text = f"{clip.times[shown]:.1f} s: {len(own)} of {size}"
+        tile.paste(kept_overlay(picture, chosen, (rows, columns)), (0, CAPTION))
+        text = f"{clip.times[shown]:.1f} s: {len(chosen)} of {size}"
         ImageDraw.Draw(tile).text((2, 2), text, "black", ImageFont.load_default(12))
         tiles.append(tile)
     width, height = tiles[0].size

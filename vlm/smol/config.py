@@ -1,12 +1,12 @@
 """The architecture, tokenizer and processor of the embedded LLaVA over SmolLM2, all real classes."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import (
     AutoTokenizer,
     CLIPImageProcessor,
+    CLIPVisionModel,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -49,9 +49,9 @@ def smol_processor(folder: Path) -> LlavaProcessor:
 
 
 def llava_over(
-    language: LlamaForCausalLM, processor: LlavaProcessor, vision_config: Any
+    language: LlamaForCausalLM, processor: LlavaProcessor, tower: CLIPVisionModel
 ) -> LlavaForConditionalGeneration:
-    """Returns a LLaVA whose language model is `language`; tower and projector are random.
+    """Returns a LLaVA of a language model and a tower, copied; the projector is random.
 
     The image's token has the mean of all word embeddings, so that it is never the most likely one
     and takes less than its even share of the probability.
@@ -59,13 +59,13 @@ def llava_over(
     Args:
         language: SmolLM2, whose word embeddings gain a row.
         processor: of `smol_processor`.
-        vision_config: of the vision tower.
+        tower: the vision tower.
     """
     vocabulary = len(processor.tokenizer)
     text_config = language.config
     text_config.vocab_size = vocabulary
     config = LlavaConfig(
-        vision_config=vision_config,
+        vision_config=tower.config,
         text_config=text_config,
         image_token_index=processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         image_seq_length=576,
@@ -79,6 +79,7 @@ def llava_over(
     extra = words.mean(0, keepdim=True).expand(vocabulary - len(words), -1)
     state["embed_tokens.weight"] = torch.cat([words, extra])
     model.model.language_model.load_state_dict(state)
+    model.model.vision_tower.load_state_dict(tower.state_dict())
     model.tie_weights()
     ids = {
         key: getattr(text_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")
