@@ -106,7 +106,7 @@ class Answerer:
         """Where a batch cannot be answered, its rows are tried alone."""
         if not rows:
             return []
-        images: list[Any] = [shown_of(row) for row in rows]
+        images = [shown_of(row) for row in rows]
         try:
             replies = self.vlm.replies(images, [row["prompt"] for row in rows], **self.options)
         except (ValueError, MemoryError, torch.OutOfMemoryError) as error:

@@ -8,6 +8,7 @@ from PIL.Image import Image
 from vlm_prune.benchmarks.evaluation.records import Variant
 from vlm_prune.pruning.pipeline import Reply
 from vlm_prune.vlm.common.errors import InputError, first_line
+from vlm_prune.vlm.common.video import VideoClip
 from vlm_prune.vlm.load import EMBEDDED
 from vlm_prune.vlm.serving.server import check_served
 from vlm_prune.vlm.serving.settings import KEY, Settings
@@ -55,12 +56,17 @@ class ServedVLM:
         self.image_token = getattr(config, "image_token_id", None) or config.image_token_index
 
     def replies(
-        self, images: Sequence[Image], questions: Sequence[str], **generation: Any
+        self, images: Sequence[Image | VideoClip], questions: Sequence[str], **generation: Any
     ) -> list[Reply]:
         """One greedy answer about each image; `max_new_tokens` is the model's own unless given.
 
         vLLM does not say how many tokens an image had: `Reply.image_tokens` is None.
+
+        Raises:
+            InputError: for a video.
         """
+        if any(isinstance(image, VideoClip) for image in images):
+            raise InputError("videos are not answered by vLLM here; leave out --engine vllm")
         sampling = self.llm.get_default_sampling_params()
         sampling.temperature = 0.0
         sampling.max_tokens = generation.get("max_new_tokens", sampling.max_tokens)

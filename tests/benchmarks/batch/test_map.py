@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -16,11 +17,13 @@ from video_files import write_clip
 from vlm_prune.benchmarks.batch.inputs import decode, find_images, input_root, open_below
 from vlm_prune.benchmarks.batch.output import ANSWERS, Parts, parts_of
 from vlm_prune.benchmarks.batch.pipeline import Answerer, MapConfig, local_ray, placed
+from vlm_prune.benchmarks.batch.served import ServedVLM
 from vlm_prune.benchmarks.cli import map as command
 from vlm_prune.benchmarks.evaluation.records import Variant
 from vlm_prune.benchmarks.tasks import TASKS
 from vlm_prune.pruning.pipeline import PrunedVLM
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.video import VideoClip
 
 PROMPT = "What color is the star?"
 EAGER = (  # a part after every block, so that a kill finds some
@@ -308,6 +311,13 @@ def test_videos_are_rows_where_the_model_takes_them(tmp_path):
             assert own["kept_tokens"] == 5 and own["answer"] == vlm.answer(
                 folder / name, "red?", frames=4, **limit
             )
+
+
+def test_a_video_of_a_manifest_is_an_error_of_its_row_with_vllm():
+    """The engine itself is not started: it is not asked."""
+    served = object.__new__(ServedVLM)
+    with pytest.raises(InputError, match="videos are not answered by vLLM"):
+        served.replies([VideoClip(np.zeros((1, 8, 8, 3), np.uint8), (0.0,), 1.0)], ["red?"])
 
 
 def test_a_row_is_counted_once_and_a_damaged_part_is_refused(tmp_path):
