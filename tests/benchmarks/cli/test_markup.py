@@ -6,7 +6,7 @@ from PIL import Image
 
 from vlm_prune.benchmarks.stats.table import as_table, show
 from vlm_prune.continual.metrics import AccuracyMatrix
-from vlm_prune.pruning.pipeline import PrunedVLM
+from vlm_prune.pruning.pipeline import PrunedVLM, Reply
 
 MARKUP = "[red]x[/blue] [/] :star: [link=a]b"
 NAME = "[red]x[/blue] [bold]y"  # as a path, a folder in a folder
@@ -35,7 +35,10 @@ COMMANDS = {
 def test_commands_end_well_and_show_names_whole(run, named, tmp_path, command, monkeypatch):
     out = tmp_path / NAME / "out"
     words = [w.format(out=out, image=named / "image.png") for w in COMMANDS[command]]
-    monkeypatch.setattr(PrunedVLM, "answer", lambda self, image, question: question)
+    def repeat(self, images, questions):
+        return [Reply(question, None, None) for question in questions]
+
+    monkeypatch.setattr(PrunedVLM, "replies", repeat)
     code, shown, err = run(*words, "--model", named / "model", "--budget", "8")
     assert code == 0, err
     if command == "ask":
