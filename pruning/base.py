@@ -14,7 +14,7 @@ from torch import Tensor
 from vlm_prune.pruning.registry import methods
 from vlm_prune.pruning.schedule import Schedule, fit_cuts, nearest, scaled
 from vlm_prune.vlm.block import pruned
-from vlm_prune.vlm.budget import check_budget, check_fits, even_shares, tokens_for
+from vlm_prune.vlm.budget import Budget, check_budget, check_fits, even_shares, tokens_for
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import Registry, unknown
 from vlm_prune.vlm.encoded import Images
@@ -37,7 +37,8 @@ class Pruner(ABC):
     the model as it was. `trace` says what was kept.
 
     Args:
-        budget: image tokens kept per image, or a fraction of them in (0, 1].
+        budget: image tokens kept per image, or a fraction of them in (0, 1]; of a video all its frames
+            count together, and `8/frame` keeps 8 of each, on average.
         positions: what kept tokens' positions become: `contiguous` renumbers them, `original`
             keeps the gaps, and `auto` is `authors_positions`. Positions with rows and columns
             always stay.
@@ -48,7 +49,7 @@ class Pruner(ABC):
         InputError: if a hyperparameter is out of range.
     """
 
-    budget: int | float = 64
+    budget: Budget = 64
     positions: Positions = "auto"
     seed: int = 0
 
@@ -192,7 +193,8 @@ class VisionPruner(Pruner):
 
     def count(self, vision: VisionTokens) -> int:
         """Tokens to keep of each image; newlines come with all N of them, never with fewer."""
-        tokens, wanted = vision.projected.shape[1], tokens_for(self.budget, vision.available)
+        tokens = vision.projected.shape[1]
+        wanted = tokens_for(self.budget, vision.available, vision.frames)
         if wanted == vision.available:
             return tokens
         return min(wanted, tokens - (vision.available > tokens))
@@ -272,13 +274,16 @@ class DecoderPruner(Pruner):
         """Question mask (M, T): tokens to read attention from, given the first layer's input."""
         return tokens.question_mask
 
-    def cuts(self, tokens: int, layers: int, allowed: Sequence[int] = ()) -> list[Cut]:
+    def cuts(
+        self, tokens: int, layers: int, allowed: Sequence[int] = (), frames: int = 0
+    ) -> list[Cut]:
         """Where to cut, and to how many tokens.
 
         Args:
             tokens: of an image.
             layers: of the decoder.
             allowed: how many of them can have run at a cut, ascending; any number unless given.
+            frames: of a video; 0 for an image.
         """
         allowed = allowed or range(layers)
         if isinstance(self.schedule, Schedule):
@@ -293,7 +298,7 @@ class DecoderPruner(Pruner):
                 for count in self.presets[str(self.preset)]
             ]
         else:
-            budget = tokens_for(self.budget, tokens)
+            budget = tokens_for(self.budget, tokens, frames)
             places, counts = fit_cuts(budget, tokens, layers, places, shares, allowed)
         # in a shallow model two cuts may fall on one place; the later one decides
         at = dict(zip(places, counts, strict=True))

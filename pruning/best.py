@@ -11,7 +11,7 @@ import msgspec
 
 from vlm_prune.pruning.base import Pruner, Rule, Stage
 from vlm_prune.pruning.registry import build
-from vlm_prune.vlm.budget import tokens_for
+from vlm_prune.vlm.budget import per_frame, tokens_for
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.records import read_record
 from vlm_prune.vlm.encoded import Images
@@ -38,13 +38,15 @@ class Best(Pruner):
     authors_positions: ClassVar[Rule] = "as its parts"
 
     def _entry(self) -> tuple[str, dict[str, Any]]:
-        found, wanted = definitions(self.definitions), float(self.budget)
-        if isinstance(self.budget, int) and found.tokens is None:
+        found, each = definitions(self.definitions), per_frame(self.budget)
+        budget = each if each is not None else self.budget
+        wanted = float(budget)
+        if isinstance(budget, int) and found.tokens is None:
             raise InputError(
                 f"{self.definitions} was found on images of any size, for shares of their tokens; "
                 f"give a share such as 0.11 instead of {self.budget}"
             )
-        if isinstance(self.budget, float) and found.tokens is not None:
+        if isinstance(budget, float) and found.tokens is not None:
             wanted *= found.tokens
         near = min(found.entries, key=lambda budget: abs(log(wanted / float(budget))))
         return found.entries[near]

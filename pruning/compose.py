@@ -16,7 +16,7 @@ from vlm_prune.pruning.divprune import DivPrune
 from vlm_prune.pruning.select import averaged, others
 from vlm_prune.pruning.zoo import ZooExact
 from vlm_prune.vlm.block import pruned
-from vlm_prune.vlm.budget import tokens_for
+from vlm_prune.vlm.budget import Budget, tokens_for, widened
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.families import Family, Need
@@ -82,26 +82,27 @@ class Cascade(Pruner):
             raise InputError(f"widening {self.widening} is below 1; give 1 or more")
 
     @property
-    def entering_budget(self) -> int | float:
+    def entering_budget(self) -> Budget:
         """The budget of `pre`."""
-        if isinstance(self.budget, int):
-            return round(self.widening * self.budget)
-        return min(1.0, self.widening * self.budget)
+        return widened(self.budget, self.widening)
 
-    def entering(self, tokens: int) -> int:
-        """Returns how many tokens of an image of `tokens` enter the language model."""
-        return tokens_for(self.entering_budget, tokens)
+    def entering(self, tokens: int, frames: int = 0) -> int:
+        """Returns how many tokens of an image, or of a video of `frames`, enter the language model."""
+        return tokens_for(self.entering_budget, tokens, frames)
 
-    def cuts(self, tokens: int, layers: int, allowed: Sequence[int] = ()) -> list[Cut]:
+    def cuts(
+        self, tokens: int, layers: int, allowed: Sequence[int] = (), frames: int = 0
+    ) -> list[Cut]:
         """The cuts of `inside`, given what an image has before `pre`.
 
         Args:
             tokens: of an image.
             layers: of the decoder.
             allowed: as for `inside`.
+            frames: of a video; 0 for an image.
         """
-        inside = replace(self.inside, budget=tokens_for(self.budget, tokens))
-        return inside.cuts(self.entering(tokens), layers, allowed)
+        inside = replace(self.inside, budget=tokens_for(self.budget, tokens, frames))
+        return inside.cuts(self.entering(tokens, frames), layers, allowed)
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -150,7 +151,7 @@ class MethodWrapper(VisionPruner):
             return super().positions_on(family)
         return replace(self.method, positions=self.positions).positions_on(family)
 
-    def wrapped(self, budget: float) -> VisionPruner:
+    def wrapped(self, budget: Budget) -> VisionPruner:
         """The method with a budget, and with the wrapper's positions and seed."""
         return replace(self.method, budget=budget, positions=self.positions, seed=self.seed)
 

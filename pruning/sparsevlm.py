@@ -62,8 +62,10 @@ class SparseVLM(DecoderScorePruner):
     def pattern(self) -> list[tuple[int, float]]:
         return [(3, 66), (7, 30), (16, 17)]
 
-    def cuts(self, tokens: int, layers: int, allowed: Sequence[int] = ()) -> list[Cut]:
-        cuts = super().cuts(tokens, layers, allowed)
+    def cuts(
+        self, tokens: int, layers: int, allowed: Sequence[int] = (), frames: int = 0
+    ) -> list[Cut]:
+        cuts = super().cuts(tokens, layers, allowed, frames)
         if not self.preset:
             return cuts
         with_recycled, here = [], tokens

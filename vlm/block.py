@@ -28,6 +28,7 @@ from vlm_prune.vlm.layout import (
     image_columns,
     image_seeds,
     merged_ordinals,
+    repeated,
 )
 from vlm_prune.vlm.prompt_pruning import BeforeModel, Choice, Encoder, Positions
 from vlm_prune.vlm.tokens import is_right_padded
@@ -278,17 +279,23 @@ class Block:
                 f"this cache holds a pruned prompt of {prompt.batch} rows, not of {len(ids)}"
             )
         counts: list[int] = []
-        choice = None
+        choice, frames = None, list[int]()
         ordinal, lines = torch.full_like(ids, -1), None
         if sources:
             if self.before is not None:
                 choice = Choice.of(family, self.before, kwargs["mm_encoder_outputs"], ids)
                 ordinal, counts = choice.ordinal, choice.counts
+                frames = [choice.encoded.frames[image] for image in choice.images]
             else:
                 each = [family.counts(ids, kwargs, kind) for kind in sources]
                 masks = [ids == family.placeholder(kind) for kind in sources]
                 ordinal, order = merged_ordinals(masks, each)
                 counts = [each[kind][index] for kind, index in order]
+                of_kind = [
+                    video_frames(kwargs["mm_encoder_outputs"][kind], mask, own)
+                    for kind, mask, own in zip(sources, masks, each, strict=True)
+                ]
+                frames = [of_kind[kind][index] for kind, index in order]
             if "video" in sources:
                 lines = family.frame_lines(ids, ordinal)
         drafts = call.drafts if sources else 0
@@ -316,7 +323,8 @@ class Block:
         if self.layers.inside is not None:
             forward.seeds = image_seeds(ids, layout)
             for number, count in enumerate(layout.counts):
-                for cut in self.layers.inside.cuts(count) if count else []:
+                own = self.layers.inside.cuts(count, frames=frames[number]) if count else []
+                for cut in own:
                     forward.due.setdefault(cut.layer, {})[number] = cut.keep
         return forward
 
@@ -446,6 +454,21 @@ class Block:
         trace.cuts = [forward.cuts[number] for number in sorted(forward.cuts)]
         trace.kept = forward.active[layers - 1].layout.indices()
         trace.computed = [forward.active[number].layout.counts for number in range(layers)]
+
+
+def video_frames(output: Any, mask: Tensor, counts: list[int]) -> list[int]:
+    """Returns frames of each video of a prompt, 0 for images and for what was encoded outside.
+
+    Args:
+        output: of the model's encoder.
+        mask: where the placeholders of the kind are, (B, L).
+        counts: placeholders of each image or video of the prompt.
+    """
+    frames = output.get("frames")
+    if frames is None:
+        return [0] * len(counts)
+    videos = repeated([tokens for tokens, _ in frames], mask)
+    return [frames[video][1] for video in videos]
 
 
 def refuse_compiled(model: Any) -> None:

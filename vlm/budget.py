@@ -1,28 +1,84 @@
 """What a budget means in tokens of an image or a video."""
 
+import math
+import re
+
 from vlm_prune.vlm.common.errors import InputError
 
+Budget = int | float | str
+EACH_FRAME = re.compile(r"([0-9]{1,12})/frame")
 
-def tokens_for(budget: float, available: int) -> int:
-    """Tokens that a budget means for an image: a count, at most all, or a fraction in (0, 1]."""
+
+def per_frame(budget: Budget) -> int | None:
+    """Tokens of each frame where the budget is a text such as `8/frame`; None for other budgets.
+
+    Raises:
+        InputError: if it is another text.
+    """
+    if not isinstance(budget, str):
+        return None
+    found = EACH_FRAME.fullmatch(budget)
+    if found is None:
+        raise InputError(
+            f"budget {budget!r} is not a number; give tokens per image (64), a fraction (0.11) or "
+            "tokens per frame of a video (8/frame)"
+        )
+    return int(found[1])
+
+
+def tokens_for(budget: Budget, available: int, frames: int = 0) -> int:
+    """Tokens that a budget means for an image or a video, at most all: a count, a fraction in
+    (0, 1], or `8/frame` for so many of each frame, which of an image means as many in all.
+
+    Args:
+        budget: what is given.
+        available: tokens of the image or video.
+        frames: of a video; 0 for an image.
+
+    Raises:
+        InputError: if it is a share below one token of a video.
+    """
+    each = per_frame(budget)
+    if each is not None:
+        return min(each * max(1, frames), available)
     if isinstance(budget, int):
         return min(budget, available)
-    return max(1, round(budget * available))
+    share = float(budget)
+    if frames and share * available < 1:
+        # two digits of the least share, rounded up
+        scale = 10 ** (len(str(available)) + 1)
+        raise InputError(
+            f"budget {share:g} is below one of the {available} tokens of a video; give "
+            f"{math.ceil(scale / available) / scale:g} or more"
+        )
+    return max(1, round(share * available))
 
 
-def check_fits(budget: float, available: int) -> None:
+def widened(budget: Budget, factor: float) -> Budget:
+    """A multiple of a budget; of shares at most 1."""
+    each = per_frame(budget)
+    if each is not None:
+        return f"{round(factor * each)}/frame"
+    return round(factor * budget) if isinstance(budget, int) else min(1.0, factor * float(budget))
+
+
+def check_fits(budget: Budget, available: int) -> None:
     """Raises `InputError` when a count is above the tokens that every image has."""
-    if isinstance(budget, int) and budget > available:
+    count = budget if isinstance(budget, int) else per_frame(budget)
+    if count is not None and count > available:
         raise InputError(
             f"budget {budget} is above the {available} tokens of an image; "
             f"give 1 to {available}, or a fraction such as 0.11"
         )
 
 
-def check_budget(budget: float) -> None:
-    """Raises `InputError` unless `budget` is a positive count or a fraction in (0, 1]."""
-    known = isinstance(budget, int | float) and not isinstance(budget, bool)
-    if not (known and (budget >= 1 if isinstance(budget, int) else 0 < budget <= 1)):
+def check_budget(budget: Budget) -> None:
+    """Raises `InputError` unless `budget` is a positive count, for each image or each frame, or a
+    fraction in (0, 1].
+    """
+    count = per_frame(budget) if isinstance(budget, str) else budget
+    known = isinstance(count, int | float) and not isinstance(count, bool)
+    if not (known and (count >= 1 if isinstance(count, int) else 0 < count <= 1)):  # type: ignore[operator]
         raise InputError(
             f"budget {budget} is out of range; give tokens per image (64) or a fraction (0.11)"
         )

@@ -71,12 +71,13 @@ class InsideModel:
     """A method inside the language model.
 
     Args:
-        cuts: those of an image, by its number of tokens before any pruning.
+        cuts: those of an image or video, by its number of tokens before any pruning and that of its
+            frames, 0 for images.
         reducer: chooses what a cut keeps.
         positions: what positions of kept tokens become.
     """
 
-    cuts: Callable[[int], list[Cut]]
+    cuts: Callable[..., list[Cut]]
     reducer: Reducer
     positions: Positions
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
+from transformers.utils import ModelOutput
 
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.encoded import Images
@@ -105,7 +106,13 @@ class Encoder:
         whole = inputs.pop(PIXELS[self.kind])
         with phase_timer(VISION, whole.device, self.trace), loaded(self.module), self.alone():
             if self.before is None:
-                return self.original(whole, **inputs)
+                output = self.original(whole, **inputs)
+                if self.kind == "video" and isinstance(output, ModelOutput):
+                    grids = self.family.video_grids(inputs | {PIXELS[self.kind]: whole})
+                    # beam search repeats the features and not this
+                    videos = zip(map(len, output["pooler_output"]), grids, strict=True)
+                    output["frames"] = [(count, grid[0]) for count, grid in videos]
+                return output
             seen = whole if self.before.pixels is None else self.before.pixels(whole)
             output = self.family.run(self.original, seen, **inputs)
         kept = copy.copy(output)

@@ -95,9 +95,13 @@ def bench_command(
     )  # fmt: skip
     results: Any
     if engine == "vllm":
+        if isinstance(served := variants[0].budget, str):
+            raise InputError(
+                f"--engine vllm measures images; give a number of tokens, not {served}"
+            )
         results = bench_serving(
             ServingConfig(
-                model_shape, variants[0].method, variants[0].budget, requests,
+                model_shape, variants[0].method, served, requests,
                 counts, new_tokens, dtype=dtype, layers=layers,
                 arguments=variants[0].with_positions,
             )

@@ -81,7 +81,7 @@ def compare_command(
         dtype=dtype, seed=seed, device_map=device_map, quantization=quantization, attn=attn,
         peft=adapter,
     )  # fmt: skip
-    names = [f"{variant.method}-{variant.budget}" for variant in variants]
+    names = [f"{v.method}-{v.budget}".replace("/", "-per-") for v in variants]
     with open_run_folders(configs, output, names) as folders:
         if output is not None:
             check_output(output / TABLES)

@@ -23,7 +23,9 @@ Model = Annotated[
     ),
 ]
 Method = Annotated[str, typer.Option(help="See 'vlm-prune methods'; two joined by + cascade.")]
-OneBudget = Annotated[str, typer.Option(help="Tokens per image, or a fraction.")]
+OneBudget = Annotated[
+    str, typer.Option(help="Tokens per image or video, a fraction, or 8/frame of a video.")
+]
 Budgets = Annotated[str, typer.Option(help="Budgets, comma-separated.")]
 MethodArgs = Annotated[str, typer.Option(help="Hyperparameters, name=value,...")]
 Tasks = Annotated[
@@ -77,19 +79,21 @@ ScheduleFile = Annotated[
 ]
 
 
-def parse_budget(text: str) -> int | float:
-    """`64` is a count, `0.11` a fraction."""
+def parse_budget(text: str) -> int | float | str:
+    """`64` is a count, `0.11` a fraction, `8/frame` a count for each frame of a video.
+
+    Raises:
+        InputError: if it is none of these or out of range.
+    """
     from vlm_prune.vlm.budget import check_budget
 
-    try:
-        budget: int | float = int(text)
-    except ValueError:
+    budget: int | float | str = text
+    for number in (int, float):
         try:
-            budget = float(text)
+            budget = number(text)
+            break
         except ValueError:
-            raise InputError(
-                f"budget {text!r} is not a number; give tokens per image (64) or a fraction (0.11)"
-            ) from None
+            continue
     check_budget(budget)
     return budget
 

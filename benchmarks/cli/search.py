@@ -75,9 +75,10 @@ def search_command(
     names = parse_tasks(tasks)
     if limit < len(names):
         raise InputError(f"limit {limit} is below one question for {len(names)} tasks")
-    wanted = [parse_budget(text) for text in budget.split(",")]
+    given = [parse_budget(text) for text in budget.split(",")]
+    wanted: list[int | float] = [each for each in given if isinstance(each, float)]
     several_sizes = "a fixed image size" in family_type(model).lacks
-    if several_sizes and any(isinstance(each, int) for each in wanted):
+    if several_sizes and len(wanted) < len(given):
         raise InputError(
             f"a number of tokens means something else for each image of {model}, which takes images "
             "of many sizes; give shares, such as --budget 0.05,0.11,0.22"
@@ -89,9 +90,9 @@ def search_command(
     whole: int | float = 1.0
     if not several_sizes:
         whole = family_of(loaded).tokens_per_image
-        for each in wanted:
+        for each in given:
             check_fits(each, whole)
-        wanted = [tokens_for(each, whole) for each in wanted]
+        wanted = [tokens_for(each, whole) for each in given]
     common = RunConfig(
         model, Variant("none", whole), names, limit, batch_size, device, dtype, seed, "val",
         device_map=device_map, quantization=quantization, attn=attn, peft=adapter,

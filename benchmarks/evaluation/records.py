@@ -29,7 +29,7 @@ class Variant:
     """A method with its budget and other hyperparameters."""
 
     method: str
-    budget: int | float
+    budget: int | float | str
     positions: str = "auto"
     arguments: dict[str, Argument] = field(default_factory=dict)
 
@@ -364,7 +364,7 @@ class Results(Record, tag_field="schema_version", tag=SCHEMA_VERSION, frozen=Tru
 
     model: str
     method: str
-    budget: int | float
+    budget: int | float | str
     definition: str
     seed: int
     config: RunConfig

@@ -29,7 +29,7 @@ class Run:
     path: Path
     label: str
     method: str
-    budget: int | float
+    budget: int | float | str
     tokens: int
     results: Results
     shared: dict[str, Any]
@@ -50,7 +50,7 @@ def load_runs(paths: list[Path]) -> list[Run]:
     """
     folders = dict.fromkeys(folder.resolve() for path in paths for folder in run_folders(path))
     runs = [load_run(folder) for folder in folders]
-    first, seen = runs[0], dict[tuple[str, float], Path]()
+    first, seen = runs[0], dict[tuple[str, int | float | str], Path]()
     for run in runs:
         other = [key for key in first.shared if run.shared.get(key) != first.shared[key]]
         if other:

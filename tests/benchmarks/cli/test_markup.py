@@ -35,6 +35,7 @@ COMMANDS = {
 def test_commands_end_well_and_show_names_whole(run, named, tmp_path, command, monkeypatch):
     out = tmp_path / NAME / "out"
     words = [w.format(out=out, image=named / "image.png") for w in COMMANDS[command]]
+
     def repeat(self, images, questions):
         return [Reply(question, None, None) for question in questions]
 

@@ -73,6 +73,8 @@ def test_what_cannot_be_done_is_one_line(run, clip, checkpoint, images, tmp_path
         ((clip, "What?", "--frames", "0"), "frames 0 is out of range"),
         ((clip, "What?", "--fps", "0"), "fps 0.0 is out of range"),
         ((clip, "What?", "--budget", "0"), "budget 0 is out of range"),
+        ((clip, "What?", "--budget", "0/frame"), "budget 0/frame is out of range"),
+        ((clip, "What?", "--budget", "8/image"), "or tokens per frame of a video (8/frame)"),
     ]:
         code, printed, err = run("ask", *arguments, "--model", checkpoint)
         assert code == 2 and not printed

@@ -101,6 +101,40 @@ def test_keeping_all_equals_the_unpruned_model_and_the_budget_is_met(name, tiny)
 
 
 @named(STAGES)
+def test_a_budget_per_frame_is_met(name, tiny):
+    """An image counts as one frame."""
+    inputs, _ = unpruned(tiny)
+    method = on(name, tiny, budget="2/frame")
+    with method(tiny.model) as trace, torch.inference_mode():
+        tiny.model(**inputs)
+    # items in the prompt's order: the image is the second one
+    image, *videos = tiny.encode(inputs).frames
+    for item, frames in enumerate([videos[0], image, *videos[1:]]):
+        computed = [counts[item] for counts in trace.computed]
+        mean, wanted = sum(computed) / len(computed), 2 * max(1, frames)
+        if item == 1 and isinstance(method, VideoPruner):
+            wanted = trace.available[item]
+        assert wanted * 0.9 < mean <= wanted
+
+
+@pytest.mark.parametrize("name", ["divprune", "pool", "flashvid", "fastv", "vidcom2+fastv"])
+def test_a_share_below_one_token_of_a_video_is_refused(name, tiny):
+    inputs = tiny.inputs([[(["a"], LONG)]])
+    (available,) = tiny.encode(inputs).counts
+    with (
+        on(name, tiny, budget=0.001)(tiny.model),
+        torch.inference_mode(),
+        pytest.raises(InputError, match=f"below one of the {available} tokens of a video") as said,
+    ):
+        tiny.model(**inputs)
+    least = float(re.search(r"give (0\.[0-9]+) or more", str(said.value))[1])
+    assert 1 / available <= least < 1.1 / available
+    with on(name, tiny, budget=least)(tiny.model) as trace, torch.inference_mode():
+        tiny.model(**inputs)
+    assert 1 <= len(trace.kept[0]) < 4
+
+
+@named(STAGES)
 def test_each_row_equals_its_solo_run(name, tiny):
     method, rows = on(name, tiny), rows_of(tiny)
     with method(tiny.model):
@@ -208,11 +242,12 @@ def test_cached_decoding_equals_a_full_forward(name, tiny):
 def test_beam_search_repeats_videos_with_their_rows(tiny):
     rows = [rows_of(tiny)[2], rows_of(tiny)[0]]
     steps = {"max_new_tokens": 3, "min_new_tokens": 3, "num_beams": 3}
-    with on("divprune", tiny)(tiny.model), torch.inference_mode():
-        both = tiny.model.generate(**tiny.inputs(rows), **steps)
-        alone = [tiny.model.generate(**tiny.inputs([row]), **steps) for row in rows]
-    for ours, theirs in zip(alone, both, strict=True):
-        assert torch.equal(ours[0, -3:], theirs[-3:])
+    for name, budget in (("divprune", BUDGET), ("fastv", "2/frame")):
+        with on(name, tiny, budget=budget)(tiny.model), torch.inference_mode():
+            both = tiny.model.generate(**tiny.inputs(rows), **steps)
+            alone = [tiny.model.generate(**tiny.inputs([row]), **steps) for row in rows]
+        for ours, theirs in zip(alone, both, strict=True):
+            assert torch.equal(ours[0, -3:], theirs[-3:])
 
 
 def test_videos_that_are_encoded_beforehand_are_pruned_alike(tiny):
