@@ -23,6 +23,7 @@ from vlm_prune.pruning.fastvid import FastVID
 from vlm_prune.pruning.flashvid import FlashVID
 from vlm_prune.pruning.fopru import FoPru
 from vlm_prune.pruning.frames import Frames
+from vlm_prune.pruning.holitom import HoliTom
 from vlm_prune.pruning.mmtok import MMTok
 from vlm_prune.pruning.none import NoPruning
 from vlm_prune.pruning.pool import Pool
@@ -67,6 +68,7 @@ METHODS: Registry[type[Pruner]] = Registry(
         "vidcom2": VidCom2,
         "fastvid": FastVID,
         "flashvid": FlashVID,
+        "holitom": HoliTom,
         "v-cast": VCast,
         "cascade": Cascade,
         "merge": Merge,
@@ -97,6 +99,7 @@ __all__ = [
     "FlashVID",
     "FoPru",
     "Frames",
+    "HoliTom",
     "MMTok",
     "Merge",
     "NoPruning",

@@ -1,13 +1,11 @@
 """EVS: tokens that differ from the frame before."""
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import ClassVar
 
 import torch
-from torch.nn.functional import cosine_similarity
 
-from vlm_prune.pruning.video import VideoPruner, frames_of, spread
+from vlm_prune.pruning.video import VideoPruner, frames_of, likeness_to_before, spread
 from vlm_prune.vlm.tokens import Kept, VisionTokens, top
 
 
@@ -30,10 +28,5 @@ class EVS(VideoPruner):
             first = torch.tensor(spread(k, size), device=tokens.device)
             return Kept.at(vision.projected, first.expand(videos, -1))
         whole = torch.full((videos, size), torch.inf, device=tokens.device)
-        # frame by frame, so that no copy of the video is made
-        change = [
-            1 - cosine_similarity(after.float(), before.float(), dim=-1)
-            for before, after in pairwise(tokens.unbind(1))
-        ]
-        scores = torch.stack([whole, *change], 1)
+        scores = torch.cat([whole[:, None], 1 - likeness_to_before(tokens)], 1)
         return Kept.at(vision.projected, top(scores.flatten(1), k))

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
 from vlm_prune.pruning.base import Stage
 from vlm_prune.pruning.received import in_tower
-from vlm_prune.pruning.select import density_centers, others, sums_by_nearest
+from vlm_prune.pruning.select import clustered, others, sums_by_nearest
 from vlm_prune.pruning.video import VideoPruner, frame_means, frames_of, segment_starts
 from vlm_prune.vlm.budget import even_shares
 from vlm_prune.vlm.common.errors import InputError
@@ -79,8 +79,8 @@ class FlashVID(VideoPruner):
             )
             at, kept = [], []
             for frame, (roots, merged) in self.trees(tokens[video], rest, parents):
-                clustered, centers = self.clustered(roots, merged, budgets[frame])
-                here = torch.cat([salient[frame], clustered])
+                own, centers = clustered(merged, budgets[frame], self.neighbors)
+                here = torch.cat([salient[frame], roots[own]])
                 order = here.argsort()
                 at.append(here[order] + frame * size)
                 chosen = tokens[video, frame, salient[frame]]
@@ -138,22 +138,6 @@ class FlashVID(VideoPruner):
                 joined = parents[frame][~roots][None], len(rest[frame - 1])
                 sums = sums_by_nearest(total[~roots][None], *joined)[0][0]
                 sizes = sums_by_nearest(members[~roots][None], *joined)[0][0]
-
-    def clustered(self, roots: Tensor, merged: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Indices and features of `count` trees of a frame, the others averaged into them.
-
-        Args:
-            roots: where the trees stand in the frame, (r,).
-            merged: their means, (r, d).
-            count: at most r.
-        """
-        if count == len(roots) or count == 0:
-            return roots[:count], merged[:count]
-        centers = density_centers(merged, count, self.neighbors)
-        joining = others(centers[None], len(roots))[0]
-        nearest = torch.cdist(merged[joining], merged[centers]).argmin(1)
-        sums, sizes = sums_by_nearest(merged[joining][None], nearest[None], count)
-        return roots[centers], (merged[centers] + sums[0]) / (1 + sizes[0])
 
 
 def fitted(shares: list[int], available: list[int]) -> list[int]:

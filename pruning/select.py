@@ -117,3 +117,21 @@ def density_centers(tokens: Tensor, count: int, neighbors: int) -> Tensor:
     near = distance.sort(1).values[:, :neighbors]
     density = near.square().mean(1).neg().exp()
     return top(density * density_gap(distance, density), count)
+
+
+def clustered(tokens: Tensor, count: int, neighbors: int) -> tuple[Tensor, Tensor]:
+    """Indices (count,) of tokens that stand for many, ascending, and their means (count, d) with the
+    tokens that are nearest to them.
+
+    Args:
+        tokens: (n, d).
+        count: at most n.
+        neighbors: nearest tokens that a density is taken over.
+    """
+    if count in (0, len(tokens)):
+        return torch.arange(count, device=tokens.device), tokens[:count]
+    centers = density_centers(tokens, count, neighbors)
+    joining = others(centers[None], len(tokens))[0]
+    nearest = torch.cdist(tokens[joining], tokens[centers]).argmin(1)
+    sums, sizes = sums_by_nearest(tokens[joining][None], nearest[None], count)
+    return centers, (tokens[centers] + sums[0]) / (1 + sizes[0])

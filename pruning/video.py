@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -71,6 +72,20 @@ def apportioned(weights: Tensor, total: int, most: int) -> list[int]:
     for index in order[: total - sum(shares)]:
         shares[index] += 1
     return shares
+
+
+def likeness_to_before(frames: Tensor) -> Tensor:
+    """The cosine of each token to the one at its place in the frame before, in fp32.
+
+    Shapes: (..., T, n, d) -> (..., T - 1, n).
+    """
+    # frame by frame, so that no copy of the video is made
+    alike = [
+        cosine_similarity(after.float(), before.float(), dim=-1)
+        for before, after in pairwise(frames.unbind(-3))
+    ]
+    none = frames[..., :0, :, 0].float()
+    return torch.stack(alike, -2) if alike else none
 
 
 def frame_means(frames: Tensor) -> Tensor:

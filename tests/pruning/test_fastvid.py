@@ -5,28 +5,10 @@ from itertools import pairwise
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
+from video_loops import attention_of, peaks
 
 from vlm_prune.pruning.fastvid import FastVID
 from vlm_prune.vlm.common.errors import InputError
-
-
-def attention_of(clips):
-    """What each token receives, a mean over heads and its frame's tokens; (2, 10, 12)."""
-    query, key = (own.double() for own in clips.query_key())
-    weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
-    return weights.mean((1, 2)).unflatten(0, (2, 10))
-
-
-def peaks(tokens, count):
-    """Indices of the tokens with the largest density times distance to a denser one."""
-    apart = [[float((a - b).norm()) / 16**0.5 for b in tokens] for a in tokens]
-    dense = [-sum(d * d for d in sorted(row)[:4]) / min(4, len(row)) for row in apart]
-    dense = [float(torch.tensor(own, dtype=torch.double).exp()) for own in dense]
-    scores = []
-    for i, row in enumerate(apart):
-        denser = [d for d, other in zip(row, dense, strict=True) if other > dense[i]]
-        scores.append(dense[i] * (min(denser) if denser else max(row)))
-    return sorted(sorted(range(len(tokens)), key=lambda i: -scores[i])[:count])
 
 
 @pytest.mark.parametrize("segments", [1, 4, 8])
@@ -52,7 +34,7 @@ def test_selection_and_merging_equal_the_papers_loop(segments, clips):
             for number, t in enumerate(anchors):
                 share = total * (number + 1) // len(anchors) - total * number // len(anchors)
                 free = [i for i in range(12) if i not in salient[t]]
-                targets += [(t, free[i]) for i in peaks(frames[t, free], share)]
+                targets += [(t, free[i]) for i in peaks(frames[t, free], share, 4)]
             for t in range(first, end):
                 rest += [(t, i) for i in range(12) if i not in salient[t] and (t, i) not in targets]
             groups = {target: [] for target in targets}

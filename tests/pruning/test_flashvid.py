@@ -3,16 +3,10 @@
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
+from video_loops import attention_of, peaks
 
 from vlm_prune.pruning.flashvid import FlashVID, fitted
 from vlm_prune.vlm.common.errors import InputError
-
-
-def attention_of(clips):
-    """What each token receives, a mean over heads and its frame's tokens; (2, 10, 12)."""
-    query, key = (own.double() for own in clips.query_key())
-    weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
-    return weights.mean((1, 2)).unflatten(0, (2, 10))
 
 
 def chosen(frame, salience, count):
@@ -26,18 +20,6 @@ def chosen(frame, salience, count):
         free = [j for j in range(12) if j not in picked]
         picked.append(max(free, key=lambda j: min(apart[i][j] for i in picked)))
     return sorted(picked)
-
-
-def peaks(tokens, count):
-    apart = [[float((a - b).norm()) / 16**0.5 for b in tokens] for a in tokens]
-    near = [sorted(row)[:7] for row in apart]
-    dense = [-sum(d * d for d in own) / len(own) for own in near]
-    scores = []
-    for i, row in enumerate(apart):
-        denser = [d for d, other in zip(row, dense, strict=True) if other > dense[i]]
-        weight = float(torch.tensor(dense[i], dtype=torch.double).exp())
-        scores.append(weight * (min(denser) if denser else max(row)))
-    return sorted(sorted(range(len(tokens)), key=lambda i: -scores[i])[:count])
 
 
 @pytest.mark.parametrize("segments", [1, 4])
@@ -73,7 +55,7 @@ def test_selection_and_merging_equal_the_papers_loop(segments, clips):
                 if trees[t]
                 else []
             )
-            centers = [*range(share)] if share == len(trees[t]) else peaks(tokens, share)
+            centers = [*range(share)] if share == len(trees[t]) else peaks(tokens, share, 7)
             sums = {c: [tokens[c]] for c in centers}
             for i in range(len(trees[t]) if share else 0):
                 if i not in centers:

@@ -41,7 +41,8 @@ def test_the_peak_is_that_of_what_lives():
 
 
 @pytest.mark.parametrize(
-    "name", ["evs", "vidcom2", "v-cast", "fastvid", "flashvid", "frames", "pool", "random"]
+    "name",
+    ["evs", "vidcom2", "v-cast", "fastvid", "flashvid", "holitom", "frames", "pool", "random"],
 )
 def test_selection_holds_less_than_one_and_a_half_times_the_tokens(name, clips):
     """N x N over 2,000 tokens of 64 numbers would be 32 times the tokens."""

@@ -117,7 +117,7 @@ def test_a_budget_per_frame_is_met(name, tiny):
         assert wanted * 0.9 < mean <= wanted
 
 
-@pytest.mark.parametrize("name", ["divprune", "pool", "flashvid", "fastv", "vidcom2+fastv"])
+@pytest.mark.parametrize("name", ["scope", "pool", "flashvid", "fastv", "vidcom2+fastv"])
 def test_a_share_below_one_token_of_a_video_is_refused(name, tiny):
     inputs = tiny.inputs([[(["a"], LONG)]])
     (available,) = tiny.encode(inputs).counts
