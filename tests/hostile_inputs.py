@@ -119,6 +119,7 @@ SOUND: dict[str, tuple[str, ...]] = {
                "--output", "{new}/search", "--definitions", "{new}/best.json"),
     "serve": ("serve", "{model}", "--budget", "8"),
     "draw-kept-tokens": ("draw-kept-tokens", "{new}/drawn.png"),
+    "bench-against": ("bench-against", "HEAD", "--run", "methods", "--repeats", "1"),
     "train-wings": ("train-wings",),
     "train-wings train": ("train-wings", "train", "--data", "{data}", "--images", "{images}",
                           "--output", "{new}/wings", "--model", "{model}", "--rank", "2"),
@@ -213,6 +214,7 @@ ODD: dict[str, tuple[str, ...]] = {
     "--retention": ("nosuch", ""),
     "--rounds": COUNTS,
     "--schedule": (*FILES, "{odd-schedule.json}", "{null.json}", "{run}/results.json"),
+    "--run": ("", "nosuch", "'eval"),
     "--seed": ("-1", "x", "1.5", ""),
     "--seeds": COUNTS,
     "--shots": ("0", "-1", "x"),
@@ -292,6 +294,7 @@ POSITIONAL: dict[str, dict[int, tuple[str, ...]]] = {
     "export": {1: ("tinny", "", "/nowhere/x", "{empty}"), 2: ("", ".", "/", "/dev/null", "{image}", "{images}", "{image}/below")},
     "serve": {1: ("tinny", "/nowhere/x", "{empty}", "")},
     "bench-kernels": {1: ("", "/", "{image}/below")},
+    "bench-against": {1: ("", "nosuch", "--upload-pack", "HEAD:README.md")},
     "draw-kept-tokens": {1: ("", ".", "/", "/dev/null", "{images}", "{image}/below", "{pipe}")},
     "train-wings merge": {2: ("tinny", "{empty}", ""), 3: ("tinny", "{empty}", ""), 4: ("", ".", "/", "/dev/null", "{image}")},
     "continual compare": {2: ("", ".", "/", "/dev/null", "{image}", "{image}/below")},
@@ -310,6 +313,7 @@ CALLED = {
 
 # Wrong arguments of each script that takes some.
 SCRIPTS: dict[str, tuple[str, ...]] = {
+    "bench_against": ("nosuchcommit",),
     "bench_continual": ("--model", "nonsense"), "bench_kernels": ("{image}/below",),
     "compare_continual": ("/",), "draw_kept_tokens": ("{images}",), "iit": ("evaluate", "{missing}"),
     "train_continual": ("--method", "codyr"), "train_tiny_clip": ("/dev/null",),

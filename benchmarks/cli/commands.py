@@ -8,6 +8,7 @@ import typer
 from vlm_prune.benchmarks.cli import (
     ask,
     bench,
+    bench_against,
     bench_kernels,
     compare,
     continual,
@@ -76,5 +77,6 @@ for name, group in (
     ("iit", iit.app),
 ):
     app.add_typer(group, name=name, rich_help_panel=TRAIN)
+app.command("bench-against", hidden=True)(bench_against.bench_against)
 app.command("draw-kept-tokens", hidden=True)(draw_kept_tokens.draw_kept_tokens)
 app.add_typer(train_tiny.app, name="train-tiny", hidden=True)
