@@ -28,14 +28,19 @@ def greedy(model, inputs, steps=6, **more):
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def unpruned(llava, images, make_inputs):
+    return greedy(llava, make_inputs(RAGGED, images))
+
+
 @pytest.mark.parametrize("positions", ["contiguous", "original"])
-def test_keeping_all_equals_the_unpruned_model(case, positions, llava, images, make_inputs):
-    inputs = make_inputs(RAGGED, images)
-    expected = greedy(llava, inputs)
+def test_keeping_all_equals_the_unpruned_model(
+    case, positions, llava, images, make_inputs, unpruned
+):
     with build(case, budget=576, positions=positions)(llava):
-        out = greedy(llava, inputs)
-    assert torch.equal(out.sequences, expected.sequences)
-    for ours, theirs in zip(out.logits, expected.logits, strict=True):
+        out = greedy(llava, make_inputs(RAGGED, images))
+    assert torch.equal(out.sequences, unpruned.sequences)
+    for ours, theirs in zip(out.logits, unpruned.logits, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 

@@ -52,6 +52,7 @@ DEFAULTS = {
         "segments": 8, "threshold": 0.9, "diverse": 0.7, "alike": 0.8, "neighbors": 7,
     },
     "v-cast": {"temperature": 0.7},
+    "holitom": {"threshold": 0.8, "neighbors": 7},
 }  # fmt: skip
 WRAPPERS = {"cascade": {"widening": 2.0}, "restore": {"anchors": 0.5}, "dedupe": {"threshold": 0.0}}
 

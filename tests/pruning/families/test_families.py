@@ -70,15 +70,18 @@ def named(methods):
     return pytest.mark.parametrize("name", [*methods, *marks])
 
 
+@pytest.fixture(scope="session")
+def unpruned(tiny):
+    return greedy(tiny, tiny.inputs(RAGGED))
+
+
 @named([name for name in EVERY if "@" not in name])
-def test_keeping_all_equals_the_unpruned_model(name, tiny):
+def test_keeping_all_equals_the_unpruned_model(name, tiny, unpruned):
     method = on(name, tiny, budget=1.0)
-    inputs = tiny.inputs(RAGGED)
-    expected = greedy(tiny, inputs)
     with method(tiny.model) as trace:
-        out = greedy(tiny, inputs)
-    assert torch.equal(out.sequences, expected.sequences)
-    for ours, theirs in zip(out.logits, expected.logits, strict=True):
+        out = greedy(tiny, tiny.inputs(RAGGED))
+    assert torch.equal(out.sequences, unpruned.sequences)
+    for ours, theirs in zip(out.logits, unpruned.logits, strict=True):
         assert_close(ours, theirs, rounding(tiny) / 2)
     assert [len(places) for places in trace.kept] == trace.available
 
