@@ -10,12 +10,13 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 
 from vlm_prune.pruning.base import Pruner, Rule, Stage
-from vlm_prune.pruning.registry import build
+from vlm_prune.pruning.registry import build, check_own
 from vlm_prune.vlm.budget import per_frame, tokens_for
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.records import read_record
 from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.families import Need
+from vlm_prune.vlm.prompt_pruning import Positions
 from vlm_prune.vlm.trace import Trace
 
 REMEDY = "give the best.json of vlm-prune search"
@@ -25,8 +26,8 @@ PACKAGED = Path(__file__).with_name("best.json")
 @dataclass
 class Best(Pruner):
     """The method that `vlm-prune search` chose for the budget nearest to this one, a share of the
-    tokens among shares and a number among numbers; where `positions` is `auto` they are that
-    method's.
+    tokens among shares and a number among numbers; where `positions` is `auto` they are those that
+    the search chose, or that method's.
 
     Args:
         definitions: file that the search wrote; the package's own unless given, which was found on
@@ -37,7 +38,7 @@ class Best(Pruner):
     stage: ClassVar[Stage] = "decoder"
     authors_positions: ClassVar[Rule] = "as its parts"
 
-    def _entry(self) -> tuple[str, dict[str, Any]]:
+    def _entry(self) -> "Entry":
         found, each = definitions(self.definitions), per_frame(self.budget)
         budget = each if each is not None else self.budget
         wanted = float(budget)
@@ -53,10 +54,11 @@ class Best(Pruner):
 
     def chosen(self, tokens: int | None) -> Pruner:
         """The method itself, for images of so many tokens; None where they differ in size."""
-        name, arguments = self._entry()
+        entry = self._entry()
         budget = self.budget if tokens is None else tokens_for(self.budget, tokens)
+        positions = entry.positions if self.positions == "auto" else self.positions
         built: Pruner = build(
-            name, budget=budget, positions=self.positions, seed=self.seed, **arguments
+            entry.method, budget=budget, positions=positions, seed=self.seed, **entry.arguments
         )
         return built
 
@@ -66,7 +68,7 @@ class Best(Pruner):
         return definitions(self.definitions).needs
 
     def definition(self, tokens: int) -> str:
-        return command_of(*self._entry())
+        return self._entry().command
 
     def papers_count(self, tokens: int, layer_tokens: list[float]) -> float | None:
         return self.chosen(tokens).papers_count(tokens, layer_tokens)
@@ -80,29 +82,49 @@ class Best(Pruner):
         return self.chosen(family.tokens_per_image if family.fixed_size else None)(model, vision)
 
 
+class Entry(msgspec.Struct, frozen=True):
+    """The method of a budget; what else a search notes about it is evidence."""
+
+    method: str
+    arguments: dict[str, bool | int | float | str | None]
+    positions: Positions = "auto"
+
+    @property
+    def command(self) -> str:
+        """The method with its hyperparameters and positions, as on the command line."""
+        return command_of(self.method, self.arguments, self.positions)
+
+
 @dataclass(frozen=True)
 class Definitions:
     """What a search found.
 
     Args:
         tokens: of an image in the search; None where they differed in size.
-        entries: for each budget a method and its hyperparameters; a budget is a number of tokens, or
-            a share of them where images differed in size.
+        entries: of each budget, which is a number of tokens, or a share of them where images differed
+            in size.
     """
 
     tokens: int | None
-    entries: dict[str, tuple[str, dict[str, Any]]]
+    entries: dict[str, Entry]
 
     @cached_property
     def needs(self) -> frozenset[Need]:
         """What a model must have for all of them."""
-        parts = (build(name, **more).needs for name, more in self.entries.values())
+        parts = (build(entry.method, **entry.arguments).needs for entry in self.entries.values())
         return frozenset[Need]().union(*parts)
 
 
-def command_of(name: str, arguments: dict[str, Any]) -> str:
-    """A method and its hyperparameters, as on the command line."""
-    return ", ".join([name, *(f"{key}={value}" for key, value in arguments.items())])
+def command_of(name: str, arguments: dict[str, Any], positions: str) -> str:
+    """Returns how a method is given on the command line.
+
+    Args:
+        name: of the method.
+        arguments: its hyperparameters.
+        positions: of kept tokens; `auto` is not said.
+    """
+    chosen = arguments if positions == "auto" else arguments | {"positions": positions}
+    return ", ".join([name, *(f"{key}={value}" for key, value in chosen.items())])
 
 
 def definitions(path: str) -> Definitions:
@@ -118,18 +140,11 @@ def definitions(path: str) -> Definitions:
     return _definitions(path, status.st_mtime_ns, status.st_size)
 
 
-class _Entry(msgspec.Struct, frozen=True):
-    """Of a budget; what else a search notes about it is evidence."""
-
-    method: str
-    arguments: dict[str, bool | int | float | str | None]
-
-
 class _File(msgspec.Struct, frozen=True):
     """What is read of the file that a search writes."""
 
     tokens: Annotated[int, msgspec.Meta(ge=1)] | None
-    budgets: Annotated[dict[float, _Entry], msgspec.Meta(min_length=1)]
+    budgets: Annotated[dict[float, Entry], msgspec.Meta(min_length=1)]
 
 
 @lru_cache
@@ -140,15 +155,13 @@ def _definitions(path: str, _time: int, _size: int) -> Definitions:
         if not fits:
             kind = "a share" if found.tokens is None else "a number of tokens"
             raise InputError(f"{path}: budget {budget:g} is not {kind}; {REMEDY}")
-    entries = {
-        f"{budget:g}": (entry.method, dict(entry.arguments))
-        for budget, entry in found.budgets.items()
-    }
-    for name, arguments in entries.values():
-        if "best" in name.split("+"):
+    entries = {f"{budget:g}": entry for budget, entry in found.budgets.items()}
+    for entry in entries.values():
+        if "best" in entry.method.split("+"):
             raise InputError(f"{path} defines best by itself; give the best.json of a search")
         try:
-            build(name, **arguments)
+            check_own(entry.arguments)
+            build(entry.method, **entry.arguments)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
     return Definitions(found.tokens, entries)

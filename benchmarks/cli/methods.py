@@ -14,7 +14,7 @@ def methods_command(
     """List pruning methods."""
     from vlm_prune.benchmarks.stats.table import as_table, show
     from vlm_prune.pruning import registry
-    from vlm_prune.pruning.best import PACKAGED, command_of, definitions
+    from vlm_prune.pruning.best import PACKAGED, definitions
 
     if families:
         from vlm_prune.benchmarks.cli.support import support_table
@@ -28,4 +28,4 @@ def methods_command(
         rows.append([name, pruner.stage, pruner.authors_positions, what, pruner.paper])
     show(as_table(rows))
     for budget, entry in definitions(str(PACKAGED)).entries.items():
-        print(f"best at {budget} tokens: {command_of(*entry)}")
+        print(f"best at {budget} tokens: {entry.command}")

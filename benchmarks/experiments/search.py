@@ -31,11 +31,13 @@ from vlm_prune.benchmarks.evaluation.tables import THREE_WAYS, three_ways
 from vlm_prune.benchmarks.stats.paired import difference, mcnemar
 from vlm_prune.benchmarks.stats.table import as_markdown, percent, points
 from vlm_prune.pruning import DecoderPruner, VisionPruner
+from vlm_prune.pruning.base import Rule
 from vlm_prune.pruning.best import command_of
 from vlm_prune.pruning.registry import methods
 from vlm_prune.vlm.common.files import write_text
 from vlm_prune.vlm.common.records import to_json
 from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.prompt_pruning import Positions
 
 FILES = ("search.md", "best.json")
 WIDENINGS = (1.5, 2.0, 3.0, 4.0)
@@ -93,6 +95,7 @@ class Definition(Record, frozen=True):
 
     method: str
     arguments: dict[str, Argument]
+    positions: str
     accuracy: Share
     wins: bool
     combination: str
@@ -126,12 +129,18 @@ def singles() -> list[str]:
 
 
 def combinations(budget: float) -> list[Variant]:
-    """Every method before the language model with every one inside it, merging or not."""
+    """Every method before the language model with every one inside it, merging or not, and alone with
+    other positions than the authors'."""
     table = image_methods()
     before = [n for n, m in table.items() if issubclass(m, VisionPruner) and n not in NO_PART]
     inside = [n for n, m in table.items() if issubclass(m, DecoderPruner)]
     first = [*before, *(f"{name}+merge" for name in before if name not in MERGED)]
     found = [Variant(name, budget) for name in first if "+" in name]
+    found += [
+        Variant(name, budget, positions)
+        for name in before
+        for positions in other_positions(table[name]().authors_positions)
+    ]
     found += [
         Variant(f"{name}+{second}", budget, arguments={"widening": widening})
         for name in first
@@ -141,20 +150,30 @@ def combinations(budget: float) -> list[Variant]:
     return found
 
 
+def other_positions(authors: Rule) -> tuple[Positions, ...]:
+    """Returns what positions may be instead of the authors'; parts that differ may all have either."""
+    both: tuple[Positions, ...] = ("contiguous", "original")
+    return tuple(positions for positions in both if positions != authors)
+
+
 def variations(variant: Variant) -> list[Variant]:
-    """The variant with one hyperparameter of one part changed at a time."""
+    """The variant with one hyperparameter of one part, or its positions, changed at a time."""
     parts = variant.method.split("+")
     inside = parts[-1] if parts[-1] in VARIATIONS and "widening" in variant.arguments else ""
     merged = "merge" in parts
     outer = "pre." if "widening" in variant.arguments else ""
     prefixes = {parts[0]: f"{outer}method." if merged else outer, inside: "inside."}
-    return [
+    found = [
         replace(variant, arguments=variant.arguments | {f"{prefix}{name}": value})
         for part, prefix in prefixes.items()
         for name, values in VARIATIONS.get(part, {}).items()
         for value in values
         if value != values_of(part)[name]
     ]
+    if variant.positions == "auto":
+        others = other_positions(variant.build(0).authors_positions)
+        found += [replace(variant, positions=positions) for positions in others]
+    return found
 
 
 def values_of(method: str) -> dict[str, Any]:
@@ -209,8 +228,11 @@ class Search:
         return Round([folder.scores() for folder in folders], [run.tokens for run in results])
 
     def works(self, variant: Variant) -> bool:
-        """Whether the model has what the variant needs."""
-        return not variant.build(self.common.seed).needs & family_of(self.model).lacks
+        """Whether the model has what the variant needs, and a choice of positions where it makes one."""
+        family = family_of(self.model)
+        if variant.positions != "auto" and family.mrope:
+            return False
+        return not variant.build(self.common.seed).needs & family.lacks
 
     def winners(self, budgets: Sequence[int | float]) -> dict[int | float, Variant]:
         """The best combination at each budget."""
@@ -225,7 +247,8 @@ class Search:
             keep = FINALISTS if limit == self.limit else None
             left = {b: _best(candidates, measured, b, keep) for b in budgets}
         finalists = [variant for variants in left.values() for variant in variants]
-        candidates = [*finalists, *(new for old in finalists for new in variations(old))]
+        varied = (new for old in finalists for new in variations(old))
+        candidates = [*finalists, *filter(self.works, varied)]
         measured = self.measure("varied", candidates, self.limit, seed)
         return {budget: _best(candidates, measured, budget, 1)[0] for budget in budgets}
 
@@ -257,7 +280,7 @@ class Search:
 
 
 def _folder(variant: Variant) -> str:
-    named = "".join(f"-{key}={value}" for key, value in variant.arguments.items())
+    named = "".join(f"-{key}={value}" for key, value in variant.with_positions.items())
     return f"{variant.method}-{variant.budget}{named}"
 
 
@@ -272,7 +295,7 @@ def _best(
 
 def _compared(candidates: list[Variant], measured: Round, first: int, count: int) -> Definition:
     """The combination at `first` against the single methods behind it; the better one is named."""
-    against = []
+    against, ours = [], candidates[first]
     for number in range(first + 1, first + count):
         point, interval = difference(measured.scores[first], measured.scores[number])
         against.append(
@@ -289,9 +312,10 @@ def _compared(candidates: list[Variant], measured: Round, first: int, count: int
     return Definition(
         method=candidates[top].method,
         arguments=candidates[top].arguments,
+        positions=candidates[top].positions,
         accuracy=measured.accuracy(top),
         wins=all(rival.ci[0] > 0 for rival in against),
-        combination=command_of(candidates[first].method, candidates[first].arguments),
+        combination=command_of(ours.method, ours.arguments, ours.positions),
         combination_accuracy=measured.accuracy(first),
         tokens=measured.tokens[first],
         against=against,
@@ -315,7 +339,7 @@ def search_verdict(budget: str, entry: Definition) -> str:
     if entry.wins:
         return f"budget {budget}: {entry.combination} beats every single method"
     equal = [rival.method for rival in entry.against if rival.ci[0] <= 0]
-    name = command_of(entry.method, entry.arguments)
+    name = command_of(entry.method, entry.arguments, entry.positions)
     return (
         f"budget {budget}: no combination beats every single method; {entry.combination} is not "
         f"above {', '.join(equal)} beyond the interval; the most accurate is {name}"

@@ -15,7 +15,7 @@ from vlm_prune.vlm.families import family_of
 @pytest.fixture
 def found(tmp_path):
     entries = {
-        "32": {"method": "fopru", "arguments": {"strategy": "row"}},
+        "32": {"method": "fopru", "arguments": {"strategy": "row"}, "positions": "original"},
         "128": {
             "method": "divprune+merge+fastv",
             "arguments": {"widening": 3, "inside.layer": 4},
@@ -31,6 +31,10 @@ def test_small_budgets_take_the_smaller_definition(found, budget):
     chosen = Best(budget=budget, definitions=found, seed=4).chosen(576)
     assert isinstance(chosen, FoPru) and chosen.strategy == "row"
     assert (chosen.budget, chosen.seed) == (58 if budget == 0.1 else budget, 4)
+    assert chosen.positions == "original"
+    told = Best(budget=budget, definitions=found, positions="contiguous")
+    assert told.chosen(576).positions == "contiguous"
+    assert told.definition(576) == "fopru, strategy=row, positions=original"
 
 
 @pytest.mark.parametrize(("budget", "tokens"), [(65, 576), (576, 576), (0.2, 2880), (512, 2304)])

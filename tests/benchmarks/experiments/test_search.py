@@ -1,13 +1,16 @@
 """The search: its candidates, that it resumes, and that it never looks at test questions."""
 
 import json
+from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from filelock import FileLock
+from tiny_families import Tiny
 
 from vlm_prune.benchmarks.evaluation import engine as run_engine
-from vlm_prune.benchmarks.evaluation.records import Tokens, Variant
+from vlm_prune.benchmarks.evaluation.records import RunConfig, Tokens, Variant
 from vlm_prune.benchmarks.experiments import search as engine
 from vlm_prune.benchmarks.stats.paired import difference, mcnemar
 from vlm_prune.pruning import Best
@@ -17,6 +20,7 @@ FEW = [
     Variant("divprune+merge", 64),
     Variant("fopru+fastv", 64, arguments={"widening": 2.0}),
     Variant("divprune+merge+dart", 64, arguments={"widening": 3.0}),
+    Variant("divprune", 64, "original"),
 ]
 
 
@@ -30,6 +34,32 @@ def test_every_candidate_and_variation_builds_at_the_budget():
         "method.queries", "pre.queries", "pre.method.queries", "pre.contextual", "inside.layer",
         "inside.image_pivots", "pre.important",
     }  # fmt: skip
+    positions = {(variant.method, variant.positions) for variant in [*found, *varied]}
+    assert positions >= {("divprune", "original"), ("fopru+dart", "original")}
+    assert positions >= {("fopru+dart", "auto"), ("fopru+dart", "contiguous")}
+    assert not positions & {("divprune", "auto"), ("divprune", "contiguous")}
+
+
+def test_the_positions_that_won_are_those_of_best(tmp_path):
+    every = [Variant("divprune", 64, "original"), Variant("fopru", 64)]
+    scores = [{"a": np.ones(4)}, {"a": np.zeros(4)}]
+    tokens = [Tokens(full=576.0, kept=64.0, layer_mean=64.0, papers=64.0)] * 2
+    entry = engine._compared(every, engine.Round(scores, tokens), 0, 2)
+    assert entry.combination == "divprune, positions=original" and entry.wins
+    defined = {"tokens": 576, "budgets": {"64": msgspec.to_builtins(entry)}}
+    (tmp_path / "best.json").write_text(json.dumps(defined))
+    best = Best(budget=64, definitions=str(tmp_path / "best.json"))
+    assert best.definition(576) == "divprune, positions=original"
+    assert best.chosen(576).positions == "original"
+
+
+@pytest.mark.parametrize(("family", "choice"), [("llava", True), ("qwen2_5_vl", False)])
+def test_positions_are_chosen_where_a_model_leaves_a_choice(family, choice):
+    config = RunConfig(family, Variant("none", 1.0), ("exist",), 1)
+    searched = engine.Search(Tiny(family).model, None, config, 1, Path(), lambda *_: None)
+    assert searched.works(Variant("divprune", 0.5))
+    for positions in ("contiguous", "original"):
+        assert searched.works(Variant("divprune", 0.5, positions)) is choice
 
 
 def test_every_registered_method_is_a_rival_or_a_combination():
@@ -62,7 +92,7 @@ def test_a_search_defines_best_and_resumes(run, checkpoint, tmp_path, few, monke
     assert Best(definitions=str(defined)).definition(576).startswith(entry["method"])
     configs = [json.loads(path.read_text())["config"] for path in output.glob("*/*/config.json")]
     assert {(c["split"], c["seed"]) for c in configs} == {("val", 0), ("val", 1)}
-    assert len(list(output.glob("round-1/*"))) == 3 and list(output.glob("varied/*"))
+    assert len(list(output.glob("round-1/*"))) == len(FEW) and list(output.glob("varied/*"))
     assert len(list(output.glob("compared/*"))) == 3
 
     answer = run_engine._answer
