@@ -17,7 +17,10 @@ from vlm_prune.benchmarks.tasks.base import shares
 from vlm_prune.vlm.chat import render
 from vlm_prune.vlm.trace import Trace
 
-MAX_NEW_TOKENS = 16
+
+def most_new_tokens(batch: list[Sample]) -> int:
+    """Returns how long the longest answer to a batch may be, by its tasks."""
+    return max(TASKS[sample.id.split("/")[0]].new_tokens for sample in batch)
 
 
 def samples_of(tasks: tuple[str, ...], limit: int, seed: int, split: str) -> list[Sample]:
@@ -94,9 +97,10 @@ def _answer(
     """The rows of one batch for each pruner."""
     prompts = prompts_of(model, processor, batch)
     encoding = prompts.vision_s
-    baseline, before, _ = replies_to(model, processor, prompts)
+    most = most_new_tokens(batch)
+    baseline, before, _ = replies_to(model, processor, prompts, most)
     for pruner in pruners:
-        ours, after, trace = replies_to(model, processor, prompts, pruner)
+        ours, after, trace = replies_to(model, processor, prompts, most, pruner)
         share = 1e3 / len(batch)
         times = PairedTimes(
             vision=share * (after.vision or encoding),
@@ -140,7 +144,7 @@ def prompts_of(model: Any, processor: Any, batch: list[Sample]) -> Prompts:
 
 
 def replies_to(
-    model: Any, processor: Any, prompts: Prompts, pruner: Any | None = None
+    model: Any, processor: Any, prompts: Prompts, most: int, pruner: Any | None = None
 ) -> tuple[list[str], Phases, Trace]:
     """Returns greedy answers to prompts, the seconds of their phases, and what was pruned.
 
@@ -148,8 +152,9 @@ def replies_to(
         model: of a supported family.
         processor: the model's.
         prompts: of a batch.
+        most: tokens of an answer.
         pruner: prunes them; None for the unpruned model.
     """
-    new, phases, trace = timed_generate(model, prompts, pruner, max_new_tokens=MAX_NEW_TOKENS)
+    new, phases, trace = timed_generate(model, prompts, pruner, max_new_tokens=most)
     replies = processor.batch_decode(new, skip_special_tokens=True)
     return [reply.strip() for reply in replies], phases, trace

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vlm_prune.benchmarks import lmms_eval
 from vlm_prune.benchmarks.cli.terminal import progress, quiet
 from vlm_prune.benchmarks.evaluation.engine import (
-    MAX_NEW_TOKENS,
+    most_new_tokens,
     prompts_of,
     replies_to,
     samples_of,
@@ -165,7 +165,8 @@ def _text(sample: Sample) -> bool:
 def _asking(model: Any, processor: Any) -> Ask:
     @torch.inference_mode()
     def ask(batch: list[Sample]) -> list[str]:
-        return replies_to(model, processor, prompts_of(model, processor, batch))[0]
+        prompts = prompts_of(model, processor, batch)
+        return replies_to(model, processor, prompts, most_new_tokens(batch))[0]
 
     return ask
 
@@ -173,7 +174,7 @@ def _asking(model: Any, processor: Any) -> Ask:
 def _asking_text(language: Language) -> Ask:
     def ask(batch: list[Sample]) -> list[str]:
         texts = [language.render(sample.messages()) for sample in batch]
-        tokens, _ = language.generate(texts, max_new_tokens=MAX_NEW_TOKENS)
+        tokens, _ = language.generate(texts, max_new_tokens=most_new_tokens(batch))
         return language.replies(tokens)
 
     return ask

@@ -38,7 +38,8 @@ def difference(
 
 
 def mcnemar(ours: Scores, theirs: Scores) -> float:
-    """Exact two-sided p-value of McNemar's test over all questions, scores being 0 or 1."""
+    """Exact two-sided p-value of McNemar's test over all questions; where scores are shares, of the
+    sign test, which it is a case of."""
     gains = np.concatenate([ours[task] - theirs[task] for task in ours])
     won, lost = int((gains > 0).sum()), int((gains < 0).sum())
     return float(binomtest(won, won + lost).pvalue) if won + lost else 1.0

@@ -1,6 +1,16 @@
 """The embedded tasks: offline, deterministic, small enough for a CPU."""
 
-from vlm_prune.benchmarks.tasks import attribute, choice, count, exist, iit, ocr, relation, text
+from vlm_prune.benchmarks.tasks import (
+    attribute,
+    choice,
+    count,
+    exist,
+    hallucination,
+    iit,
+    ocr,
+    relation,
+    text,
+)
 from vlm_prune.benchmarks.tasks.base import Question, Sample, Split, Task, Turn
 from vlm_prune.vlm.common.registry import Registry
 
@@ -8,7 +18,7 @@ TASKS: Registry[Task] = Registry(
     "task",
     {
         module.TASK.name: module.TASK
-        for module in (exist, attribute, ocr, count, relation, choice, text, iit)
+        for module in (exist, attribute, ocr, count, relation, choice, text, iit, hallucination)
     },
 )
 VISUAL = ("exist", "attribute", "ocr", "count", "relation", "choice")

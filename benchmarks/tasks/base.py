@@ -70,12 +70,14 @@ class Task:
         make: draws one sample from a random generator; the split decides which photographs and
             handwritten digits it may use.
         score: 1.0 for a right answer, 0.0 for a wrong one, given prediction and gold answer.
+        new_tokens: of an answer at most.
     """
 
     name: str
     visual: bool
     make: Callable[[np.random.Generator, Split], Sample]
     score: Callable[[str, str], float] = exact_match
+    new_tokens: int = 16
 
     def sample(self, index: int, seed: int = 0, split: Split = "test") -> Sample:
         """Returns the `index`-th sample of the stream.

@@ -19,7 +19,7 @@ from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.load import family_type
 
 FAST = ["--limit", "4", "--batch-size", "2", "--tasks", "exist,text,iit"]
-NEW = {"max_new_tokens": engine.MAX_NEW_TOKENS, "do_sample": False}
+NEW = {"max_new_tokens": 16, "do_sample": False}
 
 
 def results(path):
@@ -89,7 +89,7 @@ def test_images_encoded_beforehand_give_the_model_s_own_answers(tiny, mixed):
     pictures = [list(sample.images) for sample in mixed]
     assert sorted({len(row) for row in pictures}) == [0, 1, 2]
     prompts = make_prompts(tiny.model, tiny.processor, texts, pictures)
-    ours = engine.replies_to(tiny.model, tiny.processor, prompts)[0]
+    ours = engine.replies_to(tiny.model, tiny.processor, prompts, 16)[0]
     for text, row, reply in zip(texts, pictures, ours, strict=True):
         given = [row] if family_of(tiny.model).by_row else row
         inputs = tiny.processor(text=[text], images=given if row else None, return_tensors="pt")

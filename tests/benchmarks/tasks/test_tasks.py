@@ -7,7 +7,16 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from vlm_prune.benchmarks.tasks import TASKS, VISUAL, choice, count, exist, relation
+from vlm_prune.benchmarks.evaluation.engine import most_new_tokens
+from vlm_prune.benchmarks.tasks import (
+    TASKS,
+    VISUAL,
+    choice,
+    count,
+    exist,
+    hallucination,
+    relation,
+)
 from vlm_prune.benchmarks.tasks.base import SPLITS
 from vlm_prune.benchmarks.tasks.scenes import (
     COLORS,
@@ -20,7 +29,17 @@ from vlm_prune.benchmarks.tasks.scenes import (
 )
 from vlm_prune.benchmarks.tasks.vqa import exact_match, normalize
 
-NAMES_OF_TASKS = ("exist", "attribute", "ocr", "count", "relation", "choice", "text", "iit")
+NAMES_OF_TASKS = (
+    "exist",
+    "attribute",
+    "ocr",
+    "count",
+    "relation",
+    "choice",
+    "text",
+    "iit",
+    "hallucination",
+)
 
 
 @pytest.mark.parametrize("name", NAMES_OF_TASKS)
@@ -146,6 +165,39 @@ def test_options_are_four_different_ones_and_the_letter_is_the_right_one() -> No
         assert list(options) == list("ABCD")
         assert len(set(options.values())) == 4
         assert options[letter] == "red"
+
+
+def test_a_description_names_every_thing_once_and_nothing_else() -> None:
+    for index in range(20):
+        rng = np.random.default_rng(index)
+        scene = make_scene(rng, "val")
+        answer = hallucination.describe(rng, scene).answer
+        assert len(scene.things) == len(hallucination.named_things(answer))
+        assert set(hallucination.named_things(answer)) == {(t.name, t.color) for t in scene.things}
+
+
+@pytest.mark.parametrize(
+    ("prediction", "share"),
+    [
+        ("red star, blue digit 7, green word cat", 1.0),
+        ("There is a red star and the word cat.", 1.0),
+        ("A blue star.", 0.0),
+        ("a red star, a red ring, the digit 7 and a dog", 0.5),
+        ("a star is red, blue three", 0.5),
+        ("a red and white photograph", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_what_is_named_and_not_there_is_counted(prediction: str, share: float) -> None:
+    assert hallucination.score(prediction, "red star, blue digit 7, green word cat") == share
+
+
+def test_half_of_the_questions_about_hallucinations_ask_for_a_description() -> None:
+    samples = [TASKS["hallucination"].sample(index, split="val") for index in range(60)]
+    described = [s for s in samples if s.turns[-1].text == hallucination.DESCRIBE]
+    assert 20 <= len(described) <= 40
+    assert {s.answer for s in samples if s not in described} == {"yes", "no"}
+    assert most_new_tokens(samples) == 48 and most_new_tokens([TASKS["exist"].sample(0)]) == 16
 
 
 def test_conversations_have_the_turns_of_their_setting() -> None:
