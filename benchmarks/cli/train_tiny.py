@@ -87,6 +87,9 @@ def smol(
     steps: Annotated[
         int, typer.Option(min=1, help="In all; a resumed run may be given more.")
     ] = 1400,
+    minutes: Annotated[
+        float | None, typer.Option(min=1, help="End after this time instead of a number of steps.")
+    ] = None,
     seed: Seed = 0,
     threads: Threads = 2,
     keep: Annotated[bool, typer.Option("--keep", help="Start from the packaged weights.")] = False,
@@ -99,7 +102,7 @@ def smol(
     _begin(folder, threads)
     from vlm_prune.benchmarks.embedded_models.packaged import train_smol
 
-    train_smol(folder, steps, seed, keep, install)
+    train_smol(folder, steps, minutes, seed, keep, install)
 
 
 @app.command("measure-smol")

@@ -67,6 +67,17 @@ def side(rng: np.random.Generator, scene: Scene) -> Question | None:
     return Question(both, first if question.answer == "yes" else second)
 
 
+def listed(rng: np.random.Generator, scene: Scene) -> Question:
+    """A training-only question whose answer names all things of a kind in the order of their places:
+    what `count` and `relation` ask for, spelled out."""
+    kind = str(rng.choice(list(KINDS)))
+    across = bool(rng.random() < 0.5)
+    things = sorted(scene.of_kind(kind), key=lambda thing: thing.x if across else thing.y)
+    order = "left to right" if across else "top to bottom"
+    names = ", ".join(thing.name for thing in things)
+    return Question(f"Which {kind}s are there from {order}?", names or "none", kind)
+
+
 # Each way to ask one of these is a skill of its own, and is reported apart.
 APART = ("attribute", "where", "pair")
 ONE_WORD = ("named", "colored")

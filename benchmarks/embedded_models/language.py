@@ -42,12 +42,16 @@ class Row:
     """One training sequence.
 
     `before` precedes the image; each block starts where the prefix ends. `image` is
-    (tokens, width) tower features, (tokens, 3) symbols, or None.
+    (tokens, width) tower features, (tokens, 3) symbols, or None. `token_indices` says where
+    its tokens stand in an image of `image_size`, for positions with gaps where others are left out;
+    otherwise positions are contiguous.
     """
 
     before: str
     blocks: list[QuestionBlock]
     image: Tensor | None = None
+    token_indices: Tensor | None = None
+    image_size: int = 0
 
 
 @dataclass
@@ -164,10 +168,17 @@ def _layout(
 ) -> tuple[list[int], list[int], list[int], list[int]]:
     """Ids, positions, block numbers (0 = prefix) and next-token labels of one row."""
     ids: list[int] = tokenizer(row.before, add_special_tokens=False).input_ids
+    positions = list(range(len(ids)))
     if row.image is not None:
-        ids = [*ids, *[image_token] * len(row.image), *tokenizer("\n").input_ids]
-    start = len(ids)
-    positions, block, labels = list(range(start)), [0] * start, [IGNORE] * start
+        newline: list[int] = tokenizer("\n").input_ids
+        indices, size = row.token_indices, row.image_size
+        if indices is None:
+            indices, size = torch.arange(len(row.image)), len(row.image)
+        begin, end = len(ids), len(ids) + size
+        ids = [*ids, *[image_token] * len(row.image), *newline]
+        positions += [*(begin + indices).tolist(), *range(end, end + len(newline))]
+    block, labels = [0] * len(ids), [IGNORE] * len(ids)
+    start = positions[-1] + 1 if positions else 0
     for number, question in enumerate(row.blocks, 1):
         prompt_ids: list[int] = tokenizer(question.prompt).input_ids
         answer_ids: list[int] = [*tokenizer(question.answer).input_ids, tokenizer.eos_token_id]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Literal
@@ -122,13 +123,19 @@ def train_clip(folder: Path, seed: int = 0, install: bool = False) -> None:
 
 
 def train_smol(
-    folder: Path, steps: int, seed: int = 0, keep: bool = False, install: bool = False
+    folder: Path,
+    steps: int,
+    minutes: float | None = None,
+    seed: int = 0,
+    keep: bool = False,
+    install: bool = False,
 ) -> None:
     """Train projector and LoRA of the LLaVA over SmolLM2, from the folder's last state on.
 
     Args:
         folder: where state, log and the result, `checkpoint`, go.
         steps: of the optimizer in all; curriculum and learning rate follow the share that is done.
+        minutes: that training takes; where given, it ends then, whatever `steps` says.
         seed: of the data.
         keep: whether a new training starts from the packaged weights.
         install: whether the result replaces the packaged weights.
@@ -136,10 +143,12 @@ def train_smol(
     Raises:
         InputError: if SmolLM2's weights are not installed, or another training writes to the folder.
     """
-    from vlm_prune.benchmarks.embedded_models.smol import SmolRecipe, SmolTrainer
+    from vlm_prune.benchmarks.embedded_models.smol import FURTHER, SmolRecipe, SmolTrainer
 
     with OutputFolder(folder):
-        recipe = SmolRecipe(steps=steps, seed=seed)
+        recipe = SmolRecipe(steps=steps, minutes=minutes, seed=seed)
+        if keep:
+            recipe = replace(recipe, levels=FURTHER, rate=8e-4, projector_rate=1e-3, decay=0.6)
         trainer = SmolTrainer(folder, recipe, adapter_path() if keep else None)
         trainer.run()
         write_folder(folder / "checkpoint", trainer.write_adapter)

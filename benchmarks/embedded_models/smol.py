@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from vlm_prune.benchmarks.embedded_models.base_text import instructions, package_text
 from vlm_prune.benchmarks.embedded_models.curriculum import (
     Maker,
+    listed,
     name_letter,
     pair,
     side,
@@ -36,10 +37,23 @@ from vlm_prune.benchmarks.embedded_models.language import (
     vision_transformer,
 )
 from vlm_prune.benchmarks.embedded_models.log import recorder
+from vlm_prune.benchmarks.embedded_models.own_instructions import (
+    answer,
+    without,
+    write_instructions,
+)
 from vlm_prune.benchmarks.embedded_models.source import TRAIN_SEED, pixels_of
 from vlm_prune.benchmarks.embedded_models.symbols import Symbols, align_projector, word_ids
 from vlm_prune.benchmarks.embedded_models.tower import tower_features
-from vlm_prune.benchmarks.tasks import attribute, choice, count, exist, ocr, relation
+from vlm_prune.benchmarks.tasks import (
+    attribute,
+    choice,
+    count,
+    exist,
+    hallucination,
+    ocr,
+    relation,
+)
 from vlm_prune.benchmarks.tasks import text as text_task
 from vlm_prune.benchmarks.tasks.base import Question, Split
 from vlm_prune.benchmarks.tasks.scenes import COLORS, GRID, NAMES, Scene, make_scene
@@ -100,6 +114,7 @@ TASKS: dict[str, Maker] = {
 
 MAKERS: dict[str, Maker] = TASKS | {
     "where": where, "pair": pair, "side": side, "what": what, "letter": name_letter,
+    "listed": listed, "describe": hallucination.describe,
 }  # fmt: skip
 
 
@@ -113,6 +128,7 @@ class Level:
         extra: background tokens beside those of objects, at most; None for all.
         questions: of each row.
         shares: how often each kind of question is drawn.
+        whole: share of the steps that see one image with all of its tokens instead.
     """
 
     until: float
@@ -120,6 +136,7 @@ class Level:
     extra: int | None
     questions: int
     shares: dict[str, int]
+    whole: float = 0.0
 
 
 LEVELS = (
@@ -142,6 +159,27 @@ LEVELS = (
         {"attribute": 1, "ocr": 3, "exist": 3, "relation": 4, "count": 4, "choice": 2},
     ),
 )  # fmt: skip
+# Those of a training that starts from weights that see already.
+FURTHER = (
+    Level(
+        0.3, None, 40, 20,
+        {"where": 4, "side": 3, "relation": 3, "listed": 4, "count": 3, "describe": 1, "exist": 2,
+         "ocr": 2, "attribute": 1, "choice": 1},
+        whole=0.1,
+    ),
+    Level(
+        0.65, None, 100, 20,
+        {"where": 2, "side": 2, "relation": 5, "listed": 3, "count": 4, "describe": 1, "exist": 2,
+         "ocr": 2, "attribute": 1, "choice": 2},
+        whole=0.25,
+    ),
+    Level(
+        1.0, None, 160, 20,
+        {"side": 1, "relation": 5, "listed": 2, "count": 4, "describe": 1, "exist": 2, "ocr": 2,
+         "attribute": 1, "choice": 2},
+        whole=0.6,
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -150,6 +188,8 @@ class SmolRecipe:
 
     Args:
         steps: of the optimizer.
+        minutes: that training takes; where given, it ends then, and curriculum and rates follow the time.
+        levels: of the curriculum.
         rank: of LoRA.
         rate: peak learning rate of LoRA.
         projector_rate: peak learning rate of the projector.
@@ -157,12 +197,16 @@ class SmolRecipe:
         scenes: different training scenes.
         fit_scenes: those that the projector is first fitted on.
         fit_steps: of that.
+        own: instructions that SmolLM2 writes itself.
+        text_rows: conversations in a step.
         text_weight: of the divergence from SmolLM2's own distribution, beside the answers' loss.
         decay: share of the steps over which the rates fall.
         seed: of everything drawn.
     """
 
     steps: int = 1400
+    minutes: float | None = None
+    levels: tuple[Level, ...] = LEVELS
     rank: int = 16
     rate: float = 1e-3
     projector_rate: float = 3e-4
@@ -170,7 +214,9 @@ class SmolRecipe:
     scenes: int = 3000
     fit_scenes: int = 300
     fit_steps: int = 600
-    text_weight: float = 5.0
+    own: int = 96
+    text_rows: int = 5
+    text_weight: float = 10.0
     decay: float = 0.35
     seed: int = 0
 
@@ -217,14 +263,15 @@ class SmolTrainer:
         before, after = self._chat("\0").split("\0")
         self.before, self.asking, self.after = before, "\n", after
         self.encoded: dict[tuple[Any, ...], EncodedScene] = {}
-        self.step, self.running = 0, dict[str, float]()
+        self.step, self.spent, self.running = 0, 0.0, dict[str, float]()
         if (folder / "state.safetensors").is_file():
             self._restore()
         elif keep is not None:
             self._read_adapter(keep)
         else:
             self._fit_projector()
-        self.texts = self._texts()
+        self.conversations, self.plain = self._texts()
+        self.own_states: dict[int, Tensor] = {}
 
     def _inject(self) -> None:
         rank = self.recipe.rank
@@ -321,66 +368,82 @@ class SmolTrainer:
             extra: background tokens; None for all.
         """
         kinds = [kind for kind, share in level.shares.items() for _ in range(share)]
-        blocks: list[QuestionBlock] = []
-        while len(blocks) < level.questions:
+        blocks: dict[str, QuestionBlock] = {}
+        for _ in range(4 * level.questions):
             kind = kinds[int(rng.integers(len(kinds)))]
             question = MAKERS[kind](rng, encoded.scene)
-            if question is not None:
-                blocks.append(self.block(kind, question))
-        keep = torch.arange(GRID * GRID)
-        if extra is not None:
-            shown = encoded.scene.patch_names.ravel() > 0
-            drawn = rng.permutation(np.flatnonzero(~shown))[:extra]
-            keep = torch.from_numpy(np.sort(np.concatenate([np.flatnonzero(shown), drawn])))
-        return Row(self.before, blocks, encoded.features[keep])
+            if question is not None and len(blocks) < level.questions:
+                blocks[question.text] = self.block(kind, question)
+        if extra is None:
+            return Row(self.before, list(blocks.values()), encoded.features)
+        shown = encoded.scene.patch_names.ravel() > 0
+        drawn = rng.permutation(np.flatnonzero(~shown))[:extra]
+        keep = torch.from_numpy(np.sort(np.concatenate([np.flatnonzero(shown), drawn])))
+        if rng.random() < 0.5:
+            return Row(self.before, list(blocks.values()), encoded.features[keep])
+        return Row(self.before, list(blocks.values()), encoded.features[keep], keep, GRID * GRID)
+
+    def _done(self) -> float:
+        """The share of the training that is done."""
+        if self.recipe.minutes is None:
+            return self.step / self.recipe.steps
+        return self.spent / (60 * self.recipe.minutes)
 
     def _level(self) -> Level:
-        return next(level for level in LEVELS if self.step < level.until * self.recipe.steps)
+        return next(level for level in self.recipe.levels if self._done() < level.until)
 
     def rows(self, rng: np.random.Generator, level: Level) -> list[Row]:
         """Draws a batch of rows about images."""
         rows = []
-        for _ in range(1 if level.extra is None else self.recipe.images):
+        whole = level.extra is None or rng.random() < level.whole
+        for _ in range(1 if whole else self.recipe.images):
             k = int(rng.integers(self.recipe.scenes))
             things = None if level.things is None else level.things[0] + k % 2
-            extra = None if level.extra is None else int(rng.integers(0, level.extra + 1))
+            extra = None if whole else int(rng.integers(0, (level.extra or 0) + 1))
             rows.append(self.row(rng, self.scene("train", k, things), level, extra))
         return rows
 
     @torch.no_grad()
-    def _texts(self) -> dict[str, list[Tensor]]:
-        """Token ids of what SmolLM2's own distribution is kept on: plain text, and its own answers."""
+    def _texts(self) -> tuple[list[list[tuple[Tensor, int]]], list[Tensor]]:
+        """What SmolLM2's own distribution is kept on: conversations with the index where the answer
+        starts, in groups of like length, and plain text, all as token ids."""
         kept = self.folder / "texts.safetensors"
-        if not kept.is_file():
-            ids = self.tokenizer(package_text("train"), verbose=False).input_ids
-            parts = [part for text in ids for part in torch.tensor(text[:6000]).split(128)]
-            plain = {f"plain.{k:05d}": part for k, part in enumerate(parts) if len(part) > 40}
-            answers = {f"answers.{k:05d}": ids for k, ids in enumerate(self._own_answers())}
-            with atomic_path(kept) as partial:
-                save_tensors(partial, plain | answers)
-        texts: dict[str, list[Tensor]] = {}
-        for name, ids in sorted(load_tensors(kept).items()):
-            texts.setdefault(name.split(".")[0], []).append(ids)
-        return texts
-
-    def _own_answers(self, batch: int = 24) -> Iterator[Tensor]:
-        """Yields SmolLM2's conversations about instructions and about what the task `text` asks."""
+        texts = load_tensors(kept) if kept.is_file() else self._plain()
+        prompts = instructions("train")
         rng = np.random.default_rng([TRAIN_SEED, 8])
-        prompts = [*instructions("train"), *(text_task.ask(rng).text for _ in range(56))]
+        prompts += [text_task.ask(rng).text for _ in range(self.recipe.own // 8)]
+        number = len(prompts) + self.recipe.own
         self.adapters(False)
-        for start in range(0, len(prompts), batch):
-            asked = [self._chat(text) for text in prompts[start : start + batch]]
-            inputs = self.tokenizer(asked, return_tensors="pt", padding=True)
+        while (batch := int(texts.get("batches", 0))) * 24 < number:
+            chosen = prompts[24 * batch : 24 * batch + 24]
             with torch.autocast("cpu", torch.bfloat16):
-                out = self.model.generate(**inputs, max_new_tokens=56)
-            for ids, mask in zip(out, inputs.attention_mask, strict=True):
-                ids = ids[int((mask == 0).sum()) :]
-                ends = (ids == self.tokenizer.eos_token_id).nonzero()[:, 0]
-                yield ids[: int(ends[2]) + 1 if len(ends) > 2 else len(ids)]
+                if not chosen:
+                    chosen = write_instructions(
+                        self.model, self.tokenizer, self.before, 32, TRAIN_SEED + batch
+                    )
+                    chosen = without(chosen, instructions("held out"))[:24]
+                chats = [self._chat(text) for text in chosen]
+                for k, (ids, start) in enumerate(answer(self.model, self.tokenizer, chats)):
+                    name = f"{24 * batch + k:05d}"
+                    texts |= {f"conversation.{name}": ids, f"start.{name}": torch.tensor(start)}
+            texts["batches"] = torch.tensor(batch + 1)
+            with atomic_path(kept) as partial:
+                save_tensors(partial, texts)
         self.adapters(True)
+        starts = below("start.", texts)
+        pairs = [(ids, int(starts[name])) for name, ids in below("conversation.", texts).items()]
+        pairs.sort(key=lambda pair: len(pair[0]))
+        size = self.recipe.text_rows
+        groups = [pairs[k : k + size] for k in range(0, len(pairs), size)]
+        return groups, list(below("plain.", texts).values())
+
+    def _plain(self) -> dict[str, Tensor]:
+        ids = self.tokenizer(package_text("train"), verbose=False).input_ids
+        parts = [part for text in ids for part in torch.tensor(text[:6000]).split(128)]
+        return {f"plain.{k:05d}": part for k, part in enumerate(parts) if len(part) > 40}
 
     def answer_loss(self, rows: list[Row]) -> tuple[Tensor, dict[str, list[bool]]]:
-        """Returns the summed cross-entropy of the answers' tokens, and which answers are right, by kind.
+        """Returns the mean cross-entropy of the answers' tokens, and which answers are right, by kind.
 
         An answer is right if argmax gives each of its tokens, the end's aside.
         """
@@ -407,42 +470,64 @@ class SmolTrainer:
             else:
                 right.setdefault(kind, []).append(whole)
                 whole = True
-        return cross_entropy(logits, labels, reduction="sum"), right
+        return cross_entropy(logits, labels), right
 
-    def base_loss(self, ids: list[Tensor]) -> Tensor:
-        """Returns the mean divergence of next-token distributions from SmolLM2's own.
+    def own_loss(self, group: int) -> Tensor:
+        """Returns the mean divergence from SmolLM2's own distribution over its answers' tokens.
 
         Args:
-            ids: texts of any length.
+            group: of conversations; SmolLM2's states of them are kept once they are known.
         """
-        length = -(-max(map(len, ids)) // 32) * 32
-        tokens = torch.stack([nn.functional.pad(text, (0, length - len(text))) for text in ids])
-        real = torch.stack([torch.arange(length) < len(text) for text in ids])
+        chosen = self.conversations[group]
+        spans = [(start - 1, len(ids) - 1) for ids, start in chosen]
+        return self._divergence([ids for ids, _ in chosen], spans, group)
+
+    def plain_loss(self, texts: list[Tensor]) -> Tensor:
+        """Returns the mean divergence from SmolLM2's own distribution over plain texts' tokens."""
+        return self._divergence(texts, [(0, len(ids)) for ids in texts], None)
+
+    def _divergence(
+        self, texts: list[Tensor], spans: list[tuple[int, int]], group: int | None
+    ) -> Tensor:
+        # The distribution after token i is that of token i + 1; padding is never read.
+        length = -(-max(map(len, texts)) // 32) * 32
+        tokens = torch.stack([nn.functional.pad(ids, (0, length - len(ids))) for ids in texts])
+        index = torch.arange(length)
+        read = torch.stack([(index >= start) & (index < stop) for start, stop in spans])
         embeds = self.words(tokens).bfloat16()
 
-        def logits() -> Tensor:
-            hidden = self.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
-            return log_softmax(nn.functional.linear(hidden[real], self.head).float(), -1)
+        def states() -> Tensor:
+            hidden: Tensor = self.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
+            return hidden[read]
 
+        def log_probabilities(states: Tensor) -> Tensor:
+            return log_softmax(nn.functional.linear(states, self.head).float(), -1)
+
+        own = None if group is None else self.own_states.get(group)
         with torch.no_grad():
-            self.adapters(False)
-            wanted = logits()
-            self.adapters(True)
-        return kl_div(logits(), wanted, log_target=True, reduction="batchmean")
+            if own is None:
+                self.adapters(False)
+                own = states()
+                self.adapters(True)
+            if group is not None:
+                self.own_states[group] = own
+            wanted = log_probabilities(own)
+        return kl_div(log_probabilities(states()), wanted, log_target=True, reduction="batchmean")
 
     def run(self, until: int | None = None) -> None:
         """Trains to the end, or to step `until`."""
         train, validation = (
             recorder(self.folder / "log.jsonl", stage) for stage in ("train", "validation")
         )
-        while self.step < min(self.recipe.steps, until or self.recipe.steps):
+        while self._done() < 1 and (until is None or self.step < until):
             level = self._level()
             rng = np.random.default_rng([TRAIN_SEED, self.recipe.seed, self.step])
             started = time.monotonic()
             figures = self._step(rng, level)
             figures["took"] = time.monotonic() - started
+            self.spent += figures["took"]
             if self.step % 20 == 0:
-                train(self.step, level=LEVELS.index(level), **figures)
+                train(self.step, level=self.recipe.levels.index(level), **figures)
             self.step += 1
             if self.step % 50 == 0:
                 self.save()
@@ -453,19 +538,21 @@ class SmolTrainer:
     def _step(self, rng: np.random.Generator, level: Level) -> dict[str, float]:
         recipe = self.recipe
         warm = min(1.0, (self.step + 1) / 40)
-        left = min(1.0, (recipe.steps - self.step) / (recipe.decay * recipe.steps))
+        left = min(1.0, (1 - self._done()) / recipe.decay)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * warm * max(0.03, left)
+            group["lr"] = group["peak"] * warm * max(0.01, left)
         loss, right = self.answer_loss(self.rows(rng, level))
-        count = 2 * sum(map(len, right.values()))
-        (loss / count).backward()
-        figures = {"loss": loss.item() / count}
-        if self.step % 2 == 0:
-            drawn = [kind[int(rng.integers(len(kind)))] for kind in self.texts.values()]
-            kept = self.base_loss(drawn)
-            (recipe.text_weight * kept).backward()
-            before = self.running.get("base", kept.item())
-            self.running["base"] = before + 0.05 * (kept.item() - before)
+        loss.backward()
+        figures = {"loss": loss.item()}
+        held = {"own": self.own_loss(int(rng.integers(len(self.conversations))))}
+        (recipe.text_weight * held["own"]).backward()
+        if self.step % 4 == 0:
+            drawn = rng.integers(len(self.plain), size=2)
+            held["plain"] = self.plain_loss([self.plain[int(k)] for k in drawn])
+            (recipe.text_weight * held["plain"]).backward()
+        for kind, divergence in held.items():
+            before = self.running.get(kind, divergence.item())
+            self.running[kind] = before + 0.05 * (divergence.item() - before)
         for name, parameter in self.live.items():
             self.lora[name].grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
@@ -500,6 +587,7 @@ class SmolTrainer:
     def save(self) -> None:
         """Writes the state."""
         state = dict(self._trained()) | {"step": torch.tensor(self.step)}
+        state["spent"] = torch.tensor(self.spent, dtype=torch.float64)
         state |= {f"moments.{n}": t for n, t in optimizer_tensors(self.optimizer).items()}
         state |= {f"running.{n}": torch.tensor(v) for n, v in self.running.items()}
         with atomic_path(self.folder / "state.safetensors") as partial:
@@ -535,7 +623,7 @@ class SmolTrainer:
     def _restore(self) -> None:
         path = self.folder / "state.safetensors"
         state = load_tensors(path)
-        self.step = int(state["step"])
+        self.step, self.spent = int(state["step"]), float(state["spent"])
         for name, parameter in self._trained():
             parameter.copy_(state[name])
         restore_moments(path, self.optimizer, below("moments.", state))
