@@ -3,18 +3,25 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, Generic, Literal, TypeVar, get_args
+from typing import ClassVar, Generic, Literal, Self, TypeVar, get_args
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
 from vlm_prune.kernels.token_sensitivity import (
     closed_form,
     directional,
     monte_carlo,
     weight_kernel,
     weight_root,
+)
+from vlm_prune.kernels.token_sensitivity.reference import (
+    mean_lengths,
+    pre_activation,
+    quadratic,
+    slopes,
 )
 from vlm_prune.kernels.visible import at_least_fp32
 from vlm_prune.pruning.base import Stage, VisionPruner
@@ -27,6 +34,9 @@ from vlm_prune.vlm.tokens import Kept, VisionTokens, top
 Combine = Literal["product", "sensitivity", "diversity"]
 Estimator = Literal["auto", "difference", "derivative"]
 Result = TypeVar("Result")
+FEW = 8  # tokens that are computed together
+MARGIN = 4.0
+ROUNDING = 1e-5  # of the largest quadratic form: more than single precision loses
 
 
 @dataclass
@@ -43,13 +53,15 @@ class Zoo(VisionPruner):
             estimate; 0 leaves them whole. The authors give 128 for LLaVA-NeXT, on which their
             speed was measured.
         estimator: `difference` is the central difference of the paper, `derivative` its limit for
-            small steps, which costs a fraction with a small rank; `auto` is the latter where a rank is
-            given.
+            small steps, from which it differs by less than 1e-5 of the largest sensitivity; `auto` is the
+            latter on a CPU and where a rank is given.
 
     Differences are taken between pre-activations, where the step is exact: the same estimator in
     exact arithmetic, without the rounding that fp16 inputs suffer. The second layer stands as the
-    triangle of its QR decomposition, which leaves norms as they are. A projector of other layers is
-    sampled as the paper writes it, in its own precision; a linear one moves every token equally.
+    triangle of its QR decomposition, which leaves norms as they are. On a CPU derivatives are taken
+    of those tokens alone on which the choice depends (`BoundedSensitivity`). A projector of other
+    layers is sampled as the paper writes it, in its own precision; a linear one moves every token
+    equally.
     """
 
     directions: int = 64
@@ -76,26 +88,40 @@ class Zoo(VisionPruner):
         needs: set[Need] = set()
         if self.combine != "diversity":
             needs.add("a nonlinear projector (a linear one is equally sensitive to all tokens)")
-            if self.rank or self.estimator == "derivative":
+            if self.needs_two_layers:
                 needs.add("a two-layer projector")
         return frozenset(needs)
 
     @torch.no_grad()
     def sensitivity(self, vision: VisionTokens) -> Tensor:
         """(M, N), the mean change of the output along random directions."""
-        features, projector = vision.features, vision.projector
-        generator = torch.Generator().manual_seed(self.seed)
-        # unit vectors, the same for all tokens
-        bank = torch.randn(self.directions, features.shape[-1], generator=generator)
-        bank = (bank / bank.norm(dim=1, keepdim=True)).to(features.device)
-        whole = not self.rank and self.estimator != "derivative"
-        if not isinstance(projector, Projector) and whole:
+        features, projector, bank = vision.features, vision.projector, self.bank(vision)
+        if not isinstance(projector, Projector) and not self.needs_two_layers:
             return sampled(projector, features, bank, self.step)
         w = self.weights(vision)
         act = two_layer_projector(vision).act
-        if not whole and self.estimator != "difference":
+        if self.derives(vision):
             return directional(features, w.w1, w.b1, act, root_of(w), bank)
         return monte_carlo(features, w.w1, w.b1, act, root_of(w), bank, self.step)
+
+    def bank(self, vision: VisionTokens) -> Tensor:
+        """Returns the directions (m, d_v): unit vectors, the same for all tokens."""
+        generator = torch.Generator().manual_seed(self.seed)
+        bank = torch.randn(self.directions, vision.features.shape[-1], generator=generator)
+        unit: Tensor = bank / bank.norm(dim=1, keepdim=True)
+        return unit.to(vision.features.device)
+
+    @property
+    def needs_two_layers(self) -> bool:
+        """Whether a projector of other layers cannot be sampled in this way."""
+        return bool(self.rank) or self.estimator == "derivative"
+
+    def derives(self, vision: VisionTokens) -> bool:
+        """Whether it is the derivative that is taken of this projector."""
+        if self.estimator != "auto":
+            return self.estimator == "derivative"
+        two_layers = isinstance(vision.projector, Projector)
+        return bool(self.rank) or (two_layers and vision.features.device.type == "cpu")
 
     def weights(self, vision: VisionTokens) -> Weights:
         """The projector's matrices, of which norms of outputs are the same; cut to `rank`."""
@@ -106,11 +132,26 @@ class Zoo(VisionPruner):
         k, features = self.count(vision), vision.projected
         if self.combine == "diversity":
             scores = torch.ones(features.shape[:2], device=features.device)
-        else:
-            scores = min_max(self.sensitivity(vision))
+            return Kept.at(features, diverse(scores, features, k).sort(1).values)
         if self.combine == "sensitivity":
-            return Kept.at(features, top(scores, k))
-        return Kept.at(features, diverse(scores, features, k).sort(1).values)
+            return Kept.at(features, top(min_max(self.sensitivity(vision)), k))
+        return Kept.at(features, self.product(vision, k).sort(1).values)
+
+    @torch.no_grad()
+    def product(self, vision: VisionTokens, k: int) -> Tensor:
+        """Returns the chosen tokens (M, k), in order: greedily by sensitivity x diversity."""
+        few = 2 * k < vision.features.shape[1] and vision.features.device.type == "cpu"
+        if not (few and self.derives(vision)):
+            return diverse(min_max(self.sensitivity(vision)), vision.projected, k)
+        bank, act, weights = (
+            self.bank(vision),
+            two_layer_projector(vision).act,
+            self.weights(vision),
+        )
+        sensitivities = BoundedSensitivity.of(vision.features, weights, act, bank)
+        similarity = pairwise_cosine(vision.projected, vision.projected)
+        pairs = zip(sensitivities, similarity, strict=True)
+        return torch.stack([own.diverse(alike, k) for own, alike in pairs])
 
 
 def two_layer_projector(vision: VisionTokens) -> Projector:
@@ -145,6 +186,117 @@ def sampled(project: Map, features: Tensor, bank: Tensor, step: float) -> Tensor
 
 
 @dataclass
+class BoundedSensitivity:
+    """Sensitivities of one image's tokens, each computed once a choice depends on it.
+
+    The mean of lengths over directions is at most their root mean square, which is one quadratic form
+    for all directions together: d^T ((W2^T W2) * (S^T S)) d / m, with d the activation's derivative at
+    the token and S the m directions behind the first layer. A choice of the largest is certain
+    once what is chosen is computed, as all others are at most their bounds. For the smallest, whose
+    bound says nothing from below, all tokens are computed that would be smaller if their mean fell
+    short of its bound `MARGIN` times as far as any token's so far.
+
+    Args:
+        slope: d of each token, (N, h).
+        shifts: S, (m, h).
+        root: of the second layer, (r, h).
+        values: bounds, and sensitivities where these are `known`, (N,).
+        known: which tokens' sensitivity is computed, (N,).
+        shortfall: the largest share by which one fell short of its bound.
+    """
+
+    slope: Tensor
+    shifts: Tensor
+    root: Tensor
+    values: Tensor
+    known: Tensor
+    shortfall: float = 0.0
+
+    @classmethod
+    def of(cls, features: Tensor, weights: Weights, act: Map, bank: Tensor) -> list[Self]:
+        """Returns the bounds of each image.
+
+        Args:
+            features: tokens (M, N, d_v).
+            weights: of the projector.
+            act: its activation.
+            bank: directions (m, d_v).
+        """
+        slope = slopes(pre_activation(features, weights.w1, weights.b1), act)
+        shifts = pre_activation(bank, weights.w1, None).to(slope)
+        root, gram = root_of(weights).to(slope), gram_of(weights).to(slope)
+        squares = quadratic(slope.flatten(0, 1), gram * (shifts.T @ shifts) / len(shifts))
+        bounds = (squares + ROUNDING * squares.amax()).clamp_min(0).sqrt().view(slope.shape[:2])
+        known = torch.zeros_like(bounds, dtype=torch.bool)
+        return [cls(d, shifts, root, *rest) for d, *rest in zip(slope, bounds, known, strict=True)]
+
+    def compute(self, order: Tensor) -> None:
+        """Compute the sensitivities of the few tokens with the largest `order` (N,) of those unknown."""
+        order = order.masked_fill(self.known, -torch.inf)
+        tokens = order.topk(min(FEW, int((~self.known).sum()))).indices
+        lengths, bounds = (
+            mean_lengths(self.slope[tokens], self.shifts, self.root),
+            self.values[tokens],
+        )
+        self.shortfall = max(self.shortfall, float((1 - lengths / bounds).nan_to_num(0).max()))
+        self.values[tokens], self.known[tokens] = lengths, True
+
+    def largest(self) -> Tensor:
+        """Returns the largest sensitivity."""
+        while not self.known[self.values.argmax()]:
+            self.compute(self.values)
+        return self.values.max()
+
+    def smallest(self) -> Tensor:
+        """Returns the smallest sensitivity."""
+        while True:
+            least = self.values.masked_fill(~self.known, torch.inf).min()
+            reach = self.values * max(0.0, 1 - MARGIN * self.shortfall)
+            if self.known.any() and not (~self.known & (reach <= least)).any():
+                return least
+            self.compute(-self.values)
+
+    def diverse(self, similarity: Tensor, k: int) -> Tensor:
+        """Returns what `select.diverse` chooses of sensitivities scaled to [0, 1], (k,) in that order.
+
+        Args:
+            similarity: cosines of the tokens, (N, N).
+            k: tokens to choose.
+        """
+        while True:
+            high, low = self.largest(), self.smallest()
+            chosen = self._diverse(similarity, k, low, high)
+            # tokens computed on the way may have told that another could be the smallest
+            if self.smallest() == low:
+                return chosen
+
+    def _diverse(self, similarity: Tensor, k: int, low: Tensor, high: Tensor) -> Tensor:
+        def scaled() -> Tensor:
+            return torch.where(high > low, (self.values - low) / (high - low + 1e-8), 1.0)
+
+        scores, taken = scaled(), torch.zeros_like(self.known)
+        nearest: Tensor | None = None
+        chosen: list[int] = []
+        while len(chosen) < k:
+            gain = scores
+            if nearest is not None:
+                # a bound times a rounding error below zero would be none
+                apart = 1 - nearest
+                gain = torch.where(self.known, apart, apart.clamp_min(0)).mul_(scores)
+            gain = gain.masked_fill(taken, -torch.inf)
+            pick = int(gain.argmax())
+            if not self.known[pick]:
+                self.compute(gain)
+                scores = scaled()
+                continue
+            chosen.append(pick)
+            taken[pick] = True
+            own = similarity[pick]
+            nearest = own if nearest is None else torch.maximum(nearest, own)
+        return torch.tensor(chosen)
+
+
+@dataclass
 class ZooExact(Zoo):
     """ZOO-Prune with the sensitivity in closed form: no sampling, one matrix product per image.
 
@@ -158,6 +310,9 @@ class ZooExact(Zoo):
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset({"a two-layer projector"} if self.combine != "diversity" else ())
+
+    def derives(self, vision: VisionTokens) -> bool:
+        return False
 
     @torch.no_grad()
     def sensitivity(self, vision: VisionTokens) -> Tensor:
@@ -181,6 +336,7 @@ class PerWeights(Generic[Result]):
         return self.results[weights]
 
 
+gram_of = PerWeights(lambda weights: at_least_fp32(weights.w2).T @ at_least_fp32(weights.w2))
 root_of = PerWeights(lambda weights: weight_root(weights.w2))
 kernel_of = PerWeights(lambda weights: weight_kernel(weights.w1, weights.w2))
 

@@ -6,10 +6,10 @@ Triton knows GELU, which the LLaVA projectors have; other activations run the re
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
-from torch.nn.functional import gelu
+from torch import Tensor
 
 from vlm_prune.kernels.dispatch import backend, backend_for, implementation
+from vlm_prune.kernels.token_sensitivity.reference import is_gelu
 
 __all__ = ["closed_form", "directional", "monte_carlo", "weight_kernel", "weight_root"]
 
@@ -121,10 +121,3 @@ def closed_form(
 def _implementation(features: Tensor, activation: Activation) -> Any:
     with backend(backend_for(features) if is_gelu(activation) else "reference"):
         return implementation("token_sensitivity", features)
-
-
-def is_gelu(activation: Activation) -> bool:
-    """Whether an activation is the exact GELU: torch's function or module, or transformers' module."""
-    if isinstance(activation, nn.GELU):
-        return activation.approximate == "none"
-    return getattr(activation, "act", activation) is gelu  # transformers keeps it in `.act`

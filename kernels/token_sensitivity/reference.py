@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import gelu
 
 from vlm_prune.kernels.visible import at_least_fp32
 
-PRODUCTS = 2048  # numbers of a token that directions taken together make
+ROWS = 1024  # products of tokens and directions that are taken together
 
 
 def pre_activation(features: Tensor, w1: Tensor, b1: Tensor | None) -> Tensor:
@@ -37,7 +38,7 @@ def weight_root(w2: Tensor) -> Tensor:
 
 def bands(root: Tensor) -> Iterator[slice]:
     """Rows of a triangular matrix in parts; a part starting at row i is zero before column i."""
-    size = max(64, -(-len(root) // 8))
+    size = max(128, -(-len(root) // 8))
     return (slice(start, start + size) for start in range(0, len(root), size))
 
 
@@ -63,30 +64,63 @@ def monte_carlo(
     return total / (2 * step * len(bank))
 
 
+def is_gelu(activation: Callable[[Tensor], Tensor]) -> bool:
+    """Whether an activation is the exact GELU: torch's function or module, or transformers' module."""
+    if isinstance(activation, nn.GELU):
+        return activation.approximate == "none"
+    return getattr(activation, "act", activation) is gelu  # transformers keeps it in `.act`
+
+
 def slopes(before: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-    """Returns the activation's derivative at pre-activations (...), by automatic differentiation.
+    """Returns the activation's derivative at pre-activations (...): by automatic differentiation
+    unless it is GELU.
 
     Args:
         before: pre-activations.
         activation: acts elementwise.
     """
+    if is_gelu(activation):
+        derivative: Tensor = torch.ops.aten.gelu_backward(torch.ones_like(before), before)
+        return derivative
     with torch.inference_mode(False), torch.enable_grad():
         point = before.clone().detach().requires_grad_()
         (slope,) = torch.autograd.grad(activation(point).sum(), point)
     return slope
 
 
-def moved_roots(w1: Tensor, root: Tensor, bank: Tensor) -> Iterator[Tensor]:
-    """Yields the maps from an activation's derivative (h,) to the output's along directions, several at
-    once: root * (W1 u), (c, r, h).
+def mean_lengths(slope: Tensor, shifts: Tensor, root: Tensor) -> Tensor:
+    """Returns the mean over shifts s of |root (d * s)|, (n,).
 
     Args:
-        w1: weights of the first layer, (h, d_v).
+        slope: d of each token, (n, h).
+        shifts: of the first layer along directions, (m, h).
         root: of the second layer, (r, h).
-        bank: directions u, (m, d_v).
     """
-    shifts, count = pre_activation(bank, w1, None), max(1, PRODUCTS // max(1, len(root)))
-    return (root * part[:, None].to(root.dtype) for part in shifts.split(count))
+    means = slope.new_empty(len(slope))
+    # a tile of tokens is multiplied with all shifts, few enough that the products stay in a cache
+    tile = max(1, ROWS // max(1, len(shifts)))
+    for start in range(0, len(slope), tile):
+        moved = (slope[start : start + tile, None] * shifts).flatten(0, 1)
+        squares = moved.new_zeros(len(moved))
+        for rows in bands(root):
+            squares += (moved[:, rows.start :] @ root[rows, rows.start :].T).square_().sum(1)
+        means[start : start + tile] = squares.sqrt_().view(-1, len(shifts)).mean(1)
+    return means
+
+
+def quadratic(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Returns x^T A x of each row x of (n, h), for a symmetric A (h, h), at half of the products.
+
+    Args:
+        rows: x.
+        matrix: A.
+    """
+    total, twice = rows.new_zeros(len(rows)), 2 * rows
+    for part in bands(matrix):
+        # what is right of the diagonal block counts for what is below it, too
+        right = twice[:, part.stop :] @ matrix[part, part.stop :].T
+        total += ((rows[:, part] @ matrix[part, part].T + right) * rows[:, part]).sum(1)
+    return total
 
 
 def directional(
@@ -99,15 +133,9 @@ def directional(
 ) -> Tensor:
     """Returns what `op.directional` describes."""
     slope = slopes(pre_activation(features, w1, b1), activation)
-    total = slope.new_zeros(features.shape[:-1])
-    for maps in moved_roots(w1, at_least_fp32(root), bank):
-        squares = slope.new_zeros(*total.shape, len(maps))
-        for rows in bands(root):
-            part = maps[:, rows, rows.start :]
-            moved = slope[..., rows.start :] @ part.flatten(0, 1).T.to(slope)
-            squares += moved.unflatten(-1, part.shape[:2]).square().sum(-1)
-        total += squares.sqrt().sum(-1)
-    return total / len(bank)
+    shifts = pre_activation(bank, w1, None).to(slope)
+    lengths = mean_lengths(slope.flatten(0, -2), shifts, at_least_fp32(root).to(slope))
+    return lengths.view(features.shape[:-1])
 
 
 def closed_form(
@@ -119,5 +147,5 @@ def closed_form(
 ) -> Tensor:
     """Returns what `op.closed_form` describes."""
     slope = slopes(pre_activation(features, w1, b1), activation)
-    squared = ((slope @ at_least_fp32(kernel)) * slope).sum(-1) / features.shape[-1]
-    return squared.clamp_min(0).sqrt()
+    squared = quadratic(slope.flatten(0, -2), at_least_fp32(kernel).to(slope)) / features.shape[-1]
+    return squared.clamp_min(0).sqrt().view(features.shape[:-1])

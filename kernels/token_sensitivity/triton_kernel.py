@@ -3,7 +3,7 @@
 Matrix products are the library's, in the dtype of the weights; what stands between them is in fp32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vlm_prune.kernels.token_sensitivity import reference
-from vlm_prune.kernels.token_sensitivity.reference import bands, moved_roots, pre_activation
+from vlm_prune.kernels.token_sensitivity.reference import bands, pre_activation
 
+PRODUCTS = 2048  # numbers of a token that directions taken together make
 DIFFERENCES = 1 << 25  # held at once: 64 MB of them in half precision, about an H100's L2 cache
 
 
@@ -143,6 +144,19 @@ def _slopes(before: Tensor, b1: Tensor | None, dtype: torch.dtype) -> Tensor:
         before, b1, slopes, hidden, BIASED=b1 is not None, BLOCK=block
     )
     return slopes
+
+
+def moved_roots(w1: Tensor, root: Tensor, bank: Tensor) -> Iterator[Tensor]:
+    """Yields the maps from an activation's derivative (h,) to the output's along directions, several at
+    once: root * (W1 u), (c, r, h).
+
+    Args:
+        w1: weights of the first layer, (h, d_v).
+        root: of the second layer, (r, h).
+        bank: directions u, (m, d_v).
+    """
+    shifts, count = pre_activation(bank, w1, None), max(1, PRODUCTS // max(1, len(root)))
+    return (root * part[:, None].to(root.dtype) for part in shifts.split(count))
 
 
 def directional(

@@ -9,7 +9,7 @@ from torch.nn.functional import cosine_similarity, gelu
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from vlm_prune.pruning.select import diverse, min_max
-from vlm_prune.pruning.zoo import Zoo, ZooExact
+from vlm_prune.pruning.zoo import BoundedSensitivity, Zoo, ZooExact
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.projector import Projector
 from vlm_prune.vlm.tokens import VisionTokens
@@ -73,6 +73,65 @@ def test_reduce_equals_the_papers_loop_over_the_models_projector(combine, llava,
             closest = [max(pair) for pair in zip(closest, newest, strict=True)]
         expected = picked if combine == "product" else ranked[:budget]
         assert kept.indices[image].tolist() == sorted(expected)
+
+
+def random_tokens(count, widths, images=2):
+    """Tokens of a random projector in float64, some of them alike and one that moves nothing."""
+    narrow, hidden, wide = widths
+    w1, b1, w2 = torch.randn(hidden, narrow), torch.randn(hidden), torch.randn(wide, hidden)
+    scale = torch.rand(images, count, 1) * 3
+    features = torch.randn(images, count, narrow) * scale
+    features[:, 1] = features[:, 0] + 1e-3 * torch.randn(narrow)
+    projector = Projector.of(*(w.double() for w in (w1, b1)), gelu, w2.double(), None)
+    features = features.double()
+    return VisionTokens(
+        features=features, projected=projector(features), grids=((1, count),),
+        seeds=tuple(range(images)), projector=projector, query_key=None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("widths", [(5, 9, 3), (24, 150, 140), (40, 30, 200)], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [{}, {"directions": 1}, {"rank": 2}, {"directions": 300}], ids=str
+)
+def test_tokens_that_are_not_computed_would_not_be_chosen(widths, arguments, monkeypatch):
+    """The choice by bounds is that by all sensitivities, in its order, and most are not computed."""
+    computed = []
+    compute = BoundedSensitivity.compute
+
+    def counted(self, order):
+        before = int(self.known.sum())
+        compute(self, order)
+        computed.append(int(self.known.sum()) - before)
+
+    monkeypatch.setattr(BoundedSensitivity, "compute", counted)
+    torch.manual_seed(sum(widths))
+    tokens = 0
+    for budget in (1, 7, 40, 90):
+        vision = random_tokens(200, widths)
+        pruner = Zoo(budget=budget, seed=budget, **arguments)
+        full = diverse(min_max(pruner.sensitivity(vision)), vision.projected, budget)
+        assert pruner.product(vision, budget).tolist() == full.tolist()
+        tokens += 2 * 200
+    # lengths that differ much between directions leave little to bound
+    assert sum(computed) < (1.01 if "rank" in arguments else 0.6) * tokens
+
+
+@torch.no_grad()
+def test_bounds_hold_and_alike_tokens_are_all_of_them_the_largest():
+    torch.manual_seed(4)
+    vision = random_tokens(60, (6, 20, 12), images=1)
+    pruner = Zoo(directions=5)
+    weights = pruner.weights(vision)
+    arguments = (weights, gelu, pruner.bank(vision))
+    (bounded,) = BoundedSensitivity.of(vision.features, *arguments)
+    exact = pruner.sensitivity(vision)[0]
+    assert (exact <= bounded.values).all() and (exact > 0.5 * bounded.values).any()
+    assert bounded.largest() == bounded.values[exact.argmax()] and 0 < int(bounded.known.sum()) < 60
+    torch.testing.assert_close(bounded.smallest(), exact.min(), rtol=1e-12, atol=0)
+    same = vision.features[:, :1].expand(1, 60, 6)
+    (bounded,) = BoundedSensitivity.of(same, *arguments)
+    assert bounded.diverse(torch.eye(60, dtype=torch.float64), 3).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("rank", [1, 5, 10_000])
