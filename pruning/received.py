@@ -1,5 +1,6 @@
 """Attention that image tokens receive, from the queries and keys that the model hands out."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -9,7 +10,6 @@ from vlm_prune.kernels.attention_received import attention_received
 from vlm_prune.vlm.tokens import AttentionRows, DecoderTokens, VisionTokens
 
 Queries = Literal["all", "patches", "cls"]
-FRAMES = 8
 
 
 def in_tower(vision: VisionTokens, queries: Queries) -> Tensor:
@@ -18,13 +18,17 @@ def in_tower(vision: VisionTokens, queries: Queries) -> Tensor:
     In a tower without a CLS token `cls` means all tokens, as VisionZip's authors do for Qwen2.5-VL.
     A tile's tokens receive attention from that tile alone.
     """
-    query, key = vision.query_key()
     first = int(vision.has_cls)
-    rows = {"all": slice(None), "patches": slice(first, None), "cls": slice(0, first or None)}
-    # frames do not attend to each other: a few at a time hold little attention at once
-    together = FRAMES if vision.frames else len(query)
-    parts = zip(query[:, :, rows[queries]].split(together), key.split(together), strict=True)
-    received = torch.cat([attention_received(*part) for part in parts])[:, first:]
+    rows = {"all": slice(None), "patches": slice(first, None), "cls": slice(0, first or None)}[
+        queries
+    ]
+    # frames do not attend to each other: one at a time holds little at once
+    count = len(vision.projected) * vision.frames
+    parts: Iterable[tuple[Tensor, Tensor]] = (vision.query_key_of([n]) for n in range(count))
+    if not vision.frames:
+        parts = [vision.query_key()]
+    received = torch.cat([attention_received(query[:, :, rows], key) for query, key in parts])
+    received = received[:, first:]
     return vision.pool(received[..., None])[..., 0]
 
 

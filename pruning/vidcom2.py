@@ -44,7 +44,7 @@ class VidCom2(VideoPruner):
         to_video = kernels(frames, tokens.mean(1)[:, None, None])
         redundancy = to_video + kernels(frames, frame_means(frames)[:, :, None])
         shares = (-to_video.mean(2) / self.temperature).softmax(1)
-        rate = k / tokens.shape[1]
+        rate = self.budget if isinstance(self.budget, float) else k / tokens.shape[1]
         wanted = size * (rate * (1 + shares - shares.mean(1, keepdim=True))).clamp_max(1)
         budgets = wanted.round().clamp_min(1)
         # the rank of each token among its frame's, the least redundant first
@@ -62,9 +62,9 @@ def steady_half(tokens: Tensor) -> Tensor:
 
     Shapes: (M, N, d) -> (M, N, d / 2), in fp32.
     """
-    channels = tokens.var(1, correction=0).argsort(dim=1, stable=True)[
-        :, : max(1, tokens.shape[2] // 2)
-    ]
+    # some channels at a time, so that no copy of the video is made in fp32
+    spread = torch.cat([part.float().var(1, correction=0) for part in tokens.split(64, 2)], 1)
+    channels = spread.argsort(dim=1, stable=True)[:, : max(1, tokens.shape[2] // 2)]
     half = tokens.gather(2, channels[:, None].expand(-1, tokens.shape[1], -1))
     return normalize(half.float(), dim=-1)
 

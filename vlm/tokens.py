@@ -48,6 +48,7 @@ class VisionTokens:
         frames: T where these are videos, each of T frames of N / T tokens; 0 for images. Families
             that encode several frames together count them as one.
         patches: the pixels behind each token as the tower reads them, (M, N, p).
+        frames_query_key: `query_key` of some of the M T frames alone, where they need not all be computed.
     """
 
     features: Tensor
@@ -62,6 +63,9 @@ class VisionTokens:
     available: int = -1
     frames: int = 0
     patches: Callable[[], Tensor] = field(default=no_patches, repr=False)
+    frames_query_key: Callable[[list[int]], tuple[Tensor, Tensor]] | None = field(
+        default=None, repr=False
+    )
 
     def __post_init__(self) -> None:
         if self.available < 0:
@@ -86,6 +90,7 @@ class VisionTokens:
             question=lambda: self.question()[image : image + 1],
             pool=lambda values: self.pool(values)[:, chosen],
             patches=lambda: self.patches()[image : image + 1, chosen.to(self.patches().device)],
+            frames_query_key=None,
         )
 
     def in_frames(self, chosen: Sequence[int] | None = None) -> "VisionTokens":
@@ -104,8 +109,7 @@ class VisionTokens:
             return parts[:, frame_numbers].flatten(0, 1)
 
         def query_key() -> tuple[Tensor, Tensor]:
-            query, key = self.query_key()
-            return query[at], key[at]
+            return self.query_key_of(at)
 
         def pool(values: Tensor) -> Tensor:
             # the video's pool takes all frames: those that were not chosen are zeros
@@ -127,7 +131,15 @@ class VisionTokens:
             available=self.projected.shape[1] // frames,
             frames=0,
             patches=lambda: split(self.patches()),
+            frames_query_key=None,
         )
+
+    def query_key_of(self, frames: list[int]) -> tuple[Tensor, Tensor]:
+        """`query_key` of some of the M T frames of videos, numbered video by video."""
+        if self.frames_query_key is not None:
+            return self.frames_query_key(frames)
+        query, key = self.query_key()
+        return query[frames], key[frames]
 
     def keys(self) -> Tensor:
         """The tower's keys of the N tokens, heads side by side, (M, N, H d)."""

@@ -37,6 +37,12 @@ def bench_command(
     layers: Annotated[
         int | None, typer.Option(help="Decoder layers, where all are too many for the machine.")
     ] = None,
+    video_frames: Annotated[
+        int, typer.Option(min=0, help="Frames of a video per prompt, instead of an image.")
+    ] = 0,
+    tower_layers: Annotated[
+        int | None, typer.Option(help="Layers of the vision tower, likewise.")
+    ] = None,
     positions: Positions = "auto",
     method_args: MethodArgs = "",
     schedule: ScheduleFile = None,
@@ -84,6 +90,10 @@ def bench_command(
         check_outputs(output, ("bench.json", "bench.md"))
     if engine == "vllm" and (schedule is not None or wings is not None or "," in method):
         raise InputError("--engine vllm measures one method, without --schedule or --wings")
+    if video_frames and (engine == "vllm" or wings is not None):
+        raise InputError(
+            "--video-frames times methods on transformers; leave out --engine and --wings"
+        )
     counts = _counts(concurrency)
     names = named_methods(method, lambda: FAMILIES[SHAPES[model_shape]().model_type])
     more = parse_method_args(method_args)
@@ -91,7 +101,8 @@ def bench_command(
     variants = with_schedule(variants, schedule)
     config = BenchConfig(
         model_shape, variants[0], batch=batch, repeats=repeats, new_tokens=new_tokens,
-        device=device, dtype=dtype, layers=layers,
+        device=device, dtype=dtype, layers=layers, video_frames=video_frames,
+        tower_layers=tower_layers,
     )  # fmt: skip
     results: Any
     if engine == "vllm":

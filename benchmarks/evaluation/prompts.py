@@ -13,6 +13,7 @@ from vlm_prune.vlm.chat import encode_prompts
 from vlm_prune.vlm.common.timing import now
 from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.families.base import PIXELS
 from vlm_prune.vlm.trace import Trace
 
 
@@ -78,22 +79,22 @@ def make_prompts(
 
 
 def encoded(model: Any, inputs: Mapping[str, Any], images: list[int]) -> Prompts:
-    """Encodes the images of prompts that a processor has made.
+    """Encodes the images and videos of prompts that a processor has made.
 
     Args:
         model: of a supported family.
         inputs: what the processor gives, padded on the left.
-        images: number of images of each prompt.
+        images: number of images and videos of each prompt.
     """
     family, device = family_of(model), model.device
     tensors = {key: inputs[key] for key in ("input_ids", "attention_mask")}
     vision, seconds = None, 0.0
     if any(images):
-        names = ("input_ids", "pixel_values", *family.image_inputs)
+        names = ("input_ids", *PIXELS.values(), *family.image_inputs, *family.video_inputs)
         start = now(device)
         with torch.no_grad():
             vision = family.encode(**{name: inputs[name] for name in names if name in inputs})
         seconds = now(device) - start
         ids, mask = tensors["input_ids"], tensors["attention_mask"]
-        tensors |= family.arguments(ids, mask, vision.inputs)
+        tensors |= family.arguments(ids, mask, dict(inputs) | vision.inputs)
     return Prompts(tensors, vision, inputs.get("pixel_values"), images, seconds)

@@ -75,7 +75,7 @@ def timed_generate(
         if changes_pixels:
             arguments["pixel_values"] = prompts.pixel_values
         else:
-            arguments["mm_encoder_outputs"] = family.output(vision.projected, vision.deepstack)
+            arguments["mm_encoder_outputs"] = family.outputs(vision)
         if pruner is not None:
             block = pruner(model, None if changes_pixels else vision)
     with block as trace:

@@ -1,8 +1,8 @@
 """Phase times of a pruned and the unpruned model on random weights, next to the roofline."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
-from statistics import mean
+from dataclasses import asdict, dataclass, field, replace
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -14,12 +14,13 @@ from vlm_prune.benchmarks.evaluation.environment import environment
 from vlm_prune.benchmarks.evaluation.prompts import Prompts, encoded
 from vlm_prune.benchmarks.evaluation.records import Variant
 from vlm_prune.benchmarks.evaluation.timing import timed_generate
-from vlm_prune.benchmarks.speed.pictures import random_pictures
+from vlm_prune.benchmarks.speed.pictures import random_pictures, random_videos
 from vlm_prune.benchmarks.speed.roofline import Ceilings, Timing, kept_memory, measured_ceilings
+from vlm_prune.benchmarks.speed.selection_memory import selection_memory
 from vlm_prune.benchmarks.speed.shapes import SHAPES
 from vlm_prune.vlm.common.errors import InputError, first_line
 from vlm_prune.vlm.common.registry import unknown
-from vlm_prune.vlm.common.timing import peak_bytes
+from vlm_prune.vlm.common.timing import now, peak_bytes
 from vlm_prune.vlm.cost import key_value_bytes, prefill_flops
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.trace import SELECTION, VISION
@@ -30,9 +31,11 @@ PHASES = ("vision", "selection", "prefill", "decode")
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What is measured: one image and `text` other tokens per prompt, `new_tokens` answered.
+    """What is measured: one image, or a video of `video_frames`, and `text` other tokens per prompt,
+    `new_tokens` answered.
 
-    With `layers` the decoder has so many only; ratios per layer stay those of the whole shape.
+    With `layers` the decoder has so many only, and with `tower_layers` the tower; ratios per layer
+    stay those of the whole shape.
     """
 
     shape: str
@@ -45,6 +48,8 @@ class BenchConfig:
     dtype: str = "float32"
     layers: int | None = None
     seed: int = 0
+    video_frames: int = 0
+    tower_layers: int | None = None
 
 
 def random_model(config: BenchConfig, architecture: Any = None) -> Any:
@@ -52,6 +57,8 @@ def random_model(config: BenchConfig, architecture: Any = None) -> Any:
     architecture = architecture or SHAPES[config.shape]()
     if config.layers is not None:
         shorten(architecture.get_text_config(), config.layers, config.shape)
+    if config.tower_layers is not None:
+        shorten_tower(architecture.vision_config, config.tower_layers, config.shape)
     if config.dtype not in DTYPES:
         raise InputError(unknown("dtype", config.dtype, DTYPES))
     dtype = getattr(torch, config.dtype)
@@ -84,6 +91,30 @@ def shorten(text: Any, layers: int, shape: str) -> None:
         text.layer_types = kinds[:layers]
 
 
+def shorten_tower(vision: Any, layers: int, shape: str) -> None:
+    """Leave a vision tower's configuration so many layers; the last one attends to the whole image.
+
+    Args:
+        vision: the tower's configuration.
+        layers: how many stay.
+        shape: name of the architecture, for the message.
+
+    Raises:
+        InputError: when it has fewer.
+    """
+    name = "depth" if hasattr(vision, "depth") else "num_hidden_layers"
+    most = getattr(vision, name)
+    if not 1 <= layers <= most:
+        raise InputError(f"{shape} has no {layers} tower layers; give 1 to {most}")
+    setattr(vision, name, layers)
+    if getattr(vision, "fullatt_block_indexes", None):
+        vision.fullatt_block_indexes = [layers - 1]
+    if getattr(vision, "deepstack_visual_indexes", None):
+        vision.deepstack_visual_indexes = [
+            index for index in vision.deepstack_visual_indexes if index < layers
+        ]
+
+
 def random_text(config: BenchConfig, length: int, model: Any) -> Prompts:
     """Returns prompts of random text tokens.
 
@@ -99,14 +130,18 @@ def random_text(config: BenchConfig, length: int, model: Any) -> Prompts:
 
 
 def random_prompt(config: BenchConfig, model: Any) -> dict[str, Tensor]:
-    """Placeholders of one image between random text tokens, and random pixels.
+    """Placeholders of one image or video between random text tokens, and random pixels.
 
-    Markers of an image's tiles count as text.
+    Markers of an image's tiles and of a video's frames count as text, as far as there is so much.
     """
-    generator = torch.Generator().manual_seed(config.seed)
-    inputs = random_pictures(model, config.batch, generator)
+    generator, family = torch.Generator().manual_seed(config.seed), family_of(model)
+    if config.video_frames:
+        inputs = random_videos(model, config.video_frames, config.batch, generator)
+    else:
+        inputs = random_pictures(model, config.batch, generator)
     image = inputs["input_ids"]
-    markers = int((image[0] != family_of(model).image_token).sum())
+    placeholder = family.placeholder("video" if config.video_frames else "image")
+    markers = min(config.text - 2, int((image[0] != placeholder).sum()))
     text = torch.randint(12, 200, (config.batch, config.text - markers), generator=generator)
     before, after = text.to(model.device).split(
         [config.text // 3, len(text[0]) - config.text // 3], 1
@@ -124,29 +159,55 @@ def bench(config: BenchConfig, variants: list[Variant]) -> list[dict[str, Any]]:
         pruner.admit(model)
     side = 8192 if model.device.type == "cuda" else 512
     ceilings = measured_ceilings(model.device, model.dtype, side)
+    video = None
     with kept_memory():
+        if config.video_frames:
+            # encoded once for all methods, none of which changes it
+            prompts = encoded(model, random_prompt(config, model), [1] * config.batch)
+            video = Video(prompts)
         return [
-            _measured(replace(config, variant=variant), pruner, model, ceilings)
+            _measured(replace(config, variant=variant), pruner, model, ceilings, video)
             for variant, pruner in zip(variants, pruners, strict=True)
         ]
 
 
-def _measured(config: BenchConfig, pruner: Any, model: Any, ceilings: Ceilings) -> dict[str, Any]:
+@dataclass
+class Video:
+    """A video that all methods see, and how long the unpruned model took for it, once measured."""
+
+    prompts: Prompts
+    unpruned: list[dict[str, float]] = field(default_factory=list)
+
+
+def _measured(
+    config: BenchConfig, pruner: Any, model: Any, ceilings: Ceilings, video: Video | None = None
+) -> dict[str, Any]:
     """Run unpruned and pruned in turn, after one warm-up each; returns what is reported.
+
+    The unpruned model sees a video for the first method alone.
 
     Times are milliseconds per call for the whole batch, `decode` per generated token. Vision is
     timed with the same tower call for both, unless the method changes the images. `as_short_ms` is
     the unpruned prefill of a text with as many tokens as layers compute on average: what the model
     and the device give at best.
     """
-    inputs, images = random_prompt(config, model), [1] * config.batch
+    inputs, images = {} if video else random_prompt(config, model), [1] * config.batch
     samples: dict[str, list[dict[str, float]]] = {"unpruned": [], "pruned": []}
+    if video:
+        samples["unpruned"] = video.unpruned
+    known = bool(samples["unpruned"])
     layer_tokens, peak, short_text_ms = {}, {}, []
     for _ in range(config.repeats + 1):
         for name, method in (("unpruned", None), ("pruned", pruner)):
+            prompts = video.prompts if video else encoded(model, inputs, images)
+            if known and method is None:
+                layer_tokens[name] = [float(prompts.vision.counts[0])] * len(  # type: ignore[union-attr]
+                    family_of(model).decoder.layers
+                )
+                peak[name] = peak_bytes(model.device)
+                continue
             if model.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(model.device)
-            prompts = encoded(model, inputs, images)
             _, phases, trace = timed_generate(
                 model, prompts, method,
                 max_new_tokens=config.new_tokens, min_new_tokens=config.new_tokens,
@@ -189,8 +250,48 @@ def _measured(config: BenchConfig, pruner: Any, model: Any, ceilings: Ceilings) 
         "as_short_ms": asdict(least),
         "method": config.variant.method,
         "definition": pruner.definition(tokens),
+        "selection_memory": selection_memory(pruner, prompts.vision) if video else None,
         **runs,
-        "speedup": speedup(runs, least.median),
+        "speedup": speedup(runs, least.median)
+        | whole_speedup(runs, config, head_ms(model, config.repeats)),
+    }
+
+
+def head_ms(model: Any, repeats: int) -> float:
+    """Returns the median milliseconds that the logits of one token take."""
+    config = model.config.get_text_config()
+    hidden = torch.zeros(1, 1, config.hidden_size, dtype=model.dtype, device=model.device)
+    times = []
+    for _ in range(repeats + 1):
+        start = now(model.device)
+        model.lm_head(hidden)
+        times.append(1e3 * (now(model.device) - start))
+    return median(times[1:])
+
+
+def whole_speedup(runs: dict[str, Any], config: BenchConfig, head: float) -> dict[str, float]:
+    """What selection costs where all decoder layers of the shape run, each as long as those that did:
+    as shares of the unpruned and of the pruned prefill, and how much of the promised speed-up of the
+    prefill is left with it.
+
+    Args:
+        runs: unpruned and pruned.
+        config: of the benchmark.
+        head: milliseconds that the logits take, whatever the number of layers.
+    """
+    whole = SHAPES[config.shape]().get_text_config().num_hidden_layers
+    times = {name: run["times_ms"] for name, run in runs.items()}
+    depth = whole / (config.layers or whole)
+    unpruned, pruned = (
+        head + depth * max(0.0, times[name]["prefill"]["median"] - head)
+        for name in ("unpruned", "pruned")
+    )
+    selection = times["pruned"]["selection"]["median"]
+    promised = runs["unpruned"]["prefill_flops"] / runs["pruned"]["prefill_flops"]
+    return {
+        "whole_selection_share": selection / unpruned,
+        "whole_selection_of_pruned": selection / pruned,
+        "whole_of_promise": unpruned / (pruned + selection) / promised,
     }
 
 

@@ -55,6 +55,7 @@ def bench_summary(results: dict[str, Any]) -> list[str]:
             f"a text as short, unpruned: {Timing(**results['as_short_ms'])} ms, "
             f"{speed['as_short']:.2f}x"
         ),
+        *video_summary(results),
         *busy,
     ]
 
@@ -69,13 +70,35 @@ def shape_of(config: dict[str, Any]) -> str:
     return str(config["shape"]) + (f" of {layers} layers" if layers else "")
 
 
+def tokens_of(config: dict[str, Any]) -> str:
+    """What the pruned tokens of a prompt are of."""
+    frames = config.get("video_frames")
+    return f"tokens of {frames} frames" if frames else "image tokens"
+
+
+def video_summary(results: dict[str, Any]) -> list[str]:
+    """A line that says what choosing among a video's tokens costs; none for images."""
+    config, speed = results["config"], results["speedup"]
+    if not config.get("video_frames"):
+        return []
+    memory = results["selection_memory"]
+    held = "" if memory is None else f"; it holds {memory:.2f}x the tokens at most"
+    return [
+        (
+            f"of all layers of the shape: selection {percent(speed['whole_selection_share'])} % of the "
+            f"unpruned prefill and {percent(speed['whole_selection_of_pruned'])} % of the pruned one, "
+            f"{percent(speed['whole_of_promise'])} % of the promised speed-up with it{held}"
+        )
+    ]
+
+
 def about_setting(results: dict[str, Any]) -> list[str]:
     """What was measured, on what, and what that can do at most."""
     config, ceilings = results["config"], results["ceilings"]
     return [
         (
             f"{shape_of(config)}, batch {config['batch']}, {config['dtype']}: "
-            f"{results['unpruned']['tokens']['kept']:.0f} image tokens and {config['text']} others "
+            f"{results['unpruned']['tokens']['kept']:.0f} {tokens_of(config)} and {config['text']} others "
             f"per prompt, budget {config['variant']['budget']}"
         ),
         ", ".join(f"{key} {value}" for key, value in results["environment"].items()),
@@ -89,10 +112,16 @@ def about_setting(results: dict[str, Any]) -> list[str]:
 def bench_overview(runs: list[dict[str, Any]]) -> list[list[str]]:
     """Header and one row per method; on a GPU also what of the times is its own."""
     on_gpu = "busy_prefill" in runs[0]["speedup"]
+    videos = bool(runs[0]["config"].get("video_frames"))
     header = [
         "method", f"tokens {THREE_WAYS}", "unpruned prefill ms", "selection ms", "prefill ms",
         "text as short ms", "with selection", "of promise %", "selection %", "first token",
         "decode",
+        *(
+            ["all layers: selection %", "of pruned %", "of promise %", "memory of selection"]
+            if videos
+            else []
+        ),
         *(["GPU alone: prefill", "of roofline %", "selection %"] if on_gpu else []),
     ]  # fmt: skip
     lines = [header]
@@ -111,6 +140,13 @@ def bench_overview(runs: list[dict[str, Any]]) -> list[list[str]]:
             f"{speed['first_token']:.2f}x",
             f"{speed['decode']:.2f}x",
         ]
+        if videos:
+            line += [
+                percent(speed["whole_selection_share"]),
+                percent(speed["whole_selection_of_pruned"]),
+                percent(speed["whole_of_promise"]),
+                "" if run["selection_memory"] is None else f"{run['selection_memory']:.2f}x",
+            ]
         if on_gpu:
             line += [
                 f"{speed['busy_prefill']:.2f}x",

@@ -1,4 +1,4 @@
-"""Random images as the processors of each family would give them, where only time counts."""
+"""Random images and videos as the processors of each family would give them, where only time counts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,10 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import Registry
 from vlm_prune.vlm.families import Family, family_of
 
 SIDE = 672  # of a picture in pixels where a model takes any size: 2 x 2 tiles of most towers
+FRAME_SIDE = 448  # of a frame, likewise
+SCENES, NOISE = 4, 0.3  # pictures that a video shows one after the other, and what changes in them
 MARKERS = (10, 11)
 """Text in front of a tile and of the overview, or behind a row and the last one, where there is such."""
 
@@ -31,6 +34,44 @@ def random_pictures(model: Any, batch: int, generator: torch.Generator) -> dict[
     ids = torch.tensor(part).expand(batch, -1)
     inputs = {"input_ids": ids, **inputs}
     return {key: value.to(model.device) for key, value in inputs.items()} | {"pixel_values": pixels}
+
+
+def random_videos(
+    model: Any, frames: int, batch: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Returns what the processor says about one video for each prompt, of scenes of random pixels.
+
+    Next to `pixel_values_videos` and the family's `video_inputs`, `input_ids` (B, n) holds the part of
+    a prompt that stands for its video.
+
+    Args:
+        model: the model.
+        frames: of a video.
+        batch: prompts B.
+        generator: draws the pixels.
+
+    Raises:
+        InputError: if the model takes no videos, or not so many frames.
+    """
+    family, kind = family_of(model), model.config.model_type
+    if kind not in VIDEO_LAYOUTS:
+        raise InputError(
+            f"{kind} models take no videos here; give a shape of {', '.join(VIDEO_LAYOUTS)}"
+        )
+    shape, inputs, part = VIDEO_LAYOUTS[kind](family, frames, batch)
+    scenes = torch.randn(SCENES, *shape[2:], generator=generator)
+    which = torch.arange(shape[1]) * SCENES // shape[1]
+    pixels = torch.stack(
+        [
+            scenes[which] + NOISE * torch.randn(shape[1:], generator=generator)
+            for _ in range(shape[0])
+        ]
+    )
+    # Qwen's processor gives the patches of all frames as one list
+    pixels = pixels.flatten(0, 2) if pixels.ndim == 4 else pixels
+    inputs |= {"input_ids": torch.tensor(part).expand(batch, -1)}
+    given = {key: value.to(model.device) for key, value in inputs.items()}
+    return given | {"pixel_values_videos": pixels.to(model.device, model.dtype)}
 
 
 Layout = tuple[tuple[int, ...], dict[str, Tensor], list[int]]
@@ -104,6 +145,48 @@ def _positions(family: Family, batch: int) -> Layout:
     return (batch, side**2, 3 * vision.patch_size**2), inputs, tokens
 
 
+def _views(family: Family, frames: int, batch: int) -> Layout:
+    """Frames of the tower's size, and a newline behind the last."""
+    shape = (batch, frames, *_square(family))
+    meta = torch.empty(shape, device="meta")
+    (_, rows, columns) = family.video_grids({"pixel_values_videos": meta})[0]
+    return shape, {}, [family.video_token] * (frames * rows * columns + 1)
+
+
+def _pairs(family: Family, frames: int, batch: int) -> Layout:
+    """Flattened patches, (B, T, P, c), T frames of which each holds two."""
+    vision = family.model.config.vision_config
+    merge, together = vision.spatial_merge_size, vision.temporal_patch_size
+    if frames % together:
+        raise InputError(
+            f"{frames} frames are no multiple of the {together} that this model encodes as one"
+        )
+    side = FRAME_SIDE // vision.patch_size // merge * merge
+    grid = torch.tensor([[frames // together, side, side]] * batch)
+    values = vision.in_channels * together * vision.patch_size**2
+    inputs = {"video_grid_thw": grid, "second_per_grid_ts": torch.ones(batch)}
+    pads = [family.video_token] * ((side // merge) ** 2 * frames // together)
+    return (batch, frames // together, side**2, values), inputs, pads
+
+
+def _stamped_pairs(family: Family, frames: int, batch: int) -> Layout:
+    """The same, each frame between markers and behind its time."""
+    shape, inputs, pads = _pairs(family, frames, batch)
+    config = family.model.config
+    each = pads[: len(pads) // shape[1]]
+    frame = [*MARKERS, config.vision_start_token_id, *each, config.vision_end_token_id]
+    return shape, {"video_grid_thw": inputs["video_grid_thw"]}, frame * shape[1]
+
+
+VIDEO_LAYOUTS: Registry[Callable[[Family, int, int], Layout]] = Registry(
+    "model family that takes videos",
+    {
+        "llava_onevision": _views,
+        "qwen2_5_vl": _pairs,
+        "qwen3_vl": _stamped_pairs,
+        "qwen3_vl_moe": _stamped_pairs,
+    },
+)
 LAYOUTS: Registry[Callable[[Family, int], Layout]] = Registry(
     "model family",
     {

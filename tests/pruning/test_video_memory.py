@@ -1,32 +1,12 @@
-"""What methods hold beside the tokens of a video while they choose."""
+"""What methods hold beside the tokens of a video while they choose, and in which precision."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from vlm_prune.benchmarks.speed.selection_memory import PeakBytes
 from vlm_prune.pruning.registry import build
-
-
-class PeakBytes(TorchDispatchMode):
-    """Bytes of the tensors made inside that live at a time, at most; those of `given` do not count."""
-
-    def __init__(self, given):
-        super().__init__()
-        self.given = {own.untyped_storage().data_ptr() for own in given}
-        self.alive, self.peak = WeakTensorKeyDictionary(), 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **kwargs or {})
-        for own in made if isinstance(made, tuple | list) else [made]:
-            if isinstance(own, torch.Tensor):
-                storage = own.untyped_storage()
-                self.alive[own] = storage.data_ptr(), storage.nbytes()
-        held = {at: size for at, size in self.alive.values() if at not in self.given}
-        self.peak = max(self.peak, sum(held.values()))
-        return made
 
 
 def test_the_peak_is_that_of_what_lives():
@@ -58,3 +38,12 @@ def test_selection_holds_less_than_one_and_a_half_times_the_tokens(name, clips):
     with PeakBytes([tokens, query]) as held:
         build(name, budget=0.1).select(vision)
     assert 0 < held.peak < 1.5 * tokens.nbytes
+
+
+@pytest.mark.parametrize("name", ["evs", "vidcom2", "v-cast", "fastvid", "flashvid", "holitom"])
+def test_tokens_in_bf16_are_chosen_as_the_same_values_in_fp32(name, clips):
+    half = replace(clips, projected=clips.projected.bfloat16())
+    whole = replace(clips, projected=half.projected.float())
+    kept, expected = (build(name, budget=30).select(own) for own in (half, whole))
+    assert all(map(torch.equal, kept.indices, expected.indices))
+    assert kept.features[0].dtype == torch.bfloat16

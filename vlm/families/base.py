@@ -401,7 +401,7 @@ class Family(ABC):
         Args:
             input_ids: (B, L).
             valid: which tokens are no padding, (B, L).
-            inputs: those of `image_inputs`.
+            inputs: those of `image_inputs` and `video_inputs`.
         """
         return valid.cumsum(1) - 1
 
@@ -433,3 +433,19 @@ class Family(ABC):
     ) -> dict[str, Any]:
         """Encoded images as `generate(mm_encoder_outputs=...)` takes them; new for each call."""
         return {"image": BaseModelOutputWithPooling(pooler_output=list(features))}
+
+    def outputs(self, encoded: Images) -> dict[str, Any]:
+        """Encoded images and videos, likewise."""
+        projected, deepstack = encoded.projected, encoded.deepstack
+        found: dict[str, Any] = {}
+        for kind in self.kinds:
+            members = [n for n, t in enumerate(encoded.frames) if bool(t) == (kind == "video")]
+            if members:
+                layers = [[layer[n] for n in members] for layer in deepstack]
+                own = self.output([projected[n] for n in members], layers)["image"]
+                found[kind] = own if kind == "image" else self.video_output(own)
+        return found
+
+    def video_output(self, output: Any) -> Any:
+        """What `output` makes of videos, as the model takes it for them."""
+        return output

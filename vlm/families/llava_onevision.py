@@ -70,10 +70,16 @@ class LlavaOneVision(LlavaNext):
             available=whole.shape[1],
             frames=frames,
             patches=lambda: pool(patched(pixel_values.flatten(0, 1), self.patch_size)),
+            frames_query_key=partial(self.query_key, states),
         )
         indices = torch.arange(tokens.projected.shape[1], device=whole.device)
         flops = self.tower_flops([self.tokens_per_image] * frames)
         return Images([Group(list(range(count)), tokens, indices, whole[:, -1:], flops=flops)])
+
+    def video_output(self, output: Any) -> Any:
+        """One tensor, of videos of equal length."""
+        output.pooler_output = torch.stack(output.pooler_output)
+        return output
 
     def video_grids(self, inputs: Mapping[str, Any]) -> list[tuple[int, int, int]]:
         pixels = inputs["pixel_values_videos"]

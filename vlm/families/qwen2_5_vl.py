@@ -10,7 +10,7 @@ config makes it windowed, attention is read as if it were not. There is no CLS t
 read its attention read the mean over all patches.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -134,6 +134,7 @@ class Qwen25VL(Family):
                 pool=partial(self.pool, time),
                 frames=time if kind == "video" else 0,
                 patches=partial(self.token_pixels, [pixels[i] for i in members]),
+                frames_query_key=partial(self.frames_query_key, hidden, *rotary),
             )
             layers = [torch.stack([layer[i] for i in members]) for layer in deepstack]
             groups.append(
@@ -191,14 +192,30 @@ class Qwen25VL(Family):
         query, key = apply_rotary_pos_emb_vision(query, key, cos, sin)
         return query.transpose(1, 2), key.transpose(1, 2)
 
+    def frames_query_key(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, frames: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the same of some frames.
+
+        Args:
+            hidden: the layer's input, (M T, S, d).
+            cos: of the rotation.
+            sin: of the rotation.
+            frames: which of the M T.
+        """
+        return self.query_key(hidden[list(frames)], cos, sin)
+
     def sizes(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> list[int]:
         return [int(count) // self.merged for count in inputs["image_grid_thw"].prod(1)]
 
     def positions(self, input_ids: Tensor, valid: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         spatial, _ = self.model.model.get_rope_index(
             input_ids,
-            mm_token_type_ids=(input_ids == self.image_token).int(),
-            image_grid_thw=inputs["image_grid_thw"],
+            mm_token_type_ids=(input_ids == self.image_token).int()
+            + 2 * (input_ids == self.video_token).int(),
+            image_grid_thw=inputs.get("image_grid_thw"),
+            video_grid_thw=inputs.get("video_grid_thw"),
+            second_per_grid_ts=inputs.get("second_per_grid_ts"),
             attention_mask=valid,
         )
         return torch.cat([(valid.cumsum(1) - 1)[None], spatial])

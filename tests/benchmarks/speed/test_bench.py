@@ -1,12 +1,14 @@
 """The bench command on the embedded architecture: phases, floors, files, wrong input."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
+from tiny_families import MAKERS, NEEDS
 
 from vlm_prune.benchmarks.evaluation.records import Variant
-from vlm_prune.benchmarks.speed.bench import BenchConfig, floors, random_model
+from vlm_prune.benchmarks.speed.bench import BenchConfig, floors, random_model, whole_speedup
 from vlm_prune.benchmarks.speed.roofline import Ceilings
 from vlm_prune.benchmarks.speed.shapes import SHAPES
 from vlm_prune.pruning.registry import build
@@ -88,6 +90,61 @@ def test_a_shape_can_have_fewer_layers(run, tmp_path):
     model = random_model(BenchConfig("internvl3-1b", Variant("none", 64), device="meta", layers=2))
     text = model.config.get_text_config()
     assert len(model.model.language_model.layers) == len(text.layer_types) == 2
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "qwen3_vl"])
+def test_videos_are_encoded_once_and_shared_by_all_methods(run, tmp_path, monkeypatch, family):
+    if not all(map(find_spec, NEEDS[family])):
+        pytest.skip("the processor needs a package")
+    config = MAKERS[family]()[0].config
+    for module in ("bench", "shapes"):
+        monkeypatch.setattr(
+            f"vlm_prune.benchmarks.speed.{module}.SHAPES", {"small": lambda: config}
+        )
+    monkeypatch.setattr("vlm_prune.benchmarks.speed.pictures.FRAME_SIDE", 84)
+    code, out, err = run(
+        "bench", "--model-shape", "small", "--method", "evs,fastvid,fastv", "--video-frames", "4",
+        "--layers", "2", "--tower-layers", "2", "--repeats", "1", "--new-tokens", "2", "--budget",
+        "0.5", "--output", tmp_path,
+    )  # fmt: skip
+    assert code == 0, err
+    evs, fastvid, fastv = json.loads((tmp_path / "bench.json").read_text())
+    # frames of 2 x 2 tokens and a newline, or pairs of 3 x 3
+    tokens = 17 if family == "llava_onevision" else 18
+    assert evs["unpruned"]["tokens"]["kept"] == tokens and f"{tokens} tokens of 4 frames" in out
+    assert evs["pruned"]["tokens"]["kept"] == round(tokens / 2)
+    assert evs["unpruned"]["times_ms"] == fastv["unpruned"]["times_ms"]
+    assert 0 < evs["selection_memory"] < fastvid["selection_memory"]
+    assert fastv["selection_memory"] is None
+
+
+def test_layers_that_do_not_run_are_as_long_as_those_that_do():
+    """Of 7 layers 3 run; of 12 and 5 milliseconds the logits take 2, so the whole takes 76 / 3 and 9."""
+    runs = {
+        name: {
+            "times_ms": {"prefill": {"median": prefill}, "selection": {"median": 0.9}},
+            "prefill_flops": flops,
+        }
+        for name, prefill, flops in (("unpruned", 12.0, 30.0), ("pruned", 5.0, 10.0))
+    }
+    found = whole_speedup(runs, BenchConfig("tiny", Variant("none", 64), layers=3), 2.0)
+    assert found == pytest.approx(
+        {
+            "whole_selection_share": 0.9 / (76 / 3),
+            "whole_selection_of_pruned": 0.1,
+            "whole_of_promise": 76 / 3 / 9.9 / 3,
+        }
+    )
+
+
+def test_models_without_videos_and_odd_numbers_of_frames_are_named(run):
+    for shape, more, message in (
+        ("tiny", (), "llava models take no videos here; give a shape of llava_onevision"),
+        ("tiny", ("--wings", "4"), "leave out --engine and --wings"),
+        ("tiny", ("--tower-layers", "9"), "tiny has no 9 tower layers; give 1 to"),
+    ):
+        code, _, err = run("bench", "--model-shape", shape, "--video-frames", "2", *more)
+        assert code == 2 and message in err and len(err.strip().splitlines()) == 1
 
 
 def test_floors_count_weights_once_and_flops_per_prompt():

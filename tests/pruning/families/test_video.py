@@ -260,6 +260,16 @@ def test_videos_that_are_encoded_beforehand_are_pruned_alike(tiny):
     with method(tiny.model, vision=encoded) as again, torch.inference_mode():
         assert torch.equal(tiny.model(**inputs).logits, expected)
     assert all(map(torch.equal, trace.kept, again.kept))
+    # and given to the unpruned model instead of pixels, with positions of their own
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    arguments = family_of(tiny.model).arguments(ids, mask, dict(inputs) | encoded.inputs)
+    with torch.inference_mode():
+        outputs = family_of(tiny.model).outputs(encoded)
+        logits = tiny.model(
+            input_ids=ids, attention_mask=mask, mm_encoder_outputs=outputs, **arguments
+        ).logits
+    valid = mask.bool()
+    assert_close(logits[valid], unpruned(tiny)[1][valid])
 
 
 def test_a_failure_leaves_nothing_on_the_model(tiny):

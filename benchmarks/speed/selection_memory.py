@@ -1,0 +1,58 @@
+"""Memory that methods hold beside the tokens while they choose."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from vlm_prune.vlm.encoded import Images
+
+
+class PeakBytes(TorchDispatchMode):
+    """Bytes of the tensors made inside that live at a time, at most; those of `given` do not count."""
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.given = {own.untyped_storage().data_ptr() for own in given}
+        self.alive, self.peak = WeakTensorKeyDictionary(), 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation and note the tensors that it makes.
+
+        Args:
+            func: the operation.
+            types: of its arguments.
+            args: of it.
+            kwargs: of it.
+        """
+        made = func(*args, **kwargs or {})
+        for own in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(own, Tensor):
+                storage = own.untyped_storage()
+                self.alive[own] = storage.data_ptr(), storage.nbytes()
+        held = {at: size for at, size in self.alive.values() if at not in self.given}
+        self.peak = max(self.peak, sum(held.values()))
+        return made
+
+
+@torch.inference_mode()
+def selection_memory(method: Any, vision: Images) -> float | None:
+    """Peak bytes of choosing among encoded images or videos, as a multiple of the bytes of the tokens
+    that the language model gets; None for methods that choose inside it, or change pixels.
+    """
+    chooser = getattr(method, "pre", method)
+    if chooser.stage not in ("encoder", "projector"):
+        return None
+    peak = 0.0
+    for group in vision.groups:
+        tokens = group.tokens
+        # the tower's states are there whether a method reads them or not
+        with PeakBytes([tokens.projected, tokens.features]) as held:
+            chooser.select(tokens)
+        peak = max(peak, held.peak / tokens.projected.nbytes)
+    return peak
