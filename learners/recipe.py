@@ -1,5 +1,6 @@
 """How Wings and its baselines are trained: hyperparameters by stage, and what each method opens."""
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,6 +16,13 @@ from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.projector import Projector
 
 Group = Literal["projector", "learners", "language"]
+Language = Literal["full", "attn-proj", "mlp-gate-up", "lora", "frozen"]
+OPENED: dict[Language, str] = {
+    "full": "",
+    "attn-proj": r"\.[qkvo]_proj\.",
+    "mlp-gate-up": r"\.(gate|up|gate_up)_proj\b",
+    "lora": "lora_",
+}
 
 
 @dataclass(frozen=True)
@@ -83,13 +91,15 @@ class TrainingMethod:
     """What is trained in stage 2. Stage 1 always trains the projector and the visual learner, if any.
 
     Args:
-        language: how the language model is tuned.
+        language: how the language model is tuned: `full`; `attn-proj`, its attention's projections
+            alone, or `mlp-gate-up`, its MLPs' first layers alone, https://arxiv.org/abs/2510.08564;
+            `lora`; or `frozen`.
         modalities: the learners.
         routed: whether a router weighs them.
         text_ratio: default share of text-only samples; None takes the data as they are.
     """
 
-    language: Literal["full", "lora", "frozen"]
+    language: Language
     modalities: tuple[Modality, ...] = ()
     routed: bool = False
     text_ratio: float | None = None
@@ -108,6 +118,8 @@ METHODS: Registry[TrainingMethod] = Registry(
     "method",
     {
         "full": TrainingMethod("full"),
+        "attn-proj": TrainingMethod("attn-proj"),
+        "mlp-gate-up": TrainingMethod("mlp-gate-up"),
         "lora": TrainingMethod("lora"),
         "frozen-llm": TrainingMethod("frozen", ("visual",)),
         "replay": TrainingMethod("full", text_ratio=0.1),
@@ -124,8 +136,8 @@ def open_parameters(
 ) -> dict[Group, list[nn.Parameter]]:
     """Freeze all but what a stage trains, and return that by learning-rate group.
 
-    The language model opens as a whole: layers, embeddings, norms and head. LoRA weights must be
-    in place already, learners too. The vision tower never trains.
+    With `full` the language model opens as a whole: layers, embeddings, norms and head. LoRA weights
+    must be in place already, learners too. The vision tower never trains.
 
     Args:
         model: with its LoRA weights or learners in place.
@@ -155,8 +167,7 @@ def open_parameters(
         unique = {
             id(parameter): parameter
             for name, parameter in named
-            if id(parameter) not in learner_parameters
-            and (method.language == "full" or "lora_" in name)
+            if id(parameter) not in learner_parameters and re.search(OPENED[method.language], name)
         }
         groups["language"] = list(unique.values())
     for parameters in groups.values():

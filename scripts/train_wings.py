@@ -1,4 +1,4 @@
-"""Train Wings or a baseline, merge models, or run an experiment: `vlm-prune train-wings`.
+"""Train Wings or a baseline, or run an experiment: `vlm-prune train-wings`.
 
 accelerate launch scripts/train_wings.py train --data a.json --output runs/one --preset recommended-1
 python scripts/train_wings.py --experiment forgetting

@@ -105,8 +105,8 @@ def read_lora(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         return options, tensors
 
 
-def add_adapter(model: Any, name: str) -> None:
-    """Put a LoRA into the modules of a model, in place; its class stays.
+def add_adapter(model: Any, name: str) -> Any:
+    """Put a LoRA into the modules of a model, in place; its class stays. Returns peft's wrapper.
 
     Args:
         model: a loaded model, quantized or not.
@@ -131,3 +131,4 @@ def add_adapter(model: Any, name: str) -> None:
         except Exception:
             wrapped.unload()
             raise
+        return wrapped

@@ -189,6 +189,20 @@ def config_of(name: str) -> Any:
         return _config(view_of(locate(name, EMBEDDED, weights=False), weights=False))
 
 
+def sees_images(name: str) -> bool:
+    """Whether a checkpoint is of a model with a vision tower.
+
+    Args:
+        name: as for `load`, or the folder or hub name of a text-only language model.
+
+    Raises:
+        InputError: if there is no such checkpoint.
+    """
+    with naming(f"cannot load model {name!r}"):
+        view = view_of(locate(name, EMBEDDED, weights=False), weights=False)
+        return hasattr(read_config(view), "vision_config")
+
+
 def check_loadable(
     name: str,
     dtype: str = "auto",

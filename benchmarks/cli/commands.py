@@ -18,6 +18,7 @@ from vlm_prune.benchmarks.cli import (
     export,
     iit,
     map,
+    merge,
     methods,
     models,
     report,
@@ -77,6 +78,7 @@ for name, group in (
     ("iit", iit.app),
 ):
     app.add_typer(group, name=name, rich_help_panel=TRAIN)
+app.command("merge", rich_help_panel=TRAIN)(merge.merge_command)
 app.command("bench-against", hidden=True)(bench_against.bench_against)
 app.command("draw-kept-tokens", hidden=True)(draw_kept_tokens.draw_kept_tokens)
 app.add_typer(train_tiny.app, name="train-tiny", hidden=True)

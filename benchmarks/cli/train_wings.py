@@ -1,4 +1,4 @@
-"""`vlm-prune train-wings`: train Wings or a baseline, merge models, or run the experiment."""
+"""`vlm-prune train-wings`: train Wings or a baseline, or run the experiment."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,7 @@ from vlm_prune.vlm.common.registry import unknown
 
 EXPERIMENTS = ("forgetting",)
 METHODS = (
-    "full", "lora", "frozen-llm", "replay", "wings", "wings-visual", "wings-textual",
+    "full", "attn-proj", "mlp-gate-up", "lora", "frozen-llm", "replay", "wings", "wings-visual", "wings-textual",
     "wings-no-router",
 )  # fmt: skip
 PRESETS = (
@@ -39,7 +39,7 @@ def choose_experiment(
     jobs: Annotated[int, typer.Option(min=1, help="Processes; each does one arm at a time.")] = 1,
     quick: Annotated[bool, typer.Option(help="A few steps, to see that it runs.")] = False,
 ) -> None:
-    """Train Wings learners, merge models, or run an experiment."""
+    """Train Wings learners, or run an experiment."""
     if context.invoked_subcommand is not None:
         return
     if experiment is None:
@@ -92,20 +92,3 @@ def train_wings_command(
         model, output, method, recipe, wings, text_ratio, micro_batch, skip_bad=skip_bad
     )
     training.train_wings(run, examples)
-
-
-@app.command("merge")
-def merge_wings(
-    base: str,
-    tuned: str,
-    output: Path,
-    alpha: Annotated[list[float] | None, typer.Option(help="0.5 unless given; repeatable.")] = None,
-) -> None:
-    """Write base + alpha (tuned - base), language model only, as OUTPUT/alpha-*."""
-    from vlm_prune.learners.merge import sweep
-    from vlm_prune.vlm.common.files import output_folder
-
-    quiet()
-    output_folder(output)
-    for folder in sweep(base, tuned, output, alpha or [0.5]):
-        typer.echo(folder)

@@ -127,6 +127,8 @@ ARMS: Registry[Arm] = Registry(
         "base": Arm("base LLM", None),
         "full": Arm("full tuning, stock LR", "full"),
         "full-low": Arm("full tuning, Wings' LR", "full", lr="wings"),
+        "attn-proj": Arm("attention projections only", "attn-proj"),
+        "mlp-gate-up": Arm("MLP gate and up only", "mlp-gate-up"),
         "lora": Arm("LoRA, matched parameters", "lora", lr="new"),
         "replay": Arm("10 % text replay", "full", replay=True),
         "frozen-llm": Arm("frozen LLM + visual learner", "frozen-llm"),
