@@ -105,6 +105,7 @@ def fuse_lora(layer: Any) -> None:
     layer.forward = forward
 
 
+SAVE_SECONDS = 180
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TASKS: dict[str, Maker] = {
     "exist": exist.ask, "attribute": attribute.ask, "ocr": ocr.ask, "count": count.ask,
@@ -519,6 +520,7 @@ class SmolTrainer:
         train, validation = (
             recorder(self.folder / "log.jsonl", stage) for stage in ("train", "validation")
         )
+        saved = time.monotonic()
         while self._done() < 1 and (until is None or self.step < until):
             level = self._level()
             rng = np.random.default_rng([TRAIN_SEED, self.recipe.seed, self.step])
@@ -529,10 +531,13 @@ class SmolTrainer:
             if self.step % 20 == 0:
                 train(self.step, level=self.recipe.levels.index(level), **figures)
             self.step += 1
-            if self.step % 50 == 0:
+            if self.step % 50 == 0 or time.monotonic() - saved > SAVE_SECONDS:
                 self.save()
+                saved = time.monotonic()
             if self.step % 150 == 0:
                 validation(self.step, **self.validate())
+        if self._done() >= 1 and self.step % 150:
+            validation(self.step, **self.validate())
         self.save()
 
     def _step(self, rng: np.random.Generator, level: Level) -> dict[str, float]:

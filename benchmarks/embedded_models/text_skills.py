@@ -103,22 +103,51 @@ def text_skills(model: Any, processor: Any) -> TextSkills:
         model: SmolLM2, or a LLaVA over it.
         processor: of the LLaVA, for both.
     """
-    prompts = [
+    losses = text_loss(model, processor.tokenizer, package_text("held out"))
+    return TextSkills(losses, greedy_answers(model, processor.tokenizer, chat_prompts(processor)))
+
+
+def chat_prompts(processor: Any) -> list[str]:
+    """Returns the held-out instructions as the chat template writes them."""
+    return [
         processor.apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True
         )
         for text in instructions("held out")
     ]
-    losses = text_loss(model, processor.tokenizer, package_text("held out"))
-    return TextSkills(losses, greedy_answers(model, processor.tokenizer, prompts))
 
 
-def compared(base: TextSkills, tuned: TextSkills) -> dict[str, Any]:
+def agreement(first: Sequence[str], second: Sequence[str]) -> dict[str, float]:
+    """Returns in per cent how many of two models' answers are identical, and have the same meaning."""
+    pairs = list(zip(first, second, strict=True))
+    return {
+        "identical_percent": 100 * fmean(a == b for a, b in pairs),
+        "same_meaning_percent": 100 * fmean(same_meaning(a, b) for a, b in pairs),
+    }
+
+
+def rounding_floor(model: Any, processor: Any, answers: Sequence[str]) -> dict[str, Any]:
+    """Returns how SmolLM2's answers agree with its own in other batches, and in bfloat16: what the rule
+    says of a model whose weights have not changed.
+
+    Args:
+        model: SmolLM2, which is bfloat16 afterwards.
+        processor: of the LLaVA.
+        answers: of the model, in batches of the usual size.
+    """
+    prompts, tokenizer = chat_prompts(processor), processor.tokenizer
+    batches = agreement(answers, greedy_answers(model, tokenizer, prompts, batch=7))
+    rounded = greedy_answers(model.to(torch.bfloat16), tokenizer, prompts)
+    return {"batches of 7": batches, "bfloat16": agreement(answers, rounded)}
+
+
+def compared(base: TextSkills, tuned: TextSkills, floor: dict[str, Any]) -> dict[str, Any]:
     """Returns how a tuned model's text skills differ from its base's, with all answers.
 
     Args:
         base: of SmolLM2.
         tuned: of the LLaVA over it.
+        floor: of `rounding_floor`.
     """
     before, after = base.losses.mean().item(), tuned.losses.mean().item()
     pairs = list(zip(base.answers, tuned.answers, strict=True))
@@ -132,8 +161,8 @@ def compared(base: TextSkills, tuned: TextSkills) -> dict[str, Any]:
         "loss": {"base": before, "smol": after},
         "loss_increase_percent": 100 * (after / before - 1),
         "instructions": len(rows),
-        "identical_percent": 100 * fmean(a == b for a, b in pairs),
-        "same_meaning_percent": 100 * fmean(same),
+        **agreement(base.answers, tuned.answers),
+        "smollm2_against_itself": floor,
         "packages": {name: version(name) for name in PACKAGES["held out"]},
         "answers": rows,
     }
@@ -150,5 +179,7 @@ def measure(output: Path) -> None:
     """
     check_output(output)
     tuned, processor = load("smol", "cpu")
-    base = text_skills(load_base()[0].eval(), processor)
-    write_json(output, compared(base, text_skills(tuned, processor)))
+    language = load_base()[0].eval()
+    base = text_skills(language, processor)
+    floor = rounding_floor(language, processor, base.answers)
+    write_json(output, compared(base, text_skills(tuned, processor), floor))

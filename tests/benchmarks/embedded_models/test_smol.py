@@ -23,6 +23,7 @@ from vlm_prune.benchmarks.embedded_models.smol import (
     padded,
 )
 from vlm_prune.benchmarks.embedded_models.text_skills import (
+    agreement,
     greedy_answers,
     same_meaning,
     shared_words,
@@ -277,6 +278,12 @@ def test_held_out_text_is_none_of_training():
 def test_answers_mean_the_same_if_they_share_half_of_their_words(first, second, share, same):
     assert shared_words(first, second) == pytest.approx(share)
     assert same_meaning(first, second) is same
+
+
+def test_agreement_counts_identical_and_like_answers():
+    pairs = [("red star", "red star"), ("a red star", "red ring"), ("one", "two"), ("x", "x y z")]
+    found = agreement(*zip(*pairs, strict=True))
+    assert found == {"identical_percent": 25.0, "same_meaning_percent": 75.0}
 
 
 @installed
