@@ -64,10 +64,14 @@ class Downsample(VisionPruner):
 
         return BeforeModel(reduce, self.positions_on(family), shrink, vision)
 
+    def shrunk_grid(self, rows: int, columns: int) -> tuple[int, int]:
+        """Returns the rows and columns of patches that are left of an image."""
+        return grid_for(tokens_for(self.budget, rows * columns), rows, columns)
+
     def shrunk(self, pixel_values: Tensor, patch: int) -> Tensor:
         """Returns images (M, 3, H, W) of fewer patches, each of `patch` x `patch` pixels."""
         rows, columns = (side // patch for side in pixel_values.shape[-2:])
-        small = grid_for(tokens_for(self.budget, rows * columns), rows, columns)
+        small = self.shrunk_grid(rows, columns)
         if small == (rows, columns):
             return pixel_values
         size = [side * patch for side in small]

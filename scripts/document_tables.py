@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from vlm_prune.benchmarks.cli.app import run_command
-from vlm_prune.benchmarks.cli.support import support_table
+from vlm_prune.benchmarks.cli.support import serving_table, support_table
 from vlm_prune.pruning import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,6 +21,7 @@ def pages() -> dict[str, str]:
             with_column(read_table("docs/methods.md"), retained), "positions", positions()
         ),
         "docs/families.md": between(read_table("docs/families.md"), "matrix", support_table()),
+        "docs/serve.md": between(read_table("docs/serve.md"), "served", serving_table()),
         "docs/results.md": between(
             read_table("docs/results.md"), "overview", f"{overview.strip()}\n"
         ),

@@ -3,9 +3,14 @@
 import sys
 from collections.abc import Callable
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
 from vlm_prune.pruning.registry import methods
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import FAMILIES, Family
+from vlm_prune.vlm.serving.embeds import check_sendable
+from vlm_prune.vlm.serving.plugin import CLASSES
+from vlm_prune.vlm.serving.settings import Settings
 
 
 def support() -> dict[str, dict[str, bool]]:
@@ -44,7 +49,50 @@ def named_methods(names: str, family: Callable[[], type[Family]]) -> list[str]:
 
 def support_table() -> str:
     """`support` as a table."""
-    rows = [("method", *(f"`{family}`" for family in FAMILIES)), ("---",) * (1 + len(FAMILIES))]
-    for name, works in support().items():
-        rows.append((f"`{name}`", *("yes" if there else "-" for there in works.values())))
+    return _table(
+        {
+            name: {family: "yes" if there else "" for family, there in works.items()}
+            for name, works in support().items()
+        }
+    )
+
+
+def _table(cells: dict[str, dict[str, str]]) -> str:
+    """Markdown of a cell for each method and family."""
+    families = list(cells["none"])
+    rows = [("method", *(f"`{family}`" for family in families)), ("---",) * (1 + len(families))]
+    for name, row in cells.items():
+        rows.append((f"`{name}`", *(cell or "-" for cell in row.values())))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def serving_support() -> dict[str, dict[str, str]]:
+    """How vLLM serves every method and family: `plug-in`, `embeddings` (chosen by `image_embeds`), or
+    an empty text where it does not.
+    """
+    families = [
+        name for name in FAMILIES if MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[name] in CLASSES
+    ]
+    return {
+        name: {family: _route(name, family) if works[family] else "" for family in families}
+        for name, works in support().items()
+    }
+
+
+def _route(method: str, family: str) -> str:
+    for route, check in (
+        ("plug-in", lambda: Settings.read({"method": method})),
+        ("embeddings", lambda: check_sendable(methods()[method](), family)),
+    ):
+        try:
+            check()
+        except InputError:
+            continue
+        return route
+    return ""
+
+
+def serving_table() -> str:
+    """`serving_support` as a table, of the methods that are served at all."""
+    served = {name: routes for name, routes in serving_support().items() if any(routes.values())}
+    return _table(served)

@@ -66,8 +66,9 @@ def test_the_parts_of_a_message_hold_the_rows():
 
 def test_what_cannot_be_sent_is_one_line(served):
     picture = served.pictures[0]
-    with pytest.raises(InputError, match="does more than choose"):
-        image_embeds(served.model, [picture], ["?"], build("fastv"), served.processor)
+    for method in ("fastv", "downsample"):
+        with pytest.raises(InputError, match="does more than choose"):
+            image_embeds(served.model, [picture], ["?"], build(method), served.processor)
     with pytest.raises(InputError, match="2 prompts"):
         image_embeds(served.model, [picture], ["?", "!"], build("zoo", budget=5), served.processor)
     qwen = Tiny("qwen3_vl")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_families import MAKERS
 
+from vlm_prune.benchmarks.cli.support import serving_support
 from vlm_prune.pruning.registry import build, methods
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.serving.plugin import CLASSES, check_installed, check_model
@@ -13,7 +14,7 @@ from vlm_prune.vlm.serving.settings import Settings, draws_numbers, kept_tokens,
 from vlm_prune.vlm.tokens import VisionTokens
 
 SERVED = {"none", "zoo", "zoo-exact", "fopru", "divprune", "visionzip", "vispruner", "random"}
-SERVED |= {"pool", "merge", "scope", "apet"}
+SERVED |= {"pool", "merge", "scope", "apet", "downsample"}
 
 
 @pytest.mark.parametrize("name", list(methods()))
@@ -31,6 +32,15 @@ def test_a_method_is_served_or_refused_in_one_line(name):
 def test_methods_of_tower_and_projector_are_served(name):
     settings = Settings.read({"method": name, "budget": 0.25, "seed": 3})
     assert Settings.read(json.loads(json.dumps(settings.as_dict()))) == settings
+
+
+def test_the_documented_table_says_what_is_served():
+    plugged = {name for name, routes in serving_support().items() if "plug-in" in routes.values()}
+    assert plugged == SERVED
+    assert serving_support()["cdpruner"] == {
+        "llava": "embeddings", "llava_next": "embeddings", "internvl": "embeddings",
+        "qwen2_5_vl": "", "qwen3_vl": "",
+    }  # fmt: skip
 
 
 def test_a_method_that_reads_the_question_is_told_apart():
@@ -70,7 +80,6 @@ def test_settings_that_keep_other_tokens_have_another_identity():
         ({"method": "zoo", "arguments": [1]}, "arguments cannot be"),
         ({"method": "fastv"}, "inside the language model"),
         ({"method": "cdpruner"}, "image_embeds"),
-        ({"method": "downsample"}, "smaller images"),
         ({"method": "frames"}, "frames of videos"),
     ],
 )
@@ -110,6 +119,23 @@ def test_a_budget_above_a_fixed_size_is_one_line():
     check_model(config, Settings("zoo", 25))
     with pytest.raises(InputError, match="above the 25 tokens"):
         check_model(config, Settings("zoo", 26))
+
+
+@pytest.mark.parametrize("budget", [1, 6, 9, 24, 25, 0.3, 1.0])
+def test_the_tower_of_a_smaller_image_emits_the_number_of_tokens_that_is_expected(budget):
+    model = MAKERS["llava"]()[0]
+    pruner = build("downsample", budget=budget)
+    with pruner(model) as trace, torch.no_grad():
+        side = model.config.vision_config.image_size
+        ids = torch.tensor([[1, *[model.config.image_token_id] * 25, 1]])
+        model.generate(input_ids=ids, pixel_values=torch.zeros(1, 3, side, side), max_new_tokens=1)
+    assert kept_tokens(pruner, 25) == len(trace.kept[0])
+
+
+def test_a_smaller_image_needs_a_tower_that_takes_it():
+    config = MAKERS["qwen3_vl"]()[0].config
+    with pytest.raises(InputError, match="a fixed image size, which qwen3_vl models lack"):
+        check_model(config, Settings("downsample", 8))
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])

@@ -51,17 +51,7 @@ def image_embeds(
         InputError: if the method, the model or an image cannot be used.
     """
     family = family_of(model)
-    kind = model.config.model_type
-    if kind not in FAMILIES:
-        raise InputError(
-            f"vLLM takes no pruned embeddings of {kind} models, only of {', '.join(FAMILIES)}; "
-            "use the plug-in"
-        )
-    if not isinstance(pruner, VisionPruner) or not pruner.only_chooses:
-        raise InputError(
-            f"{type(pruner).__name__} does more than choose tokens before the language model; "
-            "give a method that does not, such as cdpruner"
-        )
+    check_sendable(pruner, model.config.model_type)
     pruner.admit(model)
     if len(images) != len(prompts):
         raise InputError(f"{len(images)} images do not go with {len(prompts)} prompts")
@@ -93,6 +83,25 @@ def image_embeds(
                 rows[image] = group.filled(number, features) if whole else features
         out.append([rows[image] for image in sorted(rows)])
     return out
+
+
+def check_sendable(pruner: Any, kind: str) -> None:
+    """Raises `InputError` unless vLLM takes what a method keeps of images as their embeddings.
+
+    Args:
+        pruner: the method.
+        kind: the model's `model_type`.
+    """
+    if kind not in FAMILIES:
+        raise InputError(
+            f"vLLM takes no pruned embeddings of {kind} models, only of {', '.join(FAMILIES)}; "
+            "use the plug-in"
+        )
+    if pruner.stage == "input" or not isinstance(pruner, VisionPruner) or not pruner.only_chooses:
+        raise InputError(
+            f"{type(pruner).__name__} does more than choose tokens before the language model; "
+            "give a method that does not, such as cdpruner"
+        )
 
 
 def _repeated(question: Tensor, count: int) -> tuple[Tensor, ...]:

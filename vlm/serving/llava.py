@@ -1,11 +1,13 @@
 """LLaVA-1.5 in vLLM: a CLIP or SigLIP tower that ends at the layer whose output is projected."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 from vllm.model_executor.models import llava
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
@@ -62,6 +64,8 @@ class PrunedLlava(ClipTower, llava.LlavaForConditionalGeneration):
             rows: Tensor = super()._process_image_input(image_input)
             return rows
         pixels = image_input["pixel_values"]
+        if self.pruner.stage == "input":
+            return self.of_smaller(self.pruner.shrunk(pixels, self.config.vision_config.patch_size))
         with watching(self.attention, self.multi_modal_projector.linear_1) as seen:
             projected = super()._process_image_input(image_input)
         side = round(projected.shape[1] ** 0.5)
@@ -79,3 +83,37 @@ class PrunedLlava(ClipTower, llava.LlavaForConditionalGeneration):
             )
         ]
         return torch.stack([features for _, features in self.reduced(images, self.has_cls)])
+
+    def of_smaller(self, pixels: Tensor) -> Tensor:
+        """All tokens of images (M, 3, H, W) that are smaller than the tower's own, (M, k, d_l)."""
+        embeddings = self.vision_tower.vision_model.embeddings
+        patch = self.config.vision_config.patch_size
+        with smaller_table(embeddings, pixels.shape[-2] // patch, pixels.shape[-1] // patch):
+            features = self._image_pixels_to_features(self.vision_tower, pixels)
+        projected: Tensor = self.multi_modal_projector(features)
+        return projected
+
+
+@contextmanager
+def smaller_table(embeddings: Any, rows: int, columns: int) -> Iterator[None]:
+    """Interpolate a tower's table of position embeddings to other images inside the block.
+
+    Args:
+        embeddings: the tower's.
+        rows: of patches in the images.
+        columns: of patches in the images.
+    """
+
+    def interpolated(_: Any, args: Any, table: Tensor) -> Tensor:
+        # what is in front of the patches, the CLS token's, stays
+        side = round(embeddings.num_patches**0.5)
+        front, patches = table[:, : -(side**2)], table[:, -(side**2) :]
+        grid = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        smaller = interpolate(grid, (rows, columns), mode="bicubic", align_corners=False)
+        return torch.cat([front, smaller.flatten(2).transpose(1, 2)], 1)
+
+    hook = embeddings.position_embedding.register_forward_hook(interpolated)
+    try:
+        yield
+    finally:
+        hook.remove()

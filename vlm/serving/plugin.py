@@ -104,8 +104,9 @@ def apply(vllm_config: Any) -> None:
         raise InputError("--mm-encoder-tp-mode data does not go with vlm_prune; give weights")
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise InputError("--pipeline-parallel-size does not go with vlm_prune; split by tensors")
-    if draws_numbers(settings.pruner()):
-        # numbers are drawn from the pixels that the Hugging Face route sees
+    pruner = settings.pruner()
+    if pruner.stage == "input" or draws_numbers(pruner):
+        # images are shrunk and numbers drawn from the pixels that the Hugging Face route sees
         multimodal.mm_device_do_normalize = False
     # captured or compiled towers would not say what the method reads
     vllm_config.compilation_config.cudagraph_mm_encoder = False

@@ -1,6 +1,7 @@
 """What a server keeps of each image: one object that vLLM hands to all of its processes."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -9,6 +10,7 @@ from typing import Any, Self
 import torch
 
 from vlm_prune.pruning.base import VisionPruner
+from vlm_prune.pruning.downsample import Downsample
 from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import unknown
@@ -97,10 +99,6 @@ class Settings:
 
 def check(name: str, pruner: Any) -> None:
     """Raises `InputError` unless the method needs nothing but the vision tower and the projector."""
-    if pruner.stage == "input":
-        raise InputError(
-            f"{name} changes the image before the vision tower; send vLLM smaller images instead"
-        )
     if not isinstance(pruner, VisionPruner) or not pruner.only_chooses:
         raise InputError(
             f"{name} acts inside the language model, which vLLM runs itself; "
@@ -168,6 +166,9 @@ def kept_tokens(pruner: VisionPruner, tokens: int, placeholders: int | None = No
         placeholders: all of the image's, newlines included; as many unless given.
     """
     available = tokens if placeholders is None else placeholders
+    if isinstance(pruner, Downsample):
+        side = math.isqrt(tokens)  # images of one size, which are square
+        return math.prod(pruner.shrunk_grid(side, side))
     nothing = torch.empty(1, tokens, 0, device="meta")
     image = VisionTokens(
         features=nothing,

@@ -33,6 +33,7 @@ def test_one_engine_serves_every_method(engine, pictures, prompts, choices, prun
             together = engine.answers(prompts, pictures)
             assert together == [answer for answer, _ in expected], (method, budget)
             kept = {tuple(indices) for _, own in expected for indices in own}
-            assert {tuple(indices) for indices in choices} == kept, (method, budget)
+            if pruner.stage != "input":  # nothing is chosen of a smaller image
+                assert {tuple(indices) for indices in choices} == kept, (method, budget)
             alone = [engine.answers([prompt], pictures)[0] for prompt in prompts]
             assert alone == together, (method, budget)
