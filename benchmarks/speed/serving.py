@@ -8,7 +8,8 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -24,6 +25,7 @@ from vlm_prune.vlm.serving.settings import KEY, Settings
 from vlm_prune.vlm.tiny import checkpoint_path
 
 ARMS = ("unpruned", "pruned")
+GPU_SHARE = 0.45  # of the memory, for each of the two
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class ServingConfig:
         concurrency: how many requests are under way at a time, each in turn.
         new_tokens: answered per request.
         text: tokens of a prompt besides its image's.
-        repeats: how often each arm is started and measured.
+        repeats: how often each arm is measured.
         dtype: of weights and activations.
         layers: decoder layers, the shape's own unless given.
         arguments: further hyperparameters of the method.
@@ -81,7 +83,7 @@ class Load:
 
 
 def bench_serving(config: ServingConfig) -> dict[str, Any]:
-    """Measure both arms, each in processes of its own, in turn.
+    """Measure both arms, each in a process of its own, in turn.
 
     Raises:
         InputError: if vLLM is not there, or cannot run the shape or the method.
@@ -95,53 +97,71 @@ def bench_serving(config: ServingConfig) -> dict[str, Any]:
         known = [name for name, make in SHAPES.items() if make().model_type == "llava"]
         raise InputError(f"the engine vllm measures shapes of LLaVA-1.5: {', '.join(known)}")
     check_model(architecture, config.settings)
-    runs: dict[str, list[list[Load]]] = {arm: [] for arm in ARMS}
-    context = multiprocessing.get_context("spawn")
-    with TemporaryDirectory(prefix="vlm-prune-") as name:
+    runs: dict[str, list[Load]] = {arm: [] for arm in ARMS}
+    with TemporaryDirectory(prefix="vlm-prune-") as name, ExitStack() as stack:
         _write_model(config, architecture, Path(name))
+        arms = {arm: stack.enter_context(_started(config, arm, name)) for arm in ARMS}
         for _ in range(config.repeats):
-            for arm in ARMS:
-                ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_measure, args=(config, arm, name, theirs))
-                process.start()
-                theirs.close()
-                try:
-                    runs[arm].append(ours.recv())
-                except EOFError:
-                    raise InputError(
-                        f"vLLM ended while it served the {arm} {config.shape}"
-                    ) from None
-                finally:
-                    process.join()
-    arms = {arm: _summary(config, found) for arm, found in runs.items()}
+            for concurrency in config.concurrency:
+                for arm, serve in arms.items():
+                    runs[arm].append(serve(concurrency))
+    summaries = {arm: _summary(config, loads) for arm, loads in runs.items()}
     return {
         "config": asdict(config),
         "environment": environment(
             torch.device("cpu" if not torch.cuda.is_available() else "cuda")
         ),
-        **arms,
+        **summaries,
         "speedup": [
             {
                 "concurrency": one["concurrency"],
                 "requests_per_s": other["requests_per_s"] / one["requests_per_s"],
                 "first_token": other["first_token_s"] / one["first_token_s"],
             }
-            for one, other in zip(arms["unpruned"], arms["pruned"], strict=True)
+            for one, other in zip(summaries["unpruned"], summaries["pruned"], strict=True)
         ],
     }
 
 
-def _summary(config: ServingConfig, runs: Sequence[Sequence[Load]]) -> list[dict[str, Any]]:
+@contextmanager
+def _started(config: ServingConfig, arm: str, folder: str) -> Iterator[Callable[[int], Load]]:
+    """An engine in a process of its own, which answers the list at a concurrency."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(config, arm, folder, theirs))
+    process.start()
+    theirs.close()
+
+    def serve(concurrency: int) -> Load:
+        try:
+            ours.send(concurrency)
+            load: Load = ours.recv()
+        except (EOFError, OSError):
+            raise InputError(f"vLLM ended while it served the {arm} {config.shape}") from None
+        return load
+
+    try:
+        yield serve
+    finally:
+        ours.close()
+        process.join()
+
+
+def _summary(config: ServingConfig, runs: Sequence[Load]) -> list[dict[str, Any]]:
     """Of each concurrency the median over repeats."""
+    by_concurrency = [
+        [load for load in runs if load.concurrency == concurrency]
+        for concurrency in config.concurrency
+    ]
     return [
         {
-            "concurrency": concurrency,
+            "concurrency": loads[0].concurrency,
             "requests_per_s": median(load.requests / load.seconds for load in loads),
             "first_token_s": median(median(load.first_token_s) for load in loads),
             "prompt_tokens": loads[0].prompt_tokens,
             "runs": [asdict(load) for load in loads],
         }
-        for concurrency, loads in zip(config.concurrency, zip(*runs, strict=True), strict=True)
+        for loads in by_concurrency
     ]
 
 
@@ -161,8 +181,8 @@ def _write_model(config: ServingConfig, architecture: Any, folder: Path) -> None
     processor.save_pretrained(folder)
 
 
-def _measure(config: ServingConfig, arm: str, folder: str, results: Any) -> None:
-    """Serve the list in this process, which is new, and send what was measured."""
+def _serve(config: ServingConfig, arm: str, folder: str, requests: Any) -> None:
+    """Serve the list in this process, which is new, at each concurrency that is sent."""
     threads = f"0-{(os.cpu_count() or 1) - 1}"
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", threads)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -171,24 +191,24 @@ def _measure(config: ServingConfig, arm: str, folder: str, results: Any) -> None
     os.environ["HF_HUB_OFFLINE"] = "1"
     from vllm import LLM, SamplingParams
 
-    most = max(config.concurrency)
     llm = LLM(
         folder, load_format="dummy", dtype=config.dtype, seed=0, max_model_len=1024,
-        max_num_seqs=most, limit_mm_per_prompt={"image": 1}, enforce_eager=True,
-        distributed_executor_backend="uni",
+        max_num_seqs=max(config.concurrency), limit_mm_per_prompt={"image": 1},
+        enforce_eager=True, distributed_executor_backend="uni", gpu_memory_utilization=GPU_SHARE,
         additional_config={KEY: config.settings.as_dict()} if arm == "pruned" else {},
     )  # fmt: skip
     sampling = SamplingParams(temperature=0, max_tokens=config.new_tokens, ignore_eos=True)
     served = Served(llm.llm_engine, sampling)
-    loads, first = [], 0
-    for concurrency in config.concurrency:
-        # requests that are not counted, then those that are, each with a picture of its own
-        for count, counted in ((min(2, concurrency), False), (config.requests, True)):
-            prompts = [_prompt(config, first + number) for number in range(count)]
-            first += count
-            load = served.run(prompts, concurrency)
-            loads += [load] if counted else []
-    results.send(loads)
+    first = 0
+    with suppress(EOFError):
+        while True:
+            concurrency = requests.recv()
+            # requests that are not counted, then those that are, each with a picture of its own
+            for count in (min(2, concurrency), config.requests):
+                prompts = [_prompt(config, first + number) for number in range(count)]
+                first += count
+                load = served.run(prompts, concurrency)
+            requests.send(load)
 
 
 def _prompt(config: ServingConfig, number: int) -> dict[str, Any]:
