@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ import torch
 from pyarrow import parquet
 from transformers import AutoModelForImageTextToText
 
+from vlm_prune.benchmarks.batch.config import MapConfig
 from vlm_prune.benchmarks.batch.inputs import decode, find_images, input_root, printable, shown_of
 from vlm_prune.benchmarks.batch.output import ANSWERS, Parts, finished, parts_of
-from vlm_prune.benchmarks.batch.served import ServedVLM, settings_of
-from vlm_prune.benchmarks.evaluation.records import Variant
+from vlm_prune.benchmarks.batch.vllm_stage import vllm_answers
+from vlm_prune.benchmarks.evaluation.served import settings_of
 from vlm_prune.pruning.pipeline import PrunedVLM
 from vlm_prune.vlm.common.errors import InputError, first_line
 from vlm_prune.vlm.families import takes_videos
@@ -34,40 +35,12 @@ from vlm_prune.vlm.load import check_loadable, config_of, device_of, load
 MOST_BLOCKS = 2000
 NO_GPU = "Ray sees no GPU for --device cuda; give --device cpu"
 ONE_GPU = "Ray hands out the GPUs; give --device cuda, and --workers for how many"
-# Bytes that Ray sets aside for a decoding task: the largest image that is opened, and copies of it.
-# As the models ask for none, Ray Data does not move decoding into their processes.
-DECODING = 2**30
+# What Ray sets aside for a decoding task: the largest image that is opened, and copies of it. As the
+# models ask for no memory, Ray Data does not move decoding into their processes.
+DECODING = {"num_cpus": 1, "memory": 2**30}
 PART_ROWS, PART_SECONDS = 1000, 10.0
 # Not rows of the table: what keeps a model from answering at all.
 REFUSED = ANSWERS.append(pa.field("refused", pa.string()))
-
-
-@dataclass(frozen=True)
-class MapConfig:
-    """What decides the answers; an output holds those of one configuration.
-
-    `input` is a folder or a manifest, `max_new_tokens` the longest answer, None for the model's own
-    limit; `allow_outside` lets paths and links lead out of the folder; `engine` is `hf` or `vllm`;
-    `device_map`, `quantization`, `attn` and `adapter` are those of `load`, `frames` and `fps` those of
-    `open_video`.
-    """
-
-    input: str
-    prompt: str
-    model: str
-    variant: Variant
-    device: str = "auto"
-    dtype: str = "auto"
-    limit: int | None = None
-    max_new_tokens: int | None = None
-    allow_outside: bool = False
-    engine: str = "hf"
-    device_map: str | None = None
-    quantization: str | None = None
-    attn: str | None = None
-    adapter: str | None = None
-    frames: int = 32
-    fps: float | None = None
 
 
 class Answerer:
@@ -78,11 +51,7 @@ class Answerer:
         self.options: dict[str, Any] = {"do_sample": False}
         if config.max_new_tokens is not None:
             self.options["max_new_tokens"] = config.max_new_tokens
-        self.vlm: PrunedVLM | ServedVLM
         try:
-            if config.engine == "vllm":
-                self.vlm = ServedVLM(config.model, config.variant, device, config.dtype)
-                return
             pruner = config.variant.build(0)
             loaded = load(
                 config.model, device, config.dtype, device_map=config.device_map,
@@ -234,20 +203,20 @@ def _answers(
     context.enable_progress_bars = context.print_on_execution_start = False
     rows = batch_size * -(-len(missing) // (batch_size * MOST_BLOCKS))
     blocks = [missing.slice(start, rows) for start in range(0, len(missing), rows)]
-    answers = (
-        ray.data.from_arrow(blocks)
-        .map_batches(
-            decode,
-            batch_format="pyarrow",
-            fn_kwargs={
-                "root": input_root(Path(config.input), config.allow_outside),
-                "frames": config.frames,
-                "fps": config.fps,
-            },
-            num_cpus=1,
-            memory=DECODING,
-        )
-        .map_batches(
+    images = ray.data.from_arrow(blocks).map_batches(
+        decode,
+        batch_format="pyarrow",
+        fn_kwargs={
+            "root": input_root(Path(config.input), config.allow_outside),
+            "frames": config.frames,
+            "fps": config.fps,
+        },
+        **DECODING,
+    )
+    if config.engine == "vllm":
+        answers = vllm_answers(images, config, REFUSED, batch_size, models, share, DECODING)
+    else:
+        answers = images.map_batches(
             Answerer,
             batch_size=batch_size,
             batch_format="pyarrow",
@@ -255,7 +224,6 @@ def _answers(
             compute=ray.data.ActorPoolStrategy(size=models, max_tasks_in_flight_per_actor=2),
             **share,
         )
-    )
     try:
         yield from answers.iter_batches(batch_size=None, batch_format="pyarrow")
     except ray.exceptions.RayError as error:
@@ -299,10 +267,10 @@ def placed(
 def local_ray(cpus: int | None) -> Iterator[None]:
     """Ray on this machine alone, unless it runs already: quiet, and it tells nobody anything.
 
-    Ray listens on every network interface and runs what it is sent, so it asks for a secret.
+    Ray listens on every network interface and runs what it is sent by who knows this secret, unless
+    `RAY_AUTH_MODE` is `disabled`.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
     import ray.data
@@ -311,10 +279,6 @@ def local_ray(cpus: int | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    # Ray reads the environment when it is imported, which vLLM may have done before
-    raylet: Any = ray._raylet
-    raylet.Config.initialize("")
-    raylet.AuthenticationTokenLoader.instance().reset_cache()
     try:
         ray.init(
             address="local", num_cpus=cpus or max(2, os.cpu_count() or 1), include_dashboard=False,

@@ -6,19 +6,18 @@ from typing import Annotated, Any
 import typer
 
 from vlm_prune.benchmarks.cli.options import (
-    ENGINES,
     Device,
     MethodArgs,
     OneBudget,
     Positions,
     ScheduleFile,
+    check_engine,
     parse_budget,
     parse_method_args,
     with_schedule,
 )
 from vlm_prune.benchmarks.cli.terminal import quiet
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.registry import unknown
 
 
 def bench_command(
@@ -84,8 +83,7 @@ def bench_command(
     from vlm_prune.vlm.families import FAMILIES
 
     quiet()
-    if engine not in ENGINES:
-        raise InputError(unknown("engine", engine, ENGINES))
+    check_engine(engine)
     if output is not None:
         check_outputs(output, ("bench.json", "bench.md"))
     if engine == "vllm" and (schedule is not None or wings is not None or "," in method):

@@ -26,6 +26,7 @@ from vlm_prune.benchmarks.cli.options import (
     Split,
     Tasks,
     Wings,
+    check_engine,
     data_root_of,
     parse_budget,
     parse_method_args,
@@ -60,6 +61,7 @@ def evaluate_command(
     data_root: DataRoot = None,
     allow_outside: AllowOutside = False,
     output: Output = None,
+    engine: Annotated[str, typer.Option(help="What answers: hf, or vllm.")] = "hf",
     suite: Annotated[
         str | None, typer.Option(help="forgetting: base LLM, VLM and Wings, unpruned; all tasks.")
     ] = None,
@@ -75,8 +77,14 @@ def evaluate_command(
     common: dict[str, Any] = {
         "model": model, "limit": limit, "batch_size": batch_size, "device": device,
         "dtype": dtype, "seed": seed, "wings": wings, "device_map": device_map,
-        "quantization": quantization, "attn": attn, "peft": adapter,
+        "quantization": quantization, "attn": attn, "peft": adapter, "engine": engine,
     }  # fmt: skip
+    check_engine(engine)
+    if engine == "vllm" and any((device_map, quantization, attn, adapter, schedule, wings, suite)):
+        raise InputError(
+            "--engine vllm runs one method on the model alone, without --device-map, --quantization, "
+            "--attn, --adapter, --schedule, --wings and --suite"
+        )
     given = {name for name in context.params if _is_given(context, name)}
     if suite is not None:
         from vlm_prune.benchmarks.evaluation.suite import run_suite

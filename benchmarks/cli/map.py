@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from vlm_prune.benchmarks.cli.options import (
-    ENGINES,
     Adapter,
     AllowOutside,
     Attn,
@@ -21,12 +20,12 @@ from vlm_prune.benchmarks.cli.options import (
     OneBudget,
     Positions,
     Quantization,
+    check_engine,
     parse_budget,
     parse_method_args,
 )
 from vlm_prune.benchmarks.cli.terminal import progress, quiet
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.registry import unknown
 from vlm_prune.vlm.common.video import check_rate
 
 
@@ -73,19 +72,19 @@ def map_command(
     if find_spec("ray") is None or find_spec("pyarrow") is None:
         raise InputError("map needs Ray Data; install it with: pip install 'vlm-prune[ray]'")
     from vlm_prune.benchmarks.batch import pipeline
+    from vlm_prune.benchmarks.batch.config import MapConfig
     from vlm_prune.benchmarks.evaluation.records import Variant
 
     quiet()
+    check_engine(engine)
     check_rate(frames, fps)
-    if engine not in ENGINES:
-        raise InputError(unknown("engine", engine, ENGINES))
     if engine != "hf" and any((device_map, quantization, attn, adapter)):
         raise InputError(
             "--device-map, --quantization, --attn and --adapter are for --engine hf; vLLM has "
             "options of its own"
         )
     variant = Variant(method, parse_budget(budget), positions, parse_method_args(method_args))
-    config = pipeline.MapConfig(
+    config = MapConfig(
         str(source.absolute()),
         prompt,
         model,

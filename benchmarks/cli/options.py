@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.registry import unknown
 
 if TYPE_CHECKING:
     from vlm_prune.benchmarks.evaluation.records import Variant
@@ -155,6 +156,12 @@ def parse_tasks(text: str) -> tuple[str, ...]:
     if others := [name for name in names if name not in TASKS]:
         check_tasks(others, list(TASKS))
     return names
+
+
+def check_engine(name: str) -> None:
+    """Raises `InputError` for an engine that there is not."""
+    if name not in ENGINES:
+        raise InputError(unknown("engine", name, ENGINES))
 
 
 def parse_split(text: str) -> Literal["val", "test"]:

@@ -1,6 +1,7 @@
 """Run methods against the unpruned model over tasks; killed at any moment, it resumes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -8,7 +9,7 @@ import torch
 
 from vlm_prune.benchmarks.evaluation.costs import machine_of, paired_costs
 from vlm_prune.benchmarks.evaluation.prompts import Prompts, make_prompts
-from vlm_prune.benchmarks.evaluation.records import PairedRow, PairedTimes, Results
+from vlm_prune.benchmarks.evaluation.records import PairedRow, PairedTimes, PromptRecord, Results
 from vlm_prune.benchmarks.evaluation.store import RunFolder, described
 from vlm_prune.benchmarks.evaluation.summarize import summarize
 from vlm_prune.benchmarks.evaluation.timing import Phases, timed_generate
@@ -16,6 +17,9 @@ from vlm_prune.benchmarks.tasks import TASKS, Sample
 from vlm_prune.benchmarks.tasks.base import shares
 from vlm_prune.vlm.chat import render
 from vlm_prune.vlm.trace import Trace
+
+# from a batch and pruners to the rows of each pruner
+Answer = Callable[[list[Sample], list[Any]], Iterable[list[PairedRow]]]
 
 
 def most_new_tokens(batch: list[Sample]) -> int:
@@ -44,6 +48,7 @@ def evaluate(
     processor: Any,
     folders: list[RunFolder[PairedRow]],
     progress: Callable[[int], None] = lambda done: None,
+    answer: Answer | None = None,
 ) -> list[Results]:
     """Fill the folders, which differ only in their variant, and return their results.
 
@@ -55,6 +60,7 @@ def evaluate(
         processor: the model's.
         folders: of the runs.
         progress: called with the number of questions done.
+        answer: makes the rows of a batch; the model does unless given.
 
     Raises:
         InputError: if a method does not go with the model, or a folder has rows that are not of
@@ -66,7 +72,7 @@ def evaluate(
     for folder, pruner in zip(folders, pruners, strict=True):
         pruner.admit(model)
         folder.check(samples)
-    warm = False
+    answer, warm = answer or partial(_answer, model, processor), False
     for start in range(0, len(samples), config.batch_size):
         batch = samples[start : start + config.batch_size]
         missing = [
@@ -76,9 +82,9 @@ def evaluate(
         ]
         if missing:
             if not warm:  # the first pass pays for allocations and lazy hooks
-                for _ in _answer(model, processor, batch[:1], [p for _, p in missing]):
+                for _ in answer(batch[:1], [pruner for _, pruner in missing]):
                     warm = True
-            answers = _answer(model, processor, batch, [pruner for _, pruner in missing])
+            answers = answer(batch, [pruner for _, pruner in missing])
             for (folder, _), rows in zip(missing, answers, strict=True):
                 folder.append(rows)
         progress(len(batch))
@@ -111,24 +117,43 @@ def _answer(
             baseline_prefill=share * before.prefill,
             baseline_decode=share * before.decode,
         )
-        rows = []
-        for number, sample in enumerate(batch):
-            score, prompt = TASKS[sample.id.split("/")[0]].score, prompts.record(number, trace)
-            flops, kv_bytes = paired_costs(model, prompt)
-            rows.append(
-                PairedRow(
-                    **described(sample),
-                    baseline=baseline[number],
-                    prediction=ours[number],
-                    baseline_score=score(baseline[number], sample.answer),
-                    score=score(ours[number], sample.answer),
-                    **msgspec.structs.asdict(prompt),
-                    flops=flops,
-                    kv_bytes=kv_bytes,
-                    time_ms=times,
-                )
-            )
-        yield rows
+        yield [
+            paired_row(model, sample, prompts.record(number, trace), one, other, times)
+            for number, (sample, one, other) in enumerate(zip(batch, baseline, ours, strict=True))
+        ]
+
+
+def paired_row(
+    model: Any,
+    sample: Sample,
+    prompt: PromptRecord,
+    baseline: str,
+    prediction: str,
+    times: PairedTimes,
+) -> PairedRow:
+    """Returns the row of one question.
+
+    Args:
+        model: whose operations are counted.
+        sample: the question.
+        prompt: its images, pruned.
+        baseline: the unpruned model's answer.
+        prediction: the pruned model's.
+        times: of both.
+    """
+    score = TASKS[sample.id.split("/")[0]].score
+    flops, kv_bytes = paired_costs(model, prompt)
+    return PairedRow(
+        **described(sample),
+        baseline=baseline,
+        prediction=prediction,
+        baseline_score=score(baseline, sample.answer),
+        score=score(prediction, sample.answer),
+        **msgspec.structs.asdict(prompt),
+        flops=flops,
+        kv_bytes=kv_bytes,
+        time_ms=times,
+    )
 
 
 def prompts_of(model: Any, processor: Any, batch: list[Sample]) -> Prompts:

@@ -68,7 +68,7 @@ class RunConfig:
     """What decides a run's results; a folder holds the results of one.
 
     `wings` and `peft` are adapters that the pruned and the unpruned model both have; `device_map`,
-    `quantization` and `attn` are those of `load`.
+    `quantization` and `attn` are those of `load`. `engine` is what answers: `hf` or `vllm`.
     """
 
     model: str
@@ -85,6 +85,7 @@ class RunConfig:
     quantization: str | None = None
     attn: str | None = None
     peft: str | None = None
+    engine: Literal["hf", "vllm"] = "hf"
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -31,7 +31,8 @@ def refused(road, call):
 # The library and the commands as far as they share no code; a refusal of one row is that row's error
 ROADS = """
 from vlm_prune.benchmarks.batch.inputs import decode, find_images, input_root
-from vlm_prune.benchmarks.batch.pipeline import Answerer, MapConfig
+from vlm_prune.benchmarks.batch.config import MapConfig
+from vlm_prune.benchmarks.batch.pipeline import Answerer
 from vlm_prune.benchmarks.evaluation.records import Variant
 from vlm_prune.benchmarks.experiments.iit import evaluate as iit
 from vlm_prune.benchmarks.experiments.schedule import change_points_of, prompts_of_file

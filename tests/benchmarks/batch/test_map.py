@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -14,16 +13,16 @@ from pyarrow import parquet
 from tiny_families import Tiny
 from video_files import write_clip
 
+from vlm_prune.benchmarks.batch.config import MapConfig
 from vlm_prune.benchmarks.batch.inputs import decode, find_images, input_root, open_below
 from vlm_prune.benchmarks.batch.output import ANSWERS, Parts, parts_of
-from vlm_prune.benchmarks.batch.pipeline import Answerer, MapConfig, local_ray, placed
-from vlm_prune.benchmarks.batch.served import ServedVLM
+from vlm_prune.benchmarks.batch.pipeline import Answerer, local_ray, placed
+from vlm_prune.benchmarks.batch.vllm_stage import ERROR, engine_request
 from vlm_prune.benchmarks.cli import map as command
 from vlm_prune.benchmarks.evaluation.records import Variant
 from vlm_prune.benchmarks.tasks import TASKS
 from vlm_prune.pruning.pipeline import PrunedVLM
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.video import VideoClip
 
 PROMPT = "What color is the star?"
 EAGER = (  # a part after every block, so that a kill finds some
@@ -158,14 +157,29 @@ def test_a_thousand_images_killed_and_interrupted(run, tmp_path, cluster):
     assert {row["path"] for row in rows(output) if row["error"]} == broken
 
 
+@pytest.mark.slow
+def test_ray_runs_nothing_without_its_secret(cluster):
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    for token, code in ((os.environ["RAY_AUTH_TOKEN"], 0), ("0" * 64, 1)):
+        other = subprocess.run(
+            [sys.executable, "-c", f"import ray; ray.init({address!r}, log_to_driver=False)"],
+            check=False, capture_output=True, text=True, env=os.environ | {"RAY_AUTH_TOKEN": token},
+        )  # fmt: skip
+        assert other.returncode == code, other.stderr
+    assert "AuthenticationError" in other.stderr
+
+
 SPILLED = """
 import sys
 from pathlib import Path
-from vlm_prune.benchmarks.batch.pipeline import MapConfig, local_ray, map_images
+from vlm_prune.benchmarks.batch.config import MapConfig
+from vlm_prune.benchmarks.batch.pipeline import local_ray, map_images
 from vlm_prune.benchmarks.evaluation.records import Variant
 
 pictures, model, output = sys.argv[1:]
-with local_ray(2):  # Ray reads how to ask for the secret when it is imported first
+with local_ray(2):
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
     config = MapConfig(pictures, "red?", model, Variant("zoo", 16), max_new_tokens=1)
     print(map_images(config, Path(output), batch_size=2))
@@ -314,10 +328,13 @@ def test_videos_are_rows_where_the_model_takes_them(tmp_path):
 
 
 def test_a_video_of_a_manifest_is_an_error_of_its_row_with_vllm():
-    """The engine itself is not started: it is not asked."""
-    served = object.__new__(ServedVLM)
-    with pytest.raises(InputError, match="videos are not answered by vLLM"):
-        served.replies([VideoClip(np.zeros((1, 8, 8, 3), np.uint8), (0.0,), 1.0)], ["red?"])
+    clip = {"row": 0, "prompt": "red?", "error": None, "width": 8, "height": 8,
+            "pixels": bytes(192), "times": [0.0], "duration": 1.0}  # fmt: skip
+    assert "videos are not answered by vLLM" in engine_request(clip, {})[ERROR]
+    image = engine_request(clip | {"times": None}, {"max_tokens": 3})
+    assert not image[ERROR] and image["multimodal_data"]["image"][0].size == (8, 8)
+    broken = engine_request(clip | {"error": "no image"}, {})
+    assert broken[ERROR] == "no image" and "messages" not in broken
 
 
 def test_a_row_is_counted_once_and_a_damaged_part_is_refused(tmp_path):

@@ -1,12 +1,13 @@
 """The main command on a real checkpoint: results, resuming, refusing another configuration."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 
 from vlm_prune.benchmarks.evaluation import engine
 from vlm_prune.benchmarks.evaluation.records import Results
-from vlm_prune.benchmarks.evaluation.store import read_versioned
+from vlm_prune.benchmarks.evaluation.store import read_run, read_versioned
 from vlm_prune.benchmarks.evaluation.tables import with_interval
 
 FAST = ["--limit", "6", "--batch-size", "3", "--tasks", "exist,text"]
@@ -67,6 +68,14 @@ def test_another_configuration_in_the_folder_is_refused(run, checkpoint, tmp_pat
     code, _, err = run("eval", "--model", checkpoint, "--output", tmp_path, *FAST, "--seed", "1")
     assert code == 2 and "another seed" in err
     assert (tmp_path / "samples.jsonl").read_text() == before
+    # a folder from before there was a choice of engines can be read, and not be added to
+    for name in ("config.json", "results.json"):
+        content = json.loads((tmp_path / name).read_text())
+        del content["config"]["engine"]
+        (tmp_path / name).write_text(json.dumps(content))
+    assert read_run(tmp_path)[0].config.engine == "hf"
+    code, _, err = run("eval", "--model", checkpoint, "--output", tmp_path, *FAST)
+    assert code == 2 and "give another --output" in err and len(err.strip().splitlines()) == 1
 
 
 def test_none_equals_the_unpruned_model(run, checkpoint, tmp_path):
@@ -125,3 +134,21 @@ def test_a_wings_adapter_is_attached_for_every_task_and_method(run, checkpoint, 
     assert content["flops"]["pruned"] > without["flops"]["pruned"]
     code, _, err = run(*common, "--wings", tmp_path / "nothing")
     assert code == 2 and "cannot read a Wings adapter" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--engine", "vlm"], "did you mean 'vllm'"),
+        (["--engine", "vllm", "--attn", "eager"], "runs one method on the model alone"),
+        (["--engine", "vllm", "--method", "fastv"], "inside the language model"),
+        (["--engine", "vllm", "--budget", "577"], "above the 576 tokens"),
+        (["--engine", "vllm"], "vLLM is not installed"),
+    ],
+)
+def test_what_vllm_cannot_run_is_refused_in_one_line(run, tmp_path, options, message):
+    if message == "vLLM is not installed" and find_spec("vllm"):
+        pytest.skip("vLLM is installed")
+    code, _, err = run("eval", "--output", tmp_path / "out", *FAST, *options)
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+    assert not list(tmp_path.glob("out/*.json"))

@@ -3,7 +3,8 @@
 import pytest
 from pyarrow import parquet
 
-from vlm_prune.benchmarks.batch.pipeline import MapConfig, map_images
+from vlm_prune.benchmarks.batch.config import MapConfig
+from vlm_prune.benchmarks.batch.pipeline import map_images
 from vlm_prune.benchmarks.evaluation.records import Variant
 from vlm_prune.benchmarks.tasks import TASKS
 from vlm_prune.vlm.common.errors import InputError

@@ -1,0 +1,244 @@
+"""`eval` through vLLM: the questions and rows of `eval`, answered by two engines in turn.
+
+vLLM says how many image tokens a prompt has, and not which: `kept` is empty. A prefill holds tower and
+selection, of which it gives no times of their own. Operations are counted on the Hugging Face
+model, whose images those of vLLM are.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from PIL.Image import Image
+
+from vlm_prune.benchmarks.evaluation.engine import (
+    evaluate,
+    most_new_tokens,
+    paired_row,
+    prompts_of,
+    samples_of,
+)
+from vlm_prune.benchmarks.evaluation.records import PairedRow, PairedTimes, Results, Variant
+from vlm_prune.benchmarks.evaluation.store import RunFolder
+from vlm_prune.benchmarks.tasks import Sample
+from vlm_prune.vlm.budget import even_shares
+from vlm_prune.vlm.chat import Messages
+from vlm_prune.vlm.common.errors import InputError, first_line
+from vlm_prune.vlm.load import EMBEDDED
+from vlm_prune.vlm.serving.server import check_served
+from vlm_prune.vlm.serving.settings import KEY, Settings
+from vlm_prune.vlm.trace import Trace
+
+GPU_SHARE = 0.45  # of the memory, for each of the two engines
+
+
+def settings_of(model: str, variant: Variant, seed: int = 0) -> Settings:
+    """The settings of an engine that keeps what the variant keeps.
+
+    Args:
+        model: `tiny`, `smol`, a checkpoint folder, or a hub name.
+        variant: the method.
+        seed: of the method.
+
+    Raises:
+        InputError: if vLLM is missing, or cannot serve the model so.
+    """
+    settings = Settings.read(
+        {
+            "method": variant.method, "budget": variant.budget, "seed": seed,
+            "arguments": variant.with_positions,
+        }
+    )  # fmt: skip
+    check_served(model, settings)
+    return settings
+
+
+class ServedVLM:
+    """An engine of vLLM with the plug-in.
+
+    Args:
+        model: `tiny`, `smol`, a checkpoint folder, or a hub name.
+        variant: the method.
+        device: `cpu`, or the kind of GPU.
+        dtype: as for `load`.
+        images: the most that a prompt has.
+        seed: of the method and of vLLM.
+        options: of vLLM's `LLM`.
+
+    Raises:
+        InputError: if vLLM is missing, or the engine does not start.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        variant: Variant,
+        device: str,
+        dtype: str,
+        images: int = 1,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        settings = settings_of(model, variant, seed)
+        from vllm import LLM
+
+        try:
+            self.llm = LLM(
+                str(EMBEDDED.get(model, model)),
+                dtype="float32" if dtype == "auto" and device == "cpu" else dtype,
+                limit_mm_per_prompt={"image": images}, additional_config={KEY: settings.as_dict()},
+                seed=seed, **options,
+            )  # fmt: skip
+        except (RuntimeError, ValueError, OSError) as error:
+            raise InputError(f"vLLM does not start: {first_line(error)}") from error
+        config = self.llm.llm_engine.model_config.hf_config
+        self.image_token = getattr(config, "image_token_id", None) or config.image_token_index
+
+    def complete(
+        self,
+        chats: Sequence[Messages],
+        images: Sequence[Sequence[Image]],
+        max_new_tokens: int | None = None,
+    ) -> list[Any]:
+        """Returns vLLM's outputs for conversations, answered greedily.
+
+        Args:
+            chats: in the format of `transformers`, whose images are only mentioned.
+            images: of each, in their order.
+            max_new_tokens: of each answer; the model's own unless given.
+        """
+        sampling = self.llm.get_default_sampling_params()
+        sampling.temperature = 0.0
+        if max_new_tokens is not None:
+            sampling.max_tokens = max_new_tokens
+        shown = [_with_images(*both) for both in zip(chats, images, strict=True)]
+        return list(self.llm.chat(shown, sampling, use_tqdm=False))
+
+    def image_tokens(self, output: Any) -> int:
+        """How many tokens the images have in a prompt that vLLM has answered."""
+        return list(output.prompt_token_ids).count(self.image_token)
+
+
+def evaluate_served(
+    model: Any,
+    processor: Any,
+    folder: RunFolder[PairedRow],
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Results]:
+    """Fill the folder of a run, and return its results.
+
+    Args:
+        model: the Hugging Face model of the checkpoint that vLLM serves.
+        processor: the model's.
+        folder: of the run.
+        progress: called with the number of questions done.
+
+    Raises:
+        InputError: as for `evaluate`, and if vLLM cannot run the model or the method.
+    """
+    pair = ServedPair(model, processor, folder)
+    try:
+        return evaluate(model, processor, [folder], progress, pair)
+    finally:
+        pair.close()
+
+
+class ServedPair:
+    """An unpruned and a pruned engine, started when there is something to answer.
+
+    Args:
+        model: the Hugging Face model of the checkpoint.
+        processor: the model's.
+        folder: of the run.
+    """
+
+    def __init__(self, model: Any, processor: Any, folder: RunFolder[PairedRow]) -> None:
+        self.model, self.processor, self.config = model, processor, folder.config
+        config = folder.config
+        samples = samples_of(config.tasks, config.limit, config.seed, config.split)
+        self.images = max(1, *(len(sample.images) for sample in samples))
+        self.engines: list[ServedVLM] = []
+
+    def start(self) -> list[ServedVLM]:
+        """Returns both engines, unpruned and pruned."""
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        config = self.config
+        for variant in (Variant("none", 1.0), config.variant):
+            self.engines.append(
+                ServedVLM(
+                    config.model, variant, config.device, config.dtype, self.images,
+                    seed=config.seed, max_num_seqs=config.batch_size,
+                    gpu_memory_utilization=GPU_SHARE, disable_log_stats=False,
+                    enable_prefix_caching=False, mm_processor_cache_gb=0,
+                )
+            )  # fmt: skip
+        return self.engines
+
+    def close(self) -> None:
+        """End the engines."""
+        for engine in self.engines:
+            engine.llm.llm_engine.engine_core.shutdown()
+        self.engines = []
+
+    def __call__(self, batch: list[Sample], pruners: list[Any]) -> Iterator[list[PairedRow]]:
+        """Yields the rows of a batch, for the run's one method."""
+        unpruned, pruned = self.engines or self.start()
+        chats, shown = [s.messages() for s in batch], [s.images for s in batch]
+        before, after = (
+            engine.complete(chats, shown, most_new_tokens(batch)) for engine in (unpruned, pruned)
+        )
+        prompts = prompts_of(self.model, self.processor, batch)
+        whole = sum(map(unpruned.image_tokens, before))
+        if prompts.vision is not None and whole != sum(prompts.vision.counts):
+            raise InputError(
+                f"the images of a batch have {whole} tokens in vLLM and {sum(prompts.vision.counts)} "
+                "in transformers; their processors differ"
+            )
+        # a prompt's images share its tokens: what is reported of them is their mean
+        counts = [
+            count
+            for output, images in zip(after, shown, strict=True)
+            for count in even_shares(pruned.image_tokens(output), len(images))
+        ]
+        trace = Trace(computed=[counts] * self.model.config.get_text_config().num_hidden_layers)
+        (prefill, decode), (baseline_prefill, baseline_decode) = (
+            phases(outputs) for outputs in (after, before)
+        )
+        times = PairedTimes(
+            vision=0.0, selection=0.0, prefill=prefill, decode=decode, baseline_vision=0.0,
+            baseline_prefill=baseline_prefill, baseline_decode=baseline_decode,
+        )  # fmt: skip
+        baseline, ours = (
+            [output.outputs[0].text.strip() for output in outputs] for outputs in (before, after)
+        )
+        yield [
+            paired_row(self.model, sample, prompts.record(number, trace), one, other, times)
+            for number, (sample, one, other) in enumerate(zip(batch, baseline, ours, strict=True))
+        ]
+
+
+def phases(outputs: Sequence[Any]) -> tuple[float, float]:
+    """Milliseconds of a question of a batch that vLLM has answered, until the last first token and
+    after it: a share of the batch's.
+    """
+    stats = [output.metrics for output in outputs]
+    first = max(own.first_token_ts for own in stats)
+    prefill = first - min(own.scheduled_ts for own in stats)
+    decode = max(own.last_token_ts for own in stats) - first
+    return 1e3 * prefill / len(stats), 1e3 * decode / len(stats)
+
+
+def _with_images(chat: Messages, images: Sequence[Image]) -> Messages:
+    """A conversation that holds its images."""
+    left = iter(images)
+    return [
+        message
+        | {
+            "content": [
+                {"type": "image_pil", "image_pil": next(left)} if part["type"] == "image" else part
+                for part in message["content"]
+            ]
+        }
+        for message in chat
+    ]
