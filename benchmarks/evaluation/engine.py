@@ -1,20 +1,26 @@
 """Run methods against the unpruned model over tasks; killed at any moment, it resumes."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import msgspec
 import torch
 
 from vlm_prune.benchmarks.evaluation.costs import machine_of, paired_costs
 from vlm_prune.benchmarks.evaluation.prompts import Prompts, make_prompts
-from vlm_prune.benchmarks.evaluation.records import PairedRow, PairedTimes, PromptRecord, Results
-from vlm_prune.benchmarks.evaluation.store import RunFolder, described
+from vlm_prune.benchmarks.evaluation.records import (
+    PairedRow,
+    PairedTimes,
+    PromptRecord,
+    Results,
+    number_of,
+)
+from vlm_prune.benchmarks.evaluation.store import QuestionFields, RunFolder, described
 from vlm_prune.benchmarks.evaluation.summarize import summarize
 from vlm_prune.benchmarks.evaluation.timing import Phases, timed_generate
-from vlm_prune.benchmarks.tasks import TASKS, Sample
-from vlm_prune.benchmarks.tasks.base import shares
+from vlm_prune.benchmarks.tasks import TASKS, Sample, Split
+from vlm_prune.benchmarks.tasks.base import question_id, shares
 from vlm_prune.vlm.chat import render
 from vlm_prune.vlm.trace import Trace
 
@@ -27,7 +33,48 @@ def most_new_tokens(batch: list[Sample]) -> int:
     return max(TASKS[sample.id.split("/")[0]].new_tokens for sample in batch)
 
 
-def samples_of(tasks: tuple[str, ...], limit: int, seed: int, split: str) -> list[Sample]:
+class Samples(Sequence[Sample]):
+    """Questions of the embedded tasks; each is drawn where it is looked up, so that none is held.
+
+    Args:
+        ids: of the questions, `exist/000012`.
+        seed: of the questions.
+        split: train, val or test.
+    """
+
+    def __init__(self, ids: list[str], seed: int, split: Split) -> None:
+        self.ids, self.seed, self.split = ids, seed, split
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self._drawn(name) for name in self.ids[index]]
+        return self._drawn(self.ids[index])
+
+    def _drawn(self, name: str) -> Sample:
+        task = name.split("/")[0]
+        return TASKS[task].sample(number_of(name, task), self.seed, self.split)
+
+    def text_alone(self) -> "Samples":
+        """Returns the questions of the tasks that do not ask about an image."""
+        ids = [name for name in self.ids if not TASKS[name.split("/")[0]].visual]
+        return Samples(ids, self.seed, self.split)
+
+    def answered(self, folders: Iterable[RunFolder[Any]]) -> dict[str, QuestionFields]:
+        """Returns what was asked in the questions of which any folder has a row."""
+        done = set().union(*(folder.rows for folder in folders))
+        return {name: described(self._drawn(name)) for name in self.ids if name in done}
+
+
+def samples_of(tasks: tuple[str, ...], limit: int, seed: int, split: Split) -> Samples:
     """Returns `limit` questions in all, spread evenly over the tasks.
 
     Args:
@@ -36,11 +83,9 @@ def samples_of(tasks: tuple[str, ...], limit: int, seed: int, split: str) -> lis
         seed: of the questions.
         split: train, val or test.
     """
-    return [
-        TASKS[name].sample(index, seed, split)  # type: ignore[arg-type]
-        for name, share in shares(tasks, limit).items()
-        for index in range(share)
-    ]
+    counts = shares(tasks, limit).items()
+    ids = [question_id(name, index) for name, share in counts for index in range(share)]
+    return Samples(ids, seed, split)
 
 
 def evaluate(
@@ -69,28 +114,31 @@ def evaluate(
     config = folders[0].config
     samples = samples_of(config.tasks, config.limit, config.seed, config.split)
     pruners = [folder.config.variant.build(config.seed) for folder in folders]
+    asked = samples.answered(folders)
     for folder, pruner in zip(folders, pruners, strict=True):
         pruner.admit(model)
-        folder.check(samples)
+        folder.check(asked)
     answer, warm = answer or partial(_answer, model, processor), False
     for start in range(0, len(samples), config.batch_size):
-        batch = samples[start : start + config.batch_size]
+        questions = slice(start, start + config.batch_size)
+        names = samples.ids[questions]
         missing = [
             (folder, pruner)
             for folder, pruner in zip(folders, pruners, strict=True)
-            if any(sample.id not in folder.rows for sample in batch)
+            if any(name not in folder.rows for name in names)
         ]
         if missing:
+            batch = samples[questions]
             if not warm:  # the first pass pays for allocations and lazy hooks
                 for _ in answer(batch[:1], [pruner for _, pruner in missing]):
                     warm = True
             answers = answer(batch, [pruner for _, pruner in missing])
             for (folder, _), rows in zip(missing, answers, strict=True):
                 folder.append(rows)
-        progress(len(batch))
+        progress(len(names))
     results = []
     for folder in folders:
-        rows = [folder.rows[sample.id] for sample in samples]
+        rows = [folder.rows[name] for name in samples.ids]
         results.append(summarize(folder.config, rows, machine_of(model)))
         folder.finish(results[-1])
     return results

@@ -1,7 +1,7 @@
 """Folders of results: what stands in them, read and written as records."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Generic, Self, TypedDict, TypeVar
 
@@ -217,14 +217,13 @@ class RunFolder(Generic[RowT]):
             os.truncate(self.log, end)
         return rows
 
-    def check(self, samples: Iterable[Sample]) -> None:
-        """Raise `InputError` unless all rows are of these questions, with the scores of their answers."""
-        known = {sample.id: sample for sample in samples}
+    def check(self, asked: "Mapping[str, QuestionFields]") -> None:
+        """Raise `InputError` unless all rows are of these questions, by id, with the scores of their
+        answers.
+        """
         for row in self.rows.values():
-            sample = known.get(row.id)
-            if sample is None or described(sample) != {
-                name: getattr(row, name) for name in described(sample)
-            }:
+            question = asked.get(row.id)
+            if question is None or question != {name: getattr(row, name) for name in question}:
                 problem = "is none of this run's questions"
             elif not _scored(row):
                 problem = "has another score than its answer"

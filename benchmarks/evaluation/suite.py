@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from vlm_prune.benchmarks import lmms_eval
 from vlm_prune.benchmarks.cli.terminal import progress, quiet
 from vlm_prune.benchmarks.evaluation.engine import (
+    Samples,
     most_new_tokens,
     prompts_of,
     replies_to,
@@ -147,7 +148,7 @@ def _embedded(folders: dict[str, RunFolder[AnswerRow]], tick: Progress) -> None:
     if "base" in folders:
         base_config = folders["base"].config
         language = Language(base_config.model, base_config.device, base_config.dtype)
-        _fill(folders["base"], _asking_text(language), [s for s in samples if _text(s)], tick)
+        _fill(folders["base"], _asking_text(language), samples.text_alone(), tick)
         del language
     model, processor = load(config.model, config.device, config.dtype)
     for role in ("vlm", "wings"):
@@ -156,10 +157,6 @@ def _embedded(folders: dict[str, RunFolder[AnswerRow]], tick: Progress) -> None:
             if adapter is not None:
                 from_pretrained(model, adapter)
             _fill(folders[role], _asking(model, processor), samples, tick)
-
-
-def _text(sample: Sample) -> bool:
-    return not TASKS[sample.id.split("/")[0]].visual
 
 
 def _asking(model: Any, processor: Any) -> Ask:
@@ -180,16 +177,17 @@ def _asking_text(language: Language) -> Ask:
     return ask
 
 
-def _fill(folder: RunFolder[AnswerRow], ask: Ask, samples: list[Sample], tick: Progress) -> None:
+def _fill(folder: RunFolder[AnswerRow], ask: Ask, samples: Samples, tick: Progress) -> None:
     """Ask what the folder has no rows of, in fixed slices of the questions."""
-    folder.check(samples)
+    folder.check(samples.answered([folder]))
     size = folder.config.batch_size
     for start in range(0, len(samples), size):
-        batch = samples[start : start + size]
-        if any(sample.id not in folder.rows for sample in batch):
+        names = samples.ids[start : start + size]
+        if any(name not in folder.rows for name in names):
+            batch = samples[start : start + size]
             replies = ask(batch)
             folder.append([_row(s, reply) for s, reply in zip(batch, replies, strict=True)])
-        tick(len(batch))
+        tick(len(names))
 
 
 def _row(sample: Sample, reply: str) -> AnswerRow:

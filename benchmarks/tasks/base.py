@@ -88,7 +88,14 @@ class Task:
             split: train, val or test; they share no photograph and no handwritten digit.
         """
         key = [SPLITS.index(split), seed, index, *self.name.encode()]
-        return replace(self.make(np.random.default_rng(key), split), id=f"{self.name}/{index:06d}")
+        return replace(
+            self.make(np.random.default_rng(key), split), id=question_id(self.name, index)
+        )
+
+
+def question_id(task: str, index: int) -> str:
+    """Returns the name of a task's question."""
+    return f"{task}/{index:06d}"
 
 
 def shares(names: Sequence[str], limit: int) -> dict[str, int]:

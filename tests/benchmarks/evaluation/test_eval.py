@@ -1,6 +1,7 @@
 """The main command on a real checkpoint: results, resuming, refusing another configuration."""
 
 import json
+import weakref
 from importlib.util import find_spec
 
 import pytest
@@ -152,3 +153,32 @@ def test_what_vllm_cannot_run_is_refused_in_one_line(run, tmp_path, options, mes
     code, _, err = run("eval", "--output", tmp_path / "out", *FAST, *options)
     assert code == 2 and message in err and len(err.strip().splitlines()) == 1
     assert not list(tmp_path.glob("out/*.json"))
+
+
+def test_questions_are_drawn_batch_by_batch_and_only_those_without_a_row(
+    run, checkpoint, tmp_path, monkeypatch
+):
+    """However many there are, the pictures of one batch are held at a time."""
+    drawn, held = [], []
+    draw = engine.Samples._drawn
+
+    def watched(self, name):
+        sample = draw(self, name)
+        drawn.append(name)
+        held.append(weakref.ref(sample))
+        assert sum(one() is not None for one in held) <= 2 * 3
+        return sample
+
+    monkeypatch.setattr(engine.Samples, "_drawn", watched)
+    command = ["eval", "--model", checkpoint, "--tasks", "exist,text", "--limit", "11"]
+    command += ["--batch-size", "3", "--output", tmp_path / "run"]
+    assert run(*command)[0] == 0
+    assert len(drawn) == 11 and len(set(drawn)) == 11
+    log = tmp_path / "run" / "samples.jsonl"
+    rows = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(rows[:9]))
+    drawn.clear()
+    assert run(*command)[0] == 0
+    # rows that are there are checked, and the last batch is made
+    assert drawn == [json.loads(row)["id"] for row in rows]
+    assert len(log.read_text().splitlines()) == 11
