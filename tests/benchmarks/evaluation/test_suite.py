@@ -87,7 +87,7 @@ def test_a_killed_suite_resumes_and_a_later_model_joins(run, common, tmp_path):
         (["--base", "somewhere"], "add --suite forgetting"),
         (["--suite", "forgetting", "--base", "tiny"], "is a model that sees images"),
         (["--suite", "forgetting", "--base", "/nowhere/llama"], "cannot load model"),
-        (["--suite", "forgetting", "--limit", "3"], "below one question for 8 tasks"),
+        (["--suite", "forgetting", "--limit", "3"], "below one question for 9 tasks"),
     ],
 )
 def test_wrong_options(run, checkpoint, tmp_path, options, message):
