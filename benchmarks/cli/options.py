@@ -31,7 +31,9 @@ Budgets = Annotated[str, typer.Option(help="Budgets, comma-separated.")]
 MethodArgs = Annotated[str, typer.Option(help="Hyperparameters, name=value,...")]
 Tasks = Annotated[
     str,
-    typer.Option(help="Names, comma-separated, lmms-eval's included, or 'visual' or 'all'."),
+    typer.Option(
+        help="Names, comma-separated, lmms-eval's included, or 'visual', 'video' or 'all'."
+    ),
 ]
 Limit = Annotated[int, typer.Option(min=1, help="Questions in all, spread evenly over the tasks.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Questions answered together.")]
@@ -145,9 +147,13 @@ def parse_method_args(text: str) -> dict[str, Any]:
 def parse_tasks(text: str) -> tuple[str, ...]:
     """Names of tasks, comma-separated, or those of a group; raises `InputError` for unknown ones."""
     from vlm_prune.benchmarks.lmms_eval import check_tasks
-    from vlm_prune.benchmarks.tasks import TASKS, VISUAL
+    from vlm_prune.benchmarks.tasks import TASKS, VIDEO, VISUAL
 
-    groups = {"visual": VISUAL, "all": tuple(TASKS)}
+    groups = {
+        "visual": VISUAL,
+        "video": VIDEO,
+        "all": tuple(name for name in TASKS if name not in VIDEO),
+    }
     names = groups.get(text) or tuple(name for name in text.split(",") if name)
     if not names:
         raise InputError(f"no task given in {text!r}; known: {', '.join(TASKS)}")

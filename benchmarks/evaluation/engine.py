@@ -205,7 +205,8 @@ def paired_row(
 
 
 def prompts_of(model: Any, processor: Any, batch: list[Sample]) -> Prompts:
-    """Renders and tokenizes the conversations of samples, and encodes their images.
+    """Renders and tokenizes the conversations of samples, and encodes their images and
+    videos.
 
     Args:
         model: of a supported family.
@@ -213,7 +214,8 @@ def prompts_of(model: Any, processor: Any, batch: list[Sample]) -> Prompts:
         batch: of samples.
     """
     texts = [render(processor, s.messages(), add_generation_prompt=True) for s in batch]
-    return make_prompts(model, processor, texts, [list(sample.images) for sample in batch])
+    images, videos = [list(s.images) for s in batch], [s.videos for s in batch]
+    return make_prompts(model, processor, texts, images, videos)
 
 
 def replies_to(

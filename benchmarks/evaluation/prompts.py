@@ -1,6 +1,6 @@
 """Conversations as a model takes them: token ids, and images already encoded."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from vlm_prune.benchmarks.evaluation.records import PromptRecord
 from vlm_prune.vlm.chat import encode_prompts
 from vlm_prune.vlm.common.timing import now
+from vlm_prune.vlm.common.video import VideoClip
 from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.families.base import PIXELS
@@ -25,9 +26,10 @@ class Prompts:
         tensors: `input_ids` and `attention_mask` (B, L), and the family's `arguments`.
         vision: the tokens of all images, in order; None where there is no image.
         pixel_values: the same images before the tower.
-        images: how many images each prompt has.
+        images: how many images and videos each prompt has.
         vision_s: seconds that encoding took.
         cropped: whether the model sees only the middle of images that are not square.
+        videos: how many of these are videos, which are encoded behind all images; none unless given.
     """
 
     tensors: dict[str, Tensor]
@@ -36,6 +38,17 @@ class Prompts:
     images: list[int]
     vision_s: float
     cropped: bool = False
+    videos: tuple[int, ...] = ()
+
+    def encoded_numbers(self, number: int) -> list[int]:
+        """Returns where in `vision` the images of one prompt are, and behind them its videos."""
+        videos = list(self.videos) or [0] * len(self.images)
+        images = [shown - count for shown, count in zip(self.images, videos, strict=True)]
+        first, later = sum(images[:number]), sum(images) + sum(videos[:number])
+        return [
+            *range(first, first + images[number]),
+            *range(later, later + videos[number]),
+        ]
 
     def record(self, number: int, trace: Trace) -> PromptRecord:
         """What results say about one prompt, pruned as in `trace`; means are over its images.
@@ -43,24 +56,28 @@ class Prompts:
         Beam search repeats a prompt with its images, whose first copy counts.
         """
         first, count = sum(self.images[:number]), self.images[number]
-        images = slice(first, first + count)
-        counts = self.vision.counts[images] if self.vision else []
+        own = self.encoded_numbers(number)
+        counts = [self.vision.counts[n] for n in own] if self.vision else []
         copies = max(1, len(trace.computed[0]) // max(1, sum(self.images)))
         pruned = slice(copies * first, copies * first + count)
         return PromptRecord(
             images=count,
             image_tokens=counts,
             cropped=self.cropped,
-            grids=self.vision.grids[images] if self.vision else [],
+            grids=[self.vision.grids[n] for n in own] if self.vision else [],
             text_tokens=int(self.tensors["attention_mask"][number].sum()) - sum(counts),
-            vision_flops=float(sum(self.vision.flops[images])) if self.vision else 0.0,
+            vision_flops=float(sum(self.vision.flops[n] for n in own)) if self.vision else 0.0,
             layer_tokens=[sum(layer[pruned]) / max(1, count) for layer in trace.computed],
             kept=[indices.tolist() for indices in trace.kept[pruned]],
         )
 
 
 def make_prompts(
-    model: Any, processor: Any, texts: list[str], images: list[list[Image.Image]]
+    model: Any,
+    processor: Any,
+    texts: list[str],
+    images: list[list[Image.Image]],
+    videos: Sequence[Sequence[VideoClip]] = (),
 ) -> Prompts:
     """Tokenizes rendered conversations, and runs the tower once over all their images.
 
@@ -69,13 +86,17 @@ def make_prompts(
         processor: the model's.
         texts: a conversation each.
         images: of each conversation.
+        videos: likewise; none unless given.
 
     Raises:
         InputError: if the processor cannot read them.
     """
-    inputs = encode_prompts(model, processor, texts, images)
+    clips = [clip for row in videos for clip in row]
+    inputs = encode_prompts(model, processor, texts, images, clips)
     cropped = bool(getattr(processor.image_processor, "do_center_crop", False))
-    return replace(encoded(model, inputs, [len(row) for row in images]), cropped=cropped)
+    counts = tuple(map(len, videos)) or (0,) * len(images)
+    shown = [len(row) + count for row, count in zip(images, counts, strict=True)]
+    return replace(encoded(model, inputs, shown), cropped=cropped, videos=counts)
 
 
 def encoded(model: Any, inputs: Mapping[str, Any], images: list[int]) -> Prompts:

@@ -1,13 +1,19 @@
 """The embedded tasks: offline, deterministic, small enough for a CPU."""
 
 from vlm_prune.benchmarks.tasks import (
+    appears,
     attribute,
     choice,
     count,
+    direction,
+    event,
     exist,
     hallucination,
     iit,
+    middle,
     ocr,
+    order,
+    passes,
     relation,
     text,
 )
@@ -18,9 +24,27 @@ TASKS: Registry[Task] = Registry(
     "task",
     {
         module.TASK.name: module.TASK
-        for module in (exist, attribute, ocr, count, relation, choice, text, iit, hallucination)
+        for module in (
+            exist,
+            attribute,
+            ocr,
+            count,
+            relation,
+            choice,
+            text,
+            iit,
+            hallucination,
+            appears,
+            passes,
+            direction,
+            middle,
+            event,
+            order,
+        )
     },
 )
 VISUAL = ("exist", "attribute", "ocr", "count", "relation", "choice")
+VIDEO = ("appears", "passes", "direction", "middle", "event", "order")
+"""Tasks about videos, for models that take them."""
 
-__all__ = ["TASKS", "VISUAL", "Question", "Sample", "Split", "Task", "Turn"]
+__all__ = ["TASKS", "VIDEO", "VISUAL", "Question", "Sample", "Split", "Task", "Turn"]

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_prune.benchmarks.tasks.vqa import exact_match
+from vlm_prune.vlm.common.video import VideoClip
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -17,12 +18,13 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 class Turn:
     """One user turn, and the assistant's reply where it is part of the prompt.
 
-    `images` come before `text`, as LLaVA was trained.
+    `images`, or a `video`, come before `text`, as LLaVA was trained.
     """
 
     text: str
     images: tuple[Image.Image, ...] = ()
     reply: str | None = None
+    video: VideoClip | None = None
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,17 @@ class Sample:
     def images(self) -> tuple[Image.Image, ...]:
         return tuple(image for turn in self.turns for image in turn.images)
 
+    @property
+    def videos(self) -> tuple[VideoClip, ...]:
+        """Returns the videos of all turns."""
+        return tuple(turn.video for turn in self.turns if turn.video is not None)
+
     def messages(self) -> list[dict[str, Any]]:
         """The conversation in the chat-template format of `transformers`."""
         messages: list[dict[str, Any]] = []
         for turn in self.turns:
             content: list[dict[str, Any]] = [{"type": "image"} for _ in turn.images]
+            content += [{"type": "video"}] * (turn.video is not None)
             content.append({"type": "text", "text": turn.text})
             messages.append({"role": "user", "content": content})
             if turn.reply is not None:
@@ -66,7 +74,7 @@ class Task:
 
     Args:
         name: as on the command line.
-        visual: whether the last turn asks about an image.
+        visual: whether the last turn asks about an image or a video.
         make: draws one sample from a random generator; the split decides which photographs and
             handwritten digits it may use.
         score: 1.0 for a right answer, 0.0 for a wrong one, given prediction and gold answer.

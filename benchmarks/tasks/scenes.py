@@ -114,7 +114,7 @@ def make_scene(
         things: how many objects; 3 to 6 unless given.
         shares: of shapes, digits and words among the others.
     """
-    pixels = _background(rng, split)
+    pixels = background(rng, split)
     for _ in range(int(rng.integers(0, 4))):
         _distract(rng, pixels)
     count = int(rng.integers(3, 7)) if things is None else things
@@ -127,7 +127,7 @@ def make_scene(
     for kind, color in zip(kinds[:count], colors, strict=False):
         free = [name for name in KINDS[kind] if name not in {thing.name for thing in placed}]
         name = str(rng.choice(free))
-        alpha = _sprite(rng, kind, name, split)
+        alpha = sprite(rng, kind, name, split)
         height, width = alpha.shape
         corner = _free_corner(rng, placed, width, height)
         if corner is None:
@@ -182,7 +182,8 @@ def _digits(split: Split) -> dict[str, NDArray[np.float32]]:
     return {digit: images[(part == split) & (data.target == int(digit))] for digit in DIGITS}
 
 
-def _background(rng: np.random.Generator, split: Split) -> NDArray[np.uint8]:
+def background(rng: np.random.Generator, split: Split) -> NDArray[np.uint8]:
+    """Returns a muted crop of a photograph of the split, (SIDE, SIDE, 3)."""
     photograph = _photograph(str(rng.choice(PHOTOGRAPHS[split])))
     side = int(rng.integers(200, min(photograph.size) + 1))
     left = int(rng.integers(0, photograph.width - side + 1))
@@ -226,8 +227,15 @@ def _free_corner(
     return None
 
 
-def _sprite(rng: np.random.Generator, kind: str, name: str, split: Split) -> NDArray[np.float32]:
-    """Opacity in [0, 1] of shape (height, width)."""
+def sprite(rng: np.random.Generator, kind: str, name: str, split: Split) -> NDArray[np.float32]:
+    """Returns the opacity in [0, 1] of a drawing, (height, width).
+
+    Args:
+        rng: draws its size, and which handwritten digit it is.
+        kind: `shape`, `digit` or `word`.
+        name: what it shows.
+        split: decides which handwritten digits it may use.
+    """
     if kind == "digit":
         size = int(rng.choice([28, 42]))
         drawing = _digits(split)[name]

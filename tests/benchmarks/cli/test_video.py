@@ -1,5 +1,7 @@
 """`vlm-prune ask` with a video file."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -27,13 +29,35 @@ def clip(tmp_path_factory):
     return path
 
 
-def test_a_video_is_answered(run, clip, tmp_path, capsys):
-    tiny = Tiny("llava_onevision")
-    tiny.model.save_pretrained(tmp_path)
-    tiny.processor.save_pretrained(tmp_path)
+@pytest.fixture(scope="module")
+def onevision(tmp_path_factory):
+    """A random checkpoint of LLaVA-OneVision."""
+    folder, tiny = tmp_path_factory.mktemp("onevision"), Tiny("llava_onevision")
+    tiny.model.save_pretrained(folder)
+    tiny.processor.save_pretrained(folder)
+    return folder
+
+
+def test_tasks_about_videos_are_evaluated(run, onevision, tmp_path):
+    code, out, err = run(
+        "eval", "--model", onevision, "--method", "evs", "--budget", "2/frame", "--tasks",
+        "appears,order,exist", "--limit", "6", "--batch-size", "4", "--output", tmp_path / "run",
+    )  # fmt: skip
+    assert code == 0, err
+    rows = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 and "budget 2/frame" in out
+    for row in rows:
+        # 16 frames of 2 x 2 tokens and a newline; images are whole
+        if row["task"] == "exist":
+            assert row["kept"][0] == [*range(row["image_tokens"][0])]
+        else:
+            assert row["images"] == 1 and row["image_tokens"] == [65] and len(row["kept"][0]) == 32
+
+
+def test_a_video_is_answered(run, onevision, clip, tmp_path, capsys):
     capsys.readouterr()  # transformers shows how it writes
     sheet = tmp_path / "sheet.png"
-    asked = ["ask", clip, "What color?", "--model", tmp_path, "--method", "evs", "--frames", "4"]
+    asked = ["ask", clip, "What color?", "--model", onevision, "--method", "evs", "--frames", "4"]
     code, answer, err = run(*asked, "--budget", "0.5")
     assert code == 0 and not err, err
     other = run(*asked, "--budget", "1.0", "--sheet", sheet)[1]

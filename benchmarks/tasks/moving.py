@@ -1,0 +1,124 @@
+"""Moving scenes: photographs over which shapes and words appear, pass and go, made from a seed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlm_prune.benchmarks.tasks.base import Question, Sample, Split, Turn
+from vlm_prune.benchmarks.tasks.scenes import COLORS, SHAPES, SIDE, WORDS, background, sprite
+from vlm_prune.vlm.common.video import VideoClip
+
+FRAMES = 16
+FPS = 2.0
+CELLS = 3  # along a side: still things stand in different cells of a grid
+NOISE = 3  # levels by which every pixel of a frame may change
+
+
+@dataclass(frozen=True)
+class Actor:
+    """A thing of a video.
+
+    Args:
+        kind: `shape` or `word`.
+        name: what it is.
+        color: its color.
+        path: left and top of its sprite in each frame, as shares of what the picture leaves free; None
+            where it is not seen.
+    """
+
+    kind: str
+    name: str
+    color: str
+    path: tuple[tuple[float, float] | None, ...]
+
+    @property
+    def seen(self) -> list[int]:
+        """Numbers of the frames that show it."""
+        return [frame for frame, at in enumerate(self.path) if at is not None]
+
+
+@dataclass(frozen=True)
+class Movie:
+    """A video, what moves in it, and a question about that."""
+
+    actors: tuple[Actor, ...]
+    question: Question
+
+
+def cast(rng: np.random.Generator, count: int, kind: str = "shape") -> list[tuple[str, str, str]]:
+    """Returns kind, name and color of things that share neither name nor color.
+
+    Args:
+        rng: draws them.
+        count: how many.
+        kind: `shape` or `word`.
+    """
+    names = rng.permutation({"shape": SHAPES, "word": WORDS}[kind])[:count]
+    colors = rng.permutation(list(COLORS))[:count]
+    return [(kind, str(name), str(color)) for name, color in zip(names, colors, strict=True)]
+
+
+def spots(rng: np.random.Generator, count: int) -> list[tuple[float, float]]:
+    """Returns `count` places that are apart, each in a cell of its own."""
+    cells = rng.permutation(CELLS * CELLS)[:count]
+    return [
+        (
+            (cell % CELLS + rng.uniform(0.2, 0.6)) / CELLS,
+            (cell // CELLS + rng.uniform(0.2, 0.6)) / CELLS,
+        )
+        for cell in cells
+    ]
+
+
+def standing(
+    at: tuple[float, float], frames: int, first: int, end: int
+) -> tuple[tuple[float, float] | None, ...]:
+    """Returns the path of what stands at one place from the frame `first` to before `end`.
+
+    Args:
+        at: the place.
+        frames: of the video.
+        first: that shows it.
+        end: that no longer does.
+    """
+    return tuple(at if first <= frame < end else None for frame in range(frames))
+
+
+def clip_of(rng: np.random.Generator, split: Split, actors: tuple[Actor, ...]) -> VideoClip:
+    """Returns the frames of a video, two a second.
+
+    Args:
+        rng: draws the picture behind, the drawings and the noise.
+        split: decides which photographs it may use.
+        actors: what it shows, later ones in front.
+    """
+    frames = len(actors[0].path)
+    still = background(rng, split)
+    shown = np.repeat(still[None], frames, 0)
+    for actor in actors:
+        alpha = sprite(rng, actor.kind, actor.name, split)[..., None]
+        ink = np.array(COLORS[actor.color], np.float32)
+        height, width = alpha.shape[:2]
+        for frame in actor.seen:
+            across, down = actor.path[frame] or (0.0, 0.0)
+            left, top = round(across * (SIDE - width)), round(down * (SIDE - height))
+            region = shown[frame, top : top + height, left : left + width]
+            region[:] = (region * (1 - alpha) + ink * alpha).astype(np.uint8)
+    noise = rng.integers(-NOISE, NOISE + 1, shown.shape, np.int8)
+    pixels: NDArray[np.uint8] = np.clip(shown.astype(np.int16) + noise, 0, 255).astype(np.uint8)
+    return VideoClip(pixels, tuple(frame / FPS for frame in range(frames)), frames / FPS)
+
+
+def about_movie(
+    ask: Callable[[np.random.Generator], Movie],
+) -> Callable[[np.random.Generator, Split], Sample]:
+    """A sample maker that shows a new video and asks one question about it."""
+
+    def make(rng: np.random.Generator, split: Split) -> Sample:
+        movie = ask(rng)
+        turn = Turn(movie.question.text, video=clip_of(rng, split, movie.actors))
+        return Sample((turn,), movie.question.answer, movie.question.subset)
+
+    return make
