@@ -75,7 +75,9 @@ class Downsample(VisionPruner):
         if small == (rows, columns):
             return pixel_values
         size = [side * patch for side in small]
-        return interpolate(pixel_values, size, mode="bicubic", antialias=True)
+        # torch shrinks no bfloat16 with antialiasing on a CPU
+        shrunk = interpolate(pixel_values.float(), size, mode="bicubic", antialias=True)
+        return shrunk.to(pixel_values.dtype)
 
     def within(self, vision: VisionTokens, full: tuple[int, int]) -> Kept:
         """Returns all tokens of the small image, each at its middle in the `full` grid."""

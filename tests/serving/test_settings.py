@@ -132,6 +132,13 @@ def test_the_tower_of_a_smaller_image_emits_the_number_of_tokens_that_is_expecte
     assert kept_tokens(pruner, 25) == len(trace.kept[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_images_of_any_type_are_shrunk(dtype):
+    shrunk = build("downsample", budget=64).shrunk(torch.ones(1, 3, 336, 336, dtype=dtype), 14)
+    assert shrunk.shape == (1, 3, 112, 112) and shrunk.dtype == dtype
+    torch.testing.assert_close(shrunk, torch.ones_like(shrunk))
+
+
 def test_a_smaller_image_needs_a_tower_that_takes_it():
     config = MAKERS["qwen3_vl"]()[0].config
     with pytest.raises(InputError, match="a fixed image size, which qwen3_vl models lack"):
