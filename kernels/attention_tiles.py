@@ -33,28 +33,6 @@ def positions_of(positions, first, rows, real):
 
 
 @triton.jit
-def seen_until(positions, first, keys, highest, BLOCK: tl.constexpr):
-    """The number of keys up to the last one whose position is at most `highest`."""
-    last = tl.zeros([], tl.int32)
-    for start in range(0, keys, BLOCK):
-        rows = start + tl.arange(0, BLOCK)
-        at = tl.load(positions + first + rows, mask=rows < keys, other=-1)
-        last = tl.maximum(last, tl.max(tl.where((at >= 0) & (at <= highest), rows + 1, 0), 0))
-    return last
-
-
-@triton.jit
-def unseen_before(positions, first, queries, lowest, BLOCK: tl.constexpr):
-    """The number of queries before the first one whose position is at least `lowest`."""
-    until = tl.zeros([], tl.int32) + queries
-    for start in range(0, queries, BLOCK):
-        rows = start + tl.arange(0, BLOCK)
-        at = tl.load(positions + first + rows, mask=rows < queries, other=-1)
-        until = tl.minimum(until, tl.min(tl.where(at >= lowest, rows, queries), 0))
-    return until
-
-
-@triton.jit
 def query_tile(
     query, positions, strides, batch, head, queries, width,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,

@@ -16,7 +16,6 @@ from vlm_prune.kernels.compact_tokens import compact_tokens
 from vlm_prune.kernels.dispatch import Backend, backend, backend_for
 from vlm_prune.kernels.greedy_select import greedy_select
 from vlm_prune.kernels.greedy_select.reference import Rule
-from vlm_prune.kernels.lorra_attention import lorra_attention
 from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
 from vlm_prune.kernels.text_guided_score import text_guided_score
 from vlm_prune.kernels.token_sensitivity import (
@@ -77,7 +76,7 @@ def _bytes(*tensors: Tensor) -> float:
 
 
 def cases(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """Yields the operations as the pruners and learners call them.
+    """Yields the operations as the pruners call them.
 
     Args:
         shape: sizes of the model.
@@ -168,32 +167,6 @@ def cases(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Ca
         2 * share * _bytes(hidden, positions, rotary) + _bytes(keep),
         waits=True,
     )
-
-    query_at = torch.arange(length, device=device).repeat(batch, 1)
-    key_at = query_at[:, : shape.image]
-    learner_query = random(batch, shape.heads, length, shape.head_dim).requires_grad_()
-    learner_key, value = (
-        random(batch, shape.heads, shape.image, shape.head_dim).requires_grad_() for _ in range(2)
-    )
-    router = random(batch, shape.image, 2).requires_grad_()
-    parts = (learner_query, learner_key, value, router)
-    products = 4.0 * batch * length * shape.image * shape.width
-
-    slopes_of = random(batch, shape.heads, length, shape.head_dim), random(batch, length, 2).float()
-
-    def attend() -> tuple[Tensor, ...]:
-        return lorra_attention(learner_query, learner_key, value, query_at, key_at, router)
-
-    def attend_only() -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            return attend()
-
-    def slopes() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(attend(), parts, slopes_of)
-
-    moved = 2 * _bytes(*parts[:2])
-    yield Case("lorra_attention", attend_only, products, moved)
-    yield Case("lorra_attention with gradients", slopes, 3.5 * products, 2.5 * moved)
 
 
 def error(case: Case, dtype: torch.dtype) -> str:
