@@ -81,6 +81,7 @@ def test_every_kernel_compiles(capability, dtype):
         "_cosine_kernel",
         "_cover_kernel",
         "_differences_kernel",
+        "_lse_kernel",
         "_prior_kernel",
         "_row_roots_kernel",
         "_select_kernel",
