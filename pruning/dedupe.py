@@ -66,16 +66,10 @@ def first_of_their_kind(patches: Tensor, threshold: float) -> Tensor:
     values = patches.float()
     if threshold:
         values = (values / threshold).round()
-    # a sum of products of bits is equal where patches are, and hardly ever elsewhere; -0 becomes 0
-    generator = torch.Generator().manual_seed(0)
-    odd = torch.randint(-(2**62), 2**62, values.shape[2:], generator=generator) * 2 + 1
-    marks = ((values + 0.0).view(torch.int32).long() * odd.to(values.device)).sum(-1)
-    ordered, order = marks.sort(dim=1, stable=True)
-    # of each run of equal marks the first token stands for all
-    here = torch.arange(marks.shape[1], device=marks.device).expand_as(marks)
-    starts = torch.ones_like(marks, dtype=torch.bool)
-    starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    run = torch.where(starts, here, 0).cummax(1).values
-    first = torch.empty_like(order).scatter(1, order, order.gather(1, run))
-    alike = values == values.gather(1, first[..., None].expand_as(values))
-    return (first == here) | ~alike.all(-1)
+    index = torch.arange(values.shape[1], device=values.device)
+    new = []
+    for image in values:
+        kind = image.unique(dim=0, return_inverse=True)[1]
+        first = index.new_full((len(index),), len(index)).scatter_reduce(0, kind, index, "amin")
+        new.append(first[kind] == index)
+    return torch.stack(new)

@@ -83,6 +83,7 @@ def test_the_released_rule_compares_rotated_keys_and_normed_states(llava, images
     assert len(kept[False] ^ kept[True]) > 20
 
 
-def test_pivots_are_needed():
+@pytest.mark.parametrize("wrong", [{"image_pivots": 0}, {"image_pivots": -1}, {"text_pivots": -1}])
+def test_pivots_are_needed(wrong):
     with pytest.raises(InputError, match="pivot"):
-        Dart(image_pivots=0)
+        Dart(**wrong)

@@ -37,13 +37,6 @@ def test_repeated_patches_are_found_as_by_a_loop(threshold):
     assert int(new.sum()) < 60
 
 
-def test_marks_that_fall_together_drop_nothing(monkeypatch):
-    """Different patches whose marks are equal: the pixels decide."""
-    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.zeros(4, dtype=torch.long))
-    patches = torch.tensor([[1.0, 2, 3, 4], [4, 3, 2, 1], [1, 2, 3, 4], [4, 3, 2, 1]])[None]
-    assert first_of_their_kind(patches, 0).tolist() == [[True, True, False, True]]
-
-
 @contextmanager
 def showing(tiny, picture):
     """The first picture of a tiny model is another one."""
