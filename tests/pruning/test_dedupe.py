@@ -37,6 +37,11 @@ def test_repeated_patches_are_found_as_by_a_loop(threshold):
     assert int(new.sum()) < 60
 
 
+def test_pixels_are_alike_where_they_round_to_the_same_multiple_of_the_threshold():
+    patches = torch.tensor([[0.24, 1.0], [0.26, 1.0], [0.36, 1.0], [0.40, 1.0]])[None]
+    assert first_of_their_kind(patches, 0.25).tolist() == [[True, False, False, True]]
+
+
 @contextmanager
 def showing(tiny, picture):
     """The first picture of a tiny model is another one."""
