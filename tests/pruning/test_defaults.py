@@ -56,6 +56,14 @@ DEFAULTS = {
 }  # fmt: skip
 WRAPPERS = {"cascade": {"widening": 2.0}, "restore": {"anchors": 0.5}, "dedupe": {"threshold": 0.0}}
 
+PRESETS = {
+    "fastv": {"r50": (0.5,), "r75": (0.25,)},
+    "pyramiddrop": {"paper": (0.5, 0.25, 0.125)},
+    "sparsevlm": {
+        "192": (300, 200, 110), "128": (303, 110, 36), "96": (238, 48, 26), "64": (66, 30, 17),
+    },
+}  # fmt: skip
+
 
 def settings(name: str) -> dict[str, object]:
     method = build(name)
@@ -74,6 +82,11 @@ def test_a_method_starts_from_its_papers_settings(name):
 def test_a_wrapper_starts_from_its_papers_settings(name):
     found = settings(name)
     assert {key: found[key] for key in WRAPPERS[name]} == WRAPPERS[name]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_the_papers_numbers_of_tokens(name):
+    assert dict(METHODS[name].presets) == PRESETS[name]
 
 
 def test_no_methods_defaults_are_left_out():
