@@ -3,24 +3,13 @@
 import numpy as np
 
 from vlm_prune.benchmarks.tasks.base import Question, Task
-from vlm_prune.benchmarks.tasks.moving import (
-    FRAMES,
-    Actor,
-    Movie,
-    about_movie,
-    cast,
-    spots,
-    standing,
-)
+from vlm_prune.benchmarks.tasks.moving import FRAMES, Movie, about_movie, still_things
 
 
 def ask(rng: np.random.Generator) -> Movie:
     """Returns three shapes that appear one after the other and stay, and which is asked for."""
     starts = [int(rng.integers(1 + 5 * turn, 5 + 5 * turn)) for turn in range(3)]
-    actors = tuple(
-        Actor(*thing, standing(at, FRAMES, start, FRAMES))
-        for thing, at, start in zip(cast(rng, 3), spots(rng, 3), starts, strict=True)
-    )
+    actors = still_things(rng, [(start, FRAMES) for start in starts])
     which = str(rng.choice(["first", "last"]))
     name = actors[0 if which == "first" else -1].name
     return Movie(actors, Question(f"Which object appears {which}?", name, which))

@@ -3,7 +3,7 @@
 import numpy as np
 
 from vlm_prune.benchmarks.tasks.base import Question, Task
-from vlm_prune.benchmarks.tasks.moving import Actor, Movie, about_movie, cast, spots, standing
+from vlm_prune.benchmarks.tasks.moving import Movie, about_movie, still_things
 
 LONG = 64
 
@@ -12,10 +12,7 @@ def ask(rng: np.random.Generator) -> Movie:
     """Returns three shapes, of which the last is there for one frame."""
     moment = int(rng.integers(2, LONG - 2))
     times = [(0, LONG), (0, LONG), (moment, moment + 1)]
-    actors = tuple(
-        Actor(*thing, standing(at, LONG, *time))
-        for thing, at, time in zip(cast(rng, 3), spots(rng, 3), times, strict=True)
-    )
+    actors = still_things(rng, times, LONG)
     return Movie(actors, Question("Which object appears for a moment?", actors[2].name))
 
 

@@ -1,6 +1,6 @@
 """Moving scenes: photographs over which shapes and words appear, pass and go, made from a seed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,6 +84,27 @@ def standing(
         end: that no longer does.
     """
     return tuple(at if first <= frame < end else None for frame in range(frames))
+
+
+def still_things(
+    rng: np.random.Generator,
+    times: Sequence[tuple[int, int]],
+    frames: int = FRAMES,
+    kind: str = "shape",
+) -> tuple[Actor, ...]:
+    """Returns things that stand apart, one for each time.
+
+    Args:
+        rng: draws what they are and where.
+        times: first frame that shows each, and the one before which it goes.
+        frames: of the video.
+        kind: `shape` or `word`.
+    """
+    count = len(times)
+    return tuple(
+        Actor(*thing, standing(at, frames, *time))
+        for thing, at, time in zip(cast(rng, count, kind), spots(rng, count), times, strict=True)
+    )
 
 
 def clip_of(rng: np.random.Generator, split: Split, actors: tuple[Actor, ...]) -> VideoClip:
