@@ -83,12 +83,12 @@ def _greedy(model: str, max_new_tokens: int | None) -> dict[str, Any]:
     from transformers import GenerationConfig
 
     try:
-        own = GenerationConfig.from_pretrained(str(EMBEDDED.get(model, model)))
+        defaults = GenerationConfig.from_pretrained(str(EMBEDDED.get(model, model)))
     except OSError:  # a checkpoint may have none
-        own = GenerationConfig()
+        defaults = GenerationConfig()
     given = {
-        "repetition_penalty": own.repetition_penalty,
-        "max_tokens": max_new_tokens or own.max_new_tokens,
+        "repetition_penalty": defaults.repetition_penalty,
+        "max_tokens": max_new_tokens or defaults.max_new_tokens,
     }
     return {"temperature": 0.0} | {name: value for name, value in given.items() if value}
 

@@ -223,9 +223,9 @@ def phases(outputs: Sequence[Any]) -> tuple[float, float]:
     after it: a share of the batch's.
     """
     stats = [output.metrics for output in outputs]
-    first = max(own.first_token_ts for own in stats)
-    prefill = first - min(own.scheduled_ts for own in stats)
-    decode = max(own.last_token_ts for own in stats) - first
+    first = max(request.first_token_ts for request in stats)
+    prefill = first - min(request.scheduled_ts for request in stats)
+    decode = max(request.last_token_ts for request in stats) - first
     return 1e3 * prefill / len(stats), 1e3 * decode / len(stats)
 
 
