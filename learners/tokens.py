@@ -71,12 +71,12 @@ class LearnerCache:
 
 
 class QueryRun(NamedTuple):
-    """Neighbouring queries `start` to `stop`, which see `before` keys, and each other if `includes_itself`."""
+    """Neighbouring queries `start` to `stop`, which see `before` keys, and each other if `own`."""
 
     start: int
     stop: int
     before: int
-    includes_itself: bool
+    own: bool
 
 
 class Keys(NamedTuple):

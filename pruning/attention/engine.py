@@ -1,0 +1,164 @@
+"""Running a method of sparse attention on the calls of a model's layers."""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from vlm_prune.pruning.attention.blocks import (
+    Geometry,
+    KeptBlocks,
+    body_length,
+    tail_products,
+)
+from vlm_prune.pruning.attention.executors import EXECUTORS, Executor, attend_dense, attend_tail
+from vlm_prune.pruning.attention.inputs import AttentionInputs
+from vlm_prune.pruning.attention.trace import Computed, SparseTrace
+from vlm_prune.vlm.sparse_attention import AttentionCall
+
+
+class ChoosesBlocks(Protocol):
+    """What the engine asks of a method; its fields are those of `BlockAttention`."""
+
+    @property
+    def reads_rotation(self) -> bool:
+        """Whether the method reads the cosines and sines of positions."""
+
+    minimum: int
+    dense_layers: int
+    block: int
+    tail: int
+    executor: Executor
+
+    def select(self, inputs: AttentionInputs) -> KeptBlocks:
+        """What is computed beside what all methods compute."""
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One row of a call, without its padding.
+
+    Args:
+        query: (H, n, d).
+        key: (G, n, d).
+        value: (G, n, v).
+        rotary: cosines and sines of positions, (2, n, r); None unless they are read.
+        tail: tokens behind the last image token.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    rotary: Tensor | None
+    tail: int
+
+
+def prompt_of(call: AttentionCall, row: int) -> tuple[PromptRow, slice | Tensor]:
+    """Returns a row of a call without its padding, and where its tokens are."""
+    query, key, value, rotary = call.query[row], call.key[row], call.value[row], None
+    if call.rotary is not None:
+        rotary = torch.stack([table[row if len(table) > 1 else 0] for table in call.rotary])
+    where: slice | Tensor = slice(None)
+    if call.valid is not None:
+        where = real_tokens(call.valid[row])
+        query, key, value = query[:, where], key[:, where], value[:, where]
+        rotary = None if rotary is None else rotary[:, where]
+    return PromptRow(query, key, value, rotary, call.tails[row]), where
+
+
+@dataclass
+class BlockRun:
+    """What computes attention in one block.
+
+    Args:
+        method: chooses what is computed.
+        trace: what was.
+    """
+
+    method: ChoosesBlocks
+    trace: SparseTrace = field(default_factory=SparseTrace)
+
+    @property
+    def reads_rotation(self) -> bool:
+        """Whether the method reads the cosines and sines of positions."""
+        return self.method.reads_rotation
+
+    def left_dense(self, reason: str) -> None:
+        """Note that a call of more than one query went to SDPA, and why."""
+        self.trace.dense[reason] += 1
+
+    def decode(self, call: AttentionCall) -> Tensor | None:
+        """Attention of one new token: SDPA's."""
+        return None
+
+    @torch.no_grad()
+    def prefill(self, call: AttentionCall) -> Tensor | None:
+        """Returns sparse attention (B, n, H, v) of prompts; None where all of them are SDPA's.
+
+        Prompts run one after the other without their padding, so that none depends on the others.
+        """
+        method = self.method
+        least = max(method.minimum, 2 * method.block + method.tail)
+        if call.layer < method.dense_layers or call.query.shape[2] < least:
+            first = call.layer < method.dense_layers
+            self.left_dense("first layers" if first else "a short prompt")
+            return None
+        batch, heads, length = call.query.shape[:3]
+        output = call.query.new_zeros(batch, length, heads, call.value.shape[3])
+        for row in range(batch):
+            prompt, where = prompt_of(call, row)
+            output[row, where] = self.attend(call, prompt).transpose(0, 1)
+        return output
+
+    def attend(self, call: AttentionCall, prompt: PromptRow) -> Tensor:
+        """Returns attention (H, n, v) of one prompt of a call."""
+        method, tokens, scaling = self.method, prompt.key.shape[1], call.scaling
+        query, key, value = prompt.query, prompt.key, prompt.value
+        length = body_length(tokens, max(method.tail, prompt.tail), method.block)
+        if tokens < method.minimum or length < 2 * method.block:
+            self.left_dense("a short prompt")
+            return attend_dense(query, key, value, scaling)
+        body = [tensor[:, :length] for tensor in (query, key, value)]
+        rotary = None if prompt.rotary is None else prompt.rotary[:, :length]
+        inputs = AttentionInputs(body[0], body[1], scaling, call.layer, tokens, rotary)
+        kept = method.select(inputs).forced(length)
+        executor = method.executor
+        if executor == "auto":
+            single = kept.geometry.columns == 1
+            executor = "gather" if query.device.type == "cpu" or single else "flex"
+        if executor == "flex":
+            kept = kept.coarse(length)
+        before = EXECUTORS[executor](*body, kept, scaling)
+        behind = attend_tail(query[:, length:], key, value, scaling)
+        self.trace.computed.append(
+            Computed(
+                call.layer,
+                tokens,
+                forced_products(tokens, length, method.block),
+                kept.products(length) + tail_products(tokens, length),
+            )
+        )
+        return torch.cat([before, behind], 1)
+
+
+def forced_products(tokens: int, length: int, block: int) -> int:
+    """Returns the products that all methods compute of a prompt: each block's own and its first one, and
+    the tail's.
+
+    Args:
+        tokens: of the prompt.
+        length: tokens before its tail, whole blocks of them.
+        block: tokens of a block.
+    """
+    grid = Geometry(block, block, block, block)
+    none = torch.zeros(1, *grid.shape(length), dtype=torch.bool)
+    kept = KeptBlocks(none, grid).forced(length)
+    return int(kept.products(length)) + tail_products(tokens, length)
+
+
+def real_tokens(valid: Tensor) -> slice | Tensor:
+    """Returns where a row's tokens are that are no padding: a slice, or indices where there are gaps."""
+    index: Tensor = valid.nonzero()[:, 0]
+    first, last = int(index[0]), int(index[-1])
+    return slice(first, last + 1) if last - first + 1 == len(index) else index

@@ -1,0 +1,61 @@
+"""Queries and keys of one prompt in one layer, as methods of sparse attention see them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """Queries and keys of the tokens before a prompt's tail, without padding; whole blocks of them.
+
+    Args:
+        query: (H, n, d), after rotation.
+        key: (G, n, d), likewise.
+        scaling: factor of the products.
+        layer: number of the decoder layer, from 0.
+        tokens: of the prompt, its tail included.
+        rotary: cosines and sines of the tokens' positions, (2, n, r); None unless they are read.
+        most: products of queries and keys that an estimate may hold at a time.
+    """
+
+    query: Tensor
+    key: Tensor
+    scaling: float
+    layer: int
+    tokens: int
+    rotary: Tensor | None = None
+    most: int = 1 << 24
+
+    @property
+    def heads(self) -> int:
+        """Returns the number of query heads, H."""
+        return len(self.query)
+
+    @property
+    def groups(self) -> int:
+        """Returns the number of key heads, G."""
+        return len(self.key)
+
+    @property
+    def length(self) -> int:
+        """Returns the number of tokens, n."""
+        return self.key.shape[1]
+
+    @cached_property
+    def grouped(self) -> Tensor:
+        """Queries by key head, (G, H / G, n, d)."""
+        grouped: Tensor = self.query.unflatten(0, (self.groups, -1))
+        return grouped
+
+    def block_means(self, block: int) -> tuple[Tensor, Tensor]:
+        """Returns the means of queries (G, H / G, n / block, d) and keys (G, n / block, d), in fp32."""
+        query = self.grouped.unflatten(2, (-1, block)).mean(3, dtype=torch.float32)
+        return query, self.key.unflatten(1, (-1, block)).mean(2, dtype=torch.float32)
+
+
+def blocks_before(blocks: int, device: torch.device) -> Tensor:
+    """Returns which of so many blocks stand before each one or are its own, a mask of two axes."""
+    return torch.ones(blocks, blocks, dtype=torch.bool, device=device).tril()

@@ -1,0 +1,139 @@
+"""SALE: products in four bits, relative to what a row pays nearby."""
+
+from dataclasses import dataclass
+from math import log
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vlm_prune.pruning.attention.base import BlockAttention
+from vlm_prune.pruning.attention.blocks import Geometry
+from vlm_prune.pruning.attention.inputs import AttentionInputs
+from vlm_prune.vlm.common.errors import InputError
+
+
+@dataclass
+class Sale(BlockAttention):
+    """Keep blocks in which any product, in four bits, is large beside a row's sum over near keys.
+
+    https://arxiv.org/abs/2505.24179
+
+    The mean key is taken from all keys, which changes no softmax, and the mean query from all
+    queries; what it pays each key is added in full precision. A row's sum is over the first quarter
+    block of keys and at least a block before the row. Query blocks are half of a `block`, key blocks a
+    quarter. Each token has a scale of its own. Four bits are computed in full precision here, so that
+    an estimate costs half of dense attention: this is a reference for accuracy.
+
+    The authors calibrate a threshold for each head; here one `threshold` is for all.
+
+    Args:
+        threshold: without a `density`, the least share of a row's near sum.
+        row_step: one of so many rows is estimated.
+        bits: of the products; 0 for exact ones.
+    """
+
+    threshold: float = 0.008
+    row_step: int = 1
+    bits: int = 4
+    paper: ClassVar[str] = "https://arxiv.org/abs/2505.24179"
+    from_zero: ClassVar[frozenset[str]] = BlockAttention.from_zero | {"bits"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block % 4:
+            raise InputError(
+                f"SALE splits blocks in four; {self.block} tokens are no multiple of 4"
+            )
+        if self.bits == 1:
+            raise InputError("one bit holds no product; give 2 or more, or 0 for exact products")
+        if self.row_step > self.block // 2:
+            raise InputError(f"row_step {self.row_step} is above a query block's {self.block // 2}")
+
+    def geometry(self, inputs: AttentionInputs) -> Geometry:
+        return Geometry(self.block // 2, self.block // 4, self.block, self.block)
+
+    def rounded(self, tensor: Tensor) -> Tensor:
+        """Numbers (..., d) rounded to so many bits, with a scale for each row."""
+        if not self.bits:
+            return tensor
+        levels = 2 ** (self.bits - 1) - 1
+        scale = tensor.abs().amax(-1, keepdim=True).clamp(min=1e-12) / levels
+        rounded: Tensor = (tensor / scale).round() * scale
+        return rounded
+
+    def near_sums(self, query: Tensor, key: Tensor, most: int) -> Tensor:
+        """The logarithm of each row's sum of exponentials over near keys, (G, H / G, n).
+
+        Args:
+            query: (G, H / G, n, d), scaled.
+            key: (G, n, d).
+            most: products that may be held at a time.
+        """
+        rows, sink, length = self.block // 2, self.block // 4, key.shape[1]
+        width = self.block + rows
+        # of each query block the keys of a block before it and its own, (G, blocks, d, width)
+        windows = pad(key, (0, 0, self.block, 0)).unfold(1, width, rows)
+        blocks = windows.shape[1]
+        blocked = query.unflatten(2, (blocks, rows)).transpose(1, 2)
+        found = torch.empty(blocked.shape[:-1], device=key.device)
+        first = key[:, None, None, :sink].transpose(-1, -2)
+        index = torch.arange(length, device=key.device).unflatten(0, (blocks, rows))
+        offset = index[:, :1] - self.block
+        size = max(1, most // (query.shape[0] * query.shape[1] * rows * width))
+        for begin in range(0, blocks, size):
+            part = slice(begin, begin + size)
+            own = offset[part, :, None] + torch.arange(width, device=key.device)
+            seen = (own >= 0) & (own <= index[part, :, None])
+            near = blocked[:, part] @ windows[:, part, None]
+            near = near.masked_fill(~seen[:, None], -torch.inf)
+            # keys of the sink that are in the window count there
+            outside = torch.arange(sink, device=key.device) < offset[part, :, None]
+            far = (blocked[:, part] @ first).masked_fill(~outside[:, None], -torch.inf)
+            found[:, part] = torch.cat([near, far], -1).float().logsumexp(-1)
+        return found.transpose(1, 2).flatten(2)
+
+    def scores(self, inputs: AttentionInputs) -> Tensor:
+        """The logarithm of a block's largest product beside its row's near sum, (R, query blocks, key
+        blocks); heads that share a mask keep what any of them does.
+        """
+        geometry = self.geometry(inputs)
+        rows, columns = geometry.rows, geometry.columns
+        blocks, length = geometry.shape(inputs.length)[0], inputs.length
+        query = inputs.grouped.float() * inputs.scaling
+        key = inputs.key.float()
+        key = key - key.mean(1, keepdim=True)
+        sums = self.near_sums(query, key, inputs.most)
+        mean = query.mean(2, keepdim=True)
+        # what the mean query pays each key, in full precision, (G, H / G, 1, n)
+        common = mean @ key[:, None].transpose(-1, -2)
+        coarse, coarse_key = self.rounded(query - mean), self.rounded(key)
+        coarse, sums = (
+            tensor.unflatten(2, (blocks, rows))[:, :, :, :: self.row_step]
+            for tensor in (coarse, sums)
+        )
+        read = coarse.shape[3]
+        masks = inputs.heads if self.share == "head" else inputs.groups
+        found = key.new_full((masks, *geometry.shape(length)), -torch.inf)
+        size = max(1, inputs.most // (inputs.heads * read * length))
+        for begin in range(0, blocks, size):
+            part, before = slice(begin, begin + size), min(length, (begin + size) * rows)
+            flat = coarse[:, :, part].flatten(1, 3)
+            products = flat @ coarse_key[:, :before].transpose(1, 2)
+            products = products.unflatten(1, coarse[:, :, part].shape[1:4])
+            products += common[:, :, None, :, :before]
+            products -= sums[:, :, part, :, None]
+            best = products.unflatten(4, (-1, columns)).amax((3, 5))
+            best = best.flatten(0, 1) if self.share == "head" else best.amax(1)
+            found[:, part, : before // columns] = best
+        return found
+
+    def choose(self, inputs: AttentionInputs) -> Tensor:
+        """What the threshold says, and each query block's window."""
+        geometry = self.geometry(inputs)
+        query, key = geometry.shape(inputs.length)
+        index = torch.arange(max(query, key), device=inputs.key.device)
+        ends = (index[:key] + 1) * geometry.columns
+        window = ends > index[:query, None] * geometry.rows - self.block
+        return (self.scores(inputs) >= log(self.threshold)) | window

@@ -1,0 +1,79 @@
+"""What sparse attention computed inside a block."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What one layer computed of one prompt, in products of queries and keys.
+
+    Args:
+        layer: number of the decoder layer.
+        tokens: of the prompt.
+        forced: products that all methods compute.
+        kept: all that were computed, as a tensor that is on the model's device.
+    """
+
+    layer: int
+    tokens: int
+    forced: int
+    kept: Tensor
+
+    @property
+    def total(self) -> int:
+        """Returns the products of each query with the keys up to its own."""
+        return self.tokens * (self.tokens + 1) // 2
+
+
+@dataclass
+class SparseTrace:
+    """What was computed of each prompt in each layer, and how often attention was left to SDPA and why.
+
+    Args:
+        computed: of each layer of each forward, one entry for a prompt.
+        dense: calls that were left to SDPA, by reason.
+        decoded: keys that decoding steps read, of all layers.
+        decodable: keys that there were.
+    """
+
+    computed: list[Computed] = field(default_factory=list)
+    dense: Counter[str] = field(default_factory=Counter)
+    decoded: int = 0
+    decodable: int = 0
+
+    @property
+    def density(self) -> float:
+        """Returns the computed share of the causal half, the mean over prompts and layers.
+
+        Layers and prompts that SDPA computed are not among them. 1 where there are no others.
+        """
+        if not self.computed:
+            return 1.0
+        return sum(float(c.kept) / c.total for c in self.computed) / len(self.computed)
+
+    @property
+    def chosen_density(self) -> float:
+        """Returns the same without what all methods compute, of which the method had the choice."""
+        shares = [
+            (float(c.kept) - c.forced) / (c.total - c.forced)
+            for c in self.computed
+            if c.total > c.forced
+        ]
+        return sum(shares) / len(shares) if shares else 1.0
+
+    @property
+    def decode_density(self) -> float:
+        """Returns the share of the keys that decoding steps read; 1 where none was sparse."""
+        return self.decoded / self.decodable if self.decodable else 1.0
+
+    def layer_densities(self) -> dict[int, float]:
+        """Returns the computed share of each decoder layer that was sparse, by its number."""
+        layers = sorted({c.layer for c in self.computed})
+        return {
+            layer: sum(float(c.kept) / c.total for c in own) / len(own)
+            for layer in layers
+            for own in [[c for c in self.computed if c.layer == layer]]
+        }

@@ -1,0 +1,283 @@
+"""What methods of sparse attention choose, against loops over heads, rows and keys from their equations."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from attention_cases import BLOCK, PREFILL, RULES, TAIL, short
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vlm_prune.pruning.attention import build_attention
+from vlm_prune.pruning.attention.base import kept_mass
+from vlm_prune.pruning.attention.blocks import body_length
+from vlm_prune.pruning.attention.inputs import AttentionInputs
+from vlm_prune.vlm.common.errors import InputError
+
+H, G, D, TOKENS = 4, 2, 16, 6 * BLOCK + 7
+SCALE = 0.4
+
+
+def inputs(tokens=TOKENS, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    length = body_length(tokens, TAIL, BLOCK)
+    query, key = (torch.randn(count, length, D, generator=draw) for count in (H, G))
+    return AttentionInputs(query, key, SCALE, 0, tokens)
+
+
+def product(given, head, row, column):
+    return float(given.query[head, row] @ given.key[head * G // H, column]) * SCALE
+
+
+def blocks_of(given):
+    return given.length // BLOCK
+
+
+def local_loop(given):
+    keep = torch.zeros(1, blocks_of(given), blocks_of(given), dtype=torch.bool)
+    for i in range(blocks_of(given)):
+        for j in range(i):
+            keep[0, i, j] = i - j < 2  # a window of 16 tokens
+    return keep
+
+
+def power_loop(given):
+    keep = torch.zeros(1, blocks_of(given), blocks_of(given), dtype=torch.bool)
+    for i in range(blocks_of(given)):
+        for j in range(i):
+            keep[0, i, j] = math.log2(i - j) == int(math.log2(i - j))
+    return keep
+
+
+def s2_loop(given):
+    keep = torch.zeros(G, blocks_of(given), blocks_of(given), dtype=torch.bool)
+    for g in range(G):
+        for i in range(blocks_of(given)):
+            for j in range(i):
+                keep[g, i, j] = (j + g * 1) % 3 == 0
+    return keep
+
+
+def largest(weights, share):
+    """The fewest weights that sum up to a share, as their indices."""
+    kept, total = [], 0.0
+    for index in sorted(range(len(weights)), key=lambda index: -weights[index]):
+        if total >= share * sum(weights):
+            break
+        kept.append(index)
+        total += weights[index]
+    return kept
+
+
+def pooled_loop(given):
+    keep = torch.zeros(H, blocks_of(given), blocks_of(given), dtype=torch.bool)
+    for h in range(H):
+        for i in range(blocks_of(given)):
+            own = given.query[h, i * BLOCK : (i + 1) * BLOCK].mean(0)
+            keys = [
+                given.key[h * G // H, j * BLOCK : (j + 1) * BLOCK].mean(0) for j in range(i + 1)
+            ]
+            weights = torch.tensor([float(own @ key) * SCALE for key in keys]).softmax(0)
+            keep[h, i, largest(weights.tolist(), 0.7)] = True
+    return keep
+
+
+def xattention_loop(given, stride=4):
+    keep = torch.zeros(H, blocks_of(given), blocks_of(given), dtype=torch.bool)
+    per_block = BLOCK // stride
+    for h in range(H):
+        for i in range(blocks_of(given)):
+            sums = [0.0] * (i + 1)
+            for square in range(i * per_block, (i + 1) * per_block):
+                logits = [
+                    sum(
+                        product(given, h, square * stride + stride - 1 - t, other * stride + t)
+                        for t in range(stride)
+                    )
+                    / stride
+                    for other in range(square + 1)
+                ]
+                for other, weight in enumerate(torch.tensor(logits).softmax(0).tolist()):
+                    sums[other // per_block] += weight
+            keep[h, i, largest(sums, 0.7)] = True
+    return keep
+
+
+def anchor_loop(given, step=2, theta=2.5):
+    group, blocks = step * BLOCK, blocks_of(given)
+    keep = torch.zeros(H, -(-blocks // step), given.length, dtype=torch.bool)
+    for h in range(H):
+        for number in range(keep.shape[1]):
+            start = number * group
+            for block in range(number * step, min(blocks, (number + 1) * step)):
+                rows = range(block * BLOCK, (block + 1) * BLOCK)
+                anchors = []
+                for row in rows:
+                    near = {*range(min(BLOCK, row + 1)), *range(start, row + 1)}
+                    anchors.append(max(product(given, h, row, column) for column in near))
+                anchor = sum(anchors) / BLOCK
+                mean = given.query[h, rows.start : rows.stop].mean(0)
+                for column in range(start):
+                    near = float(mean @ given.key[h * G // H, column]) * SCALE
+                    keep[h, number, column] |= near + theta >= anchor
+    return keep
+
+
+def four_bits(vector):
+    scale = float(vector.abs().max()) / 7
+    return torch.tensor([round(float(x) / scale) * scale for x in vector])
+
+
+def sale_loop(given, threshold=0.05):
+    rows, columns = BLOCK // 2, BLOCK // 4
+    keep = torch.zeros(H, given.length // rows, given.length // columns, dtype=torch.bool)
+    for h in range(H):
+        key = given.key[h * G // H]
+        key = key - key.mean(0)
+        query = given.query[h] * SCALE
+        mean = query.mean(0)
+        for row in range(given.length):
+            block = row // rows
+            begin = max(0, block * rows - BLOCK)
+            near = {*range(min(columns, row + 1)), *range(begin, row + 1)}
+            total = sum(math.exp(float(query[row] @ key[column])) for column in near)
+            coarse = four_bits(query[row] - mean)
+            for column in range(block * rows // BLOCK * BLOCK):
+                paid = math.exp(float(coarse @ four_bits(key[column]) + mean @ key[column]))
+                window = (column // columns + 1) * columns > block * rows - BLOCK
+                keep[h, block, column // columns] |= paid >= threshold * total or window
+    return keep
+
+
+LOOPS = {
+    "local": local_loop,
+    "power": power_loop,
+    "s2": s2_loop,
+    "pooled": pooled_loop,
+    "xattention": xattention_loop,
+    "anchor": anchor_loop,
+    "sale": sale_loop,
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_rule_is_that_of_a_loop(name):
+    for tokens in (TOKENS, 4 * BLOCK + TAIL):
+        given = inputs(tokens)
+        method = short(name, density=None, share="head")
+        ours, loop = method.select(given), LOOPS[name](given)
+        candidates = ours.geometry.candidates(given.length)
+        assert 0 < (loop & candidates).sum() < len(loop) * candidates.sum()
+        assert torch.equal(ours.keep, loop & candidates)
+        shared = short(name, density=None).select(given).keep
+        if len(loop) == H:
+            loop = loop.unflatten(0, (G, -1)).any(1)
+        assert torch.equal(shared, loop & candidates)
+
+
+@pytest.mark.parametrize("share", ["group", "head"])
+@pytest.mark.parametrize("name", PREFILL)
+def test_a_density_is_met_beside_what_all_compute(name, share):
+    method = short(name, density=0.5, share=share)
+    given = inputs(tokens=404)
+    kept = method.select(given).forced(given.length)
+    tail = 404 * 405 // 2 - given.length * (given.length + 1) // 2
+    found = float(kept.products(given.length) + tail) / (404 * 405 / 2)
+    assert found == pytest.approx(0.5, abs=0.04)
+    assert len(kept.keep) in ({1, G, H} if share == "head" else {1, G})
+
+
+@pytest.mark.parametrize("density", [None, 0.8])
+@pytest.mark.parametrize("name", PREFILL)
+def test_masks_do_not_depend_on_later_blocks(name, density):
+    if density is None and name not in RULES:
+        return
+    method, given, other = short(name, density=density), inputs(), inputs(seed=1)
+    geometry = method.geometry(given)
+    # the first token that differs begins the last local region
+    first = (given.length - 1) // geometry.local * geometry.local
+    query, key = given.query.clone(), given.key.clone()
+    query[:, first:], key[:, first:] = other.query[:, first:], other.key[:, first:]
+    changed = AttentionInputs(query, key, SCALE, 0, TOKENS)
+    ours, theirs = (
+        method.select(case).keep[:, : first // geometry.rows] for case in (given, changed)
+    )
+    assert ours.any()
+    # SALE's mean query and mean key are those of the whole prompt
+    assert torch.equal(ours, theirs) or name == "sale"
+
+
+@pytest.mark.parametrize("name", PREFILL)
+def test_an_estimate_in_parts_is_the_same_and_holds_no_square(name):
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **kwargs or {})
+            for tensor in found if isinstance(found, tuple | list) else [found]:
+                if isinstance(tensor, torch.Tensor):
+                    self.size = max(self.size, tensor.untyped_storage().nbytes() // tensor.itemsize)
+            return found
+
+    given = inputs(tokens=1188)
+    method = short(name, density=0.3, block=32)
+    whole = method.select(given).keep
+    with Largest() as largest:
+        parts = method.select(replace(given, most=1 << 14)).keep
+    assert torch.equal(whole, parts)
+    assert largest.size < 1188**2 // 8
+
+
+def test_xattention_with_a_stride_of_one_sums_attention_itself():
+    given = inputs()
+    ours = short("xattention", stride=1).weights(given)
+    for h in range(H):
+        scores = given.query[h] @ given.key[h * G // H].T * SCALE
+        mask = torch.ones(given.length, given.length).tril().bool()
+        attention = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        sums = attention.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).sum((1, 3)) / BLOCK
+        torch.testing.assert_close(ours[h], sums, atol=1e-5, rtol=1e-5)
+
+
+def test_sale_with_exact_products_keeps_nearly_the_same():
+    given = inputs(tokens=400)
+    coarse, exact = (
+        short("sale", density=None, share="head", bits=bits, threshold=0.02).select(given).keep
+        for bits in (4, 0)
+    )
+    assert (coarse != exact).sum() < 0.1 * exact.sum()
+
+
+def test_kept_mass_is_the_fewest_weights():
+    weights = torch.tensor([[0.1, 0.6, 0.2, 0.1], [0.25, 0.25, 0.25, 0.25]])
+    expected = torch.tensor([[False, True, True, False], [True, True, True, False]])
+    assert torch.equal(kept_mass(weights, 0.7), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "says"),
+    [
+        ("local", {"density": 0.0}, "density 0.0 is no share"),
+        ("local", {"density": 2}, "density 2 is no share"),
+        ("local", {"density": "half"}, "density 'half' is no share"),
+        ("local", {"block": 0}, "block 0 is no whole number from 1 on"),
+        ("local", {"minimum": -1}, "minimum -1 is no whole number from 0 on"),
+        ("local", {"share": "heads"}, "did you mean 'head'"),
+        ("local", {"executor": "gahter"}, "did you mean 'gather'"),
+        ("local", {"executor": "flex", "block": 100}, "power of two, not 100"),
+        ("local", {"windows": 3}, "did you mean 'window'"),
+        ("anchor", {"theta": math.nan}, "theta nan is no finite number"),
+        ("anchor", {"executor": "flex"}, "give executor gather"),
+        ("xattention", {"stride": 3}, "stride 3 does not divide blocks of 128"),
+        ("random-blocks", {"density": None}, "has no rule but a density"),
+        ("sale", {"block": 6}, "no multiple of 4"),
+        ("sale", {"bits": 1}, "one bit holds no product"),
+        ("sale", {"row_step": 65}, "row_step 65 is above"),
+        ("recycled", {"refresh": 0}, "refresh 0 is no whole number"),
+        ("xatention", {}, "did you mean 'xattention'"),
+    ],
+)
+def test_wrong_hyperparameters_are_said_in_one_line(name, wrong, says):
+    with pytest.raises(InputError, match=says) as error:
+        build_attention(name, **wrong)
+    assert "\n" not in str(error.value)
