@@ -6,13 +6,23 @@ from typing import Any
 _MULTIPLY_ADD = 2
 
 
-def prefill_flops(config: Any, text: int, image_per_layer: list[float]) -> float:
+def prefill_flops(
+    config: Any,
+    text: int,
+    image_per_layer: list[float],
+    densities: Sequence[float] | None = None,
+) -> float:
     """Matrix-product FLOPs of one prefill of a Llama-style decoder with one logit row.
+
+    Without `densities` all products of queries and keys are counted, masked ones too, as profilers
+    count them. A kernel that is causal computes half of them: where sparse attention is compared
+    with it, both are counted by their `densities`, 1 for the causal one.
 
     Args:
         config: the text config.
         text: tokens that are not image tokens.
         image_per_layer: image tokens each layer computes.
+        densities: share of the causal half of the products that each layer computes.
     """
     width = config.hidden_size
     kinds = kinds_of(config, len(image_per_layer))
@@ -27,10 +37,12 @@ def prefill_flops(config: Any, text: int, image_per_layer: list[float]) -> float
                 feed_forward_weights(config, number) + linear_attention_weights(config)
             )
             continue
+        seen = tokens if densities is None else densities[number] * (tokens + 1) / 2
         if number >= own_layers(config, len(kinds)):
             # a layer that uses another one's keys and values computes the token alone whose logits are asked
             weights, computed = 2 * width * query, 1
-        total += computed * (weights + feed_forward_weights(config, number) + 2 * tokens * query)
+            total += 2 * (tokens - seen) * query
+        total += computed * (weights + feed_forward_weights(config, number) + 2 * seen * query)
     return float(_MULTIPLY_ADD * total)
 
 

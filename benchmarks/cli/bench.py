@@ -57,11 +57,27 @@ def bench_command(
     concurrency: Annotated[
         str, typer.Option(help="Requests under way at a time, comma-separated, likewise.")
     ] = "1,4,16",
+    attention: Annotated[
+        str | None,
+        typer.Option(help="Time methods of sparse attention, comma-separated, not a pruner."),
+    ] = None,
+    attention_tokens: Annotated[
+        str, typer.Option(help="Lengths of the prompts, comma-separated, with --attention.")
+    ] = "4096,8192,16384,32768",
+    density: Annotated[
+        float, typer.Option(help="Share of the causal half that is computed, likewise.")
+    ] = 0.2,
     output: Annotated[Path | None, typer.Option(help="Folder for bench.json, bench.md.")] = None,
 ) -> None:
     """Time a pruned and the unpruned architecture on random weights, phase by phase."""
     from vlm_prune.benchmarks.cli.support import named_methods
     from vlm_prune.benchmarks.evaluation.records import Variant
+    from vlm_prune.benchmarks.speed.attention import (
+        SparseBenchConfig,
+        about_attention,
+        attention_rows,
+        bench_attention,
+    )
     from vlm_prune.benchmarks.speed.bench import BenchConfig
     from vlm_prune.benchmarks.speed.bench import bench as measure
     from vlm_prune.benchmarks.speed.bench_table import (
@@ -92,7 +108,16 @@ def bench_command(
         raise InputError(
             "--video-frames times methods on transformers; leave out --engine and --wings"
         )
-    counts = _counts(concurrency)
+    others = engine == "vllm" or wings is not None or video_frames or schedule is not None
+    if attention is not None and others:
+        raise InputError(
+            "--attention times sparse attention alone; leave out --engine, --wings, --video-frames and "
+            "--schedule"
+        )
+    if not 0 < density <= 1:
+        raise InputError(f"density {density} is no share; give one above 0, at most 1")
+    counts = _counts(concurrency, "concurrency", "1,4,16")
+    lengths = _counts(attention_tokens, "attention-tokens", "4096,16384")
     names = named_methods(method, lambda: FAMILIES[SHAPES[model_shape]().model_type])
     more = parse_method_args(method_args)
     variants = [Variant(name, parse_budget(budget), positions, more) for name in names]
@@ -103,7 +128,15 @@ def bench_command(
         tower_layers=tower_layers,
     )  # fmt: skip
     results: Any
-    if engine == "vllm":
+    if attention is not None:
+        results = bench_attention(
+            SparseBenchConfig(
+                model_shape, tuple(attention.split(",")), lengths, density, more, layers, repeats,
+                device, dtype,
+            )
+        )  # fmt: skip
+        lines, table = about_attention(results), attention_rows(results)
+    elif engine == "vllm":
         if isinstance(served := variants[0].budget, str):
             raise InputError(
                 f"--engine vllm measures images; give a number of tokens, not {served}"
@@ -134,12 +167,12 @@ def bench_command(
         write_text(output / "bench.md", f"{intro}\n{as_markdown(table)}")
 
 
-def _counts(text: str) -> tuple[int, ...]:
+def _counts(text: str, option: str, example: str) -> tuple[int, ...]:
     """`1,4,16` as numbers."""
     try:
         counts = tuple(int(part) for part in text.split(","))
     except ValueError:
         counts = ()
     if not counts or min(counts) < 1:
-        raise InputError(f"concurrency {text!r} is no list of numbers from 1 on, such as 1,4,16")
+        raise InputError(f"{option} {text!r} is no list of numbers from 1 on, such as {example}")
     return counts

@@ -64,25 +64,28 @@ class AnchorAttention(BlockAttention):
         causal = torch.ones(block, block, dtype=torch.bool, device=key.device).tril()
         for place in range(step):
             # the blocks at the same place of all groups see equally many keys of their own group
-            rows = query[:, :, place::step].transpose(1, 2)
+            # (G, groups, H / G x block, d): heads that share keys are rows of one product
+            rows = query[:, :, place::step].transpose(1, 2).flatten(2, 3)
             seen = (place + 1) * block
             size = max(1, inputs.most // (inputs.heads * block * seen))
+            best = torch.empty(rows.shape[:3], device=key.device)
             for first in range(0, rows.shape[1], size):
-                part = rows[:, first : first + size]
-                own = key[:, first : first + part.shape[1], None, :seen]
-                scores = part @ own.transpose(-1, -2)
-                scores[..., -block:].masked_fill_(~causal, -torch.inf)
-                found[:, :, first * step + place :: step][:, :, : part.shape[1]] = scores.amax(
-                    -1
-                ).transpose(1, 2)
-        size = max(1, inputs.most // (inputs.heads * block * block))
-        sink = inputs.key[:, None, None, :block].transpose(-1, -2)
-        for first in range(1, blocks, size):
-            near = (query[:, :, first : first + size] @ sink).amax(-1)
-            found[:, :, first : first + size] = torch.maximum(
-                found[:, :, first : first + size], near.float()
-            )
-        return found.flatten(0, 1).flatten(1) * inputs.scaling
+                part = slice(first, first + size)
+                own = key[:, part, :seen][:, : rows.shape[1] - first]
+                scores = rows[:, part] @ own.transpose(-1, -2)
+                scores.unflatten(2, (-1, block))[..., -block:].masked_fill_(~causal, -torch.inf)
+                best[:, part] = scores.amax(-1)
+            found[:, :, place::step] = best.unflatten(2, (-1, block)).transpose(1, 2)
+        # all rows but the first block's see the first block
+        size = max(1, inputs.most // (inputs.heads * block)) // block * block or block
+        sink = inputs.key[:, :block].transpose(1, 2)
+        near = found.flatten(2)
+        for first in range(block, inputs.length, size):
+            rows = inputs.grouped[:, :, first : first + size]
+            best = (rows.flatten(1, 2) @ sink).amax(-1).unflatten(1, (rows.shape[1], -1))
+            so_far = near[:, :, first : first + size]
+            so_far.copy_(torch.maximum(so_far, best))
+        return near.flatten(0, 1) * inputs.scaling
 
     def scores(self, inputs: AttentionInputs) -> Tensor:
         """How far the nearest mean product of a group is above its anchor, (R, groups, n); heads that
@@ -101,9 +104,10 @@ class AnchorAttention(BlockAttention):
             if not begin:
                 continue
             rows = slice(number * step, (number + 1) * step)
-            key = inputs.key[:, None, :begin].float()
-            products = query[:, :, rows] @ key.transpose(-1, -2) * inputs.scaling
-            above = (products - anchors[:, :, rows, None]).amax(2)
+            own = query[:, :, rows]
+            products = own.flatten(1, 2) @ inputs.key[:, :begin].float().transpose(1, 2)
+            products = products.unflatten(1, own.shape[1:3])
+            above = products.mul_(inputs.scaling).sub_(anchors[:, :, rows, None]).amax(2)
             found[:, number, :begin] = (
                 above.flatten(0, 1) if self.share == "head" else above.amax(1)
             )

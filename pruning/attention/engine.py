@@ -17,6 +17,9 @@ from vlm_prune.pruning.attention.inputs import AttentionInputs
 from vlm_prune.pruning.attention.trace import Computed, SparseTrace
 from vlm_prune.vlm.sparse_attention import AttentionCall
 
+MOST_PRODUCTS = {"cpu": 1 << 19, "other": 1 << 26}
+"""Products of queries and keys that an estimate holds at a time."""
+
 
 class ChoosesBlocks(Protocol):
     """What the engine asks of a method; its fields are those of `BlockAttention`."""
@@ -121,7 +124,9 @@ class BlockRun:
             return attend_dense(query, key, value, scaling)
         body = [tensor[:, :length] for tensor in (query, key, value)]
         rotary = None if prompt.rotary is None else prompt.rotary[:, :length]
-        inputs = AttentionInputs(body[0], body[1], scaling, call.layer, tokens, rotary)
+        # what an estimate holds stays in a CPU's cache
+        most = MOST_PRODUCTS["cpu" if query.device.type == "cpu" else "other"]
+        inputs = AttentionInputs(body[0], body[1], scaling, call.layer, tokens, rotary, most)
         kept = method.select(inputs).forced(length)
         executor = method.executor
         if executor == "auto":

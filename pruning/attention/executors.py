@@ -66,45 +66,43 @@ def attend_gather(
     output, sums = _local_regions(query, key, value, geometry.local, scaling)
     # one mask for the heads of a unit, which share their keys
     masks = kept.keep if len(kept.keep) > 1 else kept.keep.expand(len(key), -1, -1)
-    units = len(masks)
-    grouped, owner = query.unflatten(0, (units, -1)), len(key) * torch.arange(units) // units
-    output, sums = output.unflatten(0, (units, -1)), sums.unflatten(0, (units, -1))
-    # key blocks of all key heads, one after the other, and of each unit's those it keeps
-    keys, values = (
-        part.unflatten(1, (-1, geometry.columns)).flatten(0, 1) for part in (key, value)
-    )
-    blocks = masks.shape[-1]
-    counts = masks.sum(-1).T.tolist()
-    chosen = masks.transpose(0, 1).nonzero()
-    offsets = owner.to(chosen.device)[chosen[:, 1]] * blocks + chosen[:, 2]
-    position = 0
-    for number, own in enumerate(counts):
-        rows = slice(number * geometry.rows, min(length, (number + 1) * geometry.rows))
-        index = offsets[position : (position := position + sum(own))]
-        if min(own) == max(own):
-            batches = [(slice(0, units), own[0])]
-        else:
-            batches = [(slice(unit, unit + 1), count) for unit, count in enumerate(own)]
-        used = 0
-        for unit, count in batches:
-            size = count * (unit.stop - unit.start)
-            part, used = index[used : used + size], used + size
+    grouped = query.unflatten(0, (len(masks), -1))
+    outputs, all_sums = (part.unflatten(0, (len(masks), -1)) for part in (output, sums))
+    for unit, mask in enumerate(masks):
+        own = unit * len(key) // len(masks)
+        keys, values = (part[own].unflatten(0, (-1, geometry.columns)) for part in (key, value))
+        counts, chosen = mask.sum(1).tolist(), mask.nonzero()[:, 1]
+        # what is copied together is written over in turn, so that it stays in a CPU's cache
+        most = max(counts)
+        held_keys, held_values = (
+            keys.new_empty(most, *keys.shape[1:]),
+            values.new_empty(most, *values.shape[1:]),
+        )
+        position = 0
+        for number, count in enumerate(counts):
             if not count:
                 continue
-            # rows of heads that share keys are rows of one head: (units, 1, H / units x rows, d)
-            stacked = grouped[unit, :, rows].flatten(1, 2)[:, None]
-            taken = [
-                tensor[part].unflatten(0, (-1, count)).flatten(1, 2)[:, None]
-                for tensor in (keys, values)
-            ]
-            far, far_sums = attention_with_sums(stacked, taken[0], taken[1], scaling, False)
-            shape = (grouped.shape[1], -1)
-            far, far_sums = far[:, 0].unflatten(1, shape), far_sums[:, 0].unflatten(1, shape)
-            near, near_sums = output[unit, :, rows], sums[unit, :, rows]
-            weight = (far_sums - near_sums).sigmoid()[..., None]
-            near.copy_(torch.lerp(near.float(), far.float(), weight))
-    joined: Tensor = output.flatten(0, 1)
-    return joined
+            rows = slice(number * geometry.rows, min(length, (number + 1) * geometry.rows))
+            index = chosen[position : (position := position + count)]
+            near_keys = torch.index_select(keys, 0, index, out=held_keys[:count])
+            near_values = torch.index_select(values, 0, index, out=held_values[:count])
+            # rows of heads that share keys are rows of one head: (1, 1, H / units x rows, d)
+            stacked = grouped[unit, :, rows]
+            far, far_sums = attention_with_sums(
+                stacked.flatten(0, 1)[None, None],
+                near_keys.flatten(0, 1)[None, None],
+                near_values.flatten(0, 1)[None, None],
+                scaling,
+                False,
+            )
+            near, near_sums = outputs[unit, :, rows], all_sums[unit, :, rows]
+            weight = (far_sums.view(near_sums.shape) - near_sums).sigmoid_()[..., None]
+            far = far.view(near.shape)
+            if near.dtype == torch.float32:
+                near.lerp_(far, weight)
+            else:
+                near.copy_(near.float().lerp_(far.float(), weight))
+    return output
 
 
 def _local_regions(

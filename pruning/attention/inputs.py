@@ -27,7 +27,7 @@ class AttentionInputs:
     layer: int
     tokens: int
     rotary: Tensor | None = None
-    most: int = 1 << 24
+    most: int = 1 << 19
 
     @property
     def heads(self) -> int:

@@ -76,9 +76,10 @@ class Sale(BlockAttention):
         # of each query block the keys of a block before it and its own, (G, blocks, d, width)
         windows = pad(key, (0, 0, self.block, 0)).unfold(1, width, rows)
         blocks = windows.shape[1]
-        blocked = query.unflatten(2, (blocks, rows)).transpose(1, 2)
+        # (G, blocks, H / G x rows, d): heads that share keys are rows of one product
+        blocked = query.unflatten(2, (blocks, rows)).transpose(1, 2).flatten(2, 3)
         found = torch.empty(blocked.shape[:-1], device=key.device)
-        first = key[:, None, None, :sink].transpose(-1, -2)
+        first = key[:, None, :sink].transpose(-1, -2)
         index = torch.arange(length, device=key.device).unflatten(0, (blocks, rows))
         offset = index[:, :1] - self.block
         size = max(1, most // (query.shape[0] * query.shape[1] * rows * width))
@@ -86,13 +87,15 @@ class Sale(BlockAttention):
             part = slice(begin, begin + size)
             own = offset[part, :, None] + torch.arange(width, device=key.device)
             seen = (own >= 0) & (own <= index[part, :, None])
-            near = blocked[:, part] @ windows[:, part, None]
+            near = (blocked[:, part] @ windows[:, part]).unflatten(2, (-1, rows))
             near = near.masked_fill(~seen[:, None], -torch.inf)
             # keys of the sink that are in the window count there
             outside = torch.arange(sink, device=key.device) < offset[part, :, None]
-            far = (blocked[:, part] @ first).masked_fill(~outside[:, None], -torch.inf)
-            found[:, part] = torch.cat([near, far], -1).float().logsumexp(-1)
-        return found.transpose(1, 2).flatten(2)
+            far = (blocked[:, part] @ first).unflatten(2, (-1, rows))
+            far = far.masked_fill(~outside[:, None], -torch.inf)
+            found[:, part] = torch.cat([near, far], -1).float().logsumexp(-1).flatten(2)
+        by_head: Tensor = found.unflatten(2, (-1, rows)).transpose(1, 2).flatten(2)
+        return by_head
 
     def scores(self, inputs: AttentionInputs) -> Tensor:
         """The logarithm of a block's largest product beside its row's near sum, (R, query blocks, key
@@ -106,25 +109,29 @@ class Sale(BlockAttention):
         key = key - key.mean(1, keepdim=True)
         sums = self.near_sums(query, key, inputs.most)
         mean = query.mean(2, keepdim=True)
-        # what the mean query pays each key, in full precision, (G, H / G, 1, n)
-        common = mean @ key[:, None].transpose(-1, -2)
-        coarse, coarse_key = self.rounded(query - mean), self.rounded(key)
-        coarse, sums = (
-            tensor.unflatten(2, (blocks, rows))[:, :, :, :: self.row_step]
-            for tensor in (coarse, sums)
+        # a product also has what the mean query pays the key, in full precision, and its row's sum:
+        # columns behind those of the four bits, so that one product gives all of it
+        common = (mean @ key[:, None].transpose(-1, -2)).squeeze(2)
+        own_head = torch.eye(common.shape[1], device=key.device)[:, None]
+        coarse = torch.cat(
+            [
+                self.rounded(query - mean),
+                own_head.expand(len(key), -1, length, -1),
+                -sums[..., None],
+            ],
+            -1,
         )
-        read = coarse.shape[3]
+        one = key.new_ones(len(key), length, 1)
+        coarse_key = torch.cat([self.rounded(key), common.transpose(1, 2), one], -1)
+        coarse = coarse.unflatten(2, (blocks, rows))[:, :, :, :: self.row_step]
         masks = inputs.heads if self.share == "head" else inputs.groups
         found = key.new_full((masks, *geometry.shape(length)), -torch.inf)
-        size = max(1, inputs.most // (inputs.heads * read * length))
+        size = max(1, inputs.most // (inputs.heads * coarse.shape[3] * length))
         for begin in range(0, blocks, size):
             part, before = slice(begin, begin + size), min(length, (begin + size) * rows)
-            flat = coarse[:, :, part].flatten(1, 3)
-            products = flat @ coarse_key[:, :before].transpose(1, 2)
-            products = products.unflatten(1, coarse[:, :, part].shape[1:4])
-            products += common[:, :, None, :, :before]
-            products -= sums[:, :, part, :, None]
-            best = products.unflatten(4, (-1, columns)).amax((3, 5))
+            products = coarse[:, :, part].flatten(1, 3) @ coarse_key[:, :before].transpose(1, 2)
+            best = products.unflatten(2, (-1, columns)).amax(-1)
+            best = best.unflatten(1, coarse[:, :, part].shape[1:4]).amax(3)
             best = best.flatten(0, 1) if self.share == "head" else best.amax(1)
             found[:, part, : before // columns] = best
         return found

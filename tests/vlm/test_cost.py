@@ -31,6 +31,17 @@ def test_prefill_and_tower_flops(llava, images, make_inputs):
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
+def test_products_of_attention_are_counted_by_their_share_of_the_causal_half(llava):
+    text, layers = llava.config.text_config, llava.config.text_config.num_hidden_layers
+    tokens, width = 40, text.num_attention_heads * text.head_dim
+    everything = prefill_flops(text, 8, [32.0] * layers)
+    causal = prefill_flops(text, 8, [32.0] * layers, [1.0] * layers)
+    sparse = prefill_flops(text, 8, [32.0] * layers, [0.25] + [1.0] * (layers - 1))
+    # a product of a query and a key is one of width multiplications, and one of the value's
+    assert everything - causal == 2 * 2 * width * layers * (tokens**2 - tokens * (tokens + 1) / 2)
+    assert causal - sparse == 2 * 2 * width * 0.75 * tokens * (tokens + 1) / 2
+
+
 def test_key_value_bytes_are_those_of_the_cache(llava, images, make_inputs):
     inputs = make_inputs([(1, "Is there a 7?")], images)
     with torch.no_grad():

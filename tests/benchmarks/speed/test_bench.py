@@ -44,6 +44,39 @@ def test_bench_reports_every_phase_of_both_models(run, tmp_path, method):
     )
 
 
+def test_sparse_attention_is_timed_beside_sdpa(run, tmp_path):
+    lengths = ["--attention-tokens", "500,900", "--layers", "2", "--repeats", "1"]
+    code, out, err = run(
+        "bench", "--attention", "pooled,random-blocks", *lengths, "--density", "0.4",
+        "--method-args", "block=16", "--output", tmp_path,
+    )  # fmt: skip
+    assert code == 0, err
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert [length["tokens"] for length in results["lengths"]] == [500, 900]
+    for length in results["lengths"]:
+        assert min(times["median"] for times in length["dense"].values()) > 0
+        for run_of_method in length["methods"].values():
+            assert run_of_method["density"] == pytest.approx(0.4, abs=0.02)
+            assert 0 < run_of_method["chosen_density"] < 0.4
+            speed = run_of_method["speedup"]
+            ratio = length["dense"]["layer_ms"]["median"] / run_of_method["layer_ms"]["median"]
+            assert speed["layer"] == pytest.approx(ratio)
+            assert 1 < speed["promised"] < 2.5
+            # what the tower takes brings it nearer to 1
+            assert abs(speed["first_token"] - 1) < abs(speed["layer"] - 1)
+    assert set(results["crossover"]) == {"pooled", "random-blocks"}
+    assert "| 900 | pooled | 0.4" in (tmp_path / "bench.md").read_text() and "SDPA" in out
+    for wrong, says in (
+        (["--attention", "poled"], "did you mean 'pooled'"),
+        (["--attention", "recycled"], "acts on decoding steps"),
+        (["--attention", "local", "--wings", "2"], "leave out --engine, --wings"),
+        (["--attention", "local", "--attention-tokens", "4k"], "attention-tokens '4k' is no list"),
+        (["--attention", "local", "--density", "2"], "density 2.0 is no share"),
+    ):
+        code, _, err = run("bench", *wrong, "--layers", "1", "--tower-layers", "1")
+        assert code == 2 and says in err and len(err.splitlines()) == 1
+
+
 def test_several_methods_share_one_model(run, tmp_path):
     code, out, err = run("bench", "--method", "divprune,fastv", *FAST, "--output", tmp_path)
     assert code == 0, err

@@ -4,9 +4,16 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from vlm_prune.pruning.attention import executors
-from vlm_prune.pruning.attention.blocks import Geometry, KeptBlocks, body_length, top_blocks
+from vlm_prune.pruning.attention.blocks import (
+    Geometry,
+    KeptBlocks,
+    body_length,
+    local_products,
+    top_blocks,
+)
 from vlm_prune.pruning.attention.engine import forced_products
 from vlm_prune.pruning.attention.executors import (
     EXECUTORS,
@@ -106,6 +113,22 @@ def test_without_flash_attention_products_are_computed(monkeypatch):
     assert flash_with_sums("cpu") is not None
     monkeypatch.setattr(executors, "flash_with_sums", lambda device: None)
     torch.testing.assert_close(attend_gather(*heads(), kept, 0.3), right)
+
+
+def test_gather_computes_no_other_products(monkeypatch):
+    """By torch's counter, with plain products in place of the fused ones."""
+    monkeypatch.setattr(executors, "flash_with_sums", lambda device: None)
+    for geometry in (SQUARE, FINE, SINGLE):
+        kept, (query, key, value) = random_blocks(geometry, 2), heads()
+        with FlopCounterMode(display=False) as counter:
+            attend_gather(query, key, value, kept, 0.3)
+        own = local_products(LENGTH, geometry.local)
+        # the halves of local regions behind each query are masked
+        regions = [min(geometry.local, LENGTH - at) for at in range(0, LENGTH, geometry.local)]
+        masked = sum(size * (size - 1) // 2 for size in regions)
+        assert own + masked == sum(size**2 for size in regions)
+        products = float(kept.products(LENGTH)) + masked
+        assert counter.get_total_flops() == 2 * 2 * 6 * 8 * products
 
 
 def test_tail_rows_see_all_keys():
