@@ -121,6 +121,7 @@ class Engine:
         outputs = self.llm.generate(inputs, sampling, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
+    @torch.inference_mode()
     def unpruned_rows(self, prompt, pictures):
         """All rows of a Qwen-VL prompt's images, as vLLM takes them."""
         from vlm_prune.vlm.families import family_of
