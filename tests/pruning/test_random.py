@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vlm_prune.pruning import Cascade
-from vlm_prune.pruning.random import Random, RandomInside
+from vlm_prune.pruning.random import SPREAD, Random, RandomInside, drawn
 from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.common.errors import InputError
 
@@ -84,3 +84,16 @@ def test_a_draw_is_uniform():
 def test_a_layer_that_is_none_is_refused():
     with pytest.raises(InputError, match="layer 32 is out of range"):
         RandomInside(layer=32)
+
+
+@pytest.mark.parametrize(
+    ("image", "seed", "state"),
+    [(5, 0, 5), (5, 1, 5 + SPREAD), (2**32 - 1, 1, SPREAD - 1), (9, 2**32, 9)],
+)
+def test_a_draw_is_that_of_torchs_generator(image, seed, state):
+    expected = torch.rand(7, generator=torch.Generator().manual_seed(state))
+    assert torch.equal(drawn(torch.zeros(1, 7, 2), seed, [image])[0], expected)
+
+
+def test_half_of_the_layers_run_before_a_random_cut():
+    assert RandomInside().pattern() == [(16, 1)]

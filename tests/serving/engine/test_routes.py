@@ -83,15 +83,16 @@ def test_embeddings_are_left_whole_by_a_pruning_server(family, folders, pictures
 def test_weights_are_read_back_from_packed_layers(family, folders, pictures, prompts, start):
     """In bfloat16 vLLM packs weights for the processor and drops the originals."""
     engine = start(folders(family), "zoo", 8, dtype="bfloat16")
-    projector = engine.served.projection
     names = {
         "qwen2_5_vl": ("visual.merger.mlp.0", "visual.merger.mlp.2"),
         "qwen3_vl": ("visual.merger.linear_fc1", "visual.merger.linear_fc2"),
     }.get(family, ("multi_modal_projector.linear_1", "multi_modal_projector.linear_2"))
     one, two = (engine.model.model.get_submodule(name) for name in names)
+    row = torch.zeros(1, one.weight.shape[1], dtype=torch.bfloat16)
+    weights = engine.served.projection.weights(row)
     for found, stored in (
-        (projector.w1, one.weight), (projector.b1, one.bias),
-        (projector.w2, two.weight), (projector.b2, two.bias),
+        (weights.w1, one.weight), (weights.b1, one.bias),
+        (weights.w2, two.weight), (weights.b2, two.bias),
     ):  # fmt: skip
         assert torch.equal(found, stored.to(torch.bfloat16))
     assert len(engine.answers(prompts, pictures)) == len(prompts)
