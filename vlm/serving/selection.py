@@ -144,7 +144,7 @@ def weight_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight (out, in) and bias of a linear layer of vLLM, whole, however it is stored.
 
     vLLM packs weights for the processor, quantizes them and splits them over GPUs; what the layer
-    does to a unit matrix is its weight.
+    does to a unit matrix is its weight. On a CPU it keeps the bias of a bfloat16 layer in fp32.
     """
     if isinstance(linear, nn.Linear):
         return linear.weight, linear.bias
@@ -154,7 +154,7 @@ def weight_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     size = layer.input_size_per_partition
     unit = torch.eye(size, dtype=layer.params_dtype, device=next(layer.parameters()).device)
     weight: Tensor = layer.quant_method.apply(layer, unit, None).T.contiguous()
-    bias: Tensor | None = layer.bias
+    bias: Tensor | None = None if layer.bias is None else layer.bias.to(weight.dtype)
     if layer.input_size > size:
         weight = tensor_model_parallel_all_gather(weight, 1)
     elif layer.output_size > len(weight):
