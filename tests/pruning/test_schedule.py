@@ -6,7 +6,7 @@ import pytest
 from transformers import Gemma4TextConfig, LlamaConfig, Qwen3_5TextConfig
 
 from vlm_prune.pruning import METHODS, DecoderPruner
-from vlm_prune.pruning.schedule import Schedule
+from vlm_prune.pruning.schedule import Schedule, check_layer, solve_counts
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.layer_pruning import cut_depths
 
@@ -186,3 +186,17 @@ def test_counts_without_a_paper_are_given_where_they_are_plain():
 def test_cuts_that_fall_on_one_place_are_one_cut():
     cuts = METHODS["sparsevlm"](budget=300).cuts(576, 6)
     assert [cut.layer for cut in cuts] == [1, 3]
+
+
+def test_what_rounding_leaves_goes_to_each_segment_that_can_take_it():
+    # 11 x 10 + 3 x 2 of 120 are proportional; 4 are left, too few for the first segment
+    assert solve_counts(10, 100, 12, [0, 10], [3, 1]) == [11, 5]
+    assert solve_counts(10, 11, 12, [0, 10], [3, 3]) == [10, 10]
+
+
+@pytest.mark.parametrize("layer", [-1, 32])
+def test_a_layer_that_no_cut_can_follow_is_refused(layer):
+    with pytest.raises(InputError, match="give 0 to 31, of 32"):
+        check_layer(layer)
+    check_layer(0)
+    check_layer(31)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from vlm_prune.pruning.shift import change_points, histogram, propose, regions
+from vlm_prune.vlm.common.errors import InputError
 
 
 def split_of(curve):
@@ -41,6 +42,8 @@ def test_the_histogram_counts_by_layer():
         ([0, 0, 0, 9, 0, 0], [(3, 3)], [3, 4]),
         ([0, 0, 0, 0, 0, 9], [(5, 5)], [5]),
         ([0, 0, 0, 0], [], []),
+        ([9, 0, 0, 0], [(0, 0)], [1]),
+        ([0, 3, 2, 1], [(1, 1)], [1, 2]),
     ],
 )
 def test_cuts_stand_around_dense_regions_and_never_inside(counts, dense, places):
@@ -52,3 +55,9 @@ def test_cuts_stand_around_dense_regions_and_never_inside(counts, dense, places)
 
 def test_fewer_cuts_stand_after_the_densest():
     assert propose([0, 1, 9, 8, 1, 0, 5, 0], 1) == [4]
+
+
+def test_fewer_than_four_layers_have_no_change_point():
+    with pytest.raises(InputError, match="3 layers have no change point"):
+        change_points(torch.rand(3, 5))
+    assert len(change_points(torch.rand(4, 5), share=1.0)) == 5

@@ -1,6 +1,7 @@
 """SparseVLM's raters, scores and recycling against slow loops written from the paper's equations."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -137,3 +138,9 @@ def test_without_recycling_it_is_plain_selection():
 def test_shares_outside_0_to_1_are_refused():
     with pytest.raises(InputError, match="recycle"):
         SparseVLM(recycle=1.5)
+
+
+def test_recycled_tokens_are_counted_as_the_paper_counts_them():
+    method = SparseVLM(budget=8)
+    assert [method.recycled_count(dropped) for dropped in (0, 3, 4, 100, 333)] == [0, 0, 1, 4, 10]
+    assert replace(method, clusters=0.0).recycled_count(100) == 0
