@@ -14,11 +14,32 @@ from vlm_prune.vlm.tokens import take
 def encoder_query_key(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys (M, H, N, d) of a CLIP or SigLIP encoder layer given its input (M, N, D)."""
     attention, normed = layer.self_attn, layer.layer_norm1(hidden)
-    shape = (*hidden.shape[:2], -1, attention.head_dim)
-    return (
-        attention.q_proj(normed).view(shape).transpose(1, 2),
-        attention.k_proj(normed).view(shape).transpose(1, 2),
-    )
+    query, key = attention.q_proj(normed), attention.k_proj(normed)
+    return in_heads(query, attention.head_dim), in_heads(key, attention.head_dim)
+
+
+def scored_query_key(
+    layer: Any, output: Any, state: int, rows: slice | list[int] = slice(None)
+) -> tuple[Tensor, Tensor]:
+    """Returns queries and keys (M, H, N, d) of a CLIP or SigLIP encoder layer as it computed them, or
+    computes them again.
+
+    Args:
+        layer: the layer.
+        output: of `Family.run`.
+        state: number of the hidden state that the layer got.
+        rows: which images or tiles.
+    """
+    if output.projections is None:
+        return encoder_query_key(layer, output.hidden_states[state][rows])
+    query, key = (in_heads(seen[rows], layer.self_attn.head_dim) for seen in output.projections)
+    return query, key
+
+
+def in_heads(values: Tensor, width: int) -> Tensor:
+    """(M, N, H d) -> (M, H, N, d), for heads of that width d."""
+    heads: Tensor = values.unflatten(-1, (-1, width))
+    return heads.transpose(1, 2)
 
 
 def decoder_keys(layer: Any, hidden: Tensor) -> Tensor:

@@ -107,6 +107,29 @@ def noted(layer: nn.Module) -> Iterator[dict[str, Any]]:
         )
 
 
+@contextmanager
+def outputs_of(*modules: nn.Module) -> Iterator[list[Tensor | None]]:
+    """What modules give in this thread while open, in their order: None for one that is not called
+    through its hooks, or more than once.
+    """
+    outputs: list[Tensor | None] = [None] * len(modules)
+    calls, thread = [0] * len(modules), get_ident()
+
+    def note(number: int, module: Any, args: Any, output: Any) -> None:
+        if get_ident() == thread:
+            calls[number] += 1
+            outputs[number] = output.detach() if calls[number] == 1 else None
+
+    hooks = [
+        module.register_forward_hook(partial(note, number)) for number, module in enumerate(modules)
+    ]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def compute_device(model: Any) -> torch.device:
     """Returns where a model computes. Weights that accelerate has offloaded are on no device: its
     hooks bring them to theirs.
@@ -250,23 +273,42 @@ class Family(ABC):
     def run(self, encoder: Callable[..., Any], pixel_values: Tensor, **inputs: Any) -> Any:
         """Output of tower and projector, with all that `images` reads of it.
 
+        Its `projections` are what `scored_projections` gave, or None where hooks did not see it.
+
         Args:
             encoder: the model's `get_image_features` or `get_video_features`.
             pixel_values: as the processor gives them.
             inputs: other arguments of `encoder`.
         """
         options = {"output_hidden_states": True, "return_dict": True}
-        output = encoder(pixel_values, **inputs | options)
-        states = output.hidden_states
-        read = {number % len(states) for number in self.states_read}
+        with outputs_of(*self.scored_projections) as projections:
+            output = encoder(pixel_values, **inputs | options)
+        states, read = output.hidden_states, self.states_read
+        seen = tuple(part for part in projections if part is not None)
+        output.projections = seen if seen and len(seen) == len(projections) else None
+        if output.projections is None:
+            read = *read, *self.scored_states
+        numbers = {number % len(states) for number in read}
         output.hidden_states = tuple(
-            state if number in read else None for number, state in enumerate(states)
+            state if number in numbers else None for number, state in enumerate(states)
         )
         return output
 
     @property
     def states_read(self) -> tuple[int, ...]:
-        """Numbers of the tower's hidden states that `images` reads; others are let go."""
+        """Numbers of the tower's hidden states that features are made of; others are let go."""
+        return ()
+
+    @property
+    def scored_states(self) -> tuple[int, ...]:
+        """Number of the hidden state that the tower's scored layer gets, the one whose attention
+        methods read.
+        """
+        return ()
+
+    @property
+    def scored_projections(self) -> tuple[nn.Module, ...]:
+        """What makes queries and keys in the scored layer, to be seen as the tower runs."""
         return ()
 
     @abstractmethod

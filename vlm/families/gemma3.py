@@ -16,10 +16,10 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlm_prune.vlm.attention import encoder_query_key
+from vlm_prune.vlm.attention import scored_query_key
 from vlm_prune.vlm.encoded import Group, Images
 from vlm_prune.vlm.families.base import Family, Need, loaded, patched, seed_of
 from vlm_prune.vlm.tokens import VisionTokens
@@ -60,16 +60,21 @@ class Gemma3(Family):
         return pooled.flatten(2).transpose(1, 2)
 
     @property
-    def states_read(self) -> tuple[int, ...]:
+    def scored_states(self) -> tuple[int, ...]:
         return (-2,)
+
+    @property
+    def scored_projections(self) -> tuple[nn.Module, ...]:
+        attention = self.tower_layers[-1].self_attn
+        return attention.q_proj, attention.k_proj
 
     def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
         """Images of (M, 3, H, W) pixels, all of one group."""
-        before, side = output.hidden_states[-2], round(self.tokens_per_image**0.5)
+        side = round(self.tokens_per_image**0.5)
 
         @torch.no_grad()
         def query_key() -> tuple[Tensor, Tensor]:
-            return encoder_query_key(self.tower_layers[-1], before)
+            return scored_query_key(self.tower_layers[-1], output, -2)
 
         tokens = VisionTokens(
             features=self.pool(output.last_hidden_state),
@@ -82,7 +87,7 @@ class Gemma3(Family):
             pool=self.pool,
             patches=partial(patched, pixel_values, pixel_values.shape[-1] // side),
         )
-        flops = self.tower_flops([before.shape[1]])
+        flops = self.tower_flops([output.last_hidden_state.shape[1]])
         return Images([Group(list(range(len(pixel_values))), tokens, flops=flops)])
 
     def arguments(

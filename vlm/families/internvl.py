@@ -7,12 +7,14 @@ its tile; each tile has its own CLS token.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from vlm_prune.vlm.attention import in_heads
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.families.base import check_strategy
@@ -63,8 +65,22 @@ class InternVL(Tiled):
 
     @property
     def states_read(self) -> tuple[int, ...]:
+        return (int(self.model.config.vision_feature_layer),)
+
+    @property
+    def scored_layer(self) -> int:
+        """Number of the tower's layer whose output the projector gets."""
         layer = int(self.model.config.vision_feature_layer)
-        return layer, layer - 1
+        return (layer if layer >= 0 else len(self.tower_layers) + 1 + layer) - 1
+
+    @property
+    def scored_states(self) -> tuple[int, ...]:
+        return (self.scored_layer,)
+
+    @property
+    def scored_projections(self) -> tuple[nn.Module, ...]:
+        attention = self.tower_layers[self.scored_layer].attention
+        return attention.q_proj, attention.k_proj
 
     def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
         """Images of (T, 3, H, W) tiles; needs `input_ids`."""
@@ -72,23 +88,24 @@ class InternVL(Tiled):
         states, layer = output.hidden_states, config.vision_feature_layer
         first = self.tower_prefix
         last = output.last_hidden_state if layer == -1 else states[layer]
-        before = (layer if layer >= 0 else len(states) + layer) - 1
-
-        def query_key(rows: list[int]) -> tuple[Tensor, Tensor]:
-            return self.query_key(self.tower_layers[before], states[before][rows])
-
         features = model.multi_modal_projector.layer_norm(self.patches(last[:, first:]))
         projected = output.pooler_output
-        return self.grouped(inputs, pixel_values, features, projected, query_key, first > 0)
+        return self.grouped(
+            inputs, pixel_values, features, projected, partial(self.query_key, output), first > 0
+        )
 
     @torch.no_grad()
-    def query_key(self, layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys (T, H, S, d) of a tower layer given its input (T, S, D)."""
-        attention, normed = layer.attention, layer.layernorm_before(hidden)
-        query = attention.q_norm(attention.q_proj(normed))
-        key = attention.k_norm(attention.k_proj(normed))
-        heads = (attention.num_heads, attention.head_dim)
-        return query.unflatten(-1, heads).transpose(1, 2), key.unflatten(-1, heads).transpose(1, 2)
+    def query_key(self, output: Any, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Queries and keys (T, H, S, d) of the scored layer for some tiles, given what `run` gave."""
+        layer = self.tower_layers[self.scored_layer]
+        attention = layer.attention
+        if output.projections is None:
+            normed = layer.layernorm_before(output.hidden_states[self.scored_layer][rows])
+            query, key = attention.q_proj(normed), attention.k_proj(normed)
+        else:
+            query, key = (seen[rows] for seen in output.projections)
+        width = attention.head_dim
+        return in_heads(attention.q_norm(query), width), in_heads(attention.k_norm(key), width)
 
     def output(
         self, features: Sequence[Tensor], deepstack: Sequence[list[Tensor]] = ()

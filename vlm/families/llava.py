@@ -10,9 +10,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vlm_prune.vlm.attention import encoder_query_key
+from vlm_prune.vlm.attention import scored_query_key
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import unknown
 from vlm_prune.vlm.encoded import Group, Images
@@ -70,7 +70,16 @@ class Llava(Family):
 
     @property
     def states_read(self) -> tuple[int, ...]:
-        return *self.feature_states, self.scored_layer
+        return self.feature_states
+
+    @property
+    def scored_states(self) -> tuple[int, ...]:
+        return (self.scored_layer,)
+
+    @property
+    def scored_projections(self) -> tuple[nn.Module, ...]:
+        attention = self.tower_layers[self.scored_layer].self_attn
+        return attention.q_proj, attention.k_proj
 
     def features(self, states: tuple[Tensor, ...]) -> Tensor:
         """What the projector reads of the tower's hidden states, (M, N, d_v)."""
@@ -99,7 +108,7 @@ class Llava(Family):
             grids=((pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch),),
             seeds=tuple(map(seed_of, pixel_values)),
             projector=self.projector,
-            query_key=partial(self.query_key, states),
+            query_key=partial(self.query_key, output),
             has_cls=self.tower_prefix > 0,
             patches=partial(patched, pixel_values, patch),
         )
@@ -109,11 +118,11 @@ class Llava(Family):
 
     @torch.no_grad()
     def query_key(
-        self, states: tuple[Tensor, ...], rows: slice | list[int] = slice(None)
+        self, output: Any, rows: slice | list[int] = slice(None)
     ) -> tuple[Tensor, Tensor]:
-        """Queries and keys of the layer whose output the projector gets, given all states."""
+        """Queries and keys of the layer whose output the projector gets, given that of `run`."""
         layer = self.scored_layer
-        return encoder_query_key(self.tower_layers[layer], states[layer][rows])
+        return scored_query_key(self.tower_layers[layer], output, layer, rows)
 
     @property
     def projector(self) -> Projector:

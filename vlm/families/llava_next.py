@@ -77,8 +77,7 @@ class LlavaNext(Llava):
         Bilinear shrinking, where the model does it, is applied to features and attention alike.
         """
         tiles, sizes = self.tiles(inputs), inputs["image_sizes"]
-        states = output.hidden_states
-        layer = self.features(states).split(tiles)
+        layer = self.features(output.hidden_states).split(tiles)
         starts = [sum(tiles[:image]) for image in range(len(tiles))]
         groups = []
         for members in alike([(*map(int, s), t) for s, t in zip(sizes, tiles, strict=True)]):
@@ -95,7 +94,7 @@ class LlavaNext(Llava):
                 grids=self.grids(newline, count),
                 seeds=tuple(seed_of(pixel_values[i, :count]) for i in members),
                 projector=self.projector,
-                query_key=partial(self.query_key, states, rows),
+                query_key=partial(self.query_key, output, rows),
                 has_cls=self.tower_prefix > 0,
                 pool=pool,
                 available=len(newline),

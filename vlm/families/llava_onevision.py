@@ -55,22 +55,22 @@ class LlavaOneVision(LlavaNext):
         The model's shrinking is applied to features and attention alike.
         """
         count, frames = pixel_values.shape[:2]
-        states, whole = output.hidden_states, output.pooler_output
+        whole = output.pooler_output
         (_, side, _) = self.video_grids({"pixel_values_videos": pixel_values})[0]
         pool = partial(self.shrunk, count)
         tokens = VisionTokens(
-            features=pool(self.features(states)),
+            features=pool(self.features(output.hidden_states)),
             projected=whole[:, :-1],
             grids=((side, side),) * frames,
             seeds=tuple(map(seed_of, pixel_values)),
             projector=self.projector,
-            query_key=partial(self.query_key, states),
+            query_key=partial(self.query_key, output),
             has_cls=False,
             pool=pool,
             available=whole.shape[1],
             frames=frames,
             patches=lambda: pool(patched(pixel_values.flatten(0, 1), self.patch_size)),
-            frames_query_key=partial(self.query_key, states),
+            frames_query_key=partial(self.query_key, output),
         )
         indices = torch.arange(tokens.projected.shape[1], device=whole.device)
         flops = self.tower_flops([self.tokens_per_image] * frames)

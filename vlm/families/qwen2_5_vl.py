@@ -22,7 +22,16 @@ from transformers.vision_utils import get_vision_window_index
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.cost import tower_flops
 from vlm_prune.vlm.encoded import Group, Images
-from vlm_prune.vlm.families.base import KINDS, Family, Kind, Need, matrices, noted, seed_of
+from vlm_prune.vlm.families.base import (
+    KINDS,
+    Family,
+    Kind,
+    Need,
+    matrices,
+    noted,
+    outputs_of,
+    seed_of,
+)
 from vlm_prune.vlm.layout import alike
 from vlm_prune.vlm.projector import Projector
 from vlm_prune.vlm.tokens import VisionTokens
@@ -76,11 +85,18 @@ class Qwen25VL(Family):
         return tokens[order.argsort().to(values.device)]
 
     def run(self, encoder: Callable[..., Any], pixel_values: Tensor, **inputs: Any) -> Any:
-        """The output's `last_layer` is what the tower's last layer gets: input and rotation."""
+        """The output's `query_key` are the queries and keys of the tower's last layer before rotation,
+        side by side as it computed them, (P, 2 H d), and `rotary` is their rotation.
+        """
         moved = {n: inputs[n].to(self.device) for n in inputs if n.endswith("_grid_thw")}
-        with noted(self.tower_layers[-1]) as seen:
+        layer = self.tower_layers[-1]
+        with noted(layer) as seen, outputs_of(layer.attn.qkv) as projections:
             output = encoder(pixel_values, **inputs | moved | {"return_dict": True})
-        output.last_layer = seen
+        joint = projections[0]
+        if joint is None:
+            with torch.no_grad():
+                joint = layer.attn.qkv(layer.norm1(seen["hidden"]))
+        output.query_key, output.rotary = joint[:, : joint.shape[1] // 3 * 2], seen["rotary"]
         return output
 
     def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
@@ -105,12 +121,12 @@ class Qwen25VL(Family):
             grid: frames, rows and columns of patches, (M, 3).
             kind: what they are.
         """
-        grid, seen = grid.to(self.device), output.last_layer
+        grid = grid.to(self.device)
         patches = grid.prod(1).tolist()
         counts = [count // self.merged for count in patches]
         features = self.features(output, grid)
-        before, cos, sin = (
-            self.in_rows(value, grid).split(counts) for value in (seen["hidden"], *seen["rotary"])
+        joint, cos, sin = (
+            self.in_rows(value, grid).split(counts) for value in (output.query_key, *output.rotary)
         )
         by_image, pixels = features.split(counts), pixel_values.split(patches)
         deepstack = getattr(output, "deepstack_features", None) or []
@@ -121,20 +137,20 @@ class Qwen25VL(Family):
             time, rows, columns = grid[first].tolist()
             # frames do not see each other, and all are rotated alike
             rotary = [table[first].flatten(0, 1)[: rows * columns] for table in (cos, sin)]
-            hidden = torch.stack([before[i].flatten(0, 1) for i in members])
-            hidden = hidden.unflatten(1, (time, -1)).flatten(0, 1)
+            before = torch.stack([joint[i].flatten(0, 1) for i in members])
+            before = before.unflatten(1, (time, -1)).flatten(0, 1)
             tokens = VisionTokens(
                 features=torch.stack([by_image[i] for i in members]),
                 projected=torch.stack([output.pooler_output[i] for i in members]),
                 grids=((rows // side, columns // side),) * time,
                 seeds=tuple(seed_of(pixels[i]) for i in members),
                 projector=self.projector,
-                query_key=partial(self.query_key, hidden, *rotary),
+                query_key=partial(self.query_key, before, *rotary),
                 has_cls=False,
                 pool=partial(self.pool, time),
                 frames=time if kind == "video" else 0,
                 patches=partial(self.token_pixels, [pixels[i] for i in members]),
-                frames_query_key=partial(self.frames_query_key, hidden, *rotary),
+                frames_query_key=partial(self.frames_query_key, before, *rotary),
             )
             layers = [torch.stack([layer[i] for i in members]) for layer in deepstack]
             groups.append(
@@ -176,34 +192,33 @@ class Qwen25VL(Family):
         return whole.flatten(1, 2)
 
     @torch.no_grad()
-    def query_key(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def query_key(self, joint: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Returns queries and keys of the last layer, after rotation.
 
         Args:
-            hidden: its input, (M T, S, d).
+            joint: queries and keys before it, side by side, (M T, S, 2 H d).
             cos: of the rotation.
             sin: of the rotation.
         """
         from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
-        block = self.tower_layers[-1]
-        qkv = block.attn.qkv(block.norm1(hidden)).unflatten(-1, (3, block.attn.num_heads, -1))
-        query, key, _ = qkv.unbind(2)
+        heads = self.tower_layers[-1].attn.num_heads
+        query, key = joint.unflatten(-1, (2, heads, -1)).unbind(2)
         query, key = apply_rotary_pos_emb_vision(query, key, cos, sin)
         return query.transpose(1, 2), key.transpose(1, 2)
 
     def frames_query_key(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, frames: Sequence[int]
+        self, joint: Tensor, cos: Tensor, sin: Tensor, frames: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """Returns the same of some frames.
 
         Args:
-            hidden: the layer's input, (M T, S, d).
+            joint: queries and keys before rotation, side by side, (M T, S, 2 H d).
             cos: of the rotation.
             sin: of the rotation.
             frames: which of the M T.
         """
-        return self.query_key(hidden[list(frames)], cos, sin)
+        return self.query_key(joint[list(frames)], cos, sin)
 
     def sizes(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> list[int]:
         return [int(count) // self.merged for count in inputs["image_grid_thw"].prod(1)]

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from packaging.version import Version
-from torch import Tensor
+from torch import Tensor, nn
 
-from vlm_prune.vlm.attention import encoder_query_key
+from vlm_prune.vlm.attention import scored_query_key
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.families.base import Need
@@ -79,16 +79,20 @@ class SmolVLM(Tiled):
         return shuffled
 
     @property
-    def states_read(self) -> tuple[int, ...]:
+    def scored_states(self) -> tuple[int, ...]:
         return (-2,)
+
+    @property
+    def scored_projections(self) -> tuple[nn.Module, ...]:
+        attention = self.tower_layers[-1].self_attn
+        return attention.q_proj, attention.k_proj
 
     def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
         """Images of (B, T, 3, H, W) tiles, rows padded with zeros; needs `input_ids`."""
-        before = output.hidden_states[-2]
 
         def query_key(rows: list[int]) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
-                return encoder_query_key(self.tower_layers[-1], before[rows])
+                return scored_query_key(self.tower_layers[-1], output, -2, rows)
 
         features = self.patches(output.last_hidden_state)
         projected = torch.cat(list(output.pooler_output)).unflatten(0, (len(features), -1))

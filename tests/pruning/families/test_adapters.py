@@ -1,6 +1,7 @@
 """What each adapter says about its tower and projector, against the model itself."""
 
 import sys
+from contextlib import contextmanager
 from functools import partial
 from inspect import signature
 
@@ -18,7 +19,7 @@ from vlm_prune.pruning.pipeline import PrunedVLM
 from vlm_prune.pruning.received import in_tower
 from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.families import FAMILIES, family_of
+from vlm_prune.vlm.families import FAMILIES, base, family_of, qwen2_5_vl
 from vlm_prune.vlm.load import load
 
 
@@ -50,8 +51,18 @@ def test_features_projected_are_what_the_language_model_gets(tiny):
             torch.testing.assert_close(tokens.projector(tokens.features), tokens.projected)
 
 
-def test_attention_received_is_that_of_the_towers_maps(tiny, monkeypatch):
+@contextmanager
+def nothing_seen(*modules):
+    """Stands in for `outputs_of` where modules run without their hooks."""
+    yield [None] * len(modules)
+
+
+@pytest.mark.parametrize("hooks", ["run", "are not run"])
+def test_attention_received_is_that_of_the_towers_maps(hooks, tiny, monkeypatch):
     """In an image's first tile; a token of several patches takes their mean."""
+    if hooks != "run":
+        for family_module in (base, qwen2_5_vl):
+            monkeypatch.setattr(family_module, "outputs_of", nothing_seen)
     layer = family_of(tiny.model).tower_layers[-2 if tiny.name in ("llava", "llava_next") else -1]
     attention = next(
         getattr(layer, n) for n in ("self_attn", "attention", "attn") if hasattr(layer, n)
