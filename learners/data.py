@@ -98,7 +98,7 @@ def _example(entry: Any, where: str, root: DataRoot) -> Example:
         raise InputError(
             f"{where} has {other[0]!r}, and only images and text are read; leave it out (--skip-bad)"
         )
-    if not turns or [who for who, _ in turns] != ["human", "gpt"] * (len(turns) // 2):
+    if not turns or [role for role, _ in turns] != ["human", "gpt"] * (len(turns) // 2):
         raise InputError(f"{where}: turns must alternate 'human', 'gpt'")
     if not all(isinstance(text, str) for _, text in turns):
         raise InputError(f"{where}: every 'value' must be a text")

@@ -68,17 +68,21 @@ def merge(
     layers = len(ours.model.layers)
     if not 0 <= first_layer < layers:
         raise InputError(f"layer {first_layer} is out of range; give 0 to {layers - 1}")
-    own, other = ({n: p.shape for n, p in each.named_parameters()} for each in (ours, theirs))
-    rows = {n for n in own if n.startswith(("lm_head.", "model.embed_tokens."))}
+    shapes, base_shapes = (
+        {n: p.shape for n, p in each.named_parameters()} for each in (ours, theirs)
+    )
+    rows = {n for n in shapes if n.startswith(("lm_head.", "model.embed_tokens."))}
     for name in rows if shared is not None else ():
-        own[name], other[name] = own[name][1:], other.get(name, own[name])[1:]
-    for name in {"lm_head.weight"} & (own.keys() ^ other.keys()):
-        own.pop(name, None), other.pop(name, None)  # one of the two ties it to its embeddings
-    if own != other:
+        shapes[name], base_shapes[name] = shapes[name][1:], base_shapes.get(name, shapes[name])[1:]
+    for name in {"lm_head.weight"} & (shapes.keys() ^ base_shapes.keys()):
+        # one of the two ties it to its embeddings
+        shapes.pop(name, None)
+        base_shapes.pop(name, None)
+    if shapes != base_shapes:
         raise InputError("the two models' language models differ; merge a model with its own base")
     sources = dict(theirs.named_parameters())
     for name, parameter in ours.merged(first_layer):
-        if name not in own:
+        if name not in shapes:
             continue
         index: Any = slice(None)
         if shared is not None and name in rows:

@@ -71,12 +71,12 @@ class LearnerCache:
 
 
 class QueryRun(NamedTuple):
-    """Neighbouring queries `start` to `stop`, which see `before` keys, and each other if `own`."""
+    """Neighbouring queries `start` to `stop`, which see `before` keys, and each other if `includes_itself`."""
 
     start: int
     stop: int
     before: int
-    own: bool
+    includes_itself: bool
 
 
 class Keys(NamedTuple):

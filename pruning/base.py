@@ -287,11 +287,11 @@ class DecoderPruner(Pruner):
         """
         allowed = allowed or range(layers)
         if isinstance(self.schedule, Schedule):
-            places, shares = self.schedule.scaled(layers), list(self.schedule.shares)
+            cut_layers, shares = self.schedule.scaled(layers), list(self.schedule.shares)
         else:
             depths, shares = map(list, zip(*self.pattern(), strict=True))
-            places = scaled(depths, layers)
-        places = nearest(places, allowed, layers)
+            cut_layers = scaled(depths, layers)
+        cut_layers = nearest(cut_layers, allowed, layers)
         if self.preset:
             counts = [
                 count if isinstance(count, int) else round(count * tokens)
@@ -299,9 +299,9 @@ class DecoderPruner(Pruner):
             ]
         else:
             budget = tokens_for(self.budget, tokens, frames)
-            places, counts = fit_cuts(budget, tokens, layers, places, shares, allowed)
+            cut_layers, counts = fit_cuts(budget, tokens, layers, cut_layers, shares, allowed)
         # in a shallow model two cuts may fall on one place; the later one decides
-        at = dict(zip(places, counts, strict=True))
+        at = dict(zip(cut_layers, counts, strict=True))
         return [Cut(depth, min(keep, tokens)) for depth, keep in at.items() if depth < layers]
 
     def depths_on(self, family: Family) -> list[int]:

@@ -79,10 +79,10 @@ class FlashVID(VideoPruner):
             )
             at, kept = [], []
             for frame, (roots, merged) in self.trees(tokens[video], rest, parents):
-                own, centers = clustered(merged, budgets[frame], self.neighbors)
-                here = torch.cat([salient[frame], roots[own]])
-                order = here.argsort()
-                at.append(here[order] + frame * size)
+                roots_kept, centers = clustered(merged, budgets[frame], self.neighbors)
+                chosen_tokens = torch.cat([salient[frame], roots[roots_kept]])
+                order = chosen_tokens.argsort()
+                at.append(chosen_tokens[order] + frame * size)
                 chosen = tokens[video, frame, salient[frame]]
                 kept.append(torch.cat([chosen, centers.to(chosen.dtype)])[order])
             indices.append(torch.cat(at[::-1]))

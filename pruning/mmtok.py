@@ -61,13 +61,13 @@ class MMTok(VisionPruner):
         return Kept.at(projected, chosen.sort(1).values)
 
 
-def cover(tokens: Tensor, things: Tensor, temperature: float) -> Tensor:
-    """Returns how well each token covers each of R things, (M, N, R); each column sums to 1 / R.
+def cover(tokens: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Returns how well each token covers each of R targets, (M, N, R); each column sums to 1 / R.
 
     Args:
         tokens: (M, N, d).
-        things: what is to be covered, (M, R, d).
+        targets: what is to be covered, (M, R, d).
         temperature: of the softmax over tokens.
     """
-    similarity = pairwise_cosine(tokens, things) / temperature
-    return similarity.softmax(1) / max(1, things.shape[1])
+    similarity = pairwise_cosine(tokens, targets) / temperature
+    return similarity.softmax(1) / max(1, targets.shape[1])

@@ -20,8 +20,8 @@ class NoPruning(VisionPruner):
 
     def reduce(self, vision: VisionTokens) -> Kept:
         count, tokens = vision.projected.shape[:2]
-        every = torch.arange(tokens, device=vision.projected.device)
-        return Kept.at(vision.projected, every.expand(count, -1))
+        indices = torch.arange(tokens, device=vision.projected.device)
+        return Kept.at(vision.projected, indices.expand(count, -1))
 
     def reduce_video(self, vision: VisionTokens) -> Kept:
         return self.reduce(vision)

@@ -68,11 +68,11 @@ class SparseVLM(DecoderScorePruner):
         cuts = super().cuts(tokens, layers, allowed, frames)
         if not self.preset:
             return cuts
-        with_recycled, here = [], tokens
+        with_recycled, count = [], tokens
         for cut in cuts:
-            kept = min(cut.keep, here)
-            here = kept + self.recycled_count(here - kept)
-            with_recycled.append(Cut(cut.layer, here))
+            kept = min(cut.keep, count)
+            count = kept + self.recycled_count(count - kept)
+            with_recycled.append(Cut(cut.layer, count))
         return with_recycled
 
     def recycled_count(self, dropped: int) -> int:

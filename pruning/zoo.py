@@ -151,7 +151,7 @@ class Zoo(VisionPruner):
         sensitivities = BoundedSensitivity.of(vision.features, weights, act, bank)
         similarity = pairwise_cosine(vision.projected, vision.projected)
         pairs = zip(sensitivities, similarity, strict=True)
-        return torch.stack([own.diverse(alike, k) for own, alike in pairs])
+        return torch.stack([scores.diverse(alike, k) for scores, alike in pairs])
 
 
 def two_layer_projector(vision: VisionTokens) -> Projector:
@@ -180,8 +180,8 @@ def sampled(project: Map, features: Tensor, bank: Tensor, step: float) -> Tensor
     total = torch.zeros(features.shape[:2], device=features.device)
     for direction in bank.to(features.dtype):
         # central differences
-        there, back = project(features + step * direction), project(features - step * direction)
-        total += (there - back).float().norm(dim=-1)
+        ahead, behind = project(features + step * direction), project(features - step * direction)
+        total += (ahead - behind).float().norm(dim=-1)
     return total / (2 * step * len(bank))
 
 
@@ -291,8 +291,8 @@ class BoundedSensitivity:
                 continue
             chosen.append(pick)
             taken[pick] = True
-            own = similarity[pick]
-            nearest = own if nearest is None else torch.maximum(nearest, own)
+            to_pick = similarity[pick]
+            nearest = to_pick if nearest is None else torch.maximum(nearest, to_pick)
         return torch.tensor(chosen)
 
 

@@ -22,6 +22,9 @@ BRITISH = re.compile(
     r"(normal|initial|optim|summar|orthogonal|minim|maxim|serial|organ|recogn|visual|quant|token|"
     r"general|regular|vector|parallel|synchron|penal)is(e|ing|ation)"
 )
+PROSE = {
+    "asked", "as_short", "claim", "heard", "made", "ride_along", "spare", "standing", "stands", "twin", "wake",
+}  # fmt: skip
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -155,6 +158,27 @@ def british(*folders: str) -> list[str]:
         for token in tokenize.generate_tokens(path.open().readline)
         if token.type in (tokenize.NAME, tokenize.COMMENT) and BRITISH.search(token.string)
     ]
+
+
+def prose(*folders: str) -> list[str]:
+    """Variables, arguments, functions and classes whose name says nothing of what they hold."""
+    return [
+        f"{path}:{node.lineno} {name}"
+        for folder in folders
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (name := bound_name(node)).lower() in PROSE
+    ]
+
+
+def bound_name(node: ast.AST) -> str:
+    """The name that a node binds; empty where it binds none."""
+    match node:
+        case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name):
+            return name
+        case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+            return name
+    return ""
 
 
 def untyped_records(*folders: str) -> list[Found]:

@@ -1,7 +1,15 @@
 """The rules for names and docstrings hold in every folder: see CONTRIBUTING, Style."""
 
 import pytest
-from language import PACKAGES, british, missing_docstrings, repeated, undocumented, untyped_records
+from language import (
+    PACKAGES,
+    british,
+    missing_docstrings,
+    prose,
+    repeated,
+    undocumented,
+    untyped_records,
+)
 
 
 @pytest.mark.parametrize("folder", PACKAGES)
@@ -28,6 +36,10 @@ def test_names_and_comments_have_american_spelling():
     assert not british(*PACKAGES), "\n".join(british(*PACKAGES))
 
 
+def test_identifiers_are_terms_and_no_prose():
+    assert not prose(*PACKAGES), "\n".join(prose(*PACKAGES))
+
+
 def test_each_rule_finds_what_breaks_it(tmp_path):
     text = """def act(first, second, third):
     '''Acts.'''
@@ -36,6 +48,7 @@ class TokenLayout:
     '''A second one.'''
     rows: list[dict[str, Any]]
 colour = 1  # grey
+asked = lambda twin: twin
 """
     (tmp_path / "broken.py").write_text(text)
     folder = str(tmp_path)
@@ -43,4 +56,5 @@ colour = 1  # grey
     assert [found.name for found in missing_docstrings(folder)] == ["silent"]
     assert list(repeated(folder)) == ["TokenLayout"]
     assert [found.name for found in untyped_records(folder)] == ["TokenLayout"]
+    assert [line.split()[1] for line in prose(folder)] == ["asked", "twin"]
     assert [line.split()[1:] for line in british(folder)] == [["colour"], ["#", "grey"]]

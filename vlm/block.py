@@ -292,8 +292,8 @@ class Block:
                 ordinal, order = merged_ordinals(masks, each)
                 counts = [each[kind][index] for kind, index in order]
                 of_kind = [
-                    video_frames(kwargs["mm_encoder_outputs"][kind], mask, own)
-                    for kind, mask, own in zip(sources, masks, each, strict=True)
+                    video_frames(kwargs["mm_encoder_outputs"][kind], mask, per_item)
+                    for kind, mask, per_item in zip(sources, masks, each, strict=True)
                 ]
                 frames = [of_kind[kind][index] for kind, index in order]
             if "video" in sources:
@@ -323,8 +323,8 @@ class Block:
         if self.layers.inside is not None:
             forward.seeds = image_seeds(ids, layout)
             for number, count in enumerate(layout.counts):
-                own = self.layers.inside.cuts(count, frames=frames[number]) if count else []
-                for cut in own:
+                cuts = self.layers.inside.cuts(count, frames=frames[number]) if count else []
+                for cut in cuts:
                     forward.due.setdefault(cut.layer, {})[number] = cut.keep
         return forward
 

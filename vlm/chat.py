@@ -209,13 +209,16 @@ def _wide(processor: Any) -> tuple[Any, dict[int, list[int]]]:
         names = special_tokens(processor).names
         wide = copy.deepcopy(tokenizer)
         characters = [chr(FIRST + n) for n in range(len(names))]
-        wide.add_tokens([AddedToken(own, special=False, normalized=False) for own in characters])
+        wide.add_tokens(
+            [AddedToken(character, special=False, normalized=False) for character in characters]
+        )
         ids = wide.convert_tokens_to_ids(characters)
         plain = {}
-        for name, own in zip(names, ids, strict=True):
-            plain[own] = _after_newline(wide, name)
-            if wide.convert_tokens_to_ids(name) in plain[own]:  # not marked as special: cut it
-                plain[own] = [*_after_newline(wide, name[:1]), *_after_newline(wide, name[1:])]
+        for name, number in zip(names, ids, strict=True):
+            plain[number] = _after_newline(wide, name)
+            # not marked as special: cut it
+            if wide.convert_tokens_to_ids(name) in plain[number]:
+                plain[number] = [*_after_newline(wide, name[:1]), *_after_newline(wide, name[1:])]
         _widened[processor] = wide, plain
     return _widened[processor]
 

@@ -274,9 +274,9 @@ class TokenLayout:
         # which lines have image tokens, before and after the cut
         before, after = (
             torch.zeros(shape, dtype=torch.bool).scatter_reduce_(
-                1, self.line.clamp(min=0), there, "amax"
+                1, self.line.clamp(min=0), mask, "amax"
             )
-            for there in (shown, shown & keep)
+            for mask in (shown, shown & keep)
         )
         empty = (before & ~after).gather(1, self.line.clamp(min=0))
         return keep & ~(text & empty)

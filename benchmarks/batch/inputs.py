@@ -77,10 +77,10 @@ def _walk(root: Path, suffixes: tuple[str, ...]) -> list[str]:
 
     found = []
     for folder, folders, files in os.walk(root, onerror=refuse):
-        here = Path(folder)
+        directory = Path(folder)
         names = [name for name in files if name.lower().endswith(suffixes)]
-        names += [name for name in folders if not _inside(root, here / name)]
-        found += [(here / name).relative_to(root).as_posix() for name in names]
+        names += [name for name in folders if not _inside(root, directory / name)]
+        found += [(directory / name).relative_to(root).as_posix() for name in names]
     return sorted(found)
 
 
@@ -95,8 +95,10 @@ def _manifest(source: Path, limit: int | None) -> tuple[list[str], list[str | No
             texts = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
             table = csv.read_csv(source, convert_options=texts)
         else:
-            there = parquet.read_schema(source).names
-            table = parquet.read_table(source, columns=[name for name in names if name in there])
+            available = parquet.read_schema(source).names
+            table = parquet.read_table(
+                source, columns=[name for name in names if name in available]
+            )
         if "path" not in table.column_names:
             raise InputError(f"{source} has no column 'path'")
         table = table.slice(0, limit)

@@ -11,9 +11,8 @@ from PIL.Image import Image
 
 from vlm_prune.benchmarks.batch.config import MapConfig
 from vlm_prune.benchmarks.batch.inputs import shown_of
-from vlm_prune.benchmarks.evaluation.served import settings_of
+from vlm_prune.benchmarks.evaluation.served import image_token_of, settings_of
 from vlm_prune.vlm.load import EMBEDDED, config_of
-from vlm_prune.vlm.serving.settings import KEY
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -53,11 +52,7 @@ def vllm_answers(
     processor = build_processor(
         vLLMEngineProcessorConfig(
             model_source=str(EMBEDDED.get(config.model, config.model)),
-            engine_kwargs={
-                "dtype": "float32" if config.dtype == "auto" and on_cpus else config.dtype,
-                "limit_mm_per_prompt": {"image": 1},
-                "additional_config": {KEY: settings.as_dict()},
-            },
+            engine_kwargs=settings.engine_options(config.dtype, on_cpus, images=1),
             batch_size=batch_size,
             concurrency=(engines, engines),
             max_concurrent_batches=2,
@@ -69,7 +64,7 @@ def vllm_answers(
             log_engine_metrics=False,
         ),
         preprocess=partial(engine_request, sampling=_greedy(config.model, config.max_new_tokens)),
-        postprocess=partial(_answer, image_token=_image_token(config.model)),
+        postprocess=partial(_answer, image_token=image_token_of(config_of(config.model))),
         preprocess_map_kwargs=decoding,
         postprocess_map_kwargs={"num_cpus": 0},
     )
@@ -83,20 +78,14 @@ def _greedy(model: str, max_new_tokens: int | None) -> dict[str, Any]:
     from transformers import GenerationConfig
 
     try:
-        own = GenerationConfig.from_pretrained(str(EMBEDDED.get(model, model)))
+        defaults = GenerationConfig.from_pretrained(str(EMBEDDED.get(model, model)))
     except OSError:  # a checkpoint may have none
-        own = GenerationConfig()
+        defaults = GenerationConfig()
     given = {
-        "repetition_penalty": own.repetition_penalty,
-        "max_tokens": max_new_tokens or own.max_new_tokens,
+        "repetition_penalty": defaults.repetition_penalty,
+        "max_tokens": max_new_tokens or defaults.max_new_tokens,
     }
     return {"temperature": 0.0} | {name: value for name, value in given.items() if value}
-
-
-def _image_token(model: str) -> int:
-    config = config_of(model)
-    token: int = getattr(config, "image_token_id", None) or config.image_token_index
-    return token
 
 
 def engine_request(row: dict[str, Any], sampling: dict[str, Any]) -> dict[str, Any]:

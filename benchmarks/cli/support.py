@@ -51,7 +51,7 @@ def support_table() -> str:
     """`support` as a table."""
     return _table(
         {
-            name: {family: "yes" if there else "" for family, there in works.items()}
+            name: {family: "yes" if supported else "" for family, supported in works.items()}
             for name, works in support().items()
         }
     )

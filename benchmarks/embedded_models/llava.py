@@ -289,10 +289,10 @@ class Trainer:
         """The frozen tower's features of scenes, (576, width) each, kept in half precision."""
         missing = sorted({k for k in scenes if k not in self.features})
         for start in range(0, len(missing), 8):
-            these = missing[start : start + 8]
-            pixels = torch.stack([self.many[k].pixels for k in these])
+            batch = missing[start : start + 8]
+            pixels = torch.stack([self.many[k].pixels for k in batch])
             encoded = tower_features(vision_transformer(self.model), pixels).half()
-            self.features |= dict(zip(these, encoded, strict=True))
+            self.features |= dict(zip(batch, encoded, strict=True))
         return [self.features[k] for k in scenes]
 
     def _symbol_rows(self, level: int) -> list[Row]:

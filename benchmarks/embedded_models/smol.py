@@ -347,8 +347,10 @@ class SmolTrainer:
             scene = make_scene(rng, split, things)
             pixels = pixels_of([scene])
             features = tower_features(vision_transformer(self.model), pixels)[0].half()
-            bare = Scene(scene.pixels[:0], scene.things, scene.patch_names, scene.patch_colors)
-            self.encoded[key] = EncodedScene(bare, features)
+            without_pixels = Scene(
+                scene.pixels[:0], scene.things, scene.patch_names, scene.patch_colors
+            )
+            self.encoded[key] = EncodedScene(without_pixels, features)
         return self.encoded[key]
 
     def block(self, kind: str, question: Question) -> QuestionBlock:
@@ -549,13 +551,13 @@ class SmolTrainer:
         loss, right = self.answer_loss(self.rows(rng, level))
         loss.backward()
         figures = {"loss": loss.item()}
-        held = {"own": self.own_loss(int(rng.integers(len(self.conversations))))}
-        (recipe.text_weight * held["own"]).backward()
+        divergences = {"own": self.own_loss(int(rng.integers(len(self.conversations))))}
+        (recipe.text_weight * divergences["own"]).backward()
         if self.step % 4 == 0:
             drawn = rng.integers(len(self.plain), size=2)
-            held["plain"] = self.plain_loss([self.plain[int(k)] for k in drawn])
-            (recipe.text_weight * held["plain"]).backward()
-        for kind, divergence in held.items():
+            divergences["plain"] = self.plain_loss([self.plain[int(k)] for k in drawn])
+            (recipe.text_weight * divergences["plain"]).backward()
+        for kind, divergence in divergences.items():
             before = self.running.get(kind, divergence.item())
             self.running[kind] = before + 0.05 * (divergence.item() - before)
         for name, parameter in self.live.items():

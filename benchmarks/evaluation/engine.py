@@ -114,10 +114,10 @@ def evaluate(
     config = folders[0].config
     samples = samples_of(config.tasks, config.limit, config.seed, config.split)
     pruners = [folder.config.variant.build(config.seed) for folder in folders]
-    asked = samples.answered(folders)
+    answered = samples.answered(folders)
     for folder, pruner in zip(folders, pruners, strict=True):
         pruner.admit(model)
-        folder.check(asked)
+        folder.check(answered)
     answer, warm = answer or partial(_answer, model, processor), False
     for start in range(0, len(samples), config.batch_size):
         questions = slice(start, start + config.batch_size)

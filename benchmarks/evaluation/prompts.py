@@ -56,17 +56,17 @@ class Prompts:
         Beam search repeats a prompt with its images, whose first copy counts.
         """
         first, count = sum(self.images[:number]), self.images[number]
-        own = self.encoded_numbers(number)
-        counts = [self.vision.counts[n] for n in own] if self.vision else []
+        numbers = self.encoded_numbers(number)
+        counts = [self.vision.counts[n] for n in numbers] if self.vision else []
         copies = max(1, len(trace.computed[0]) // max(1, sum(self.images)))
         pruned = slice(copies * first, copies * first + count)
         return PromptRecord(
             images=count,
             image_tokens=counts,
             cropped=self.cropped,
-            grids=[self.vision.grids[n] for n in own] if self.vision else [],
+            grids=[self.vision.grids[n] for n in numbers] if self.vision else [],
             text_tokens=int(self.tensors["attention_mask"][number].sum()) - sum(counts),
-            vision_flops=float(sum(self.vision.flops[n] for n in own)) if self.vision else 0.0,
+            vision_flops=float(sum(self.vision.flops[n] for n in numbers)) if self.vision else 0.0,
             layer_tokens=[sum(layer[pruned]) / max(1, count) for layer in trace.computed],
             kept=[indices.tolist() for indices in trace.kept[pruned]],
         )

@@ -265,8 +265,8 @@ def check_prompt(prompt: NotedImages) -> None:
     for part in (prompt.image_tokens, prompt.grids, prompt.kept or prompt.grids):
         if len(part) != prompt.images:
             raise ValueError(f"{len(part)} entries for {prompt.images} images")
-    every = prompt.kept or [[]] * prompt.images
-    for tokens, grid, kept in zip(prompt.image_tokens, prompt.grids, every, strict=True):
+    kept_tokens = prompt.kept or [[]] * prompt.images
+    for tokens, grid, kept in zip(prompt.image_tokens, prompt.grids, kept_tokens, strict=True):
         if any(index >= tokens for index in kept):
             raise ValueError(f"a kept token outside the {tokens} of an image")
         if grid is not None and math.prod(grid) != tokens:

@@ -26,7 +26,7 @@ from vlm_prune.vlm.chat import Messages
 from vlm_prune.vlm.common.errors import InputError, first_line
 from vlm_prune.vlm.load import EMBEDDED
 from vlm_prune.vlm.serving.server import check_served
-from vlm_prune.vlm.serving.settings import KEY, Settings
+from vlm_prune.vlm.serving.settings import Settings
 from vlm_prune.vlm.trace import Trace
 
 GPU_SHARE = 0.45  # of the memory, for each of the two engines
@@ -51,6 +51,12 @@ def settings_of(model: str, variant: Variant, seed: int = 0) -> Settings:
     )  # fmt: skip
     check_served(model, settings)
     return settings
+
+
+def image_token_of(config: Any) -> int:
+    """Returns the number of the image token, which a model's configuration has under one of two names."""
+    token: int = getattr(config, "image_token_id", None) or config.image_token_index
+    return token
 
 
 class ServedVLM:
@@ -85,14 +91,13 @@ class ServedVLM:
         try:
             self.llm = LLM(
                 str(EMBEDDED.get(model, model)),
-                dtype="float32" if dtype == "auto" and device == "cpu" else dtype,
-                limit_mm_per_prompt={"image": images}, additional_config={KEY: settings.as_dict()},
-                seed=seed, **options,
-            )  # fmt: skip
+                **settings.engine_options(dtype, device == "cpu", images),
+                seed=seed,
+                **options,
+            )
         except (RuntimeError, ValueError, OSError) as error:
             raise InputError(f"vLLM does not start: {first_line(error)}") from error
-        config = self.llm.llm_engine.model_config.hf_config
-        self.image_token = getattr(config, "image_token_id", None) or config.image_token_index
+        self.image_token = image_token_of(self.llm.llm_engine.model_config.hf_config)
 
     def complete(
         self,
@@ -154,9 +159,6 @@ class ServedPair:
 
     def __init__(self, model: Any, processor: Any, folder: RunFolder[PairedRow]) -> None:
         self.model, self.processor, self.config = model, processor, folder.config
-        config = folder.config
-        samples = samples_of(config.tasks, config.limit, config.seed, config.split)
-        self.images = max(1, *(len(sample.images) for sample in samples))
         self.engines: list[ServedVLM] = []
 
     def start(self) -> list[ServedVLM]:
@@ -164,10 +166,12 @@ class ServedPair:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         config = self.config
+        samples = samples_of(config.tasks, config.limit, config.seed, config.split)
+        images = max(1, *(len(sample.images) for sample in samples), 1)
         for variant in (Variant("none", 1.0), config.variant):
             self.engines.append(
                 ServedVLM(
-                    config.model, variant, config.device, config.dtype, self.images,
+                    config.model, variant, config.device, config.dtype, images,
                     seed=config.seed, max_num_seqs=config.batch_size,
                     gpu_memory_utilization=GPU_SHARE, disable_log_stats=False,
                     enable_prefix_caching=False, mm_processor_cache_gb=0,
@@ -223,9 +227,9 @@ def phases(outputs: Sequence[Any]) -> tuple[float, float]:
     after it: a share of the batch's.
     """
     stats = [output.metrics for output in outputs]
-    first = max(own.first_token_ts for own in stats)
-    prefill = first - min(own.scheduled_ts for own in stats)
-    decode = max(own.last_token_ts for own in stats) - first
+    first = max(request.first_token_ts for request in stats)
+    prefill = first - min(request.scheduled_ts for request in stats)
+    decode = max(request.last_token_ts for request in stats) - first
     return 1e3 * prefill / len(stats), 1e3 * decode / len(stats)
 
 

@@ -217,12 +217,12 @@ class RunFolder(Generic[RowT]):
             os.truncate(self.log, end)
         return rows
 
-    def check(self, asked: "Mapping[str, QuestionFields]") -> None:
+    def check(self, questions: "Mapping[str, QuestionFields]") -> None:
         """Raise `InputError` unless all rows are of these questions, by id, with the scores of their
         answers.
         """
         for row in self.rows.values():
-            question = asked.get(row.id)
+            question = questions.get(row.id)
             if question is None or question != {name: getattr(row, name) for name in question}:
                 problem = "is none of this run's questions"
             elif not _scored(row):

@@ -125,9 +125,9 @@ def proposal(model: Any, points: list[int], budget: int, cuts: int, tokens: int)
         raise InputError("no layer stands out, so there is nothing to propose; give more --limit")
     schedule = Schedule(layers, tuple(depths), tuple(share for _, share in pattern[: len(depths)]))
     method = AdaptInfer(budget=budget, schedule=schedule)
-    made = method.cuts(tokens, layers)
+    chosen_cuts = method.cuts(tokens, layers)
     computed = [
-        float(min([tokens, *(cut.keep for cut in made if cut.layer <= layer)]))
+        float(min([tokens, *(cut.keep for cut in chosen_cuts if cut.layer <= layer)]))
         for layer in range(layers)
     ]
     return {
@@ -136,7 +136,7 @@ def proposal(model: Any, points: list[int], budget: int, cuts: int, tokens: int)
         "change_points": len(points),
         "budget": budget,
         "tokens": tokens,
-        "cuts": [asdict(cut) for cut in made],
+        "cuts": [asdict(cut) for cut in chosen_cuts],
         "counts": method.counts(tokens, computed),
         "versions": versions(),
         "command": command_line(),

@@ -81,8 +81,8 @@ def _judged(config: dict[str, Any]) -> bool:
 def _check_judge(name: str, config: dict[str, Any]) -> None:
     if not _judged(config) or any(os.environ.get(key) for key in KEYS):
         return
-    twin = f"{name}_static"
-    instead = f", or run {twin}" if twin in catalog().all_tasks else ""
+    static = f"{name}_static"
+    instead = f", or run {static}" if static in catalog().all_tasks else ""
     raise InputError(f"task {name!r} is scored by a judge model; set {KEYS[0]}{instead}")
 
 

@@ -142,7 +142,7 @@ class PrunedChat(lmms):  # type: ignore[misc]
         open_talks = list(range(len(requests)))
         number = 0
         while open_talks:
-            asks, asked = [], []
+            asks, indices = [], []
             for index in open_talks:
                 chat = talks[index].ask(number, answers[index])
                 if chat is not None:
@@ -150,10 +150,10 @@ class PrunedChat(lmms):  # type: ignore[misc]
                     until = stops_of(options) if self.is_simple else ()
                     name = f"{ids[index]}/round{number}"
                     asks.append(Ask(name, chat, shared_options(options), until))
-                    asked.append(index)
-            for index, row in zip(asked, self._rows(asks), strict=True):
+                    indices.append(index)
+            for index, row in zip(indices, self._rows(asks), strict=True):
                 answers[index].append(row["reply"])
-            open_talks, number = asked, number + 1
+            open_talks, number = indices, number + 1
         return answers
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:

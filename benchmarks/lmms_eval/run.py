@@ -138,11 +138,11 @@ def _compare(
 
 def _alone(error: Exception, model: PrunedChat) -> bool:
     """Whether talking to the other processes failed: no task's fault, and the others would too."""
-    said = str(error).lower()
+    message = str(error).lower()
     return (
         model.world_size > 1
         and isinstance(error, RuntimeError)
-        and any(word in said for word in ("gloo", "nccl", "by peer"))
+        and any(word in message for word in ("gloo", "nccl", "by peer"))
     )
 
 

@@ -63,10 +63,10 @@ def load_runs(paths: list[Path]) -> list[Run]:
                 f"{first.path} and {run.path} differ in the unpruned model's accuracy, so in its "
                 "weights; report them apart"
             )
-        twin = seen.setdefault((run.label, run.budget), run.path)
-        if twin is not run.path:
+        earlier = seen.setdefault((run.label, run.budget), run.path)
+        if earlier is not run.path:
             raise InputError(
-                f"{twin} and {run.path} both hold {run.label} at budget {run.budget}; give one"
+                f"{earlier} and {run.path} both hold {run.label} at budget {run.budget}; give one"
             )
     return sorted(runs, key=lambda run: run.tokens)
 

@@ -82,12 +82,12 @@ def video_summary(results: dict[str, Any]) -> list[str]:
     if not config.get("video_frames"):
         return []
     memory = results["selection_memory"]
-    held = "" if memory is None else f"; it holds {memory:.2f}x the tokens at most"
+    peak = "" if memory is None else f"; it holds {memory:.2f}x the tokens at most"
     return [
         (
             f"of all layers of the shape: selection {percent(speed['whole_selection_share'])} % of the "
             f"unpruned prefill and {percent(speed['whole_selection_of_pruned'])} % of the pruned one, "
-            f"{percent(speed['whole_of_promise'])} % of the promised speed-up with it{held}"
+            f"{percent(speed['whole_of_promise'])} % of the promised speed-up with it{peak}"
         )
     ]
 

@@ -16,7 +16,7 @@ class PeakBytes(TorchDispatchMode):
 
     def __init__(self, given: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.given = {own.untyped_storage().data_ptr() for own in given}
+        self.given = {tensor.untyped_storage().data_ptr() for tensor in given}
         self.alive, self.peak = WeakTensorKeyDictionary(), 0
 
     def __torch_dispatch__(
@@ -30,14 +30,14 @@ class PeakBytes(TorchDispatchMode):
             args: of it.
             kwargs: of it.
         """
-        made = func(*args, **kwargs or {})
-        for own in made if isinstance(made, tuple | list) else [made]:
-            if isinstance(own, Tensor):
-                storage = own.untyped_storage()
-                self.alive[own] = storage.data_ptr(), storage.nbytes()
-        held = {at: size for at, size in self.alive.values() if at not in self.given}
-        self.peak = max(self.peak, sum(held.values()))
-        return made
+        output = func(*args, **kwargs or {})
+        for tensor in output if isinstance(output, tuple | list) else [output]:
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.alive[tensor] = storage.data_ptr(), storage.nbytes()
+        sizes = {at: size for at, size in self.alive.values() if at not in self.given}
+        self.peak = max(self.peak, sum(sizes.values()))
+        return output
 
 
 @torch.inference_mode()
@@ -52,7 +52,7 @@ def selection_memory(method: Any, vision: Images) -> float | None:
     for group in vision.groups:
         tokens = group.tokens
         # the tower's states are there whether a method reads them or not
-        with PeakBytes([tokens.projected, tokens.features]) as held:
+        with PeakBytes([tokens.projected, tokens.features]) as measured:
             chooser.select(tokens)
-        peak = max(peak, held.peak / tokens.projected.nbytes)
+        peak = max(peak, measured.peak / tokens.projected.nbytes)
     return peak

@@ -19,9 +19,9 @@ def ask(rng: np.random.Generator) -> Movie:
         along = [step if across + down > 0 else 1 - step for step in steps]
         path = tuple((at, lane) if across else (lane, at) for at in along)
         actors.append(Actor(kind, name, color, path))
-    asked = int(rng.integers(2))
-    question = f"In which direction does the {actors[asked].name} move?"
-    return Movie(tuple(actors), Question(question, str(ways[asked]), str(ways[asked])))
+    chosen = int(rng.integers(2))
+    question = f"In which direction does the {actors[chosen].name} move?"
+    return Movie(tuple(actors), Question(question, str(ways[chosen]), str(ways[chosen])))
 
 
 TASK = Task("direction", True, about_movie(ask))

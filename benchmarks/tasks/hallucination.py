@@ -57,9 +57,9 @@ def score(prediction: str, answer: str) -> float:
     """
     if answer in ("yes", "no"):
         return exact_match(prediction, answer)
-    there, named = named_things(answer), named_things(prediction)
-    names = {name for name, _ in there}
-    right = [thing in there if thing[1] else thing[0] in names for thing in named]
+    present, named = named_things(answer), named_things(prediction)
+    names = {name for name, _ in present}
+    right = [thing in present if thing[1] else thing[0] in names for thing in named]
     return sum(right) / len(right) if right else 0.0
 
 

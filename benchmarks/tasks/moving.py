@@ -72,7 +72,7 @@ def spots(rng: np.random.Generator, count: int) -> list[tuple[float, float]]:
     ]
 
 
-def standing(
+def at_rest(
     at: tuple[float, float], frames: int, first: int, end: int
 ) -> tuple[tuple[float, float] | None, ...]:
     """Returns the path of what stands at one place from the frame `first` to before `end`.
@@ -102,7 +102,7 @@ def still_things(
     """
     count = len(times)
     return tuple(
-        Actor(*thing, standing(at, frames, *time))
+        Actor(*thing, at_rest(at, frames, *time))
         for thing, at, time in zip(cast(rng, count, kind), spots(rng, count), times, strict=True)
     )
 

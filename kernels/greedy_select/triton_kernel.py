@@ -57,7 +57,7 @@ def _select_kernel(
 
 @triton.jit
 def _cover_kernel(
-    cover, weights, valid, chosen, by_image, by_row, by_column, k, tokens, things,
+    cover, weights, valid, chosen, by_image, by_row, by_column, k, tokens, targets,
     BLOCK: tl.constexpr, THINGS: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0).to(tl.int64)
@@ -75,7 +75,7 @@ def _cover_kernel(
         best, pick = tl.max(gain, 0, return_indices=True, return_indices_tie_break_left=True)
         while tl.sum(tl.where(rows == pick, current, 0)) == 0:
             row = cover + pick * by_row + columns * by_column
-            more = tl.load(row, mask=columns < things, other=0.0) - covered
+            more = tl.load(row, mask=columns < targets, other=0.0) - covered
             more = tl.sum(tl.maximum(more, 0.0)) * tl.load(weights + image * tokens + pick)
             gain = tl.where(rows == pick, more, gain)
             current = tl.where(rows == pick, 1, current)
@@ -84,7 +84,7 @@ def _cover_kernel(
         free = free & (rows != pick)
         gain = tl.where(free, gain, float("-inf"))
         row = cover + pick * by_row + columns * by_column
-        row = tl.load(row, mask=columns < things, other=0.0)
+        row = tl.load(row, mask=columns < targets, other=0.0)
         covered = tl.maximum(covered, row)
 
 
@@ -98,10 +98,10 @@ def greedy_select(
         return chosen.fill_(-1)
     free = None if valid is None else valid.contiguous().view(torch.int8)
     if rule == "coverage":
-        things = similarity.shape[2]
+        targets = similarity.shape[2]
         _cover_kernel[(images,)](
-            similarity, scores.contiguous(), free, chosen, *similarity.stride(), k, tokens, things,
-            BLOCK=triton.next_power_of_2(tokens), THINGS=triton.next_power_of_2(things),
+            similarity, scores.contiguous(), free, chosen, *similarity.stride(), k, tokens, targets,
+            BLOCK=triton.next_power_of_2(tokens), THINGS=triton.next_power_of_2(targets),
         )  # fmt: skip
         return chosen
     factor = None

@@ -32,10 +32,10 @@ def _gelu_slope(x):
 @triton.jit
 def _pre_activations(before, bias, row, units, real, hidden, BIASED: tl.constexpr):
     """A part of one token's first layer, with its bias, in fp32."""
-    here = tl.load(before + row * hidden + units, mask=real, other=0.0).to(tl.float32)
+    inputs = tl.load(before + row * hidden + units, mask=real, other=0.0).to(tl.float32)
     if BIASED:
-        here += tl.load(bias + units, mask=real, other=0.0).to(tl.float32)
-    return here
+        inputs += tl.load(bias + units, mask=real, other=0.0).to(tl.float32)
+    return inputs
 
 
 @triton.jit
@@ -46,10 +46,10 @@ def _differences_kernel(
     row, direction = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     units = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = units < hidden
-    here = _pre_activations(before, bias, row, units, real, hidden, BIASED)
+    inputs = _pre_activations(before, bias, row, units, real, hidden, BIASED)
     shift = tl.load(shifts + direction * hidden + units, mask=real, other=0.0)
     out += (direction * tokens + row) * hidden
-    tl.store(out + units, (_gelu(here + shift) - _gelu(here - shift)) * factor, mask=real)
+    tl.store(out + units, (_gelu(inputs + shift) - _gelu(inputs - shift)) * factor, mask=real)
 
 
 @triton.jit
@@ -58,8 +58,8 @@ def _slopes_kernel(before, bias, out, hidden, BIASED: tl.constexpr, BLOCK: tl.co
     row = tl.program_id(0).to(tl.int64)
     units = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = units < hidden
-    here = _pre_activations(before, bias, row, units, real, hidden, BIASED)
-    tl.store(out + row * hidden + units, _gelu_slope(here), mask=real)
+    inputs = _pre_activations(before, bias, row, units, real, hidden, BIASED)
+    tl.store(out + row * hidden + units, _gelu_slope(inputs), mask=real)
 
 
 @triton.jit

@@ -143,11 +143,11 @@ def check_output(path: Path) -> None:
         OSError: if its folder cannot be made or written to.
     """
     target = output_file(path)
-    made = make_folders(target.parent)
+    new_folders = make_folders(target.parent)
     try:
         _new_partial(target).unlink()
     finally:
-        for folder in reversed(made):
+        for folder in reversed(new_folders):
             folder.rmdir()
 
 

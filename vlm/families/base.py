@@ -484,8 +484,8 @@ class Family(ABC):
             members = [n for n, t in enumerate(encoded.frames) if bool(t) == (kind == "video")]
             if members:
                 layers = [[layer[n] for n in members] for layer in deepstack]
-                own = self.output([projected[n] for n in members], layers)["image"]
-                found[kind] = own if kind == "image" else self.video_output(own)
+                output = self.output([projected[n] for n in members], layers)["image"]
+                found[kind] = output if kind == "image" else self.video_output(output)
         return found
 
     def video_output(self, output: Any) -> Any:

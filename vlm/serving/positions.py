@@ -14,12 +14,12 @@ BASE = 128
 CHANNELS = 6
 
 
-def with_grid(rows: Tensor, places: Tensor, grid: tuple[int, int, int]) -> Tensor:
+def with_grid(rows: Tensor, indices: Tensor, grid: tuple[int, int, int]) -> Tensor:
     """Rows with the coordinates of their tokens behind them.
 
     Args:
         rows: (k, d).
-        places: (k,), indices into the image's tokens in reading order.
+        indices: (k,), indices into the image's tokens in reading order.
         grid: time, height and width of the image in tokens.
 
     Returns:
@@ -27,7 +27,7 @@ def with_grid(rows: Tensor, places: Tensor, grid: tuple[int, int, int]) -> Tenso
     """
     _, height, width = grid
     coordinates = torch.stack(
-        [places // (height * width), places // width % height, places % width], 1
+        [indices // (height * width), indices // width % height, indices % width], 1
     )
     digits = torch.stack([coordinates // BASE, coordinates % BASE], 2).flatten(1)
     return torch.cat([rows, digits.to(rows)], 1)

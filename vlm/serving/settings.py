@@ -76,6 +76,20 @@ class Settings:
             raise InputError(f"{ENVIRONMENT}={text!r} is no JSON") from None
         return cls.read(values)
 
+    def engine_options(self, dtype: str, on_cpu: bool, images: int) -> dict[str, Any]:
+        """Returns the options of vLLM's engine that decide its answers.
+
+        Args:
+            dtype: as for `load`.
+            on_cpu: whether the engine runs there.
+            images: the most that a prompt has.
+        """
+        return {
+            "dtype": "float32" if dtype == "auto" and on_cpu else dtype,
+            "limit_mm_per_prompt": {"image": images},
+            "additional_config": {KEY: self.as_dict()},
+        }
+
     def as_dict(self) -> dict[str, Any]:
         """The settings as JSON can hold them."""
         return asdict(self) | {"arguments": dict(self.arguments)}

@@ -53,7 +53,7 @@ class ArmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         if self.hits.keys() != {"text", "visual", "iit"} or not all(self.hits.values()):
             raise ValueError("hits are of text, visual and iit")
         counts = [two for part in self.hits.values() for row in part.values() for two in row]
-        if any(right > asked or not asked for right, asked in counts):
+        if any(right > total or not total for right, total in counts):
             raise ValueError("more right answers than questions, or no question")
         if len(self.curves) != 2 or len(self.shift) != 2:
             raise ValueError("curves and shift are with and without the first token")
@@ -106,8 +106,8 @@ def right_answers(model: Any, processor: Any, rows: list[tuple[str, Row]]) -> Hi
 
 def accuracy(counts: list[list[int]]) -> float:
     """Share of right answers of [right, asked] counts."""
-    right, asked = np.array(counts).sum(0)
-    return float(right / asked)
+    right, total = np.array(counts).sum(0)
+    return float(right / total)
 
 
 def accuracy_over_kinds(kinds: dict[str, list[list[int]]]) -> float:

@@ -116,7 +116,7 @@ def fit(
     steps = plan.stage1_steps if stage == 1 else plan.stage2_steps
     optimizer, schedule = make_optimizer(groups, plan.recipe(arm, stage, seed), steps)
     parameters = [p for group in groups.values() for p in group]
-    rng, times, held = np.random.default_rng([seed, stage]), [], 0
+    rng, times, optimizer_bytes = np.random.default_rng([seed, stage]), [], 0
     model.train()
     for step in range(steps):
         rows = training_rows(shown, plan, arm.replay and stage == 2, rng)
@@ -125,7 +125,7 @@ def fit(
         with saved if step < 5 else nullcontext():  # counting takes time, too
             logits, labels = answer_logits(model, rows, processor.tokenizer)
             loss = cross_entropy(logits, labels)
-        held = max(held, saved.bytes)
+        optimizer_bytes = max(optimizer_bytes, saved.bytes)
         if not torch.isfinite(loss):
             raise InputError(
                 f"{arm.title}, step {step + 1}: the loss is {loss.item()}; lower rates"
@@ -140,7 +140,7 @@ def fit(
     trainable = sum(p.numel() for p in parameters)
     weights = sum(p.numel() * p.itemsize for p in model.parameters())
     # beside all weights: gradients and two Adam moments of what trains, and saved activations
-    memory = weights + 3 * 4 * trainable + held
+    memory = weights + 3 * 4 * trainable + optimizer_bytes
     return Cost(trainable, statistics.median(times) if times else 0.0, memory)
 
 

@@ -152,10 +152,10 @@ def _targets(items: list[Item], visual: bool, size: int, rng: Any) -> list[int]:
 
 def _distinct(items: list[Item], target: int, near: list[int], number: int) -> list[int]:
     """The nearest questions, nearest first, none of them asked twice."""
-    said, kept = {items[target].question}, list[int]()
+    questions, kept = {items[target].question}, list[int]()
     for candidate in near:
-        if items[candidate].question not in said and len(kept) < number:
-            said.add(items[candidate].question)
+        if items[candidate].question not in questions and len(kept) < number:
+            questions.add(items[candidate].question)
             kept.append(candidate)
     if len(kept) < number:
         raise InputError("too many questions have the same text to find different neighbors")

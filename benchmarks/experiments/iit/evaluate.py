@@ -52,13 +52,13 @@ def read_conversations(folder: Path | DataRoot) -> list[Sample]:
 
 def _sample(talk: Conversation, root: DataRoot, name: str) -> Sample:
     turns = []
-    for asked in talk.turns:
+    for turn in talk.turns:
         options = "\n".join(
-            f"{letter}. {option}" for letter, option in zip(LETTERS, asked.options, strict=False)
+            f"{letter}. {option}" for letter, option in zip(LETTERS, turn.options, strict=False)
         )
         with naming(f"an image of {name} cannot be used"):
-            images = (open_image(root.path(asked.image)),) if asked.image else ()
-        turns.append(Turn(f"{asked.question}\n{options}\n{INSTRUCTION}", images, asked.answer))
+            images = (open_image(root.path(turn.image)),) if turn.image else ()
+        turns.append(Turn(f"{turn.question}\n{options}\n{INSTRUCTION}", images, turn.answer))
     last = turns[-1]
     return Sample((*turns[:-1], replace(last, reply=None)), str(last.reply), talk.setting, talk.id)
 

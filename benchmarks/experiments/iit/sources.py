@@ -60,10 +60,10 @@ def _cmmlu(row: Row) -> Parsed | None:
 
 
 def _openbookqa(row: Row) -> Parsed | None:
-    asked = row.get("question")
-    if isinstance(asked, dict):  # the authors' JSON lines
-        labels = [choice["label"] for choice in asked["choices"]]
-        options, stem = [choice["text"] for choice in asked["choices"]], asked["stem"]
+    question = row.get("question")
+    if isinstance(question, dict):  # the authors' JSON lines
+        labels = [choice["label"] for choice in question["choices"]]
+        options, stem = [choice["text"] for choice in question["choices"]], question["stem"]
     else:
         labels, options = list(row["choices"]["label"]), list(row["choices"]["text"])
         stem = row["question_stem"]
