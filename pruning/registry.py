@@ -9,6 +9,7 @@ from functools import lru_cache
 from importlib.metadata import entry_points
 from typing import Any
 
+from vlm_prune.pruning.attention import ATTENTION, with_attention
 from vlm_prune.pruning.schedule import check_layer, entering
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import Registry
@@ -53,9 +54,10 @@ def build(name: str, **hyperparameters: Any) -> Any:
 
     `a+b` is the cascade of a, before the language model, and b, inside it; `+merge` averages what
     the method in front of it drops into what that keeps, `+restore` into anchors beside it. `b@16` is b as one cut after 16 of 32
-    decoder layers; in a cascade it leaves a third of the tokens that enter. Hyperparameters are those of the whole;
-    those of a part are named after it, `inside.layer` (parts of a cascade are `pre` and `inside`,
-    that of a merge before the language model is `method`).
+    decoder layers; in a cascade it leaves a third of the tokens that enter. `+xattention`, or another method of sparse
+    attention, comes last. Hyperparameters are those of the whole; those of a part are named after it,
+    `inside.layer` (parts of a cascade are `pre` and `inside`, that of a merge before the language
+    model is `method`, sparse attention is `attention`).
 
     Raises:
         InputError: if a name is unknown or two methods do not go together.
@@ -66,8 +68,10 @@ def build(name: str, **hyperparameters: Any) -> Any:
         _check_names(table[first], hyperparameters)
         return table[first](**hyperparameters)
     pruner = _part(table, first)
-    for part in more:
-        if part in table and hasattr(table[part], "around"):
+    for number, part in enumerate(more):
+        if number == len(more) - 1 and part not in table and part in ATTENTION:
+            pruner = with_attention(pruner, ATTENTION[part]())
+        elif part in table and hasattr(table[part], "around"):
             pruner = table[part].around(pruner)
         else:
             late = {"widening": entering(_layer(part))} if "@" in part else {}

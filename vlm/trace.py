@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ class Trace:
     the language model), `entered` those that entered a language model whose prompt was shortened,
     `available` how many tokens each image had before, `computed` for each decoder layer how many
     tokens of each image it computes, `cuts` the places kept at each cut, and `selection_s` /
-    `vision_s` seconds spent selecting and encoding.
+    `vision_s` seconds spent selecting and encoding. `attention` says what sparse attention computed,
+    where it goes with the pruner.
     """
 
     kept: list[Tensor] = field(default_factory=list)
@@ -31,6 +33,7 @@ class Trace:
     computed: list[list[int]] = field(default_factory=list)
     selection_s: float = 0.0
     vision_s: float = 0.0
+    attention: Any = None
 
     @property
     def layer_tokens(self) -> list[float]:

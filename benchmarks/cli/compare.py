@@ -1,12 +1,13 @@
 """`vlm-prune compare`."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vlm_prune.benchmarks.cli.options import (
     Adapter,
     AllowOutside,
+    AttentionArgs,
     Attn,
     BatchSize,
     Budgets,
@@ -26,10 +27,14 @@ from vlm_prune.benchmarks.cli.options import (
     data_root_of,
     parse_budget,
     with_schedule,
+    with_sparse_attention,
 )
 from vlm_prune.benchmarks.cli.runs import execute, open_run_folders, run_configs
 from vlm_prune.benchmarks.cli.terminal import quiet
 from vlm_prune.vlm.common.errors import InputError
+
+if TYPE_CHECKING:
+    from vlm_prune.benchmarks.evaluation.records import Variant
 
 TABLES = "compare.md"
 
@@ -53,6 +58,17 @@ def compare_command(
     rival: Annotated[
         str, typer.Option("--against", help="A method to test against each other one, in pairs.")
     ] = "",
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            help="Sparse attention beside each method, comma-separated; alone without one."
+        ),
+    ] = None,
+    density: Annotated[
+        str | None,
+        typer.Option(help="Shares of the causal half that it computes, comma-separated."),
+    ] = None,
+    attention_args: AttentionArgs = "",
     split: Split = "test",
     data_root: DataRoot = None,
     allow_outside: AllowOutside = False,
@@ -67,27 +83,42 @@ def compare_command(
     from vlm_prune.vlm.load import family_type
 
     quiet()
+    if attention is None and (density is not None or attention_args):
+        raise InputError(
+            "--density and --attention-args are those of sparse attention; add --attention, such as pooled"
+        )
+    if attention is not None:
+        method = "none" if method == "all" else method
+        budget = "1.0" if method == "none" else budget
     chosen = named_methods(method, lambda: family_type(model))
     budgets = [parse_budget(text) for text in budget.split(",")]
     for what, given in (("method", chosen), ("budget", budgets)):
         if len(set(map(str, given))) < len(given):
             raise InputError(f"a {what} is named twice in {','.join(map(str, given))}")
+    if rival and attention is not None:
+        raise InputError("--against compares pruners; leave out --attention")
     if rival and rival not in chosen:
         raise InputError(f"--against {rival} is not among the methods; add it to --method")
     variants = [Variant(name, each, positions) for each in budgets for name in chosen]
     variants = with_schedule(variants, schedule)
+    if attention is not None:
+        variants = [
+            sparse
+            for variant in variants
+            for sparse in with_sparse_attention(variant, attention, density, attention_args)
+        ]
     configs = run_configs(
         variants, split, tasks, limit, model=model, batch_size=batch_size, device=device,
         dtype=dtype, seed=seed, device_map=device_map, quantization=quantization, attn=attn,
         peft=adapter,
     )  # fmt: skip
-    names = [f"{v.method}-{v.budget}".replace("/", "-per-") for v in variants]
+    names = [folder_name(variant) for variant in variants]
     with open_run_folders(configs, output, names) as folders:
         if output is not None:
             check_output(output / TABLES)
         runs = execute(folders, data_root_of(data_root, allow_outside))
         tables = [comparison_table(runs)]
-        if len({run.budget for run in runs}) > 1:
+        if len({run.budget for run in runs}) > 1 and attention is None:
             tables.append(overview_table(runs))
         if rival:
             tables.append(against(rival, runs, [folder.scores() for folder in folders]))
@@ -95,3 +126,10 @@ def compare_command(
             write_text(output / TABLES, "\n".join(map(as_markdown, tables)))
     for rows in tables:
         show(as_table(rows))
+
+
+def folder_name(variant: "Variant") -> str:
+    """The name of a variant's folder among those of other methods, budgets and densities."""
+    name = f"{variant.method}-{variant.budget}".replace("/", "-per-")
+    density = variant.arguments.get("attention.density")
+    return name if density is None else f"{name}-density-{density}"

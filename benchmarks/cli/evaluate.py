@@ -7,6 +7,7 @@ import typer
 from vlm_prune.benchmarks.cli.options import (
     Adapter,
     AllowOutside,
+    AttentionArgs,
     Attn,
     BatchSize,
     DataRoot,
@@ -31,11 +32,21 @@ from vlm_prune.benchmarks.cli.options import (
     parse_budget,
     parse_method_args,
     with_schedule,
+    with_sparse_attention,
 )
 from vlm_prune.benchmarks.cli.runs import execute, open_run_folders, run_configs
 from vlm_prune.vlm.common.errors import InputError
 
-PRUNING = {"method", "budget", "positions", "method_args", "schedule"}
+PRUNING = {
+    "method",
+    "budget",
+    "positions",
+    "method_args",
+    "schedule",
+    "attention",
+    "density",
+    "attention_args",
+}
 
 
 def evaluate_command(
@@ -60,6 +71,13 @@ def evaluate_command(
     split: Split = "test",
     data_root: DataRoot = None,
     allow_outside: AllowOutside = False,
+    attention: Annotated[
+        str | None, typer.Option(help="Sparse attention beside the method; alone without one.")
+    ] = None,
+    density: Annotated[
+        str | None, typer.Option(help="Share of the causal half that it computes.")
+    ] = None,
+    attention_args: AttentionArgs = "",
     output: Output = None,
     engine: Annotated[str, typer.Option(help="What answers: hf, or vllm.")] = "hf",
     suite: Annotated[
@@ -99,6 +117,17 @@ def evaluate_command(
     if base is not None:
         raise InputError("--base is a model of a suite; add --suite forgetting")
     variant = Variant(method, parse_budget(budget), positions, parse_method_args(method_args))
+    if attention is None and (density is not None or attention_args):
+        raise InputError(
+            "--density and --attention-args are those of sparse attention; add --attention, such as pooled"
+        )
+    if attention is not None:
+        if "," in attention or "," in (density or ""):
+            raise InputError(
+                "eval runs one method of sparse attention at one density; give one, or use compare"
+            )
+        alone = variant if "method" in given else Variant("none", 1.0)
+        (variant,) = with_sparse_attention(alone, attention, density, attention_args)
     configs = run_configs(with_schedule([variant], schedule), split, tasks, **common)
     with open_run_folders(configs, output) as folders:
         (results,) = execute(folders, data_root_of(data_root, allow_outside))

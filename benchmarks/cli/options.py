@@ -28,6 +28,9 @@ OneBudget = Annotated[
     str, typer.Option(help="Tokens per image or video, a fraction, or 8/frame of a video.")
 ]
 Budgets = Annotated[str, typer.Option(help="Budgets, comma-separated.")]
+AttentionArgs = Annotated[
+    str, typer.Option(help="Hyperparameters of sparse attention, name=value,...")
+]
 MethodArgs = Annotated[str, typer.Option(help="Hyperparameters, name=value,...")]
 Tasks = Annotated[
     str,
@@ -142,6 +145,65 @@ def parse_method_args(text: str) -> dict[str, Any]:
     arguments = parse_arguments(text)
     check_own(arguments)
     return arguments
+
+
+def parse_densities(text: str) -> list[float]:
+    """Shares of attention, comma-separated.
+
+    Raises:
+        InputError: if one is no number above 0 and at most 1, or named twice.
+    """
+    found = []
+    for part in text.split(","):
+        try:
+            found.append(float(part))
+        except ValueError:
+            raise InputError(
+                f"density {part!r} is no number; give shares such as 0.5,0.25"
+            ) from None
+        if not 0 < found[-1] <= 1:
+            raise InputError(f"density {part} is no share; give one above 0, at most 1")
+    if len(set(found)) < len(found):
+        raise InputError(f"a density is named twice in {text}")
+    return found
+
+
+def with_sparse_attention(
+    variant: "Variant", names: str, densities: str | None, arguments: str
+) -> "list[Variant]":
+    """Returns the variant with each method of sparse attention beside it, at each density.
+
+    Args:
+        variant: a pruner.
+        names: of methods of sparse attention, comma-separated.
+        densities: shares, comma-separated; None for the methods' own.
+        arguments: other hyperparameters of all of them.
+
+    Raises:
+        InputError: if there is no such method, or a density is out of range.
+    """
+    from dataclasses import replace
+
+    from vlm_prune.pruning.attention import ATTENTION
+
+    more = {f"attention.{name}": value for name, value in parse_arguments(arguments).items()}
+    given: list[dict[str, float]] = [{}]
+    if densities is not None:
+        given = [{"attention.density": share} for share in parse_densities(densities)]
+    chosen = names.split(",")
+    for name in chosen:
+        ATTENTION[name]
+    if len(set(chosen)) < len(chosen):
+        raise InputError(f"a method of sparse attention is named twice in {names}")
+    return [
+        replace(
+            variant,
+            method=f"{variant.method}+{name}",
+            arguments=variant.arguments | more | share,
+        )
+        for share in given
+        for name in chosen
+    ]
 
 
 def parse_tasks(text: str) -> tuple[str, ...]:

@@ -13,6 +13,8 @@ from vlm_prune.vlm.families import family_of
 def paired_costs(model: Any, prompt: PromptRecord) -> tuple[Costs, Costs]:
     """FLOPs of tower and prefill, and bytes of keys and values after it, without and with pruning.
 
+    Attention counts whole, or on both sides by the causal half where it is sparse.
+
     Args:
         model: with its Wings learners, if it has any.
         prompt: pruned.
@@ -22,8 +24,10 @@ def paired_costs(model: Any, prompt: PromptRecord) -> tuple[Costs, Costs]:
     pruned = [prompt.images * tokens for tokens in prompt.layer_tokens]
     learners = getattr(model, "wings", None)
 
-    def flops(per_layer: list[float]) -> float:
-        pruned_flops = prompt.vision_flops + prefill_flops(text, prompt.text_tokens, per_layer)
+    def flops(per_layer: list[float], densities: list[float]) -> float:
+        pruned_flops = prompt.vision_flops + prefill_flops(
+            text, prompt.text_tokens, per_layer, densities or None
+        )
         if learners is not None:
             added = text, learners.config, prompt.text_tokens, per_layer
             pruned_flops += learner_flops(*added) + router_flops(
@@ -35,7 +39,10 @@ def paired_costs(model: Any, prompt: PromptRecord) -> tuple[Costs, Costs]:
         return key_value_bytes(text, prompt.text_tokens, per_layer, model.dtype.itemsize)
 
     return (
-        Costs(baseline=flops(unpruned), pruned=flops(pruned)),
+        Costs(
+            baseline=flops(unpruned, [1.0] * len(prompt.densities)),
+            pruned=flops(pruned, prompt.densities),
+        ),
         Costs(baseline=held(unpruned), pruned=held(pruned)),
     )
 

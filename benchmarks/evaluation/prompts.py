@@ -69,6 +69,9 @@ class Prompts:
             vision_flops=float(sum(self.vision.flops[n] for n in numbers)) if self.vision else 0.0,
             layer_tokens=[sum(layer[pruned]) / max(1, count) for layer in trace.computed],
             kept=[indices.tolist() for indices in trace.kept[pruned]],
+            densities=[]
+            if trace.attention is None
+            else trace.attention.of_row(number * copies, len(trace.computed)),
         )
 
 

@@ -120,6 +120,8 @@ class PromptRecord(Record, frozen=True):
         layer_tokens: tokens of an image that each decoder layer computes, the mean over images.
         kept: indices of each image's tokens that are left after the last cut; empty where nothing
             prunes.
+        densities: share of the causal half of its attention that each decoder layer computes; empty
+            without sparse attention.
     """
 
     images: Count
@@ -130,6 +132,7 @@ class PromptRecord(Record, frozen=True):
     vision_flops: Amount
     layer_tokens: Annotated[list[Amount], msgspec.Meta(min_length=1)]
     kept: list[list[Count]]
+    densities: list[Share] = []
 
     def __post_init__(self) -> None:
         check_prompt(self)
@@ -214,6 +217,7 @@ class PairedRow(AnswerRow, frozen=True):
     flops: Costs
     kv_bytes: Costs
     time_ms: PairedTimes
+    densities: list[Share] = []
 
     def __post_init__(self) -> None:
         number_of(self.id, self.task)
@@ -360,6 +364,8 @@ class Results(Record, tag_field="schema_version", tag=SCHEMA_VERSION, frozen=Tru
         time_ms: medians over questions.
         flops: means over questions.
         kv_bytes: means over questions.
+        density: share of the causal half of attention that is computed, the mean over questions and
+            layers; None without sparse attention.
         skipped: tasks and rows that could not be used, each with the reason.
     """
 
@@ -381,6 +387,7 @@ class Results(Record, tag_field="schema_version", tag=SCHEMA_VERSION, frozen=Tru
     flops: Costs
     kv_bytes: Costs
     peak_memory_bytes: Count
+    density: Share | None = None
     skipped: dict[str, str] = {}
 
     def __post_init__(self) -> None:

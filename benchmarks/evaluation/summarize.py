@@ -52,6 +52,7 @@ def summarize(config: RunConfig, rows: Sequence[PairedRow], machine: Machine) ->
     before, after = times.baseline_prefill, times.selection + times.prefill
     whole = times.baseline_vision + before + times.baseline_decode
     tokens = _tokens(config, rows, machine)
+    densities = [_mean(row.densities) for row in rows if row.densities]
     return Results(
         model=config.model,
         method=config.variant.method,
@@ -78,6 +79,7 @@ def summarize(config: RunConfig, rows: Sequence[PairedRow], machine: Machine) ->
         flops=_mean_costs([row.flops for row in rows]),
         kv_bytes=_mean_costs([row.kv_bytes for row in rows]),
         peak_memory_bytes=machine.peak_memory_bytes,
+        density=_mean(densities) if densities else None,
     )
 
 

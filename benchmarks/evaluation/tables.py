@@ -36,6 +36,8 @@ def three_ways(tokens: TokenCounts | Mapping[str, Any]) -> str:
 def method_name(variant: Variant, definition: str) -> str:
     """The method, what it stands for if it is a name for another, and whether a file cuts it."""
     name = variant.method + (f" (= {definition})" if definition else "")
+    if (density := variant.arguments.get("attention.density")) is not None:
+        name = f"{name} at density {density}"
     cut_by_file = {"schedule", "inside.schedule"} & set(variant.arguments)
     return f"{name} by schedule" if cut_by_file else name
 
@@ -66,8 +68,11 @@ def _accuracies(entry: Accuracy) -> list[str]:
 def cost_lines(results: Results) -> list[str]:
     """Tokens, phase times per question (median), operations, memory and speed-up."""
     tokens, time, speed = results.tokens, results.time_ms, results.speedup
-    flops, kv = results.flops, results.kv_bytes
+    flops, kv, sparse = results.flops, results.kv_bytes, []
+    if results.density is not None:
+        sparse = [f"attention          {results.density:.3f} of the causal half"]
     return [
+        *sparse,
         f"tokens per image   {count(tokens.full)} -> {three_ways(tokens)} ({THREE_WAYS})",
         (
             f"ms per question    vision {time.vision:.1f}  selection {time.selection:.2f}  "

@@ -64,7 +64,9 @@ class SparseBenchConfig:
         for name in self.methods:
             method = build_attention(name, **more)
             if not isinstance(method, BlockAttention):
-                raise InputError(f"{name} acts on decoding steps, and --attention times prefills")
+                raise InputError(
+                    f"{name} acts on decoding steps, and --attention times prefills; give pooled"
+                )
             found.append(method)
         return found
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from vlm_prune.pruning.attention.anchor import AnchorAttention
 from vlm_prune.pruning.attention.base import BlockAttention, SparseAttention
+from vlm_prune.pruning.attention.compose import with_attention
 from vlm_prune.pruning.attention.local import Local
 from vlm_prune.pruning.attention.pooled import Pooled
 from vlm_prune.pruning.attention.power import PowerAttention
@@ -70,4 +71,5 @@ __all__ = [
     "SparseTrace",
     "XAttention",
     "build_attention",
+    "with_attention",
 ]

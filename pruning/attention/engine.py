@@ -111,11 +111,17 @@ class BlockRun:
         output = call.query.new_zeros(batch, length, heads, call.value.shape[3])
         for row in range(batch):
             prompt, where = prompt_of(call, row)
-            output[row, where] = self.attend(call, prompt).transpose(0, 1)
+            output[row, where] = self.attend(call, prompt, row).transpose(0, 1)
         return output
 
-    def attend(self, call: AttentionCall, prompt: PromptRow) -> Tensor:
-        """Returns attention (H, n, v) of one prompt of a call."""
+    def attend(self, call: AttentionCall, prompt: PromptRow, row: int) -> Tensor:
+        """Returns attention (H, n, v) of one prompt.
+
+        Args:
+            call: of the layer.
+            prompt: a row of it.
+            row: its number.
+        """
         method, tokens, scaling = self.method, prompt.key.shape[1], call.scaling
         query, key, value = prompt.query, prompt.key, prompt.value
         length = body_length(tokens, max(method.tail, prompt.tail), method.block)
@@ -139,6 +145,7 @@ class BlockRun:
         self.trace.computed.append(
             Computed(
                 call.layer,
+                row,
                 tokens,
                 forced_products(tokens, length, method.block),
                 kept.products(length) + tail_products(tokens, length),

@@ -12,12 +12,14 @@ class Computed:
 
     Args:
         layer: number of the decoder layer.
+        row: of the batch.
         tokens: of the prompt.
         forced: products that all methods compute.
         kept: all that were computed, as a tensor that is on the model's device.
     """
 
     layer: int
+    row: int
     tokens: int
     forced: int
     kept: Tensor
@@ -68,6 +70,17 @@ class SparseTrace:
     def decode_density(self) -> float:
         """Returns the share of the keys that decoding steps read; 1 where none was sparse."""
         return self.decoded / self.decodable if self.decodable else 1.0
+
+    def of_row(self, row: int, layers: int) -> list[float]:
+        """Returns the share of the causal half that each layer computed of one row of the last batch, 1
+        where it was SDPA's.
+
+        Args:
+            row: of the batch.
+            layers: of the decoder.
+        """
+        found = {c.layer: float(c.kept) / c.total for c in self.computed if c.row == row}
+        return [found.get(layer, 1.0) for layer in range(layers)]
 
     def layer_densities(self) -> dict[int, float]:
         """Returns the computed share of each decoder layer that was sparse, by its number."""

@@ -48,6 +48,62 @@ def test_eval_writes_the_promised_results(run, checkpoint, tmp_path):
     assert [[len(set(kept)) for kept in row["kept"]] for row in rows] == [[64]] * 3 + [[]] * 3
 
 
+SPARSE = ["--attention-args", "block=32,minimum=1,tail=8"]
+
+
+def test_sparse_attention_is_evaluated_beside_a_pruner(run, checkpoint, tmp_path):
+    options = ["--attention", "pooled", "--density", "0.4", *SPARSE]
+    folder = tmp_path / "eval"
+    code, out, err = run("eval", "--model", checkpoint, *FAST, *options, "--output", folder)
+    assert code == 0, err
+    content, rows = results(folder)
+    assert content["method"] == "none+pooled" and content["tokens"]["kept"] == 576
+    shown = [row for row in rows if row["images"]]
+    for row in shown:
+        assert row["densities"] == [pytest.approx(0.4, abs=0.03)] * len(row["layer_tokens"])
+        # products of the causal half are counted on both sides
+        assert row["flops"]["pruned"] < row["flops"]["baseline"]
+    assert content["density"] == pytest.approx(
+        sum(sum(row["densities"]) / len(row["densities"]) for row in shown) / len(shown)
+    )
+    assert f"attention          {content['density']:.3f} of the causal half" in out
+    folder = tmp_path / "compare"
+    code, out, err = run(
+        "compare", "--model", checkpoint, "--limit", "2", "--tasks", "exist", "--method", "divprune",
+        "--budget", "300", "--attention", "pooled,local", "--density", "0.8,0.5", *SPARSE,
+        "--output", folder,
+    )  # fmt: skip
+    assert code == 0, err
+    names = {f"divprune+{name}-300-density-{d}" for name in ("pooled", "local") for d in (0.8, 0.5)}
+    assert names == {path.name for path in folder.iterdir() if path.is_dir()}
+    for name in names:
+        content, _ = results(folder / name)
+        assert content["tokens"]["kept"] == 300
+        assert content["density"] == pytest.approx(float(name.split("-")[-1]), abs=0.1)
+    assert "divprune+local at density 0.5" in (folder / "compare.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "says"),
+    [
+        ("eval", ["--attention", "poold"], "did you mean 'pooled'"),
+        ("eval", ["--attention", "pooled", "--density", "2"], "density 2 is no share"),
+        ("eval", ["--attention", "pooled", "--density", "x"], "density 'x' is no number"),
+        ("eval", ["--attention", "pooled,local"], "or use compare"),
+        ("eval", ["--attention", "pooled", "--attention-args", "blok=1"], "did you mean 'block'"),
+        ("eval", ["--density", "0.5"], "add --attention"),
+        ("eval", ["--suite", "forgetting", "--attention", "local"], "leave out --attention"),
+        ("compare", ["--attention-args", "block=8"], "add --attention"),
+        ("compare", ["--attention", "local,local"], "is named twice"),
+        ("compare", ["--attention", "local", "--density", "0.5,0.5"], "is named twice"),
+        ("compare", ["--attention", "local", "--against", "none"], "leave out --attention"),
+    ],
+)
+def test_what_sparse_attention_cannot_do_is_said_in_one_line(run, command, options, says):
+    code, _, err = run(command, *options)
+    assert code == 2 and says in err and len(err.splitlines()) == 1
+
+
 @pytest.mark.parametrize("lines", [0, 1, 4])
 def test_a_killed_run_resumes_with_the_same_results(run, checkpoint, tmp_path, lines):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
