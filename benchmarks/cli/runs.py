@@ -100,19 +100,18 @@ def execute(folders: "list[RunFolder[PairedRow]]", data_root: "DataRoot | None")
         "adapter": first.peft,
     }  # fmt: skip
     with progress(first.limit) as advance:
-        if lmms_eval.needed(first.tasks):
-            if any(loading.values()) or first.engine != "hf":
-                raise InputError(
-                    "--device-map, --quantization, --attn, --adapter and --engine are for the "
-                    "embedded tasks"
-                )
-            from vlm_prune.benchmarks.lmms_eval.run import evaluate_lmms
-
-            return evaluate_lmms(folders, data_root, advance)
         if first.engine == "vllm":
             from vlm_prune.benchmarks.evaluation.served import settings_of
 
             settings_of(first.model, first.variant, first.seed)
+        if lmms_eval.needed(first.tasks):
+            if any(loading.values()):
+                raise InputError(
+                    "--device-map, --quantization, --attn and --adapter are for the embedded tasks"
+                )
+            from vlm_prune.benchmarks.lmms_eval.run import evaluate_lmms
+
+            return evaluate_lmms(folders, data_root, advance)
         model, processor = load(first.model, first.device, first.dtype, **loading)
         if first.wings is not None:
             from vlm_prune.learners import from_pretrained

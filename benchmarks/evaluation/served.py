@@ -7,6 +7,7 @@ model, whose images those of vLLM are.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 from PIL.Image import Image
@@ -18,7 +19,14 @@ from vlm_prune.benchmarks.evaluation.engine import (
     prompts_of,
     samples_of,
 )
-from vlm_prune.benchmarks.evaluation.records import PairedRow, PairedTimes, Results, Variant
+from vlm_prune.benchmarks.evaluation.prompts import Prompts
+from vlm_prune.benchmarks.evaluation.records import (
+    PairedRow,
+    PairedTimes,
+    Results,
+    RunConfig,
+    Variant,
+)
 from vlm_prune.benchmarks.evaluation.store import RunFolder
 from vlm_prune.benchmarks.tasks import Sample
 from vlm_prune.vlm.budget import even_shares
@@ -29,6 +37,7 @@ from vlm_prune.vlm.serving.server import check_served
 from vlm_prune.vlm.serving.settings import Settings
 from vlm_prune.vlm.trace import Trace
 
+UNPRUNED = Variant("none", 1.0)
 GPU_SHARE = 0.45  # of the memory, for each of the two engines
 
 
@@ -104,24 +113,57 @@ class ServedVLM:
         chats: Sequence[Messages],
         images: Sequence[Sequence[Image]],
         max_new_tokens: int | None = None,
+        **sampling: Any,
     ) -> list[Any]:
-        """Returns vLLM's outputs for conversations, answered greedily.
+        """Returns vLLM's outputs for conversations, answered greedily unless `sampling` says otherwise.
 
         Args:
             chats: in the format of `transformers`, whose images are only mentioned.
             images: of each, in their order.
             max_new_tokens: of each answer; the model's own unless given.
+            sampling: `temperature`, `top_p` and `top_k`.
         """
-        sampling = self.llm.get_default_sampling_params()
-        sampling.temperature = 0.0
+        params = self.llm.get_default_sampling_params()
+        params.temperature = 0.0
+        for name, value in sampling.items():
+            setattr(params, name, value)
         if max_new_tokens is not None:
-            sampling.max_tokens = max_new_tokens
+            params.max_tokens = max_new_tokens
         shown = [_with_images(*both) for both in zip(chats, images, strict=True)]
-        return list(self.llm.chat(shown, sampling, use_tqdm=False))
+        return list(self.llm.chat(shown, params, use_tqdm=False))
 
     def image_tokens(self, output: Any) -> int:
         """How many tokens the images have in a prompt that vLLM has answered."""
         return list(output.prompt_token_ids).count(self.image_token)
+
+    def check(self, outputs: Sequence[Any], prompts: Prompts) -> None:
+        """Raises `InputError` unless images have as many tokens in vLLM's unpruned prompts as in ours.
+
+        Args:
+            outputs: of `complete`.
+            prompts: of the same questions.
+        """
+        whole = sum(map(self.image_tokens, outputs))
+        if prompts.vision is not None and whole != sum(prompts.vision.counts):
+            raise InputError(
+                f"the images of a batch have {whole} tokens in vLLM and {sum(prompts.vision.counts)} "
+                "in transformers; their processors differ"
+            )
+
+    def trace(self, outputs: Sequence[Any], images: Sequence[Sequence[Image]], model: Any) -> Trace:
+        """Returns how many image tokens each layer computed.
+
+        Args:
+            outputs: of `complete`.
+            images: of each prompt, whose tokens they share: what is reported of them is their mean.
+            model: the Hugging Face model of the checkpoint.
+        """
+        counts = [
+            count
+            for output, shown in zip(outputs, images, strict=True)
+            for count in even_shares(self.image_tokens(output), len(shown))
+        ]
+        return Trace(computed=[counts] * model.config.get_text_config().num_hidden_layers)
 
 
 def evaluate_served(
@@ -148,8 +190,45 @@ def evaluate_served(
         pair.close()
 
 
+class ServedEngines:
+    """The unpruned and the pruned engine of a run, each started when it has something to answer.
+
+    Args:
+        config: of the run.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.started: dict[str, ServedVLM] = {}
+
+    def engine(self, variant: Variant, images: int) -> ServedVLM:
+        """Returns the engine of a variant.
+
+        Args:
+            variant: the method.
+            images: the most that a prompt has.
+        """
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        config = self.config
+        if variant.method not in self.started:
+            self.started[variant.method] = ServedVLM(
+                config.model, variant, config.device, config.dtype, images,
+                seed=config.seed, max_num_seqs=config.batch_size,
+                gpu_memory_utilization=GPU_SHARE, disable_log_stats=False,
+                enable_prefix_caching=False, mm_processor_cache_gb=0,
+            )  # fmt: skip
+        return self.started[variant.method]
+
+    def close(self) -> None:
+        """End the engines."""
+        for engine in self.started.values():
+            engine.llm.llm_engine.engine_core.shutdown()
+        self.started = {}
+
+
 class ServedPair:
-    """An unpruned and a pruned engine, started when there is something to answer.
+    """Answers a run's embedded tasks with an unpruned and a pruned engine.
 
     Args:
         model: the Hugging Face model of the checkpoint.
@@ -159,53 +238,31 @@ class ServedPair:
 
     def __init__(self, model: Any, processor: Any, folder: RunFolder[PairedRow]) -> None:
         self.model, self.processor, self.config = model, processor, folder.config
-        self.engines: list[ServedVLM] = []
+        self.engines = ServedEngines(folder.config)
 
-    def start(self) -> list[ServedVLM]:
-        """Returns both engines, unpruned and pruned."""
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    @cached_property
+    def images(self) -> int:
+        """The most that a question has."""
         config = self.config
         samples = samples_of(config.tasks, config.limit, config.seed, config.split)
-        images = max(1, *(len(sample.images) for sample in samples), 1)
-        for variant in (Variant("none", 1.0), config.variant):
-            self.engines.append(
-                ServedVLM(
-                    config.model, variant, config.device, config.dtype, images,
-                    seed=config.seed, max_num_seqs=config.batch_size,
-                    gpu_memory_utilization=GPU_SHARE, disable_log_stats=False,
-                    enable_prefix_caching=False, mm_processor_cache_gb=0,
-                )
-            )  # fmt: skip
-        return self.engines
+        return max([1, *(len(sample.images) for sample in samples)])
 
     def close(self) -> None:
         """End the engines."""
-        for engine in self.engines:
-            engine.llm.llm_engine.engine_core.shutdown()
-        self.engines = []
+        self.engines.close()
 
     def __call__(self, batch: list[Sample], pruners: list[Any]) -> Iterator[list[PairedRow]]:
         """Yields the rows of a batch, for the run's one method."""
-        unpruned, pruned = self.engines or self.start()
+        unpruned, pruned = (
+            self.engines.engine(variant, self.images) for variant in (UNPRUNED, self.config.variant)
+        )
         chats, shown = [s.messages() for s in batch], [s.images for s in batch]
         before, after = (
             engine.complete(chats, shown, most_new_tokens(batch)) for engine in (unpruned, pruned)
         )
         prompts = prompts_of(self.model, self.processor, batch)
-        whole = sum(map(unpruned.image_tokens, before))
-        if prompts.vision is not None and whole != sum(prompts.vision.counts):
-            raise InputError(
-                f"the images of a batch have {whole} tokens in vLLM and {sum(prompts.vision.counts)} "
-                "in transformers; their processors differ"
-            )
-        # a prompt's images share its tokens: what is reported of them is their mean
-        counts = [
-            count
-            for output, images in zip(after, shown, strict=True)
-            for count in even_shares(pruned.image_tokens(output), len(images))
-        ]
-        trace = Trace(computed=[counts] * self.model.config.get_text_config().num_hidden_layers)
+        unpruned.check(before, prompts)
+        trace = pruned.trace(after, shown, self.model)
         (prefill, decode), (baseline_prefill, baseline_decode) = (
             phases(outputs) for outputs in (after, before)
         )

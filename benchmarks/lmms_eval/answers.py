@@ -15,6 +15,7 @@ from vlm_prune.benchmarks.evaluation.records import (
     Count,
     PhaseTimes,
     Record,
+    Share,
     check_prompt,
 )
 from vlm_prune.learners.store import adapter_digest
@@ -108,6 +109,7 @@ class StoredAnswer(Record, frozen=True):
     vision_flops: Amount = 0.0
     layer_tokens: list[Amount] = msgspec.field(default_factory=list)
     kept: list[list[Count]] = msgspec.field(default_factory=list)
+    densities: list[Share] = msgspec.field(default_factory=list)
     nll: float | None = None
     greedy: bool | None = None
 

@@ -124,6 +124,9 @@ class PrunedChat(lmms):  # type: ignore[misc]
         if not self.keep_loaded:
             super().clean()
 
+    def close(self) -> None:
+        """End what answers beside the model: nothing here."""
+
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answers with their token counts, in order."""
         asks, names = [], Counter[str]()

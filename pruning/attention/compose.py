@@ -26,11 +26,11 @@ def with_attention(method: Any, attention: SparseAttention) -> Any:
         self.attention.admit(model)
         return kind.admit(self, model)
 
-    made = make_dataclass(
+    pruner = make_dataclass(
         f"{kind.__name__}With{type(attention).__name__}",
         [("attention", SparseAttention, field(default_factory=lambda: attention))],
         bases=(kind,),
         namespace={"__call__": call, "admit": admit, "__doc__": kind.__doc__},
         kw_only=True,
     )
-    return made(**{own.name: getattr(method, own.name) for own in fields(method) if own.init})
+    return pruner(**{own.name: getattr(method, own.name) for own in fields(method) if own.init})

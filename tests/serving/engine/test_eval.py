@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from light_engines import light_engines
 
 from vlm_prune.benchmarks.cli import app
-from vlm_prune.benchmarks.evaluation import served
 from vlm_prune.benchmarks.evaluation.records import Results
 from vlm_prune.benchmarks.evaluation.store import read_run, read_versioned
 
@@ -27,32 +27,8 @@ def evaluated(monkeypatch):
 
 @pytest.fixture
 def answered(monkeypatch):
-    """How many questions each engine answers; engines are light and serve the whole test."""
-    from vllm.distributed.ec_transfer import ec_transfer_state
-
-    start, complete = served.ServedVLM.__init__, served.ServedVLM.complete
-    engines, counts = {}, []
-
-    def once(self, model, variant, *arguments, **options):
-        if variant.method not in engines:
-            start(
-                self, model, variant, *arguments, **options, enforce_eager=True,
-                max_model_len=1024, distributed_executor_backend="uni",
-            )  # fmt: skip
-            engines[variant.method] = vars(self)
-            ec_transfer_state._EC_CONNECTOR_AGENT = None  # one process, two engines
-        vars(self).update(engines[variant.method])
-
-    def counted(self, chats, *rest):
-        counts.append(len(chats))
-        return complete(self, chats, *rest)
-
-    monkeypatch.setattr(served.ServedVLM, "__init__", once)
-    monkeypatch.setattr(served.ServedVLM, "complete", counted)
-    monkeypatch.setattr(served.ServedPair, "close", lambda self: None)
-    yield counts
-    for engine in engines.values():
-        engine["llm"].llm_engine.engine_core.shutdown()
+    with light_engines(monkeypatch) as counts:
+        yield counts
 
 
 def test_both_engines_give_the_same_rows_and_a_killed_run_goes_on(evaluated, answered, tmp_path):
