@@ -12,6 +12,8 @@ ARGUMENTS = {
     "xattention": {"stride": 4, "mass": 0.7},
     "pooled": {"mass": 0.7},
     "sale": {"threshold": 0.05},
+    "prism": {"mass": 0.7},
+    "hip": {"keys": 7},
 }
 PREFILL = [name for name in ATTENTION if issubclass(ATTENTION[name], BlockAttention)]
 RULES = [name for name in PREFILL if ATTENTION[name].choose is not BlockAttention.choose]

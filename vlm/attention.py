@@ -4,6 +4,7 @@ import sys
 from inspect import signature
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -81,6 +82,19 @@ def decoder_query_key(
     query, _ = turn(query, query, take(cos, index), take(sin, index))
     key, _ = turn(key, key, cos, sin)
     return query, key
+
+
+def turns_neighbors(layer: Any) -> bool:
+    """Returns whether a layer's rotation turns neighbors in a head's width, not its two halves."""
+    modeling = sys.modules[type(layer.self_attn).__module__]
+    turn = getattr(modeling, "apply_rotary_pos_emb", apply_rotary_pos_emb)
+    # a quarter turn of the first number of a head moves it to its partner
+    query = torch.zeros(1, 1, 1, 8)
+    query[..., 0] = 1
+    cos, sin = torch.zeros(1, 1, 8), torch.ones(1, 1, 8)
+    both = "k" in signature(turn).parameters
+    turned = turn(query, query, cos, sin)[0] if both else turn(query, cos, sin)
+    return bool(turned[0, 0, 0].abs().argmax() == 1)
 
 
 def mask_kind(config: Any, number: int) -> str:

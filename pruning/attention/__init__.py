@@ -10,9 +10,11 @@ from typing import Any
 from vlm_prune.pruning.attention.anchor import AnchorAttention
 from vlm_prune.pruning.attention.base import BlockAttention, SparseAttention
 from vlm_prune.pruning.attention.compose import with_attention
+from vlm_prune.pruning.attention.hip import HiP
 from vlm_prune.pruning.attention.local import Local
 from vlm_prune.pruning.attention.pooled import Pooled
 from vlm_prune.pruning.attention.power import PowerAttention
+from vlm_prune.pruning.attention.prism import Prism
 from vlm_prune.pruning.attention.random_blocks import RandomBlocks
 from vlm_prune.pruning.attention.recycled import Recycled
 from vlm_prune.pruning.attention.s2 import S2Attention
@@ -30,9 +32,11 @@ ATTENTION: Registry[type[SparseAttention]] = Registry(
         "power": PowerAttention,
         "s2": S2Attention,
         "pooled": Pooled,
+        "prism": Prism,
         "anchor": AnchorAttention,
         "xattention": XAttention,
         "sale": Sale,
+        "hip": HiP,
         "recycled": Recycled,
     },
 )
@@ -60,9 +64,11 @@ __all__ = [
     "ATTENTION",
     "AnchorAttention",
     "BlockAttention",
+    "HiP",
     "Local",
     "Pooled",
     "PowerAttention",
+    "Prism",
     "RandomBlocks",
     "Recycled",
     "S2Attention",

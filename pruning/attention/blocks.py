@@ -137,6 +137,23 @@ class KeptBlocks:
         return KeptBlocks(keep & fine.candidates(length, keep.device), fine)
 
 
+def row_budgets(geometry: Geometry, length: int, blocks: float) -> tuple[Tensor, Tensor]:
+    """Returns which key blocks each query block may choose, and how many it may keep: the same share.
+
+    Args:
+        geometry: shapes of a mask.
+        length: tokens of the prompt.
+        blocks: how many may be kept in all, counted once for each query.
+    """
+    may = geometry.candidates(length)
+    may[:, : geometry.sink] = False
+    choices, rows = may.sum(1).double(), geometry.row_counts(length)
+    share = min(1.0, blocks / max(1.0, float((choices * rows).sum())))
+    # rounding what all query blocks so far keep leaves no error in the sum
+    counts = (share * choices.cumsum(0) + 1e-9).floor().diff(prepend=torch.zeros(1).double())
+    return may, counts.long()
+
+
 def top_blocks(scores: Tensor, geometry: Geometry, blocks: float) -> Tensor:
     """Returns the key blocks with the highest scores, each query block the same share of those that it
     may choose, (R, query blocks, key blocks).
@@ -146,13 +163,7 @@ def top_blocks(scores: Tensor, geometry: Geometry, blocks: float) -> Tensor:
         geometry: their shapes.
         blocks: how many may be kept in all, counted once for each query.
     """
-    length = scores.shape[-1] * geometry.columns
-    may = geometry.candidates(length)
-    may[:, : geometry.sink] = False
-    choices, rows = may.sum(1).double(), geometry.row_counts(length)
-    share = min(1.0, blocks / max(1.0, float((choices * rows).sum())))
-    # rounding what all query blocks so far keep leaves no error in the sum
-    counts = (share * choices.cumsum(0) + 1e-9).floor().diff(prepend=torch.zeros(1).double())
+    may, counts = row_budgets(geometry, scores.shape[-1] * geometry.columns, blocks)
     may, counts = may.to(scores.device), counts.to(scores.device)
     order = scores.masked_fill(~may, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(scores.shape[-1], device=scores.device)

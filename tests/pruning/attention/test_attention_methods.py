@@ -1,5 +1,6 @@
 """What methods of sparse attention choose, against loops over heads, rows and keys from their equations."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -22,7 +23,14 @@ def inputs(tokens=TOKENS, seed=0):
     draw = torch.Generator().manual_seed(seed)
     length = body_length(tokens, TAIL, BLOCK)
     query, key = (torch.randn(count, length, D, generator=draw) for count in (H, G))
-    return AttentionInputs(query, key, SCALE, 0, tokens)
+    return AttentionInputs(query, key, SCALE, 0, tokens, rotary(length))
+
+
+def rotary(length):
+    """Turns at one position for each token: fast ones turn more than once in a block."""
+    angles = torch.arange(length)[:, None] * 100.0 ** (-torch.arange(D // 2) / (D // 2))
+    angles = torch.cat([angles, angles], 1)
+    return torch.stack([angles.cos(), angles.sin()])
 
 
 def product(given, head, row, column):
@@ -149,7 +157,69 @@ def sale_loop(given, threshold=0.05):
     return keep
 
 
+def prism_loop(given, mass=0.7):
+    keep = torch.zeros(H, blocks_of(given), blocks_of(given), dtype=torch.bool)
+    turns = torch.complex(*given.rotary[..., : D // 2])
+    left = torch.stack([block.mean(0).abs() for block in turns.split(BLOCK)]).mean(0)
+    slow = [pair for pair in range(D // 2) if left[pair] > 0.5]
+    fast = [pair for pair in range(D // 2) if left[pair] <= 0.5]
+    assert 0 < len(slow) < D // 2
+    for band in (fast, slow):
+        dims = sorted(pair + half for pair in band for half in (0, D // 2))
+        for h in range(H):
+            means = [
+                torch.stack([block.mean(0) for block in part.split(BLOCK)])
+                for part in (given.query[h], given.key[h * G // H])
+            ]
+            rms = [
+                mean[:, dims].square().mean().sqrt() / mean.square().mean().sqrt() for mean in means
+            ]
+            temperature = (len(dims) / D) ** 0.5 * rms[0] * rms[1]
+            for i in range(blocks_of(given)):
+                logits = [
+                    float(means[0][i, dims] @ means[1][j, dims])
+                    * SCALE
+                    * D**0.5
+                    / len(dims) ** 0.5
+                    / temperature
+                    for j in range(i + 1)
+                ]
+                weights = torch.tensor(logits).softmax(0).tolist()
+                keep[h, i, largest(weights, mass)] = True
+    return keep
+
+
+def hip_loop(given, masks=H, count=7):
+    rows = BLOCK // 2
+    keep = torch.zeros(masks, given.length // rows, given.length, dtype=torch.bool)
+    for mask in range(masks):
+        heads = range(mask * H // masks, (mask + 1) * H // masks)
+        for block in range(keep.shape[1]):
+            end = block * rows // BLOCK * BLOCK
+
+            def score(unit, heads=heads, block=block):
+                return max(
+                    product(given, h, row, unit)
+                    for h in heads
+                    for row in range(block * rows, (block + 1) * rows, 2)
+                )
+
+            size = max(0, end - BLOCK)
+            bounds = [BLOCK + size * n // count for n in range(count + 1)]
+            ranges = list(itertools.pairwise(bounds))
+            while any(stop - start > 1 for start, stop in ranges):
+                halves = [(start, (start + stop + 1) // 2) for start, stop in ranges]
+                halves += [((start + stop + 1) // 2, stop) for start, stop in ranges]
+                halves = [half for half in halves if half[0] < half[1]]
+                ranges = sorted(halves, key=lambda half: -score(half[0]))[:count]
+            for start, stop in ranges:
+                keep[mask, block, start:stop] = True
+    return keep
+
+
 LOOPS = {
+    "prism": prism_loop,
+    "hip": hip_loop,
     "local": local_loop,
     "power": power_loop,
     "s2": s2_loop,
@@ -170,7 +240,9 @@ def test_the_rule_is_that_of_a_loop(name):
         assert 0 < (loop & candidates).sum() < len(loop) * candidates.sum()
         assert torch.equal(ours.keep, loop & candidates)
         shared = short(name, density=None).select(given).keep
-        if len(loop) == H:
+        if name == "hip":  # heads that share a mask search together
+            loop = hip_loop(given, G)
+        elif len(loop) == H:
             loop = loop.unflatten(0, (G, -1)).any(1)
         assert torch.equal(shared, loop & candidates)
 
@@ -198,7 +270,7 @@ def test_masks_do_not_depend_on_later_blocks(name, density):
     first = (given.length - 1) // geometry.local * geometry.local
     query, key = given.query.clone(), given.key.clone()
     query[:, first:], key[:, first:] = other.query[:, first:], other.key[:, first:]
-    changed = AttentionInputs(query, key, SCALE, 0, TOKENS)
+    changed = replace(given, query=query, key=key)
     ours, theirs = (
         method.select(case).keep[:, : first // geometry.rows] for case in (given, changed)
     )
@@ -239,6 +311,33 @@ def test_xattention_with_a_stride_of_one_sums_attention_itself():
         torch.testing.assert_close(ours[h], sums, atol=1e-5, rtol=1e-5)
 
 
+def test_prism_s_bands_follow_from_real_positions():
+    """Of Qwen2.5-VL's pairs, sections of 16, 24 and 24 that turn with time, row and column, no block of
+    128 tokens of 12 x 22 frames washes any out; at one position for each token it does."""
+    length, pairs, frame = 128 * 33, 64, 12 * 22
+    index = torch.arange(length)
+    grid = [2 * (index // frame), index % frame // 22, index % 22]
+    frequencies = 1e6 ** (-torch.arange(pairs) / pairs)
+    sections = [0] * 16 + [1] * 24 + [2] * 24
+    rows = {
+        "in line": index[:, None] * frequencies,
+        "in a grid": torch.stack(
+            [grid[kind] * f for kind, f in zip(sections, frequencies, strict=True)], 1
+        ),
+    }
+    found = {}
+    for name, angles in rows.items():
+        angles = angles.repeat(1, 2).float()
+        rotary = torch.stack([angles.cos(), angles.sin()])
+        given = AttentionInputs(
+            torch.zeros(1, length, 128), torch.zeros(1, length, 128), 1, 0, length, rotary
+        )
+        found[name] = [len(band) // 2 for band in build_attention("prism").split(given)]
+    assert found == {"in line": [17, 47], "in a grid": [64]}
+    paper = build_attention("prism", bands="paper").split(given)
+    assert [band[: len(band) // 2].tolist() for band in paper] == [[*range(32)], [*range(16, 64)]]
+
+
 def test_sale_with_exact_products_keeps_nearly_the_same():
     given = inputs(tokens=400)
     coarse, exact = (
@@ -274,6 +373,8 @@ def test_kept_mass_is_the_fewest_weights():
         ("sale", {"bits": 1}, "one bit holds no product"),
         ("sale", {"row_step": 65}, "row_step 65 is above"),
         ("recycled", {"refresh": 0}, "refresh 0 is no whole number"),
+        ("prism", {"bands": "papers"}, "did you mean 'paper'"),
+        ("hip", {"block": 24}, "no multiple of it"),
         ("xatention", {}, "did you mean 'xattention'"),
     ],
 )
