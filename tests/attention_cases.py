@@ -14,6 +14,7 @@ ARGUMENTS = {
     "sale": {"threshold": 0.05},
     "prism": {"mass": 0.7},
     "hip": {"keys": 7},
+    "dhsa": {"keys": 16},
 }
 PREFILL = [name for name in ATTENTION if issubclass(ATTENTION[name], BlockAttention)]
 RULES = [name for name in PREFILL if ATTENTION[name].choose is not BlockAttention.choose]

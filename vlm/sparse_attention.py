@@ -26,6 +26,7 @@ from vlm_prune.vlm.block import Hook, refuse_compiled
 from vlm_prune.vlm.cache import cache_of
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import Family, family_of
+from vlm_prune.vlm.layout import image_runs
 
 NAME = "vlm_prune_sparse"
 OTHER_SOFTMAX = ("softcap", "s_aux", "position_bias")
@@ -47,6 +48,8 @@ class AttentionCall:
         rotary: cosines and sines of the tokens' positions, as the layer got them; None unless the
             function reads them.
         cache: keys and values of all layers; None without one.
+        frames: the image, or frame of a video, of each token, -1 for text, (B, n); None unless the
+            function reads them, and where tokens have been dropped.
     """
 
     query: Tensor
@@ -58,6 +61,7 @@ class AttentionCall:
     tails: tuple[int, ...]
     rotary: tuple[Tensor, Tensor] | None
     cache: Any
+    frames: Tensor | None = None
 
 
 class AttentionFunction(Protocol):
@@ -66,6 +70,10 @@ class AttentionFunction(Protocol):
     @property
     def reads_rotation(self) -> bool:
         """Whether it reads the cosines and sines of positions."""
+
+    @property
+    def reads_frames(self) -> bool:
+        """Whether it reads which image or frame tokens are of."""
 
     def prefill(self, call: AttentionCall) -> Tensor | None:
         """Causal attention of a whole prompt, n = K; returns (B, n, H, v)."""
@@ -85,11 +93,13 @@ class Current:
         tails: as for `AttentionCall`.
         cache: likewise.
         rotary: likewise, of the layer under way.
+        frames: as for `AttentionCall`.
     """
 
     tails: tuple[int, ...] = ()
     cache: Any = None
     rotary: tuple[Tensor, Tensor] | None = None
+    frames: Tensor | None = None
 
 
 @dataclass
@@ -160,6 +170,8 @@ class AttentionBlock:
         if ids is not None and ids.shape[1] > 1:
             tails = tokens_behind_images(self.family, ids, mask)
         current = Current(tails, cache_of(given))
+        if ids is not None and tails and self.function.reads_frames:
+            current.frames = frame_numbers(self.family, ids, given.get("video_grid_thw"))
         with self.changed:
             self.running[threading.get_ident()] = (threading.current_thread(), current)
 
@@ -211,6 +223,32 @@ def tokens_behind_images(family: Family, ids: Tensor, mask: Any) -> tuple[int, .
     return tuple(behind.tolist())
 
 
+def frame_numbers(family: Family, ids: Tensor, grids: Tensor | None) -> Tensor:
+    """Returns the image or frame of each token, counted in its row, -1 for text, (B, n).
+
+    An image is an unbroken run of placeholders, as is a frame that stands between markers; a run of
+    a video's is split evenly where its grid is known.
+
+    Args:
+        family: the model's adapter.
+        ids: of the prompt, (B, n).
+        grids: frames, rows and columns of patches of each video; None unless they are given.
+    """
+    found = torch.full_like(ids, -1)
+    videos = iter([] if grids is None else grids[:, 0].tolist())
+    video = family.placeholder("video") if "video" in family.kinds else None
+    for row, own in enumerate(ids.cpu()):
+        shown = [own == family.placeholder(kind) for kind in family.kinds]
+        number = 0
+        runs = image_runs(torch.stack(shown).any(0)[None])
+        for _, first, length in runs:
+            frames = next(videos, 1) if int(own[first]) == video else 1
+            part = torch.arange(length) * frames // length
+            found[row, first : first + length] = (number + part).to(found)
+            number += frames
+    return found
+
+
 def _causal_mask(**kwargs: Any) -> Tensor | None:
     """Returns what tells padding, (B, K), of a prompt whose attention is plainly causal; None where
     there is none. All else gets SDPA's own mask.
@@ -245,9 +283,12 @@ def _attend(
                 valid = valid[:, 0, 0]
             tails = current.tails or (0,) * len(query)
             scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            frames = current.frames
+            if frames is not None and frames.shape[1] != query.shape[2]:
+                frames = None
             call = AttentionCall(
                 query, key, value, valid, scaling, module.layer_idx, tails,
-                current.rotary, current.cache,
+                current.rotary, current.cache, frames,
             )  # fmt: skip
             output = function.decode(call) if query.shape[2] == 1 else function.prefill(call)
             if output is not None:

@@ -1,5 +1,6 @@
 """Times of sparse attention beside dense SDPA, alone and in whole decoder layers, on random weights."""
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from vlm_prune.benchmarks.speed.roofline import Timing, kept_memory
 from vlm_prune.benchmarks.speed.shapes import SHAPES
 from vlm_prune.pruning.attention import BlockAttention, build_attention
 from vlm_prune.pruning.attention.blocks import body_length
+from vlm_prune.pruning.attention.engine import prompt_of
 from vlm_prune.pruning.attention.inputs import AttentionInputs
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.timing import now
@@ -73,12 +75,12 @@ class SparseBenchConfig:
 
 @torch.inference_mode()
 def bench_attention(config: SparseBenchConfig) -> dict[str, Any]:
-    """Time dense and sparse attention in turn, after one warm-up each, at each length.
+    """Time dense and sparse attention in turn at each length, after one warm-up at the first one.
 
     `attention_ms` is one call of a layer's attention with its estimate, `estimate_ms` the estimate
     alone, `layer_ms` a whole decoder layer. `first_token` is the speed-up with the vision tower, one
     image for each so many tokens, and all of the shape's layers. `promised` is the ratio of the
-    prefills' FLOPs. Queries and keys are random: a `density` is the same for all of them, while the
+    prefills' FLOPs. Times are a `clock`'s. Queries and keys are random: a `density` is the same for all of them, while the
     authors' own rules find other shares in them than in real ones.
 
     Raises:
@@ -97,7 +99,8 @@ def bench_attention(config: SparseBenchConfig) -> dict[str, Any]:
     with kept_memory():
         vision = vision_ms(model, config)
         lengths = [
-            at_length(model, config, methods, tokens, text, vision) for tokens in config.tokens
+            at_length(model, config, methods, tokens, text, vision, warm=number > 0)
+            for number, tokens in enumerate(config.tokens)
         ]
     return {
         "config": asdict(config),
@@ -108,14 +111,26 @@ def bench_attention(config: SparseBenchConfig) -> dict[str, Any]:
     }
 
 
+def clock(device: torch.device) -> float:
+    """Seconds after everything queued on the device has finished: of the processor on a CPU with one
+    thread, which other processes do not stretch.
+    """
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        return time.process_time()
+    return now(device)
+
+
 def vision_ms(model: Any, config: SparseBenchConfig) -> float:
     """Returns how long tower and projector take for each token of an image."""
     draw = torch.Generator().manual_seed(config.seed)
     inputs = random_pictures(model, 1, draw)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    times = [encoded(model, inputs, [1]) for _ in range(2)]
-    assert times[1].vision is not None
-    return 1e3 * times[1].vision_s / times[1].vision.counts[0]
+    for _ in range(2):
+        start = clock(model.device)
+        prompts = encoded(model, inputs, [1])
+        spent = clock(model.device) - start
+    assert prompts.vision is not None
+    return 1e3 * spent / prompts.vision.counts[0]
 
 
 def at_length(
@@ -125,6 +140,7 @@ def at_length(
     tokens: int,
     text: Any,
     vision: float,
+    warm: bool = False,
 ) -> dict[str, Any]:
     """Returns the times of all methods and of dense attention on one length.
 
@@ -135,6 +151,7 @@ def at_length(
         tokens: of the prompt.
         text: the whole shape's text configuration.
         vision: milliseconds of the tower for each token.
+        warm: whether all of it has run before, so that the first round counts.
     """
     decoder, device = family_of(model).decoder, model.device
     draw = torch.Generator().manual_seed(config.seed)
@@ -146,8 +163,10 @@ def at_length(
     width, shared = attention.head_dim, attention.num_key_value_groups
     keys = text.num_key_value_heads
     query, key, value = (random(1, count, tokens, width) for count in (keys * shared, keys, keys))
-    call = AttentionCall(query, key, value, None, attention.scaling, 0, (0,), None, None)
-    hidden = random(1, tokens, text.hidden_size)
+    hidden, rotary = random(1, tokens, text.hidden_size), None
+    if any(method.reads_rotation for method in methods):
+        rotary = decoder.rotary_emb(hidden, torch.arange(tokens, device=device)[None])
+    call = AttentionCall(query, key, value, None, attention.scaling, 0, (0,), rotary, None)
     layers = len(decoder.layers)
 
     def dense() -> None:
@@ -157,18 +176,20 @@ def at_length(
         decoder(inputs_embeds=hidden, use_cache=False)
 
     def timed(run: Callable[[], object]) -> float:
-        start = now(device)
+        start = clock(device)
         run()
-        return 1e3 * (now(device) - start)
+        return 1e3 * (clock(device) - start)
 
     runs = [method.run() for method in methods]
     samples: list[list[dict[str, float]]] = [[] for _ in range(len(methods) + 1)]
-    for repeat in range(config.repeats + 1):
+    for repeat in range(int(warm), config.repeats + 1):
         rows = [{"attention": timed(dense), "layer": timed(whole) / layers}]
         for method, run in zip(methods, runs, strict=True):
             length = body_length(tokens, method.tail, method.block)
+            prompt, _ = prompt_of(call, 0)
+            turns = None if prompt.rotary is None else prompt.rotary[:, :length]
             inputs = AttentionInputs(
-                query[0, :, :length], key[0, :, :length], attention.scaling, 0, tokens
+                query[0, :, :length], key[0, :, :length], attention.scaling, 0, tokens, turns
             )
             row = {
                 "attention": timed(lambda run=run: run.prefill(call)),  # type: ignore[misc]
@@ -280,7 +301,8 @@ def about_attention(results: dict[str, Any]) -> list[str]:
     return [
         (
             f"{config['shape']}, {config['layers'] or 'all'} decoder layers, {config['dtype']}: one "
-            f"prompt, {config['density']} of the causal half, estimates included"
+            f"prompt, {config['density']} of the causal half, estimates included, medians of "
+            f"{config['repeats']} calls with quartiles"
         ),
         machine,
         f"attention is faster than SDPA: {'; '.join(crossed)}",

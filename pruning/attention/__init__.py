@@ -10,6 +10,7 @@ from typing import Any
 from vlm_prune.pruning.attention.anchor import AnchorAttention
 from vlm_prune.pruning.attention.base import BlockAttention, SparseAttention
 from vlm_prune.pruning.attention.compose import with_attention
+from vlm_prune.pruning.attention.dhsa import DHSA
 from vlm_prune.pruning.attention.hip import HiP
 from vlm_prune.pruning.attention.local import Local
 from vlm_prune.pruning.attention.pooled import Pooled
@@ -37,6 +38,7 @@ ATTENTION: Registry[type[SparseAttention]] = Registry(
         "xattention": XAttention,
         "sale": Sale,
         "hip": HiP,
+        "dhsa": DHSA,
         "recycled": Recycled,
     },
 )
@@ -62,6 +64,7 @@ def build_attention(name: str, **hyperparameters: Any) -> SparseAttention:
 
 __all__ = [
     "ATTENTION",
+    "DHSA",
     "AnchorAttention",
     "BlockAttention",
     "HiP",

@@ -64,6 +64,8 @@ class SparseAttention(ABC):
     """Whether its authors train the model with it."""
     reads_rotation: ClassVar[bool] = False
     """Whether it reads the cosines and sines of the tokens' positions."""
+    reads_frames: ClassVar[bool] = False
+    """Whether it reads which image or frame tokens are of."""
     from_zero: ClassVar[frozenset[str]] = frozenset({"minimum", "dense_layers", "seed"})
     """Whole numbers that may be 0."""
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from vlm_prune.pruning.attention.blocks import (
-    Geometry,
     KeptBlocks,
     body_length,
+    local_products,
     tail_products,
 )
 from vlm_prune.pruning.attention.executors import EXECUTORS, Executor, attend_dense, attend_tail
@@ -27,6 +27,10 @@ class ChoosesBlocks(Protocol):
     @property
     def reads_rotation(self) -> bool:
         """Whether the method reads the cosines and sines of positions."""
+
+    @property
+    def reads_frames(self) -> bool:
+        """Whether the method reads which image or frame tokens are of."""
 
     minimum: int
     dense_layers: int
@@ -48,6 +52,7 @@ class PromptRow:
         value: (G, n, v).
         rotary: cosines and sines of positions, (2, n, r); None unless they are read.
         tail: tokens behind the last image token.
+        frames: the image or frame of each token, -1 for text, (n,); None where it is not known.
     """
 
     query: Tensor
@@ -55,6 +60,7 @@ class PromptRow:
     value: Tensor
     rotary: Tensor | None
     tail: int
+    frames: Tensor | None = None
 
 
 def prompt_of(call: AttentionCall, row: int) -> tuple[PromptRow, slice | Tensor]:
@@ -62,12 +68,14 @@ def prompt_of(call: AttentionCall, row: int) -> tuple[PromptRow, slice | Tensor]
     query, key, value, rotary = call.query[row], call.key[row], call.value[row], None
     if call.rotary is not None:
         rotary = torch.stack([table[row if len(table) > 1 else 0] for table in call.rotary])
+    frames = None if call.frames is None else call.frames[row]
     where: slice | Tensor = slice(None)
     if call.valid is not None:
         where = real_tokens(call.valid[row])
         query, key, value = query[:, where], key[:, where], value[:, where]
         rotary = None if rotary is None else rotary[:, where]
-    return PromptRow(query, key, value, rotary, call.tails[row]), where
+        frames = None if frames is None else frames[where]
+    return PromptRow(query, key, value, rotary, call.tails[row], frames), where
 
 
 @dataclass
@@ -86,6 +94,11 @@ class BlockRun:
     def reads_rotation(self) -> bool:
         """Whether the method reads the cosines and sines of positions."""
         return self.method.reads_rotation
+
+    @property
+    def reads_frames(self) -> bool:
+        """Whether the method reads which image or frame tokens are of."""
+        return self.method.reads_frames
 
     def left_dense(self, reason: str) -> None:
         """Note that a call of more than one query went to SDPA, and why."""
@@ -108,14 +121,22 @@ class BlockRun:
             self.left_dense("first layers" if first else "a short prompt")
             return None
         batch, heads, length = call.query.shape[:3]
-        output = call.query.new_zeros(batch, length, heads, call.value.shape[3])
+        shape = (batch, length, heads, call.value.shape[3])
+        # what padding attends to does not matter, but must be finite
+        output = call.query.new_empty(shape) if call.valid is None else call.query.new_zeros(shape)
         for row in range(batch):
             prompt, where = prompt_of(call, row)
-            output[row, where] = self.attend(call, prompt, row).transpose(0, 1)
+            parts = self.attend(call, prompt, row)
+            if isinstance(where, slice):
+                targets = output[row, where].split([part.shape[1] for part in parts])
+                for target, part in zip(targets, parts, strict=True):
+                    target.copy_(part.transpose(0, 1))
+            else:
+                output[row, where] = torch.cat(parts, 1).transpose(0, 1)
         return output
 
-    def attend(self, call: AttentionCall, prompt: PromptRow, row: int) -> Tensor:
-        """Returns attention (H, n, v) of one prompt.
+    def attend(self, call: AttentionCall, prompt: PromptRow, row: int) -> list[Tensor]:
+        """Returns attention of one prompt, (H, n, v) in parts of its tokens.
 
         Args:
             call: of the layer.
@@ -127,12 +148,15 @@ class BlockRun:
         length = body_length(tokens, max(method.tail, prompt.tail), method.block)
         if tokens < method.minimum or length < 2 * method.block:
             self.left_dense("a short prompt")
-            return attend_dense(query, key, value, scaling)
+            return [attend_dense(query, key, value, scaling)]
         body = [tensor[:, :length] for tensor in (query, key, value)]
         rotary = None if prompt.rotary is None else prompt.rotary[:, :length]
+        frames = None if prompt.frames is None else prompt.frames[:length]
         # what an estimate holds stays in a CPU's cache
         most = MOST_PRODUCTS["cpu" if query.device.type == "cpu" else "other"]
-        inputs = AttentionInputs(body[0], body[1], scaling, call.layer, tokens, rotary, most)
+        inputs = AttentionInputs(
+            body[0], body[1], scaling, call.layer, tokens, rotary, most, frames
+        )
         kept = method.select(inputs).forced(length)
         executor = method.executor
         if executor == "auto":
@@ -151,7 +175,7 @@ class BlockRun:
                 kept.products(length) + tail_products(tokens, length),
             )
         )
-        return torch.cat([before, behind], 1)
+        return [before, behind]
 
 
 def forced_products(tokens: int, length: int, block: int) -> int:
@@ -163,10 +187,8 @@ def forced_products(tokens: int, length: int, block: int) -> int:
         length: tokens before its tail, whole blocks of them.
         block: tokens of a block.
     """
-    grid = Geometry(block, block, block, block)
-    none = torch.zeros(1, *grid.shape(length), dtype=torch.bool)
-    kept = KeptBlocks(none, grid).forced(length)
-    return int(kept.products(length)) + tail_products(tokens, length)
+    first = (length - block) * block
+    return local_products(length, block) + first + tail_products(tokens, length)
 
 
 def real_tokens(valid: Tensor) -> slice | Tensor:

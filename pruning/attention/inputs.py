@@ -19,6 +19,7 @@ class AttentionInputs:
         tokens: of the prompt, its tail included.
         rotary: cosines and sines of the tokens' positions, (2, n, r); None unless they are read.
         most: products of queries and keys that an estimate may hold at a time.
+        frames: the image or frame of each token, -1 for text, (n,); None where it is not known.
     """
 
     query: Tensor
@@ -28,6 +29,7 @@ class AttentionInputs:
     tokens: int
     rotary: Tensor | None = None
     most: int = 1 << 19
+    frames: Tensor | None = None
 
     @property
     def heads(self) -> int:

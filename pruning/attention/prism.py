@@ -55,15 +55,19 @@ class Prism(BlockAttention):
             )
 
     def split(self, inputs: AttentionInputs) -> list[Tensor]:
-        """The indices of each band in a head's width, without bands that are empty."""
+        """The indices of each band in a head's width, without bands that are empty; one where positions are
+        not known.
+        """
         width = inputs.key.shape[2]
-        assert inputs.rotary is not None
-        pairs = inputs.rotary.shape[2] // 2
+        turns = inputs.rotary
+        pairs = width // 2 if turns is None else turns.shape[2] // 2
         index = torch.arange(pairs, device=inputs.key.device)
         if self.bands == "paper":
             fast, slow = index < pairs // 2, index >= pairs // 4
+        elif turns is None:
+            return [torch.arange(width, device=index.device)]
         else:
-            cos, sin = inputs.rotary[..., :pairs].float().unflatten(1, (-1, self.block))
+            cos, sin = turns[..., :pairs].float().unflatten(1, (-1, self.block))
             kept = torch.hypot(cos.mean(1), sin.mean(1)).mean(0)
             slow = kept > 0.5
             fast = ~slow

@@ -84,6 +84,7 @@ class RecycledRun:
         trace: what was computed.
         sets: keys of each layer, for each cache.
         reads_rotation: whether it reads cosines and sines of positions.
+        reads_frames: whether it reads which frame tokens are of.
     """
 
     method: Recycled
@@ -92,6 +93,7 @@ class RecycledRun:
         default_factory=weakref.WeakKeyDictionary
     )
     reads_rotation: bool = False
+    reads_frames: bool = False
 
     def left_dense(self, reason: str) -> None:
         """Note that a call of more than one query went to SDPA, and why."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from vlm_prune.pruning import METHODS
+from vlm_prune.pruning.attention import ATTENTION
 from vlm_prune.vlm.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,6 +21,13 @@ def test_each_method_has_a_section_and_rows(name):
     if name != "none":
         for page in (METHODS_PAGE, README):
             assert f"\n| `{name}` |" in page, f"no row of the table of methods for {name}"
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_each_method_of_sparse_attention_has_a_row(name):
+    page = (ROOT / "docs/sparse_attention.md").read_text()
+    (row,) = (line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+    assert ATTENTION[name].paper in row
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -47,7 +47,7 @@ def test_bench_reports_every_phase_of_both_models(run, tmp_path, method):
 def test_sparse_attention_is_timed_beside_sdpa(run, tmp_path):
     lengths = ["--attention-tokens", "500,900", "--layers", "2", "--repeats", "1"]
     code, out, err = run(
-        "bench", "--attention", "pooled,random-blocks", *lengths, "--density", "0.4",
+        "bench", "--attention", "prism,random-blocks", *lengths, "--density", "0.4",
         "--method-args", "block=16", "--output", tmp_path,
     )  # fmt: skip
     assert code == 0, err
@@ -64,8 +64,8 @@ def test_sparse_attention_is_timed_beside_sdpa(run, tmp_path):
             assert 1 < speed["promised"] < 2.5
             # what the tower takes brings it nearer to 1
             assert abs(speed["first_token"] - 1) < abs(speed["layer"] - 1)
-    assert set(results["crossover"]) == {"pooled", "random-blocks"}
-    assert "| 900 | pooled | 0.4" in (tmp_path / "bench.md").read_text() and "SDPA" in out
+    assert set(results["crossover"]) == {"prism", "random-blocks"}
+    assert "| 900 | prism | 0.4" in (tmp_path / "bench.md").read_text() and "SDPA" in out
     for wrong, says in (
         (["--attention", "poled"], "did you mean 'pooled'"),
         (["--attention", "recycled"], "acts on decoding steps"),

@@ -13,7 +13,7 @@ from vlm_prune.pruning.attention import ATTENTION, Local, Pooled, Prism, build_a
 from vlm_prune.vlm.attention import scored_layers, turns_neighbors, window_of
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import family_of
-from vlm_prune.vlm.sparse_attention import tokens_behind_images
+from vlm_prune.vlm.sparse_attention import frame_numbers, replaced_attention, tokens_behind_images
 
 RAGGED = [
     [([0, 1, 2], "Is there a 7?")],
@@ -242,6 +242,31 @@ def test_every_layer_of_full_attention_is_reached(tiny):
     if neighbors:
         with pytest.raises(InputError, match="turn neighbors; give pooled"), Prism()(model):
             pass
+
+
+def test_frames_are_images_and_frames_of_videos(models, llava_case):
+    inputs = llava_case.inputs([[([0, 1], "Is there a 7?")], [([2], "What color is the star?")]])
+    family, ids = family_of(llava_case.model), inputs["input_ids"]
+    found = frame_numbers(family, ids, None)
+    assert torch.equal(found >= 0, ids == family.image_token)
+    assert [torch.bincount(row[row >= 0]).tolist() for row in found] == [[25, 25], [25]]
+    pytest.importorskip("torchvision")
+    case = models.setdefault("qwen2_5_vl", models.get("qwen2_5_vl") or Tiny("qwen2_5_vl"))
+    inputs = case.inputs([[(["a", 1], "Is there a 7?")], [(["b"], "What color is the star?")]])
+    found = frame_numbers(family_of(case.model), inputs["input_ids"], inputs["video_grid_thw"])
+    # two frames are encoded as one, 3 x 3 and 3 x 2 tokens
+    image = int((inputs["input_ids"][0] == family_of(case.model).image_token).sum())
+    assert [torch.bincount(row[row >= 0]).tolist() for row in found] == [[9, 9, 9, image], [6, 6]]
+    run, seen = short("dhsa").run(), []
+    attend = run.prefill
+    run.prefill = lambda call: seen.append(call.frames) or attend(call)
+    with torch.no_grad():
+        with replaced_attention(case.model, run):
+            case.model(**inputs)
+        assert all(torch.equal(frames, found) for frames in seen)
+        with DivPrune(budget=4)(case.model), replaced_attention(case.model, run):
+            case.model(**inputs)
+    assert seen[-1] is None
 
 
 def test_rows_behind_the_last_image_see_all_keys(llava_case):

@@ -23,7 +23,10 @@ def inputs(tokens=TOKENS, seed=0):
     draw = torch.Generator().manual_seed(seed)
     length = body_length(tokens, TAIL, BLOCK)
     query, key = (torch.randn(count, length, D, generator=draw) for count in (H, G))
-    return AttentionInputs(query, key, SCALE, 0, tokens, rotary(length))
+    # text, three images of eleven tokens, and more text
+    frames = torch.arange(length) // 11
+    frames[frames > 3] = 0
+    return AttentionInputs(query, key, SCALE, 0, tokens, rotary(length), frames=frames - 1)
 
 
 def rotary(length):
@@ -217,7 +220,33 @@ def hip_loop(given, masks=H, count=7):
     return keep
 
 
+def dhsa_loop(given, count=2):
+    keep = torch.zeros(1, blocks_of(given), blocks_of(given), dtype=torch.bool)
+    frames = given.frames.tolist()
+    chunks, text = [], 0
+    for token, frame in enumerate(frames):
+        text = text + 1 if frame < 0 and token and frames[token - 1] < 0 else 0
+        if not token or frame != frames[token - 1] or (frame < 0 and text % BLOCK == 0):
+            chunks.append([])
+        chunks[-1].append(token)
+    for i in range(blocks_of(given)):
+        paid = []
+        for chunk in chunks:
+            each = []
+            for h in range(H):
+                query = given.query[h, i * BLOCK : (i + 1) * BLOCK].mean(0) * BLOCK**0.5
+                key = given.key[h * G // H, chunk].mean(0) * len(chunk) ** 0.5
+                each.append(float(query @ key) * SCALE)
+            paid.append(1e9 if chunk[-1] >= i * BLOCK else sum(each) / H)
+        token_scores = [value for chunk, value in zip(chunks, paid, strict=True) for _ in chunk]
+        means = [sum(token_scores[j * BLOCK : (j + 1) * BLOCK]) / BLOCK for j in range(i)]
+        for j in sorted(range(i), key=lambda j: -means[j])[:count]:
+            keep[0, i, j] = True
+    return keep
+
+
 LOOPS = {
+    "dhsa": dhsa_loop,
     "prism": prism_loop,
     "hip": hip_loop,
     "local": local_loop,
@@ -309,6 +338,15 @@ def test_xattention_with_a_stride_of_one_sums_attention_itself():
         attention = scores.masked_fill(~mask, -torch.inf).softmax(-1)
         sums = attention.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).sum((1, 3)) / BLOCK
         torch.testing.assert_close(ours[h], sums, atol=1e-5, rtol=1e-5)
+
+
+def test_dhsa_s_chunks_of_a_block_are_mean_pooling():
+    given = replace(inputs(), frames=None)
+    scores = build_attention("dhsa", block=BLOCK).scores(given)
+    query, key = given.block_means(BLOCK)
+    pooled = (query.mean(1) @ key.transpose(1, 2)).mean(0) * SCALE * BLOCK
+    before = torch.ones_like(pooled).tril(-1).bool()
+    torch.testing.assert_close(scores[0][before], pooled[before], atol=1e-5, rtol=1e-4)
 
 
 def test_prism_s_bands_follow_from_real_positions():
