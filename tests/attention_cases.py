@@ -14,6 +14,7 @@ ARGUMENTS = {
     "sale": {"threshold": 0.05},
     "prism": {"mass": 0.7},
     "hip": {"keys": 7},
+    "own-frame": {"window": 8, "previous": 1},
     "dhsa": {"keys": 16},
 }
 PREFILL = [name for name in ATTENTION if issubclass(ATTENTION[name], BlockAttention)]

@@ -13,6 +13,7 @@ from vlm_prune.pruning.attention.compose import with_attention
 from vlm_prune.pruning.attention.dhsa import DHSA
 from vlm_prune.pruning.attention.hip import HiP
 from vlm_prune.pruning.attention.local import Local
+from vlm_prune.pruning.attention.own_frame import OwnFrame
 from vlm_prune.pruning.attention.pooled import Pooled
 from vlm_prune.pruning.attention.power import PowerAttention
 from vlm_prune.pruning.attention.prism import Prism
@@ -32,6 +33,7 @@ ATTENTION: Registry[type[SparseAttention]] = Registry(
         "random-blocks": RandomBlocks,
         "power": PowerAttention,
         "s2": S2Attention,
+        "own-frame": OwnFrame,
         "pooled": Pooled,
         "prism": Prism,
         "anchor": AnchorAttention,
@@ -69,6 +71,7 @@ __all__ = [
     "BlockAttention",
     "HiP",
     "Local",
+    "OwnFrame",
     "Pooled",
     "PowerAttention",
     "Prism",

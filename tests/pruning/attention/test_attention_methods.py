@@ -245,7 +245,22 @@ def dhsa_loop(given, count=2):
     return keep
 
 
+def own_frame_loop(given):
+    keep = torch.zeros(1, blocks_of(given), blocks_of(given), dtype=torch.bool)
+    frames, so_far = [], -1
+    for frame in given.frames.tolist():  # text goes with the image before it
+        so_far = max(so_far, frame)
+        frames.append(so_far)
+    for i in range(blocks_of(given)):
+        own = {*frames[i * BLOCK : (i + 1) * BLOCK]}
+        wanted = own | {min(own) - 1}
+        for j in range(i):
+            keep[0, i, j] = any(frame in wanted for frame in frames[j * BLOCK : (j + 1) * BLOCK])
+    return keep
+
+
 LOOPS = {
+    "own-frame": own_frame_loop,
     "dhsa": dhsa_loop,
     "prism": prism_loop,
     "hip": hip_loop,
@@ -281,6 +296,7 @@ def test_the_rule_is_that_of_a_loop(name):
 def test_a_density_is_met_beside_what_all_compute(name, share):
     method = short(name, density=0.5, share=share)
     given = inputs(tokens=404)
+    given = replace(given, frames=torch.arange(given.length) // 11)
     kept = method.select(given).forced(given.length)
     tail = 404 * 405 // 2 - given.length * (given.length + 1) // 2
     found = float(kept.products(given.length) + tail) / (404 * 405 / 2)
