@@ -11,6 +11,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.tokens import take
 
+SPARSE = "vlm_prune_sparse"
+"""Name of the attention that `sparse_attention` puts in SDPA's place."""
+
 
 def encoder_query_key(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys (M, H, N, d) of a CLIP or SigLIP encoder layer given its input (M, N, D)."""
@@ -95,6 +98,13 @@ def turns_neighbors(layer: Any) -> bool:
     both = "k" in signature(turn).parameters
     turned = turn(query, query, cos, sin)[0] if both else turn(query, cos, sin)
     return bool(turned[0, 0, 0].abs().argmax() == 1)
+
+
+def expanded_mask(valid: Tensor) -> Tensor:
+    """Returns the causal mask (B, 1, K, K) of prompts with padding, true where `valid` (B, K) is."""
+    length = valid.shape[1]
+    seen = torch.ones(length, length, dtype=torch.bool, device=valid.device).tril()
+    return seen & valid[:, None, None].bool()
 
 
 def mask_kind(config: Any, number: int) -> str:

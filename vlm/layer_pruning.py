@@ -21,8 +21,10 @@ from transformers.masking_utils import (
 
 from vlm_prune.kernels.compact_tokens import compact_tokens
 from vlm_prune.vlm.attention import (
+    SPARSE,
     decoder_keys,
     decoder_query_key,
+    expanded_mask,
     mask_kind,
     scored_layers,
     window_of,
@@ -520,6 +522,9 @@ class LayerPruning:
             if segment.layout.sizes is not None:
                 bias = bias + self._distances(forward, segment, *kwargs["position_embeddings"])
             mask = kwargs.get("attention_mask")
+            sparse = self.decoder.config._attn_implementation == SPARSE
+            if sparse and isinstance(mask, Tensor) and mask.ndim == 2:
+                mask = expanded_mask(mask)
             segment.biased[key] = additive(mask, bias[..., -keys:], hidden)
         return kwargs | {"attention_mask": last_rows(segment.biased[key], hidden.shape[1])}
 

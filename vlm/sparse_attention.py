@@ -22,13 +22,13 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from vlm_prune.vlm.attention import SPARSE, expanded_mask
 from vlm_prune.vlm.block import Hook, refuse_compiled
 from vlm_prune.vlm.cache import cache_of
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import Family, family_of
 from vlm_prune.vlm.layout import image_runs
 
-NAME = "vlm_prune_sparse"
 OTHER_SOFTMAX = ("softcap", "s_aux", "position_bias")
 """Arguments of attention functions that change what is summed or normalized."""
 
@@ -133,7 +133,7 @@ class AttentionBlock:
                 hook = Hook(self, self.before_layer)
                 handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         _BLOCKS[id(self.config)] = self
-        self.config._attn_implementation_internal = NAME
+        self.config._attn_implementation_internal = SPARSE
         try:
             yield
         finally:
@@ -303,13 +303,6 @@ def _attend(
     return found
 
 
-def expanded_mask(valid: Tensor) -> Tensor:
-    """Returns the causal mask (B, 1, K, K) of prompts with padding, true where `valid` (B, K) is."""
-    length = valid.shape[1]
-    seen = torch.ones(length, length, dtype=torch.bool, device=valid.device).tril()
-    return seen & valid[:, None, None].bool()
-
-
 def _unfit(
     module: Any, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> str:
@@ -347,7 +340,7 @@ def check_attention(family: Family) -> None:
             "and sparse attention is causal; prune their tokens instead"
         )
     found = decoder.config._attn_implementation
-    if found == NAME:
+    if found == SPARSE:
         raise InputError(
             "this model is inside a block of sparse attention already; leave that first"
         )
@@ -376,7 +369,7 @@ def replaced_attention(model: Any, function: AttentionFunction) -> Iterator[None
     refuse_compiled(model)
     family = family_of(model)
     check_attention(family)
-    ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _causal_mask)
+    ALL_ATTENTION_FUNCTIONS.register(SPARSE, _attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(SPARSE, _causal_mask)
     with AttentionBlock(family, function).hooks():
         yield

@@ -8,7 +8,7 @@ from attention_cases import PREFILL, TAIL, short
 from tiny_families import Tiny, failing, snapshot
 
 from vlm_prune.learners import WingsConfig, attach, detach
-from vlm_prune.pruning import DivPrune, FastV
+from vlm_prune.pruning import METHODS, DivPrune, FastV
 from vlm_prune.pruning.attention import ATTENTION, Local, Pooled, Prism, build_attention
 from vlm_prune.vlm.attention import scored_layers, turns_neighbors, window_of
 from vlm_prune.vlm.common.errors import InputError
@@ -162,6 +162,27 @@ def test_it_composes_with_pruners(model_case):
         with pruner(model), some(model) as trace:
             assert torch.stack(answered(model, inputs).logits).isfinite().all()
         assert trace.density < 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "restore" else pytest.mark.slow)
+        for name in METHODS
+        if "videos" not in METHODS[name]().needs
+    ],
+)
+def test_it_composes_with_every_pruner(name, llava_case):
+    model, inputs = llava_case.model, llava_case.inputs(RAGGED)
+    pruner = METHODS[name](budget=0.4)
+    with pruner(model):
+        right = answered(model, inputs)
+    with pruner(model), short("pooled", density=1.0)(model) as trace:
+        ours = answered(model, inputs)
+    for step, theirs in enumerate(right.logits):
+        close(ours.logits[step], theirs)
+    # of the first layer at least; RESTORE has a mask of its own
+    assert trace.computed or trace.dense["a mask of its own"]
 
 
 def test_chunks_static_caches_and_gradients_run_densely(llava_case):
