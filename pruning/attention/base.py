@@ -58,10 +58,6 @@ class SparseAttention(ABC):
     seed: int = 0
 
     paper: ClassVar[str] = ""
-    control: ClassVar[bool] = False
-    """Whether it stands beside others as a control."""
-    needs_training: ClassVar[bool] = False
-    """Whether its authors train the model with it."""
     reads_rotation: ClassVar[bool] = False
     """Whether it reads the cosines and sines of the tokens' positions."""
     reads_frames: ClassVar[bool] = False

@@ -29,7 +29,6 @@ class OwnFrame(Local):
     window: int = 128
     previous: int = 0
     paper: ClassVar[str] = "https://arxiv.org/abs/2510.05396"
-    needs_training: ClassVar[bool] = True
     reads_frames: ClassVar[bool] = True
     from_zero: ClassVar[frozenset[str]] = SparseAttention.from_zero | {"previous"}
 

@@ -24,7 +24,6 @@ class PowerAttention(Local):
 
     window: int = 1280
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.03588"
-    needs_training: ClassVar[bool] = True
 
     def pattern(self, inputs: AttentionInputs, blocks: float) -> Tensor:
         """Distances with one bit, (1, blocks, blocks)."""

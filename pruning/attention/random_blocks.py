@@ -1,7 +1,6 @@
 """Blocks of keys drawn at random, as a control."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,8 +15,6 @@ class RandomBlocks(BlockAttention):
 
     They depend on `seed`, the layer and the prompt's length alone.
     """
-
-    control: ClassVar[bool] = True
 
     def scores(self, inputs: AttentionInputs) -> Tensor:
         """Uniform numbers, (R, query blocks, key blocks)."""

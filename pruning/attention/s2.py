@@ -28,7 +28,6 @@ class S2Attention(Local):
     window: int = 1024
     stride: int = 16
     paper: ClassVar[str] = "https://arxiv.org/abs/2407.17678"
-    needs_training: ClassVar[bool] = True
 
     def strided(self, inputs: AttentionInputs, stride: int) -> Tensor:
         """The strided blocks, (G, blocks, blocks).

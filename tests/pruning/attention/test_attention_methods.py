@@ -436,3 +436,13 @@ def test_wrong_hyperparameters_are_said_in_one_line(name, wrong, says):
     with pytest.raises(InputError, match=says) as error:
         build_attention(name, **wrong)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", PREFILL)
+def test_half_precision_chooses_nearly_the_same(name):
+    given = inputs(tokens=404)
+    half = replace(given, query=given.query.bfloat16(), key=given.key.bfloat16())
+    method = short(name, density=0.5)
+    ours, theirs = (method.select(case).keep for case in (half, given))
+    # in HiP's search one range that is lost takes all of its units with it
+    assert (ours != theirs).sum() <= (0.25 if name == "hip" else 0.05) * theirs.sum()
