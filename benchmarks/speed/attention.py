@@ -67,7 +67,7 @@ class SparseBenchConfig:
             method = build_attention(name, **more)
             if not isinstance(method, BlockAttention):
                 raise InputError(
-                    f"{name} acts on decoding steps, and --attention times prefills; give pooled"
+                    f"{name} chooses no blocks of a prefill, which --attention times; give pooled"
                 )
             found.append(method)
         return found

@@ -7,6 +7,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
+from vlm_prune.pruning.attention.act import ACT
 from vlm_prune.pruning.attention.anchor import AnchorAttention
 from vlm_prune.pruning.attention.base import BlockAttention, SparseAttention
 from vlm_prune.pruning.attention.compose import with_attention
@@ -42,6 +43,7 @@ ATTENTION: Registry[type[SparseAttention]] = Registry(
         "hip": HiP,
         "dhsa": DHSA,
         "recycled": Recycled,
+        "act": ACT,
     },
 )
 
@@ -65,6 +67,7 @@ def build_attention(name: str, **hyperparameters: Any) -> SparseAttention:
 
 
 __all__ = [
+    "ACT",
     "ATTENTION",
     "DHSA",
     "AnchorAttention",

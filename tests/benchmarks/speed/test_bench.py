@@ -68,7 +68,7 @@ def test_sparse_attention_is_timed_beside_sdpa(run, tmp_path):
     assert "| 900 | prism | 0.4" in (tmp_path / "bench.md").read_text() and "SDPA" in out
     for wrong, says in (
         (["--attention", "poled"], "did you mean 'pooled'"),
-        (["--attention", "recycled"], "acts on decoding steps"),
+        (["--attention", "recycled"], "chooses no blocks of a prefill"),
         (["--attention", "local", "--wings", "2"], "leave out --engine, --wings"),
         (["--attention", "local", "--attention-tokens", "4k"], "attention-tokens '4k' is no list"),
         (["--attention", "local", "--density", "2"], "density 2.0 is no share"),
