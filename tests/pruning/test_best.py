@@ -84,7 +84,14 @@ def test_images_of_any_size_have_shares(tmp_path, budget, kind):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "budget", "kind"), [(None, "64", "a share"), (576, "0.5", "a number of tokens")]
+    ("tokens", "budget", "kind"),
+    [
+        (None, "64", "a share"),
+        (None, "0", "a share"),
+        (576, "0.5", "a number of tokens"),
+        (576, "0", "a number of tokens"),
+        (576, "-64", "a number of tokens"),
+    ],
 )
 def test_budgets_of_another_kind_are_refused(tmp_path, tokens, budget, kind):
     content = {"tokens": tokens, "budgets": {budget: {"method": "divprune", "arguments": {}}}}
@@ -123,3 +130,11 @@ def test_a_definition_that_changes_is_read_again(found):
     entries = {"32": {"method": "divprune", "arguments": {}}}
     Path(found).write_text(json.dumps({"tokens": 576, "budgets": entries}))
     assert isinstance(Best(budget=32, definitions=found).chosen(576), DivPrune)
+
+
+@pytest.mark.parametrize(("tokens", "budget"), [(576, 1), (None, 1.0)])
+def test_one_token_and_all_tokens_are_budgets(tmp_path, tokens, budget):
+    content = {"tokens": tokens, "budgets": {budget: {"method": "divprune", "arguments": {}}}}
+    (tmp_path / "best.json").write_text(json.dumps(content))
+    best = Best(budget=budget, definitions=str(tmp_path / "best.json"))
+    assert isinstance(best.chosen(tokens), DivPrune)

@@ -8,6 +8,7 @@ from torch.nn.functional import cosine_similarity
 from video_loops import attention_of, peaks
 
 from vlm_prune.pruning.fastvid import FastVID
+from vlm_prune.pruning.video import segment_starts
 from vlm_prune.vlm.common.errors import InputError
 
 
@@ -58,9 +59,27 @@ def test_the_budget_is_met_where_frames_are_all_but_full_or_empty(budget, clips)
 
 
 @pytest.mark.parametrize(
-    "options", [{"segments": 0}, {"stride": 0}, {"neighbors": 0}, {"context": 1.0}, {"weight": 2.0}]
+    "options",
+    [
+        {"segments": 0},
+        {"stride": 0},
+        {"neighbors": 0},
+        {"context": 1.0},
+        {"context": -0.5},
+        {"weight": 2.0},
+        {"weight": -0.5},
+    ],
 )
 def test_values_out_of_range_are_refused(options):
     (name,) = options
     with pytest.raises(InputError, match=f"{name} .* is out of range"):
         FastVID(**options)
+
+
+@pytest.mark.parametrize(
+    ("fewest", "starts"), [(1, [0]), (2, [0, 2]), (3, [0, 2, 3]), (9, [0, 1, 2, 3])]
+)
+def test_segments_start_where_frames_are_least_alike(fewest, starts):
+    angles = torch.tensor([0.0, 0.1, 1.0, 1.3])
+    means = torch.stack([angles.cos(), angles.sin()], 1)
+    assert segment_starts(means, fewest, threshold=0.0) == starts

@@ -82,3 +82,9 @@ def test_all_by_attention_is_the_cls_ranking(vision):
 def test_a_step_of_zero_is_refused():
     with pytest.raises(InputError, match="step"):
         VisPruner(step=0)
+
+
+@pytest.mark.parametrize("important", [-0.5, 1.5])
+def test_no_share_of_important_tokens_is_refused(important):
+    with pytest.raises(InputError, match="important"):
+        VisPruner(important=important)
