@@ -13,7 +13,7 @@ from vlm_prune.pruning.registry import build
 from vlm_prune.pruning.restore import anchors_of, grouped
 from vlm_prune.vlm.cache import CACHE, cache_of
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.layer_pruning import additive
+from vlm_prune.vlm.layer_pruning import additive, last_rows
 
 
 def slow_groups(tokens, count):
@@ -176,3 +176,10 @@ def test_what_does_not_go_together_is_refused():
             build(name)
     with pytest.raises(InputError, match="anchors 0 is out of range"):
         Restore(anchors=0)
+
+
+def test_masks_of_the_last_queries():
+    mask = torch.arange(35.0).view(1, 1, 5, 7)
+    assert torch.equal(last_rows(mask, 2), mask[:, :, 3:])
+    padding = torch.ones(1, 7)
+    assert last_rows(None, 2) is None and last_rows(padding, 2) is padding
