@@ -1,5 +1,7 @@
 """FlashVID against loops over its definition."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
@@ -89,3 +91,17 @@ def test_values_out_of_range_are_refused(options):
     (name,) = options
     with pytest.raises(InputError, match=f"{name} .* is out of range"):
         FlashVID(**options)
+
+
+@pytest.mark.parametrize("fewest", [0, 4, 7, 20])
+def test_as_many_tokens_as_wanted_join_none_of_the_frame_before(fewest):
+    tokens, rest = torch.ones(5, 4, 3), [torch.arange(4)] * 5
+    parents = FlashVID(budget=10).parents(tokens, rest, [0], fewest)
+    assert sum(int((joins < 0).sum()) for joins in parents) == max(4, fewest)
+
+
+def test_a_still_video_gets_its_budget(clips):
+    still = replace(clips, projected=clips.projected[:, :12].repeat(1, 10, 1))
+    for budget in (40, 50, 90):
+        kept = FlashVID(budget=budget, diverse=0.1, segments=1).reduce_video(still)
+        assert [len(indices) for indices in kept.indices] == [budget] * len(still.projected)
