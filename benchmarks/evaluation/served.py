@@ -7,6 +7,7 @@ model, whose images those of vLLM are.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from typing import Any
 
@@ -222,8 +223,9 @@ class ServedEngines:
 
     def close(self) -> None:
         """End the engines."""
-        for engine in self.started.values():
-            engine.llm.llm_engine.engine_core.shutdown()
+        with ExitStack() as stack:
+            for engine in self.started.values():
+                stack.callback(engine.llm.llm_engine.engine_core.shutdown)
         self.started = {}
 
 

@@ -20,8 +20,8 @@ from vlm_prune.benchmarks.evaluation.environment import environment
 from vlm_prune.benchmarks.speed.bench import shorten
 from vlm_prune.benchmarks.speed.shapes import SHAPES
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.serving.plugin import check_installed, check_model
-from vlm_prune.vlm.serving.settings import KEY, Settings
+from vlm_prune.vlm.serving.plugin import KEY, check_installed, check_model
+from vlm_prune.vlm.serving.settings import Settings
 from vlm_prune.vlm.tiny import checkpoint_path
 
 ARMS = ("unpruned", "pruned")
@@ -124,6 +124,15 @@ def bench_serving(config: ServingConfig) -> dict[str, Any]:
 
 
 @contextmanager
+def _alive(config: ServingConfig, arm: str) -> Iterator[None]:
+    """Raises `InputError` where an arm's process has ended."""
+    try:
+        yield
+    except (EOFError, OSError):
+        raise InputError(f"vLLM ended while it served the {arm} {config.shape}") from None
+
+
+@contextmanager
 def _started(config: ServingConfig, arm: str, folder: str) -> Iterator[Callable[[int], Load]]:
     """An engine in a process of its own, which answers the list at a concurrency."""
     context = multiprocessing.get_context("spawn")
@@ -133,14 +142,15 @@ def _started(config: ServingConfig, arm: str, folder: str) -> Iterator[Callable[
     theirs.close()
 
     def serve(concurrency: int) -> Load:
-        try:
+        with _alive(config, arm):
             ours.send(concurrency)
             load: Load = ours.recv()
-        except (EOFError, OSError):
-            raise InputError(f"vLLM ended while it served the {arm} {config.shape}") from None
         return load
 
     try:
+        # an engine that still starts would slow the other one's answers
+        with _alive(config, arm):
+            ours.recv()
         yield serve
     finally:
         ours.close()
@@ -200,7 +210,8 @@ def _serve(config: ServingConfig, arm: str, folder: str, requests: Any) -> None:
     sampling = SamplingParams(temperature=0, max_tokens=config.new_tokens, ignore_eos=True)
     served = Served(llm.llm_engine, sampling)
     first = 0
-    with suppress(EOFError):
+    with suppress(EOFError, BrokenPipeError):
+        requests.send("ready")
         while True:
             concurrency = requests.recv()
             # requests that are not counted, then those that are, each with a picture of its own

