@@ -26,6 +26,7 @@ from vlm_prune.vlm.serving.settings import Settings
 # vLLM's attention on CPUs takes heads of 32 and more
 HEAD = 32
 TOKENS = 10
+BLOCK = 32  # tokens whose keys and values are cached together, 128 unless given
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl")
 
 
@@ -60,13 +61,14 @@ def folders(tmp_path_factory):
 class Engine:
     """vLLM with the plug-in on a checkpoint, and the same checkpoint in transformers."""
 
-    def __init__(self, folder, method="zoo", budget=8, **options):
+    def __init__(self, folder, method="zoo", budget=8, draw=0, **options):
         from transformers import AutoModelForImageTextToText, AutoProcessor
         from vllm import LLM
 
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32").eval()
         self.processor = AutoProcessor.from_pretrained(folder)
-        settings = {} if method is None else {KEY: {"method": method, "budget": budget}}
+        values = {"method": method, "budget": budget, "seed": draw}
+        settings = {} if method is None else {KEY: values}
         defaults = {
             "dtype": "float32", "max_model_len": 1024, "enforce_eager": True, "seed": 0,
             "skip_mm_profiling": True, "max_num_seqs": 4, "limit_mm_per_prompt": {"image": 2, "video": 0},
@@ -108,6 +110,7 @@ class Engine:
         ]
         sampling = SamplingParams(temperature=0, max_tokens=TOKENS)
         outputs = self.llm.chat(chats, sampling, use_tqdm=False)
+        self.cached = [output.num_cached_tokens or 0 for output in outputs]
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     def embedded_answers(self, prompts, rows):
@@ -210,10 +213,11 @@ def start():
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def engine(request, folders):
-    """A chunk of the prompt is shorter than most prompts; prefixes are cached."""
+    """A chunk of the prompt is shorter than most prompts; prefixes are cached in blocks of few tokens."""
     engine = Engine(
-        folders(request.param), "random", max_num_batched_tokens=32, enable_prefix_caching=True
-    )
+        folders(request.param), "random", max_num_batched_tokens=32, enable_prefix_caching=True,
+        block_size=BLOCK,
+    )  # fmt: skip
     engine.family = request.param
     yield engine
     engine.close()

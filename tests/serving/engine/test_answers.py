@@ -35,5 +35,9 @@ def test_one_engine_serves_every_method(engine, pictures, prompts, choices, prun
             kept = {tuple(indices) for _, own in expected for indices in own}
             if pruner.stage != "input":  # nothing is chosen of a smaller image
                 assert {tuple(indices) for indices in choices} == kept, (method, budget)
-            alone = [engine.answers([prompt], pictures)[0] for prompt in prompts]
+            alone, cached = [], []
+            for prompt in prompts:
+                alone += engine.answers([prompt], pictures)
+                cached += engine.cached
             assert alone == together, (method, budget)
+            assert max(cached) > 0, "nothing was taken from the prefix cache"
