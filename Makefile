@@ -17,7 +17,7 @@ eval: $(VENV)/ready-eval
 test: $(VENV)/ready
 	$(RUN)/ruff check .
 	$(RUN)/mypy
-	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet --site-dir $(VENV)/site
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --site-dir $(VENV)/site
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # Against vLLM on a CPU, in an environment of its own: it pins torch and transformers.

@@ -71,7 +71,7 @@ class LearnerCache:
 
 
 class QueryRun(NamedTuple):
-    """Neighbouring queries `start` to `stop`, which see `before` keys, and each other if `includes_itself`."""
+    """Neighboring queries `start` to `stop`, which see `before` keys, and each other if `includes_itself`."""
 
     start: int
     stop: int

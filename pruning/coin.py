@@ -17,7 +17,7 @@ RIDGE = 1e-6
 
 @dataclass
 class CoIn(VisionPruner):
-    """Maximise (1 - alpha) x the sum of the tokens' informativeness + alpha x the log-determinant
+    """Maximize (1 - alpha) x the sum of the tokens' informativeness + alpha x the log-determinant
     of their Gram matrix, greedily.
 
     CVPR 2026: https://cvpr.thecvf.com/virtual/2026/poster/39497

@@ -10,7 +10,7 @@ from vlm_prune.vlm.tokens import Kept, VisionTokens
 
 @dataclass
 class DivPrune(VisionPruner):
-    """Maximise the smallest cosine distance between kept projected tokens, greedily.
+    """Maximize the smallest cosine distance between kept projected tokens, greedily.
 
     https://arxiv.org/abs/2503.02175
     """

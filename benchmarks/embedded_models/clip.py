@@ -159,7 +159,7 @@ class Pretraining:
                 save_tensors(partial, half)
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Normalised pixels (B, 3, 48, 48), each shifted a little, and their captions (B,)."""
+        """Normalized pixels (B, 3, 48, 48), each shifted a little, and their captions (B,)."""
         rng = np.random.default_rng((self.recipe.seed, step))
         chosen = rng.integers(len(self.data.pixels), size=self.recipe.batch)
         template = rng.integers(self.data.captions.shape[1], size=self.recipe.batch)

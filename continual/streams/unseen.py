@@ -23,7 +23,7 @@ from vlm_prune.vlm.common.registry import Registry
 
 
 def unseen_scenes() -> StreamTask:
-    """Coloured shapes, all known to the embedded CLIP; the packaged stream has none of them."""
+    """Colored shapes, all known to the embedded CLIP; the packaged stream has none of them."""
     return replace(packaged_task("scenes"), train=(), val=())
 
 

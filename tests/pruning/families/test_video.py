@@ -319,6 +319,10 @@ def test_a_clip_is_answered_as_its_frames_are(tiny):
     steps = {"max_new_tokens": 3, "min_new_tokens": 3}
     clip, image = vlm.replies([clip_of(tiny), tiny.pictures[0]], ["Is it red?", LONG], **steps)
     assert clip.kept_tokens == image.kept_tokens == BUDGET < clip.image_tokens
+    frames, rows, columns = clip.grid
+    assert image.grid is None and frames > 1
+    # newlines stand behind the grids of some
+    assert 0 <= clip.image_tokens - frames * rows * columns <= 1
     inputs = tiny.inputs([[(["a"], "Is it red?")]])
     with method(tiny.model), torch.inference_mode():
         expected = tiny.model.generate(**inputs, **steps)[:, -3:]
