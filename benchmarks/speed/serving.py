@@ -20,8 +20,8 @@ from vlm_prune.benchmarks.evaluation.environment import environment
 from vlm_prune.benchmarks.speed.bench import shorten
 from vlm_prune.benchmarks.speed.shapes import SHAPES
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.serving.plugin import KEY, check_installed, check_model
-from vlm_prune.vlm.serving.settings import Settings
+from vlm_prune.vlm.serving.plugin import check_installed, check_model
+from vlm_prune.vlm.serving.settings import KEY, Settings
 from vlm_prune.vlm.tiny import checkpoint_path
 
 ARMS = ("unpruned", "pruned")

@@ -7,9 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from vlm_prune.vlm.projector import Projector
-from vlm_prune.vlm.serving.plugin import KEY
 from vlm_prune.vlm.serving.selection import Image, choose
-from vlm_prune.vlm.serving.settings import Settings
+from vlm_prune.vlm.serving.settings import KEY, Settings
 
 
 class PrunedModel:

