@@ -24,6 +24,7 @@ from vlm_prune.benchmarks.cli.options import (
     Seed,
     Split,
     Tasks,
+    check_attention_options,
     data_root_of,
     parse_budget,
     with_schedule,
@@ -83,10 +84,7 @@ def compare_command(
     from vlm_prune.vlm.load import family_type
 
     quiet()
-    if attention is None and (density is not None or attention_args):
-        raise InputError(
-            "--density and --attention-args are those of sparse attention; add --attention, such as pooled"
-        )
+    check_attention_options(attention, density, attention_args)
     if attention is not None:
         method = "none" if method == "all" else method
         budget = "1.0" if method == "none" else budget

@@ -27,6 +27,7 @@ from vlm_prune.benchmarks.cli.options import (
     Split,
     Tasks,
     Wings,
+    check_attention_options,
     check_engine,
     data_root_of,
     parse_budget,
@@ -117,10 +118,7 @@ def evaluate_command(
     if base is not None:
         raise InputError("--base is a model of a suite; add --suite forgetting")
     variant = Variant(method, parse_budget(budget), positions, parse_method_args(method_args))
-    if attention is None and (density is not None or attention_args):
-        raise InputError(
-            "--density and --attention-args are those of sparse attention; add --attention, such as pooled"
-        )
+    check_attention_options(attention, density, attention_args)
     if attention is not None:
         if "," in attention or "," in (density or ""):
             raise InputError(

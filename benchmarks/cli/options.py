@@ -168,6 +168,20 @@ def parse_densities(text: str) -> list[float]:
     return found
 
 
+def check_attention_options(attention: str | None, density: str | None, arguments: str) -> None:
+    """Raises `InputError` for options of sparse attention without a method of it.
+
+    Args:
+        attention: of `--attention`.
+        density: of `--density`.
+        arguments: of `--attention-args`.
+    """
+    if attention is None and (density is not None or arguments):
+        raise InputError(
+            "--density and --attention-args are those of sparse attention; add --attention, such as pooled"
+        )
+
+
 def with_sparse_attention(
     variant: "Variant", names: str, densities: str | None, arguments: str
 ) -> "list[Variant]":

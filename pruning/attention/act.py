@@ -1,15 +1,14 @@
 """ACT: attention sinks that say little get less, and what they free goes to the other keys."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from vlm_prune.pruning.attention.base import SparseAttention
-from vlm_prune.pruning.attention.engine import MOST_PRODUCTS, prompt_of
+from vlm_prune.pruning.attention.engine import MOST_PRODUCTS, MethodRun, prompt_of
 from vlm_prune.pruning.attention.executors import attention_with_sums
-from vlm_prune.pruning.attention.trace import SparseTrace
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.sparse_attention import AttentionCall
 
@@ -51,28 +50,10 @@ class ACT(SparseAttention):
 
 
 @dataclass
-class CalibratedRun:
-    """What computes attention in one block.
-
-    Args:
-        method: its hyperparameters.
-        trace: calls that were left to SDPA.
-        reads_rotation: whether it reads cosines and sines of positions.
-        reads_frames: whether it reads which frame tokens are of.
-    """
+class CalibratedRun(MethodRun):
+    """Computes all attention, with sinks that are calibrated."""
 
     method: ACT
-    trace: SparseTrace = field(default_factory=SparseTrace)
-    reads_rotation: bool = False
-    reads_frames: bool = False
-
-    def left_dense(self, reason: str) -> None:
-        """Note that a call of more than one query went to SDPA, and why."""
-        self.trace.dense[reason] += 1
-
-    def decode(self, call: AttentionCall) -> Tensor | None:
-        """Attention of one new token: SDPA's."""
-        return None
 
     @torch.no_grad()
     def prefill(self, call: AttentionCall) -> Tensor | None:

@@ -21,8 +21,8 @@ MOST_PRODUCTS = {"cpu": 1 << 19, "other": 1 << 26}
 """Products of queries and keys that an estimate holds at a time."""
 
 
-class ChoosesBlocks(Protocol):
-    """What the engine asks of a method; its fields are those of `BlockAttention`."""
+class ReadsInputs(Protocol):
+    """What a method says of the inputs that it reads."""
 
     @property
     def reads_rotation(self) -> bool:
@@ -31,6 +31,10 @@ class ChoosesBlocks(Protocol):
     @property
     def reads_frames(self) -> bool:
         """Whether the method reads which image or frame tokens are of."""
+
+
+class ChoosesBlocks(ReadsInputs, Protocol):
+    """What the engine asks of a method; its fields are those of `BlockAttention`."""
 
     minimum: int
     dense_layers: int
@@ -79,15 +83,15 @@ def prompt_of(call: AttentionCall, row: int) -> tuple[PromptRow, slice | Tensor]
 
 
 @dataclass
-class BlockRun:
-    """What computes attention in one block.
+class MethodRun:
+    """What computes attention in one block; what a method does not compute is SDPA's.
 
     Args:
         method: chooses what is computed.
         trace: what was.
     """
 
-    method: ChoosesBlocks
+    method: ReadsInputs
     trace: SparseTrace = field(default_factory=SparseTrace)
 
     @property
@@ -107,6 +111,13 @@ class BlockRun:
     def decode(self, call: AttentionCall) -> Tensor | None:
         """Attention of one new token: SDPA's."""
         return None
+
+
+@dataclass
+class BlockRun(MethodRun):
+    """Computes blocks that its method chooses."""
+
+    method: ChoosesBlocks
 
     @torch.no_grad()
     def prefill(self, call: AttentionCall) -> Tensor | None:

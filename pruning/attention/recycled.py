@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlm_prune.pruning.attention.base import SparseAttention
-from vlm_prune.pruning.attention.trace import SparseTrace
+from vlm_prune.pruning.attention.engine import MethodRun
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.sparse_attention import AttentionCall
@@ -76,28 +76,19 @@ class RecycledKeys:
 
 
 @dataclass
-class RecycledRun:
-    """What computes attention in one block.
+class RecycledRun(MethodRun):
+    """Computes the attention of new tokens to part of the keys.
 
     Args:
         method: its hyperparameters.
         trace: what was computed.
         sets: keys of each layer, for each cache.
-        reads_rotation: whether it reads cosines and sines of positions.
-        reads_frames: whether it reads which frame tokens are of.
     """
 
     method: Recycled
-    trace: SparseTrace = field(default_factory=SparseTrace)
     sets: weakref.WeakKeyDictionary[Any, dict[int, RecycledKeys]] = field(
         default_factory=weakref.WeakKeyDictionary
     )
-    reads_rotation: bool = False
-    reads_frames: bool = False
-
-    def left_dense(self, reason: str) -> None:
-        """Note that a call of more than one query went to SDPA, and why."""
-        self.trace.dense[reason] += 1
 
     def prefill(self, call: AttentionCall) -> Tensor | None:
         """Leave the prefill to SDPA, and choose keys by its last row; returns None."""
