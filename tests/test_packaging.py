@@ -1,6 +1,7 @@
 """The package list in pyproject.toml must name every importable folder; imports stay one-way."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -8,18 +9,9 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MAY_IMPORT = {
-    "vlm": {"vlm", "kernels"},
-    "vlm/serving": {"vlm", "pruning", "kernels"},  # serves the methods
-    "kernels": {"kernels"},
-    "pruning": {"pruning", "vlm", "kernels"},
-    "learners": {"learners", "vlm", "kernels"},
-    "continual": {"continual", "vlm", "kernels"},
-    "benchmarks": {"benchmarks", "pruning", "learners", "continual", "vlm", "kernels"},
-}
-
-
-REEXPORTS = {(ROOT / "vlm" / "__init__.py", "vlm_prune.pruning.pipeline")}
+ROOTS = ("vlm", "kernels", "pruning", "learners", "continual", "benchmarks")
+LOWER = ("kernels", "vlm", "vlm/serving", "pruning", "pruning/attention", "learners", "continual")
+REEXPORTS = {("vlm/__init__.py", "pruning")}
 
 
 def test_every_package_is_listed():
@@ -38,20 +30,56 @@ def test_kernels_folder_stays_a_namespace():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_imports_go_one_way():
-    for folder, allowed in MAY_IMPORT.items():
-        others = [ROOT / other for other in MAY_IMPORT if other.startswith(f"{folder}/")]
-        for path in (ROOT / folder).rglob("*.py"):
-            if any(path.is_relative_to(other) for other in others):
-                continue
-            for node in ast.walk(ast.parse(path.read_text())):
-                module = getattr(node, "module", None) if isinstance(node, ast.ImportFrom) else None
-                names = [module or ""]
-                if isinstance(node, ast.Import):
-                    names = [alias.name for alias in node.names]
-                for name in names:
-                    if name.startswith("vlm_prune.") and (path, name) not in REEXPORTS:
-                        assert name.split(".")[1] in allowed, f"{path} imports {name}"
+def rooms():
+    """Each room of the table in CONTRIBUTING with those that it may import beside itself."""
+    table = {}
+    for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines():
+        cells = line.split("|")
+        if line.startswith("| `") and cells[1].strip().endswith("/`"):
+            for room in re.findall(r"`([\w/]+)/`", cells[1]):
+                table[room] = re.findall(r"`([\w/]+)`", cells[3])
+    allowed = {}
+    for room, named in table.items():
+        inside = room.startswith("benchmarks/")
+        others = {f"benchmarks/{name}" if inside else name for name in named} | {room}
+        if inside:
+            others |= set(LOWER)
+        if room == "benchmarks/cli":
+            others |= {other for other in table if other.startswith("benchmarks")}
+        if "vlm" in others:
+            others |= {other for other in table if other.startswith("vlm/")} - {"vlm/serving"}
+        allowed[room] = others
+    return allowed
+
+
+def room_of(path, names):
+    """The innermost room of the table that holds a file or folder."""
+    return next(str(parent) for parent in (path, *path.parents) if str(parent) in names)
+
+
+def test_imports_follow_the_table_of_rooms():
+    allowed, modules = rooms(), our_modules()
+    assert len(allowed) > 20 and allowed["kernels"] == {"kernels"}
+    wrong = []
+    for path in modules.values():
+        file = path.relative_to(ROOT)
+        for name in set(imported(path, modules)) & modules.keys():
+            other = room_of(modules[name].relative_to(ROOT), allowed)
+            if other not in allowed[room_of(file, allowed)] and (str(file), other) not in REEXPORTS:
+                wrong.append(f"{file} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_rooms_do_not_import_each_other_in_circles():
+    allowed, modules = rooms(), our_modules()
+    graph = {room: set() for room in allowed if not room.startswith("vlm")}
+    for path in modules.values():
+        room = room_of(path.relative_to(ROOT), allowed)
+        if room in graph:
+            found = {modules[name] for name in set(imported(path, modules)) & modules.keys()}
+            graph[room] |= {room_of(p.relative_to(ROOT), allowed) for p in found} & graph.keys()
+            graph[room].discard(room)
+    TopologicalSorter(graph).prepare()  # names the rooms of a cycle
 
 
 def test_the_command_line_starts_without_torch():
@@ -73,14 +101,19 @@ def imported(path, modules):
                 yield name if name in modules else node.module
 
 
-def test_no_module_imports_itself_through_others():
-    modules = {
+def our_modules():
+    """The file of every module."""
+    return {
         ".".join(["vlm_prune", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(
             ".__init__"
         ): path
-        for folder in MAY_IMPORT
+        for folder in ROOTS
         for path in (ROOT / folder).rglob("*.py")
     }
+
+
+def test_no_module_imports_itself_through_others():
+    modules = our_modules()
     graph = {
         name: set(imported(path, modules)) & modules.keys() - {name}
         for name, path in modules.items()

@@ -84,6 +84,23 @@ def check_budget(budget: Budget) -> None:
         )
 
 
+def parse_budget(text: str) -> Budget:
+    """`64` is a count, `0.11` a fraction, `8/frame` a count for each frame of a video.
+
+    Raises:
+        InputError: if it is none of these or out of range.
+    """
+    budget: Budget = text
+    for number in (int, float):
+        try:
+            budget = number(text)
+            break
+        except ValueError:
+            continue
+    check_budget(budget)
+    return budget
+
+
 def even_shares(total: int, parts: int) -> list[int]:
     """A whole number split evenly, larger shares spread over the parts: 5 over 3 are 1, 2 and 2."""
     return [total * (part + 1) // parts - total * part // parts for part in range(parts)]

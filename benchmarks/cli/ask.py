@@ -15,10 +15,10 @@ from vlm_prune.benchmarks.cli.options import (
     Model,
     OneBudget,
     Quantization,
-    parse_budget,
 )
-from vlm_prune.benchmarks.cli.terminal import progress, quiet
+from vlm_prune.vlm.budget import parse_budget
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.terminal import progress, quiet
 
 
 def ask_command(

@@ -12,12 +12,12 @@ from vlm_prune.benchmarks.cli.options import (
     Positions,
     ScheduleFile,
     check_engine,
-    parse_budget,
     parse_method_args,
     with_schedule,
 )
-from vlm_prune.benchmarks.cli.terminal import quiet
+from vlm_prune.vlm.budget import parse_budget
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.terminal import quiet
 
 
 def bench_command(

@@ -26,13 +26,13 @@ from vlm_prune.benchmarks.cli.options import (
     Tasks,
     check_attention_options,
     data_root_of,
-    parse_budget,
     with_schedule,
     with_sparse_attention,
 )
 from vlm_prune.benchmarks.cli.runs import execute, open_run_folders, run_configs
-from vlm_prune.benchmarks.cli.terminal import quiet
+from vlm_prune.vlm.budget import parse_budget
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.terminal import quiet
 
 if TYPE_CHECKING:
     from vlm_prune.benchmarks.evaluation.records import Variant

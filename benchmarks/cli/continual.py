@@ -87,10 +87,10 @@ def compare_continual(
     """Search on validation images, run every method with every seed, write what came out."""
     import torch
 
-    from vlm_prune.benchmarks.cli.terminal import console
     from vlm_prune.benchmarks.experiments.continual.experiment import ARMS, Experiment, run_all
     from vlm_prune.benchmarks.experiments.continual.results import FILES, time_steps, write
     from vlm_prune.vlm.common.files import check_outputs
+    from vlm_prune.vlm.common.terminal import console
 
     chosen = tuple(ARMS) if arms is None else tuple(arms.split(";"))
     for name in chosen:

@@ -13,7 +13,7 @@ from vlm_prune.benchmarks.cli.options import (
     Model,
     Quantization,
 )
-from vlm_prune.benchmarks.cli.terminal import quiet
+from vlm_prune.vlm.common.terminal import quiet
 
 
 def demo(

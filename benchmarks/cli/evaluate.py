@@ -30,12 +30,12 @@ from vlm_prune.benchmarks.cli.options import (
     check_attention_options,
     check_engine,
     data_root_of,
-    parse_budget,
     parse_method_args,
     with_schedule,
     with_sparse_attention,
 )
 from vlm_prune.benchmarks.cli.runs import execute, open_run_folders, run_configs
+from vlm_prune.vlm.budget import parse_budget
 from vlm_prune.vlm.common.errors import InputError
 
 PRUNING = {
@@ -106,7 +106,7 @@ def evaluate_command(
         )
     given = {name for name in context.params if _is_given(context, name)}
     if suite is not None:
-        from vlm_prune.benchmarks.evaluation.suite import run_suite
+        from vlm_prune.benchmarks.experiments.suite import run_suite
 
         if pruning := sorted(given & PRUNING):
             options = ", ".join(f"--{name.replace('_', '-')}" for name in pruning)

@@ -11,10 +11,10 @@ from vlm_prune.benchmarks.cli.options import (
     Model,
     Seed,
     Wings,
-    parse_budget,
 )
-from vlm_prune.benchmarks.cli.terminal import quiet
+from vlm_prune.vlm.budget import parse_budget
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.terminal import quiet
 
 SOURCES = ("mmlu", "cmmlu", "openbookqa", "hellaswag", "mmmu", "mmbench", "seed", "ai2d")
 

@@ -21,11 +21,11 @@ from vlm_prune.benchmarks.cli.options import (
     Positions,
     Quantization,
     check_engine,
-    parse_budget,
     parse_method_args,
 )
-from vlm_prune.benchmarks.cli.terminal import progress, quiet
+from vlm_prune.vlm.budget import parse_budget
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.terminal import progress, quiet
 from vlm_prune.vlm.common.video import check_rate
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vlm_prune.benchmarks.cli.terminal import quiet
+from vlm_prune.vlm.common.terminal import quiet
 
 
 def merge_command(

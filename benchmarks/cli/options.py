@@ -85,25 +85,6 @@ ScheduleFile = Annotated[
 ]
 
 
-def parse_budget(text: str) -> int | float | str:
-    """`64` is a count, `0.11` a fraction, `8/frame` a count for each frame of a video.
-
-    Raises:
-        InputError: if it is none of these or out of range.
-    """
-    from vlm_prune.vlm.budget import check_budget
-
-    budget: int | float | str = text
-    for number in (int, float):
-        try:
-            budget = number(text)
-            break
-        except ValueError:
-            continue
-    check_budget(budget)
-    return budget
-
-
 def data_root_of(data_root: Path | None, allow_outside: bool) -> "Root | None":
     """The folder of data sets with what the user allows its files to name."""
     from vlm_prune.vlm.common.paths import DataRoot as Root

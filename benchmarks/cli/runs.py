@@ -8,8 +8,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from vlm_prune.benchmarks.cli.options import parse_split, parse_tasks
-from vlm_prune.benchmarks.cli.terminal import progress, quiet
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.terminal import progress, quiet
 
 if TYPE_CHECKING:
     from vlm_prune.benchmarks.evaluation.records import PairedRow, Results, RunConfig, Variant

@@ -18,11 +18,11 @@ from vlm_prune.benchmarks.cli.options import (
     OneBudget,
     Quantization,
     Seed,
-    parse_budget,
     parse_tasks,
 )
-from vlm_prune.benchmarks.cli.terminal import progress, quiet
+from vlm_prune.vlm.budget import parse_budget
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.terminal import progress, quiet
 
 
 def schedule_command(

@@ -11,9 +11,9 @@ from vlm_prune.benchmarks.cli.options import (
     OneBudget,
     Positions,
     Seed,
-    parse_budget,
     parse_method_args,
 )
+from vlm_prune.vlm.budget import parse_budget
 
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 

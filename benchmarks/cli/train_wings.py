@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from vlm_prune.benchmarks.cli.options import AllowOutside, Seed
-from vlm_prune.benchmarks.cli.terminal import quiet
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import unknown
+from vlm_prune.vlm.common.terminal import quiet
 
 EXPERIMENTS = ("forgetting",)
 METHODS = (

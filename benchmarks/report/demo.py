@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlm_prune.benchmarks.cli.options import parse_budget
 from vlm_prune.benchmarks.evaluation.prompts import Prompts, make_prompts
 from vlm_prune.benchmarks.evaluation.records import Variant
 from vlm_prune.benchmarks.evaluation.tables import THREE_WAYS, three_ways
@@ -24,6 +23,7 @@ from vlm_prune.benchmarks.speed.bench import PHASES
 from vlm_prune.benchmarks.stats.table import as_markdown
 from vlm_prune.benchmarks.tasks import TASKS
 from vlm_prune.pruning.registry import methods
+from vlm_prune.vlm.budget import parse_budget
 from vlm_prune.vlm.chat import render
 from vlm_prune.vlm.common.address import check_address
 from vlm_prune.vlm.common.errors import InputError

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from vlm_prune.benchmarks.cli.terminal import console
 from vlm_prune.vlm.common.errors import one_line
+from vlm_prune.vlm.common.terminal import console
 
 if TYPE_CHECKING:
     from rich.table import Table

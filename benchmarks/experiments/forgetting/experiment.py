@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import set_seed
 
-from vlm_prune.benchmarks.cli.terminal import console, quiet
 from vlm_prune.benchmarks.embedded_models.symbols import Symbols, align_projector, word_ids
 from vlm_prune.benchmarks.evaluation.environment import command_line, device_name, versions
 from vlm_prune.benchmarks.experiments.forgetting.arms import ARMS, Arm, Plan
@@ -45,6 +44,7 @@ from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import atomic_path, write_folder, write_json
 from vlm_prune.vlm.common.folder import OutputFolder, record_settings
 from vlm_prune.vlm.common.records import read_record
+from vlm_prune.vlm.common.terminal import console, quiet
 from vlm_prune.vlm.load import load
 from vlm_prune.vlm.tiny import text_language_model
 

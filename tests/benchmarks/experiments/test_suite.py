@@ -50,7 +50,7 @@ def test_three_models_on_the_same_questions(run, common, tmp_path):
 def test_differences_and_intervals_follow_from_the_rows():
     import numpy as np
 
-    from vlm_prune.benchmarks.evaluation.suite import _entry
+    from vlm_prune.benchmarks.experiments.suite import _entry
 
     base, plain = np.array([1.0, 1, 1, 0]), np.array([1.0, 0, 0, 0])
     entry = _entry({"vlm": {"a": plain, "b": base}, "base": {"a": base}}, ["a"])

@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 
 from vlm_prune.benchmarks import lmms_eval
-from vlm_prune.benchmarks.cli.terminal import progress, quiet
 from vlm_prune.benchmarks.evaluation.engine import (
     Samples,
     most_new_tokens,
@@ -45,6 +44,7 @@ from vlm_prune.vlm.common.files import write_text
 from vlm_prune.vlm.common.paths import DataRoot
 from vlm_prune.vlm.common.records import to_json
 from vlm_prune.vlm.common.registry import unknown
+from vlm_prune.vlm.common.terminal import progress, quiet
 from vlm_prune.vlm.load import load
 
 SUITES = ("forgetting",)
