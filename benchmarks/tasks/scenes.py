@@ -8,13 +8,13 @@ a test scene was ever seen in training.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageStat
 
 from vlm_prune.benchmarks.tasks.base import Question, Sample, Split, Turn
+from vlm_prune.vlm.common.package_data import handwritten_digits, photograph
 
 SIDE = 336
 PATCH = 14
@@ -161,35 +161,29 @@ def _covered(
 
 @cache
 def _photograph(name: str) -> Image.Image:
-    package = "sklearn.datasets.images" if name in ("china.jpg", "flower.jpg") else "skimage.data"
-    with files(package).joinpath(name).open("rb") as file:
-        photograph = Image.open(file).convert("RGB")
-    shorter = min(photograph.size)
+    picture = photograph(name)
+    shorter = min(picture.size)
     if shorter > 400:  # crops are 200 px or more: nothing visible is lost, and drawing is faster
-        photograph.thumbnail(
-            (photograph.width * 400 // shorter, photograph.height * 400 // shorter)
-        )
-    return photograph
+        picture.thumbnail((picture.width * 400 // shorter, picture.height * 400 // shorter))
+    return picture
 
 
 @cache
 def _digits(split: Split) -> dict[str, NDArray[np.float32]]:
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    part = np.array(["train"] * 7 + ["val"] + ["test"] * 2)[np.arange(len(data.target)) % 10]
-    images = (data.images / 16.0).astype(np.float32)
-    return {digit: images[(part == split) & (data.target == int(digit))] for digit in DIGITS}
+    drawings, digits = handwritten_digits()
+    part = np.array(["train"] * 7 + ["val"] + ["test"] * 2)[np.arange(len(digits)) % 10]
+    images = (drawings / 16.0).astype(np.float32)
+    return {digit: images[(part == split) & (digits == int(digit))] for digit in DIGITS}
 
 
 def background(rng: np.random.Generator, split: Split) -> NDArray[np.uint8]:
     """Returns a muted crop of a photograph of the split, (SIDE, SIDE, 3)."""
-    photograph = _photograph(str(rng.choice(PHOTOGRAPHS[split])))
-    side = int(rng.integers(200, min(photograph.size) + 1))
-    left = int(rng.integers(0, photograph.width - side + 1))
-    top = int(rng.integers(0, photograph.height - side + 1))
+    picture = _photograph(str(rng.choice(PHOTOGRAPHS[split])))
+    side = int(rng.integers(200, min(picture.size) + 1))
+    left = int(rng.integers(0, picture.width - side + 1))
+    top = int(rng.integers(0, picture.height - side + 1))
     box = (left, top, left + side, top + side)
-    crop = photograph.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box)
+    crop = picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box)
     if rng.random() < 0.5:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     muted = ImageEnhance.Color(crop).enhance(0.5)

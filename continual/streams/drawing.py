@@ -17,6 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vlm_prune.continual.streams.patterns import SIDE, SUPERSAMPLE, TEXTURES, shape_mask
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.package_data import photograph
+
+_photograph = cache(photograph)
 
 Style = Literal["plain", "varied"]
 Draw = Callable[[str, np.random.Generator, Style], Image.Image]
@@ -188,32 +191,16 @@ def crop(name: str, cell: tuple[int, int], rng: np.random.Generator, grid: int =
         rng: draws the part.
         grid: cells along each side.
     """
-    photograph = _photograph(name)
-    width, height = photograph.width // grid, photograph.height // grid
+    picture = _photograph(name)
+    width, height = picture.width // grid, picture.height // grid
     corner = (cell[0] * width, cell[1] * height)
     # cut first: resampling a box of the whole would read pixels of the neighbors
-    alone = photograph.crop((*corner, corner[0] + width, corner[1] + height))
+    alone = picture.crop((*corner, corner[0] + width, corner[1] + height))
     side = float(rng.uniform(0.6, 1.0)) * min(width, height)
     left, top = float(rng.uniform(0, width - side)), float(rng.uniform(0, height - side))
     box = (left, top, left + side, top + side)
     cut = alone.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box)
     return cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else cut
-
-
-@cache
-def handwritten() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """scikit-learn's drawings (1797, 8, 8) with values 0 to 16, and their digits (1797,)."""
-    from sklearn.datasets import load_digits
-
-    images, target = load_digits(return_X_y=True)
-    return images.reshape(-1, 8, 8), target
-
-
-@cache
-def _photograph(name: str) -> Image.Image:
-    package = "sklearn.datasets.images" if name in ("china.jpg", "flower.jpg") else "skimage.data"
-    with files(package).joinpath(name).open("rb") as file:
-        return Image.open(file).convert("RGB")
 
 
 @lru_cache(maxsize=256)

@@ -19,6 +19,7 @@ from PIL import Image
 from vlm_prune.continual.streams import drawing, patterns
 from vlm_prune.continual.streams.base import Labeled, LabeledImages, StreamTask
 from vlm_prune.continual.streams.drawing import Style
+from vlm_prune.vlm.common.package_data import handwritten_digits
 from vlm_prune.vlm.common.registry import Registry
 
 Split = Literal["pretraining", "train", "val", "test"]
@@ -134,7 +135,7 @@ def _drawn(
 def _digit(
     name: str, split: Split, count: int, rng: np.random.Generator, style: Style
 ) -> Image.Image:
-    images, target = drawing.handwritten()
+    images, target = handwritten_digits()
     drawings = images[target == DIGITS.index(name)]
     size = 110 if split == "pretraining" else PER_CLASS[split]
     return drawing.digit_image(drawings[_DRAWINGS[split] + count % size], rng, style)
