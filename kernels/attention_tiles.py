@@ -8,9 +8,14 @@ from torch import Tensor
 
 @triton.jit
 def load_tile(base, rows, seen, strides, width, BLOCK: tl.constexpr):
-    """Rows (R, BLOCK) of a matrix, zero where `seen` is false or past `width` columns.
+    """Loads rows (R, BLOCK) of a matrix, zeros where `seen` is false or past `width` columns.
 
-    The last two of `strides` are those of rows and columns.
+    Args:
+        base: pointer to the matrix.
+        rows: indices of the rows, (R,).
+        seen: which of them are loaded, (R,).
+        strides: the last two are those of rows and columns.
+        width: columns of the matrix.
     """
     columns = tl.arange(0, BLOCK)
     offsets = rows[:, None] * strides[-2] + columns[None, :] * strides[-1]
@@ -19,9 +24,16 @@ def load_tile(base, rows, seen, strides, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def positions_of(positions, first, rows, real):
-    """Positions of rows, -1 beyond; all are 0 where there are none, so that all see all.
+    """Returns the positions of rows, (R,), and -1 for rows that are not real.
 
-    A mask of int8 stands for the places of its rows.
+    Without positions all rows are at 0, so that all see all.
+
+    Args:
+        positions: pointer to int32 positions, to an int8 mask of rows that then stand at their
+            indices, or None.
+        first: offset of row 0.
+        rows: indices of the rows, (R,).
+        real: which of them exist, (R,).
     """
     if positions is None:
         at = tl.where(real, 0, -1)
@@ -37,7 +49,17 @@ def query_tile(
     query, positions, strides, batch, head, queries, width,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """A program's queries: rows, which are real, their positions (-1 beyond), and the tile."""
+    """Loads the tile of queries that belongs to this program.
+
+    Returns the rows' indices, which rows exist, their positions (-1 for those that do not), all
+    (R,), and the tile (R, BLOCK_D).
+
+    Args:
+        query: pointer to (B, H, T, d), read by `strides`.
+        positions: as for `positions_of`.
+        batch, head: of the program.
+        queries, width: T and d.
+    """
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     real = rows < queries
     at = positions_of(positions, batch * queries, rows, real)
@@ -47,7 +69,14 @@ def query_tile(
 
 @triton.jit
 def visible_logits(query, query_at, key, key_at, scale, WINDOW: tl.constexpr = None):
-    """Scaled fp32 products (R, N) of two tiles, -inf where the key is not seen."""
+    """Returns scaled fp32 products (R, N) of two tiles, -inf where a row does not see a key.
+
+    Args:
+        query, key: (R, d) and (N, d).
+        query_at, key_at: positions (R,) and (N,); -1 is padding.
+        scale: factor of the products.
+        WINDOW: how many positions a query sees, its own among them; None for all.
+    """
     scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
     seen = (key_at[None, :] <= query_at[:, None]) & (key_at[None, :] >= 0)
     if WINDOW is not None:
@@ -60,9 +89,18 @@ def row_lse(
     query, query_at, key, key_positions, first, key_strides, scale, keys, width,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Log of the softmax denominator of each row (R,), +inf for a row that sees no key.
+    """Returns the logarithm of the softmax denominator of each row (R,),
+    +inf for a row that sees no key.
 
-    `first` is the place of the image's first key among all key positions.
+    The sum runs over tiles of keys and is scaled down whenever a larger logit comes.
+
+    Args:
+        query, query_at: a tile (R, d) and its positions (R,).
+        key: pointer to one head's keys (N, d), read by `key_strides`.
+        key_positions: of the keys, as for `positions_of`.
+        first: offset of the image's first key among all key positions.
+        scale: factor of the products.
+        keys, width: N and d.
     """
     high = tl.full(query_at.shape, float("-inf"), tl.float32)
     total = tl.zeros(query_at.shape, tl.float32)
@@ -85,7 +123,19 @@ def _weighted_columns_kernel(
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
     WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """One program: the columns of one tile of keys, for one head."""
+    """Stores the weighted attention that each key of one tile receives, for one head.
+
+    Programs: (tiles of keys, B x H).
+
+    Args:
+        query, key: (B, H, T, d) and (B, G, N, d), read by `query_strides` and `key_strides`.
+        query_positions, key_positions: as for `positions_of`.
+        lse: logarithms of the rows' softmax denominators, (B, H, T).
+        weights: of the queries, (B, H, T), or None where each weighs `even`.
+        out: (B, H, N) in fp32.
+        heads, group: H, and how many heads share a key head.
+        queries, keys, width: T, N and d.
+    """
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -148,17 +198,19 @@ def weighted_columns(
 
 
 def tile_width(size: int) -> int:
-    """The tile width that holds `size` columns: a power of two that `tl.dot` takes."""
+    """Returns the tile width that holds `size` columns: a power of two,
+    at least 16 as `tl.dot` needs.
+    """
     return max(16, int(triton.next_power_of_2(size)))
 
 
 def block_size(rows: int, most: int = 64) -> int:
-    """Rows of a tile."""
+    """Returns how many rows a tile has: the power of two that holds `rows`, at most `most`."""
     return min(most, tile_width(rows))
 
 
 def tile_dtype(tensor: Tensor) -> tl.dtype:
-    """The dtype whose products are accumulated in fp32: the tensor's own.
+    """Returns the dtype in which a tile is multiplied, with sums in fp32: the tensor's own.
 
     Triton's interpreter multiplies in fp32; its `tl.dot` does not know bf16.
     """

@@ -17,7 +17,7 @@ _forced: Backend | None = None
 
 @contextmanager
 def backend(name: Backend) -> Iterator[None]:
-    """Run every operation on `name` inside the block, for tests and benchmarks."""
+    """Runs every operation on `name` inside a `with` block, for tests and benchmarks."""
     global _forced
     outer, _forced = _forced, name
     try:
@@ -33,7 +33,9 @@ def has_triton() -> bool:
 
 
 def backend_for(tensor: Tensor) -> Backend:
-    """The backend for `tensor`. float64 runs the reference, because kernels accumulate in fp32."""
+    """Returns the backend for `tensor`: `triton` on a GPU, but `reference` for float64,
+    because kernels accumulate in fp32.
+    """
     if _forced is not None:
         return _forced
     fused = tensor.is_cuda and tensor.dtype != torch.float64 and has_triton()
@@ -41,6 +43,8 @@ def backend_for(tensor: Tensor) -> Backend:
 
 
 def implementation(op: str, tensor: Tensor) -> Any:
-    """The module that computes `op` on `tensor`; triton is imported only when it is chosen."""
+    """Returns the module that computes `op` on `tensor`; triton is
+    imported only when it is chosen.
+    """
     file = {"triton": "triton_kernel", "reference": "reference"}[backend_for(tensor)]
     return import_module(f"vlm_prune.kernels.{op}.{file}")

@@ -28,7 +28,7 @@ def visible_softmax(
 
 
 def share_heads(heads: Tensor, query: Tensor) -> Tensor:
-    """Repeat grouped key or value heads (B, G, N, d) to the query's (B, H, N, d)."""
+    """Repeats grouped key or value heads (B, G, N, d) to the query's (B, H, N, d)."""
     return heads.repeat_interleave(query.shape[1] // heads.shape[1], dim=1)
 
 

@@ -23,7 +23,20 @@ def _lse_kernel(
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
     WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """One program: the normalizers of one tile of queries, for one head."""
+    """Stores the logarithm of the softmax denominator of each row of one
+    tile of queries, for one head.
+
+    Programs: (tiles of queries, B x H).
+
+    Args:
+        query, key: (B, H, T, d) and (B, G, N, d), read by `query_strides` and `key_strides`.
+        query_positions, key_positions: (B, T) and (B, N) int32, or None where all see all.
+        lse: output, (B, H, T) in fp32.
+        scale: factor of the products.
+        heads, group: H, and how many heads share a key head.
+        queries, keys, width: T, N and d.
+        WINDOW: how many positions a query sees, or None for all.
+    """
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
     rows, real, query_at, q = query_tile(

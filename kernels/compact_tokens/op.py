@@ -8,10 +8,10 @@ from vlm_prune.kernels.dispatch import implementation
 def compact_tokens(
     keep: Tensor, *tensors: Tensor, right_padded: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
-    """Gather the kept tokens of a ragged batch, for all tensors in one launch.
+    """Gathers the kept tokens of a ragged batch, for all tensors in one launch.
 
-    Shapes: keep (B, L), each tensor (B, L, ...) -> valid (B, L') bool and each tensor as (B, L', ...),
-    with L' the longest row. Shorter rows are padded with zeros.
+    Shapes: keep (B, L), each tensor (B, L, ...) -> valid (B, L') bool and each tensor as (B, L',
+    ...), with L' the longest row. Shorter rows are padded with zeros.
 
     Args:
         keep: bool, which tokens stay.

@@ -20,7 +20,20 @@ def _compact_kernel(
     keep, counts, valid, sources, targets, strides, widths, tokens, length,
     RIGHT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The r-th kept token stands where r + 1 is first reached by the running count."""
+    """Copies one kept token of each tensor to its slot of the output, or zeros to an empty slot.
+
+    Programs: (slots of the output, B). The token of rank r stands where the running count of kept
+    tokens first reaches r + 1.
+
+    Args:
+        keep: (B, L) int8.
+        counts: kept tokens of each row, (B,).
+        valid: output, which slots are filled, (B, L').
+        sources, targets: tensors (B, L, w) and (B, L', w), pointers of as many as there are.
+        strides, widths: of each source, and its w.
+        tokens, length: L and L'.
+        RIGHT: whether empty slots come last.
+    """
     slot, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     count = tl.load(counts + batch)
     rank = slot if RIGHT else slot - (length - count)
@@ -60,5 +73,5 @@ def compact_tokens(
 
 
 def _bytes_as_numbers(tensor: Tensor) -> Tensor:
-    """Booleans as int8, the same memory; other tensors as they are."""
+    """Returns booleans as int8 in the same memory, and other tensors as they are."""
     return tensor.view(torch.int8) if tensor.dtype == torch.bool else tensor

@@ -13,7 +13,16 @@ def _cosine_kernel(
     one, other, out, one_strides, other_strides, rows, columns, width,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """One program: the cosines of one tile of pairs."""
+    """Stores the cosines of one tile of pairs.
+
+    Programs: (tiles of rows, tiles of columns, M). Products and both norms are summed in one pass
+    over d.
+
+    Args:
+        one, other: (M, N, d) and (M, K, d), read by `one_strides` and `other_strides`.
+        out: (M, N, K) in fp32.
+        rows, columns, width: N, K and d.
+    """
     image = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)

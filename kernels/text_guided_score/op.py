@@ -13,7 +13,8 @@ def text_guided_score(
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    """s[v] = sum over heads h and text rows j of p_h[j] A_h[j, v].
+    """Returns the score s[v] = sum over heads h and text rows j of
+    p_h[j] A_h[j, v] of each token v.
 
     https://arxiv.org/abs/2508.06084
 

@@ -25,10 +25,23 @@ def _prior_kernel(
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
     WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """One program: the normalizers of a tile of text rows, and its share of the text prior.
+    """Stores the softmax denominators of a tile of text rows, and what it adds to the text prior.
 
     Row sums leave the diagonal out; column sums of each tile are kept apart, so that their order
     of addition is fixed. A single tile adds its own to its row sums.
+
+    Programs: (tiles of text rows, B x H). Row sums leave the diagonal out; column sums of each tile
+    are kept apart, so that their order of addition is fixed. A single tile adds its own to its row
+    sums.
+
+    Args:
+        query, key: (B, H, T, d) and (B, G, N, d), read by `query_strides` and `key_strides`.
+        columns: where the text rows stand among the keys, (B, T), -1 for padding.
+        key_positions: an int8 mask of valid keys, (B, N).
+        lse, row_sums: outputs, (B, H, T) in fp32.
+        column_sums: output, (B, H, tiles, T) in fp32; None where there is one tile.
+        heads, group: H, and how many heads share a key head.
+        queries, keys, width: T, N and d.
     """
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads

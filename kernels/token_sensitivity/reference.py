@@ -37,7 +37,9 @@ def weight_root(w2: Tensor) -> Tensor:
 
 
 def bands(root: Tensor) -> Iterator[slice]:
-    """Rows of a triangular matrix in parts; a part starting at row i is zero before column i."""
+    """Yields the rows of a triangular matrix in slices; those from row i
+    on are zero before column i.
+    """
     size = max(128, -(-len(root) // 8))
     return (slice(start, start + size) for start in range(0, len(root), size))
 
@@ -65,7 +67,9 @@ def monte_carlo(
 
 
 def is_gelu(activation: Callable[[Tensor], Tensor]) -> bool:
-    """Whether an activation is the exact GELU: torch's function or module, or transformers' module."""
+    """Returns whether an activation is the exact GELU: torch's function or
+    module, or transformers' module.
+    """
     if isinstance(activation, nn.GELU):
         return activation.approximate == "none"
     return getattr(activation, "act", activation) is gelu  # transformers keeps it in `.act`

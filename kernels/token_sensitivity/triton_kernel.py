@@ -31,7 +31,15 @@ def _gelu_slope(x):
 
 @triton.jit
 def _pre_activations(before, bias, row, units, real, hidden, BIASED: tl.constexpr):
-    """A part of one token's first layer, with its bias, in fp32."""
+    """Loads a part of one token's first layer, with its bias, in fp32.
+
+    Args:
+        before: the layer without its bias, (N, h).
+        bias: (h,); not read unless `BIASED`.
+        row: index of the token.
+        units, real: indices of the part, and which of them exist.
+        hidden: h.
+    """
     inputs = tl.load(before + row * hidden + units, mask=real, other=0.0).to(tl.float32)
     if BIASED:
         inputs += tl.load(bias + units, mask=real, other=0.0).to(tl.float32)
@@ -42,7 +50,16 @@ def _pre_activations(before, bias, row, units, real, hidden, BIASED: tl.constexp
 def _differences_kernel(
     before, bias, shifts, out, tokens, hidden, factor, BIASED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One program: a part of one token's difference quotient in one direction."""
+    """Stores a part of one token's difference quotient along one direction.
+
+    Programs: (N, parts of h, directions).
+
+    Args:
+        before, bias: the first layer without its bias (N, h), and the bias (h,).
+        shifts: of the pre-activation along each direction, (c, h).
+        out: (c, N, h).
+        factor: 1 / (2 step).
+    """
     row, direction = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     units = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = units < hidden
@@ -54,7 +71,15 @@ def _differences_kernel(
 
 @triton.jit
 def _slopes_kernel(before, bias, out, hidden, BIASED: tl.constexpr, BLOCK: tl.constexpr):
-    """One program: the activation's derivative at a part of one token."""
+    """Stores GELU's derivative at a part of one token's first layer.
+
+    Programs: (N, parts of h).
+
+    Args:
+        before, bias: the layer without its bias (N, h), and the bias (h,).
+        out: (N, h).
+        hidden: h.
+    """
     row = tl.program_id(0).to(tl.int64)
     units = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = units < hidden
@@ -64,7 +89,7 @@ def _slopes_kernel(before, bias, out, hidden, BIASED: tl.constexpr, BLOCK: tl.co
 
 @triton.jit
 def _row_roots_kernel(one, other, out, width, divisor, BLOCK: tl.constexpr):
-    """One program: sqrt(<one, other> / divisor) of one row."""
+    """Stores sqrt(<one, other> / divisor) of one row; one and other are (R, w), out (R,)."""
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, width, BLOCK):
@@ -76,7 +101,7 @@ def _row_roots_kernel(one, other, out, width, divisor, BLOCK: tl.constexpr):
 
 
 def _row_roots(one: Tensor, other: Tensor, divisor: float) -> Tensor:
-    """(R, w), (R, w) -> (R,) fp32."""
+    """Returns sqrt(<one, other> / divisor) of each row, (R, w), (R, w) -> (R,), in fp32."""
     out = torch.empty(len(one), dtype=torch.float32, device=one.device)
     width = one.shape[1]
     _row_roots_kernel[(len(one),)](one, other, out, width, divisor, BLOCK=_block(width))
@@ -88,7 +113,7 @@ def _block(width: int) -> int:
 
 
 def _first_layer(features: Tensor, w1: Tensor) -> Tensor:
-    """The first layer without its bias, one row per token."""
+    """Returns the first layer's output without its bias, one row per token, (N, h)."""
     dtype = torch.promote_types(features.dtype, w1.dtype)
     return (features.to(dtype).flatten(0, -2) @ w1.to(dtype).T).contiguous()
 
@@ -136,7 +161,13 @@ def monte_carlo(
 
 
 def _slopes(before: Tensor, b1: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """GELU's derivative at a first layer (N, h) without its bias."""
+    """Returns GELU's derivative (N, h) in `dtype`.
+
+    Args:
+        before: first layer without its bias, (N, h).
+        b1: the bias (h,), or None.
+        dtype: of the result.
+    """
     tokens, hidden = before.shape
     slopes = torch.empty(tokens, hidden, dtype=dtype, device=before.device)
     block = _block(hidden)
