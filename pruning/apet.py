@@ -116,7 +116,8 @@ def averaged_into(tokens: Tensor, kept: Tensor, nearest: Tensor) -> Tensor:
 
 
 def farthest_points(tokens: Tensor, count: int) -> Tensor:
-    """Farthest-point sampling by Euclidean distance, first the token farthest from the mean.
+    """Chooses tokens by farthest-point sampling with Euclidean distances, first
+    the one farthest from the mean.
 
     Shapes: (M, N, d) -> (M, count), in the order chosen.
     """
@@ -132,7 +133,8 @@ def farthest_points(tokens: Tensor, count: int) -> Tensor:
 
 
 def approximation_error(tokens: Tensor, basis: Tensor) -> Tensor:
-    """Length of what the best linear combination of a basis leaves of each token.
+    """Returns the length of what is left of each token without its best
+    linear combination of a basis.
 
     Shapes: tokens (M, N, d), basis (M, m, d), of any rank -> (M, N).
     """

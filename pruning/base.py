@@ -80,7 +80,7 @@ class Pruner(ABC):
 
     @abstractmethod
     def __call__(self, model: Any, vision: Images | None = None) -> AbstractContextManager[Trace]:
-        """Prune `model` inside a `with` block.
+        """Prunes `model` inside a `with` block.
 
         `vision` holds the prompt's images where they were encoded beforehand; `generate` then gets
         them as `mm_encoder_outputs` instead of pixels.
@@ -98,11 +98,11 @@ class Pruner(ABC):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What a model must have for this method."""
+        """Returns what a model must have for this method."""
         return frozenset()
 
     def admit(self, model: Any) -> Family:
-        """The model's adapter.
+        """Returns the model's adapter, if the method goes with the model.
 
         Raises:
             InputError: when this method or its budget does not go with the model.
@@ -119,7 +119,7 @@ class Pruner(ABC):
         return family
 
     def papers_count(self, tokens: int, layer_tokens: list[float]) -> float | None:
-        """Tokens per image as the method's paper would count them.
+        """Returns an image's tokens as the method's paper would count them.
 
         `layer_tokens` are those that each layer computes of an image of `tokens`. Where all layers
         compute the same there is one way to count; None where there is no paper to ask.
@@ -127,8 +127,10 @@ class Pruner(ABC):
         return layer_tokens[-1] if len(set(layer_tokens)) == 1 else None
 
     def counts(self, tokens: int, layer_tokens: list[float]) -> dict[str, float | None]:
-        """An image's tokens in three ways: left at the end, the mean that layers compute, and as
-        the method's paper counts them; arguments as for `papers_count`.
+        """Returns an image's tokens in three ways: left at the end, as a mean over layers,
+        and as the paper counts them.
+
+        Arguments are those of `papers_count`.
         """
         return {
             "kept": layer_tokens[-1],
@@ -138,7 +140,7 @@ class Pruner(ABC):
 
     @classmethod
     def at_layer(cls, layer: int) -> "Pruner":
-        """The method as a cut after `layer` of 32 decoder layers: `name@layer`.
+        """Returns the method as one cut after `layer` of 32 decoder layers: `name@layer`.
 
         Raises:
             InputError: if it has no such form.
@@ -146,7 +148,9 @@ class Pruner(ABC):
         raise InputError(f"{cls.__name__} cannot cut after a decoder layer; apet@16 can")
 
     def definition(self, tokens: int) -> str:
-        """What it stands for on such an image, for a name that stands for another method."""
+        """Returns what the name stands for on an image of `tokens`, empty unless
+        it stands for another method.
+        """
         return ""
 
 
@@ -159,15 +163,19 @@ class VisionPruner(Pruner):
 
     @property
     def only_chooses(self) -> bool:
-        """Whether the language model runs as it does, on what is kept."""
+        """Returns whether the method does nothing but choose tokens before
+        an unchanged language model.
+        """
         return type(self).__call__ is VisionPruner.__call__ and not self.changes_attention
 
     @abstractmethod
     def reduce(self, vision: VisionTokens) -> Kept:
-        """Choose or merge tokens of images."""
+        """Chooses or merges tokens of images."""
 
     def reduce_video(self, vision: VisionTokens) -> Kept:
-        """Choose or merge tokens of videos: each frame is an image with its share of the budget."""
+        """Chooses or merges tokens of videos: each frame is an image
+        with its share of the budget.
+        """
         videos, tokens, frames = len(vision.projected), vision.projected.shape[1], vision.frames
         shares = even_shares(self.count(vision), frames)
         found: dict[tuple[int, int], tuple[Tensor, ...]] = {}
@@ -188,11 +196,13 @@ class VisionPruner(Pruner):
         return Kept(*map(list, zip(*whole, strict=True)))
 
     def select(self, vision: VisionTokens) -> Kept:
-        """Choose or merge tokens of images or videos."""
+        """Chooses or merges tokens of images or videos."""
         return self.reduce_video(vision) if vision.frames else self.reduce(vision)
 
     def count(self, vision: VisionTokens) -> int:
-        """Tokens to keep of each image; newlines come with all N of them, never with fewer."""
+        """Returns how many tokens to keep of each image; newlines come with all
+        N of them, never with fewer.
+        """
         tokens = vision.projected.shape[1]
         wanted = tokens_for(self.budget, vision.available, vision.frames)
         if wanted == vision.available:
@@ -203,7 +213,7 @@ class VisionPruner(Pruner):
         return pruned(model, before=self.before_model(self.admit(model), vision))
 
     def before_model(self, family: Family, vision: Images | None) -> BeforeModel:
-        """What the engine is given of this method, on a model of `family`."""
+        """Returns what the engine runs of this method before the language model of `family`."""
         return BeforeModel(self.select, self.positions_on(family), vision=vision)
 
 
@@ -213,7 +223,7 @@ class ScorePruner(VisionPruner):
 
     @abstractmethod
     def score(self, vision: VisionTokens) -> Tensor:
-        """(M, N); higher is kept."""
+        """Scores the tokens of each image, (M, N); higher is kept."""
 
     def reduce(self, vision: VisionTokens) -> Kept:
         return Kept.at(vision.projected, top(self.score(vision), self.count(vision)))
@@ -264,20 +274,24 @@ class DecoderPruner(Pruner):
 
     @abstractmethod
     def pattern(self) -> list[tuple[int, float]]:
-        """For each cut how many of 32 layers have run, and the relative number of tokens kept."""
+        """Returns for each cut how many of 32 layers have run, and the
+        relative number of tokens kept.
+        """
 
     @abstractmethod
     def reduce(self, tokens: DecoderTokens, keep: int) -> Kept:
-        """Choose or merge the tokens of each image, to `keep` each; `keep` is below n."""
+        """Chooses or merges the tokens of each image, to `keep` each; `keep` is below n."""
 
     def query_mask(self, tokens: DecoderTokens) -> Tensor:
-        """Question mask (M, T): tokens to read attention from, given the first layer's input."""
+        """Returns the query mask (M, T): which tokens' attention is read, given the
+        first layer's input; here the question's.
+        """
         return tokens.question_mask
 
     def cuts(
         self, tokens: int, layers: int, allowed: Sequence[int] = (), frames: int = 0
     ) -> list[Cut]:
-        """Where to cut, and to how many tokens.
+        """Returns where to cut, and to how many tokens.
 
         Args:
             tokens: of an image.
@@ -305,7 +319,7 @@ class DecoderPruner(Pruner):
         return [Cut(depth, min(keep, tokens)) for depth, keep in at.items() if depth < layers]
 
     def depths_on(self, family: Family) -> list[int]:
-        """How many decoder layers can have run where it cuts a model of `family`."""
+        """Returns after how many decoder layers the method can cut on a model of `family`."""
         return cut_depths(family.decoder, self.reads, family.last_cut)
 
     def check(self, tokens: int, layers: int) -> None:
@@ -313,8 +327,10 @@ class DecoderPruner(Pruner):
             check_fits(self.budget, tokens)
 
     def papers_count(self, tokens: int, layer_tokens: list[float]) -> float | None:
-        """By `counted`: the mean that layers compute, the mean with the layer before each cut
-        already counted as pruned, or what is left after the last cut.
+        """Returns an image's tokens by the paper's way of counting, `counted`.
+
+        It is the mean that layers compute, the mean with the layer before each cut already counted
+        as pruned, or what is left after the last cut.
         """
         if self.counted == "kept":
             return layer_tokens[-1]
@@ -326,7 +342,7 @@ class DecoderPruner(Pruner):
         return pruned(model, inside=self.inside_model(self.admit(model)))
 
     def inside_model(self, family: Family) -> InsideModel:
-        """What the engine is given of this method, on a model of `family`."""
+        """Returns what the engine runs of this method inside the language model of `family`."""
         layers, allowed = len(family.decoder.layers), self.depths_on(family)
         cuts = partial(self.cuts, layers=layers, allowed=allowed)
         return InsideModel(cuts, self, self.positions_on(family))
@@ -338,7 +354,7 @@ class DecoderScorePruner(DecoderPruner):
 
     @abstractmethod
     def score(self, tokens: DecoderTokens) -> Tensor:
-        """(M, n); higher is kept."""
+        """Scores the tokens of each image, (M, n); higher is kept."""
 
     def reduce(self, tokens: DecoderTokens, keep: int) -> Kept:
         return Kept.at(tokens.features, top(self.score(tokens), keep))

@@ -53,7 +53,9 @@ class Best(Pruner):
         return found.entries[near]
 
     def chosen(self, tokens: int | None) -> Pruner:
-        """The method itself, for images of so many tokens; None where they differ in size."""
+        """Returns the method that stands for images of `tokens` tokens; None asks
+        for images that differ in size.
+        """
         entry = self._entry()
         budget = self.budget if tokens is None else tokens_for(self.budget, tokens)
         positions = entry.positions if self.positions == "auto" else self.positions
@@ -64,7 +66,7 @@ class Best(Pruner):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Those of all that it may stand for."""
+        """Returns what a model must have for all methods that it may stand for."""
         return definitions(self.definitions).needs
 
     def definition(self, tokens: int) -> str:
@@ -91,7 +93,7 @@ class Entry(msgspec.Struct, frozen=True):
 
     @property
     def command(self) -> str:
-        """The method with its hyperparameters and positions, as on the command line."""
+        """Returns the method with its hyperparameters and positions, as on the command line."""
         return command_of(self.method, self.arguments, self.positions)
 
 
@@ -110,7 +112,7 @@ class Definitions:
 
     @cached_property
     def needs(self) -> frozenset[Need]:
-        """What a model must have for all of them."""
+        """Returns what a model must have for all of them."""
         parts = (build(entry.method, **entry.arguments).needs for entry in self.entries.values())
         return frozenset[Need]().union(*parts)
 

@@ -46,10 +46,14 @@ class CDPruner(VisionPruner):
 
 
 def relevance(image: Tensor, text: Tensor) -> Tensor:
-    """Mean cosine of each image token to the text tokens; (M, N, d), (M, T, d) -> (M, N)."""
+    """Returns the mean cosine of each image token to the text tokens;
+    (M, N, d), (M, T, d) -> (M, N).
+    """
     return pairwise_cosine(image, text.to(image)).sum(-1) / max(1, text.shape[1])
 
 
 def conditioned(scores: Tensor, features: Tensor) -> Tensor:
-    """diag(r) S diag(r); scores (M, N), features (M, N, d) -> (M, N, N)."""
+    """Returns the conditioned kernel diag(r) S diag(r), of scores r (M, N) and
+    cosines S of features (M, N, d); (M, N, N).
+    """
     return scores[:, :, None] * pairwise_cosine(features, features) * scores[:, None]

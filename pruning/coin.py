@@ -55,7 +55,9 @@ class CoIn(VisionPruner):
         return Kept.at(vision.projected, dpp(kernel, self.count(vision)).sort(1).values)
 
     def informativeness(self, tokens: Tensor, questions: Tensor) -> Tensor:
-        """(M, N) in [0, 1], of tokens (M, N, d) and mean embeddings of questions (M, d)."""
+        """Returns informativeness in [0, 1], (M, N), of tokens (M, N, d) and mean
+        embeddings of questions (M, d).
+        """
         alignment = cosine_similarity(tokens, questions[:, None], dim=-1)
         return self.beta * min_max(tokens.norm(dim=-1)) + (1 - self.beta) * min_max(alignment)
 

@@ -83,7 +83,7 @@ class Cascade(Pruner):
 
     @property
     def entering_budget(self) -> Budget:
-        """The budget of `pre`."""
+        """Returns the budget of `pre`."""
         return widened(self.budget, self.widening)
 
     def entering(self, tokens: int, frames: int = 0) -> int:
@@ -93,7 +93,7 @@ class Cascade(Pruner):
     def cuts(
         self, tokens: int, layers: int, allowed: Sequence[int] = (), frames: int = 0
     ) -> list[Cut]:
-        """The cuts of `inside`, given what an image has before `pre`.
+        """Returns the cuts of `inside`, given the tokens of an image that `pre` leaves.
 
         Args:
             tokens: of an image.
@@ -139,7 +139,7 @@ class MethodWrapper(VisionPruner):
 
     @classmethod
     def around(cls, method: Pruner) -> Pruner:
-        """The wrapper of a method."""
+        """Returns the wrapper of a method."""
         return cls(method)  # type: ignore[arg-type]  # refused there in one line
 
     @property
@@ -152,7 +152,7 @@ class MethodWrapper(VisionPruner):
         return replace(self.method, positions=self.positions).positions_on(family)
 
     def wrapped(self, budget: Budget) -> VisionPruner:
-        """The method with a budget, and with the wrapper's positions and seed."""
+        """Returns the method with a budget, and with the wrapper's positions and seed."""
         return replace(self.method, budget=budget, positions=self.positions, seed=self.seed)
 
 
@@ -173,7 +173,7 @@ class Merge(MethodWrapper):
 
     @classmethod
     def around(cls, method: Pruner) -> Pruner:
-        """Any method with merging; of a cascade it is what `inside` drops that is merged."""
+        """Returns a method with merging; in a cascade it is what `inside` drops that is merged."""
         if isinstance(method, Cascade):
             return replace(method, inside=merging(method.inside))
         if isinstance(method, DecoderPruner):
@@ -182,7 +182,7 @@ class Merge(MethodWrapper):
 
 
 def merging(method: DecoderPruner) -> DecoderPruner:
-    """The method, with each token that a cut drops averaged into the most similar kept one.
+    """Returns the method with each token that a cut drops averaged into the most similar kept one.
 
     Hyperparameters are those of the method. Similarity is the cosine of hidden states at the cut.
     """

@@ -77,7 +77,8 @@ def rotated_keys(tokens: DecoderTokens) -> tuple[Tensor, Tensor]:
 
 
 def distinct(features: Tensor, pivots: Tensor, texts: Tensor, keep: int) -> Tensor:
-    """Pivots and the tokens least similar to each of them and to `texts`, in equal shares.
+    """Returns the pivots and the tokens least similar to each of them and
+    to `texts`, in equal shares.
 
     Pivots choose one after the other, image tokens first, among tokens not yet chosen.
 

@@ -73,7 +73,7 @@ class FastVID(VideoPruner):
     def segment(
         self, tokens: Tensor, salience: Tensor, shares: list[int], frames: range
     ) -> tuple[Tensor, Tensor]:
-        """Indices in the video and features of what is kept of one segment.
+        """Returns indices in the video and features of what is kept of one segment.
 
         Args:
             tokens: of the video, (T, n, d).
@@ -101,7 +101,7 @@ class FastVID(VideoPruner):
     def context_budgets(
         self, shares: list[int], salient: dict[int, int], frames: range, size: int
     ) -> dict[int, int]:
-        """Merged tokens that each frame of a segment holds.
+        """Returns how many merged tokens each frame of a segment holds.
 
         Args:
             shares: of the frames in the budget.
@@ -127,7 +127,7 @@ class FastVID(VideoPruner):
         targets: dict[int, Tensor],
         frames: range,
     ) -> dict[int, Tensor]:
-        """The merged tokens that each frame of a segment holds, (c, d).
+        """Returns the merged tokens that each frame of a segment holds, (c, d).
 
         Args:
             tokens: of the video, (T, n, d).

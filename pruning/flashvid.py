@@ -92,8 +92,8 @@ class FlashVID(VideoPruner):
     def parents(
         self, tokens: Tensor, rest: list[Tensor], starts: list[int], fewest: int
     ) -> list[Tensor]:
-        """For each frame and each of its tokens that may join others which one of the frame before it
-        joins, (r,); -1 for none.
+        """Returns which token of the frame before each token joins,
+        (r,) of each frame; -1 for none.
 
         Args:
             tokens: of the video, (T, n, d).
@@ -119,8 +119,10 @@ class FlashVID(VideoPruner):
     def trees(
         self, tokens: Tensor, rest: list[Tensor], parents: list[Tensor]
     ) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-        """From the last frame back, so that a chain arrives at its first token: each frame with the
-        first tokens of trees, and the trees' means, (r,) and (r, d).
+        """Yields each frame, from the last to the first, with the first tokens and
+        the means of the trees that begin in it.
+
+        Trees are (r,) and (r, d). From the end, so that a chain arrives at its first token.
 
         Args:
             tokens: of the video, (T, n, d).
@@ -141,7 +143,9 @@ class FlashVID(VideoPruner):
 
 
 def fitted(shares: list[int], available: list[int]) -> list[int]:
-    """Shares cut to what is available, and what that frees spread evenly over those with more."""
+    """Returns shares cut to what is available, with what that frees spread
+    evenly over those with more.
+    """
     given = [min(pair) for pair in zip(shares, available, strict=True)]
     while left := sum(shares) - sum(given):
         free = [i for i, most in enumerate(available) if given[i] < most]
@@ -151,8 +155,10 @@ def fitted(shares: list[int], available: list[int]) -> list[int]:
 
 
 def diverse_salient(tokens: Tensor, salience: Tensor, count: int) -> Tensor:
-    """Greedy max-min of distance times the salience of the token to choose, first the one farthest
-    from its nearest neighbor; (n, d), (n,) -> (k,), ascending.
+    """Chooses tokens one after the other by max-min distance times salience;
+    (n, d), (n,) -> (k,), ascending.
+
+    The first is the one farthest from its nearest neighbor.
 
     Args:
         tokens: of a frame.

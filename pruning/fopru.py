@@ -50,7 +50,8 @@ class FoPru(ScorePruner):
 
 
 def row_scores(scores: Tensor, grids: tuple[tuple[int, int], ...]) -> Tensor:
-    """Scores whose order takes rows of the grids one after the other, each row's best tokens first.
+    """Returns scores whose order takes rows of the grids one after the other,
+    each row's best tokens first.
 
     Rows are ranked by their means, which order rows of one grid as their sums do.
 

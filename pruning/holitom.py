@@ -57,7 +57,7 @@ class HoliTom(VideoPruner):
         return Kept([indices for indices, _ in kept], [features for _, features in kept])
 
     def one(self, tokens: Tensor, salience: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Indices (k,) and features (k, d) of what is kept of one video.
+        """Returns indices (k,) and features (k, d) of what is kept of one video.
 
         Args:
             tokens: of the video, (T, n, d).
@@ -93,8 +93,9 @@ class HoliTom(VideoPruner):
     def averaged_places(
         self, alike: Tensor, windows: list[tuple[int, int]], most: int
     ) -> list[Tensor]:
-        """Places of each window that become one token, (n,) masks; the most alike of those that are
-        still, as long as no more than `most` tokens go.
+        """Returns which places of each window become one token, masks (n,).
+
+        They are the most alike of those that are still, as long as no more than `most` tokens go.
 
         Args:
             alike: cosines of tokens to those of the frame before, (T - 1, n).
@@ -118,8 +119,10 @@ class HoliTom(VideoPruner):
 
 
 def still_windows(still: Tensor) -> list[tuple[int, int]]:
-    """First frame and end of the windows of a video for which the sum of (frames - 1) x places that are
-    still in the window is largest; of equal ones those whose last windows are shortest.
+    """Returns the first frame and the end of each window of a video in which places are still.
+
+    Windows maximize the sum of (frames - 1) x places that are still in the window; of equal ones
+    those are taken whose last windows are shortest.
 
     Args:
         still: whether a token is like the one at its place in the frame before, (T - 1, n).

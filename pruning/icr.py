@@ -53,8 +53,9 @@ def image_relevance(model: Any, inputs: Mapping[str, Any], empty: Mapping[str, A
 
 
 def _summed(model: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """The attention that each image's tokens get of its question, summed over layers, (M, n) for the
-    images of each number of tokens.
+    """Returns the attention that images' tokens get of their questions, summed over layers.
+
+    Returns a tensor (M, n) for the images of each number of tokens.
     """
     total: list[Tensor] = []
     for groups in question_rows(model, inputs):

@@ -16,7 +16,7 @@ class NoPruning(VisionPruner):
     stage: ClassVar[Stage] = "projector"
 
     def check(self, tokens: int, layers: int) -> None:
-        """Nothing can be wrong with a budget that is not used."""
+        """Accepts everything: the budget is not used."""
 
     def reduce(self, vision: VisionTokens) -> Kept:
         count, tokens = vision.projected.shape[:2]

@@ -45,7 +45,7 @@ class PrunedVLM:
         adapter: str | None = None,
         **hyperparameters: Any,
     ) -> "PrunedVLM":
-        """Load a checkpoint and build a pruner by its registered name.
+        """Loads a checkpoint and builds a pruner by its registered name.
 
         Args:
             name: `tiny`, `smol`, a folder, or a hub name.

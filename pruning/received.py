@@ -13,7 +13,9 @@ Queries = Literal["all", "patches", "cls"]
 
 
 def in_tower(vision: VisionTokens, queries: Queries) -> Tensor:
-    """Mean over heads and the given queries, in the layer whose output is `features`; (M, N).
+    """Returns the mean attention that each token receives over heads and the given queries, (M, N).
+
+    It is that of the layer whose output is `features`.
 
     In a tower without a CLS token `cls` means all tokens, as VisionZip's authors do for Qwen2.5-VL.
     A tile's tokens receive attention from that tile alone.
@@ -33,13 +35,17 @@ def in_tower(vision: VisionTokens, queries: Queries) -> Tensor:
 
 
 def in_decoder(tokens: DecoderTokens, query_mask: Tensor) -> Tensor:
-    """Mean over heads and the question tokens where `query_mask` (M, T) is true; (M, n)."""
+    """Returns the mean attention over heads and the question tokens where
+    `query_mask` (M, T) is true; (M, n).
+    """
     rows = tokens.question_rows(slice(-query_mask.shape[1], None))
     return from_rows(rows, torch.where(query_mask, rows.columns, -1))
 
 
 def from_rows(rows: AttentionRows, columns: Tensor) -> Tensor:
-    """Mean over heads and the queries that stand at `columns` (M, T), -1 for none; (M, n)."""
+    """Returns the mean attention over heads and the queries that stand at `columns`
+    (M, T), -1 for none; (M, n).
+    """
     scores = attention_received(
         rows.query, rows.key, columns, rows.key_positions, rows.scale, rows.window
     )

@@ -44,20 +44,21 @@ OPTIONS = ("budget", "positions", "seed")
 
 
 def check_own(arguments: Mapping[str, Any]) -> None:
-    """Raise `InputError` if an argument of a method is what every method has, given elsewhere."""
+    """Raises `InputError` if an argument of a method is what every method has, given elsewhere."""
     if shared := [name for name in OPTIONS if name in arguments]:
         raise InputError(f"{shared[0]} is no hyperparameter but an option; give --{shared[0]}")
 
 
 def build(name: str, **hyperparameters: Any) -> Any:
-    """A pruner by its registered name, or several joined by `+`.
+    """Builds a pruner by its registered name, or several joined by `+`.
 
     `a+b` is the cascade of a, before the language model, and b, inside it; `+merge` averages what
-    the method in front of it drops into what that keeps, `+restore` into anchors beside it. `b@16` is b as one cut after 16 of 32
-    decoder layers; in a cascade it leaves a third of the tokens that enter. `+xattention`, or another method of sparse
-    attention, comes last. Hyperparameters are those of the whole; those of a part are named after it,
-    `inside.layer` (parts of a cascade are `pre` and `inside`, that of a merge before the language
-    model is `method`, sparse attention is `attention`).
+    the method in front of it drops into what that keeps, `+restore` into anchors beside it. `b@16`
+    is b as one cut after 16 of 32 decoder layers; in a cascade it leaves a third of the tokens that
+    enter. `+xattention`, or another method of sparse attention, comes last. Hyperparameters are
+    those of the whole; those of a part are named after it, `inside.layer` (parts of a cascade are
+    `pre` and `inside`, that of a merge before the language model is `method`, sparse attention is
+    `attention`).
 
     Raises:
         InputError: if a name is unknown or two methods do not go together.
@@ -109,7 +110,7 @@ def _replaced(pruner: Any, hyperparameters: dict[str, Any]) -> Any:
 
 
 def _check_names(method: type[Any], hyperparameters: Mapping[str, Any]) -> None:
-    """Raise `InputError` for a hyperparameter that the method does not have."""
+    """Raises `InputError` for a hyperparameter that the method does not have."""
     known = [field.name for field in fields(method) if field.init]
     own_names = [name for name in known if name not in OPTIONS]
     for name in hyperparameters:

@@ -107,7 +107,7 @@ class Groups:
 
 
 def grouped(tokens: Tensor, count: int) -> Groups:
-    """Each of the tokens (M, n, d) with the most similar one of `count` anchors."""
+    """Groups the tokens (M, n, d) by the most similar one of `count` anchors."""
     total, similarity = tokens.shape[1], pairwise_cosine(tokens, tokens)
     anchors = anchors_of(similarity, count)
     nearest = similarity.gather(2, anchors[:, None].expand(-1, total, -1)).argmax(-1)

@@ -50,12 +50,14 @@ class Schedule:
 
     @classmethod
     def read(cls, path: str | Path) -> "Schedule":
-        """The schedule in a JSON file that `vlm-prune schedule` wrote; raises `InputError`."""
+        """Reads the schedule from a JSON file that
+        `vlm-prune schedule` wrote; raises `InputError`.
+        """
         return cls.of(read_object(Path(path)), f"{path} holds no schedule")
 
     @classmethod
     def of(cls, content: Mapping[str, Any], wrong: str = "no schedule") -> "Schedule":
-        """The schedule among plain values; others of them are evidence for it.
+        """Reads the schedule from plain values; other values are evidence for it and ignored.
 
         Raises:
             InputError: beginning with `wrong`, if its parts are not there or of another kind.
@@ -70,7 +72,7 @@ class Schedule:
             raise InputError(f"{wrong} ({first_line(error)}); {advice}") from error
 
     def scaled(self, layers: int) -> list[int]:
-        """Its places in a model of another depth."""
+        """Returns after how many layers the cuts come in a model of `layers` layers."""
         return [round(depth * layers / self.layers) for depth in self.places]
 
 
@@ -81,15 +83,17 @@ def check_layer(layer: int) -> None:
 
 
 def entering(layer: int) -> float:
-    """Tokens before a cut after `layer` of 32 layers, as a multiple of the mean over all layers,
-    where the cut leaves a third: ApET's counts, 96 and 32 for a mean of 64 at layer 16.
+    """Returns the tokens before a cut after `layer` of 32 layers, as a multiple
+    of the mean over all layers.
+
+    The cut leaves a third: ApET's counts, 96 and 32 for a mean of 64 at layer 16.
     """
     share = layer / DEPTH
     return 1 / (share + (1 - share) / 3)
 
 
 def scaled(depths: list[int], layers: int) -> list[int]:
-    """Cuts stated for 32 decoder layers, for a model of another depth."""
+    """Returns cuts that are stated for 32 decoder layers for a model of `layers` layers."""
     return [round(depth * layers / DEPTH) for depth in depths]
 
 

@@ -10,13 +10,13 @@ from vlm_prune.vlm.tokens import top
 
 
 def min_max(scores: Tensor) -> Tensor:
-    """Scale each row of (M, N) to [0, 1]; a constant row becomes ones."""
+    """Scales each row of (M, N) to [0, 1]; a constant row becomes ones."""
     low, high = scores.aminmax(dim=-1, keepdim=True)
     return torch.where(high > low, (scores - low) / (high - low + 1e-8), 1.0)
 
 
 def others(indices: Tensor, count: int) -> Tensor:
-    """The indices below `count` that are not given, ascending; (M, k) -> (M, count - k)."""
+    """Returns the indices below `count` that are not given, ascending; (M, k) -> (M, count - k)."""
     # what is left in a mask when the given ones are crossed out
     free = torch.ones(len(indices), count, dtype=torch.bool, device=indices.device)
     free.scatter_(1, indices, False)
@@ -24,7 +24,8 @@ def others(indices: Tensor, count: int) -> Tensor:
 
 
 def diverse(scores: Tensor, features: Tensor, k: int) -> Tensor:
-    """Greedy argmax of score x (1 - largest cosine to a chosen token), first the best score.
+    """Chooses the largest score x (1 - largest cosine to a chosen token) at
+    each step, first the best score.
 
     Shapes: scores (M, N) in [0, 1], features (M, N, d) -> (M, k) in the order chosen. Ties go to
     the lowest index.
@@ -38,7 +39,9 @@ def diverse(scores: Tensor, features: Tensor, k: int) -> Tensor:
 
 
 def max_min(features: Tensor, k: int) -> Tensor:
-    """Greedy max-min of cosine distances, first the token farthest from its nearest neighbor.
+    """Chooses at each step the token farthest from the chosen ones by cosine.
+
+    The first is the one farthest from its nearest neighbor.
 
     Shapes: (M, N, d) -> (M, k) in the order chosen. Ties go to the lowest index.
     """
@@ -51,7 +54,7 @@ def max_min(features: Tensor, k: int) -> Tensor:
 
 
 def dpp(kernel: Tensor, k: int) -> Tensor:
-    """Greedy maximum-a-posteriori set of a determinantal point process.
+    """Chooses the greedy maximum-a-posteriori set of a determinantal point process.
 
     Shapes: positive semi-definite kernel (M, N, N) -> (M, k) in the order chosen.
     """
@@ -59,7 +62,7 @@ def dpp(kernel: Tensor, k: int) -> Tensor:
 
 
 def averaged(kept: Tensor, dropped: Tensor, nearest: Tensor) -> Tensor:
-    """Each kept token averaged with the dropped ones that are assigned to it.
+    """Averages each kept token with the dropped ones that are assigned to it.
 
     Shapes: kept (M, k, d), dropped (M, n, d), nearest (M, n) -> (M, k, d).
 
@@ -87,7 +90,8 @@ def sums_by_nearest(dropped: Tensor, nearest: Tensor, count: int) -> tuple[Tenso
 
 
 def density_gap(distance: Tensor, density: Tensor, farthest: Tensor | None = None) -> Tensor:
-    """Each token's distance to the nearest denser one, (n,); the densest take their largest.
+    """Returns each token's distance to the nearest denser one, (n,);
+    the densest take their largest.
 
     Args:
         distance: between tokens, (n, n).
@@ -101,7 +105,8 @@ def density_gap(distance: Tensor, density: Tensor, farthest: Tensor | None = Non
 
 
 def density_centers(tokens: Tensor, count: int, neighbors: int) -> Tensor:
-    """The `count` tokens of (n, d) with the largest density times distance to a denser one, ascending.
+    """Returns the `count` tokens of (n, d) with the largest density times
+    distance to a denser one, ascending.
 
     Density is exp(-mean squared distance to the nearest tokens, itself among them); distances are
     divided by the root of d.
@@ -120,8 +125,10 @@ def density_centers(tokens: Tensor, count: int, neighbors: int) -> Tensor:
 
 
 def clustered(tokens: Tensor, count: int, neighbors: int) -> tuple[Tensor, Tensor]:
-    """Indices (count,) of tokens that stand for many, ascending, and their means (count, d) with the
-    tokens that are nearest to them.
+    """Returns indices (count,) of cluster centers, ascending, and the means
+    (count, d) of their clusters.
+
+    A cluster is a center with the tokens that are nearest to it.
 
     Args:
         tokens: (n, d).

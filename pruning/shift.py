@@ -12,7 +12,8 @@ from vlm_prune.vlm.common.errors import InputError
 
 
 def change_points(attention: Tensor, share: float = 0.1) -> list[int]:
-    """For each of an image's most attended tokens, how many layers have run when it changes.
+    """Returns for each of an image's most attended tokens how many layers have
+    run when its attention changes.
 
     Args:
         attention: attention from the text, the mean over heads and text rows, (layers, N).
@@ -39,12 +40,13 @@ def change_points(attention: Tensor, share: float = 0.1) -> list[int]:
 
 
 def histogram(points: list[int], layers: int) -> list[int]:
-    """How many change points lie after 0, 1, ... `layers` - 1 layers."""
+    """Returns how many change points lie after 0, 1, ... `layers` - 1 layers."""
     return torch.bincount(torch.tensor(points, dtype=torch.long), minlength=layers).tolist()
 
 
 def regions(counts: list[int]) -> list[tuple[int, int]]:
-    """Dense regions of a histogram: runs of layers above the mean, first and last, most dense first.
+    """Returns the dense regions of a histogram: runs of layers above the mean,
+    first and last, most dense first.
 
     Layer 0 has no layer before it to differ from and does not count in the mean.
     """
@@ -56,7 +58,7 @@ def regions(counts: list[int]) -> list[tuple[int, int]]:
 
 
 def propose(counts: list[int], cuts: int = 3) -> list[int]:
-    """After how many layers to cut, given the histogram of change points.
+    """Proposes after how many layers to cut, given the histogram of change points.
 
     The paper's rule is not to cut inside a dense region but just before or after it. Here cuts
     stand after the densest regions, where attention has settled, then before them while there are

@@ -87,7 +87,7 @@ class SparseVLM(DecoderScorePruner):
         )
 
     def papers_count(self, tokens: int, layer_tokens: list[float]) -> float | None:
-        """The authors leave recycled tokens out."""
+        """Returns the paper's count, which leaves recycled tokens out."""
         counts, before, now = [], tokens, tokens
         for computed in map(round, layer_tokens):
             if computed < before:
@@ -129,7 +129,8 @@ class SparseVLM(DecoderScorePruner):
 
 
 def raters(image: Tensor, text: Tensor, question_mask: Tensor) -> Tensor:
-    """Text whose mean over image tokens v of softmax(v t^T) is at least the mean over the text.
+    """Returns which text tokens rate: those whose mean over image tokens v of
+    softmax(v t^T) is at least average.
 
     Shapes: image (M, n, D), text (M, T, D), question_mask (M, T) -> (M, T).
 
@@ -150,7 +151,7 @@ def raters(image: Tensor, text: Tensor, question_mask: Tensor) -> Tensor:
 def density_peaks(
     features: Tensor, count: int, neighbors: int, released: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Density-peak clusters: the `count` tokens with the largest density x distance to a denser one.
+    """Clusters tokens around the `count` with the largest density x distance to a denser one.
 
     Density is exp(-mean squared distance to the nearest neighbors); the densest token takes its
     largest distance instead. Others join the nearest center.

@@ -52,8 +52,9 @@ class VCast(VideoPruner):
 
 
 def curvature(means: Tensor) -> Tensor:
-    """How far each frame's step from the one before turns to the next, (M, T, d) -> (M, T), in
-    [0, 2]; 1 for the first and the last frame.
+    """Returns how far each frame's step turns to the next, (M, T, d) -> (M, T), in [0, 2].
+
+    The first and the last frame get 1.
     """
     steps = means.diff(dim=1)
     turns = torch.ones_like(means[..., 0])

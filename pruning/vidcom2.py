@@ -58,7 +58,7 @@ class VidCom2(VideoPruner):
 
 
 def steady_half(tokens: Tensor) -> Tensor:
-    """Tokens in the half of their channels that vary least over all of them, normalized.
+    """Returns tokens in the half of their channels that vary least over all of them, normalized.
 
     Shapes: (M, N, d) -> (M, N, d / 2), in fp32.
     """
@@ -70,7 +70,7 @@ def steady_half(tokens: Tensor) -> Tensor:
 
 
 def kernels(tokens: Tensor, center: Tensor) -> Tensor:
-    """The sum over five widths a of exp(-|x - c|^2 / 2a), of normalized tokens x.
+    """Returns the sum over five widths a of exp(-|x - c|^2 / 2a), of normalized tokens x.
 
     Shapes: tokens (M, T, n, d), center (M, T or 1, 1, d) -> (M, T, n).
     """

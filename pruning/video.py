@@ -25,18 +25,20 @@ class VideoPruner(VisionPruner):
         return frozenset({"videos"})
 
     def reduce(self, vision: VisionTokens) -> Kept:
-        """Keep all tokens of images."""
+        """Keeps all tokens of images."""
         count, tokens = vision.projected.shape[:2]
         whole = torch.arange(tokens, device=vision.projected.device)
         return Kept.at(vision.projected, whole.expand(count, -1))
 
     @abstractmethod
     def reduce_video(self, vision: VisionTokens) -> Kept:
-        """Choose or merge tokens of videos."""
+        """Chooses or merges tokens of videos."""
 
 
 def frames_of(vision: VisionTokens, values: Tensor | None = None) -> Tensor:
-    """Tokens frame by frame, (M, T, n, d): the projected ones, or other `values` (M, N, d)."""
+    """Returns tokens frame by frame, (M, T, n, d): the projected ones,
+    or other `values` (M, N, d).
+    """
     values = vision.projected if values is None else values
     frames: Tensor = values.unflatten(1, (vision.frames, -1))
     return frames
@@ -48,7 +50,7 @@ def spread(k: int, count: int) -> list[int]:
 
 
 def apportioned(weights: Tensor, total: int, most: int) -> list[int]:
-    """Whole numbers that add up to `total` in proportion to `weights` (T,), by largest remainders.
+    """Splits `total` in proportion to `weights` (T,), into whole numbers by largest remainders.
 
     Shares above `most` are cut to it, and what that frees goes to the others in proportion; ties go
     to the lowest index.
@@ -75,7 +77,7 @@ def apportioned(weights: Tensor, total: int, most: int) -> list[int]:
 
 
 def likeness_to_before(frames: Tensor) -> Tensor:
-    """The cosine of each token to the one at its place in the frame before, in fp32.
+    """Returns the cosine of each token to the one at its place in the frame before, in fp32.
 
     Shapes: (..., T, n, d) -> (..., T - 1, n).
     """
@@ -89,13 +91,15 @@ def likeness_to_before(frames: Tensor) -> Tensor:
 
 
 def frame_means(frames: Tensor) -> Tensor:
-    """The mean of each frame's tokens, (M, T, n, d) -> (M, T, d), in fp32."""
+    """Returns the mean of each frame's tokens, (M, T, n, d) -> (M, T, d), in fp32."""
     return frames.mean(2, dtype=torch.float32)
 
 
 def segment_starts(means: Tensor, fewest: int, threshold: float) -> list[int]:
-    """First frames of the segments of one video: it is cut where a frame's mean token is less like
-    the next one's than `threshold`, and at the `fewest` - 1 places where it is least like it.
+    """Returns the first frames of the segments of one video.
+
+    It is cut where a frame's mean token is less like the next one's than `threshold`, and at the
+    `fewest` - 1 places where it is least like it.
 
     Args:
         means: of the frames, (T, d).

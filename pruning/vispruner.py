@@ -54,8 +54,10 @@ class VisPruner(VisionPruner):
 
 
 def without_duplicates(features: Tensor, k: int, step: int, sort: bool = True) -> Tensor:
-    """Split tokens into even and odd ones, remove the `step` even ones most similar to any odd one
-    by cosine, and repeat until `k` are left.
+    """Removes duplicates: the `step` even tokens most similar to any odd one, again
+    and again until `k` are left.
+
+    Similarity is the cosine.
 
     Shapes: (M, R, d) -> (M, k), ascending if `sort`.
 

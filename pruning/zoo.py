@@ -94,7 +94,7 @@ class Zoo(VisionPruner):
 
     @torch.no_grad()
     def sensitivity(self, vision: VisionTokens) -> Tensor:
-        """(M, N), the mean change of the output along random directions."""
+        """Returns the mean change of the output along random directions, (M, N)."""
         features, projector, bank = vision.features, vision.projector, self.bank(vision)
         if not isinstance(projector, Projector) and not self.needs_two_layers:
             return sampled(projector, features, bank, self.step)
@@ -113,18 +113,20 @@ class Zoo(VisionPruner):
 
     @property
     def needs_two_layers(self) -> bool:
-        """Whether a projector of other layers cannot be sampled in this way."""
+        """Returns whether the method needs a projector of two layers."""
         return bool(self.rank) or self.estimator == "derivative"
 
     def derives(self, vision: VisionTokens) -> bool:
-        """Whether it is the derivative that is taken of this projector."""
+        """Returns whether it is the derivative that is taken of this projector."""
         if self.estimator != "auto":
             return self.estimator == "derivative"
         two_layers = isinstance(vision.projector, Projector)
         return bool(self.rank) or (two_layers and vision.features.device.type == "cpu")
 
     def weights(self, vision: VisionTokens) -> Weights:
-        """The projector's matrices, of which norms of outputs are the same; cut to `rank`."""
+        """Returns the projector's matrices, cut to `rank`; the output rotation may
+        be left out, as norms do not see it.
+        """
         weights = two_layer_projector(vision).weights(vision.features)
         return truncation(self.rank)(weights) if self.rank else weights
 
@@ -231,7 +233,9 @@ class BoundedSensitivity:
         return [cls(d, shifts, root, *rest) for d, *rest in zip(slope, bounds, known, strict=True)]
 
     def compute(self, order: Tensor) -> None:
-        """Compute the sensitivities of the few tokens with the largest `order` (N,) of those unknown."""
+        """Computes the sensitivities of the few tokens with the largest
+        `order` (N,) of those unknown.
+        """
         order = order.masked_fill(self.known, -torch.inf)
         tokens = order.topk(min(FEW, int((~self.known).sum()))).indices
         lengths, bounds = (
@@ -343,8 +347,10 @@ kernel_of = PerWeights(lambda weights: weight_kernel(weights.w1, weights.w2))
 
 @lru_cache
 def truncation(rank: int) -> PerWeights[Weights]:
-    """What makes weights of that rank: W1 on its largest right singular vectors V, and of W2 = U S V^T
-    the rows S V^T, without the rotation U, which leaves norms as they are.
+    """Returns the map from weights to weights of a lower rank.
+
+    W1 is projected on its largest right singular vectors V, and W2 = U S V^T becomes the rows S
+    V^T, without the rotation U, which leaves norms as they are.
     """
 
     def cut(weights: Weights) -> Weights:
@@ -360,8 +366,10 @@ def truncation(rank: int) -> PerWeights[Weights]:
 
 
 def squared_spectrum(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Squares of the largest singular values (r,) of a matrix (m, n), and its right singular
-    vectors (n, r): the eigenvectors of its Gram matrix take a sixth of the decomposition's time.
+    """Returns squares of the largest singular values (r,) of a matrix (m, n), and
+    its right singular vectors (n, r).
+
+    They come from its Gram matrix, in a sixth of the time of a singular value decomposition.
     """
     values, vectors = torch.linalg.eigh(weight.T @ weight)
     return values[-rank:], vectors[:, -rank:]

@@ -45,7 +45,7 @@ class ACT(SparseAttention):
             raise InputError(f"keep {self.keep} is no share; give one above 0, at most 1")
 
     def run(self) -> "CalibratedRun":
-        """What computes attention in one block."""
+        """Returns the run that computes attention in one `with` block."""
         return CalibratedRun(self)
 
 

@@ -51,7 +51,9 @@ class AnchorAttention(BlockAttention):
         return Geometry(step * self.block, 1, step * self.block, self.block)
 
     def anchors(self, inputs: AttentionInputs) -> Tensor:
-        """The largest product of each row with the first block and with its group, (H, n)."""
+        """Returns each row's largest product with the first block or with
+        its group's own keys, (H, n).
+        """
         block, step = self.block, self.geometry(inputs).rows // self.block
         blocks = inputs.length // block
         groups = -(-blocks // step)
@@ -88,8 +90,10 @@ class AnchorAttention(BlockAttention):
         return near.flatten(0, 1) * inputs.scaling
 
     def scores(self, inputs: AttentionInputs) -> Tensor:
-        """How far the nearest mean product of a group is above its anchor, (R, groups, n); heads that
-        share a mask keep what any of them does.
+        """Returns by how much a group's mean query times each key before it exceeds
+        the group's anchor, (R, groups, n).
+
+        Heads that share a mask take the largest value of them.
         """
         geometry = self.geometry(inputs)
         step = geometry.rows // self.block

@@ -30,7 +30,7 @@ class AttentionRun(AttentionFunction, Protocol):
 
     @property
     def trace(self) -> SparseTrace:
-        """What was computed."""
+        """Returns what has been computed so far."""
 
 
 @dataclass(kw_only=True)
@@ -79,7 +79,9 @@ class SparseAttention(ABC):
 
     @contextmanager
     def __call__(self, model: Any) -> Iterator[SparseTrace]:
-        """Compute attention with this method inside a `with` block; gives what was computed."""
+        """Computes attention with this method inside a `with` block, which gives
+        the trace of what was computed.
+        """
         self.admit(model)
         run = self.run()
         with replaced_attention(model, run):
@@ -91,7 +93,7 @@ class SparseAttention(ABC):
 
     @abstractmethod
     def run(self) -> AttentionRun:
-        """What computes attention in one block."""
+        """Returns the run that computes attention in one `with` block."""
 
 
 @dataclass(kw_only=True)
@@ -135,23 +137,27 @@ class BlockAttention(SparseAttention):
             )
 
     def run(self) -> BlockRun:
-        """What computes attention in one block."""
+        """Returns the run that computes attention in one `with` block."""
         return BlockRun(self)
 
     def geometry(self, inputs: AttentionInputs) -> Geometry:
-        """The shapes of what is chosen."""
+        """Returns the shapes of query and key blocks that the method chooses from."""
         return Geometry(self.block, self.block, self.block, self.block)
 
     @abstractmethod
     def scores(self, inputs: AttentionInputs) -> Tensor:
-        """(R, query blocks, key blocks), of R = 1, G or H masks; higher is kept."""
+        """Scores each pair of blocks, (R, query blocks, key blocks), of R = 1,
+        G or H masks; higher is kept.
+        """
 
     def choose(self, inputs: AttentionInputs) -> Tensor:
-        """The authors' rule: what is kept, (R, query blocks, key blocks), of R = 1, G or H masks."""
+        """Returns what the authors' own rule keeps,
+        (R, query blocks, key blocks), of R = 1, G or H masks.
+        """
         raise NotImplementedError
 
     def at_density(self, inputs: AttentionInputs, blocks: float) -> Tensor:
-        """What is kept where each query block keeps the same share of the blocks before it.
+        """Returns a mask in which each query block keeps the same share of the blocks before it.
 
         Args:
             inputs: queries and keys.
@@ -160,7 +166,9 @@ class BlockAttention(SparseAttention):
         return top_blocks(self.scores(inputs), self.geometry(inputs), blocks)
 
     def select(self, inputs: AttentionInputs) -> KeptBlocks:
-        """What is computed for these queries and keys, beside what all methods compute."""
+        """Returns the blocks that are computed for these queries and keys,
+        beside what all methods compute.
+        """
         geometry, length = self.geometry(inputs), inputs.length
         if self.density is None:
             keep = self.choose(inputs)

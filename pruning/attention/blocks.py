@@ -34,7 +34,9 @@ class Geometry:
         return blocks * self.rows // self.local * self.local
 
     def candidates(self, length: int, device: torch.device | None = None) -> Tensor:
-        """Which key blocks each query block has before its local region, a mask of two axes."""
+        """Returns which key blocks lie before each query block's local
+        region, (query blocks, key blocks).
+        """
         keys = torch.arange(self.shape(length)[1], device=device) * self.columns
         return keys < self.starts(length, device)[:, None]
 
@@ -103,7 +105,7 @@ class KeptBlocks:
     geometry: Geometry
 
     def forced(self, length: int) -> "KeptBlocks":
-        """The mask with the first block of keys for all queries."""
+        """Returns the mask with the first blocks of keys added for all queries."""
         keep = self.keep.clone()
         keep[..., : self.geometry.sink] = True
         keep &= self.geometry.candidates(length, keep.device)
@@ -116,7 +118,8 @@ class KeptBlocks:
         return per_mask * self.geometry.columns + local_products(length, self.geometry.local)
 
     def coarse(self, length: int) -> "KeptBlocks":
-        """The mask on the grid of blocks: a block is kept where any of it is, or is in a local region.
+        """Returns the mask on the grid of blocks: a block is kept where any part of
+        it is, or is in a local region.
 
         Args:
             length: tokens of the prompt, whole blocks of them.

@@ -30,7 +30,10 @@ class DHSA(BlockAttention):
     reads_frames: ClassVar[bool] = True
 
     def chunks(self, inputs: AttentionInputs) -> Tensor:
-        """The number of each token's chunk, ascending from 0, (n,)."""
+        """Returns the number of each token's chunk, ascending from 0, (n,).
+
+        Chunks are images, frames, and parts of text of at most a block.
+        """
         index = torch.arange(inputs.length, device=inputs.key.device)
         frames = inputs.frames
         if frames is None:
@@ -45,8 +48,9 @@ class DHSA(BlockAttention):
         return number
 
     def scores(self, inputs: AttentionInputs) -> Tensor:
-        """What each query block pays the chunks in a key block, a mean over its tokens and all heads,
-        (1, blocks, blocks).
+        """Scores each key block by what a query block pays the chunks in it, (1, blocks, blocks).
+
+        The score is a mean over the block's tokens and all heads.
         """
         chunk = self.chunks(inputs)
         count, device = int(chunk[-1]) + 1, chunk.device

@@ -26,11 +26,11 @@ class ReadsInputs(Protocol):
 
     @property
     def reads_rotation(self) -> bool:
-        """Whether the method reads the cosines and sines of positions."""
+        """Returns whether the method reads the cosines and sines of positions."""
 
     @property
     def reads_frames(self) -> bool:
-        """Whether the method reads which image or frame tokens are of."""
+        """Returns whether the method reads which image or frame each token is of."""
 
 
 class ChoosesBlocks(ReadsInputs, Protocol):
@@ -43,7 +43,7 @@ class ChoosesBlocks(ReadsInputs, Protocol):
     executor: Executor
 
     def select(self, inputs: AttentionInputs) -> KeptBlocks:
-        """What is computed beside what all methods compute."""
+        """Returns the blocks that are computed beside what all methods compute."""
 
 
 @dataclass(frozen=True)
@@ -96,20 +96,20 @@ class MethodRun:
 
     @property
     def reads_rotation(self) -> bool:
-        """Whether the method reads the cosines and sines of positions."""
+        """Returns whether the method reads the cosines and sines of positions."""
         return self.method.reads_rotation
 
     @property
     def reads_frames(self) -> bool:
-        """Whether the method reads which image or frame tokens are of."""
+        """Returns whether the method reads which image or frame each token is of."""
         return self.method.reads_frames
 
     def left_dense(self, reason: str) -> None:
-        """Note that a call of more than one query went to SDPA, and why."""
+        """Notes that a call of more than one query went to SDPA, and why."""
         self.trace.dense[reason] += 1
 
     def decode(self, call: AttentionCall) -> Tensor | None:
-        """Attention of one new token: SDPA's."""
+        """Returns None: SDPA computes the attention of one new token."""
         return None
 
 

@@ -39,7 +39,7 @@ class HiP(BlockAttention):
         return Geometry(self.block // 2, max(1, self.block // 16), self.block, self.block)
 
     def scores(self, inputs: AttentionInputs) -> Tensor:
-        """Not used: what stays follows from the search."""
+        """Raises NotImplementedError: what is kept follows from the search."""
         raise NotImplementedError
 
     def choose(self, inputs: AttentionInputs) -> Tensor:
@@ -52,7 +52,7 @@ class HiP(BlockAttention):
         return self.found(inputs, counts)
 
     def found(self, inputs: AttentionInputs, counts: Tensor) -> Tensor:
-        """The units that the search finds, (R, query blocks, units).
+        """Returns the units that the search finds, a mask (R, query blocks, units).
 
         Args:
             inputs: queries and keys.

@@ -48,7 +48,7 @@ class AttentionInputs:
 
     @cached_property
     def grouped(self) -> Tensor:
-        """Queries by key head, (G, H / G, n, d)."""
+        """Returns the queries by key head, (G, H / G, n, d)."""
         grouped: Tensor = self.query.unflatten(0, (self.groups, -1))
         return grouped
 

@@ -23,11 +23,13 @@ class Local(BlockAttention):
     window: int = 512
 
     def scores(self, inputs: AttentionInputs) -> Tensor:
-        """Higher where keys are nearer, (1, query blocks, key blocks)."""
+        """Scores nearer keys higher, (1, query blocks, key blocks)."""
         return -self.distances(inputs)[None].float()
 
     def distances(self, inputs: AttentionInputs) -> Tensor:
-        """How many blocks each key block stands before each query block, negative behind it."""
+        """Returns how many blocks each key block is before each query block,
+        negative behind it; (query blocks, key blocks).
+        """
         query, key = self.geometry(inputs).shape(inputs.length)
         index = inputs.key.new_ones(max(query, key)).cumsum(0).long() - 1
         return index[:query, None] - index[:key]
@@ -36,11 +38,11 @@ class Local(BlockAttention):
         return self.distances(inputs)[None] < -(-self.window // self.block)
 
     def at_density(self, inputs: AttentionInputs, blocks: float) -> Tensor:
-        """The pattern without its window, and a window as wide as the density allows."""
+        """Returns the method's pattern, with a window as wide as the density allows."""
         return nearest_blocks(self.pattern(inputs, blocks), self.geometry(inputs), blocks)
 
     def pattern(self, inputs: AttentionInputs, blocks: float) -> Tensor:
-        """What is kept beside the window, (R, blocks, blocks).
+        """Returns what is kept beside the window, (R, blocks, blocks); here nothing.
 
         Args:
             inputs: queries and keys.

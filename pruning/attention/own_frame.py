@@ -33,7 +33,9 @@ class OwnFrame(Local):
     from_zero: ClassVar[frozenset[str]] = SparseAttention.from_zero | {"previous"}
 
     def pattern(self, inputs: AttentionInputs, blocks: float) -> Tensor:
-        """Blocks in which a frame reaches into those that a query block sees, (1, blocks, blocks)."""
+        """Returns the blocks that hold tokens of a query block's frames or of the
+        `previous` ones before, (1, blocks, blocks).
+        """
         distance = self.distances(inputs)[None]
         if inputs.frames is None:
             return distance < 0

@@ -23,7 +23,7 @@ class Pooled(BlockAttention):
     mass: float = 0.95
 
     def weights(self, inputs: AttentionInputs) -> Tensor:
-        """Estimated attention between blocks, (H, blocks, blocks)."""
+        """Returns the estimated attention between blocks, (H, blocks, blocks)."""
         query, key = inputs.block_means(self.block)
         scores = (query @ key[:, None].transpose(-1, -2) * inputs.scaling).flatten(0, 1)
         before = blocks_before(scores.shape[-1], scores.device)

@@ -26,7 +26,7 @@ class PowerAttention(Local):
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.03588"
 
     def pattern(self, inputs: AttentionInputs, blocks: float) -> Tensor:
-        """Distances with one bit, (1, blocks, blocks)."""
+        """Returns the blocks whose distance is a power of two, (1, blocks, blocks)."""
         distance = self.distances(inputs)[None]
         return (distance > 0) & (distance & (distance - 1) == 0)
 

@@ -55,8 +55,9 @@ class Prism(BlockAttention):
             )
 
     def split(self, inputs: AttentionInputs) -> list[Tensor]:
-        """The indices of each band in a head's width, without bands that are empty; one where positions are
-        not known.
+        """Returns the indices in a head's width of each band, without bands that are empty.
+
+        Where positions are not known there is one band.
         """
         width = inputs.key.shape[2]
         turns = inputs.rotary
@@ -79,7 +80,9 @@ class Prism(BlockAttention):
         return [band for band in bands if len(band)]
 
     def weights(self, inputs: AttentionInputs) -> Tensor:
-        """Estimated attention between blocks in each band, (bands, H, blocks, blocks)."""
+        """Returns the estimated attention between blocks in each
+        band, (bands, H, blocks, blocks).
+        """
         query, key = inputs.block_means(self.block)
         key = key[:, None]
         width, found = key.shape[-1], []
@@ -99,7 +102,7 @@ class Prism(BlockAttention):
         return torch.stack(found)
 
     def scores(self, inputs: AttentionInputs) -> Tensor:
-        """The larger one of both bands' estimates."""
+        """Scores blocks by the larger estimate of both bands, (R, blocks, blocks)."""
         return self.shared(self.weights(inputs).amax(0), inputs)
 
     def choose(self, inputs: AttentionInputs) -> Tensor:

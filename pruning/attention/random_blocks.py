@@ -17,7 +17,7 @@ class RandomBlocks(BlockAttention):
     """
 
     def scores(self, inputs: AttentionInputs) -> Tensor:
-        """Uniform numbers, (R, query blocks, key blocks)."""
+        """Scores blocks by uniform random numbers, (R, query blocks, key blocks)."""
         masks = inputs.heads if self.share == "head" else inputs.groups
         draw = torch.Generator().manual_seed(self.seed * 100_003 + inputs.layer)
         shape = self.geometry(inputs).shape(inputs.length)

@@ -46,11 +46,11 @@ class Recycled(SparseAttention):
             )
 
     def run(self) -> "RecycledRun":
-        """What computes attention in one block."""
+        """Returns the run that computes attention in one `with` block."""
         return RecycledRun(self)
 
     def count(self, keys: int) -> int:
-        """How many of so many keys a step reads."""
+        """Returns how many of `keys` keys a step reads."""
         return self.keep if self.density is None else ceil(self.density * keys)
 
 
@@ -91,7 +91,9 @@ class RecycledRun(MethodRun):
     )
 
     def prefill(self, call: AttentionCall) -> Tensor | None:
-        """Leave the prefill to SDPA, and choose keys by its last row; returns None."""
+        """Chooses keys by the last row of a prefill, and returns None
+        to leave the prefill to SDPA.
+        """
         if self.applies(call):
             last = call.query[:, :, -1:]
             if call.valid is not None:
@@ -104,7 +106,7 @@ class RecycledRun(MethodRun):
         return None
 
     def applies(self, call: AttentionCall) -> bool:
-        """Whether a layer's steps read part of the keys."""
+        """Returns whether a layer's decoding steps read a part of the keys."""
         method, keys = self.method, call.key.shape[2]
         return (
             call.cache is not None
@@ -114,7 +116,7 @@ class RecycledRun(MethodRun):
         )
 
     def chosen(self, call: AttentionCall, weights: Tensor) -> RecycledKeys:
-        """The keys that one row pays most.
+        """Returns copies of the keys and values that one row of attention weighs most.
 
         Args:
             call: whose keys they are.
@@ -171,8 +173,10 @@ class RecycledRun(MethodRun):
 
 
 def moved(last: Tensor, key: Tensor) -> bool:
-    """Whether beam search has moved a cache's rows: whether they end with other keys (B, G, d) than those
-    that were read last.
+    """Returns whether beam search has reordered a cache: whether its last keys
+    differ from those read last.
+
+    Both are (B, G, d).
     """
     return last.shape != key.shape or not torch.equal(last, key)
 

@@ -30,7 +30,7 @@ class S2Attention(Local):
     paper: ClassVar[str] = "https://arxiv.org/abs/2407.17678"
 
     def strided(self, inputs: AttentionInputs, stride: int) -> Tensor:
-        """The strided blocks, (G, blocks, blocks).
+        """Returns the strided blocks, other ones for each key head, (G, blocks, blocks).
 
         Args:
             inputs: queries and keys.
@@ -45,7 +45,7 @@ class S2Attention(Local):
         return chosen[:, None] & (distance >= 0)
 
     def pattern(self, inputs: AttentionInputs, blocks: float) -> Tensor:
-        """Strided blocks, as many as half of the budget allows, (G, blocks, blocks)."""
+        """Returns strided blocks, as many as half of the budget allows, (G, blocks, blocks)."""
         geometry = self.geometry(inputs)
         may = geometry.candidates(inputs.length)
         may[:, : geometry.sink] = False

@@ -55,7 +55,7 @@ class Sale(BlockAttention):
         return Geometry(self.block // 2, self.block // 4, self.block, self.block)
 
     def rounded(self, tensor: Tensor) -> Tensor:
-        """Numbers (..., d) rounded to so many bits, with a scale for each row."""
+        """Returns numbers (..., d) rounded to `bits` bits, with a scale for each row."""
         if not self.bits:
             return tensor
         levels = 2 ** (self.bits - 1) - 1
@@ -64,7 +64,7 @@ class Sale(BlockAttention):
         return rounded
 
     def near_sums(self, query: Tensor, key: Tensor, most: int) -> Tensor:
-        """The logarithm of each row's sum of exponentials over near keys, (G, H / G, n).
+        """Returns the logarithm of each row's sum of exponentials over near keys, (G, H / G, n).
 
         Args:
             query: (G, H / G, n, d), scaled.
@@ -98,8 +98,10 @@ class Sale(BlockAttention):
         return by_head
 
     def scores(self, inputs: AttentionInputs) -> Tensor:
-        """The logarithm of a block's largest product beside its row's near sum, (R, query blocks, key
-        blocks); heads that share a mask keep what any of them does.
+        """Scores a block by the logarithm of its largest product less its row's near sum,
+        (R, query blocks, key blocks).
+
+        Heads that share a mask take the largest value of them.
         """
         geometry = self.geometry(inputs)
         rows, columns = geometry.rows, geometry.columns
@@ -137,7 +139,7 @@ class Sale(BlockAttention):
         return found
 
     def choose(self, inputs: AttentionInputs) -> Tensor:
-        """What the threshold says, and each query block's window."""
+        """Returns the blocks whose score reaches the threshold, and each query block's window."""
         geometry = self.geometry(inputs)
         query, key = geometry.shape(inputs.length)
         index = torch.arange(max(query, key), device=inputs.key.device)

@@ -36,7 +36,7 @@ class XAttention(BlockAttention):
             raise InputError(f"stride {self.stride} does not divide blocks of {self.block} tokens")
 
     def weights(self, inputs: AttentionInputs) -> Tensor:
-        """Estimated attention between blocks, (H, blocks, blocks)."""
+        """Returns the estimated attention between blocks, (H, blocks, blocks)."""
         stride, per_block = self.stride, self.block // self.stride
         blocks = inputs.length // self.block
         # (G, H / G, squares, stride x d), queries from the last token of each square to its first
