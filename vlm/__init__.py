@@ -11,7 +11,7 @@ __all__ = ["InputError", "PrunedVLM"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch only when the wrapper is asked for."""
+    """Imports torch only when the wrapper is asked for, and returns it."""
     if name == "PrunedVLM":
         from vlm_prune.pruning.pipeline import PrunedVLM
 

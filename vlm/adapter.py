@@ -44,13 +44,13 @@ class Options(msgspec.Struct, kw_only=True):
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a name is the folder of an adapter and not of a model."""
+    """Returns whether a name is the folder of an adapter and not of a model."""
     folder = Path(name)
     return bool(name) and (folder / CONFIG).is_file() and not (folder / "config.json").exists()
 
 
 def base_of(name: str) -> str:
-    """Return the model that an adapter's folder says it is for.
+    """Returns the model that an adapter's folder says it is for.
 
     Raises:
         InputError: if it says nothing.
@@ -62,10 +62,11 @@ def base_of(name: str) -> str:
 
 
 def read_options(folder: Path) -> dict[str, Any]:
-    """Return the options of an adapter for `peft.LoraConfig`.
+    """Returns the options of an adapter for `peft.LoraConfig`.
 
     Raises:
-        InputError: if the adapter is no LoRA, or has an option of another kind or one that is unknown.
+        InputError: if the adapter is no LoRA, or has an option of another kind or one that is
+            unknown.
     """
     given = read_object(folder / CONFIG)
     if given.get("peft_type") != "LORA":
@@ -86,7 +87,7 @@ def read_options(folder: Path) -> dict[str, Any]:
 
 
 def read_lora(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of an adapter for `peft.LoraConfig` and its tensors by name.
+    """Returns the options of an adapter for `peft.LoraConfig` and its tensors by name.
 
     Raises:
         InputError: if there is no such adapter, or it is damaged or no LoRA.
@@ -106,7 +107,8 @@ def read_lora(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def add_adapter(model: Any, name: str) -> Any:
-    """Put a LoRA into the modules of a model, in place; its class stays. Returns peft's wrapper.
+    """Puts a LoRA into the modules of a model, in place, and returns peft's
+    wrapper; the model's class stays.
 
     Args:
         model: a loaded model, quantized or not.

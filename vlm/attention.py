@@ -16,7 +16,9 @@ SPARSE = "vlm_prune_sparse"
 
 
 def encoder_query_key(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys (M, H, N, d) of a CLIP or SigLIP encoder layer given its input (M, N, D)."""
+    """Returns queries and keys (M, H, N, d) of a CLIP or SigLIP encoder
+    layer given its input (M, N, D).
+    """
     attention, normed = layer.self_attn, layer.layer_norm1(hidden)
     query, key = attention.q_proj(normed), attention.k_proj(normed)
     return in_heads(query, attention.head_dim), in_heads(key, attention.head_dim)
@@ -41,13 +43,14 @@ def scored_query_key(
 
 
 def in_heads(values: Tensor, width: int) -> Tensor:
-    """(M, N, H d) -> (M, H, N, d), for heads of that width d."""
+    """Splits values into heads of width d, (M, N, H d) -> (M, H, N, d)."""
     heads: Tensor = values.unflatten(-1, (-1, width))
     return heads.transpose(1, 2)
 
 
 def decoder_keys(layer: Any, hidden: Tensor) -> Tensor:
-    """Keys of a Llama-style layer before its norm of keys, if any, and rotation, heads side by side.
+    """Returns a Llama-style layer's keys before their norm, if any, and before
+    rotation, heads side by side.
 
     Shapes: (B, L, D) -> (B, L, d).
     """
@@ -108,7 +111,7 @@ def expanded_mask(valid: Tensor) -> Tensor:
 
 
 def mask_kind(config: Any, number: int) -> str:
-    """The kind of attention of decoder layer `number`: full, or within a sliding window."""
+    """Returns the kind of attention of decoder layer `number`: full, or within a sliding window."""
     kinds = getattr(config, "layer_types", None)
     if kinds:
         return str(kinds[number])

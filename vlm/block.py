@@ -43,7 +43,7 @@ FORWARD, CALL = "vlm_prune_forward", "vlm_prune_call"
 
 
 def keeps_positions(family: Family, positions: Positions) -> bool:
-    """Whether kept tokens keep the positions that they had in the full prompt.
+    """Returns whether kept tokens keep the positions that they had in the full prompt.
 
     Raises:
         InputError: when the family's positions cannot be renumbered.
@@ -110,7 +110,7 @@ class Block:
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        """Keep the hooks on the model, and its way of encoding images replaced, while open."""
+        """Keeps the hooks on the model, and its way of encoding images replaced, while open."""
         family = self.family
         model, multimodal, decoder = family.model, family.multimodal, family.decoder
         handles = [
@@ -142,7 +142,7 @@ class Block:
                         setattr(multimodal, encoder.name, previous[encoder.name])
 
     def close(self) -> None:
-        """Let no forward enter, and wait for those of other threads."""
+        """Lets no forward enter, and waits for those of other threads."""
         me = threading.get_ident()
         with self.changed:
             self.open = False
@@ -153,7 +153,7 @@ class Block:
     def before_model(
         self, model: Any, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
-        """Note what the whole model is asked for.
+        """Notes the arguments of the whole model's forward, and lets it enter.
 
         Args:
             model: the whole model.
@@ -176,7 +176,7 @@ class Block:
     def before_merge(
         self, module: Any, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
-        """Encode images and videos and choose among their tokens, where there are some.
+        """Encodes images and videos and chooses among their tokens, where there are some.
 
         Args:
             module: that puts image features into the prompt.
@@ -240,7 +240,7 @@ class Block:
             raise InputError(COMPILED)
 
     def encode(self, module: Any, kind: Kind, kwargs: dict[str, Any]) -> Any:
-        """Run tower and projector, as `generate` does before it calls the model.
+        """Runs tower and projector, as `generate` does before it calls the model.
 
         Args:
             module: that puts features into the prompt.
@@ -253,7 +253,7 @@ class Block:
         return encoder(**given, return_dict=True)
 
     def forward(self, kwargs: dict[str, Any], call: Call, sources: dict[Kind, Any]) -> Forward:
-        """Where the tokens of a forward are and what is kept of its images and videos.
+        """Returns where the tokens of a forward are and what is kept of its images and videos.
 
         Args:
             kwargs: of the module that puts features into the prompt.
@@ -329,7 +329,8 @@ class Block:
         return forward
 
     def input_ids(self, kwargs: dict[str, Any]) -> Tensor:
-        """Token ids on the host; where embeddings are given, zeros but for images and videos.
+        """Returns token ids on the host; where embeddings are given,
+        zeros but for images and videos.
 
         Raises:
             InputError: when nothing tells where images are.
@@ -363,7 +364,7 @@ class Block:
         return drafts
 
     def after_merge(self, module: Any, args: Any, output: Any) -> None:
-        """Note that the thread's forward is over, or failed.
+        """Notes that the thread's forward is over, or failed.
 
         Args:
             module: that puts image features into the prompt.
@@ -379,7 +380,7 @@ class Block:
     def before_decoder(
         self, module: Any, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
-        """Cut at the decoder's input.
+        """Cuts at the decoder's input.
 
         Args:
             module: the decoder.
@@ -394,7 +395,7 @@ class Block:
     def before_layer(
         self, number: int, layer: Any, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
-        """Cut before a layer, and give it what its tokens need.
+        """Cuts before a layer, and gives it what its tokens need.
 
         Args:
             number: of the layer, from 0.
@@ -410,7 +411,7 @@ class Block:
         return self.layers.before_layer(forward, number, layer, args, kwargs)
 
     def after_decoder(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        """Note what the cache holds now, shorten labels, and say what was kept.
+        """Notes what the cache holds now, shortens labels, and says what was kept.
 
         Args:
             module: the decoder.
@@ -447,7 +448,12 @@ class Block:
             self.note(forward, len(module.layers))
 
     def note(self, forward: Forward, layers: int) -> None:
-        """Say in the trace what a prefill kept."""
+        """Writes into the trace what a prefill kept.
+
+        Args:
+            forward: the prefill.
+            layers: of the decoder.
+        """
         trace, first = self.trace, forward.active[-1].layout
         trace.available = forward.available
         trace.entered = [] if forward.kept is None else first.indices()
@@ -548,7 +554,7 @@ def pruned(
     before: BeforeModel | None = None,
     inside: InsideModel | None = None,
 ) -> Iterator[Trace]:
-    """Prune every `generate` and forward of `model` while the block is open.
+    """Prunes every `generate` and forward of `model` while the block is open.
 
     `generate`, its stopping rules, streamers and caches see the full prompt. Logits and hidden
     states of a direct forward have the length of what is kept; labels are shortened with it.

@@ -10,7 +10,8 @@ EACH_FRAME = re.compile(r"([0-9]{1,12})/frame")
 
 
 def per_frame(budget: Budget) -> int | None:
-    """Tokens of each frame where the budget is a text such as `8/frame`; None for other budgets.
+    """Returns the tokens of each frame where the budget is a text such as
+    `8/frame`; None for other budgets.
 
     Raises:
         InputError: if it is another text.
@@ -27,8 +28,10 @@ def per_frame(budget: Budget) -> int | None:
 
 
 def tokens_for(budget: Budget, available: int, frames: int = 0) -> int:
-    """Tokens that a budget means for an image or a video, at most all: a count, a fraction in
-    (0, 1], or `8/frame` for so many of each frame, which of an image means as many in all.
+    """Returns how many tokens a budget means for an image or a video, at most all of them.
+
+    A budget is a count, a fraction in (0, 1], or `8/frame` for so many of each frame, which of an
+    image means as many in all.
 
     Args:
         budget: what is given.
@@ -55,7 +58,7 @@ def tokens_for(budget: Budget, available: int, frames: int = 0) -> int:
 
 
 def widened(budget: Budget, factor: float) -> Budget:
-    """A multiple of a budget; of shares at most 1."""
+    """Returns a multiple of a budget; shares grow to 1 at most."""
     each = per_frame(budget)
     if each is not None:
         return f"{round(factor * each)}/frame"
@@ -85,7 +88,7 @@ def check_budget(budget: Budget) -> None:
 
 
 def parse_budget(text: str) -> Budget:
-    """`64` is a count, `0.11` a fraction, `8/frame` a count for each frame of a video.
+    """Reads a budget: `64` is a count, `0.11` a fraction, `8/frame` a count for each frame of a video.
 
     Raises:
         InputError: if it is none of these or out of range.
@@ -102,5 +105,7 @@ def parse_budget(text: str) -> Budget:
 
 
 def even_shares(total: int, parts: int) -> list[int]:
-    """A whole number split evenly, larger shares spread over the parts: 5 over 3 are 1, 2 and 2."""
+    """Splits a whole number evenly, with larger shares spread over the
+    parts: 5 over 3 are 1, 2 and 2.
+    """
     return [total * (part + 1) // parts - total * part // parts for part in range(parts)]

@@ -25,7 +25,9 @@ CACHE = next(name for name in NAMES if name in signature(create_causal_mask).par
 
 
 def cache_of(kwargs: Mapping[str, Any]) -> Cache | None:
-    """The cache among a forward's keyword arguments, under either name; None if there is none."""
+    """Returns the cache among a forward's keyword arguments, under either
+    name; None if there is none.
+    """
     return next((kwargs[name] for name in NAMES if kwargs.get(name) is not None), None)
 
 
@@ -54,13 +56,15 @@ class CachedTokens:
 
     @classmethod
     def whole(cls, valid: Tensor) -> Self:
-        """Of a prompt of which nothing was dropped, given which of its tokens are no padding."""
+        """Returns the tokens of a prompt of which nothing was dropped; `valid`
+        (B, L) is false for padding.
+        """
         column = torch.arange(valid.shape[1]).expand(len(valid), -1)
         nothing = torch.zeros_like(column)
         return cls(valid, column, nothing, torch.zeros(len(valid), 1, dtype=torch.long))
 
     def rows(self, index: Tensor) -> Self:
-        """Those of the rows at `index`."""
+        """Returns the tokens of the rows at `index`."""
         return replace(
             self,
             valid=self.valid[index],
@@ -71,8 +75,9 @@ class CachedTokens:
         )
 
     def crop(self, length: int) -> tuple[Self, int]:
-        """Those of the first `length` columns of the full prompt, and how many columns that takes
-        from the layers.
+        """Crops to the first `length` columns of the full prompt.
+
+        Returns what is left, and how many columns the layers lose.
 
         Raises:
             InputError: when rows would lose different numbers of columns.
@@ -112,16 +117,16 @@ class CachedPrompt:
     open: bool = field(default=False, compare=False)
 
     def of(self, number: int) -> CachedTokens:
-        """The tokens that layer `number` holds."""
+        """Returns the tokens that layer `number` holds."""
         return self.layers[max(first for first in self.layers if first <= number)]
 
     @property
     def batch(self) -> int:
-        """Rows of the prompt."""
+        """Returns the number of rows of the prompt."""
         return len(self.layers[0].valid)
 
     def select(self, index: Tensor) -> None:
-        """Keep the rows at `index`, on the host."""
+        """Keeps the rows at `index`, on the host."""
         self.layers = {first: tokens.rows(index) for first, tokens in self.layers.items()}
         if self.deltas is not None:
             self.deltas = self.deltas[index.to(self.deltas.device)]
@@ -133,22 +138,26 @@ class PrunedCache(Cache):  # type: ignore[misc]
     prompt: CachedPrompt
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens of the full prompt and what followed."""
+        """Returns the length of the full prompt and of what followed."""
         length = int(super().get_seq_length(layer_idx))
         return length + self.prompt.of(self._counted(layer_idx)).missing
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """How many keys a layer has, and how many stood in front of them."""
+        """Returns how many keys a layer has, and how many tokens of the full prompt
+        are missing in front of them.
+        """
         length, offset = super().get_mask_sizes(query_length, layer_idx)
         return length, offset + self.prompt.of(self._counted(layer_idx)).missing
 
     def _counted(self, layer_idx: int) -> int:
-        """The layer whose keys transformers counts: for one without keys the first that has some."""
+        """Returns the layer whose keys transformers counts: for one without
+        keys the next that has some.
+        """
         later = range(layer_idx, len(self.layers))
         return next((n for n in later if isinstance(self.layers[n], CacheLayerMixin)), layer_idx)
 
     def update(self, key_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append to a layer, inside a pruning block.
+        """Appends to a layer, inside a pruning block.
 
         Args:
             key_states: new keys, (B, G, n, d).
@@ -162,7 +171,9 @@ class PrunedCache(Cache):  # type: ignore[misc]
         return cast(tuple[Tensor, Tensor], super().update(key_states, *args, **kwargs))
 
     def get_conv_state(self, *args: Any, **kwargs: Any) -> Any:
-        """What a layer of linear attention remembers of the last tokens; as for `update`."""
+        """Returns what a layer of linear attention remembers of the last
+        tokens; raises as `update` does.
+        """
         self._check_open()
         return super().get_conv_state(*args, **kwargs)
 
@@ -174,7 +185,7 @@ class PrunedCache(Cache):  # type: ignore[misc]
             )
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens; a positive number is the length that stays, as it once was."""
+        """Removes the last tokens; a positive number is the length that stays, as it once was."""
         length = self.prompt.length
         left = length + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
         left = min(left, length)
@@ -187,22 +198,22 @@ class PrunedCache(Cache):  # type: ignore[misc]
         self.prompt.length = left
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder rows, as beam search does."""
+        """Reorders rows, as beam search does."""
         super().reorder_cache(beam_idx)
         self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row."""
+        """Repeats each row."""
         super().batch_repeat_interleave(repeats)
         self.prompt.select(torch.arange(self.prompt.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
+        """Keeps some rows."""
         super().batch_select_indices(indices)
         self._select(indices)
 
     def reset(self) -> None:
-        """Forget the prompt."""
+        """Empties the cache, and forgets the prompt."""
         super().reset()
         self.__class__ = type(self).__mro__[2]
         del self.prompt
@@ -216,12 +227,12 @@ _KINDS: dict[Any, Any] = {}
 
 
 def prompt_in(cache: Any) -> CachedPrompt | None:
-    """The pruned prompt that a cache holds, if it does."""
+    """Returns the pruned prompt that a cache holds; None where it holds none."""
     return cache.prompt if isinstance(cache, PrunedCache) else None
 
 
 def hold(cache: Cache, prompt: CachedPrompt) -> None:
-    """Let a cache say what it holds of a pruned prompt."""
+    """Turns a cache, in place, into one that says what it holds of a pruned prompt."""
     if not isinstance(cache, PrunedCache):
         kind = type(cache)
         if kind not in _KINDS:

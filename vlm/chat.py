@@ -37,7 +37,7 @@ class SpecialTokens:
     pattern: re.Pattern[str]
 
     def hide(self, text: str) -> str:
-        """Return the text with a private character in place of every special token.
+        """Returns the text with a private character in place of every special token.
 
         Raises:
             InputError: if it is no Unicode text.
@@ -57,7 +57,7 @@ _widened: WeakKeyDictionary[Any, tuple[Any, dict[int, list[int]]]] = WeakKeyDict
 
 
 def special_tokens(processor: Any) -> SpecialTokens:
-    """Return the special tokens of a processor or a tokenizer."""
+    """Returns the special tokens of a processor or a tokenizer."""
     if processor not in _special:
         tokenizer = getattr(processor, "tokenizer", processor)
         added = list(tokenizer.added_tokens_decoder.values())
@@ -73,7 +73,8 @@ def special_tokens(processor: Any) -> SpecialTokens:
 
 
 def render(processor: Any, messages: Messages, **options: Any) -> str:
-    """Return a conversation as its chat template writes it, special tokens in people's text hidden.
+    """Returns a conversation as its chat template writes it, special
+    tokens in people's text hidden.
 
     Only `encode_text` and `encode_prompts` read such a string.
 
@@ -107,7 +108,7 @@ def render(processor: Any, messages: Messages, **options: Any) -> str:
 
 
 def encode_text(processor: Any, text: str) -> list[int]:
-    """Return the tokens of a piece of a rendered conversation, or of a text that was hidden."""
+    """Returns the tokens of a piece of a rendered conversation, or of a text that was hidden."""
     tokenizer = getattr(processor, "tokenizer", processor)
     if not STAND_INS.search(text):
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -125,8 +126,8 @@ def encode_prompts(
     videos: Sequence[VideoClip] = (),
     **options: Any,
 ) -> Any:
-    """Return what a processor makes of rendered conversations, their images and videos, on the
-    model's device.
+    """Returns what a processor makes of rendered conversations, their images and
+    videos, on the model's device.
 
     Args:
         model: of a supported family.
@@ -170,7 +171,7 @@ def encode_prompts(
 
 
 def check_videos(family: Family, processor: Any, videos: Sequence[VideoClip]) -> None:
-    """Refuse videos that a model cannot take.
+    """Refuses videos that a model cannot take.
 
     Args:
         family: the model's adapter.
@@ -201,7 +202,9 @@ def check_videos(family: Family, processor: Any, videos: Sequence[VideoClip]) ->
 
 
 def _wide(processor: Any) -> tuple[Any, dict[int, list[int]]]:
-    """A copy of the tokenizer that knows the private characters, and what their tokens become."""
+    """Returns a copy of the tokenizer that knows the private characters,
+    and what their tokens become.
+    """
     if processor not in _widened:
         from transformers import AddedToken
 
@@ -224,7 +227,9 @@ def _wide(processor: Any) -> tuple[Any, dict[int, list[int]]]:
 
 
 def _after_newline(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text behind a line's end; at the start of a text some add a space."""
+    """Returns the tokens of a text behind a line's end; at the start of a text
+    some tokenizers add a space.
+    """
     options = {"add_special_tokens": False, "split_special_tokens": True}
     end = tokenizer("\n", **options)["input_ids"]
     ids: list[int] = tokenizer(f"\n{text}", **options)["input_ids"]
@@ -232,7 +237,14 @@ def _after_newline(tokenizer: Any, text: str) -> list[int]:
 
 
 def _replace(inputs: Any, plain: dict[int, list[int]], left: bool, pad: int) -> None:
-    """Put tokens of plain characters in place of private ones, in every (B, L) tensor alike."""
+    """Puts tokens of plain characters in place of private ones, in every (B, L) tensor alike.
+
+    Args:
+        inputs: of the processor, changed in place.
+        plain: by the token of a private character the tokens that replace it.
+        left: whether rows are padded on the left.
+        pad: the token that pads.
+    """
     ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
     rows = [row_ids[valid].tolist() for row_ids, valid in zip(ids, mask, strict=True)]
     counts = [torch.tensor([len(plain.get(token, [token])) for token in row]) for row in rows]

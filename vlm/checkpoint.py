@@ -96,7 +96,8 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def locate(name: str, embedded: Mapping[str, Path], weights: bool = True) -> Path:
-    """Return the folder of a checkpoint: an embedded one, a folder, or what the Hub has of that name.
+    """Returns the folder of a checkpoint: an embedded one, a folder, or
+    what the Hub has of that name.
 
     Only known files are downloaded, and only for a name of the form `owner/model`.
 
@@ -128,7 +129,7 @@ def locate(name: str, embedded: Mapping[str, Path], weights: bool = True) -> Pat
 
 
 def locate_files(name: str | Path, files: list[str]) -> Path:
-    """Return the folder with some files that lie beside a model, such as an adapter's.
+    """Returns the folder with some files that lie beside a model, such as an adapter's.
 
     Args:
         name: a folder, or a name of the form `owner/model` on the Hub.
@@ -148,14 +149,16 @@ def locate_files(name: str | Path, files: list[str]) -> Path:
 
 
 def _names(folder: Path) -> list[str]:
-    """Folders in a folder that hold a checkpoint."""
+    """Returns the names of the folders in a folder that hold a checkpoint."""
     if not folder.is_dir():
         return []
     return [path.name for path in folder.iterdir() if (path / CONFIG).is_file()]
 
 
 def _cached(name: str) -> bool:
-    """Whether the local cache has a model of a name without owner, as old models of the Hub have."""
+    """Returns whether the local cache has a model of a name without owner,
+    as old models of the Hub have.
+    """
     from huggingface_hub import try_to_load_from_cache
 
     return re.fullmatch(r"[\w.-]+", name) is not None and isinstance(
@@ -183,14 +186,15 @@ def _download(name: str, weights: bool) -> Path:
 
 
 def view_of(folder: Path, weights: bool = True) -> Path:
-    """Return a new folder with what loaders may see of a checkpoint; it goes when the program ends.
+    """Makes a new folder with what loaders may see of a checkpoint; it goes when the program ends.
 
     Args:
         folder: the checkpoint.
         weights: whether the view shall have the weights, too.
 
     Raises:
-        InputError: if a file is damaged, names a class of another kind, or weights are missing or no
+        InputError: if a file is damaged, names a class of another kind, or weights are missing or
+            no
             safetensors.
     """
     if not (folder / CONFIG).is_file():
@@ -203,7 +207,7 @@ def view_of(folder: Path, weights: bool = True) -> Path:
 
 
 def make_view(folder: Path, settings: Iterable[str], files: Iterable[str]) -> Path:
-    """Return a new folder with some files of another one; it goes when the program ends.
+    """Makes a new folder with some files of another one; it goes when the program ends.
 
     Args:
         folder: where the files are; those that are not there are left out.
@@ -230,7 +234,7 @@ def make_view(folder: Path, settings: Iterable[str], files: Iterable[str]) -> Pa
 
 
 def without_hidden(settings: Any) -> Any:
-    """Return settings without the keys that no loader gets to see."""
+    """Returns settings without the keys that no loader gets to see."""
     if isinstance(settings, dict):
         return {k: without_hidden(v) for k, v in settings.items() if k not in HIDDEN}
     if isinstance(settings, list):
@@ -251,7 +255,7 @@ def _check_classes(settings: Any, path: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Return the names of the safetensors files that hold a checkpoint's weights.
+    """Returns the names of the safetensors files that hold a checkpoint's weights.
 
     Raises:
         InputError: if there are none, one is missing, or the weights are a pickle.
@@ -272,7 +276,11 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor to file; files lie beside the index."""
+    """Returns the file of each tensor; files lie beside the index.
+
+    Raises:
+        InputError: if the index has no such map, or names other files.
+    """
     found = read_object(index).get("weight_map")
     if not isinstance(found, dict) or not found:
         raise InputError(f"{index} has no weight_map")
@@ -283,7 +291,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def read_config(view: Path) -> Any:
-    """Return the configuration of a checkpoint, given its view.
+    """Returns the configuration of a checkpoint, given its view.
 
     Raises:
         InputError: if a part of the model is timm's, which can load files of other checkpoints.
@@ -307,7 +315,7 @@ def _parts(config: Any) -> Iterator[Any]:
 
 
 def load_weights(kind: Any, view: Path, config: Any, **options: Any) -> Any:
-    """Return the model of a configuration with the weights of a view.
+    """Returns the model of a configuration with the weights of a view.
 
     Args:
         kind: a class with `from_pretrained`.
@@ -339,7 +347,7 @@ def load_weights(kind: Any, view: Path, config: Any, **options: Any) -> Any:
 
 
 def check_report(missing: Any, unexpected: Any, mismatched: Any = ()) -> None:
-    """Refuse weights that are not those of a configuration.
+    """Refuses weights that are not those of a configuration.
 
     Args:
         missing: names that the configuration asks for.
@@ -364,7 +372,7 @@ def check_report(missing: Any, unexpected: Any, mismatched: Any = ()) -> None:
 
 
 def check_finite(tensors: Mapping[str, Any]) -> None:
-    """Refuse weights that are no numbers; quantized and offloaded ones are left alone.
+    """Refuses weights that are no numbers; quantized and offloaded ones are left alone.
 
     Raises:
         InputError: with the name of the first.
@@ -383,7 +391,14 @@ def check_finite(tensors: Mapping[str, Any]) -> None:
 
 
 def _check_size(kind: Any, view: Path, config: Any) -> None:
-    """Refuse a configuration of a far larger model than the weights', before memory is taken for it."""
+    """Refuses a configuration of a far larger model than the weights',
+    before memory is taken for it.
+
+    Args:
+        kind: class of the model.
+        view: folder with the weights.
+        config: that is checked.
+    """
     import torch
     from safetensors import safe_open
 
@@ -415,7 +430,7 @@ def _check_size(kind: Any, view: Path, config: Any) -> None:
 
 
 def check_pixels(**numbers: Any) -> None:
-    """Refuse what pixels are normalized with if it cannot be used.
+    """Refuses what pixels are normalized with if it cannot be used.
 
     Args:
         numbers: by name, a number, a sequence of them, or None.

@@ -12,7 +12,7 @@ def prefill_flops(
     image_per_layer: list[float],
     densities: Sequence[float] | None = None,
 ) -> float:
-    """Matrix-product FLOPs of one prefill of a Llama-style decoder with one logit row.
+    """Returns the matrix-product FLOPs of one prefill of a Llama-style decoder with one logit row.
 
     Without `densities` all products of queries and keys are counted, masked ones too, as profilers
     count them. A kernel that is causal computes half of them: where sparse attention is compared
@@ -47,7 +47,7 @@ def prefill_flops(
 
 
 def own_layers(config: Any, layers: int) -> int:
-    """How many of a decoder's layers, the first ones, have keys and values of their own."""
+    """Returns how many of a decoder's layers, the first ones, have keys and values of their own."""
     return layers - (getattr(config, "num_kv_shared_layers", None) or 0)
 
 
@@ -60,7 +60,9 @@ def widths_of(config: Any, number: int) -> tuple[int, int]:
 
 
 def kinds_of(config: Any, layers: int) -> list[str]:
-    """The kind of attention of each of a decoder's layers, as far as its config tells them apart."""
+    """Returns the kind of attention of each of a decoder's layers, as far as
+    its config tells them apart.
+    """
     return list(getattr(config, "layer_types", None) or [""] * layers)
 
 
@@ -98,7 +100,7 @@ def feed_forward_weights(config: Any, number: int) -> int:
 def tower_flops(
     width: int, patches: int, embedding: int, layers: Sequence[tuple[int, Sequence[int]]]
 ) -> float:
-    """Matrix-product FLOPs of a vision tower on one image.
+    """Returns the matrix-product FLOPs of a vision tower on one image.
 
     Args:
         width: of its hidden states.

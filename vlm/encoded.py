@@ -36,18 +36,22 @@ class Group:
 
     @property
     def size(self) -> int:
-        """N."""
+        """Returns N, the tokens of an image."""
         return self.tokens.projected.shape[1]
 
     @property
     def grid(self) -> tuple[int, int] | None:
-        """The one grid that all placeholders of an image are, None where there are others."""
+        """Returns the grid that an image's placeholders fill in reading order; None
+        where they are more than one grid.
+        """
         (rows, columns), *others = self.tokens.grids
         alone = not others and rows * columns == self.tokens.available
         return (rows, columns) if alone else None
 
     def placeholders(self, indices: Tensor) -> Tensor:
-        """Indices among the placeholders of tokens; all N bring the newlines with them."""
+        """Returns indices among the placeholders, given those of tokens; all N
+        bring the newlines with them.
+        """
         if self.indices is None:
             return indices
         if len(indices) == self.size:
@@ -55,7 +59,7 @@ class Group:
         return self.indices[indices]
 
     def filled(self, image: int, features: Tensor) -> Tensor:
-        """All placeholders' features, given those (N, d_l) of one member's tokens."""
+        """Returns all placeholders' features, given those (N, d_l) of one member's tokens."""
         if self.indices is None or self.newlines is None:
             return features
         whole = features.new_empty(self.tokens.available, features.shape[1])
@@ -65,7 +69,7 @@ class Group:
         return whole
 
     def alone(self, image: int, visible: Tensor) -> "Group":
-        """One member without its masked placeholders, given which are `visible`, (n,).
+        """Returns one member without its masked placeholders, given which are `visible`, (n,).
 
         Where some are masked the others no longer fill a grid: to methods they are one row.
         """
@@ -106,7 +110,7 @@ class Images:
     inputs: dict[str, Tensor] = field(default_factory=dict)
 
     def followed_by(self, videos: Self) -> Self:
-        """These images and then those videos, as one."""
+        """Returns these images and then those videos, as one."""
         first = sum(len(group.members) for group in self.groups)
         later = [
             replace(g, members=[first + member for member in g.members]) for g in videos.groups
@@ -115,39 +119,42 @@ class Images:
 
     @property
     def frames(self) -> list[int]:
-        """Frames of each video, 0 for images."""
+        """Returns the number of frames of each video, 0 for images."""
         return self._in_order([[g.tokens.frames] * len(g.members) for g in self.groups])
 
     @property
     def counts(self) -> list[int]:
-        """Placeholders of each image."""
+        """Returns the number of placeholders of each image."""
         return self._in_order([[g.tokens.available] * len(g.members) for g in self.groups])
 
     @property
     def grids(self) -> list[tuple[int, int] | None]:
-        """Rows and columns of each image whose placeholders are one grid over it in reading order."""
+        """Returns rows and columns of each image whose placeholders are one grid
+        over it in reading order, else None.
+        """
         return self._in_order([[g.grid] * len(g.members) for g in self.groups])
 
     @property
     def flops(self) -> list[float]:
-        """Matrix-product FLOPs of the tower for each image."""
+        """Returns the matrix-product FLOPs of the tower for each image."""
         return self._in_order([[g.flops] * len(g.members) for g in self.groups])
 
     @property
     def projected(self) -> list[Tensor]:
-        """Features of each image as the unpruned model gets them, (n_i, d_l)."""
+        """Returns the features of each image as the unpruned model gets them, (n_i, d_l)."""
         return self._in_order(
             [[g.filled(i, rows) for i, rows in enumerate(g.tokens.projected)] for g in self.groups]
         )
 
     @property
     def deepstack(self) -> list[list[Tensor]]:
-        """For each layer the features added to each image's tokens."""
+        """Returns for each layer the features added to each image's tokens."""
         layers = zip(*(group.deepstack for group in self.groups), strict=True)
         return [self._in_order([list(part) for part in layer]) for layer in layers]
 
     def visible(self, masks: Sequence[Tensor]) -> list[Group]:
-        """Groups of the images without masked placeholders; images that are masked are left out.
+        """Returns groups of the images without masked placeholders; images that
+        are wholly masked are left out.
 
         `masks` (n_i,) says of each image which of its placeholders are not masked.
         """

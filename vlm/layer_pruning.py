@@ -62,10 +62,12 @@ class Reducer(Protocol):
     chooses_queries: ClassVar[bool]
 
     def query_mask(self, tokens: DecoderTokens) -> Tensor:
-        """Question mask (M, T): tokens to read attention from, given the first layer's input."""
+        """Returns the query mask (M, T): which tokens' attention is read,
+        given the first layer's input.
+        """
 
     def reduce(self, tokens: DecoderTokens, keep: int) -> Kept:
-        """Keep `keep` tokens of each image."""
+        """Keeps `keep` tokens of each image."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,13 @@ class PerToken(Protocol):
     """An argument of decoder layers that holds something for every token so far."""
 
     def select_tokens(self, columns: Tensor, valid: Tensor, positions: Tensor) -> Self:
-        """The part that layers after a cut get: tokens `columns`, all shapes (B, L')."""
+        """Returns the part that layers after a cut get: tokens `columns`, all shapes (B, L').
+
+        Args:
+            columns: of the full input that are kept.
+            valid: which of them are no padding.
+            positions: of the kept tokens.
+        """
 
 
 @dataclass
@@ -121,7 +129,7 @@ class Segment:
     biased: dict[tuple[str, bool], Tensor] = field(default_factory=dict)
 
     def mask(self, device: torch.device, explicit: bool = False) -> Tensor | None:
-        """The 2D attention mask of these layers' keys, None where none is padding."""
+        """Returns the 2D attention mask of these layers' keys, None where none is padding."""
         if not explicit and bool(self.cached.valid.all()):
             return None
         # columns that the cache counts but does not hold are masked
@@ -129,7 +137,9 @@ class Segment:
         return torch.cat([front, self.cached.valid], 1).to(device)
 
     def blocks(self, blocks: Tensor, device: torch.device) -> Tensor:
-        """The block of each of these layers' keys, -1 for text, given those of the full input."""
+        """Returns the block of each of these layers' keys, -1 for text,
+        given those of the full input.
+        """
         # blocks of this forward's tokens, behind those of the cache, which are none
         current = torch.where(self.layout.valid, blocks.gather(1, self.layout.column), -1)
         past = self.front + self.cached.valid.shape[1] - current.shape[1]
@@ -253,7 +263,7 @@ class LayerPruning:
     both_ways: tuple[str, ...] = ()
 
     def before_decoder(self, forward: Forward, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The decoder's arguments after the cut at its input, if there is one."""
+        """Returns the decoder's arguments after the cut at its input, if there is one."""
         hidden, layout = kwargs["inputs_embeds"], forward.layout
         positions = kwargs.get("position_ids")
         if positions is None:
@@ -301,7 +311,14 @@ class LayerPruning:
     def _deepstack(
         self, forward: Forward, layout: TokenLayout, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """Features that the decoder adds to image tokens; those after a cut are added here."""
+        """Returns the features that the decoder adds to image tokens;
+        those after a cut are added here.
+
+        Args:
+            forward: this forward.
+            layout: of the decoder's input.
+            kwargs: of the decoder, with features of every layer.
+        """
         layers = kwargs.get("deepstack_visual_embeds")
         if layers is None:
             return {}
@@ -386,7 +403,7 @@ class LayerPruning:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Cut if one is due; give the layer its segment's arguments.
+        """Cuts if a cut is due, and gives the layer its segment's arguments.
 
         A layer that is run again, as recomputation for gradients does, gets the same ones again.
 
@@ -433,7 +450,15 @@ class LayerPruning:
         hidden: Tensor,
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
-        """A layer's arguments; the decoder makes those of its own input itself."""
+        """Returns a layer's arguments; the decoder makes those of its own input itself.
+
+        Args:
+            forward: this forward.
+            segment: what the layer gets.
+            number: of the layer.
+            hidden: its input, (B, n, D).
+            kwargs: what the decoder gave it.
+        """
         if segment is forward.active[-1]:
             moved = {"position_ids": self._given(segment)} if segment.cached.pruned else {}
             return self._biased(forward, segment, number, hidden, kwargs | moved)
@@ -456,7 +481,15 @@ class LayerPruning:
         hidden: Tensor,
         kwargs: dict[str, Any],
     ) -> Any:
-        """The attention mask of layer `number`, made once for all layers of its kind."""
+        """Returns the attention mask of layer `number`, made once for all layers of its kind.
+
+        Args:
+            forward: this forward.
+            segment: what the layer gets.
+            number: of the layer.
+            hidden: its input, (B, n, D).
+            kwargs: what the decoder gave it.
+        """
         config, kind = self.decoder.config, mask_kind(self.decoder.config, number)
         if kind not in segment.masks:
             make, more = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind], {}
@@ -484,7 +517,14 @@ class LayerPruning:
         hidden: Tensor,
         given: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Cosines and sines for layer `number`, where the decoder would give it `given`."""
+        """Returns cosines and sines for layer `number`.
+
+        Args:
+            segment: what the layer gets.
+            number: of the layer.
+            hidden: its input, for dtype and device.
+            given: what the decoder would give it, right unless positions are others.
+        """
         if segment.rotary is None:
             return given
         kind = self.rotary_kind(number)
@@ -496,7 +536,9 @@ class LayerPruning:
         return segment.rotary[kind]
 
     def rotary_kind(self, number: int) -> str:
-        """The kind of layer `number` where each kind turns by frequencies of its own, else nothing."""
+        """Returns the kind of layer `number` where each kind turns by
+        frequencies of its own, else nothing.
+        """
         typed = "layer_type" in signature(self.decoder.rotary_emb.forward).parameters
         return mask_kind(self.decoder.config, number) if typed else ""
 
@@ -508,7 +550,16 @@ class LayerPruning:
         hidden: Tensor,
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
-        """A layer's arguments, with a mask that counts tokens by their sizes where they have some."""
+        """Returns a layer's arguments, with a mask that counts tokens by
+        their sizes where they have some.
+
+        Args:
+            forward: this forward.
+            segment: what the layer gets.
+            number: of the layer.
+            hidden: its input, (B, n, D).
+            kwargs: its arguments so far.
+        """
         sizes, kind = segment.cached.sizes, mask_kind(self.decoder.config, number)
         if sizes is None or kind not in LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING:
             return kwargs
@@ -549,7 +600,7 @@ class LayerPruning:
         return pad(between, (segment.cached.valid.shape[1] - between.shape[2], 0))
 
     def _given(self, segment: Segment) -> Tensor | None:
-        """The position ids that layers are given, beside their rotation."""
+        """Returns the position ids that layers are given, beside their rotation."""
         flash, positions = "flash" in self.decoder.config._attn_implementation, segment.positions
         if flash or positions.ndim == 3 and len(positions) == 3:
             # flash attention takes gaps between positions for packed sequences
@@ -588,7 +639,7 @@ class Cutting:
         return self.pruning.inside.reducer
 
     def tokens(self, images: list[int]) -> DecoderTokens:
-        """What the method sees of images with equally many tokens."""
+        """Returns what the method sees of images with equally many tokens."""
         layout, device = self.segment.layout, self.hidden.device
 
         def moved(tensor: Tensor) -> Tensor:
@@ -660,8 +711,9 @@ class Cutting:
         )
 
     def last_of_block(self, columns: Tensor, number: int) -> Tensor | None:
-        """Where the last token stands that each token sees in layer `number`, (B, n); None where
-        that is the token itself.
+        """Returns where the last token stands that each token sees in layer `number`, (B, n).
+
+        None where that is the token itself.
         """
         kind = mask_kind(self.pruning.decoder.config, number)
         if self.forward.blocks is None or kind not in self.pruning.both_ways:
@@ -676,7 +728,7 @@ class Cutting:
         return torch.where(blocks < 0, columns, ends.gather(1, blocks % ends.shape[1]))
 
     def past_keys(self, number: int, keys: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Keys (B, G, P, d) of tokens before this forward's, and which are valid.
+        """Returns keys (B, G, P, d) of tokens before this forward's, and which are valid.
 
         Args:
             number: of the layer.
@@ -696,11 +748,11 @@ class Cutting:
         return keys, valid[:, valid.shape[1] - keys.shape[2] :]
 
     def sliding(self, number: int) -> bool:
-        """Whether layer `number` forgets keys that its window has passed."""
+        """Returns whether layer `number` forgets keys that its window has passed."""
         return mask_kind(self.pruning.decoder.config, number) == "sliding_attention"
 
     def choose_queries(self) -> None:
-        """Note what the method wants to read of the question, from the first layer's input."""
+        """Notes which tokens' attention the method reads, from the first layer's input."""
         if not self.reducer.chooses_queries:
             return
         layout, device = self.segment.layout, self.hidden.device
@@ -715,7 +767,7 @@ class Cutting:
                     self.forward.query_mask[group] = chosen
 
     def cut(self) -> tuple[Tensor, Segment]:
-        """Hidden states of what is kept, and what the layers after the cut get."""
+        """Returns hidden states of what is kept, and what the layers after the cut get."""
         forward, layout, device = self.forward, self.segment.layout, self.hidden.device
         due = forward.due[self.number]
         # how many tokens each image keeps; nothing is moved where all stay
@@ -772,7 +824,9 @@ def held_keys(cache: Any, number: int) -> Tensor | None:
 
 
 def joined_sizes(past: CachedTokens, layout: TokenLayout) -> Tensor | None:
-    """Sizes of tokens in the cache and of those that follow, (2, B, K); None where all are 1."""
+    """Returns sizes of tokens in the cache and of those that follow,
+    (2, B, K); None where all are 1.
+    """
     if past.sizes is None and layout.sizes is None:
         return None
     parts = [
@@ -814,8 +868,10 @@ def last_rows(mask: Any, count: int) -> Any:
 
 
 def keep_mask(layout: TokenLayout, indices: list[Tensor]) -> Tensor:
-    """Text but for ends of empty rows, and of each image the placeholders at `indices` (k,),
-    ascending; a mask (B, n).
+    """Returns which tokens stay, a mask (B, n): text, and of each image the
+    placeholders at `indices` (k,), ascending.
+
+    Ends of rows that are left empty go.
     """
     keep = layout.valid & (layout.image < 0)
     for row, columns, chosen in zip(layout.rows, layout.images(), indices, strict=True):

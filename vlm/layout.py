@@ -19,7 +19,9 @@ REMEDY = (
 
 
 def alike(keys: Sequence[Hashable]) -> list[list[int]]:
-    """Indices of equal keys, in order of first appearance: images that share a tensor."""
+    """Groups the indices of equal keys, in order of first
+    appearance: images that share a tensor.
+    """
     groups: dict[Hashable, list[int]] = {}
     for index, key in enumerate(keys):
         groups.setdefault(key, []).append(index)
@@ -27,7 +29,7 @@ def alike(keys: Sequence[Hashable]) -> list[list[int]]:
 
 
 def image_ordinals(is_image: Tensor, counts: Sequence[int]) -> Tensor:
-    """For each prompt position the index of the image it belongs to, -1 for text; (B, L).
+    """Returns for each prompt position the index of the image it belongs to, -1 for text; (B, L).
 
     Images come in row order; `counts` says how many placeholders each has.
 
@@ -49,8 +51,9 @@ def image_ordinals(is_image: Tensor, counts: Sequence[int]) -> Tensor:
 def merged_ordinals(
     masks: Sequence[Tensor], counts: Sequence[Sequence[int]]
 ) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Ordinals (B, L) of images and videos together, numbered as they stand in the prompt, and for
-    each number its kind and its index among those of its kind.
+    """Numbers images and videos together, as they stand in the prompt.
+
+    Returns the ordinals (B, L), and for each number its kind and its index among those of its kind.
 
     Args:
         masks: where the placeholders of each kind are, (B, L).
@@ -81,12 +84,14 @@ def merged_ordinals(
 
 
 def image_columns(ordinal: Tensor, counts: Sequence[int]) -> list[Tensor]:
-    """Columns (n_i,) of each image's tokens in its row, given (B, L) ordinals."""
+    """Returns the columns (n_i,) of each image's tokens in its row, given (B, L) ordinals."""
     return list((ordinal >= 0).nonzero(as_tuple=True)[1].split(list(counts)))
 
 
 def image_rows(ordinal: Tensor, images: int) -> Tensor:
-    """The row that each image is in, (M,), given (B, L) ordinals of images that all have tokens."""
+    """Returns the row that each image is in, (M,), given (B, L) ordinals of
+    images that all have tokens.
+    """
     rows = torch.zeros(images, dtype=torch.long, device=ordinal.device)
     row, column = (ordinal >= 0).nonzero(as_tuple=True)
     # every token writes its row; all of an image agree
@@ -95,7 +100,7 @@ def image_rows(ordinal: Tensor, images: int) -> Tensor:
 
 
 def image_runs(is_image: Tensor) -> list[tuple[int, int, int]]:
-    """Row, first column and length of every unbroken run of placeholders, in row order."""
+    """Returns row, first column and length of every unbroken run of placeholders, in row order."""
     runs = []
     for row, line in enumerate(is_image.tolist()):
         column = 0
@@ -107,7 +112,8 @@ def image_runs(is_image: Tensor) -> list[tuple[int, int, int]]:
 
 
 def repeated(counts: Sequence[int], is_image: Tensor) -> list[int]:
-    """Indices of images, repeated as beam search repeats a prompt's rows with their images.
+    """Returns the indices of images, repeated as beam search repeats a
+    prompt's rows with their images.
 
     `counts` says how many placeholders each has; `is_image` (B, L) is the repeated prompt's.
     """
@@ -126,15 +132,19 @@ def repeated(counts: Sequence[int], is_image: Tensor) -> list[int]:
 
 
 def question_mask(is_image: Tensor, valid: Tensor) -> Tensor:
-    """The text after the last image of each row that has one; (B, L) masks."""
+    """Returns the mask of the text after the last image of each row
+    that has one; all masks (B, L).
+    """
     # no placeholder stands at or behind these columns
     after = is_image.flip(1).cumsum(1).flip(1) == 0
     return after & valid.bool() & is_image.any(1, keepdim=True)
 
 
 def grid_lines(ordinal: Tensor) -> Tensor:
-    """For image tokens, and text between tokens of one image, the row of a grid that they are in or
-    end, counted over the prompt; -1 for other text. Ordinals and lines are (B, L).
+    """Returns for each token the line of an image's grid that it is in or ends,
+    counted over the prompt; -1 for other text.
+
+    Text between tokens of one image ends a line. Ordinals and lines are (B, L).
     """
     shown = ordinal >= 0
     # the image before each column, and the one after it
@@ -193,14 +203,15 @@ class TokenLayout:
         drafts: int = 0,
         line: Tensor | None = None,
     ) -> Self:
-        """A full input's layout.
+        """Returns the layout of a full input.
 
         Args:
             ordinal: the image of each placeholder, -1 for text, (B, L).
             valid: tokens that are no padding, (B, L); a placeholder outside it is no token.
             counts: placeholders of each image, in row order.
             drafts: how many of the last tokens are no part of the prompt.
-            line: of tokens, and of text that goes with the last one of them, which row of an image or
+            line: of tokens, and of text that goes with the last one of them, which row of an image
+                or
                 frame of a video they are of; -1 elsewhere, (B, L).
         """
         index = torch.zeros_like(ordinal)
@@ -227,11 +238,11 @@ class TokenLayout:
         )
 
     def images(self) -> list[Tensor]:
-        """Columns (n_i,) of each image's tokens, in the row that `rows` names."""
+        """Returns the columns (n_i,) of each image's tokens, in the row that `rows` names."""
         return image_columns(self.image, self.counts)
 
     def indices(self) -> list[Tensor]:
-        """Indices (n_i,) of each image's tokens among its placeholders."""
+        """Returns the indices (n_i,) of each image's tokens among its placeholders."""
         return list(self.index[self.image >= 0].split(self.counts))
 
     def keep(self, keep: Tensor, right_padded: bool, contiguous: bool) -> tuple[Self, Tensor]:
@@ -282,8 +293,9 @@ class TokenLayout:
         return keep & ~(text & empty)
 
     def sized(self, sizes: Sequence[Tensor]) -> Self:
-        """The layout with the size of each image's tokens (k,) in all layers but the first, which
-        counts all tokens of an image as their mean.
+        """Returns the layout with the size of each image's tokens (k,).
+
+        The first layer counts all tokens of an image as their mean.
         """
         table = torch.ones(2, *self.valid.shape)
         for row, columns, image_sizes in zip(self.rows, self.images(), sizes, strict=True):

@@ -66,7 +66,7 @@ def load(
     attn: str | None = None,
     adapter: str | None = None,
 ) -> tuple[Any, Any]:
-    """Return a model and its processor from an embedded checkpoint, a folder, or a hub name.
+    """Returns a model and its processor from an embedded checkpoint, a folder, or a hub name.
 
     Only safetensors are read, and no code from the checkpoint is run. A folder that holds a PEFT
     adapter alone is loaded with the base model that it names.
@@ -75,7 +75,8 @@ def load(
         name: `tiny`, `smol`, the folder of a checkpoint or of an adapter, or `owner/model`.
         device: where to put the model; `auto` is a GPU if there is one, else the CPU.
         dtype: one of `DTYPES`; `auto` is fp32 on a CPU and the checkpoint's own type elsewhere.
-        device_map: `auto` spreads the model over GPUs, CPU memory and disk, as accelerate does; or a
+        device_map: `auto` spreads the model over GPUs, CPU memory and disk, as accelerate does; or
+            a
             map of its own from module to device. `device` is not used then.
         quantization: one of `QUANTIZATIONS`.
         attn: the attention kernel, one of `ATTENTION`; the library's choice unless given.
@@ -147,7 +148,7 @@ def load_language(name: str, device: str = "auto", dtype: str = "auto") -> tuple
 
 
 def save(model: Any, processor: Any, folder: Path) -> None:
-    """Write a model and its processor as a plain checkpoint, all of it or nothing.
+    """Writes a model and its processor as a plain checkpoint, all of it or nothing.
 
     Args:
         model: to write.
@@ -168,7 +169,7 @@ def save(model: Any, processor: Any, folder: Path) -> None:
 
 
 def family_type(name: str) -> Any:
-    """Return the adapter class for a checkpoint from its configuration alone.
+    """Returns the adapter class for a checkpoint from its configuration alone.
 
     Raises:
         InputError: if there is no such checkpoint, or its family is unsupported.
@@ -179,7 +180,7 @@ def family_type(name: str) -> Any:
 
 
 def config_of(name: str) -> Any:
-    """Return the configuration of a checkpoint, without its weights.
+    """Returns the configuration of a checkpoint, without its weights.
 
     Raises:
         InputError: if there is no such checkpoint, or its family is unsupported.
@@ -190,7 +191,7 @@ def config_of(name: str) -> Any:
 
 
 def sees_images(name: str) -> bool:
-    """Whether a checkpoint is of a model with a vision tower.
+    """Returns whether a checkpoint is of a model with a vision tower.
 
     Args:
         name: as for `load`, or the folder or hub name of a text-only language model.
@@ -211,7 +212,7 @@ def check_loadable(
     quantization: str | None = None,
     device_map: Any = None,
 ) -> None:
-    """Find out whether `load` could take a checkpoint, without reading its weights.
+    """Finds out whether `load` could take a checkpoint, without reading its weights.
 
     Args:
         name: as for `load`.
@@ -246,7 +247,13 @@ def check_loadable(
 
 
 def _check_choices(attn: str | None, quantization: str | None, device_map: Any) -> None:
-    """Raise `InputError` for a kernel, a quantization or a device map that is not known."""
+    """Raises `InputError` for a kernel, a quantization or a device map that is not known.
+
+    Args:
+        attn: attention kernel, or None.
+        quantization: name of a quantization, or None.
+        device_map: `auto`, a map, or None.
+    """
     if attn is not None and attn not in ATTENTION:
         raise InputError(unknown("attention", attn, ATTENTION))
     if quantization is not None and quantization not in QUANTIZATIONS:
@@ -256,7 +263,7 @@ def _check_choices(attn: str | None, quantization: str | None, device_map: Any) 
 
 
 def device_of(name: str) -> Any:
-    """Return the device of a name; `auto` is the accelerator of this machine, or the CPU.
+    """Returns the device of a name; `auto` is the accelerator of this machine, or the CPU.
 
     Raises:
         InputError: if there is no such kind of device, or none here.
@@ -280,7 +287,7 @@ def device_of(name: str) -> Any:
 
 
 def choose_device(name: str) -> str:
-    """Return the name of a device, and say on the error stream which GPU `auto` has become.
+    """Returns the name of a device, and says on the error stream which GPU `auto` has become.
 
     Raises:
         InputError: if there is no such device.
@@ -300,7 +307,7 @@ def _dtype(name: str, device: str) -> str:
 
 
 def _quantization(name: str) -> Any:
-    """The library's configuration of a quantization."""
+    """Returns the library's configuration of a quantization."""
     from importlib import import_module
     from importlib.util import find_spec
 
@@ -317,7 +324,7 @@ def _quantization(name: str) -> Any:
 
 
 def _check_quantized(model: Any, name: str) -> None:
-    """Refuse a model that a library left as it was, or whose modules it packs but cannot compute.
+    """Refuses a model that a library left as it was, or whose modules it packs but cannot compute.
 
     Args:
         model: as loaded; one module of each size is called.
@@ -350,7 +357,7 @@ def _config(view: Path) -> Any:
 
 
 def check_processor(processor: Any, config: Any) -> None:
-    """Refuse a processor that no prompt with an image can be made with.
+    """Refuses a processor that no prompt with an image can be made with.
 
     Raises:
         InputError: if it has no tokenizer, image processor or chat template, its image token is not
@@ -385,7 +392,15 @@ def check_processor(processor: Any, config: Any) -> None:
 
 
 def _named(model: Any, processor: Any, tokenizer: Any, name: str) -> tuple[Any, Any]:
-    """Model and processor that say where they come from, not which links were read."""
+    """Writes into model and tokenizer where they come from, not which links were read,
+    and returns model and processor.
+
+    Args:
+        model: as loaded.
+        processor: as loaded.
+        tokenizer: of the processor.
+        name: that was asked for.
+    """
     name = str(EMBEDDED.get(name, name))
     model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = name
     return model, processor

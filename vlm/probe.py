@@ -15,7 +15,7 @@ from vlm_prune.vlm.tokens import AttentionRows, compact
 
 @torch.inference_mode()
 def question_rows(model: Any, inputs: Mapping[str, Any]) -> Iterator[list[AttentionRows]]:
-    """Queries of each image's question and all keys, layer by layer, of the unpruned model.
+    """Yields queries of each image's question and all keys of the unpruned model, layer by layer.
 
     Each layer gives one `AttentionRows` for the images of each number of tokens, in order of first
     appearance.

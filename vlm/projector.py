@@ -47,7 +47,9 @@ class _Known:
     weights: Weights
 
     def describes(self, first: Map, answers: tuple[Tensor, Tensor]) -> bool:
-        """Whether a projector whose first layer is `first` and that gives `answers` has these weights."""
+        """Returns whether a projector whose first layer is `first` and that gives
+        `answers` has these weights.
+        """
         return self.first() is first and all(map(_same, self.answers, answers))
 
 
@@ -74,7 +76,7 @@ class Projector:
         return cls(Affine(w1, b1), act, Affine(w2, b2))
 
     def __call__(self, features: Tensor) -> Tensor:
-        """(..., d_v) -> (..., d_l)."""
+        """Projects features, (..., d_v) -> (..., d_l)."""
         return self.second(self.act(self.first(features)))
 
     def parameters(self) -> list[nn.Parameter]:
@@ -125,7 +127,9 @@ def _matrix(layer: Map, row: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _is_plain(layer: Map) -> TypeGuard[nn.Linear]:
-    """Whether a layer does what its weight says: nothing wraps it, hooks it or replaces its tensors."""
+    """Returns whether a layer does what its weight says: nothing wraps it,
+    hooks it or replaces its tensors.
+    """
     return (
         type(layer) is nn.Linear
         and type(layer.weight) is nn.Parameter

@@ -95,7 +95,7 @@ class Encoder:
 
     @property
     def name(self) -> str:
-        """Of the method that this stands in for."""
+        """Returns the name of the method that this stands in for."""
         return f"get_{self.kind}_features"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -132,7 +132,9 @@ class Encoder:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Let the block's encoders that are called meanwhile do what the model's own methods do."""
+        """Lets the block's encoders that are called meanwhile do
+        what the model's own methods do.
+        """
         self.nested.inside = True
         try:
             yield
@@ -140,7 +142,7 @@ class Encoder:
             self.nested.inside = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy of the model encodes as its class does."""
+        """Returns what a copy of the model encodes with: the method of its class."""
         module = memo.get(id(self.module), self.module)
         return MethodType(getattr(type(module), self.name), module)
 
@@ -170,7 +172,7 @@ class Choice:
     def of(
         cls, family: Family, method: BeforeModel, outputs: dict[Kind, Any], input_ids: Tensor
     ) -> Self:
-        """The choice to be made of images and videos.
+        """Returns the choice to be made of images and videos.
 
         Args:
             family: the model's adapter.
@@ -235,7 +237,8 @@ class Choice:
         embed: Callable[[int, Tensor], Tensor],
         trace: Trace,
     ) -> Kept:
-        """What is kept of each image or video of the prompt: indices on the host, and features.
+        """Returns what is kept of each image or video of the prompt:
+        indices on the host, and features.
 
         Args:
             layout: the prompt's.
@@ -289,7 +292,7 @@ class Choice:
 
 
 def on_host(indices: list[Tensor]) -> list[Tensor]:
-    """Each image's indices on the CPU, in one transfer."""
+    """Returns each image's indices on the CPU, in one transfer."""
     if not indices:
         return []
     return list(torch.cat(indices).cpu().split([len(one) for one in indices]))

@@ -69,20 +69,24 @@ class AttentionFunction(Protocol):
 
     @property
     def reads_rotation(self) -> bool:
-        """Whether it reads the cosines and sines of positions."""
+        """Returns whether it reads the cosines and sines of positions."""
 
     @property
     def reads_frames(self) -> bool:
-        """Whether it reads which image or frame tokens are of."""
+        """Returns whether it reads which image or frame each token is of."""
 
     def prefill(self, call: AttentionCall) -> Tensor | None:
-        """Causal attention of a whole prompt, n = K; returns (B, n, H, v)."""
+        """Returns the causal attention of a whole prompt, n = K, as (B, n, H, v);
+        None leaves the call to SDPA.
+        """
 
     def decode(self, call: AttentionCall) -> Tensor | None:
-        """Attention of one new token, n = 1; returns (B, 1, H, v)."""
+        """Returns the attention of one new token, n = 1, as (B, 1, H, v);
+        None leaves the call to SDPA.
+        """
 
     def left_dense(self, reason: str) -> None:
-        """Note that a call of more than one query went to SDPA, and why."""
+        """Notes that a call of more than one query went to SDPA, and why."""
 
 
 @dataclass
@@ -122,7 +126,9 @@ class AttentionBlock:
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        """Keep the hooks on the model, and the function's name in its configuration, while open."""
+        """Keeps the hooks on the model, and the function's name in
+        its configuration, while open.
+        """
         multimodal = self.family.multimodal
         handles = [
             multimodal.register_forward_pre_hook(Hook(self, self.before_merge), with_kwargs=True),
@@ -144,7 +150,9 @@ class AttentionBlock:
                 handle.remove()
 
     def wait(self) -> None:
-        """Wait for the forwards of other threads, whose masks are made for this block's function."""
+        """Waits for the forwards of other threads, whose masks are
+        made for this block's function.
+        """
         with self.changed:
             self.running.pop(threading.get_ident(), None)
             while any(thread.is_alive() for thread, _ in self.running.values()):
@@ -152,11 +160,11 @@ class AttentionBlock:
 
     @property
     def current(self) -> Current:
-        """What this thread's forward was given."""
+        """Returns what this thread's forward was given."""
         return self.running.get(threading.get_ident(), (None, Current()))[1]
 
     def before_merge(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """Note where the prompts' last image tokens are.
+        """Notes where the prompts' last image tokens are.
 
         Args:
             module: that puts image features into the prompt.
@@ -176,7 +184,7 @@ class AttentionBlock:
             self.running[threading.get_ident()] = (threading.current_thread(), current)
 
     def after_merge(self, module: Any, args: Any, output: Any) -> None:
-        """Note that the thread's forward is over, or failed.
+        """Notes that the thread's forward is over, or failed.
 
         Args:
             module: that puts image features into the prompt.
@@ -188,7 +196,7 @@ class AttentionBlock:
             self.changed.notify_all()
 
     def before_layer(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """Note the rotation of a layer's tokens.
+        """Notes the rotation of a layer's tokens.
 
         Args:
             module: the layer.
@@ -306,7 +314,15 @@ def _attend(
 def _unfit(
     module: Any, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> str:
-    """Returns why a call is SDPA's, or nothing."""
+    """Returns why a call is left to SDPA, or nothing.
+
+    Args:
+        module: the attention module that calls.
+        query: (B, H, n, d).
+        key: (B, G, K, d).
+        mask: that the module was given, or None.
+        kwargs: of the call.
+    """
     length, causal = query.shape[2], kwargs.get("is_causal")
     if getattr(module, "layer_idx", None) is None:
         return "no decoder layer"
@@ -357,7 +373,7 @@ def check_attention(family: Family) -> None:
 
 @contextmanager
 def replaced_attention(model: Any, function: AttentionFunction) -> Iterator[None]:
-    """Have `function` compute the attention of a model's decoder while the block is open.
+    """Lets `function` compute the attention of a model's decoder while the block is open.
 
     Args:
         model: a model of a supported family, or a PEFT model around one.

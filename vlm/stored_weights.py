@@ -15,12 +15,14 @@ _TOWER = re.compile(r"^(model\.)?vision_tower\.(?!vision_model\.)")
 
 
 def shared_name(name: str) -> str:
-    """The name that both libraries read, of a weight of a model with a CLIP or SigLIP tower."""
+    """Returns the name, of a weight of a model with a CLIP or SigLIP tower, that
+    transformers and vLLM both read.
+    """
     return _TOWER.sub(lambda found: f"{found[1] or ''}vision_tower.vision_model.", name)
 
 
 def rename_weights(folder: Path) -> int:
-    """Rename the weights of a saved checkpoint in place, sharded or not, where it needs it.
+    """Renames the weights of a saved checkpoint in place, sharded or not, where it needs it.
 
     Returns:
         How many names changed.
@@ -52,7 +54,7 @@ def rename_weights(folder: Path) -> int:
 
 
 def halve_weights(file: Path) -> None:
-    """Rewrite a safetensors file in fp16; the configuration beside it still says what loads.
+    """Rewrites a safetensors file in fp16; the configuration beside it still says what loads.
 
     Raises:
         InputError: if the file is missing or damaged.

@@ -12,7 +12,7 @@ from vlm_prune.vlm.projector import Projector
 
 
 def as_is(values: Tensor) -> Tensor:
-    """The tower's patches are the image's tokens."""
+    """Returns the values unchanged: the tower's patches are the image's tokens."""
     return values
 
 
@@ -72,7 +72,9 @@ class VisionTokens:
             object.__setattr__(self, "available", self.projected.shape[1])
 
     def of(self, image: int, chosen: Tensor) -> "VisionTokens":
-        """Some tokens of one image, `chosen` (N,) by a mask; grids stay those of the whole image."""
+        """Returns some tokens of one image, `chosen` (N,) by a mask; grids
+        stay those of the whole image.
+        """
 
         def query_key() -> tuple[Tensor, Tensor]:
             query, key = self.query_key()
@@ -94,7 +96,7 @@ class VisionTokens:
         )
 
     def in_frames(self, chosen: Sequence[int] | None = None) -> "VisionTokens":
-        """The frames of M videos as images, in the order video by video; (M F, N / T, ...).
+        """Returns the frames of M videos as images, in the order video by video; (M F, N / T, ...).
 
         Args:
             chosen: which F of the frames, ascending; all T unless given.
@@ -135,19 +137,19 @@ class VisionTokens:
         )
 
     def query_key_of(self, frames: list[int]) -> tuple[Tensor, Tensor]:
-        """`query_key` of some of the M T frames of videos, numbered video by video."""
+        """Returns `query_key` of some of the M T frames of videos, numbered video by video."""
         if self.frames_query_key is not None:
             return self.frames_query_key(frames)
         query, key = self.query_key()
         return query[frames], key[frames]
 
     def keys(self) -> Tensor:
-        """The tower's keys of the N tokens, heads side by side, (M, N, H d)."""
+        """Returns the tower's keys of the N tokens, heads side by side, (M, N, H d)."""
         return self.pool(self.query_key()[1].transpose(1, 2).flatten(2)[:, int(self.has_cls) :])
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns, for methods that know one grid per image.
+        """Returns rows and columns, for methods that know one grid per image.
 
         Raises:
             InputError: when the tokens are those of several views.
@@ -183,7 +185,7 @@ class AttentionRows:
 
     @property
     def key_positions(self) -> Tensor:
-        """Places of the keys, -1 for padding, (M, L)."""
+        """Returns the token indices of the keys, -1 for padding, (M, L)."""
         positions = torch.arange(self.key.shape[2], device=self.key.device)
         return torch.where(self.key_valid, positions, -1)
 
@@ -234,17 +236,18 @@ class Kept:
 
     @classmethod
     def at(cls, features: Tensor, indices: Tensor) -> "Kept":
-        """Keep tokens of (M, N, d) as they are; `indices` is (M, k), ascending."""
+        """Keeps tokens of (M, N, d) as they are; `indices` is (M, k), ascending."""
         return cls(list(indices), list(take(features, indices)))
 
 
 def take(tokens: Tensor, indices: Tensor) -> Tensor:
-    """Tokens of each row at its indices; (B, N, d), (B, k) -> (B, k, d)."""
+    """Returns the tokens of each row at its indices; (B, N, d), (B, k) -> (B, k, d)."""
     return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 def top(scores: Tensor, k: int) -> Tensor:
-    """Indices of the `k` largest scores of each row, ascending; ties go to the lowest index.
+    """Returns the indices of the `k` largest scores of each row, ascending;
+    ties go to the lowest index.
 
     Shapes: scores (..., N) -> (..., k).
     """
@@ -254,7 +257,8 @@ def top(scores: Tensor, k: int) -> Tensor:
 
 
 def compact(keep: Tensor, right_padded: bool = False) -> tuple[Tensor, Tensor]:
-    """Gather indices that close the gaps of a boolean mask, for what is indexed rather than moved.
+    """Returns indices for `gather` that close the gaps of a boolean mask, for what
+    is indexed rather than moved.
 
     Hidden states are moved by the reducer's own `compact`, which may be one fused launch.
 
@@ -269,5 +273,5 @@ def compact(keep: Tensor, right_padded: bool = False) -> tuple[Tensor, Tensor]:
 
 
 def is_right_padded(mask: Tensor) -> bool:
-    """Whether any row of a (B, L) validity mask ends in padding."""
+    """Returns whether any row of a (B, L) validity mask ends in padding."""
     return bool((~mask[:, -1].bool()).any())

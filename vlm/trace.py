@@ -37,13 +37,13 @@ class Trace:
 
     @property
     def layer_tokens(self) -> list[float]:
-        """The mean number of tokens per image that each decoder layer computes."""
+        """Returns the mean number of tokens per image that each decoder layer computes."""
         return [sum(counts) / max(1, len(counts)) for counts in self.computed]
 
 
 @contextmanager
 def phase_timer(phase: str, device: torch.device, trace: Trace) -> Iterator[None]:
-    """Add the time of the block to the phase's in `trace`; profilers show it under its name.
+    """Adds the time of the block to the phase's in `trace`; profilers show it under its name.
 
     Args:
         phase: `SELECTION` or `VISION`.

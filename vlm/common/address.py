@@ -8,7 +8,7 @@ MOST_PORT = 65535
 
 
 def check_address(host: str, port: int) -> None:
-    """Find out before any work whether a server can listen at an address.
+    """Finds out before any work whether a server can listen at an address.
 
     Args:
         host: a name or an address of this machine.

@@ -12,7 +12,7 @@ class InputError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an exception says, or its type where it says nothing."""
+    """Returns the first line of what an exception says, or its type where it says nothing."""
     return _lines(error)[0]
 
 
@@ -24,14 +24,18 @@ def _lines(error: BaseException) -> list[str]:
 
 
 def one_line(text: str) -> str:
-    """A text on one line of a terminal: white space is single, control characters are escaped."""
+    """Returns a text on one line of a terminal: white space is single,
+    control characters are escaped.
+    """
     joined = " ".join(text.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
 
 
 @contextmanager
 def naming(what: str) -> Iterator[None]:
-    """Turn whatever is raised in the block into an `InputError` of one line that begins with `what`."""
+    """Turns whatever is raised in the block into an `InputError` of one
+    line that begins with `what`.
+    """
     try:
         yield
     except Exception as error:

@@ -21,7 +21,7 @@ LEFTOVER_SECONDS = 600.0
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading; the caller closes it.
+    """Opens a file for reading; the caller closes it.
 
     Raises:
         InputError: if it is missing, a folder, a device, a pipe or a socket, or must not be read.
@@ -40,7 +40,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
-    """The content of a file.
+    """Returns the content of a file.
 
     Raises:
         InputError: as `open_regular` does, or if the file has more than `most` bytes.
@@ -53,7 +53,9 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
 
 
 def read_text(path: Path, most: int = MOST_BYTES) -> str:
-    """The content of a UTF-8 file; raises `InputError` as `read_bytes` does, or if it is no text."""
+    """Returns the content of a UTF-8 file; raises `InputError` as
+    `read_bytes` does, or if it is no text.
+    """
     try:
         return read_bytes(path, most).decode("utf-8")
     except UnicodeDecodeError:
@@ -61,7 +63,7 @@ def read_text(path: Path, most: int = MOST_BYTES) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file that is not ours, as plain values.
+    """Returns the content of a JSON file that is not ours, as plain values.
 
     Raises:
         InputError: as `read_bytes` does, or if the file is no JSON in UTF-8 or nested deeper than
@@ -78,7 +80,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds.
+    """Returns the JSON object that a file holds.
 
     Raises:
         InputError: as `read_json` does, or if the file holds another kind of value.
@@ -90,7 +92,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _shape(content: Any) -> str:
-    """What a JSON value is called."""
+    """Returns the word for a JSON value in messages, such as `a list`."""
     if content is None or isinstance(content, bool):
         return json.dumps(content)
     if isinstance(content, list | str):
@@ -99,7 +101,7 @@ def _shape(content: Any) -> str:
 
 
 def output_file(path: Path) -> Path:
-    """The file that writing to `path` will replace or make; links are followed.
+    """Returns the file that writing to `path` will replace or make; links are followed.
 
     Raises:
         InputError: if `path` names no file, or something there is neither a file nor absent.
@@ -117,7 +119,8 @@ def output_file(path: Path) -> Path:
 
 
 def output_folder(path: Path) -> Path:
-    """The folder for results that `path` names, which need not be there yet; links are followed.
+    """Returns the folder for results that `path` names, which need not be
+    there yet; links are followed.
 
     Raises:
         InputError: if it is the working folder (what an empty name means, too), the root of the
@@ -136,7 +139,7 @@ def output_folder(path: Path) -> Path:
 
 
 def check_output(path: Path) -> None:
-    """Find out before any work whether a file can be written at `path`; leaves nothing behind.
+    """Finds out before any work whether a file can be written at `path`; leaves nothing behind.
 
     Raises:
         InputError: as `output_file` and `make_folders` do.
@@ -152,7 +155,7 @@ def check_output(path: Path) -> None:
 
 
 def check_outputs(folder: Path, names: Iterable[str]) -> None:
-    """Find out before any work whether files can be written in a folder of results.
+    """Finds out before any work whether files can be written in a folder of results.
 
     Raises:
         InputError: as `output_folder` and `output_file` do.
@@ -164,7 +167,7 @@ def check_outputs(folder: Path, names: Iterable[str]) -> None:
 
 
 def make_folders(path: Path) -> list[Path]:
-    """Make a folder and those above it; returns the ones that were not there, outermost first.
+    """Makes a folder and those above it; returns the ones that were not there, outermost first.
 
     Raises:
         InputError: if what is there is no folder.
@@ -183,7 +186,7 @@ def make_folders(path: Path) -> list[Path]:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a file to write in the block; it becomes `path` when the block ends well, else it goes.
+    """Gives a file to write in the block; it becomes `path` when the block ends well, else it goes.
 
     Its name is the block's own, so that two writers do not meet. Folders above `path` are made, a
     link is followed, and the file is on the disk when the block has ended.
@@ -207,19 +210,19 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write all of the file or none of it."""
+    """Writes all of the file or none of it."""
     with atomic_path(path) as partial:
         partial.write_text(content, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write records, dataclasses and plain values as `read_json` reads them, or nothing."""
+    """Writes records, dataclasses and plain values as `read_json` reads them, or nothing."""
     values = msgspec.to_builtins(content, str_keys=True, enc_hook=plain)
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a folder beside this one, then rename it; an older one is replaced.
+    """Fills a folder beside this one, then renames it; an older one is replaced.
 
     Raises:
         InputError: as `output_folder` does, or if `folder` is a link.
@@ -249,7 +252,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def _partial_name(target: Path) -> Path:
-    """A name of this process alone beside `target`, short enough for any file system."""
+    """Returns a name of this process alone beside `target`, short enough for any file system."""
     unique = f"{os.getpid()}-{secrets.token_hex(4)}"
     return target.with_name(f".{target.name[:40]}.{unique}{PARTIAL}")
 
@@ -261,7 +264,7 @@ def _new_partial(target: Path) -> Path:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove what processes that were killed while they wrote to `target` left beside it.
+    """Removes what processes that were killed while they wrote to `target` left beside it.
 
     A process of another machine may still write, so what changed a moment ago stays.
     """
@@ -277,7 +280,7 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def _runs(process: int) -> bool:
-    """Whether there is a process of that number on this machine."""
+    """Returns whether there is a process of that number on this machine."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -288,7 +291,7 @@ def _runs(process: int) -> bool:
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file is on the disk."""
+    """Waits until a file is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -297,13 +300,13 @@ def _flush(path: Path) -> None:
 
 
 def _flush_names(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk, where the file system can tell."""
+    """Waits until the names in a folder are on the disk, where the file system can tell."""
     with suppress(OSError):
         _flush(folder)
 
 
 def _kind(mode: int) -> str:
-    """What is there instead of a file or folder."""
+    """Returns the word for a kind of file in messages, such as `a folder`, given its mode."""
     for is_kind, name in (
         (stat.S_ISREG, "a file"),
         (stat.S_ISDIR, "a folder"),
@@ -316,5 +319,5 @@ def _kind(mode: int) -> str:
 
 
 def plain(value: Any) -> Any:
-    """What JSON takes of numpy's numbers and of anything else that has a text."""
+    """Returns what JSON takes for numpy's numbers, and the text of anything else."""
     return value.item() if hasattr(value, "item") else str(value)

@@ -48,7 +48,7 @@ class OutputFolder:
 
     @contextmanager
     def releasing(self) -> Iterator[None]:
-        """Let others write if the block fails."""
+        """Lets others write if the block fails."""
         try:
             yield
         except BaseException:
@@ -56,7 +56,7 @@ class OutputFolder:
             raise
 
     def release(self) -> None:
-        """Let others write."""
+        """Lets others write."""
         if not self._lock.is_locked:
             return
         lock = Path(self._lock.lock_file)
@@ -70,7 +70,7 @@ class OutputFolder:
 
 
 def check_settings(path: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether a file of settings is there; they are those of what a folder holds.
+    """Returns whether a file of settings is there, and refuses other settings than those in it.
 
     Args:
         path: the file, such as `config.json`.
@@ -87,7 +87,7 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> bool:
 
 
 def compare_settings(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise `InputError` unless the settings found in `folder`, plain values, are the ones wanted.
+    """Raises `InputError` unless the settings found in `folder`, plain values, are the ones wanted.
 
     Args:
         folder: where the settings were found, for the message.
@@ -107,7 +107,7 @@ def compare_settings(folder: Path, found: Mapping[str, Any], wanted: Mapping[str
 
 
 def _changed(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """The innermost keys whose values differ."""
+    """Returns the innermost keys whose values differ."""
     names = []
     for key, value in wanted.items():
         other = found[key]
@@ -119,7 +119,7 @@ def _changed(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
 
 
 def record_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Write a file of settings, unless it is there.
+    """Writes a file of settings, unless it is there.
 
     Raises:
         InputError: as `check_settings` does.

@@ -20,7 +20,7 @@ TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """Open an image and return it as people see it: RGB with 8 bits per channel, upright.
+    """Opens an image and returns it as people see it: RGB with 8 bits per channel, upright.
 
     - It is turned as its EXIF orientation says.
     - Transparency is put on white.
@@ -35,7 +35,8 @@ def open_image(source: ImageSource) -> Image.Image:
 
     Raises:
         InputError: if the file is missing, unreadable or truncated, the image is empty, its values
-            have no meaning as an image, or it has more than 89 million pixels (a decompression bomb).
+            have no meaning as an image, or it has more than 89 million pixels (a decompression
+            bomb).
     """
     if isinstance(source, str | Path) and Path(source).exists() and not Path(source).is_file():
         raise InputError(f"{source} is no regular file; give an image file")
@@ -78,7 +79,7 @@ def _opened(source: ImageSource) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF says; what cannot be read there says nothing."""
+    """Returns the image turned as its EXIF says; what cannot be read there is ignored."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # noqa: BLE001 - a broken note about a picture does not break the picture
@@ -103,7 +104,8 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> NDArray[np.uint8]:
-    """Samples of 16 or 32 bits, or in floating point, (H, W), as 8 bits from black to white.
+    """Returns samples of 16 or 32 bits, or in floating point, (H, W),
+    as 8 bits from black to white.
 
     Raises:
         InputError: if their range is none of those that pictures have.
@@ -133,7 +135,7 @@ def _eight_bits(image: Image.Image) -> NDArray[np.uint8]:
 
 @contextmanager
 def _whole_images() -> Iterator[None]:
-    """Refuse truncated images, even where a package (lmms-eval) told Pillow to fill them up."""
+    """Refuses truncated images, even where a package (lmms-eval) told Pillow to fill them up."""
     lenient = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
@@ -143,7 +145,7 @@ def _whole_images() -> Iterator[None]:
 
 
 def _name(source: object) -> str:
-    """A file's name with a space behind it; nothing where there is none."""
+    """Returns a file's name with a space behind it, for messages; nothing for an open image."""
     return f"{source} " if isinstance(source, str | Path) else ""
 
 

@@ -27,15 +27,17 @@ class DataRoot:
 
     @classmethod
     def of(cls, root: "DataRoot | Path | str", allow_outside: bool = False) -> "DataRoot":
-        """The root itself, or one at a path."""
+        """Returns the root itself, or one at a path."""
         return root if isinstance(root, cls) else cls(Path(str(root)), allow_outside)
 
     def below(self, name: str) -> "DataRoot":
-        """The same root with names that start in a folder below; that folder is checked by `path`."""
+        """Returns the same root with names that start in a folder below; that
+        folder is checked by `path`.
+        """
         return DataRoot(self.folder / name, self.allow_outside, self.top or self.folder)
 
     def path(self, name: str | Path) -> Path:
-        """Where a name leads; whether something is there is not looked at.
+        """Returns where a name leads; whether something is there is not looked at.
 
         Raises:
             InputError: if the name is a URL, no possible file name, or leads out of the folder.

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def read_record(path: Path, kind: type[T], advice: str) -> T:
-    """The content of a JSON file as a record of a kind.
+    """Reads a JSON file as a record of a kind.
 
     Args:
         path: a regular file.
@@ -43,7 +43,8 @@ def read_lines(path: Path, kind: type[T], advice: str) -> list[T]:
 
 
 def to_json(content: Any, indent: int | None = 2) -> str:
-    """A record, or plain values with records among them, as JSON; without `indent` on one line.
+    """Returns a record, or plain values with records among them, as JSON;
+    without `indent` on one line.
 
     Raises:
         ValueError: if what a record holds is not what its type says, or a number is not finite.

@@ -37,7 +37,7 @@ class Registry(Mapping[str, T], Generic[T]):
             self.register(name, entry)
 
     def register(self, name: str, entry: T) -> None:
-        """Add `entry`; raises `ValueError` when the name is taken."""
+        """Adds `entry`; raises `ValueError` when the name is taken."""
         if name in self._entries:
             raise ValueError(f"{self.kind} {name!r} is registered twice")
         self._entries[name] = entry

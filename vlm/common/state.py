@@ -18,7 +18,8 @@ PICKLES = (".bin", ".ckpt", ".joblib", ".npy", ".pickle", ".pkl", ".pt", ".pth")
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Let a full disk and the like be an `OSError` while models and tokenizers are saved in the block.
+    """Raises `OSError` for a full disk and the like while models and
+    tokenizers are saved in the block.
 
     safetensors and tokenizers raise errors of their own, which tell the number in their text.
     """
@@ -35,7 +36,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors by name; those that share memory are stored apart.
+    """Writes tensors by name; those that share memory are stored apart.
 
     Raises:
         OSError: if the file cannot be written.
@@ -46,7 +47,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file by name.
+    """Returns the tensors of a file by name.
 
     Raises:
         InputError: if the file is missing or damaged.
@@ -61,7 +62,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fill tensors in place with those of a file that `save_tensors` wrote.
+    """Fills tensors in place with those of a file that `save_tensors` wrote.
 
     Raises:
         InputError: if the file is missing or damaged, or its names or shapes are others.
@@ -73,7 +74,7 @@ def restore(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_names(path: Path, saved: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Raise `InputError` unless a file's tensors have the names and shapes of other ones.
+    """Raises `InputError` unless a file's tensors have the names and shapes of other ones.
 
     Args:
         path: the file, for the message.
@@ -88,7 +89,7 @@ def check_names(path: Path, saved: Mapping[str, Tensor], wanted: Mapping[str, Te
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return what an optimizer remembers of its parameters, named `number|entry`.
+    """Returns what an optimizer remembers of its parameters, named `number|entry`.
 
     Learning rates and other settings are not part of it: they follow from the step.
     """
@@ -100,7 +101,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Give an optimizer what `optimizer_tensors` returned and a file holds.
+    """Gives an optimizer what `optimizer_tensors` returned and a file holds.
 
     Raises:
         InputError: if the file is missing, damaged or of an optimizer of other parameters.
@@ -111,7 +112,7 @@ def restore_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
 def restore_moments(
     path: Path, optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]
 ) -> None:
-    """Give an optimizer what `optimizer_tensors` returned.
+    """Gives an optimizer what `optimizer_tensors` returned.
 
     Args:
         path: where it was stored, for messages.
@@ -134,7 +135,9 @@ def restore_moments(
 
 
 def refuse_pickles(folder: Path) -> None:
-    """Raise `InputError` naming the first file below a folder whose kind runs code when it is read."""
+    """Raises `InputError` naming the first file below a folder whose
+    kind runs code when it is read.
+    """
     for path in sorted(folder.rglob("*")):
         if path.suffix in PICKLES:
             raise InputError(
@@ -144,7 +147,7 @@ def refuse_pickles(folder: Path) -> None:
 
 
 def newest(folder: Path, pattern: str) -> tuple[int, Path | None]:
-    """Return the largest number that stands for `N` in names of a folder, and what has that name.
+    """Returns the largest number that stands for `N` in names of a folder, and what has that name.
 
     Args:
         folder: where to look.
@@ -160,8 +163,8 @@ def newest(folder: Path, pattern: str) -> tuple[int, Path | None]:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch for one step of one process, so that a resumed run draws what an undisturbed one
-    does.
+    """Seeds torch for one step of one process, so that a resumed run draws
+    what an undisturbed one does.
 
     Args:
         seed: of the run.

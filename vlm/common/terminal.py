@@ -11,7 +11,7 @@ WIDE = 160
 
 
 def console(stderr: bool = False) -> "Console":
-    """A terminal that shows texts as they are: brackets and colons in data are no markup.
+    """Returns a terminal that shows texts as they are: brackets and colons in data are no markup.
 
     Where there is none, lines are wide, so that no column is cut.
     """
@@ -25,7 +25,9 @@ def console(stderr: bool = False) -> "Console":
 
 @contextmanager
 def progress(total: int, what: str = "questions") -> Iterator[Callable[[float], None]]:
-    """A progress bar over questions, on terminals; gives what to call with the number done."""
+    """Shows a progress bar over questions, on terminals; gives what
+    to call with the number done.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     text = TextColumn("{task.description}", markup=False)
@@ -38,7 +40,7 @@ def progress(total: int, what: str = "questions") -> Iterator[Callable[[float], 
 
 
 def quiet() -> None:
-    """Leave the terminal to our own progress bar and messages."""
+    """Leaves the terminal to our own progress bar and messages."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -10,7 +10,7 @@ import torch
 
 
 def now(device: torch.device) -> float:
-    """Seconds, after everything queued on the device has finished."""
+    """Returns the time in seconds, after everything queued on the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

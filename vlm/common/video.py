@@ -36,8 +36,10 @@ class VideoClip:
     duration: float
 
     def metadata(self) -> Any:
-        """What processors are told of these frames: their numbers in a video of a thousand frames a
-        second, so that times are right where the file's rate varies.
+        """Returns what processors are told of these frames: their numbers in a video
+        of a thousand frames a second.
+
+        Times are right so even where the file's rate varies.
         """
         from transformers.video_utils import VideoMetadata
 
@@ -51,7 +53,7 @@ class VideoClip:
 
 
 def is_video(source: Any) -> bool:
-    """Whether a source is a `VideoClip`, or a path that ends as video files do."""
+    """Returns whether a source is a `VideoClip`, or a path that ends as video files do."""
     if isinstance(source, VideoClip):
         return True
     return isinstance(source, str | Path) and Path(source).suffix.lower() in SUFFIXES
@@ -71,10 +73,10 @@ def open_video(
     fps: float | None = None,
     advance: Callable[[int], None] = lambda done: None,
 ) -> VideoClip:
-    """Read frames of a video file, upright and in RGB.
+    """Reads frames of a video file, upright and in RGB.
 
-    The video is cut into as many equal spans as there are frames, and of each the frame is kept that
-    is shown in its middle; one that is shown in the middle of several is kept once.
+    The video is cut into as many equal spans as there are frames, and of each the frame is kept
+    that is shown in its middle; one that is shown in the middle of several is kept once.
 
     Args:
         source: a file, or a clip, which is returned as it is.
@@ -83,7 +85,8 @@ def open_video(
         advance: called with the number of frames that were read since the last call.
 
     Raises:
-        InputError: if there is no decoder, the file is missing, broken or cut short, or has no video.
+        InputError: if there is no decoder, the file is missing, broken or cut short, or has no
+            video.
     """
     if isinstance(source, VideoClip):
         return source
@@ -121,10 +124,17 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def _span(path: Path, container: Any, stream: Any) -> tuple[int, Fraction]:
-    """Time stamp of the first frame, and seconds to the end of the last one, which is taken to be
-    shown as long as the mean one.
+    """Returns the time stamp of the first frame, and the seconds from
+    there to the end of the last one.
 
     Stamps are read and nothing is decoded.
+
+    The last frame is taken to be shown as long as the mean one.
+
+    Args:
+        path: of the file, for messages.
+        container: of PyAV.
+        stream: whose stamps are read.
 
     Raises:
         InputError: if there is no frame, or less than the file says.
@@ -152,7 +162,13 @@ def _span(path: Path, container: Any, stream: Any) -> tuple[int, Fraction]:
 
 
 def _check_size(path: Path, frames: int, stream: Any) -> None:
-    """Refuse frames that would not fit in memory."""
+    """Refuses frames that would not fit in memory.
+
+    Args:
+        path: of the file, for messages.
+        frames: how many will be held.
+        stream: of PyAV.
+    """
     width, height = stream.width, stream.height
     if width * height > MAX_PIXELS:
         raise InputError(f"{path} has frames of {width} x {height}, above 89 million pixels")
@@ -170,7 +186,7 @@ def _shown(
     targets: list[Fraction],
     advance: Callable[[int], None],
 ) -> tuple[list[NDArray[np.uint8]], list[float]]:
-    """The frames that are shown at `targets`, each once, and when they begin.
+    """Returns the frames that are shown at `targets`, each once, and when they begin, in seconds.
 
     Args:
         path: of the file.

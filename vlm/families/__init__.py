@@ -48,7 +48,7 @@ __all__ = ["FAMILIES", "Family", "Need", "check_supported", "family_of", "takes_
 
 
 def takes_videos(kind: str) -> bool:
-    """Whether models whose config says `kind` have an adapter that prunes videos."""
+    """Returns whether models whose config says `kind` have an adapter that prunes videos."""
     return kind in FAMILIES and "video" in FAMILIES[kind].kinds
 
 
@@ -59,7 +59,8 @@ def check_supported(kind: str) -> None:
 
 
 def family_of(model: Any) -> Family:
-    """The adapter of a loaded model, recognized by its config; of a `PeftModel`, the one inside.
+    """Returns the adapter of a loaded model, recognized by its config; of a
+    `PeftModel`, that of the model inside.
 
     Raises:
         InputError: when the model is no supported vision-language model.

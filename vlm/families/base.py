@@ -33,13 +33,14 @@ PIXELS: dict[Kind, str] = {"image": "pixel_values", "video": "pixel_values_video
 
 
 def seed_of(pixels: Tensor) -> int:
-    """A number that depends on the pixels of one image alone."""
+    """Returns a number that depends on the pixels of one image alone."""
     return zlib.crc32(pixels.float().cpu().numpy().tobytes())
 
 
 def patched(pixels: Tensor, side: int) -> Tensor:
-    """Squares of images (M, C, H, W) in reading order, (M, S, C x side x side); what is left at the
-    right and at the bottom is no square.
+    """Cuts images (M, C, H, W) into squares in reading order, (M, S, C x side x side).
+
+    What is left at the right and at the bottom is no square.
     """
     rows, columns = (edge // side for edge in pixels.shape[-2:])
     grid = pixels[..., : rows * side, : columns * side]
@@ -64,7 +65,7 @@ def matrices(module: nn.Module) -> int:
 
 
 def check_strategy(config: Any, prefix: int) -> None:
-    """Refuse a model whose image tokens are not the patches of its tower, each one once.
+    """Refuses a model whose image tokens are not the patches of its tower, each one once.
 
     Args:
         config: of the model.
@@ -84,7 +85,8 @@ def check_strategy(config: Any, prefix: int) -> None:
 
 @contextmanager
 def noted(layer: nn.Module) -> Iterator[dict[str, Any]]:
-    """What a layer gets in this thread while open: its input, and rotation where there is one.
+    """Notes what a layer gets in this thread while open: its input, and
+    rotation where there is one.
 
     Raises:
         InputError: when the layer has not been called through its hooks, as in a compiled tower.
@@ -109,8 +111,9 @@ def noted(layer: nn.Module) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def outputs_of(*modules: nn.Module) -> Iterator[list[Tensor | None]]:
-    """What modules give in this thread while open, in their order: None for one that is not called
-    through its hooks, or more than once.
+    """Notes what modules give in this thread while open, in their order.
+
+    It is None for one that is not called through its hooks, or more than once.
     """
     outputs: list[Tensor | None] = [None] * len(modules)
     calls, thread = [0] * len(modules), get_ident()
@@ -145,7 +148,7 @@ def compute_device(model: Any) -> torch.device:
 
 
 def loaded(module: nn.Module) -> AbstractContextManager[None]:
-    """Bring a module's own parameters to where it computes, if accelerate has offloaded them.
+    """Brings a module's own parameters to where it computes, if accelerate has offloaded them.
 
     Its hooks do so for a module that is called, not for one whose parameters are read.
     """
@@ -189,12 +192,12 @@ class Family(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """Returns the device where the model computes."""
         return compute_device(self.model)
 
     @property
     def fixed_size(self) -> bool:
-        """Whether every image has the same number of tokens."""
+        """Returns whether every image has the same number of tokens."""
         return "a fixed image size" not in self.lacks
 
     @property
@@ -212,8 +215,11 @@ class Family(ABC):
         return self.image_token if kind == "image" else self.video_token
 
     def frame_lines(self, input_ids: Tensor, ordinal: Tensor) -> Tensor | None:
-        """For each token of a prompt with videos the frame that it goes with, (B, L): as the frame's
-        token, its time stamp or its marker; -1 for all else. None where frames have no markers.
+        """Returns for each token of a prompt with videos the frame that it goes with,
+        (B, L); -1 for other tokens.
+
+        A frame's tokens, its time stamp and its markers go with it. None where frames have no
+        markers, as here.
 
         Args:
             input_ids: (B, L).
@@ -224,38 +230,42 @@ class Family(ABC):
     @property
     @abstractmethod
     def tokens_per_image(self) -> int:
-        """Of an image of the tower's own size, or of one tile where images have several."""
+        """Returns how many tokens an image of the tower's own size has, or one
+        tile where images have several.
+        """
 
     @property
     def multimodal(self) -> nn.Module:
-        """The module that merges image features into the embeddings."""
+        """Returns the module that merges image features into the embeddings."""
         module: nn.Module = self.model.model
         return module
 
     @property
     def decoder(self) -> Any:
-        """The language model: `.layers`, `.rotary_emb`, `.config`."""
+        """Returns the language model, with `.layers`, `.rotary_emb` and `.config`."""
         return self.model.model.language_model
 
     @property
     def last_cut(self) -> int:
-        """How many decoder layers can have run at most when tokens are dropped between them."""
+        """Returns how many decoder layers can have run at most when
+        tokens are dropped between them.
+        """
         return len(self.decoder.layers) - 1
 
     @property
     @abstractmethod
     def tower_layers(self) -> Any:
-        """The vision tower's layers."""
+        """Returns the vision tower's layers."""
 
     @property
     def tower_prefix(self) -> int:
-        """How many tokens of the tower's sequence stand in front of a view's patches."""
+        """Returns how many tokens of the tower's sequence stand in front of a view's patches."""
         return 0
 
     @property
     @abstractmethod
     def projector(self) -> Callable[[Tensor], Tensor]:
-        """From `VisionTokens.features` to `.projected`."""
+        """Returns the map from `VisionTokens.features` to `.projected`."""
 
     def encoder_output(self, kind: Kind, pixel_values: Tensor, **inputs: Any) -> Any:
         """Returns what the model's `get_image_features` or `get_video_features` does, which no hook
@@ -271,7 +281,7 @@ class Family(ABC):
             return getattr(module, f"get_{kind}_features")(pixel_values, **inputs)
 
     def run(self, encoder: Callable[..., Any], pixel_values: Tensor, **inputs: Any) -> Any:
-        """Output of tower and projector, with all that `images` reads of it.
+        """Returns the output of tower and projector, with all that `images` reads of it.
 
         Its `projections` are what `scored_projections` gave, or None where hooks did not see it.
 
@@ -296,19 +306,23 @@ class Family(ABC):
 
     @property
     def states_read(self) -> tuple[int, ...]:
-        """Numbers of the tower's hidden states that features are made of; others are let go."""
+        """Returns the numbers of the tower's hidden states that features
+        are made of; others are let go.
+        """
         return ()
 
     @property
     def scored_states(self) -> tuple[int, ...]:
-        """Number of the hidden state that the tower's scored layer gets, the one whose attention
-        methods read.
+        """Returns the number of the hidden state that the tower's scored layer gets,
+        whose attention methods read.
         """
         return ()
 
     @property
     def scored_projections(self) -> tuple[nn.Module, ...]:
-        """What makes queries and keys in the scored layer, to be seen as the tower runs."""
+        """Returns the modules that make queries and keys in the scored layer,
+        to be seen as the tower runs.
+        """
         return ()
 
     @abstractmethod
@@ -337,7 +351,7 @@ class Family(ABC):
         pixel_values_videos: Tensor | None = None,
         **inputs: Tensor,
     ) -> Images:
-        """Run tower and projector on a prompt's images and videos.
+        """Runs tower and projector on a prompt's images and videos.
 
         Args:
             pixel_values: of the images, as the processor gives them.
@@ -368,7 +382,9 @@ class Family(ABC):
         return self.run(partial(self.encoder_output, kind), pixels.to(self.device), **given)
 
     def tower_flops(self, views: Sequence[int]) -> float:
-        """Matrix-product FLOPs of the tower on an image whose views have so many patches."""
+        """Returns the matrix-product FLOPs of the tower on an image
+        whose views have so many patches.
+        """
         tokens = [patches + self.tower_prefix for patches in views]
         layers = [(matrices(layer), tokens) for layer in self.tower_layers]
         width = self.model.config.vision_config.hidden_size
@@ -376,22 +392,24 @@ class Family(ABC):
 
     @property
     def patch_convolution(self) -> Any:
-        """What turns patches of pixels into hidden states: the model's only convolution."""
+        """Returns the layer that turns patches of pixels into hidden states:
+        the model's only convolution.
+        """
         convolutions = nn.Conv2d | nn.Conv3d
         return next(m for m in self.multimodal.modules() if isinstance(m, convolutions))
 
     @property
     def patch_embedding(self) -> int:
-        """Weights that turn a patch into a hidden state."""
+        """Returns how many weights turn a patch into a hidden state."""
         return matrices(self.patch_convolution)
 
     @property
     def patch_size(self) -> int:
-        """Side of a patch in pixels."""
+        """Returns the side of a patch in pixels."""
         return int(self.patch_convolution.kernel_size[-1])
 
     def check_size(self, image_processor: Any, width: int, height: int) -> None:
-        """Refuse a picture that the processor would make too large on its way to the tower.
+        """Refuses a picture that the processor would make too large on its way to the tower.
 
         Where images have a fixed size, the shorter edge is scaled to it and the rest cropped
         afterwards. Other families' processors limit the pixels or tiles of any picture themselves.
@@ -418,7 +436,7 @@ class Family(ABC):
     def counts(
         self, input_ids: Tensor, inputs: Mapping[str, Any], kind: Kind = "image"
     ) -> list[int]:
-        """Placeholders of each image or video of an unpruned prompt.
+        """Returns the number of placeholders of each image or video of an unpruned prompt.
 
         Args:
             input_ids: (B, L).
@@ -433,7 +451,9 @@ class Family(ABC):
         return self.sizes(input_ids, inputs)
 
     def sizes(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> list[int]:
-        """The same from pixels; by default all images have equally many."""
+        """Returns the number of placeholders of each image, given pixels; by
+        default all have equally many.
+        """
         images = len(inputs["pixel_values"])
         return [int((input_ids == self.image_token).sum()) // images] * images
 
@@ -462,7 +482,8 @@ class Family(ABC):
         )
 
     def blocks(self, inputs: Mapping[str, Any], length: int) -> Tensor | None:
-        """Numbers of the tokens that attend to each other both ways, from what a forward is given.
+        """Returns numbers of the tokens that attend to each other both ways, (B, L);
+        None where there are none, as here.
 
         Args:
             inputs: arguments of the forward.
@@ -473,11 +494,13 @@ class Family(ABC):
     def output(
         self, features: Sequence[Tensor], deepstack: Sequence[list[Tensor]] = ()
     ) -> dict[str, Any]:
-        """Encoded images as `generate(mm_encoder_outputs=...)` takes them; new for each call."""
+        """Returns encoded images as `generate(mm_encoder_outputs=...)`
+        takes them; new for each call.
+        """
         return {"image": BaseModelOutputWithPooling(pooler_output=list(features))}
 
     def outputs(self, encoded: Images) -> dict[str, Any]:
-        """Encoded images and videos, likewise."""
+        """Returns encoded images and videos as `generate(mm_encoder_outputs=...)` takes them."""
         projected, deepstack = encoded.projected, encoded.deepstack
         found: dict[str, Any] = {}
         for kind in self.kinds:
@@ -489,5 +512,5 @@ class Family(ABC):
         return found
 
     def video_output(self, output: Any) -> Any:
-        """What `output` makes of videos, as the model takes it for them."""
+        """Returns what `output` makes of videos, as the model takes it for them."""
         return output

@@ -45,7 +45,7 @@ class Gemma3(Family):
         return getattr(tower, "vision_model", tower).encoder.layers
 
     def projector(self, features: Tensor) -> Tensor:
-        """The norm and the matrix, (..., d_v) -> (..., d_l)."""
+        """Applies the projector's norm and matrix, (..., d_v) -> (..., d_l)."""
         module = self.model.model.multi_modal_projector
         with loaded(module):
             normed = module.mm_soft_emb_norm(features)
@@ -53,7 +53,7 @@ class Gemma3(Family):
         return projected.type_as(features)
 
     def pool(self, values: Tensor) -> Tensor:
-        """The mean over a token's patches, (M, S, c) -> (M, N, c)."""
+        """Returns the mean over a token's patches, (M, S, c) -> (M, N, c)."""
         side = round(values.shape[1] ** 0.5)
         grid = values.transpose(1, 2).unflatten(2, (side, side))
         pooled: Tensor = self.model.model.multi_modal_projector.avg_pool(grid)
@@ -69,7 +69,7 @@ class Gemma3(Family):
         return attention.q_proj, attention.k_proj
 
     def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
-        """Images of (M, 3, H, W) pixels, all of one group."""
+        """Returns the encoded images of (M, 3, H, W) pixels, all of one group."""
         side = round(self.tokens_per_image**0.5)
 
         @torch.no_grad()

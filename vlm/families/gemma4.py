@@ -48,7 +48,11 @@ class Gemma4(Family):
 
     @property
     def last_cut(self) -> int:
-        """The last layers use keys and values of layers before, which must have been cut by then."""
+        """Returns how many layers can have run at a cut: the last ones use keys
+        and values of layers before.
+
+        These must have been cut by then.
+        """
         layers = self.decoder.layers
         if not any(layer.self_attn.is_kv_shared_layer for layer in layers):
             return super().last_cut
@@ -56,7 +60,7 @@ class Gemma4(Family):
 
     @property
     def side(self) -> int:
-        """Patches of a token on each side."""
+        """Returns how many patches a token has on each side."""
         return int(self.model.config.vision_config.pooling_kernel_size)
 
     @property
@@ -65,7 +69,9 @@ class Gemma4(Family):
         return module
 
     def grids(self, positions: Tensor) -> list[tuple[int, int]]:
-        """Rows and columns of tokens of each image, given its patches' columns and rows, (M, P, 2)."""
+        """Returns rows and columns of tokens of each image, given its patches'
+        columns and rows, (M, P, 2).
+        """
         sizes = (positions.amax(1) + 1).div(self.side, rounding_mode="floor").tolist()
         return [(rows, columns) for columns, rows in sizes]
 
@@ -73,7 +79,9 @@ class Gemma4(Family):
         return [rows * columns for rows, columns in self.grids(inputs["image_position_ids"])]
 
     def run(self, encoder: Callable[..., Any], pixel_values: Tensor, **inputs: Any) -> Any:
-        """The output's `last_layer` is what the tower's last layer gets: input and rotation."""
+        """Runs the tower as `Family.run`, and adds what its last layer gets, input
+        and rotation, as `last_layer`.
+        """
         moved = {
             name: value.to(self.device)
             for name, value in inputs.items()
@@ -85,7 +93,9 @@ class Gemma4(Family):
         return output
 
     def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
-        """Images of flattened patches (M, P, c), padded, at `image_position_ids` (M, P, 2)."""
+        """Returns the encoded images of flattened patches (M, P, c), padded, at
+        `image_position_ids` (M, P, 2).
+        """
         positions = inputs["image_position_ids"].to(self.device)
         grids, hidden = self.grids(positions), output.last_layer["hidden"]
         counts = [rows * columns for rows, columns in grids]
@@ -111,7 +121,9 @@ class Gemma4(Family):
         return Images(groups, {"image_position_ids": positions})
 
     def padded_flops(self, patches: int) -> float:
-        """Matrix-product FLOPs of the tower on an image padded to so many patches, pooling included."""
+        """Returns the matrix-product FLOPs of the tower on an image padded to so
+        many patches, pooling included.
+        """
         vision, tower = self.model.config.vision_config, self.model.model.vision_tower
         width = vision.num_attention_heads * vision.head_dim
         layers = [(matrices(layer), [patches]) for layer in self.tower_layers]
@@ -120,13 +132,17 @@ class Gemma4(Family):
         return tower_flops(width, patches, embedding, layers) + pooling
 
     def token_pixels(self, grid: tuple[int, int], patches: Tensor) -> Tensor:
-        """The pixels behind tokens, (M, N, p), of patches (M, S, c), given the grid of tokens."""
+        """Returns the pixels behind tokens, (M, N, p), of patches
+        (M, S, c), given the grid of tokens.
+        """
         side, (rows, columns) = self.side, grid
         pixels: Tensor = patches.unflatten(1, (rows, side, columns, side)).transpose(2, 3)
         return pixels.flatten(3).flatten(1, 2)
 
     def pool(self, grid: tuple[int, int], values: Tensor) -> Tensor:
-        """(M, S, c) -> (M, N, c), the mean over a token's patches, given the grid of tokens."""
+        """Returns the mean over a token's patches, (M, S, c) ->
+        (M, N, c), given the grid of tokens.
+        """
         side, (rows, columns) = self.side, grid
         mean: Tensor = values.unflatten(1, (rows, side, columns, side)).mean((2, 4))
         return mean.flatten(1, 2)

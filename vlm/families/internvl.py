@@ -41,7 +41,7 @@ class InternVL(Tiled):
 
     @property
     def tower_prefix(self) -> int:
-        """The tower always has a CLS token."""
+        """Returns 1: the tower always has a CLS token."""
         return 1
 
     @property
@@ -69,7 +69,7 @@ class InternVL(Tiled):
 
     @property
     def scored_layer(self) -> int:
-        """Number of the tower's layer whose output the projector gets."""
+        """Returns the number of the tower's layer whose output the projector gets."""
         layer = int(self.model.config.vision_feature_layer)
         return (layer if layer >= 0 else len(self.tower_layers) + 1 + layer) - 1
 
@@ -83,7 +83,7 @@ class InternVL(Tiled):
         return attention.q_proj, attention.k_proj
 
     def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
-        """Images of (T, 3, H, W) tiles; needs `input_ids`."""
+        """Returns the encoded images of (T, 3, H, W) tiles; needs `input_ids`."""
         config, model = self.model.config, self.model.model
         states, layer = output.hidden_states, config.vision_feature_layer
         first = self.tower_prefix
@@ -96,7 +96,9 @@ class InternVL(Tiled):
 
     @torch.no_grad()
     def query_key(self, output: Any, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """Queries and keys (T, H, S, d) of the scored layer for some tiles, given what `run` gave."""
+        """Returns queries and keys (T, H, S, d) of the scored layer for some
+        tiles, given what `run` returned.
+        """
         layer = self.tower_layers[self.scored_layer]
         attention = layer.attention
         if output.projections is None:
@@ -110,6 +112,6 @@ class InternVL(Tiled):
     def output(
         self, features: Sequence[Tensor], deepstack: Sequence[list[Tensor]] = ()
     ) -> dict[str, Any]:
-        """One tensor, whose first dimension beam search can cut anywhere."""
+        """Returns images as one tensor, whose first dimension beam search can cut anywhere."""
         together = torch.cat(list(features))[:, None]
         return {"image": BaseModelOutputWithPooling(pooler_output=together)}

@@ -45,20 +45,23 @@ class Llava(Family):
 
     @property
     def tower_prefix(self) -> int:
-        """The CLS token, which CLIP has and SigLIP has not."""
+        """Returns 1 for a tower with a CLS token (CLIP), 0 for one without (SigLIP)."""
         tower = self.model.model.vision_tower
         return int(hasattr(getattr(tower, "vision_model", tower).embeddings, "class_embedding"))
 
     @property
     def feature_states(self) -> tuple[int, ...]:
-        """Numbers of the tower's hidden states that the projector reads side by side."""
+        """Returns the numbers of the tower's hidden states that the
+        projector reads side by side.
+        """
         given = self.model.config.vision_feature_layer
         states = len(self.tower_layers) + 1
         return tuple(number % states for number in ([given] if isinstance(given, int) else given))
 
     @property
     def scored_layer(self) -> int:
-        """Number of the tower's layer whose attention methods read, the last before the projector.
+        """Returns the number of the tower's layer whose attention methods read,
+        the last before the projector.
 
         Raises:
             InputError: when the projector reads what no layer has seen.
@@ -82,12 +85,14 @@ class Llava(Family):
         return attention.q_proj, attention.k_proj
 
     def features(self, states: tuple[Tensor, ...]) -> Tensor:
-        """What the projector reads of the tower's hidden states, (M, N, d_v)."""
+        """Returns what the projector reads of the tower's hidden states, (M, N, d_v)."""
         read = [states[number][:, self.tower_prefix :] for number in self.feature_states]
         return read[0] if len(read) == 1 else torch.cat(read, -1)
 
     def run(self, encoder: Callable[..., Any], pixel_values: Tensor, **inputs: Any) -> Any:
-        """Sizes other than the trained one interpolate the position embeddings."""
+        """Runs the tower as `Family.run`; sizes other than the trained one
+        interpolate the position embeddings.
+        """
         size = self.model.config.vision_config.image_size
         pixels = pixel_values.to(self.model.dtype)
         if tuple(pixels.shape[-2:]) == (size, size):
@@ -98,7 +103,7 @@ class Llava(Family):
             return super().run(encoder, pixels, **inputs | {"interpolate_pos_encoding": True})
 
     def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
-        """Images of (M, 3, H, W) pixels, all of one group."""
+        """Returns the encoded images of (M, 3, H, W) pixels, all of one group."""
         config = self.model.config
         patch = config.vision_config.patch_size
         states = output.hidden_states
@@ -120,7 +125,9 @@ class Llava(Family):
     def query_key(
         self, output: Any, rows: slice | list[int] = slice(None)
     ) -> tuple[Tensor, Tensor]:
-        """Queries and keys of the layer whose output the projector gets, given that of `run`."""
+        """Returns queries and keys of the layer whose output the projector
+        gets, given the output of `run`.
+        """
         layer = self.scored_layer
         return scored_query_key(self.tower_layers[layer], output, layer, rows)
 

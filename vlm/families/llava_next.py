@@ -33,7 +33,7 @@ class LlavaNext(Llava):
     image_inputs: ClassVar[tuple[str, ...]] = ("image_sizes",)
 
     def tiles(self, inputs: Mapping[str, Any]) -> list[int]:
-        """Tiles of each image, the overview among them."""
+        """Returns the number of tiles of each image, the overview among them."""
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
         config = self.model.config
@@ -61,7 +61,9 @@ class LlavaNext(Llava):
         return tokens
 
     def is_newline(self, packing: Packing, tiles: int) -> Tensor:
-        """Which placeholders of an image of that many tiles are newlines, (n,), on the host."""
+        """Returns which placeholders of an image of that many tiles are
+        newlines, (n,), on the host.
+        """
         patches = torch.zeros(tiles, self.tokens_per_image, 1)
         return packing(patches, patches.new_ones(1))[:, 0] > 0
 
@@ -72,7 +74,7 @@ class LlavaNext(Llava):
         ]
 
     def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
-        """Images of (M, T, 3, H, W) tiles, padded to the longest image.
+        """Returns the encoded images of (M, T, 3, H, W) tiles, padded to the longest image.
 
         Bilinear shrinking, where the model does it, is applied to features and attention alike.
         """
@@ -118,7 +120,7 @@ class LlavaNext(Llava):
         return torch.stack([packing(image_values, None) for image_values in values.split(tiles)])
 
     def packed_patches(self, pool: Callable[[Tensor], Tensor], tiles: list[Tensor]) -> Tensor:
-        """The pixels behind tokens, (M, N, p), interpolated where features are.
+        """Returns the pixels behind tokens, (M, N, p), interpolated where features are.
 
         Args:
             pool: from values of the tiles' patches to those of tokens.
@@ -128,7 +130,7 @@ class LlavaNext(Llava):
         return pool(patched(torch.cat(tiles), side))
 
     def grids(self, newline: Tensor, tiles: int) -> tuple[tuple[int, int], ...]:
-        """Of the overview, and of the tiles where there are some.
+        """Returns the grids of the overview, and of the tiles where there are some.
 
         Of the tiles of a very flat image unpadding leaves no row.
         """

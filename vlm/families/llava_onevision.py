@@ -50,7 +50,7 @@ class LlavaOneVision(LlavaNext):
         return tokens
 
     def videos(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
-        """Videos of (M, T, 3, H, W) frames, all of one group.
+        """Returns the encoded videos of (M, T, 3, H, W) frames, all of one group.
 
         The model's shrinking is applied to features and attention alike.
         """
@@ -77,7 +77,7 @@ class LlavaOneVision(LlavaNext):
         return Images([Group(list(range(count)), tokens, indices, whole[:, -1:], flops=flops)])
 
     def video_output(self, output: Any) -> Any:
-        """One tensor, of videos of equal length."""
+        """Returns videos of equal length as one tensor."""
         output.pooler_output = torch.stack(output.pooler_output)
         return output
 
@@ -88,6 +88,6 @@ class LlavaOneVision(LlavaNext):
         return [(pixels.shape[1], side, side)] * len(pixels)
 
     def shrunk(self, videos: int, values: Tensor) -> Tensor:
-        """What the model does to frames, (M T, S, c), in the order of their videos, (M, N, c)."""
+        """Shrinks frames (M T, S, c) as the model does, in the order of their videos, (M, N, c)."""
         pooled: Tensor = self.model.model.apply_pooling(values).unflatten(0, (videos, -1))
         return pooled.flatten(1, 2)

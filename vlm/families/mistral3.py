@@ -40,7 +40,7 @@ class Mistral3(Family):
 
     @property
     def merge(self) -> int:
-        """Patches of a token on each side."""
+        """Returns how many patches a token has on each side."""
         return int(self.model.config.spatial_merge_size)
 
     @property
@@ -49,7 +49,7 @@ class Mistral3(Family):
         return Projector(module.linear_1, module.act, module.linear_2)
 
     def grids(self, image_sizes: Any) -> list[tuple[int, int]]:
-        """Rows and columns of tokens of images of these heights and widths in pixels."""
+        """Returns rows and columns of tokens of images of these heights and widths in pixels."""
         side = self.patch_size * self.merge
         return [(int(height) // side, int(width) // side) for height, width in image_sizes]
 
@@ -57,8 +57,10 @@ class Mistral3(Family):
         return [rows * columns for rows, columns in self.grids(inputs["image_sizes"])]
 
     def run(self, encoder: Callable[..., Any], pixel_values: Tensor, **inputs: Any) -> Any:
-        """The output's `last_layer` is what the tower's last layer gets, input and rotation, and
-        `merged` what the projector's first layer does.
+        """Runs the tower as `Family.run`, and adds what its last layer and the
+        projector's first layer get.
+
+        `last_layer` is the last layer's input and rotation, `merged` the first layer's input.
         """
         first = self.model.model.multi_modal_projector.linear_1
         with noted(self.tower_layers[-1]) as seen, noted(first) as merged:
@@ -67,7 +69,9 @@ class Mistral3(Family):
         return output
 
     def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
-        """Images of (M, 3, H, W) pixels, padded to the largest, whose sizes are `image_sizes` (M, 2)."""
+        """Returns the encoded images of (M, 3, H, W) pixels, padded to the largest,
+        whose sizes are `image_sizes` (M, 2).
+        """
         sizes = inputs["image_sizes"]
         grids, merge = self.grids(sizes), self.merge
         counts = [rows * columns for rows, columns in grids]
@@ -97,12 +101,16 @@ class Mistral3(Family):
         return Images(groups, {"image_sizes": sizes})
 
     def token_pixels(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The pixels behind the tokens of padded images (M, 3, H, W) of one grid, (M, N, p)."""
+        """Returns the pixels behind the tokens of padded images
+        (M, 3, H, W) of one grid, (M, N, p).
+        """
         side, (rows, columns) = self.patch_size * self.merge, grid
         return patched(pixels[..., : rows * side, : columns * side], side)
 
     def pool(self, grid: tuple[int, int], values: Tensor) -> Tensor:
-        """(M, S, c) -> (M, N, c), the mean over a token's patches, given the grid of tokens."""
+        """Returns the mean over a token's patches, (M, S, c) ->
+        (M, N, c), given the grid of tokens.
+        """
         merge, (rows, columns) = self.merge, grid
         mean: Tensor = values.unflatten(1, (rows, merge, columns, merge)).mean((2, 4))
         return mean.flatten(1, 2)

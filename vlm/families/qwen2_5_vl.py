@@ -58,7 +58,7 @@ class Qwen25VL(Family):
 
     @property
     def merged(self) -> int:
-        """Patches of a token."""
+        """Returns how many patches a token has."""
         return int(self.tower.spatial_merge_size) ** 2
 
     @property
@@ -70,23 +70,28 @@ class Qwen25VL(Family):
         return Projector(*self.tower.merger.mlp)
 
     def normed(self, hidden: Tensor) -> Tensor:
-        """What the projector reads of the last layer's output."""
+        """Returns what the projector reads of the last layer's output."""
         normed: Tensor = self.tower.merger.ln_q(hidden)
         return normed
 
     def features(self, output: Any, grid: Tensor) -> Tensor:
-        """What the projector's first layer reads of each token, (N, d_v), in reading order."""
+        """Returns what the projector's first layer reads of each
+        token, (N, d_v), in reading order.
+        """
         return self.in_rows(self.normed(output.last_hidden_state), grid).flatten(1)
 
     def in_rows(self, values: Tensor, grid: Tensor) -> Tensor:
-        """The tower's order undone: tokens in reading order, (P, ...) -> (P / 4, 4, ...)."""
+        """Undoes the tower's order: tokens in reading order, (P, ...) -> (P / 4, 4, ...)."""
         order, _ = self.windows(grid)
         tokens: Tensor = values.unflatten(0, (-1, self.merged))
         return tokens[order.argsort().to(values.device)]
 
     def run(self, encoder: Callable[..., Any], pixel_values: Tensor, **inputs: Any) -> Any:
-        """The output's `query_key` are the queries and keys of the tower's last layer before rotation,
-        side by side as it computed them, (P, 2 H d), and `rotary` is their rotation.
+        """Runs the tower, and adds queries and keys of its last layer and
+        their rotation to the output.
+
+        `query_key` is as the layer computed them, side by side and before rotation, (P, 2 H d);
+        `rotary` is the rotation.
         """
         moved = {n: inputs[n].to(self.device) for n in inputs if n.endswith("_grid_thw")}
         layer = self.tower_layers[-1]
@@ -100,11 +105,15 @@ class Qwen25VL(Family):
         return output
 
     def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
-        """Images of flattened patches (P, c), of grids `image_grid_thw` (M, 3)."""
+        """Returns the encoded images of flattened patches (P, c), of
+        grids `image_grid_thw` (M, 3).
+        """
         return self.encoded(output, pixel_values, inputs["image_grid_thw"], "image")
 
     def videos(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
-        """Videos of flattened patches (P, c), of grids `video_grid_thw` (M, 3)."""
+        """Returns the encoded videos of flattened patches (P, c), of
+        grids `video_grid_thw` (M, 3).
+        """
         return self.encoded(output, pixel_values, inputs["video_grid_thw"], "video")
 
     def video_grids(self, inputs: Mapping[str, Any]) -> list[tuple[int, int, int]]:
@@ -159,13 +168,15 @@ class Qwen25VL(Family):
         return Images(groups, {f"{kind}_grid_thw": grid})
 
     def token_pixels(self, patches: list[Tensor]) -> Tensor:
-        """The pixels behind the tokens of images of equally many patches (P, c), (M, N, p)."""
+        """Returns the pixels behind the tokens of images of equally
+        many patches (P, c), (M, N, p).
+        """
         return torch.stack(
             [image_patches.unflatten(0, (-1, self.merged)).flatten(1) for image_patches in patches]
         )
 
     def grid_flops(self, grid: Tensor) -> float:
-        """Matrix-product FLOPs of the tower on an image of that grid, (3,)."""
+        """Returns the matrix-product FLOPs of the tower on an image of that grid, (3,)."""
         time, rows, columns = grid.tolist()
         layers = [(matrices(layer), [rows * columns] * time) for layer in self.tower_layers]
         whole = getattr(self.tower, "fullatt_block_indexes", range(len(layers)))
@@ -179,14 +190,14 @@ class Qwen25VL(Family):
         return tower_flops(width, time * rows * columns, self.patch_embedding, layers)
 
     def windows(self, grid: Tensor) -> tuple[Tensor, Tensor]:
-        """The order of tokens in the tower's windows, and where among patches these end."""
+        """Returns the order of tokens in the tower's windows, and where among patches these end."""
         order, ends = get_vision_window_index(
             grid, self.tower.spatial_merge_size, self.tower.window_size, self.tower.patch_size
         )
         return order, ends
 
     def pool(self, frames: int, values: Tensor) -> Tensor:
-        """(M T, S, c) -> (M, N, c), the mean over a token's patches."""
+        """Returns the mean over a token's patches, (M T, S, c) -> (M, N, c)."""
         mean: Tensor = values.unflatten(1, (-1, self.merged)).mean(2)
         whole: Tensor = mean.unflatten(0, (-1, frames))
         return whole.flatten(1, 2)

@@ -51,10 +51,12 @@ class Qwen3VL(Qwen25VL):
         }
 
     def frame_lines(self, input_ids: Tensor, ordinal: Tensor) -> Tensor | None:
-        """A frame's tokens, the markers around them, and the time stamp in front of these.
+        """Returns for each token the frame that it goes with: a frame's tokens, the
+        markers around them, and the time stamp in front.
 
         A stamp begins behind the marker that closes the frame before it; a video's first, behind
-        what opens the video. Where that is no marker, it begins with the token that begins the next.
+        what opens the video. Where that is no marker, it begins with the token that begins the
+        next.
         """
         config, frame = self.model.config, torch.full_like(input_ids, -1)
         opening, closing = config.vision_start_token_id, config.vision_end_token_id

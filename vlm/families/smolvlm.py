@@ -88,7 +88,9 @@ class SmolVLM(Tiled):
         return attention.q_proj, attention.k_proj
 
     def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
-        """Images of (B, T, 3, H, W) tiles, rows padded with zeros; needs `input_ids`."""
+        """Returns the encoded images of (B, T, 3, H, W) tiles, rows padded
+        with zeros; needs `input_ids`.
+        """
 
         def query_key(rows: list[int]) -> tuple[Tensor, Tensor]:
             with torch.no_grad():

@@ -35,16 +35,18 @@ class Tiled(Family):
 
     @abstractmethod
     def patches(self, values: Tensor) -> Tensor:
-        """The model's shuffle: (T, S, c) -> (T, n, f c), f patches per token."""
+        """Shuffles patches as the model does, (T, S, c) -> (T, n, f c), f patches per token."""
 
     def pool(self, tiles: int, values: Tensor) -> Tensor:
-        """(M T, S, c) -> (M, T n, c), the mean over a token's patches."""
+        """Returns the mean over a token's patches, (M T, S, c) -> (M, T n, c)."""
         patches = self.patches(values).unflatten(-1, (-1, values.shape[-1])).mean(2)
         pooled: Tensor = patches.unflatten(0, (-1, tiles)).flatten(1, 2)
         return pooled
 
     def tile_patches(self, tiles: list[Tensor]) -> Tensor:
-        """The pixels behind the tokens of images of equally many tiles (T, 3, H, W), (M, N, p)."""
+        """Returns the pixels behind the tokens of images of equally many
+        tiles (T, 3, H, W), (M, N, p).
+        """
         values = self.patches(patched(torch.cat(tiles), self.patch_size))
         patches: Tensor = values.unflatten(0, (len(tiles), -1)).flatten(1, 2)
         return patches

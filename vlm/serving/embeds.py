@@ -34,7 +34,7 @@ def image_embeds(
     pruner: VisionPruner,
     processor: Any = None,
 ) -> list[list[Tensor]]:
-    """Choose tokens here, and return what is kept for a server that is given no pixels.
+    """Chooses tokens here, and returns what is kept for a server that is given no pixels.
 
     Args:
         model: a loaded Hugging Face model, whose checkpoint the server serves.
@@ -109,7 +109,7 @@ def _repeated(question: Tensor, count: int) -> tuple[Tensor, ...]:
 
 
 def as_content(rows: Sequence[Tensor]) -> list[dict[str, str]]:
-    """The parts of a chat message that stand for a prompt's images, for a server over HTTP.
+    """Returns the parts of a chat message that stand for a prompt's images, for a server over HTTP.
 
     The rows travel as base64 of a NumPy file. The server needs `--enable-mm-embeds`.
     """

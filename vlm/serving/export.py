@@ -8,7 +8,7 @@ from vlm_prune.vlm.stored_weights import rename_weights
 
 
 def export(name: str, folder: Path) -> int:
-    """Save a model and its processor so that transformers and vLLM both load the folder.
+    """Saves a model and its processor so that transformers and vLLM both load the folder.
 
     Args:
         name: `tiny`, `smol`, a checkpoint folder, or a hub name; weights keep their type.

@@ -29,7 +29,7 @@ class PrunedInternVL(PrunedModel, interns1.InternS1ForConditionalGeneration):
 
     @property
     def attention(self) -> Any:
-        """Of the tower layer whose output is projected."""
+        """Returns the attention of the tower layer whose output is projected."""
         return self.vision_tower.encoder.layer[-1].attention
 
     @cached_property
@@ -46,7 +46,7 @@ class PrunedInternVL(PrunedModel, interns1.InternS1ForConditionalGeneration):
         return query.unflatten(-1, heads).transpose(1, 2), key.unflatten(-1, heads).transpose(1, 2)
 
     def pool(self, image: Image, values: Tensor) -> Tensor:
-        """Mean over the patches of a token; (T, S, c) -> (T n, c)."""
+        """Returns the mean over the patches of a token, (T, S, c) -> (T n, c)."""
         side = round(values.shape[1] ** 0.5)
         shuffled = self.pixel_shuffle(
             values.unflatten(1, (side, side)).contiguous(), self.downsample_ratio

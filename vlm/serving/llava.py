@@ -30,7 +30,7 @@ class ClipTower(PrunedModel):
 
     @property
     def attention(self) -> Any:
-        """Of the tower layer whose output is projected."""
+        """Returns the attention of the tower layer whose output is projected."""
         return self.vision_tower.vision_model.encoder.layers[-1].self_attn
 
     @property
@@ -85,7 +85,9 @@ class PrunedLlava(ClipTower, llava.LlavaForConditionalGeneration):
         return torch.stack([features for _, features in self.reduced(images, self.has_cls)])
 
     def of_smaller(self, pixels: Tensor) -> Tensor:
-        """All tokens of images (M, 3, H, W) that are smaller than the tower's own, (M, k, d_l)."""
+        """Returns all tokens of images (M, 3, H, W) that are smaller than
+        the tower's own, (M, k, d_l).
+        """
         embeddings = self.vision_tower.vision_model.embeddings
         patch = self.config.vision_config.patch_size
         with smaller_table(embeddings, pixels.shape[-2] // patch, pixels.shape[-1] // patch):
@@ -96,7 +98,7 @@ class PrunedLlava(ClipTower, llava.LlavaForConditionalGeneration):
 
 @contextmanager
 def smaller_table(embeddings: Any, rows: int, columns: int) -> Iterator[None]:
-    """Interpolate a tower's table of position embeddings to other images inside the block.
+    """Interpolates a tower's table of position embeddings to other images inside the block.
 
     Args:
         embeddings: the tower's.

@@ -23,7 +23,7 @@ from vlm_prune.vlm.serving.selection import Image, watching
 
 
 def packing(config: Any, size: tuple[int, int]) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
-    """How the tokens of an image's tiles become its placeholders.
+    """Returns how the tokens of an image's tiles become its placeholders.
 
     Args:
         config: the model's.
@@ -102,7 +102,7 @@ class PrunedLlavaNext(ClipTower, llava_next.LlavaNextForConditionalGeneration):
         ]
 
     def with_newlines(self, order: Tensor, features: Tensor) -> Tensor:
-        """Rows of an image's placeholders: newlines are there if all other tokens are."""
+        """Returns rows of an image's placeholders: newlines are there if all other tokens are."""
         if len(features) < int((order >= 0).sum()):
             return features
         rows: Tensor = self.image_newline.to(features).expand(len(order), -1).clone()

@@ -18,5 +18,5 @@ def _histogram() -> Any:
 
 
 def observe(tokens: int) -> None:
-    """Count an image of which so many tokens are kept."""
+    """Counts an image of which so many tokens are kept."""
     _histogram().observe(tokens)

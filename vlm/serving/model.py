@@ -34,9 +34,9 @@ class PrunedModel:
 
     @property
     def projection(self) -> Projector:
-        """The projector's two layers."""
+        """Returns the projector's two layers."""
         raise NotImplementedError
 
     def query_key(self, *tower: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys (M T, H, S, d) from `Image.tower`."""
+        """Returns queries and keys (M T, H, S, d) from `Image.tower`."""
         raise NotImplementedError

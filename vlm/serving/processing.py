@@ -32,7 +32,7 @@ class PrunedProcessor:
         return self.settings.pruner()
 
     def newlines(self, items: Any, index: int) -> int:
-        """Placeholders of an image behind which there are no pixels."""
+        """Returns how many placeholders of an image have no pixels behind them."""
         return 0
 
     def _get_prompt_updates(
@@ -83,7 +83,7 @@ class PrunedProcessor:
         return hashes
 
     def get_dummy_mm_inputs(self, *args: Any, **kwargs: Any) -> Any:
-        """What vLLM measures itself with; no image of a user."""
+        """Returns what vLLM measures itself with; no image of a user."""
         self.measuring = True
         try:
             return super().get_dummy_mm_inputs(*args, **kwargs)  # type: ignore[misc]

@@ -44,7 +44,7 @@ class QwenTower(PrunedModel):
 
     @property
     def linear(self) -> Any:
-        """The projector's first linear layer, or what calls it."""
+        """Returns the projector's first linear layer, or what calls it."""
         raise NotImplementedError
 
     def in_rows(self, values: Tensor, grid: tuple[int, int, int], each: int) -> Tensor:
@@ -59,7 +59,7 @@ class QwenTower(PrunedModel):
         return tokens
 
     def query_key(self, *tower: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the last layer, after rotation."""
+        """Returns queries and keys of the last layer, after rotation."""
         attention = self.visual.blocks[-1].attn
         normed, cos, sin = tower
         joint, _ = attention.qkv(normed)
@@ -74,7 +74,7 @@ class QwenTower(PrunedModel):
         return all_heads(query, splits), all_heads(key, splits)
 
     def pool(self, image: Image, values: Tensor) -> Tensor:
-        """The mean over a token's patches; (1, P, c) -> (P / 4, c)."""
+        """Returns the mean over a token's patches, (1, P, c) -> (P / 4, c)."""
         pooled: Tensor = values[0].unflatten(0, (len(image.projected), -1)).mean(1)
         return pooled
 
@@ -124,7 +124,7 @@ class QwenTower(PrunedModel):
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[Any]
     ) -> tuple[Tensor, int]:
-        """Positions as in the unpruned prompt; which tokens are kept is not known yet."""
+        """Returns positions as in the unpruned prompt; which tokens are kept is not known yet."""
         merge = self.config.vision_config.spatial_merge_size
         images, features, shift = [], [], 0
         for feature in sorted(mm_features, key=lambda f: f.mm_position.offset):
@@ -187,7 +187,7 @@ class QwenTower(PrunedModel):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The step, with image tokens where they stood in the unpruned prompt."""
+        """Runs a step, with image tokens where they stood in the unpruned prompt."""
         offsets = self.offsets[:, : positions.shape[-1]]
         if inputs_embeds is not None:
             positions = positions + offsets

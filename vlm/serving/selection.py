@@ -33,7 +33,7 @@ class Seen:
 
 @contextmanager
 def watching(attention: nn.Module, linear: nn.Module) -> Iterator[Seen]:
-    """Note what goes into a tower layer's attention and a linear layer inside the block."""
+    """Notes what goes into a tower layer's attention and a linear layer inside the block."""
     seen = Seen()
 
     def before_attention(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
@@ -76,7 +76,7 @@ class Image:
 
     @property
     def shape(self) -> Hashable:
-        """Images of equal shape can be reduced together."""
+        """Returns what images that can be reduced together have in common."""
         return (self.grids, self.placeholders, *(part.shape for part in self.tower))
 
 
@@ -89,7 +89,8 @@ def choose(
     has_cls: bool,
     pool: Callable[[Image, Tensor], Tensor] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
-    """What a pruner keeps of each image: token indices (k,), ascending, and features (k, d_l).
+    """Returns what a pruner keeps of each image: token indices (k,),
+    ascending, and features (k, d_l).
 
     Args:
         pruner: the method.
@@ -141,7 +142,7 @@ def choose(
 
 
 def weight_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight (out, in) and bias of a linear layer of vLLM, whole, however it is stored.
+    """Returns weight (out, in) and bias of a linear layer of vLLM, whole, however it is stored.
 
     vLLM packs weights for the processor, quantizes them and splits them over GPUs; what the layer
     does to a unit matrix is its weight. On a CPU it keeps the bias of a bfloat16 layer in fp32.
@@ -175,7 +176,9 @@ def two_layers(one: nn.Module, act: Callable[[Tensor], Tensor], two: nn.Module) 
 
 
 def all_heads(tensor: Tensor, splits: int) -> Tensor:
-    """Heads (M, H, S, d) of all GPUs that a tower is split over, given those of this one."""
+    """Returns heads (M, H, S, d) of all GPUs that a tower is split
+    over, given those of this one.
+    """
     if splits == 1:
         return tensor
     from vllm.distributed import tensor_model_parallel_all_gather

@@ -23,7 +23,7 @@ NAME_OPTION = "--served-model-name"
 
 
 def check_served(model: str, settings: Settings) -> str:
-    """The installed package that brings vLLM.
+    """Returns the name of the installed package that brings vLLM.
 
     Raises:
         InputError: unless vLLM can serve the model with these settings; method `none` is served
@@ -46,7 +46,7 @@ def check_served(model: str, settings: Settings) -> str:
 
 
 def server_command(model: str, settings: Settings, options: Sequence[str]) -> list[str]:
-    """The command line that starts the server.
+    """Returns the command line that starts the server.
 
     Args:
         model: `tiny`, `smol`, a checkpoint folder, or a hub name.
@@ -67,7 +67,7 @@ def server_command(model: str, settings: Settings, options: Sequence[str]) -> li
 
 
 def _check_address(options: Sequence[str]) -> None:
-    """Refuse a host or a port, among vLLM's options, where it could not listen."""
+    """Refuses a host or a port, among vLLM's options, where it could not listen."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--host", nargs="?", default="0.0.0.0")
     parser.add_argument("--port", nargs="?", default="8000")
@@ -83,7 +83,7 @@ def _check_address(options: Sequence[str]) -> None:
 
 
 def _taken(options: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The additional configuration among vLLM's options, and the others.
+    """Returns the additional configuration among vLLM's options, and the others.
 
     Raises:
         InputError: if it is no JSON object in one piece, or holds settings of ours.

@@ -39,7 +39,7 @@ class Settings:
 
     @classmethod
     def read(cls, values: Any) -> Self:
-        """The settings that a mapping holds, as it comes from JSON.
+        """Reads the settings from a mapping, as it comes from JSON.
 
         Raises:
             InputError: if a key is unknown, the method is, or it cannot run in vLLM.
@@ -60,7 +60,8 @@ class Settings:
 
     @classmethod
     def find(cls, additional_config: Any) -> Self | None:
-        """The settings in vLLM's `additional_config`, else in the environment's `VLM_PRUNE`.
+        """Returns the settings in vLLM's `additional_config`, else in the
+        environment's `VLM_PRUNE`; None if there are none.
 
         Raises:
             InputError: as for `read`.
@@ -91,16 +92,18 @@ class Settings:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as JSON can hold them."""
+        """Returns the settings as JSON can hold them."""
         return asdict(self) | {"arguments": dict(self.arguments)}
 
     @property
     def identity(self) -> str:
-        """Text that is equal for two settings only if they keep the same tokens of every image."""
+        """Returns a text that is equal for two settings only if they keep
+        the same tokens of every image.
+        """
         return json.dumps(self.as_dict(), sort_keys=True)
 
     def pruner(self) -> Any:
-        """The method, built.
+        """Builds the method.
 
         Raises:
             InputError: if it is unknown, or its hyperparameters are.
@@ -135,7 +138,7 @@ def check(name: str, pruner: Any) -> None:
 
 
 def reads_question(pruner: VisionPruner) -> bool:
-    """Whether the method looks at the question when it chooses tokens."""
+    """Returns whether the method looks at the question when it chooses tokens."""
     seen = []
 
     def question() -> tuple[torch.Tensor, ...]:
@@ -147,14 +150,16 @@ def reads_question(pruner: VisionPruner) -> bool:
 
 
 def draws_numbers(pruner: VisionPruner) -> bool:
-    """Whether the tokens that the method keeps depend on a number drawn from the image's pixels."""
+    """Returns whether the tokens that the method keeps depend on a number
+    drawn from the image's pixels.
+    """
     few = replace(pruner, budget=8)
     one, other = (few.reduce(_probe(seed)).indices[0].tolist() for seed in (0, 1))
     return bool(one != other)
 
 
 def _probe(seed: int = 0, question: Callable[[], tuple[torch.Tensor, ...]] = tuple) -> VisionTokens:
-    """The tokens of an image that shows nothing."""
+    """Returns the tokens of an image that shows nothing."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(1, 16, 4, generator=generator)
     heads = torch.randn(1, 2, 17, 4, generator=generator)
@@ -172,7 +177,7 @@ def _probe(seed: int = 0, question: Callable[[], tuple[torch.Tensor, ...]] = tup
 
 
 def kept_tokens(pruner: VisionPruner, tokens: int, placeholders: int | None = None) -> int:
-    """How many placeholders of an image the method keeps, from its size alone.
+    """Returns how many placeholders of an image the method keeps, from its size alone.
 
     Args:
         pruner: the method.

@@ -16,7 +16,9 @@ PROJECTOR = "projector.safetensors"
 
 
 def adapter_path() -> Path:
-    """The folder of the packaged adapter, which PEFT loads on SmolLM2, and of the projector."""
+    """Returns the folder of the packaged adapter, which PEFT loads on
+    SmolLM2, and of the projector.
+    """
     return Path(__file__).parent / "checkpoint"
 
 

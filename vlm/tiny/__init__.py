@@ -4,10 +4,12 @@ from pathlib import Path
 
 
 def checkpoint_path() -> Path:
-    """The folder of the packaged checkpoint, for `from_pretrained`."""
+    """Returns the folder of the packaged checkpoint, for `from_pretrained`."""
     return Path(__file__).parent / "checkpoint"
 
 
 def text_language_model() -> Path:
-    """The packaged language model of the same shape that has seen text alone, in safetensors."""
+    """Returns the packaged language model of the same shape that has
+    seen text alone, in safetensors.
+    """
     return Path(__file__).parent / "text.safetensors"

@@ -25,7 +25,9 @@ SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_t
 
 
 def make_processor(corpus: Iterable[str], vocabulary: int = 512) -> LlavaProcessor:
-    """A byte-level BPE tokenizer learned from `corpus`, with CLIP's preprocessing at 336 px."""
+    """Returns a processor: a byte-level BPE tokenizer learned from `corpus`, and
+    CLIP's preprocessing at 336 px.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
