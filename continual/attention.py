@@ -39,7 +39,9 @@ class Site:
 
 
 def sites(model: nn.Module) -> dict[str, Site]:
-    """Every linear map of the two transformers by its name in `model`, which must be split."""
+    """Returns every linear map of the two transformers by its name in
+    `model`, which must be split.
+    """
     found = {}
     for name, module in model.named_modules():
         match = BLOCK.fullmatch(name)
@@ -106,7 +108,7 @@ class SplitAttention(nn.Module):
         return q, k
 
     def project(self, mixed: Tensor) -> Tensor:
-        """(M, heads, L, d_head) to (M, L, d)."""
+        """Joins heads and applies the output projection, (M, heads, L, d_head) -> (M, L, d)."""
         output: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
         return output
 
@@ -184,7 +186,7 @@ class SplitQKV(nn.Module):
 
 
 def split(model: nn.Module) -> None:
-    """Replace every fused attention inside a transformer block, in place; outputs stay the same.
+    """Replaces every fused attention inside a transformer block, in place; outputs stay the same.
 
     Raises:
         InputError: for an attention that cannot be split.
@@ -205,7 +207,7 @@ def split(model: nn.Module) -> None:
 
 
 def fuse(model: nn.Module) -> None:
-    """Undo `split`, in place: the state dict has exactly the keys that it had before."""
+    """Undoes `split`, in place: the state dict has exactly the keys that it had before."""
     for path, module in list(model.named_modules()):
         if isinstance(module, SplitAttention | SplitQKV):
             parent, name = _parent(model, path)

@@ -28,7 +28,7 @@ Tensors = dict[str, Tensor]
 
 
 def cut_log(path: Path, before: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the lines of steps that will be taken again, and a torn last line.
+    """Drops the lines of steps that will be taken again, and a torn last line.
 
     Raises:
         InputError: if another line is damaged.
@@ -45,7 +45,7 @@ def cut_log(path: Path, before: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def save_state(output: Path, done: int, model: Tensors, method: Tensors) -> None:
-    """Write what a run needs after `done` tasks; removes what came before.
+    """Writes what a run needs after `done` tasks, and removes what came before.
 
     Args:
         output: folder of the run.
@@ -65,7 +65,7 @@ def save_state(output: Path, done: int, model: Tensors, method: Tensors) -> None
 
 
 def load_state(output: Path, model: Tensors) -> tuple[int, Tensors]:
-    """Fill in the model's tensors; returns the tasks done (0 for none) and the method's tensors.
+    """Fills in the model's tensors; returns the tasks done (0 for none) and the method's tensors.
 
     Raises:
         InputError: if a file is damaged, of another run, or a pickle.
@@ -81,7 +81,7 @@ def load_state(output: Path, model: Tensors) -> tuple[int, Tensors]:
 def save_step(
     output: Path, done: int, step: int, trained: Tensors, optimizer: Any, method: Tensors
 ) -> None:
-    """Write what a run needs after `step` steps of the task after `done` others.
+    """Writes what a run needs after `step` steps of the task after `done` others.
 
     Args:
         output: folder of the run.
@@ -104,7 +104,8 @@ def save_step(
 
 
 def load_step(output: Path, done: int, trained: Tensors, optimizer: Any) -> tuple[int, Tensors]:
-    """Fill in the trained tensors and the optimizer; returns the steps taken, the method's tensors.
+    """Fills in the trained tensors and the optimizer; returns the steps
+    taken, the method's tensors.
 
     Args:
         output: folder of the run.

@@ -41,7 +41,7 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 def extra(name: str) -> Any:
-    """Import an optional library.
+    """Imports an optional library.
 
     Raises:
         InputError: if it is not installed.
@@ -87,28 +87,30 @@ class Clip:
 
     @property
     def scale(self) -> Tensor:
-        """What cosines are multiplied by, ()."""
+        """Returns what cosines are multiplied by, ()."""
         scale: Tensor = self.model.logit_scale.detach().float().exp().reshape(())
         return scale
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """Unit features (n, d) in float32 of pixels (n, 3, H, W)."""
+        """Returns unit features (n, d) in float32 of pixels (n, 3, H, W)."""
         encode = self.model.get_image_features if self.hugging_face else self.model.encode_image
         return _unit(encode(pixels))
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        """Unit features (n, d) in float32 of token ids (n, length)."""
+        """Returns unit features (n, d) in float32 of token ids (n, length)."""
         encode = self.model.get_text_features if self.hugging_face else self.model.encode_text
         return _unit(encode(ids))
 
     @torch.no_grad()
     def encode_texts(self, texts: Iterable[str], batch: int = 256) -> Tensor:
-        """Unit features (n, d) of texts, without gradients."""
+        """Returns unit features (n, d) of texts, without gradients."""
         ids = self.tokenize(list(texts)).to(self.device)
         return torch.cat([self.encode_text(part) for part in ids.split(batch)])
 
     def parameters(self, tower: Tower | None = None) -> dict[str, nn.Parameter]:
-        """Parameters by name, of one tower or of both; the logit scale belongs to neither."""
+        """Returns parameters by name, of one tower or of both; the
+        logit scale belongs to neither.
+        """
         return {
             name: parameter
             for name, parameter in self.model.named_parameters()
@@ -116,11 +118,11 @@ class Clip:
         }
 
     def trains(self, tower: Tower) -> bool:
-        """Whether some parameter of a tower takes gradients."""
+        """Returns whether some parameter of a tower takes gradients."""
         return any(parameter.requires_grad for parameter in self.parameters(tower).values())
 
     def fingerprint(self) -> str:
-        """A short digest of all weights and their names."""
+        """Returns a short digest of all weights and their names."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
@@ -129,7 +131,7 @@ class Clip:
         return digest.hexdigest()[:16]
 
     def save(self, folder: Path) -> None:
-        """Write a plain checkpoint of the model's own library, safetensors only.
+        """Writes a plain checkpoint of the model's own library, safetensors only.
 
         A Hugging Face model is read with `CLIPModel.from_pretrained(folder)`, an open_clip one
         with `open_clip.create_model(f"local-dir:{folder}")` if `config` is known. A tokenizer that
@@ -175,7 +177,7 @@ def from_open_clip(model: Any, tokenize: Any, config: dict[str, Any] | None = No
 
 
 def from_hugging_face(model: Any, processor: Any) -> Clip:
-    """Wrap a `CLIPModel` and its processor."""
+    """Wraps a `CLIPModel` and its processor."""
     transform, pictures = extra("open_clip.transform"), processor.image_processor
     size, mean, std = model.config.vision_config.image_size, pictures.image_mean, pictures.image_std
     check_pixels(image_mean=mean, image_std=std)
@@ -194,7 +196,7 @@ def from_hugging_face(model: Any, processor: Any) -> Clip:
 
 
 def check_activation(name: str, pretrained: str) -> None:
-    """Refuse a model whose activation is not the one that its weights were trained with.
+    """Refuses a model whose activation is not the one that its weights were trained with.
 
     open_clip builds `ViT-B-16` with plain GELU even for OpenAI's weights, which costs some four
     points of accuracy, and only warns.
@@ -213,12 +215,13 @@ def check_activation(name: str, pretrained: str) -> None:
 
 
 def load_clip(name: str = DEFAULT[0], pretrained: str | None = DEFAULT[1]) -> Clip:
-    """A CLIP by open_clip's name and weights, by Hugging Face's, or from a folder of either.
+    """Loads a CLIP by open_clip's name and weights, by Hugging Face's, or from a folder of either.
 
     Only safetensors are read, and no code from a checkpoint is run.
 
     Args:
-        name: `tiny` for the embedded CLIP, a model of open_clip, a hub name "owner/model" of a Hugging Face CLIP, or a folder
+        name: `tiny` for the embedded CLIP, a model of open_clip, a hub name "owner/model" of a
+            Hugging Face CLIP, or a folder
             with `open_clip_config.json` or `config.json`.
         pretrained: open_clip's tag or a safetensors file; None for random weights; only for a
             model of open_clip.
@@ -250,7 +253,7 @@ def _load_hugging_face(name: str) -> Clip:
 
 
 def _load_folder(folder: Path) -> Clip:
-    """A CLIP from a folder of open_clip's layout.
+    """Loads a CLIP from a folder of open_clip's layout.
 
     open_clip hands `tokenizer_kwargs` of a folder to the tokenizer's loader and builds towers of
     other libraries by name, from the network too; so it sees a folder with checked settings alone.
@@ -273,7 +276,9 @@ def _load_folder(folder: Path) -> Clip:
 
 
 def _checked(config: Any) -> dict[str, Any]:
-    """A model's settings; what would make open_clip load more than the folder is refused."""
+    """Returns a model's settings, and refuses those that would make
+    open_clip load more than the folder.
+    """
     towers = ("vision_cfg", "text_cfg")
     if not isinstance(config, dict) or any(not isinstance(config.get(t), dict) for t in towers):
         raise InputError(f"{OPEN_CLIP} describes no model with {' and '.join(towers)}")
@@ -293,7 +298,16 @@ def _checked(config: Any) -> dict[str, Any]:
 
 
 def _check_weights(open_clip: Any, config: dict[str, Any], weights: Path) -> None:
-    """Compare the names and shapes in a file with those of a model that takes no memory."""
+    """Compares the names and shapes in a file with those of a model that takes no memory.
+
+    Args:
+        open_clip: the library.
+        config: checked settings of the folder.
+        weights: file of the folder.
+
+    Raises:
+        InputError: if they differ.
+    """
     safetensors = extra("safetensors")
     with safetensors.safe_open(weights, "pt") as file:
         stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

@@ -15,12 +15,12 @@ TextTerm = Literal["all", "present", "none"]
 
 
 def tower_of(name: str) -> Tower:
-    """The tower that a parameter or module of a CLIP belongs to, in every library."""
+    """Returns the tower that a parameter or module of a CLIP belongs to, in every library."""
     return "vision" if name.startswith("vis") else "text"
 
 
 def check_options(kind: type[Any], what: str, options: Mapping[str, Any]) -> None:
-    """Raise `InputError` for an option that a dataclass lacks, or whose value is of another kind.
+    """Raises `InputError` for an option that a dataclass lacks, or whose value is of another kind.
 
     Args:
         kind: the dataclass.
@@ -46,7 +46,7 @@ def _alike(value: Any, default: Any) -> bool:
 
 
 def above(field: str, value: float, least: float, strict: bool = False) -> None:
-    """Raise `InputError` unless `value` is at least (or, if strict, above) `least`.
+    """Raises `InputError` unless `value` is at least (or, if strict, above) `least`.
 
     Args:
         field: name for the message.
@@ -60,7 +60,7 @@ def above(field: str, value: float, least: float, strict: bool = False) -> None:
 
 
 def within(field: str, value: float, low: float = 0.0, high: float = 1.0) -> None:
-    """Raise `InputError` unless `value` lies in [low, high].
+    """Raises `InputError` unless `value` lies in [low, high].
 
     Args:
         field: name for the message.
@@ -73,7 +73,7 @@ def within(field: str, value: float, low: float = 0.0, high: float = 1.0) -> Non
 
 
 def one_of(field: str, value: str, known: tuple[str, ...]) -> None:
-    """Raise `InputError`, with a suggestion, unless `value` is `known`.
+    """Raises `InputError`, with a suggestion, unless `value` is `known`.
 
     Args:
         field: name for the message.

@@ -141,7 +141,7 @@ def eval_batches(
 
 
 def check_stream_tasks(tasks: Sequence[StreamTask]) -> None:
-    """Refuse tasks that cannot be trained and tested.
+    """Refuses tasks that cannot be trained and tested.
 
     Raises:
         InputError: for no task, names that are given twice, or a task without images.
@@ -154,12 +154,12 @@ def check_stream_tasks(tasks: Sequence[StreamTask]) -> None:
 
 
 def prompts(task: StreamTask, template: int = 0) -> list[str]:
-    """The class prompts of a task, from one of its templates."""
+    """Returns the class prompts of a task, from one of its templates."""
     return [task.templates[template].replace("{}", name) for name in task.classes]
 
 
 def task_facts(task: StreamTask) -> dict[str, Any]:
-    """What identifies a task in the record of a run."""
+    """Returns what identifies a task in the record of a run."""
     drawn = [getattr(split, "indices", None) for split in (task.train, task.test)]
     names = json.dumps([task.classes, task.templates, drawn])
     return {

@@ -33,7 +33,7 @@ class Factors:
 
     @classmethod
     def of(cls, layer: GatedLoRA, start: Tensor) -> "Factors":
-        """The components of a layer whose gate is not 0."""
+        """Returns the components of a layer whose gate is not 0."""
         kept = layer.weights.detach().nonzero().flatten()
         a, b, gate = layer.A[kept], layer.B[:, kept], layer.weights[kept]
         return cls(*(t.detach().cpu().clone() for t in (a, b, gate, start, kept)))
@@ -45,11 +45,13 @@ class Factors:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """d_out and d_in of the weight."""
+        """Returns d_out and d_in of the weight."""
         return len(self.B), self.A.shape[-1]
 
     def check(self, site: str) -> None:
-        """Raise `InputError` unless all factors have matrices' shapes of one rank and are finite."""
+        """Raises `InputError` unless all factors have matrices'
+        shapes of one rank and are finite.
+        """
         k = self.gate.numel()
         shapes = [self.A.shape[:1], self.B.shape[1:], self.gate.shape, self.kept.shape]
         if self.A.ndim != 2 or self.B.ndim != 2 or any(shape != (k,) for shape in shapes):
@@ -62,7 +64,7 @@ class Factors:
                 raise InputError(f"factor {name} of {site!r} has values that are not finite")
 
     def matrix(self) -> Tensor:
-        """The change of the weight in float32, (d_out, d_in)."""
+        """Returns the change of the weight in float32, (d_out, d_in)."""
         return product(self.A, self.B, self.gate)
 
 
@@ -87,17 +89,17 @@ class Delta:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def norm(self) -> float:
-        """Frobenius norm of the change over all sites together."""
+        """Returns the Frobenius norm of the change over all sites together."""
         return float(sum(f.matrix().square().sum().double() for f in self.factors.values()) ** 0.5)
 
     def scale_to(self, norm: float) -> None:
-        """Scale the change, in place, so that `norm()` is this."""
+        """Scales the change, in place, so that `norm()` is this."""
         ratio = norm / max(self.norm(), 1e-12)
         for factors in self.factors.values():
             factors.gate *= ratio
 
     def save(self, path: Path) -> None:
-        """Write safetensors, `site|factor` to tensor."""
+        """Writes safetensors, `site|factor` to tensor."""
         tensors = {
             f"{site}|{name}": tensor.contiguous()
             for site, factors in self.factors.items()
@@ -109,7 +111,7 @@ class Delta:
 
     @classmethod
     def load(cls, path: Path) -> "Delta":
-        """Read what `save` wrote.
+        """Reads what `save` wrote.
 
         Raises:
             InputError: if the file is missing, damaged or holds something else, its factors do not
@@ -128,7 +130,7 @@ class Delta:
         return cls(factors, facts)
 
     def apply(self, model: nn.Module, sign: float = 1.0) -> None:
-        """Add the change to a plain CLIP, in place; `sign=-1` takes it away again (unmerge).
+        """Adds the change to a plain CLIP, in place; `sign=-1` takes it away again (unmerge).
 
         Sums are taken in float32, so a weight comes back to float32 rounding, not bit for bit.
 
@@ -153,5 +155,5 @@ class Delta:
 
 @torch.no_grad()
 def add(weight: Any, change: Tensor) -> None:
-    """Add to a weight in float32 whatever its own type is, in place."""
+    """Adds to a weight in float32 whatever its own type is, in place."""
     weight.copy_(weight.float() + change.to(weight.device))

@@ -42,7 +42,7 @@ class Survival:
 
 
 def survival(delta: Delta, total: float) -> Survival:
-    """Compare survival with the initial gates.
+    """Compares survival with the initial gates.
 
     Args:
         delta: of one task.
@@ -65,7 +65,8 @@ def survival(delta: Delta, total: float) -> Survival:
 
 
 def ranks(delta: Delta, sites: Mapping[str, Site], tower: Tower) -> NDArray[np.float64]:
-    """Kept components by module and layer (6, layers); nan where there is no adapter.
+    """Returns the number of kept components by module and layer (6, layers);
+    nan where there is no adapter.
 
     Args:
         sites: by name, `attention.sites` of a CLIP that is split.
@@ -80,17 +81,19 @@ def ranks(delta: Delta, sites: Mapping[str, Site], tower: Tower) -> NDArray[np.f
 
 
 def null_ranks(delta: Delta, total: float) -> dict[str, int]:
-    """Components per site that the initial gates alone would leave: the map to compare with."""
+    """Returns the components per site that the initial gates alone would
+    leave: the map to compare with.
+    """
     return {n: int((f.start.abs() > total).sum()) for n, f in delta.factors.items()}
 
 
 def update_norms(delta: Delta) -> dict[str, float]:
-    """Frobenius norm of each site's change."""
+    """Returns the Frobenius norm of each site's change."""
     return {name: float(f.matrix().norm()) for name, f in delta.factors.items()}
 
 
 def draw_ranks(delta: Delta, sites: Mapping[str, Site], path: Path) -> None:
-    """Write a picture of the kept ranks, module by layer, one panel per tower.
+    """Writes a picture of the kept ranks, module by layer, one panel per tower.
 
     Args:
         delta: the low-rank changes of a task.

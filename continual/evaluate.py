@@ -33,7 +33,7 @@ def evaluate_tasks(
     clip: Clip, tasks: Sequence[StreamTask], recipe: Recipe, method: Method | None = None,
     texts: Sequence[Tensor] | None = None, workers: int = 0,
 ) -> list[Tensor]:  # fmt: skip
-    """For each task which of its test images are classified right, (n,) of 0 and 1.
+    """Returns for each task which of its test images are classified right, (n,) of 0 and 1.
 
     The images are shared out among all processes; every process gets the whole answer.
 

@@ -61,21 +61,25 @@ class GatedLoRA(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base's, whose type open_clip looks up."""
+        """Returns the base's weight, whose type open_clip looks up."""
         return self.base.weight
 
     @property
     def bias(self) -> Tensor | None:
-        """The base's; a model that reads it instead of calling this module trains nothing."""
+        """Returns the base's bias; a model that reads it instead of
+        calling this module trains nothing.
+        """
         return self.base.bias
 
     @property
     def weights(self) -> Tensor:
-        """The gates (r,); ones for plain LoRA."""
+        """Returns the gates (r,); ones for plain LoRA."""
         return torch.ones_like(self.A[:, 0]) if self.gate is None else self.gate
 
     def sizes(self) -> Tensor:
-        """|B_i| |A_i| of each component (r,): what one unit of its gate adds to the weight."""
+        """Returns |B_i| |A_i| of each component (r,): what one unit of
+        its gate adds to the weight.
+        """
         sizes: Tensor = self.B.norm(dim=0) * self.A.norm(dim=1)
         return sizes
 

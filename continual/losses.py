@@ -22,7 +22,7 @@ def image_to_text(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Ten
 
 
 def text_to_image(logits: Tensor, labels: Tensor, term: TextTerm, earlier: int = 0) -> Tensor:
-    """Cross-entropy of each class over the images of the batch.
+    """Returns the cross-entropy of each class over the images of the batch.
 
     Every image of a class is a target of weight 1, so a class with two images counts twice.
 

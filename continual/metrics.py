@@ -24,7 +24,7 @@ METRICS = ("transfer", "average", "last", "forgetting", "forgetting_from_best")
 
 
 def transfer(matrix: ArrayLike) -> Array:
-    """Mean accuracy on each task but the first before it is learned.
+    """Returns the mean accuracy on each task but the first before it is learned.
 
     Args:
         matrix: (..., T, T); row t holds the accuracies after learning task t.
@@ -37,31 +37,37 @@ def transfer(matrix: ArrayLike) -> Array:
 
 
 def average(matrix: ArrayLike) -> Array:
-    """Mean accuracy on each task over all steps, also those before it is learned, (..., T)."""
+    """Returns the mean accuracy on each task over all steps, also those
+    before it is learned, (..., T).
+    """
     means: Array = _square(matrix).mean(-2)
     return means
 
 
 def last(matrix: ArrayLike) -> Array:
-    """Accuracy on each task after the last one, (..., T)."""
+    """Returns the accuracy on each task after the last one, (..., T)."""
     return _square(matrix)[..., -1, :]
 
 
 def forgetting(matrix: ArrayLike) -> Array:
-    """What each task but the last loses after it is learned, a_ii - a_Ti, (..., T - 1)."""
+    """Returns what each task but the last loses after it is learned, a_ii - a_Ti, (..., T - 1)."""
     a = _square(matrix)
     return np.diagonal(a, axis1=-2, axis2=-1)[..., :-1] - a[..., -1, :-1]
 
 
 def forgetting_from_best(matrix: ArrayLike) -> Array:
-    """The same from the best accuracy of any step before the last, (..., T - 1)."""
+    """Returns what each task but the last loses from its best accuracy before
+    the last step, (..., T - 1).
+    """
     a = _square(matrix)
     lost: Array = a[..., :-1, :-1].max(-2) - a[..., -1, :-1]
     return lost
 
 
 def summary(matrix: ArrayLike) -> dict[str, Array]:
-    """Each of `METRICS` as the mean over its tasks, (...,); with one task only Average and Last."""
+    """Returns each of `METRICS` as the mean over its tasks, (...,); with
+    one task only Average and Last.
+    """
     a = _square(matrix)
     kinds = {"transfer": transfer, "average": average, "last": last, "forgetting": forgetting,
              "forgetting_from_best": forgetting_from_best}  # fmt: skip
@@ -104,18 +110,18 @@ class AccuracyMatrix:
 
     @property
     def values(self) -> Array:
-        """(T, T) accuracies in [0, 1]."""
+        """Returns the accuracies in [0, 1], (T, T)."""
         return np.stack([hits.mean(1) for hits in self.hits], 1)
 
     @property
     def zero_shot_values(self) -> Array | None:
-        """(T,) accuracies before the first task."""
+        """Returns the accuracies before the first task, (T,); None where they were not measured."""
         if self.zero_shot is None:
             return None
         return np.array([hits.mean() for hits in self.zero_shot])
 
     def intervals(self, draws: int = 2000, seed: int = 0) -> dict[str, tuple[float, float]]:
-        """95 % bootstrap interval of each metric.
+        """Returns the 95 % bootstrap interval of each metric.
 
         Test images are resampled within their data set, the same ones for every row. The interval
         is that of this run's test images, not of other seeds.
@@ -126,7 +132,7 @@ class AccuracyMatrix:
         return {name: _interval(values) for name, values in found.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """Accuracies, zero-shot row, metrics and intervals, as plain numbers."""
+        """Returns accuracies, zero-shot row, metrics and intervals, as plain numbers."""
         values, zero = self.values, self.zero_shot_values
         limits = self.intervals()
         return {
@@ -141,11 +147,13 @@ class AccuracyMatrix:
         }
 
     def write(self, path: Path) -> None:
-        """Write `to_json()`, whole or not at all."""
+        """Writes `to_json()`, whole or not at all."""
         write_json(path, self.to_json())
 
     def table(self) -> Table:
-        """For a terminal: zero-shot, one row per learned task, and the metrics, in per cent."""
+        """Returns a table for a terminal: zero-shot, one row per learned task,
+        and the metrics, in per cent.
+        """
         values, zero = self.values, self.zero_shot_values
         limits = self.intervals()
         lines = [
@@ -163,7 +171,7 @@ class AccuracyMatrix:
         return table
 
     def heat_map(self, path: Path) -> None:
-        """Draw the matrix, zero-shot row first, as a PNG, SVG or PDF.
+        """Draws the matrix, zero-shot row first, as a PNG, SVG or PDF.
 
         Raises:
             InputError: if matplotlib is missing.
@@ -190,7 +198,7 @@ class AccuracyMatrix:
 
 
 def retention(before: ArrayLike, after: ArrayLike, draws: int = 2000) -> dict[str, Any]:
-    """What is left of the accuracy on a data set that no task contains.
+    """Returns what is left of the accuracy on a data set that no task contains.
 
     Args:
         before: (n,) hits of the original model.
@@ -215,7 +223,7 @@ def retention(before: ArrayLike, after: ArrayLike, draws: int = 2000) -> dict[st
 
 
 def drift(before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
-    """Frobenius distance of two state dicts over all floating-point tensors.
+    """Returns the Frobenius distance of two state dicts over all floating-point tensors.
 
     Raises:
         InputError: if their names or shapes differ; merge adapters first.
@@ -251,7 +259,7 @@ def bootstrap_means(hits: ArrayLike, draws: int, rng: np.random.Generator) -> Ar
 
 
 def mean_accuracy(hits: Sequence[int] | ArrayLike, draws: int = 2000) -> tuple[float, float, float]:
-    """Mean of 0/1 hits (n,), and the ends of its 95 % interval."""
+    """Returns the mean of 0/1 hits (n,), and the ends of its 95 % interval."""
     row = np.asarray(hits)
     low, high = _interval(bootstrap_means(row[None], draws, np.random.default_rng(0))[:, 0])
     return float(row.mean()), low, high

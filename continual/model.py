@@ -13,7 +13,7 @@ from vlm_prune.vlm.common.errors import InputError
 
 
 def placed_sites(clip: Clip, placement: Placement) -> dict[str, Site]:
-    """The sites that a placement names, in a CLIP that is split.
+    """Returns the sites that a placement names, in a CLIP that is split.
 
     Raises:
         InputError: if a tower or a module that it names has none.
@@ -37,7 +37,7 @@ def placed_sites(clip: Clip, placement: Placement) -> dict[str, Site]:
 def insert(
     clip: Clip, placement: Placement, make: Callable[[nn.Linear, int], GatedLoRA]
 ) -> dict[str, GatedLoRA]:
-    """Split attention, freeze the CLIP, and put a gated LoRA at each site, by the site's name.
+    """Splits attention, freezes the CLIP, and puts a gated LoRA at each site; returns them by site.
 
     Args:
         make: builds the layer from its base and its number among the sites.
@@ -64,7 +64,7 @@ def insert(
 
 
 def remove(clip: Clip, layers: Mapping[str, GatedLoRA], changes: Mapping[str, Tensor]) -> None:
-    """Add `changes` to the bases in float32, put the bases back and fuse attention again.
+    """Adds `changes` to the bases in float32, puts the bases back and fuses attention again.
 
     Args:
         clip: with its layers replaced.

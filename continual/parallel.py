@@ -30,13 +30,13 @@ class _Gather(torch.autograd.Function):
 
 
 def place() -> tuple[int, int]:
-    """This process's number, and how many there are."""
+    """Returns this process's number, and how many there are."""
     together = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
 
 
 def total(counts: Tensor) -> Tensor:
-    """The sum of a tensor over all processes."""
+    """Returns the sum of a tensor over all processes."""
     if place()[1] > 1:
         counts = counts.clone()
         dist.all_reduce(counts)
@@ -44,7 +44,9 @@ def total(counts: Tensor) -> Tensor:
 
 
 def gather(rows: Tensor) -> Tensor:
-    """Rows (m, ...) of all w processes, (w m, ...), differentiable; all must have m rows."""
+    """Returns rows (m, ...) of all w processes, (w m, ...),
+    differentiable; all must have m rows.
+    """
     if place()[1] == 1:
         return rows
     joined: Tensor = _Gather.apply(rows)
@@ -53,7 +55,7 @@ def gather(rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """Replace every gradient by its mean over the processes, in place."""
+    """Replaces every gradient by its mean over the processes, in place."""
     if place()[1] == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]

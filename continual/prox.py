@@ -14,7 +14,7 @@ LEVELS = 50
 
 
 def textbook(weights: Tensor, kappa: float | Tensor) -> Tensor:
-    """The soft threshold: 0 where |w| <= kappa, otherwise w moved by kappa toward 0.
+    """Returns the soft threshold: 0 where |w| <= kappa, otherwise w moved by kappa toward 0.
 
     `kappa` >= 0 broadcasts to the shape of `weights`.
     """
@@ -24,7 +24,8 @@ def textbook(weights: Tensor, kappa: float | Tensor) -> Tensor:
 
 
 def coded(weights: Tensor, kappa: float | Tensor) -> Tensor:
-    """The soft threshold as the authors' code applies it, with three statements in sequence.
+    """Returns the soft threshold as the authors' code applies it, with
+    three statements in sequence.
 
     Weights between kappa and 2 kappa are shrunk by the first two statements and then zeroed by the
     third, so the dead zone is twice as wide as in `textbook`.
@@ -37,7 +38,7 @@ OPERATORS = {"textbook": textbook, "coded": coded}
 
 
 def dense_steps(steps: int, dense: float) -> int:
-    """Steps before pruning starts."""
+    """Returns the number of steps before pruning starts."""
     return int(dense * steps)
 
 
@@ -49,7 +50,8 @@ def threshold(
     levels: int = LEVELS,
     ramp: Operator = "textbook",
 ) -> float:
-    """What `step` (from 0) of `steps` shrinks weights by: 0 at first, then a ramp up to `kappa`.
+    """Returns what `step` (from 0) of `steps` shrinks weights by: 0 at
+    first, then a ramp up to `kappa`.
 
     After `dense` of the steps a level counter rises by one every floor(remaining / levels) steps,
     and the threshold is kappa * level / (levels - 1); 500 steps have 249 thresholds that add up to

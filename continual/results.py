@@ -55,7 +55,7 @@ class StreamResults:
 
 
 def read_results(output: Path) -> StreamResults:
-    """Return what a finished run wrote into its folder.
+    """Returns what a finished run wrote into its folder.
 
     Raises:
         InputError: if a file is missing or damaged, or the run is not finished.
@@ -77,7 +77,7 @@ def read_results(output: Path) -> StreamResults:
 
 
 def _hits(path: Path, names: list[str]) -> dict[str, NDArray[np.uint8]]:
-    """Which test images of each task were right, (n,) of 0 and 1."""
+    """Returns which test images of each task were right, (n,) of 0 and 1."""
     tensors = load_tensors(path)
     if tensors.keys() != set(names) or any(tensor.ndim != 1 for tensor in tensors.values()):
         raise InputError(f"{path} is not of these tasks; {ADVICE}")

@@ -77,7 +77,7 @@ class ContinualRun:
 
 
 def train_tasks(run: ContinualRun, clip: Clip, tasks: Sequence[StreamTask]) -> StreamResults:
-    """Train, or finish training; returns the results, and the CLIP is changed in place.
+    """Trains, or finishes training; returns the results, and the CLIP is changed in place.
 
     Args:
         run: the method, the recipe and the folder.
@@ -96,7 +96,7 @@ def train_tasks(run: ContinualRun, clip: Clip, tasks: Sequence[StreamTask]) -> S
 
 
 def accelerator_of(run: ContinualRun) -> Any:
-    """accelerate's view of the devices and processes."""
+    """Returns accelerate's view of the devices and processes."""
     precision = "bf16" if run.bf16 else "no"
     # without being told, accelerate runs several processes without a GPU as if each were alone
     cpu = run.cpu or not torch.accelerator.is_available()
@@ -162,7 +162,7 @@ class _Trainer:
         self.accelerator.wait_for_everyone()
 
     def _learn(self, number: int) -> None:
-        """Train one task and leave the model plain."""
+        """Trains one task and leaves the model plain."""
         groups = self.method.begin_task(self._context(number))
         named = self.clip.model.named_parameters()
         trained = {name: parameter for name, parameter in named if parameter.requires_grad}
@@ -187,7 +187,13 @@ class _Trainer:
     def _fit(
         self, number: int, groups: list[Group], trained: dict[str, torch.nn.Parameter]
     ) -> None:
-        """Take the steps of one task, from its last checkpoint on if there is one."""
+        """Takes the steps of one task, from its last checkpoint on if there is one.
+
+        Args:
+            number: of the task.
+            groups: the optimizer's.
+            trained: parameters by name.
+        """
         recipe, method, parameters = self.recipe, self.method, list(trained.values())
         optimizer = torch.optim.AdamW(groups, betas=recipe.betas, weight_decay=recipe.weight_decay)
         rates = [group["lr"] for group in groups]
@@ -258,7 +264,7 @@ class _Trainer:
         self._write()
 
     def _row(self, name: str, method: Method | None) -> list[float]:
-        """Accuracy on every task; writes which images were right."""
+        """Returns the accuracy on every task, and writes which images were right."""
         clip, recipe = self.clip, self.recipe
         if self.texts is None:
             self.texts = [class_features(clip, task, recipe.ensemble) for task in self.tasks]

@@ -55,13 +55,13 @@ class Route:
             attention.config.plain = self.plain
 
     def remove(self) -> None:
-        """Give the module its configuration back; an outer route stays."""
+        """Gives the module its configuration back; an outer route stays."""
         if self.plain is not None:
             self.attention.config, self.plain = self.plain, None
 
 
 def with_column_sum(kwargs: dict[str, Any], column_sum: ColumnSum) -> dict[str, Any]:
-    """Have `column_sum.result` filled by this call of a routed attention module.
+    """Makes this call of a routed attention module fill `column_sum.result`.
 
     It is for forward pre-hooks: returns the keyword arguments `kwargs` with the sum among them.
     """
@@ -130,7 +130,7 @@ def _read(
 
 
 def _per_head(columns: Tensor, key: Tensor) -> Tensor:
-    """(B, N, C) -> (B, G, N, C) for the G heads of keys."""
+    """Repeats columns for the G heads of keys, (B, N, C) -> (B, G, N, C)."""
     return columns[:, None].expand(-1, key.shape[1], -1, -1)
 
 

@@ -86,11 +86,11 @@ class WingsConfig:
 
     @property
     def routed(self) -> bool:
-        """Whether there are two learners and a router between them."""
+        """Returns whether there are two learners and a router between them."""
         return len(self.modalities) > 1 and self.router != "none"
 
     def layers_of(self, depth: int) -> tuple[int, ...]:
-        """The decoder layers that get learners.
+        """Returns the decoder layers that get learners.
 
         Raises:
             InputError: when one lies outside a stack of `depth` layers.
@@ -103,7 +103,7 @@ class WingsConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "WingsConfig":
-        """Read what `dataclasses.asdict` wrote to JSON.
+        """Reads what `dataclasses.asdict` wrote to JSON.
 
         Raises:
             InputError: for a field this version does not know, or a value of another kind.

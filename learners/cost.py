@@ -11,7 +11,7 @@ _MULTIPLY_ADD = 2
 def learner_flops(
     text_config: Any, config: WingsConfig, text: float, image_per_layer: list[float]
 ) -> float:
-    """Matrix-product FLOPs that the learners add to one prefill.
+    """Returns the matrix-product FLOPs that the learners add to one prefill.
 
     All products of queries and keys are counted, masked ones too, as `prefill_flops` counts the
     main attention's.

@@ -34,7 +34,8 @@ class Example:
 def read_llava(
     path: str | Path, images: str | Path | DataRoot = ".", left_out: list[str] | None = None
 ) -> list[Example]:
-    """Read `{"id", "image" (optional, one or a list), "conversations"}`, one JSON list or JSON lines.
+    """Reads `{"id", "image" (optional, one or a list), "conversations"}`,
+    one JSON list or JSON lines.
 
     Args:
         path: a file that holds a list, or one entry a line if it ends in `.jsonl`.
@@ -125,7 +126,9 @@ def _example(entry: Any, where: str, root: DataRoot) -> Example:
 
 
 def messages(example: Example) -> list[dict[str, Any]]:
-    """The conversation as chat templates take it; templates add the line break after an image."""
+    """Returns the conversation as chat templates take it; templates add
+    the line break after an image.
+    """
     chat: list[dict[str, Any]] = []
     for user_text, answer in example.turns:
         content: list[dict[str, str]] = []
@@ -141,7 +144,7 @@ def messages(example: Example) -> list[dict[str, Any]]:
 def encode(
     example: Example, processor: Any, image_token: int, tokens_per_image: int, max_length: int
 ) -> tuple[Tensor, Tensor]:
-    """Token ids and labels, both (L,), with -100 on everything but the assistant's turns.
+    """Returns token ids and labels, both (L,), with -100 on everything but the assistant's turns.
 
     Every turn is tokenized where a prompt for it would end, so training sees the tokens that
     generation will. Special tokens in the texts, such as the model's image token, are text.
@@ -192,7 +195,7 @@ def leave_out_too_long(
     max_length: int,
     left_out: list[str] | None = None,
 ) -> list[Example]:
-    """Return the examples that `encode` takes; only those that may be too long are tokenized.
+    """Returns the examples that `encode` takes; only those that may be too long are tokenized.
 
     Args:
         examples: conversations.
@@ -223,7 +226,7 @@ def leave_out_too_long(
 
 
 def order(images: Sequence[bool], text_ratio: float | None, epochs: int, seed: int) -> list[int]:
-    """The indices of all samples of a run.
+    """Returns the indices of all samples of a run, in the order in which they are trained.
 
     Args:
         images: for each sample whether it has an image.
@@ -306,7 +309,9 @@ class Conversations(Dataset[dict[str, Tensor]]):
 
 
 def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Pad on the right; a batch without images has no `pixel_values`, and skips the vision tower."""
+    """Pads on the right; a batch without images has no
+    `pixel_values`, and skips the vision tower.
+    """
     batch = {
         name: torch.nn.utils.rnn.pad_sequence(
             [row[name] for row in rows], batch_first=True, padding_value=fill

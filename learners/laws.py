@@ -44,7 +44,9 @@ def segments(is_image: Tensor, valid: Tensor, first_token: bool = True) -> Tenso
 
 
 def answer_queries(labels: Tensor) -> Tensor:
-    """The tokens that predict an answer token, from labels with -100 elsewhere; (B, N) -> (B, N)."""
+    """Returns which tokens predict an answer token, from labels with -100
+    elsewhere; (B, N) -> (B, N).
+    """
     return torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
 
 
@@ -55,7 +57,8 @@ def laws(
     queries: Tensor | None = None,
     first_token: bool = True,
 ) -> Tensor:
-    """Share of main attention that goes before, onto and after the image, per row and layer.
+    """Returns the shares of main attention that go before, onto and after
+    the image, per row and layer.
 
     No attention maps are built. On a model with Wings this is its main branch alone.
 
@@ -95,7 +98,8 @@ def laws(
 
 
 def attention_shift(curves: Tensor) -> Tensor:
-    """1 - Pearson correlation of the before and after curves over layers: 0 is best, 2 worst.
+    """Returns 1 - Pearson correlation of the before and after curves
+    over layers: 0 is best, 2 worst.
 
     Shapes: (B, 3, layers) -> (B,); NaN where it is undefined, that is for an empty group or a curve
     that does not vary. `nanmean()` of it is the paper's score.
@@ -108,7 +112,7 @@ def attention_shift(curves: Tensor) -> Tensor:
 
 
 def plot_curves(curves: Tensor | Sequence[Tensor], path: str | Path) -> None:
-    """Draw the mean curves, with a band of one standard deviation over rows, to an image file.
+    """Draws the mean curves, with a band of one standard deviation over rows, to an image file.
 
     Args:
         curves: (B, 3, layers), or a list of such batches.

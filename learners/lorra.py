@@ -15,7 +15,7 @@ Rotary = tuple[Tensor, Tensor]
 
 
 def rotated(heads: Tensor, rotary: Rotary) -> Tensor:
-    """Rotary position embedding of (B, N, H, d) with cos and sin tables (B or 1, N, d)."""
+    """Applies rotary position embedding to (B, N, H, d), with cos and sin tables (B or 1, N, d)."""
     cos, sin = (table[:, :, None].to(heads.dtype) for table in rotary)
     first, second = heads.chunk(2, -1)
     return torch.addcmul(heads * cos, torch.cat([-second, first], -1), sin)
@@ -120,16 +120,16 @@ class LowRankMap(nn.Module):
             self.up.weight.zero_()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Shapes: (..., D) -> (..., D)."""
+        """Maps (..., D) to rank and back to (..., D)."""
         mapped: Tensor = self.up(self.down(hidden))
         return mapped
 
     def added(self, hidden: Tensor) -> Tensor:
-        """x (I + W) in one pass over the wide tensor; (B, N, D) -> (B, N, D)."""
+        """Returns x (I + W) in one pass over the wide tensor; (B, N, D) -> (B, N, D)."""
         return self.onto(hidden, self.down(hidden))
 
     def onto(self, wide: Tensor, inner: Tensor) -> Tensor:
-        """wide + inner W_b in one pass; (B, N, D), (B, N, rank) -> (B, N, D)."""
+        """Returns wide + inner W_b in one pass; (B, N, D), (B, N, rank) -> (B, N, D)."""
         summed = torch.addmm(wide.flatten(0, 1), inner.flatten(0, 1), self.up.weight.T)
         return summed.view_as(wide)
 
@@ -197,7 +197,9 @@ class LoRRA(nn.Module):
         return attend_runs(query, key, value, runs, dropout)
 
     def _keys_and_values(self, keys: Keys, rotate: bool) -> tuple[Tensor, Tensor]:
-        """Keys (B, H, M, head_dim) and what values are made of, x W_a (B, M, rank)."""
+        """Returns keys (B, H, M, head_dim) and what values are made of, x W_a
+        (B, M, rank), of all tokens so far.
+        """
         cache = None if keys.cache is None else keys.cache.of(self)
         if cache is not None and len(cache[0]) + keys.new.shape[1] != keys.visible.shape[2]:
             raise InputError("this cache was filled with other learners; start an empty one")

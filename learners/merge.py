@@ -45,22 +45,24 @@ def _follows(name: str, first_layer: int) -> bool:
 def merge(
     base: Any, tuned: Any, alpha: float, first_layer: int = 0, shared: Tensor | None = None
 ) -> None:
-    """Move the tuned language model back toward its base, in place: base + alpha (tuned - base).
+    """Moves the tuned language model back toward its base, in place: base + alpha (tuned - base).
 
     Needs no training, and rescues a model that has been tuned already; sweep `alpha` over [0, 1].
-    With `alpha` 0 and a `first_layer` it is what PlaM does, https://github.com/wzj1718/PlaM: the later
-    layers, in which image tokens are hardly read, get the base's weights.
+    With `alpha` 0 and a `first_layer` it is what PlaM does, https://github.com/wzj1718/PlaM: the
+    later layers, in which image tokens are hardly read, get the base's weights.
 
     Args:
         base: the model before tuning, with or without a vision tower.
         tuned: the tuned model, which is changed.
         alpha: share of the tuning that stays, in [0, 1].
         first_layer: layers before this one stay as tuned, and embeddings, too, if it is above 0.
-        shared: indices of the tokens that both vocabularies have, (n,); other rows stay as tuned. All
+        shared: indices of the tokens that both vocabularies have, (n,); other rows stay as tuned.
+            All
             by default.
 
     Raises:
-        InputError: if `alpha` or `first_layer` is out of range, or the two language models differ in
+        InputError: if `alpha` or `first_layer` is out of range, or the two language models differ
+            in
             shape.
     """
     _check(alpha)
@@ -93,10 +95,10 @@ def merge(
 
 @torch.no_grad()
 def merge_adapter(name: str, tuned: Any, alpha: float, first_layer: int = 0) -> None:
-    """Add a LoRA that was trained on a text-only model to a VLM's language model, in place.
+    """Adds a LoRA that was trained on a text-only model to a VLM's language model, in place.
 
-    As `merge` does, with the VLM and the adapter on it as the base: `alpha` 0 adds the whole adapter,
-    1 nothing.
+    As `merge` does, with the VLM and the adapter on it as the base: `alpha` 0 adds the whole
+    adapter, 1 nothing.
 
     Args:
         name: folder of a PEFT adapter of the text-only model.
@@ -148,7 +150,7 @@ def _check(alpha: float) -> None:
 def sweep(
     base: str, tuned: str, output: Path, alphas: Sequence[float], first_layer: int = 0
 ) -> list[Path]:
-    """Write one checkpoint of a tuned model for each alpha; returns their folders.
+    """Writes one checkpoint of a tuned model for each alpha, and returns their folders.
 
     Args:
         base: folder or name of the checkpoint before tuning, with or without a vision tower; or the

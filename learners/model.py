@@ -93,7 +93,7 @@ class Attached:
 
 
 def attach(model: Any, config: WingsConfig | None = None, seed: int = 0) -> None:
-    """Give a model learners that leave its output as it is until they are trained.
+    """Gives a model learners that leave its output as it is until they are trained.
 
     They become submodules of the attention layers, on their device and in their dtype, so `to`,
     optimizers and distributed training see them; the model is otherwise unmodified.
@@ -146,7 +146,13 @@ def attach(model: Any, config: WingsConfig | None = None, seed: int = 0) -> None
 
 
 def _hook(family: Family, record: Attached, learners: dict[int, WingsLayer]) -> None:
-    """Put learners into the layers, and note the handles of all hooks as they are made."""
+    """Puts learners into the layers, and notes the handles of all hooks as they are made.
+
+    Args:
+        family: the model's adapter.
+        record: gets the handles.
+        learners: by number of the layer.
+    """
     add, decoder = record.handles.append, family.decoder
     mark = partial(_mark_images, family.image_token)
     add(family.multimodal.register_forward_pre_hook(mark, with_kwargs=True))
@@ -165,7 +171,7 @@ def _hook(family: Family, record: Attached, learners: dict[int, WingsLayer]) -> 
 
 
 def detach(model: Any) -> None:
-    """Take the learners away again; nothing of them stays.
+    """Takes the learners away again; nothing of them stays.
 
     Raises:
         InputError: if the model has none.
@@ -179,7 +185,7 @@ def detach(model: Any) -> None:
 
 
 def attached(model: Any) -> Attached:
-    """The record of a model's learners.
+    """Returns the record of a model's learners.
 
     Raises:
         InputError: if the model has none.
@@ -191,7 +197,7 @@ def attached(model: Any) -> Attached:
 
 
 def wings_layers(model: Any) -> dict[int, WingsLayer]:
-    """The learners of each layer that has some.
+    """Returns the learners of each layer that has some.
 
     Raises:
         InputError: if the model has none.
@@ -214,7 +220,14 @@ def _mark_images(
 def _note_tokens(
     config: WingsConfig, decoder: Any, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """Turn the image mask into the tokens that every layer's learners attend to."""
+    """Turns the image mask into the tokens that every layer's learners attend to.
+
+    Args:
+        config: of the learners.
+        decoder: whose pre-hook this is.
+        args: of its forward.
+        kwargs: of its forward, with the mask as `wings`, which the tokens replace.
+    """
     features, is_image = kwargs["inputs_embeds"], kwargs.get("wings")
     if is_image is None:
         raise InputError("Wings works in the whole model's forward, not the language model's alone")

@@ -56,7 +56,7 @@ class StageRecipe:
     lora_rank: int = 128
 
     def rates(self, method: "TrainingMethod") -> str:
-        """The peak rates in words: no result can be compared without them."""
+        """Returns the peak rates in words: no result can be compared without them."""
         language = self.language_lr if self.stage == 2 and method.language != "frozen" else 0
         learners = self.learner_lr if method.config(WingsConfig(), self.stage) else 0
         return (
@@ -105,7 +105,9 @@ class TrainingMethod:
     text_ratio: float | None = None
 
     def config(self, base: WingsConfig, stage: int) -> WingsConfig | None:
-        """The learners in a stage, with all other options from `base`; None if there are none."""
+        """Returns the learners in a stage, with all other options from
+        `base`; None if there are none.
+        """
         names: tuple[Modality, ...] = tuple(
             name for name in self.modalities if stage == 2 or name == "visual"
         )
@@ -134,10 +136,10 @@ METHODS: Registry[TrainingMethod] = Registry(
 def open_parameters(
     model: Any, method: TrainingMethod, stage: int
 ) -> dict[Group, list[nn.Parameter]]:
-    """Freeze all but what a stage trains, and return that by learning-rate group.
+    """Freezes all but what a stage trains, and returns that by learning-rate group.
 
-    With `full` the language model opens as a whole: layers, embeddings, norms and head. LoRA weights
-    must be in place already, learners too. The vision tower never trains.
+    With `full` the language model opens as a whole: layers, embeddings, norms and head. LoRA
+    weights must be in place already, learners too. The vision tower never trains.
 
     Args:
         model: with its LoRA weights or learners in place.

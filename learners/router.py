@@ -28,11 +28,16 @@ class Router(nn.Module):
         self.heads = heads
 
     def columns(self, ranks: Tensor) -> Tensor:
-        """The value columns that attention sums up, for keys at `ranks` (B, N) -> (B, N, learners)."""
+        """Returns the value columns that attention sums up, for keys at
+        `ranks` (B, N) -> (B, N, learners).
+        """
         return nn.functional.embedding(ranks, self.weight)
 
     def forward(self, read: Tensor) -> Tensor:
-        """What attention made of the columns, heads averaged (B, S, learners) -> weights that sum to 1."""
+        """Returns weights of the learners that sum to 1, (B, S, learners).
+
+        `read` is what attention made of the columns, with heads averaged, (B, S, learners).
+        """
         if self.bias is not None:
             read = nn.functional.silu(read * self.heads + self.bias)
         return read.softmax(-1)

@@ -23,7 +23,9 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def adapter_state(model: Any) -> dict[str, Tensor]:
-    """The learners' weights, named `layers.<number>.<path>`; shared with the model, not copied."""
+    """Returns the learners' weights, named `layers.<number>.<path>`;
+    shared with the model, not copied.
+    """
     return {
         f"layers.{number}.{name}": tensor
         for number, layer in wings_layers(model).items()
@@ -32,7 +34,7 @@ def adapter_state(model: Any) -> dict[str, Tensor]:
 
 
 def save_pretrained(model: Any, folder: str | Path) -> None:
-    """Write the learners alone, as `adapter_config.json` and `adapter_model.safetensors`."""
+    """Writes the learners alone, as `adapter_config.json` and `adapter_model.safetensors`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     described = {
@@ -48,7 +50,7 @@ def save_pretrained(model: Any, folder: str | Path) -> None:
 
 
 def from_pretrained(model: Any, name: str | Path) -> None:
-    """Attach the learners that `save_pretrained` wrote to a folder, or those of a hub name.
+    """Attaches the learners that `save_pretrained` wrote to a folder, or those of a hub name.
 
     Raises:
         InputError: if there are none, they are damaged, or they belong to another model.
@@ -63,7 +65,7 @@ def from_pretrained(model: Any, name: str | Path) -> None:
 
 
 def read_adapter(model: Any, name: str | Path) -> tuple[WingsConfig, dict[str, Tensor]]:
-    """The options and weights of an adapter for `model`, in a folder or under a hub name.
+    """Reads the options and weights of an adapter for `model`, in a folder or under a hub name.
 
     Raises:
         InputError: if there is none, it is damaged, or it belongs to another model.
@@ -91,7 +93,7 @@ def read_adapter(model: Any, name: str | Path) -> tuple[WingsConfig, dict[str, T
 
 
 def adapter_digest(name: str | Path) -> str:
-    """16 hexadecimal digits that change with an adapter's options or weights.
+    """Returns 16 hexadecimal digits that change with an adapter's options or weights.
 
     Raises:
         InputError: if there is none in the folder or under the hub name.
@@ -107,7 +109,7 @@ def adapter_digest(name: str | Path) -> str:
 
 
 def load_adapter_state(model: Any, weights: dict[str, Tensor], strict: bool = True) -> None:
-    """Copy weights as `adapter_state` names them into the learners.
+    """Copies weights as `adapter_state` names them into the learners.
 
     Not `strict`, learners without weights keep theirs: so stage 2 takes over stage 1's.
 

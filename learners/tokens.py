@@ -18,7 +18,7 @@ EXTRA_ROWS = 256
 
 
 def _locked(tensor: Tensor) -> bool:
-    """Whether it was made in inference mode and must not be written to outside it."""
+    """Returns whether a tensor was made in inference mode and must not be written to outside it."""
     return tensor.is_inference() and not torch.is_inference_mode_enabled()
 
 
@@ -31,7 +31,7 @@ class GrowingTensor:
 
     @property
     def tensor_so_far(self) -> Tensor:
-        """All that was appended; a view."""
+        """Returns all that was appended, as a view."""
         assert self._buffer is not None
         return self._buffer[..., : self._length, :]
 
@@ -39,7 +39,7 @@ class GrowingTensor:
         return self._length
 
     def append(self, new: Tensor) -> Tensor:
-        """Append (..., n, d) and return `tensor_so_far`."""
+        """Appends (..., n, d) and returns `tensor_so_far`."""
         start, self._length = self._length, self._length + new.shape[-2]
         if self._buffer is None:
             self._buffer = new.contiguous()
@@ -179,7 +179,9 @@ class PromptTokens:
         return Keys(new, features, rotary, visible, self._runs(chosen) if causal else None, cache)
 
     def _runs(self, chosen: Tensor) -> tuple[QueryRun, ...] | None:
-        """Runs of queries when all rows are alike; on a CPU, since looking makes a GPU wait."""
+        """Returns runs of queries when all rows are alike; on a CPU,
+        since looking makes a GPU wait.
+        """
         alike = chosen.device.type == "cpu" and self.visible_to is None
         if not alike or not self.valid.all() or (chosen != chosen[:1]).any():
             return None
@@ -262,7 +264,7 @@ class _Stored(DynamicLayer):  # type: ignore[misc]
 def remember(
     cache: Any, depth: int, features: Tensor, facts: Tensor
 ) -> tuple[Tensor, Tensor, dict[Modality, LearnerCache] | None]:
-    """Append new tokens' features (B, S, D) and facts (B, S, 3) to a cache; returns all so far.
+    """Appends new tokens' features (B, S, D) and facts (B, S, 3) to a cache; returns all so far.
 
     With them comes what the learners computed of earlier tokens, where no gradient needs it anew.
 

@@ -97,13 +97,15 @@ def _extra(name: str) -> Any:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Recompute activations in the backward pass, by whichever name transformers has for it."""
+    """Makes the model recompute activations in the backward pass, by whichever
+    name transformers has for it.
+    """
     enable = getattr(model, "activation_checkpointing_enable", None)
     (enable or model.gradient_checkpointing_enable)()
 
 
 def prepare(run: WingsRun) -> tuple[Any, Any, dict[Group, list[torch.nn.Parameter]], Any]:
-    """Model, processor, trainable parameters by group, and peft's wrapper for `lora`."""
+    """Returns model, processor, trainable parameters by group, and peft's wrapper for `lora`."""
     method, stage = METHODS[run.method], run.recipe.stage
     before = Path(run.model)
     finished = (before / "model").is_dir()
@@ -128,7 +130,7 @@ def prepare(run: WingsRun) -> tuple[Any, Any, dict[Group, list[torch.nn.Paramete
 
 
 def train_wings(run: WingsRun, examples: list[Example]) -> None:
-    """Train, or finish training.
+    """Trains, or finishes training.
 
     Raises:
         InputError: if the data cannot be used, `run.output` holds another run or is being written
@@ -226,7 +228,15 @@ class _NotFinite(Exception):
 
 
 def _stopped(error: Exception, step: int, names: list[list[str]], output: Path) -> Exception:
-    """What a user can do about a step that failed; an error of another kind as it is."""
+    """Returns the error that tells a user what to do about a failed step; an
+    error of another kind as it is.
+
+    Args:
+        error: what the step raised.
+        step: its number.
+        names: of the samples of each micro-batch.
+        output: folder of the run.
+    """
     _, kept = newest(output, "checkpoint-N")
     rest = f"{kept.name} is kept" if kept else "there is no checkpoint yet"
     if isinstance(error, _NotFinite):
@@ -247,7 +257,15 @@ def _stopped(error: Exception, step: int, names: list[list[str]], output: Path) 
 def _step(
     accelerator: Any, model: Any, optimizer: Any, batches: list[dict[str, Tensor]], clip: float
 ) -> float:
-    """One update; the loss is the mean over the answer tokens of the whole batch.
+    """Takes one step of the optimizer; the loss is the mean over the
+    answer tokens of the whole batch.
+
+    Args:
+        accelerator: accelerate's.
+        model: that is trained.
+        optimizer: of its parameters.
+        batches: micro-batches of this process.
+        clip: largest norm of the gradient.
 
     Raises:
         _NotFinite: before the weights change, in all processes.
@@ -278,7 +296,14 @@ def _step(
 def _steps(
     data: Conversations, share: list[int], run: WingsRun, accelerator: Any
 ) -> Iterator[tuple[list[list[str]], list[dict[str, Tensor]]]]:
-    """This process's micro-batches of each optimizer step, and the names of their samples."""
+    """Yields this process's micro-batches of each optimizer step, and the names of their samples.
+
+    Args:
+        data: the samples.
+        share: indices of those that are left, in order.
+        run: its sizes.
+        accelerator: that numbers the processes.
+    """
     rank, world = accelerator.process_index, accelerator.num_processes
     plan: list[list[list[int]]] = []
     for start in range(0, len(share), run.recipe.batch):
@@ -300,14 +325,15 @@ def _steps(
 
 
 def _settings(run: WingsRun, examples: list[Example]) -> dict[str, Any]:
-    """What decides the result of a run: its options, and what its samples are."""
+    """Returns what decides the result of a run: its options, and what its samples are."""
     free = ("output", "micro_batch", "save_every", "workers", "cpu")
     ours = {name: value for name, value in asdict(run).items() if name not in free}
     return ours | {"data": data_digest(examples)}
 
 
 def data_digest(examples: list[Example]) -> str:
-    """16 hexadecimal digits that change with the samples' texts, their order and their images.
+    """Returns 16 hexadecimal digits that change with the samples' texts,
+    their order and their images.
 
     Of an image count its size and its first and last 4 KiB, so that a large set is not read twice;
     neither names nor folders count, and a set that moved is the same.
@@ -326,10 +352,16 @@ def data_digest(examples: list[Example]) -> str:
 
 
 def _checkpoint(output: Path, step: int, named: dict[str, Tensor], optimizer: Any) -> None:
-    """Write beside the last checkpoint and rename, so that one of them is always whole.
+    """Writes a checkpoint beside the last one and renames it, so that one of them is always whole.
 
     The weights that are trained and the optimizer's moments are all that a run needs: rates and
     random draws follow from the step.
+
+    Args:
+        output: folder of the run.
+        step: number of steps taken.
+        named: weights that are trained, by name.
+        optimizer: of these weights.
     """
 
     def fill(folder: Path) -> None:

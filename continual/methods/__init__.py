@@ -31,7 +31,7 @@ for _method in (
 
 
 def make_method(name: str, **options: Any) -> Method:
-    """A method by its name.
+    """Builds a method by its name.
 
     Raises:
         InputError: for an unknown name or option, or a value of another kind or out of range.

@@ -78,12 +78,12 @@ class AdaLoRA(PeftAdapter):
         self._wrapper.base_model.update_and_allocate(step)
 
     def left(self) -> int:
-        """Components whose singular value is not 0."""
+        """Returns how many components have a singular value that is not 0."""
         values = [p for n, p in self.trained().items() if "lora_E" in n]
         return int(sum(v.count_nonzero() for v in values))
 
     def end_task(self) -> Delta | None:
-        """Merge.
+        """Merges the adapter into the model.
 
         Raises:
             InputError: if more components are left than the budget allows.

@@ -41,14 +41,14 @@ class Context:
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
     def generator(self, *purpose: int) -> torch.Generator:
-        """A generator for one purpose within this task; the same for the same seed."""
+        """Returns a generator for one purpose within this task; the same for the same seed."""
         key = [self.recipe.seed, self.number, *purpose]
         seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
         return torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
     def encode(self, ids: Tensor, batch: int = 256) -> Tensor:
-        """Unit features of prompts (n, d), without gradients."""
+        """Returns unit features of prompts (n, d), without gradients."""
         parts = [self.clip.encode_text(part.to(self.clip.device)) for part in ids.split(batch)]
         return torch.cat(parts)
 
@@ -74,12 +74,12 @@ class Method(ABC):
     _frozen_texts: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def options(self) -> dict[str, Any]:
-        """The options as they were given, for the record."""
+        """Returns the options as they were given, for the record."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
     @abstractmethod
     def begin_task(self, context: Context) -> list[Group]:
-        """Prepare the model; returns AdamW's parameter groups, none if nothing is trained."""
+        """Prepares the model; returns AdamW's parameter groups, none if nothing is trained."""
 
     def loss(self, pixels: Tensor, labels: Tensor, step: int) -> Tensor:
         """Returns the loss of a batch, ().
@@ -92,19 +92,25 @@ class Method(ABC):
         return self.supervised(*self.features(pixels, labels), step)
 
     def after_step(self, step: int) -> None:
-        """Called after the optimizer's step (from 0), while gradients are still there."""
+        """Acts after the optimizer's step (from 0), while gradients are
+        still there; here not at all.
+        """
         return
 
     @abstractmethod
     def end_task(self) -> Delta | None:
-        """Write what was learned into the model and make it plain; returns it as factors if any."""
+        """Writes what was learned into the model and makes it plain;
+        returns it as factors if any.
+        """
 
     def adapters(self) -> dict[str, nn.Parameter]:
-        """Parameters of adapters by name; the model's forward must reach every one of them."""
+        """Returns parameters of adapters by name; the model's forward
+        must reach every one of them.
+        """
         return {}
 
     def check_gradients(self) -> None:
-        """Called after a task's first backward pass.
+        """Checks after a task's first backward pass that every adapter got a gradient.
 
         Raises:
             InputError: if an adapter got no gradient: the model does not call the module that it
@@ -119,19 +125,21 @@ class Method(ABC):
             )
 
     def added_parameters(self) -> int:
-        """Parameters that answering needs beside the model's own; none where all is merged."""
+        """Returns how many parameters answering needs beside the model's
+        own; none where all is merged.
+        """
         return 0
 
     def state(self) -> dict[str, Tensor]:
-        """What a run needs to go on, beside the model and the trained parameters."""
+        """Returns what a run needs to go on, beside the model and the trained parameters."""
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` gave; within a task this comes after `begin_task`."""
+        """Takes back what `state` gave; within a task this comes after `begin_task`."""
         return
 
     def scores(self, features: Tensor, logits: Tensor, space: Space) -> Tensor:
-        """Scores of test images over the columns of `space`.
+        """Returns the scores of test images over the columns of `space`.
 
         Args:
             features: unit features (M, d) of the images.
@@ -140,14 +148,16 @@ class Method(ABC):
         return logits
 
     def features(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit features (M, d) and labels (M,) of the batch over all processes."""
+        """Returns unit features (M, d) and labels (M,) of the batch over all processes."""
         images = self.context.gather(self.context.clip.encode_image(pixels))
         labels = self.context.gather(labels)
         real = labels >= 0
         return images[real], labels[real]
 
     def texts(self, kept: Tensor) -> Tensor:
-        """Unit features of the current prompts `kept`; computed once where the tower is frozen."""
+        """Returns unit features of the current prompts `kept`; computed
+        once where the tower is frozen.
+        """
         context = self.context
         if context.clip.trains("text"):
             return context.clip.encode_text(context.ids[kept].to(context.clip.device))
@@ -179,12 +189,12 @@ class Method(ABC):
         return loss
 
     def start(self, context: Context) -> None:
-        """Remember the task; the first thing that `begin_task` does."""
+        """Keeps the task for the other methods; `begin_task` calls it first."""
         self.context, self._frozen_texts = context, None
 
 
 def opened(parameters: dict[str, nn.Parameter], lr: float) -> list[Group]:
-    """One group of these parameters, which take gradients from now on."""
+    """Returns one group of these parameters, which take gradients from now on."""
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     return [{"params": list(parameters.values()), "lr": lr}]

@@ -70,7 +70,7 @@ class CoDyRA(Gated):
         return super().begin_task(context)
 
     def threshold(self, step: int) -> float:
-        """What gates are shrunk by after `step`."""
+        """Returns what gates are shrunk by after `step`."""
         steps = self.context.recipe.steps
         return prox.threshold(step, steps, self.dense, self._kappa, ramp=self.ramp)
 
@@ -92,7 +92,9 @@ class CoDyRA(Gated):
         assign(gates, values)
 
     def _relief(self) -> Tensor:
-        """Mean size of a site's components over each one's own size (total components,)."""
+        """Returns the mean size of a site's components over each one's
+        own size (total components,).
+        """
         sizes = [layer.sizes() for layer in self.layers.values()]
         return torch.cat([s.mean() / s.clamp(min=1e-12) for s in sizes])
 

@@ -14,7 +14,9 @@ from vlm_prune.continual.prox import dense_steps
 
 
 def kept_components(importance: Tensor, keep: int) -> Tensor:
-    """Mask (n,) of the `keep` largest of `importance` (n,); ties go to the lowest index."""
+    """Returns a mask (n,) of the `keep` largest of `importance` (n,);
+    ties go to the lowest index.
+    """
     order = importance.sort(descending=True, stable=True).indices
     mask = torch.zeros_like(importance, dtype=torch.bool)
     mask[order[:keep]] = True
@@ -69,7 +71,7 @@ class CoDyRAPlus(Gated):
         return groups
 
     def kept_at(self, step: int) -> int:
-        """Components left after `step`."""
+        """Returns the number of components left after `step`."""
         steps, all_ = self.context.recipe.steps, self.rank * len(self.layers)
         last = max(1, steps - 1 - int(self.settle * steps))  # the step of the last cut
         first = min(dense_steps(steps, self.dense), last)

@@ -12,7 +12,7 @@ from vlm_prune.continual.methods.full import FullFineTune
 
 
 def unify(changes: Tensor) -> Tensor:
-    """Returns of each weight the largest change where the sum is positive, else the least.
+    """Returns for each weight the largest change where the sum is positive, else the least.
 
     Args:
         changes: of n tasks, (n, ...).

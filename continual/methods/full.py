@@ -30,11 +30,11 @@ class FullFineTune(Method):
         return opened(self.weights(), context.recipe.lr)
 
     def weights(self) -> dict[str, nn.Parameter]:
-        """The trained weights by name."""
+        """Returns the trained weights by name."""
         return self.context.clip.parameters(None if self.encoder == "all" else self.encoder)
 
     def copies(self) -> dict[str, Tensor]:
-        """The trained weights as they are now."""
+        """Returns copies of the trained weights as they are now."""
         return {name: p.detach().clone() for name, p in self.weights().items()}
 
     def end_task(self) -> Delta | None:

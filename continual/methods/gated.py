@@ -38,12 +38,12 @@ class LowRank(Method):
         return [{"params": factors, "lr": context.recipe.lr}]
 
     def make(self, base: nn.Linear, number: int) -> GatedLoRA:
-        """The layer of one site, drawn from this task's and this site's own generator."""
+        """Makes the layer of one site, drawn from this task's and this site's own generator."""
         generator = self.context.generator(0, number)
         return GatedLoRA(base, self.rank, self.gate(generator), generator)
 
     def gate(self, generator: torch.Generator) -> Tensor | None:
-        """The initial gate of one site (r,); None for plain LoRA."""
+        """Returns the initial gate of one site (r,); None for plain LoRA."""
         return None
 
     def adapters(self) -> dict[str, nn.Parameter]:
@@ -55,11 +55,11 @@ class LowRank(Method):
         }
 
     def gates(self) -> list[Tensor]:
-        """The gates (r,) of each site, for methods that have some."""
+        """Returns the gates (r,) of each site, for methods that have some."""
         return [layer.gate for layer in self.layers.values() if layer.gate is not None]
 
     def end_task(self) -> Delta | None:
-        """Drop components whose gate is 0, merge the others in float32."""
+        """Drops components whose gate is 0, and merges the others in float32."""
         factors = {
             name: Factors.of(layer, self.starts[name]) for name, layer in self.layers.items()
         }
@@ -69,7 +69,7 @@ class LowRank(Method):
         return delta
 
     def finish(self, delta: Delta) -> Delta:
-        """Last change to what is merged."""
+        """Returns what is merged, after a method's last change to it; here none."""
         return delta
 
 
@@ -104,5 +104,5 @@ class Gated(LowRank):
 
 @torch.no_grad()
 def assign(gates: list[Tensor], values: Tensor) -> None:
-    """Write a flat tensor of values (total components,) back into the gates."""
+    """Writes a flat tensor of values (total components,) back into the gates."""
     torch._foreach_copy_(gates, values.split([len(g) for g in gates]))

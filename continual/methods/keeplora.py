@@ -107,7 +107,7 @@ class ResidualLoRA(GatedLoRA):
         return output
 
     def change(self) -> Tensor:
-        """scale (B - start), (d_out, r)."""
+        """Returns scale (B - start), (d_out, r)."""
         return self.scale * (self.B - self.start)
 
 
@@ -158,7 +158,7 @@ class KeepLoRA(LowRank):
 
     @property
     def residuals(self) -> dict[str, ResidualLoRA]:
-        """The layers by site."""
+        """Returns the layers by site."""
         return cast(dict[str, ResidualLoRA], self.layers)
 
     def make(self, base: nn.Linear, number: int) -> ResidualLoRA:
@@ -170,7 +170,7 @@ class KeepLoRA(LowRank):
         return super().loss(pixels, labels, step)
 
     def _open(self, pixels: Tensor, labels: Tensor) -> None:
-        """Set A and B from the gradient of a batch."""
+        """Sets A and B from the gradient of a batch."""
         bases = {name: layer.base.weight for name, layer in self.residuals.items()}
         for weight in bases.values():
             weight.requires_grad_(True)
@@ -195,7 +195,7 @@ class KeepLoRA(LowRank):
         return super().end_task()
 
     def _moments(self) -> dict[str, Tensor]:
-        """For each site the sum of x xᵀ over its inputs (d_in, d_in), float64."""
+        """Returns for each site the sum of x xᵀ over its inputs (d_in, d_in), float64."""
         found: dict[str, Tensor] = {}
 
         def note(name: str, x: Tensor) -> None:

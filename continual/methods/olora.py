@@ -12,7 +12,9 @@ from vlm_prune.continual.methods.gated import LowRank
 
 
 def overlap(a: Tensor, earlier: Tensor) -> Tensor:
-    """Sum of squared inner products between the rows of A (r, d) and of earlier ones (n, d)."""
+    """Returns the sum of squared inner products between the rows of A
+    (r, d) and of earlier ones (n, d).
+    """
     return (a @ earlier.T).square().sum()
 
 

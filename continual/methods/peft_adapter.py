@@ -75,7 +75,7 @@ class PeftAdapter(Method):
         return {n: p for n, p in self.context.clip.model.named_parameters() if p.requires_grad}
 
     def end_task(self) -> Delta | None:
-        """Merge.
+        """Merges the adapter into the model.
 
         Raises:
             InputError: if no weight changed, which means that the adapter was never trained.

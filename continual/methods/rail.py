@@ -76,12 +76,12 @@ class RAIL(Method):
         return None
 
     def added_parameters(self) -> int:
-        """The random map's and the regression's weights."""
+        """Returns the number of the random map's and the regression's weights."""
         inputs = self.context.encode(self.context.ids[:1]).shape[1]
         return self.width * (inputs + sum(cross.shape[1] for cross in self._cross))
 
     def expand(self, features: Tensor) -> Tensor:
-        """relu of a fixed random map: (M, d) to (M, width), float64."""
+        """Returns relu of a fixed random map: (M, d) to (M, width), float64."""
         generator = torch.Generator().manual_seed(self._seed)
         weight = torch.randn(features.shape[1], self.width, generator=generator)
         return (features @ weight.to(features.device)).relu().double()

@@ -13,7 +13,7 @@ from vlm_prune.vlm.common.errors import InputError
 
 
 def reference(run: Path | str, number: int) -> Delta:
-    """The delta that a finished run wrote for a task.
+    """Reads the delta that a finished run wrote for a task.
 
     Raises:
         InputError: if it wrote none.

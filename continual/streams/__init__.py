@@ -30,7 +30,7 @@ def open_stream(
     name: str, root: Path | DataRoot = Path("."), seed: int = 0, shots: int | None = None,
     skip_bad: bool = False,
 ) -> Stream:  # fmt: skip
-    """A stream by name.
+    """Opens a stream by name.
 
     Args:
         name: in `STREAMS`.

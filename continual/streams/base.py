@@ -19,7 +19,7 @@ class LabeledImages(Sequence[Labeled]):
 
     @abstractmethod
     def item(self, index: int) -> Labeled:
-        """The image and label at one index."""
+        """Returns the image and label at one index."""
 
     @overload
     def __getitem__(self, index: int) -> Labeled: ...
@@ -32,7 +32,9 @@ class LabeledImages(Sequence[Labeled]):
 
 
 def readable_indices(split: Sequence[Labeled]) -> list[int]:
-    """Indices of the items that can be read; each of the others is named in a warning."""
+    """Returns the indices of the items that can be read; each of the
+    others is named in a warning.
+    """
     good = list[int]()
     for index in range(len(split)):
         try:
@@ -79,7 +81,7 @@ class StreamTask:
 
 
 def check_task_names(tasks: Sequence[StreamTask]) -> None:
-    """Raise `InputError` unless there are tasks, no two of them with one name."""
+    """Raises `InputError` unless there are tasks, no two of them with one name."""
     names = [task.name for task in tasks]
     if not names:
         raise InputError("there are no tasks; give at least one")
@@ -89,7 +91,7 @@ def check_task_names(tasks: Sequence[StreamTask]) -> None:
 
 
 def check_classes(name: str, classes: Sequence[str]) -> None:
-    """Raise `InputError` unless there are class names, none of them blank or used twice."""
+    """Raises `InputError` unless there are class names, none of them blank or used twice."""
     if not classes:
         raise InputError(f"{name} has no classes; give at least one class name")
     seen: dict[str, int] = {}

@@ -29,7 +29,8 @@ def mtil(
     seed: int = 0,
     skip_bad: bool = False,
 ) -> Stream:
-    """Eleven data sets, 1,201 classes; a test image is scored against its own data set's classes.
+    """Opens MTIL: eleven data sets, 1,201 classes; an image is scored
+    against its own set's classes.
 
     Args:
         root: folder with the data sets in torchvision's layout.
@@ -56,7 +57,8 @@ def x_tail(
     repeat: bool = False,
     skip_bad: bool = False,
 ) -> Stream:
-    """Ten data sets, 1,100 classes; every test image is scored against all of them, seen or not.
+    """Opens X-TAIL: ten data sets, 1,100 classes; an image is scored
+    against all of them, seen or not.
 
     Each data set keeps its own template, as in the published code; some prompts of different data
     sets are then the same text, which `Stream.ambiguous` lists.

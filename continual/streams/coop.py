@@ -31,12 +31,14 @@ AIRCRAFT = ("fgvc_aircraft", "fgvc-aircraft-2013b/data")
 
 
 def x_tail_classes(key: str) -> int:
-    """Classes of a data set in X-TAIL, where Caltech101 has one kind of face, not two."""
+    """Returns how many classes a data set has in X-TAIL, where Caltech101
+    has one kind of face, not two.
+    """
     return len(table()[key].classes) - (key == "caltech101")
 
 
 def coop_task(key: str, root: Path | DataRoot, skip_bad: bool = False) -> StreamTask:
-    """One of X-TAIL's ten data sets, with its one template.
+    """Returns one of X-TAIL's ten data sets, with its one template.
 
     Aircraft uses its official text files, MNIST torchvision's full test set and no `val`; the
     others CoOp's JSON.
@@ -135,7 +137,17 @@ def _aircraft(root: DataRoot, templates: tuple[str, ...], skip_bad: bool) -> Str
 
 
 def _first(root: DataRoot, folders: tuple[str, ...], file: str, key: str) -> DataRoot:
-    """The first of the folders in use that holds `file`."""
+    """Returns the first of the folders in use that holds `file`.
+
+    Args:
+        root: folder of the data sets.
+        folders: names in use, the preferred one first.
+        file: that the data set must have.
+        key: name of the data set, for the message.
+
+    Raises:
+        InputError: if none does.
+    """
     top = root.folder
     for folder in folders:
         if (top / folder / file).is_file():

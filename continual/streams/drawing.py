@@ -238,7 +238,15 @@ def _on_paper(
     ink: NDArray[np.float64] | None = None,
     light: bool | None = None,
 ) -> Image.Image:
-    """Ink through a mask, shifted a little, on paper that is dark or light."""
+    """Draws ink through a mask, shifted a little, on paper that is dark or light.
+
+    Args:
+        mask: how much ink a pixel gets.
+        rng: draws shift, tones and noise.
+        style: plain or varied.
+        ink: color (3,); drawn unless given.
+        light: whether the paper is light; drawn unless given.
+    """
     scale = SUPERSAMPLE if mask.width > 2 * SIDE else 2 if mask.width > SIDE else 1
     side = SIDE * scale
     canvas = Image.new("L", (side, side))
@@ -255,7 +263,13 @@ def _on_paper(
 def _two_tones(
     rng: np.random.Generator, style: Style, light: bool | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Ink and paper, one dark and one light; varied ones are tinted."""
+    """Draws the colors (3,) of ink and paper, one dark and one light; varied ones are tinted.
+
+    Args:
+        rng: draws them.
+        style: plain or varied.
+        light: whether the paper is the light one; drawn unless given.
+    """
     tint = 12 if style == "plain" else 45
     dark = rng.uniform(5, 60) + rng.uniform(-tint, tint, 3)
     bright = rng.uniform(195, 250) + rng.uniform(-tint, tint, 3)
@@ -264,7 +278,7 @@ def _two_tones(
 
 
 def _smooth(rng: np.random.Generator, low: float, high: float) -> NDArray[np.float64]:
-    """A smooth random field (SIDE, SIDE) from about `low` to `high`."""
+    """Draws a smooth random field (SIDE, SIDE) from about `low` to `high`."""
     coarse = Image.fromarray(rng.uniform(low, high, (5, 5)).astype(np.float32))
     return np.asarray(coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float64)
 

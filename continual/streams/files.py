@@ -91,12 +91,12 @@ def image_folder(
 
 
 def list_classes(folder: Path) -> list[str]:
-    """Names of the class folders, sorted."""
+    """Returns the names of the class folders, sorted."""
     return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
 
 
 def folder_split(root: Path | DataRoot, classes: Sequence[str], skip_bad: bool = False) -> Files:
-    """The images of one split's class folders, sorted.
+    """Returns the images of one split's class folders, sorted.
 
     Args:
         root: the split's folder.

@@ -31,7 +31,7 @@ class Names:
 
 @cache
 def table() -> Registry[Names]:
-    """Every data set of the table, by its short name."""
+    """Returns every data set of the table, by its short name."""
     text = files(__package__).joinpath("tables/names.json").read_text(encoding="utf-8")
     entries = json.loads(text)["datasets"]
     return Registry(
@@ -44,7 +44,7 @@ def table() -> Registry[Names]:
 
 
 def in_own_order(key: str, given: Sequence[str]) -> tuple[str, ...]:
-    """The table's names in the order in which a copy of the data set lists its classes.
+    """Returns the table's names in the order in which a copy of the data set lists its classes.
 
     Raises:
         InputError: if the copy has another number of classes, or one that the table lacks.

@@ -106,12 +106,12 @@ class Drawn(LabeledImages):
 
 
 def packaged() -> tuple[StreamTask, ...]:
-    """The eight tasks in the stream's order; `scenes` is not one of them."""
+    """Returns the eight tasks in the stream's order; `scenes` is not one of them."""
     return tuple(task(name) for name in DOMAINS if name != "scenes")
 
 
 def task(name: str) -> StreamTask:
-    """One domain as a task, its splits in the varied style.
+    """Returns one domain as a task, its splits in the varied style.
 
     `scenes` (colored shapes, all seen in pre-training) belongs to no stream; it is there to
     measure what a stream makes the embedded CLIP forget.

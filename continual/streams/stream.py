@@ -37,11 +37,13 @@ class Stream:
 
     @property
     def classes(self) -> int:
-        """Classes of all tasks together."""
+        """Returns the number of classes of all tasks together."""
         return sum(len(task.classes) for task in self.tasks)
 
     def ambiguous(self) -> list[str]:
-        """First-template prompts that two tasks share, which a joint test cannot tell apart."""
+        """Returns first-template prompts that two tasks share, which a
+        joint test cannot tell apart.
+        """
         prompts = [
             task.templates[0].replace("{}", name) for task in self.tasks for name in task.classes
         ]
@@ -67,13 +69,13 @@ class Subset(LabeledImages):
 
 
 def labels_of(split: Sequence[Labeled]) -> list[int]:
-    """Labels of a split; images are opened only if it does not know them."""
+    """Returns the labels of a split; images are opened only if it does not know them."""
     known = getattr(split, "labels", None)
     return list(known) if known is not None else [label for _, label in split]
 
 
 def few_shot(task: StreamTask, shots: int, seed: int = 0, repeat: bool = False) -> StreamTask:
-    """The task with `shots` training images per class, drawn without replacement.
+    """Returns the task with `shots` training images per class, drawn without replacement.
 
     Each data set has a generator of its own, from the seed and the data set's name, so that its
     images depend neither on the stream nor on the order. `Subset.indices` of the new `train`
@@ -105,7 +107,9 @@ def few_shot(task: StreamTask, shots: int, seed: int = 0, repeat: bool = False) 
 
 
 def write_indices(stream: Stream, path: Path) -> None:
-    """Which training images of each task a few-shot stream uses, as JSON, whole or not at all."""
+    """Writes which training images of each task a few-shot stream uses,
+    as JSON, whole or not at all.
+    """
     drawn = {t.name: list(t.train.indices) for t in stream.tasks if isinstance(t.train, Subset)}
     if not drawn:
         raise InputError(f"stream {stream.name} draws no shots, so there are no indices to write")

@@ -110,7 +110,7 @@ class TorchvisionSplit(LabeledImages):
 
     @cached_property
     def labels(self) -> list[int]:
-        """Labels without opening an image, wherever torchvision keeps them."""
+        """Returns the labels without opening an image, wherever torchvision keeps them."""
         for attribute in ("targets", "_labels", "y"):
             if hasattr(self.data, attribute):
                 return [int(label) for label in getattr(self.data, attribute)]
@@ -135,7 +135,9 @@ class TorchvisionSplit(LabeledImages):
 
 
 def _paths(data: Any) -> list[Path]:
-    """The image files of a torchvision data set, in its order; none where images are arrays."""
+    """Returns the image files of a torchvision data set, in its order;
+    none where images are arrays.
+    """
     for attribute in ("_image_files", "_images", "_samples", "samples", "imgs"):
         if hasattr(data, attribute):
             entries = getattr(data, attribute)
@@ -148,7 +150,7 @@ def _paths(data: Any) -> list[Path]:
 
 
 def torchvision_task(key: str, root: Path | DataRoot, skip_bad: bool = False) -> StreamTask:
-    """One of MTIL's eleven data sets as ZSCL splits it.
+    """Returns one of MTIL's eleven data sets as ZSCL splits it.
 
     Official splits where there are any; `train` without `val` for aircraft, dtd and flowers, and
     `trainval` for pets. Caltech101, EuroSAT and SUN397 have none and are cut 80 : 20 by a
@@ -185,7 +187,7 @@ def torchvision_task(key: str, root: Path | DataRoot, skip_bad: bool = False) ->
 
 
 def torchvision_class(name: str) -> Any:
-    """A class of `torchvision.datasets`."""
+    """Returns a class of `torchvision.datasets`."""
     try:
         return getattr(importlib.import_module("torchvision.datasets"), name)
     except ImportError:

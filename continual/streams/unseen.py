@@ -23,17 +23,19 @@ from vlm_prune.vlm.common.registry import Registry
 
 
 def unseen_scenes() -> StreamTask:
-    """Colored shapes, all known to the embedded CLIP; the packaged stream has none of them."""
+    """Returns colored shapes, all known to the embedded CLIP; the
+    packaged stream has none of them.
+    """
     return replace(packaged_task("scenes"), train=(), val=())
 
 
 def cifar100(root: Path | DataRoot) -> StreamTask:
-    """CIFAR-100's test images in torchvision's layout."""
+    """Returns CIFAR-100's test images in torchvision's layout."""
     return replace(torchvision_task("cifar100", root), templates=PHOTO, train=(), val=())
 
 
 def places365(root: Path | DataRoot, small: bool = True) -> StreamTask:
-    """Places365's validation images in torchvision's layout, under the full category names.
+    """Returns Places365's validation images in torchvision's layout, under the full category names.
 
     `/a/apartment_building/outdoor` is "apartment building outdoor": the last part alone would give
     many categories one name.
@@ -56,12 +58,13 @@ def places365(root: Path | DataRoot, small: bool = True) -> StreamTask:
 
 
 def place_name(category: str) -> str:
-    """`/a/airport_terminal` -> `airport terminal`."""
+    """Turns a category into words: `/a/airport_terminal` becomes `airport terminal`."""
     return category[3:].replace("/", " ").replace("_", " ").strip()
 
 
 def imagenet(root: Path | DataRoot) -> StreamTask:
-    """ImageNet-1k's validation images in 1,000 folders named by WordNet id, `root/val/n01440764/`.
+    """Returns ImageNet-1k's validation images in 1,000 folders named by
+    WordNet id, `root/val/n01440764/`.
 
     Names are open_clip's. It calls two pairs of classes alike; the WordNet lemmas `projectile`
     and `sunglass` tell them apart.
@@ -80,7 +83,7 @@ def imagenet(root: Path | DataRoot) -> StreamTask:
 
 
 def imagenet_names() -> tuple[str, ...]:
-    """1,000 different names in the order of the WordNet ids."""
+    """Returns 1,000 different names in the order of the WordNet ids."""
     names = list(extra("open_clip").IMAGENET_CLASSNAMES)
     names[744], names[836] = "projectile", "sunglass"
     return tuple(names)

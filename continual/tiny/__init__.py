@@ -4,5 +4,7 @@ from pathlib import Path
 
 
 def clip_checkpoint_path() -> Path:
-    """The packaged checkpoint; `open_clip.create_model_and_transforms(f"local-dir:{...}")` reads it."""
+    """Returns the packaged checkpoint;
+    `open_clip.create_model_and_transforms(f"local-dir:{...}")` reads it.
+    """
     return Path(__file__).parent / "checkpoint"

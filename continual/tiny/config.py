@@ -16,7 +16,9 @@ WEIGHTS = "open_clip_model.safetensors"
 
 
 def make_tokenizer(corpus: Iterable[str], vocabulary: int = 512) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer learned from `corpus`; the end token has the highest id, as in CLIP."""
+    """Makes a byte-level BPE tokenizer from `corpus`; the end token
+    has the highest id, as in CLIP.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -68,7 +70,7 @@ def model_config(vocabulary: int, width: int = 128, layers: int = 4) -> dict[str
 def write_clip_folder(
     folder: Path, corpus: Iterable[str], width: int = 128, layers: int = 4
 ) -> None:
-    """Write config and tokenizer in the layout of open_clip's `local-dir:`.
+    """Writes config and tokenizer in the layout of open_clip's `local-dir:`.
 
     Args:
         folder: to write into.
