@@ -12,7 +12,7 @@ BUDGET = "64"
 
 
 def pages() -> dict[str, str]:
-    """The pages that hold such tables, by path, with their tables as they should be."""
+    """Returns the pages that hold such tables, by path, with their tables as they should be."""
     overview = read_table("docs/results/compare.md").split("\n\n")[1]
     retained = retained_at(BUDGET, "docs/results/newer_methods.md", "docs/results/compare.md")
     return {
@@ -29,7 +29,7 @@ def pages() -> dict[str, str]:
 
 
 def read_table(page: str) -> str:
-    """A page of the repository."""
+    """Returns the text of a page of the repository."""
     return (ROOT / page).read_text()
 
 
@@ -46,7 +46,9 @@ def retained_at(budget: str, *results: str) -> dict[str, str]:
 
 
 def with_column(page: str, values: dict[str, str]) -> str:
-    """The page with these values in the last of five columns, in rows that begin with a method."""
+    """Returns the page with these values in the last of five columns, in
+    rows that begin with a method.
+    """
 
     def filled(row: re.Match[str]) -> str:
         return f"{row[1]} {values.get(row[2], '')} |"
@@ -76,7 +78,7 @@ def between(page: str, mark: str, table: str) -> str:
 
 
 def main() -> None:
-    """Write the pages anew."""
+    """Writes the pages anew."""
     for page, content in pages().items():
         (ROOT / page).write_text(content)
 

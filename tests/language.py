@@ -25,6 +25,23 @@ BRITISH = re.compile(
 PROSE = {
     "asked", "as_short", "claim", "heard", "made", "ride_along", "spare", "standing", "stands", "twin", "wake",
 }  # fmt: skip
+# How docstrings of functions begin, in the third person; add a verb where none of these says it.
+VERBS = set(
+    re.findall(
+        r"[\w-]+",
+        """
+    accepts acts adds answers appends applies asks attaches attends averages brings builds checks
+    chooses classifies closes clusters compares computes copies counts crops cuts draws drops
+    empties encodes ends fills finds fine-tunes fits formats frees freezes gathers generates gives
+    groups imports interpolates joins keeps lays leaves lets loads logs makes maps measures merges
+    moves notes numbers opens pads pre-trains prepares prints projects proposes prunes puts raises
+    reads records refuses registers removes renames renders reorders repeats replaces returns
+    rewrites runs samples saves says scales scores searches seeds selects sends serves sets shows
+    shrinks shuffles splits starts stops stores takes teaches tells times tokenizes trains turns
+    undoes updates uses waits wraps writes yields
+    """,
+    )
+)
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -213,6 +230,35 @@ def missing_docstrings(*folders: str) -> list[Found]:
     ]
 
 
+def verbless(*folders: str) -> list[Found]:
+    """Functions whose docstring does not begin with a verb, or whose first sentence has no end.
+
+    Left out: commands, whose docstring is the help that a terminal shows.
+    """
+    return [
+        found
+        for found in source(*folders)
+        if not isinstance(found.node, ast.ClassDef)
+        and not is_command(found)
+        and (text := ast.get_docstring(found.node))
+        and not (begins_with_verb(text) and text.split("\n\n")[0].rstrip().endswith((".", ":")))
+    ]
+
+
+def begins_with_verb(text: str) -> bool:
+    """Whether a text begins with one of `VERBS`, and not with the plural of a noun: scores of ..."""
+    first, *more = text.split()
+    return first.rstrip(".,").lower() in VERBS and more[:1] != ["of"]
+
+
+def is_command(found: Found) -> bool:
+    """Whether a function is a command: its options carry help, or the file in `cli` has its name."""
+    if not isinstance(found.node, ast.FunctionDef):
+        return False
+    in_cli = found.path.parent.name == "cli" and found.path.stem == found.name
+    return in_cli or any(carries_help(argument) for argument in arguments(found.node))
+
+
 if __name__ == "__main__":
     chosen = sys.argv[1:] or PACKAGES
     for folder in chosen:
@@ -220,6 +266,8 @@ if __name__ == "__main__":
         print(f"== {folder}: {len(undoc)} without Args, {len(nodoc)} without docstring")
         for found in (*undoc, *nodoc):
             print("  ", found, "" if found in nodoc else "(Args)")
+        for found in verbless(folder):
+            print("  ", found, "(no verb)")
     names = repeated(*chosen)
     print(f"== {len(names)} names in more than one file")
     for name, places in names.items():

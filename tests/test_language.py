@@ -9,6 +9,7 @@ from language import (
     repeated,
     undocumented,
     untyped_records,
+    verbless,
 )
 
 
@@ -20,6 +21,11 @@ def test_three_arguments_and_more_are_documented(folder):
 @pytest.mark.parametrize("folder", PACKAGES)
 def test_public_definitions_have_docstrings(folder):
     assert not missing_docstrings(folder), "\n".join(map(str, missing_docstrings(folder)))
+
+
+@pytest.mark.parametrize("folder", PACKAGES)
+def test_docstrings_of_functions_begin_with_a_verb(folder):
+    assert not verbless(folder), "\n".join(map(str, verbless(folder)))
 
 
 def test_names_are_defined_once():
@@ -44,6 +50,12 @@ def test_each_rule_finds_what_breaks_it(tmp_path):
     text = """def act(first, second, third):
     '''Acts.'''
 def silent(): ...
+def noun_first():
+    '''All rows.'''
+def noun_of():
+    '''Scores of all rows.'''
+def without_end():
+    '''Opens a file'''
 class TokenLayout:
     '''A second one.'''
     rows: list[dict[str, Any]]
@@ -54,6 +66,7 @@ asked = lambda twin: twin
     folder = str(tmp_path)
     assert [found.name for found in undocumented(folder)] == ["act"]
     assert [found.name for found in missing_docstrings(folder)] == ["silent"]
+    assert [found.name for found in verbless(folder)] == ["noun_first", "noun_of", "without_end"]
     assert list(repeated(folder)) == ["TokenLayout"]
     assert [found.name for found in untyped_records(folder)] == ["TokenLayout"]
     assert [line.split()[1] for line in prose(folder)] == ["asked", "twin"]

@@ -21,7 +21,7 @@ MANIFESTS = (".csv", ".parquet")
 
 
 def input_root(source: Path, allow_outside: bool = False) -> DataRoot:
-    """The folder that paths start from, and must not leave unless the user allows it."""
+    """Returns the folder that paths start from, and must not leave unless the user allows it."""
     folder = (source if source.is_dir() else source.parent).resolve()
     return DataRoot(folder, allow_outside)
 
@@ -29,7 +29,8 @@ def input_root(source: Path, allow_outside: bool = False) -> DataRoot:
 def find_images(
     source: Path, prompt: str, limit: int | None = None, videos: bool = False
 ) -> pa.Table:
-    """The rows to answer: `row` (their number), `path` below `input_root(source)`, `prompt`.
+    """Returns the rows to answer: `row` (their number), `path` below
+    `input_root(source)`, `prompt`.
 
     Args:
         source: a folder, searched with its subfolders in the order of the paths, or a Parquet or
@@ -70,7 +71,9 @@ def find_images(
 
 
 def _walk(root: Path, suffixes: tuple[str, ...]) -> list[str]:
-    """Files with these suffixes below `root`, and the links to folders outside, which become errors."""
+    """Returns files with these suffixes below `root`, and the links to folders
+    outside, which become errors.
+    """
 
     def refuse(error: OSError) -> None:
         raise error
@@ -114,7 +117,7 @@ def _manifest(source: Path, limit: int | None) -> tuple[list[str], list[str | No
 def open_below(
     root: DataRoot, path: str, frames: int = 32, fps: float | None = None
 ) -> Image.Image | VideoClip:
-    """The image at `path` below `root`, as RGB, or frames of the video there.
+    """Opens the image at `path` below `root`, as RGB, or frames of the video there.
 
     Args:
         root: of the input.
@@ -148,7 +151,8 @@ PIXELS = pa.schema(
 def decode(
     rows: pa.Table, root: DataRoot, frames: int = 32, fps: float | None = None
 ) -> Iterator[pa.Table]:
-    """Rows of `find_images` with their pixels, one at a time so that Ray Data can cut blocks.
+    """Yields rows of `find_images` with their pixels, one at a time so
+    that Ray Data can cut blocks.
 
     Args:
         rows: of `find_images`.
@@ -173,13 +177,13 @@ def decode(
 
 
 def printable(error: Exception) -> str:
-    """Our own messages as they are, others with their type."""
+    """Returns our own messages as they are, others with their type."""
     text = " ".join(str(error).split())
     return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
 
 
 def shown_of(row: dict[str, Any]) -> Image.Image | VideoClip:
-    """The image or video of a row of `decode`."""
+    """Returns the image or video of a row of `decode`."""
     width, height = row["width"], row["height"]
     if row["times"] is None:
         return Image.frombuffer("RGB", (width, height), row["pixels"])

@@ -36,7 +36,7 @@ CONFIG = b"vlm_prune.map"
 
 
 def finished(output: Path, config: dict[str, Any]) -> bool:
-    """Whether `output` is there already, from a run of this configuration.
+    """Returns whether `output` is there already, from a run of this configuration.
 
     Raises:
         InputError: if it is something else.
@@ -88,15 +88,15 @@ class Parts:
 
     @property
     def log(self) -> Path:
-        """For what Ray says about itself."""
+        """Returns the file for what Ray says about itself."""
         return self.folder / "ray.log"
 
     def missing(self) -> pa.Table:
-        """The images without an answer or an error."""
+        """Returns the images without an answer or an error."""
         return self.images.filter(pa.array(~self.done))
 
     def write(self, answers: list[pa.Table]) -> None:
-        """One more part, written whole; rows that are there already are left out."""
+        """Writes one more part, whole; rows that are there already are left out."""
         table = pa.concat_tables(answers)
         rows = table["row"].to_numpy()
         first = np.zeros(len(rows), bool)
@@ -109,7 +109,7 @@ class Parts:
             self.done[rows] = True
 
     def join(self) -> None:
-        """Write the output whole, then remove the parts."""
+        """Writes the output whole, then removes the parts."""
         answers = pa.concat_tables([_read(part, ANSWERS) for part in self._files()])
         answers = answers.sort_by("row")
         if answers["row"].to_numpy().tolist() != list(range(len(self.images))):
@@ -123,12 +123,12 @@ class Parts:
         self.discard()
 
     def discard(self) -> None:
-        """Remove the folder of parts."""
+        """Removes the folder of parts."""
         shutil.rmtree(self.folder)
         self.lock.release()
 
     def release(self) -> None:
-        """Let another run go on."""
+        """Lets another run go on."""
         self.lock.release()
 
     def _files(self) -> list[Path]:
@@ -136,12 +136,12 @@ class Parts:
 
 
 def parts_of(output: Path) -> Path:
-    """The folder beside `output` that holds its parts."""
+    """Returns the folder beside `output` that holds its parts."""
     return output.with_name(output.name + ".parts")
 
 
 def _rows_of(part: Path, images: int) -> NDArray[np.int64]:
-    """The rows that a part answers, of so many images."""
+    """Returns the rows that a part answers, of so many images."""
     rows = _read(part, ROWS)["row"]
     ends = compute.min_max(rows).as_py()
     if len(rows) and (rows.null_count or ends["min"] < 0 or ends["max"] >= images):

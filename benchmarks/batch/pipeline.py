@@ -63,7 +63,7 @@ class Answerer:
             self.refused = str(error)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Answers to a batch of `decode`'s rows."""
+        """Returns answers to a batch of `decode`'s rows."""
         if self.refused is not None:
             return pa.Table.from_pylist([{"refused": self.refused}], schema=REFUSED)
         rows = batch.to_pylist()
@@ -72,7 +72,7 @@ class Answerer:
         return pa.Table.from_pylist(answers, schema=REFUSED)
 
     def _answer(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Where a batch cannot be answered, its rows are tried alone."""
+        """Answers a batch; where it cannot be answered, its rows are tried alone."""
         if not rows:
             return []
         images = [shown_of(row) for row in rows]
@@ -105,7 +105,7 @@ def map_images(
     cpus: int | None = None,
     bar: Callable[[int], AbstractContextManager[Callable[[int], None]]] = _no_bar,
 ) -> tuple[int, int]:
-    """Fill `output`, going on where an earlier run stopped.
+    """Fills `output`, going on where an earlier run stopped.
 
     Args:
         output: a Parquet file; it appears when all rows are there. Until then they are in a folder
@@ -142,7 +142,7 @@ def map_images(
 
 
 def check_map_config(config: MapConfig) -> None:
-    """Find out, before Ray starts, whether device, checkpoint, method and budget go together.
+    """Finds out, before Ray starts, whether device, checkpoint, method and budget go together.
 
     Raises:
         InputError: if they do not, or the checkpoint cannot be read.
@@ -164,14 +164,20 @@ def check_map_config(config: MapConfig) -> None:
 
 
 def _joined() -> bool:
-    """Whether this process belongs to a cluster of Ray already."""
+    """Returns whether this process belongs to a cluster of Ray already."""
     import ray
 
     return bool(ray.is_initialized())
 
 
 def _collect(parts: Parts, answers: Iterator[pa.Table], advance: Callable[[int], None]) -> None:
-    """Write a part every few seconds, and what is left when the run ends in any way."""
+    """Writes a part every few seconds, and what is left when the run ends in any way.
+
+    Args:
+        parts: of the output.
+        answers: tables as they come.
+        advance: is told how many rows were written.
+    """
     waiting: list[pa.Table] = []
     due = time.monotonic() + PART_SECONDS
     try:
@@ -194,7 +200,14 @@ def _collect(parts: Parts, answers: Iterator[pa.Table], advance: Callable[[int],
 def _answers(
     config: MapConfig, workers: int | None, missing: pa.Table, batch_size: int
 ) -> Iterator[pa.Table]:
-    """Answers in the order in which they are made."""
+    """Yields answers in the order in which they are made.
+
+    Args:
+        config: what is asked of which model.
+        workers: models at a time; as many as fit unless given.
+        missing: rows to answer.
+        batch_size: images of a forward.
+    """
     import ray.data
     import ray.exceptions
 
@@ -265,7 +278,8 @@ def placed(
 
 @contextmanager
 def local_ray(cpus: int | None) -> Iterator[None]:
-    """Ray on this machine alone, unless it runs already: quiet, and it tells nobody anything.
+    """Starts Ray on this machine alone, unless it runs already: quiet,
+    and it tells nobody anything.
 
     Ray listens on every network interface and runs what it is sent by who knows this secret, unless
     `RAY_AUTH_MODE` is `disabled`.
@@ -294,7 +308,7 @@ def local_ray(cpus: int | None) -> Iterator[None]:
 
 @contextmanager
 def _stderr_to(log: Path) -> Iterator[None]:
-    """Ray's core writes notes to file descriptor 2 itself; they are for a log, not for the user."""
+    """Sends file descriptor 2, to which Ray's core writes notes itself, to a log."""
     kept = os.dup(2)
     with log.open("ab") as file:
         os.dup2(file.fileno(), 2)
@@ -306,6 +320,6 @@ def _stderr_to(log: Path) -> Iterator[None]:
 
 
 def counts(output: Path) -> tuple[int, int]:
-    """Rows of a finished table, and those of them that are errors."""
+    """Returns the rows of a finished table, and how many of them are errors."""
     errors = parquet.read_table(output, columns=["error"], partitioning=None)["error"]
     return len(errors), len(errors) - errors.null_count

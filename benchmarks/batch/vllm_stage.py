@@ -74,7 +74,7 @@ def vllm_answers(
 
 
 def _greedy(model: str, max_new_tokens: int | None) -> dict[str, Any]:
-    """vLLM's sampling parameters for what `generate` answers without sampling."""
+    """Returns vLLM's sampling parameters for what `generate` answers without sampling."""
     from transformers import GenerationConfig
 
     try:
@@ -89,7 +89,7 @@ def _greedy(model: str, max_new_tokens: int | None) -> dict[str, Any]:
 
 
 def engine_request(row: dict[str, Any], sampling: dict[str, Any]) -> dict[str, Any]:
-    """A row of `decode` as Ray's stages take it.
+    """Returns a row of `decode` as Ray's stages take it.
 
     vLLM gets no videos, and no images that could not be opened: such rows keep their error.
     """
@@ -109,7 +109,7 @@ def engine_request(row: dict[str, Any], sampling: dict[str, Any]) -> dict[str, A
 
 
 def _answer(row: dict[str, Any], image_token: int) -> dict[str, Any]:
-    """What is kept of an engine's row; rows with an error do not come here."""
+    """Returns what is kept of an engine's row; rows with an error do not come here."""
     return {
         "row": row["row"],
         "answer": row["generated_text"].strip(),
@@ -118,7 +118,7 @@ def _answer(row: dict[str, Any], image_token: int) -> dict[str, Any]:
 
 
 def _table(batch: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The rows of `map`'s table, with errors and without."""
+    """Returns the rows of `map`'s table, with errors and without."""
     names = [name for name in ("row", "answer", "kept_tokens", ERROR) if name in batch.column_names]
     rows = [row | {"error": row[ERROR] or None} for row in batch.select(names).to_pylist()]
     return pa.Table.from_pylist(rows, schema=schema)

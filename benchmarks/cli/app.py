@@ -35,12 +35,12 @@ EXTRAS = {
 
 
 def main() -> None:
-    """Entry point of `vlm-prune`."""
+    """Runs `vlm-prune`; it is the package's entry point."""
     run_script()
 
 
 def run_script(*command: str) -> NoReturn:
-    """Run `vlm-prune`, or one of its commands with the arguments of a script."""
+    """Runs `vlm-prune`, or one of its commands with the arguments of a script."""
     arguments = [*command, *sys.argv[1:]] or ["--help"]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # torchao, which transformers imports where it is installed, calls what newer torch deprecates
@@ -55,7 +55,7 @@ def run_script(*command: str) -> NoReturn:
 
 
 def run_command(call: Callable[[], object], name: str = "") -> NoReturn:
-    """Run `call` and exit: 2 and one line for wrong input, 130 and one for Ctrl-C and SIGTERM.
+    """Runs `call` and exits: 2 and one line for wrong input, 130 and one for Ctrl-C and SIGTERM.
 
     Args:
         call: what to run; the process exits with the number that it returns, if any.
@@ -85,7 +85,9 @@ def run_command(call: Callable[[], object], name: str = "") -> NoReturn:
 
 
 def explained(error: Exception) -> str | None:
-    """One line on an error that the input or the machine causes; None for one that is ours."""
+    """Returns one line on an error that the input or the machine
+    causes; None for one that is ours.
+    """
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, _class("typer", "TyperException")):
@@ -102,7 +104,7 @@ def explained(error: Exception) -> str | None:
 
 
 def _usage(error: Any) -> str:
-    """What typer says, with the commands of a group where none was given."""
+    """Returns what typer says, with the commands of a group where none was given."""
     message = str(error.format_message())
     commands = getattr(getattr(getattr(error, "ctx", None), "command", None), "commands", None)
     if message == "Missing command." and commands:
@@ -111,7 +113,9 @@ def _usage(error: Any) -> str:
 
 
 def _class(module: str, name: str) -> type[Exception]:
-    """An exception of a module, which cannot have been raised where that is not imported."""
+    """Returns an exception of a module, which cannot have been
+    raised where that is not imported.
+    """
     found: type[Exception] = getattr(sys.modules.get(module), name, _Never)
     return found
 
@@ -142,6 +146,6 @@ def _flush() -> None:
 
 
 def _discard_output() -> None:
-    """Let the interpreter end without another error about standard output."""
+    """Lets the interpreter end without another error about standard output."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -168,7 +168,16 @@ def bench_command(
 
 
 def _counts(text: str, option: str, example: str) -> tuple[int, ...]:
-    """`1,4,16` as numbers."""
+    """Reads a list of numbers such as `1,4,16`.
+
+    Args:
+        text: what the user gave.
+        option: whose value it is, for the message.
+        example: a right one, for the message.
+
+    Raises:
+        InputError: if it is no such list.
+    """
     try:
         counts = tuple(int(part) for part in text.split(","))
     except ValueError:

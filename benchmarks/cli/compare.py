@@ -75,7 +75,7 @@ def compare_command(
     allow_outside: AllowOutside = False,
     output: Output = None,
 ) -> None:
-    """Methods and budgets side by side; images and unpruned answers are computed once."""
+    """Compare methods and budgets side by side; images and unpruned answers are computed once."""
     from vlm_prune.benchmarks.cli.support import named_methods
     from vlm_prune.benchmarks.evaluation.records import Variant
     from vlm_prune.benchmarks.evaluation.tables import against, comparison_table, overview_table
@@ -127,7 +127,9 @@ def compare_command(
 
 
 def folder_name(variant: "Variant") -> str:
-    """The name of a variant's folder among those of other methods, budgets and densities."""
+    """Returns the name of a variant's folder among those of other
+    methods, budgets and densities.
+    """
     name = f"{variant.method}-{variant.budget}".replace("/", "-per-")
     density = variant.arguments.get("attention.density")
     return name if density is None else f"{name}-density-{density}"

@@ -86,14 +86,14 @@ ScheduleFile = Annotated[
 
 
 def data_root_of(data_root: Path | None, allow_outside: bool) -> "Root | None":
-    """The folder of data sets with what the user allows its files to name."""
+    """Returns the folder of data sets with what the user allows its files to name."""
     from vlm_prune.vlm.common.paths import DataRoot as Root
 
     return None if data_root is None else Root(data_root, allow_outside)
 
 
 def parse_arguments(text: str) -> dict[str, Any]:
-    """`strategy=row,directions=16` as a dictionary; values are JSON where they can be.
+    """Reads `strategy=row,directions=16` as a dictionary; values are JSON where they can be.
 
     Raises:
         InputError: if a part is no `name=value`, a name is given twice, or a number is not finite.
@@ -120,7 +120,9 @@ def _value(text: str) -> Any:
 
 
 def parse_method_args(text: str) -> dict[str, Any]:
-    """Hyperparameters of a method; raises `InputError` as `parse_arguments` and `check_own` do."""
+    """Reads hyperparameters of a method; raises `InputError` as
+    `parse_arguments` and `check_own` do.
+    """
     from vlm_prune.pruning.registry import check_own
 
     arguments = parse_arguments(text)
@@ -129,7 +131,7 @@ def parse_method_args(text: str) -> dict[str, Any]:
 
 
 def parse_densities(text: str) -> list[float]:
-    """Shares of attention, comma-separated.
+    """Reads shares of attention, comma-separated.
 
     Raises:
         InputError: if one is no number above 0 and at most 1, or named twice.
@@ -202,7 +204,9 @@ def with_sparse_attention(
 
 
 def parse_tasks(text: str) -> tuple[str, ...]:
-    """Names of tasks, comma-separated, or those of a group; raises `InputError` for unknown ones."""
+    """Reads names of tasks, comma-separated, or those of a group; raises
+    `InputError` for unknown ones.
+    """
     from vlm_prune.benchmarks.lmms_eval import check_tasks
     from vlm_prune.benchmarks.tasks import TASKS, VIDEO, VISUAL
 
@@ -228,7 +232,7 @@ def check_engine(name: str) -> None:
 
 
 def parse_split(text: str) -> Literal["val", "test"]:
-    """The split to measure on; raises `InputError` for another one."""
+    """Returns the split to measure on; raises `InputError` for another one."""
     splits: dict[str, Literal["val", "test"]] = {"val": "val", "test": "test"}
     if text not in splits:
         raise InputError(f"split {text!r} is not for measuring; give val or test")
@@ -236,7 +240,7 @@ def parse_split(text: str) -> Literal["val", "test"]:
 
 
 def with_schedule(variants: "list[Variant]", path: Path | None) -> "list[Variant]":
-    """The variants, those that cut inside the language model by the schedule in `path`.
+    """Returns the variants, those that cut inside the language model by the schedule in `path`.
 
     Raises:
         InputError: if there is no schedule in the file, or none of them cuts.

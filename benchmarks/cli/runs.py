@@ -49,7 +49,7 @@ def run_configs(
 def open_run_folders(
     configs: "list[RunConfig]", output: Path | None, names: Sequence[str] | None = None
 ) -> "Iterator[list[RunFolder[PairedRow]]]":
-    """A folder for each run; they and their rows are there during the block.
+    """Opens a folder for each run; they and their rows are there during the block.
 
     Args:
         configs: of the runs.
@@ -80,7 +80,7 @@ def open_run_folders(
 
 
 def execute(folders: "list[RunFolder[PairedRow]]", data_root: "DataRoot | None") -> "list[Results]":
-    """Results of runs that differ only in their variant, with a progress bar.
+    """Returns the results of runs that differ only in their variant, with a progress bar.
 
     Args:
         folders: of the runs.

@@ -14,7 +14,9 @@ from vlm_prune.vlm.serving.settings import Settings
 
 
 def support() -> dict[str, dict[str, bool]]:
-    """For every method and family whether it works; where not, the method says so in one line."""
+    """Returns for every method and family whether it works; where not,
+    the method says so in one line.
+    """
     return {
         name: {family: not method().needs & adapter.lacks for family, adapter in FAMILIES.items()}
         for name, method in methods().items()
@@ -22,7 +24,7 @@ def support() -> dict[str, dict[str, bool]]:
 
 
 def every_method(family: type[Family]) -> list[str]:
-    """All methods but `none` that work on a family; the others are named on stderr."""
+    """Returns all methods but `none` that work on a family; the others are named on stderr."""
     chosen = []
     for name, method in methods().items():
         lacking = sorted(method().needs & family.lacks)
@@ -34,7 +36,7 @@ def every_method(family: type[Family]) -> list[str]:
 
 
 def named_methods(names: str, family: Callable[[], type[Family]]) -> list[str]:
-    """Those named, comma-separated; for `all` every one that works on the family.
+    """Returns the methods named, comma-separated; for `all` every one that works on the family.
 
     Raises:
         InputError: when there is none.
@@ -48,7 +50,7 @@ def named_methods(names: str, family: Callable[[], type[Family]]) -> list[str]:
 
 
 def support_table() -> str:
-    """`support` as a table."""
+    """Returns `support` as a table in Markdown."""
     return _table(
         {
             name: {family: "yes" if supported else "" for family, supported in works.items()}
@@ -58,7 +60,7 @@ def support_table() -> str:
 
 
 def _table(cells: dict[str, dict[str, str]]) -> str:
-    """Markdown of a cell for each method and family."""
+    """Returns a table in Markdown of a cell for each method and family."""
     families = list(cells["none"])
     rows = [("method", *(f"`{family}`" for family in families)), ("---",) * (1 + len(families))]
     for name, row in cells.items():
@@ -67,8 +69,9 @@ def _table(cells: dict[str, dict[str, str]]) -> str:
 
 
 def serving_support() -> dict[str, dict[str, str]]:
-    """How vLLM serves every method and family: `plug-in`, `embeddings` (chosen by `image_embeds`), or
-    an empty text where it does not.
+    """Returns how vLLM serves every method and family.
+
+    It is `plug-in`, `embeddings` (chosen by `image_embeds`), or an empty text where it does not.
     """
     families = [
         name for name in FAMILIES if MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[name] in CLASSES
@@ -93,6 +96,6 @@ def _route(method: str, family: str) -> str:
 
 
 def serving_table() -> str:
-    """`serving_support` as a table, of the methods that are served at all."""
+    """Returns `serving_support` as a table in Markdown, of the methods that are served at all."""
     served = {name: routes for name, routes in serving_support().items() if any(routes.values())}
     return _table(served)

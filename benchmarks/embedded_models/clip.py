@@ -69,7 +69,9 @@ class Pairs:
 
 
 def pairs(per_class: int) -> Pairs:
-    """The known classes of every domain in the plain style; every caption of a class in turn."""
+    """Draws the known classes of every domain in the plain style;
+    every caption of a class in turn.
+    """
     pixels, captions, texts = [], [], list[str]()
     for domain in DOMAINS.values():
         drawn = Drawn(domain, "pretraining", domain.known, "plain")
@@ -85,7 +87,9 @@ def pairs(per_class: int) -> Pairs:
 
 
 def domain_prompts() -> list[str]:
-    """Every prompt of every domain: the tokenizer may know words that the model never saw."""
+    """Returns every prompt of every domain: the tokenizer may know
+    words that the model never saw.
+    """
     return [t.format(c) for d in DOMAINS.values() for c in d.classes for t in d.templates]
 
 
@@ -135,7 +139,8 @@ class Pretraining:
             self._initialize()
 
     def run(self, until: int | None = None) -> None:
-        """Train to the end, or to step `until`; at the end the folder holds half-precision weights.
+        """Trains to the end, or to step `until`; at the end the folder
+        holds half-precision weights.
 
         Raises:
             InputError: if another training writes to the folder.
@@ -159,7 +164,9 @@ class Pretraining:
                 save_tensors(partial, half)
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Normalized pixels (B, 3, 48, 48), each shifted a little, and their captions (B,)."""
+        """Returns normalized pixels (B, 3, 48, 48), each shifted a
+        little, and their captions (B,).
+        """
         rng = np.random.default_rng((self.recipe.seed, step))
         chosen = rng.integers(len(self.data.pixels), size=self.recipe.batch)
         template = rng.integers(self.data.captions.shape[1], size=self.recipe.batch)
@@ -174,7 +181,7 @@ class Pretraining:
         return torch.stack(shifted), torch.from_numpy(self.data.captions[chosen, template])
 
     def normalized(self, chosen: NDArray[np.int64]) -> Tensor:
-        """Pictures of these numbers as the model reads them, (B, 3, 48, 48)."""
+        """Returns pictures of these numbers as the model reads them, (B, 3, 48, 48)."""
         pixels = torch.from_numpy(self.data.pixels[chosen]).permute(0, 3, 1, 2).float() / 255
         return (pixels - self.mean) / self.std
 
@@ -200,7 +207,7 @@ class Pretraining:
 
     @torch.no_grad()
     def _initialize(self) -> None:
-        """Patch filters that are whitened components, and positions that are waves, as in `vlm.tiny`."""
+        """Sets patch filters to whitened components, and positions to waves, as in `vlm.tiny`."""
         visual = self.model.visual
         generator = torch.Generator().manual_seed(self.recipe.seed)
         rng = np.random.default_rng(self.recipe.seed)
@@ -215,7 +222,9 @@ class Pretraining:
         table[1:] = 0.4 * waves(table.shape[1], visual.grid_size[0])
 
     def _save(self) -> None:
-        """Model and moments of every parameter; written beside the last state and renamed."""
+        """Writes model and moments of every parameter beside the last
+        state, and renames the file.
+        """
         state = {f"model.{name}": t for name, t in self.model.state_dict().items()}
         moments = optimizer_tensors(self.optimizer)
         state |= {f"optimizer.{name}": tensor for name, tensor in moments.items()}
@@ -243,7 +252,7 @@ class Pretraining:
 
 
 def contrastive(logits: Tensor, target: Tensor) -> Tensor:
-    """CLIP's two-way loss where several pictures may share a caption.
+    """Returns CLIP's two-way loss where several pictures may share a caption.
 
     Args:
         logits: (B, C) of pictures against the batch's distinct captions.
@@ -257,7 +266,7 @@ def contrastive(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _schedule(step: int, recipe: ClipRecipe) -> float:
-    """Linear warm-up, then a cosine to zero, as a factor of the rate."""
+    """Returns the factor of the rate at a step: a linear warm-up, then a cosine to zero."""
     if step < recipe.warmup:
         return (step + 1) / recipe.warmup
     share = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)

@@ -103,7 +103,7 @@ def fine_tuned(clip: Clip, one: StreamTask, steps: int) -> NDArray[np.uint8]:
 
 
 def write_card(folder: Path, figures: dict[str, Figures] | None = None) -> None:
-    """Measure every domain with the weights in `folder` and write `README.md` there."""
+    """Measures every domain with the weights in `folder` and writes `README.md` there."""
     clip = load_clip(str(folder))
     tasks = [*packaged(), task("scenes")]
     if figures is None:

@@ -21,8 +21,11 @@ from vlm_prune.benchmarks.tasks.scenes import (
 
 
 def where(rng: np.random.Generator, scene: Scene) -> Question | None:
-    """A training-only question that teaches the model to read places, asked as colors are, so
-    that what finds a thing by its name is there already; None for a thing near the middle."""
+    """Asks where a thing is, a training-only question; None for a thing near the middle.
+
+    It teaches the model to read places, asked as colors are, so that what finds a thing by its name
+    is there already.
+    """
     thing = scene.things[int(rng.integers(len(scene.things)))]
     across = bool(rng.random() < 0.5)
     off = (thing.x if across else thing.y) - SIDE / 2
@@ -33,21 +36,25 @@ def where(rng: np.random.Generator, scene: Scene) -> Question | None:
 
 
 def what(rng: np.random.Generator, scene: Scene) -> Question:
-    """A training-only question without the kind of its answer: where the kind is named, any thing
-    of that kind is right so often that the color is not learned."""
+    """Asks what has a color, a training-only question without the kind of its answer.
+
+    Where the kind is named, any thing of that kind is right so often that the color is not learned.
+    """
     thing = scene.things[int(rng.integers(len(scene.things)))]
     return Question(f"What is {thing.color}?", thing.name)
 
 
 def pair(rng: np.random.Generator, scene: Scene) -> Question:
-    """The shortest training-only question: a thing's name asks for its color, or the reverse."""
+    """Asks the shortest training-only question: a thing's name asks
+    for its color, or the reverse.
+    """
     thing = scene.things[int(rng.integers(len(scene.things)))]
     prompt, answer = (thing.name, thing.color) if rng.random() < 0.5 else (thing.color, thing.name)
     return Question(prompt, answer, ONE_WORD[prompt == thing.color])
 
 
 def name_letter(rng: np.random.Generator, _: Scene | None = None) -> Question:
-    """A training-only question about four options alone, one step before `choice`."""
+    """Asks a training-only question about four options alone, one step before `choice`."""
     pool = (tuple(COLORS), *KINDS.values())[int(rng.integers(1 + len(KINDS)))]
     right = str(rng.choice(pool))
     listed, letter = choice.list_options(rng, right, list(pool))
@@ -55,8 +62,11 @@ def name_letter(rng: np.random.Generator, _: Scene | None = None) -> Question:
 
 
 def side(rng: np.random.Generator, scene: Scene) -> Question | None:
-    """A training-only question whose answer grows out of the difference of two places; from
-    there the yes and no of `relation` is one step."""
+    """Asks on which side of another a thing is, a training-only question.
+
+    Its answer grows out of the difference of two places; from there the yes and no of `relation` is
+    one step.
+    """
     question = relation.ask(rng, scene)
     if question is None:
         return None
@@ -68,8 +78,10 @@ def side(rng: np.random.Generator, scene: Scene) -> Question | None:
 
 
 def listed(rng: np.random.Generator, scene: Scene) -> Question:
-    """A training-only question whose answer names all things of a kind in the order of their places:
-    what `count` and `relation` ask for, spelled out."""
+    """Asks for all things of a kind in the order of their places, a training-only question.
+
+    Its answer spells out what `count` and `relation` ask for.
+    """
     kind = str(rng.choice(list(KINDS)))
     across = bool(rng.random() < 0.5)
     things = sorted(scene.of_kind(kind), key=lambda thing: thing.x if across else thing.y)
@@ -172,20 +184,22 @@ def block(kind: str, question: Question, opening: str = "") -> QuestionBlock:
 
 
 def history(rng: np.random.Generator, turns: int) -> str:
-    """Text-only turns with their replies, as the chat template writes them."""
+    """Returns text-only turns with their replies, as the chat template writes them."""
     questions = [text.ask(rng) for _ in range(turns)]
     return "".join(f"USER: {q.text} ASSISTANT: {q.answer}</s>" for q in questions)
 
 
 def text_row(rng: np.random.Generator, number: int) -> Row:
-    """Text-only questions, after up to two earlier turns."""
+    """Makes a row of text-only questions, after up to two earlier turns."""
     before = "<s>" + history(rng, int(rng.integers(0, 3)) if rng.random() < 0.5 else 0)
     questions = [text.ask(rng) for _ in range(number)]
     return Row(before, [block(q.subset, q, "USER: ") for q in questions])
 
 
 def story_row(rng: np.random.Generator, number: int) -> Row:
-    """Questions about one scene in words: plain, with four options, and about options alone."""
+    """Makes a row of questions about one scene in words: plain, with four
+    options, and about options alone.
+    """
     story, names, colors = text.facts(rng, int(rng.integers(2, 5)), alike=rng.random() < 0.5)
     questions: list[tuple[str, Question]] = []
     for _ in range(number):
@@ -203,8 +217,10 @@ def story_row(rng: np.random.Generator, number: int) -> Row:
 
 
 def recite_row(rng: np.random.Generator, number: int) -> Row:
-    """Words to repeat: what comes after a word is said again after it, the step before looking a
-    thing's color up by its name."""
+    """Makes a row of words to repeat: what comes after a word is said again after it.
+
+    It is the step before looking a thing's color up by its name.
+    """
     words = [*NAMES, *COLORS, *choice.LETTERS]
     lists = [rng.choice(words, int(rng.integers(3, 9)), replace=False) for _ in range(number)]
     questions = [Question(f"Repeat {' '.join(spoken)}.", " ".join(spoken)) for spoken in lists]
@@ -212,7 +228,9 @@ def recite_row(rng: np.random.Generator, number: int) -> Row:
 
 
 def described_scene_row(rng: np.random.Generator, number: int) -> Row:
-    """Questions about a scene as they are asked about images, but the scene is told in words."""
+    """Makes a row of questions about a scene as they are asked about images,
+    but the scene is told in words.
+    """
     scene = make_scene(rng, "train")
     facts = [f"The {thing.noun} is {thing.color}." for thing in scene.things]
     questions = visual_questions(rng, scene, number, "told")

@@ -23,11 +23,12 @@ OUTPUT_SCALE = 0.5
 
 @torch.no_grad()
 def initialize_embeddings(tower: Any, patches: Tensor, generator: torch.Generator) -> None:
-    """Set the tower's patch and position embeddings in place.
+    """Sets the tower's patch and position embeddings in place.
 
     Args:
         tower: a CLIP vision transformer of a square grid.
-        patches: `(samples, 3 p p)` normalized patches, mostly of objects; more than `width` of them.
+        patches: `(samples, 3 p p)` normalized patches, mostly of objects; more than `width` of
+            them.
         generator: draws the rotation that spreads the components over all channels.
     """
     embeddings = tower.embeddings
@@ -56,7 +57,9 @@ def whitened(patches: Tensor, width: int, generator: torch.Generator) -> Tensor:
 
 
 def waves(width: int, grid: int) -> Tensor:
-    """Sines and cosines of the row and of the column of each patch, `(grid * grid, width)`."""
+    """Returns sines and cosines of the row and of the column of each
+    patch, `(grid * grid, width)`.
+    """
     frequencies = torch.logspace(0.3, -1.1, width // 4)
     angles = torch.arange(grid)[:, None] * frequencies
     line = torch.cat([angles.sin(), angles.cos()], 1)
@@ -66,8 +69,10 @@ def waves(width: int, grid: int) -> Tensor:
 
 @torch.no_grad()
 def look_back(decoder: Any) -> None:
-    """Let the first two heads of a Llama decoder's first layer attend one and two tokens back, in
-    place, and let the layer add nothing until `add_look_back`.
+    """Makes the first two heads of a Llama decoder's first layer attend one
+    and two tokens back, in place.
+
+    The layer adds nothing until `add_look_back`.
 
     Queries and keys are biases, so that rotary positions alone decide; needs `attention_bias`.
     """
@@ -88,8 +93,10 @@ def look_back(decoder: Any) -> None:
 
 @torch.no_grad()
 def add_look_back(decoder: Any, words: Tensor) -> None:
-    """Let the second head that looks back (in "star is red", the star heard by red) add what it
-    sees at half the volume of an embedding, in place.
+    """Makes the second head that looks back add what it sees at half the
+    size of an embedding, in place.
+
+    In "star is red" it is the head by which "red" reads "star".
 
     Args:
         decoder: a Llama decoder after `look_back`.

@@ -110,7 +110,7 @@ def pack(rows: list[Row], tokenizer: PreTrainedTokenizerFast, image_token: int) 
 
 
 def _spans(block: Tensor, size: int = 256) -> list[Span]:
-    """Cut the block numbers (B, L) of a batch, where 0 is the prefix and -1 padding."""
+    """Cuts the block numbers (B, L) of a batch, where 0 is the prefix and -1 padding."""
     prefixes, spans = (block == 0).sum(1), []
     longest = int(prefixes.max())
     for start in range(int(prefixes.min()), block.shape[1], size):
@@ -158,7 +158,7 @@ def attend(
 
 
 def attend_packed(decoder: PreTrainedModel) -> None:
-    """Let a decoder attend by `attend`, which transformers then knows as `packed`."""
+    """Makes a decoder attend by `attend`, which transformers then knows as `packed`."""
     AttentionInterface.register("packed", attend)
     decoder.set_attn_implementation("packed")
 
@@ -166,7 +166,13 @@ def attend_packed(decoder: PreTrainedModel) -> None:
 def _layout(
     row: Row, tokenizer: PreTrainedTokenizerFast, image_token: int
 ) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Ids, positions, block numbers (0 = prefix) and next-token labels of one row."""
+    """Returns ids, positions, block numbers (0 = prefix) and next-token labels of one row.
+
+    Args:
+        row: to lay out.
+        tokenizer: the model's.
+        image_token: id of the placeholder.
+    """
     ids: list[int] = tokenizer(row.before, add_special_tokens=False).input_ids
     positions = list(range(len(ids)))
     if row.image is not None:
@@ -230,7 +236,7 @@ def loss_of(
 
 
 def projected(model: LlavaForConditionalGeneration) -> Encoder:
-    """Tower features through the projector."""
+    """Returns the encoder that passes tower features through the projector."""
 
     def encode(images: list[Tensor]) -> Tensor:
         tokens: Tensor = model.model.multi_modal_projector(torch.cat(images).float())
@@ -240,7 +246,7 @@ def projected(model: LlavaForConditionalGeneration) -> Encoder:
 
 
 def vision_transformer(model: LlavaForConditionalGeneration) -> nn.Module:
-    """The vision transformer inside a LLaVA, with or without its wrapper."""
+    """Returns the vision transformer inside a LLaVA, with or without its wrapper."""
     tower = model.model.vision_tower
     inner: nn.Module = getattr(tower, "vision_model", tower)
     return inner
@@ -314,7 +320,17 @@ def _backward(
     encode: Encoder,
     bf16: bool,
 ) -> tuple[float, dict[str, float]]:
-    """Gradients, loss and shares of a batch; rows without an image are not padded to those with."""
+    """Adds the gradients of a batch, and returns its loss and the shares of right answers.
+
+    Rows without an image are not padded to those with.
+
+    Args:
+        model: that is trained.
+        tokenizer: the model's.
+        batch: its rows.
+        encode: from images to their tokens.
+        bf16: whether the forward is in bf16.
+    """
     pictured = [row for row in batch if row.image is not None]
     parts = [part for part in (pictured, [row for row in batch if row.image is None]) if part]
     packs = [pack(part, tokenizer, model.config.image_token_id) for part in parts]

@@ -47,11 +47,11 @@ class LabeledImage(Protocol):
 
     @property
     def pixels(self) -> Tensor:
-        """The image as the tower takes it, (3, 336, 336)."""
+        """Returns the image as the tower takes it, (3, 336, 336)."""
 
     @property
     def triples(self) -> Tensor:
-        """Name, color and token index of each patch, (576, 3)."""
+        """Returns name, color and token index of each patch, (576, 3)."""
 
     def row(self, image: Tensor, questions: int, lesson: Lesson, seed: int) -> Row:
         """Makes a training row of questions about the image.
@@ -148,7 +148,7 @@ class Trainer:
         self.features: dict[int, Tensor] = {}
 
     def run(self, stages: tuple[str, ...] = STAGES) -> None:
-        """Do the stages that are not done yet; then write the checkpoint.
+        """Trains the stages that are not done yet; then writes the checkpoint.
 
         Raises:
             InputError: if the folder holds a training by another recipe or is being written to, or
@@ -177,7 +177,9 @@ class Trainer:
         return recorder(self.folder / "log.jsonl", stage)
 
     def _tower(self) -> None:
-        """Name what patches show, on windows around objects, then on whole scenes."""
+        """Trains the tower to name what patches show, on windows around
+        objects, then on whole scenes.
+        """
         tower, recipe = vision_transformer(self.model), self.recipe
         batches = self.source.windows(96, 6, written=False)
         drawn = [next(batches) for _ in range(18)]
@@ -188,7 +190,9 @@ class Trainer:
         train_tower(tower, self.heads, whole, recipe.whole, 1.5e-3, self.say("whole"))
 
     def _reading(self) -> None:
-        """More of what is hardest: windows around handwriting and print, then whole scenes."""
+        """Trains the tower on what is hardest: windows around handwriting
+        and print, then whole scenes.
+        """
         tower, recipe = vision_transformer(self.model), self.recipe
         batches = self.source.windows(128, 5, written=True)
         train_tower(tower, self.heads, batches, recipe.written, 1.5e-3, self.say("written"))
@@ -196,7 +200,7 @@ class Trainer:
         train_tower(tower, self.heads, whole, recipe.again, 1.5e-3, self.say("again"))
 
     def _symbols(self) -> None:
-        """Answering from scenes written as symbols."""
+        """Trains the language model to answer from scenes written as symbols."""
         self._draw()
         modules: list[nn.Module] = [self.model.model.language_model, self.symbols]
 
@@ -208,8 +212,11 @@ class Trainer:
         self._train("symbols", steps, 2e-3, encode, modules, rows, 5, freeze_first_layer=True)
 
     def _stories(self) -> None:
-        """Text skills alone: the first layer wakes, and a story's facts and the letters of options
-        are found by name, as symbols are."""
+        """Trains text skills alone.
+
+        The first layer is trained from here on, and a story's facts and the letters of options are
+        found by name, as symbols are.
+        """
 
         def rows(_: int) -> list[Row]:
             return [self.source.text(16, self._seed()) for _ in range(12)]
@@ -219,7 +226,7 @@ class Trainer:
         self._train("stories", self.recipe.stories, 1e-3, torch.cat, modules, rows, 1)
 
     def _projector(self) -> None:
-        """Fit the projector to the symbols."""
+        """Fits the projector to the symbols."""
         self._draw()
         first = range(min(400, len(self.many)))
         triples = torch.cat([self.many[k].triples for k in first])
@@ -231,7 +238,9 @@ class Trainer:
         align_projector(projector, features, wanted, shown, steps, say)
 
     def _language(self) -> None:
-        """Projector and language model on the frozen tower, with up to 200 tokens beside the objects'."""
+        """Trains projector and language model on the frozen tower, with up to
+        200 tokens beside the objects'.
+        """
         self._draw()
         inner = self.model.model
         modules: list[nn.Module] = [inner.language_model, inner.multi_modal_projector]
@@ -248,7 +257,7 @@ class Trainer:
         self._train("language", steps, 1.5e-3, encode, modules, rows, len(levels))
 
     def _practice(self) -> None:
-        """The tasks once more, counting most of all; all 576 tokens in the end."""
+        """Trains on the tasks once more, counting most of all; all 576 tokens in the end."""
         self._draw()
         inner = self.model.model
         modules: list[nn.Module] = [inner.language_model, inner.multi_modal_projector]
@@ -272,7 +281,18 @@ class Trainer:
         *,
         freeze_first_layer: bool = False,
     ) -> None:
-        """`freeze_first_layer` keeps the language model's first layer as it is."""
+        """Trains the language model in one stage.
+
+        Args:
+            stage: its name.
+            steps: of the optimizer.
+            rate: the learning rate.
+            encode: from images to their tokens.
+            modules: that are trained.
+            rows: the rows of a batch at a level.
+            levels: how many the stage has.
+            freeze_first_layer: keeps the language model's first layer as it is.
+        """
         self.model.model.language_model.layers[0].requires_grad_(not freeze_first_layer)
         tokenizer, say = self.processor.tokenizer, self.say(stage)
         bf16 = self.recipe.bf16
@@ -286,7 +306,9 @@ class Trainer:
 
     @torch.no_grad()
     def _encoded(self, scenes: Iterable[int]) -> list[Tensor]:
-        """The frozen tower's features of scenes, (576, width) each, kept in half precision."""
+        """Returns the frozen tower's features of scenes, (576, width)
+        each, kept in half precision.
+        """
         missing = sorted({k for k in scenes if k not in self.features})
         for start in range(0, len(missing), 8):
             batch = missing[start : start + 8]
@@ -296,7 +318,9 @@ class Trainer:
         return [self.features[k] for k in scenes]
 
     def _symbol_rows(self, level: int) -> list[Row]:
-        """Lookups among two, three and four objects and in whole scenes; then every task."""
+        """Returns lookups among two, three and four objects and in
+        whole scenes; then every task.
+        """
         if level < 4:
             pool = [*self.few, self.many][level]
             return self._rows(4, 12, 4, pool=pool, lesson="lookups")
@@ -313,9 +337,19 @@ class Trainer:
         lesson: Lesson = "all",
         written: int = 10,
     ) -> list[Row]:
-        """Rows about `images` images and half as many of `written` questions about text.
+        """Returns rows about `images` images and half as many of `written` questions about text.
 
-        An image is given as the features or the symbols of all object patches and of `extra` others.
+        An image is given as the features or the symbols of all object patches and of `extra`
+        others.
+
+        Args:
+            images: how many.
+            questions: about each.
+            extra: patches without an object that an image is given with.
+            features: whether images are the tower's features, not symbols.
+            pool: the images to draw from; all of them unless given.
+            lesson: what is asked.
+            written: questions of a row of text.
         """
         drawn = pool or self.many
         chosen = torch.randint(len(drawn), (images,), generator=self.generator).tolist()
@@ -348,13 +382,13 @@ def add_look_back_for(
 
 
 def _patches(pixels: Tensor, size: int = 14) -> Tensor:
-    """(B, 3, H, W) -> (B h w, 3 size size), in reading order."""
+    """Cuts images into patches, (B, 3, H, W) -> (B h w, 3 size size), in reading order."""
     cut = pixels.unfold(2, size, size).unfold(3, size, size)
     return cut.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3 * size * size)
 
 
 def _some(shown: Tensor, extra: int, generator: torch.Generator) -> Tensor:
-    """Indices of all shown patches and of `extra` others at most, in order."""
+    """Draws the indices of all shown patches and of `extra` others at most, in order."""
     rest = (~shown).nonzero()[:, 0]
     chosen = rest[torch.randperm(len(rest), generator=generator)[:extra]]
     return torch.cat([shown.nonzero()[:, 0], chosen]).sort().values

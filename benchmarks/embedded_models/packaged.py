@@ -36,7 +36,7 @@ def train_llava(
     bf16: bool = False,
     install: bool = False,
 ) -> None:
-    """Train the embedded LLaVA; stages that `folder` already holds are loaded, not repeated.
+    """Trains the embedded LLaVA; stages that `folder` already holds are loaded, not repeated.
 
     Args:
         folder: where stages, a log and the result, `checkpoint`, go.
@@ -82,7 +82,7 @@ def train_llava(
 def train_base(
     folder: Path, steps: int = 1200, seed: int = 0, bf16: bool = False, install: bool = False
 ) -> None:
-    """Train a language model of the LLaVA's shape on text alone, the base of `forgetting`.
+    """Trains a language model of the LLaVA's shape on text alone, the base of `forgetting`.
 
     Args:
         folder: where `text.safetensors` and `text_log.jsonl` go.
@@ -130,7 +130,7 @@ def train_smol(
     keep: bool = False,
     install: bool = False,
 ) -> None:
-    """Train projector and LoRA of the LLaVA over SmolLM2, from the folder's last state on.
+    """Trains projector and LoRA of the LLaVA over SmolLM2, from the folder's last state on.
 
     Args:
         folder: where state, log and the result, `checkpoint`, go.
@@ -141,7 +141,8 @@ def train_smol(
         install: whether the result replaces the packaged weights.
 
     Raises:
-        InputError: if SmolLM2's weights are not installed, or another training writes to the folder.
+        InputError: if SmolLM2's weights are not installed, or another training writes to the
+            folder.
     """
     from vlm_prune.benchmarks.embedded_models.smol import FURTHER, SmolRecipe, SmolTrainer
 

@@ -92,7 +92,7 @@ class LowRankLinear(torch.autograd.Function):
 
 
 def fuse_lora(layer: Any) -> None:
-    """Let a PEFT layer of scale 1 compute by `LowRankLinear`."""
+    """Makes a PEFT layer of scale 1 compute by `LowRankLinear`."""
     base, a, b = layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]
 
     def forward(x: Tensor) -> Tensor:
@@ -387,7 +387,7 @@ class SmolTrainer:
         return Row(self.before, list(blocks.values()), encoded.features[keep], keep, GRID * GRID)
 
     def _done(self) -> float:
-        """The share of the training that is done."""
+        """Returns the share of the training that is done."""
         if self.recipe.minutes is None:
             return self.step / self.recipe.steps
         return self.spent / (60 * self.recipe.minutes)
@@ -408,8 +408,11 @@ class SmolTrainer:
 
     @torch.no_grad()
     def _texts(self) -> tuple[list[list[tuple[Tensor, int]]], list[Tensor]]:
-        """What SmolLM2's own distribution is kept on: conversations with the index where the answer
-        starts, in groups of like length, and plain text, all as token ids."""
+        """Returns what SmolLM2's own distribution is kept on, as token ids.
+
+        These are conversations with the index where the answer starts, in groups of like length,
+        and plain text.
+        """
         kept = self.folder / "texts.safetensors"
         texts = load_tensors(kept) if kept.is_file() else self._plain()
         prompts = instructions("train")

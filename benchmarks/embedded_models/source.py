@@ -34,13 +34,13 @@ TRAIN_SEED = 1_000_003
 
 
 def normalized(pixels: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]") -> Tensor:
-    """uint8 images (B, H, W, 3) as CLIP's preprocessing leaves them, (B, 3, H, W)."""
+    """Returns uint8 images (B, H, W, 3) as CLIP's preprocessing leaves them, (B, 3, H, W)."""
     mean, std = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
     return (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
 def pixels_of(shown: list[Scene]) -> Tensor:
-    """The normalized pixels of scenes, (B, 3, 336, 336)."""
+    """Returns the normalized pixels of scenes, (B, 3, 336, 336)."""
     return normalized(np.stack([scene.pixels for scene in shown]))
 
 
@@ -91,7 +91,7 @@ def windows(source: Iterator[Scene], seed: int, batch: int, side: int) -> Iterat
 
 
 def whole_scenes(seed: int, batch: int) -> Iterator[PatchBatch]:
-    """Batches of whole scenes."""
+    """Yields batches of whole scenes."""
     source = scenes(seed, things=6)
     cells = torch.arange(GRID * GRID).expand(batch, -1)
     while True:
@@ -105,7 +105,7 @@ def whole_scenes(seed: int, batch: int) -> Iterator[PatchBatch]:
 
 
 def tokenizer_texts(lines: int = 4000) -> Iterator[str]:
-    """Text for the tokenizer: every kind of question and answer."""
+    """Yields text for the tokenizer: every kind of question and answer."""
     rng = np.random.default_rng(TRAIN_SEED)
     source = scenes(0)
     for _ in range(lines // 20):
@@ -126,12 +126,12 @@ class SceneExample:
 
     @property
     def pixels(self) -> Tensor:
-        """The scene as the tower takes it, (3, 336, 336)."""
+        """Returns the scene as the tower takes it, (3, 336, 336)."""
         return pixels_of([self.scene])[0]
 
     @property
     def triples(self) -> Tensor:
-        """Name, color and token index of each patch, (576, 3)."""
+        """Returns name, color and token index of each patch, (576, 3)."""
         labels = (self.scene.patch_names.ravel(), self.scene.patch_colors.ravel())
         return torch.from_numpy(np.stack([*labels, np.arange(GRID * GRID)], 1))
 
@@ -150,7 +150,9 @@ class SceneSource:
         self.seed = seed
 
     def windows(self, batch: int, side: int, written: bool) -> Iterator[PatchBatch]:
-        """Windows of any scenes, or of `written` ones: mostly digits, the hardest to read."""
+        """Yields windows of any scenes, or of `written` ones: mostly
+        digits, the hardest to read.
+        """
         if written:
             source = scenes(self.seed, 3, things=6, shares=(0.1, 0.7, 0.2))
         else:
@@ -170,7 +172,7 @@ class SceneSource:
         return (text_row if rng.random() < 0.5 else story_row)(rng, questions)
 
     def prose(self, questions: int, seed: int) -> Row:
-        """Every kind of text, for a language model that sees nothing else."""
+        """Makes a row of any kind of text, for a language model that sees nothing else."""
         rng = np.random.default_rng([TRAIN_SEED, seed])
         makers = (recite_row, text_row, story_row, described_scene_row)
         return makers[int(rng.choice(4, p=(0.2, 0.35, 0.15, 0.3)))](rng, questions)

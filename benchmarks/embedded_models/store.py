@@ -49,7 +49,7 @@ def save_checkpoint(
 
 
 def save_language_model(model: LlavaForConditionalGeneration, path: Path) -> None:
-    """The language model's tensors alone, named as they are in the whole model."""
+    """Writes the language model's tensors alone, named as they are in the whole model."""
     state = {
         name: tensor
         for name, tensor in model.state_dict().items()

@@ -39,7 +39,10 @@ class Symbols(nn.Module):
         self.background = nn.Parameter(0.02 * torch.randn(width))
 
     def forward(self, triples: Tensor) -> Tensor:
-        """(tokens, 3) of name (0 for background), color (-1 for none), place -> (tokens, width)."""
+        """Returns the tokens of symbols, (tokens, 3) -> (tokens, width).
+
+        A symbol is a name (0 for background), a color (-1 for none) and a place.
+        """
         name, color, place = triples.unbind(-1)
         table = self.words[0].weight
         shown = table[self.names[(name - 1).clamp(min=0)]] + table[self.colors[color.clamp(min=0)]]
@@ -47,12 +50,12 @@ class Symbols(nn.Module):
         return what + self.place(place)
 
     def place(self, cell: Tensor) -> Tensor:
-        """Patch indices -> (tokens, width)."""
+        """Returns the embeddings of patch indices, (tokens,) -> (tokens, width)."""
         return self.rows[cell // self.grid] + self.columns[cell % self.grid]
 
 
 def word_ids(tokenizer: PreTrainedTokenizerFast, words: Sequence[str]) -> Tensor:
-    """The last token of each word, as it follows a space."""
+    """Returns the last token of each word, as it follows a space."""
     return torch.tensor([tokenizer(f" {word}").input_ids[-1] for word in words])
 
 

@@ -78,10 +78,11 @@ def shared_words(first: str, second: str) -> float:
 
 
 def same_meaning(first: str, second: str) -> bool:
-    """Whether two answers count as the same in meaning: at least half of their words are shared.
+    """Returns whether two answers count as the same in meaning: at least
+    half of their words are shared.
 
-    What is compared ends with the shorter one's number of words, so that an answer that only goes on
-    longer is not another one.
+    What is compared ends with the shorter one's number of words, so that an answer that only goes
+    on longer is not another one.
     """
     a, b = (normalize(text).split() for text in (first, second))
     length = min(len(a), len(b))

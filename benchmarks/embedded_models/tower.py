@@ -100,7 +100,7 @@ class Muon32(torch.optim.Optimizer):
 
 
 def orthogonalized(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Newton-Schulz iteration that sends the singular values of `matrix` to about 1."""
+    """Sends the singular values of `matrix` to about 1, by Newton-Schulz iteration."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     wide = wide / (wide.norm() + 1e-7)
     for _ in range(steps):

@@ -11,7 +11,8 @@ from vlm_prune.vlm.families import family_of
 
 
 def paired_costs(model: Any, prompt: PromptRecord) -> tuple[Costs, Costs]:
-    """FLOPs of tower and prefill, and bytes of keys and values after it, without and with pruning.
+    """Returns FLOPs of tower and prefill, and bytes of keys and values after
+    it, without and with pruning.
 
     Attention counts whole, or on both sides by the causal half where it is sparse.
 
@@ -48,7 +49,9 @@ def paired_costs(model: Any, prompt: PromptRecord) -> tuple[Costs, Costs]:
 
 
 def machine_of(model: Any) -> Machine:
-    """Where a model runs, the most memory that was held so far, and how many tokens its images have."""
+    """Returns where a model runs, the most memory that was held so far, and how
+    many tokens its images have.
+    """
     family = family_of(model)
     return Machine(
         device=device_name(model.device),

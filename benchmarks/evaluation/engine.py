@@ -95,7 +95,7 @@ def evaluate(
     progress: Callable[[int], None] = lambda done: None,
     answer: Answer | None = None,
 ) -> list[Results]:
-    """Fill the folders, which differ only in their variant, and return their results.
+    """Fills the folders, which differ only in their variant, and returns their results.
 
     Images are encoded once and the unpruned answers made once for all folders. Batches are fixed
     slices of the sample list, so a resumed run computes the very batches that are missing.
@@ -148,7 +148,14 @@ def evaluate(
 def _answer(
     model: Any, processor: Any, batch: list[Sample], pruners: list[Any]
 ) -> Iterator[list[PairedRow]]:
-    """The rows of one batch for each pruner."""
+    """Yields the rows of one batch for each pruner.
+
+    Args:
+        model: that answers.
+        processor: the model's.
+        batch: its questions.
+        pruners: of the variants.
+    """
     prompts = prompts_of(model, processor, batch)
     encoding = prompts.vision_s
     most = most_new_tokens(batch)

@@ -11,7 +11,9 @@ import torch
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Versions of Python and of the packages that decide results; `more` where installed."""
+    """Returns versions of Python and of the packages that decide
+    results; `more` where installed.
+    """
     found = {"python": platform.python_version()}
     for name in ("vlm-prune", "torch", "transformers", *more):
         try:
@@ -22,19 +24,19 @@ def versions(*more: str) -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's architecture and threads in use."""
+    """Returns the GPU's name, or the CPU's architecture and threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def command_line() -> str:
-    """The command that runs, as a shell reads it."""
+    """Returns the command that runs, as a shell reads it."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Device, driver, versions and the command that runs."""
+    """Returns device, driver, versions and the command that runs."""
     driver = "none"
     if device.type == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

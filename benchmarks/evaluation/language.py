@@ -57,7 +57,9 @@ class Language:
 
     @torch.inference_mode()
     def generate(self, texts: list[str], **options: Any) -> tuple[Tensor, list[int]]:
-        """New tokens (B, T) of rendered prompts, greedy unless `options` say otherwise, and their lengths."""
+        """Returns new tokens (B, T) of rendered prompts, greedy unless `options` say
+        otherwise, and the prompts' lengths.
+        """
         ids = [encode_text(self.tokenizer, text) for text in texts]
         inputs = self.tokenizer.pad(
             {"input_ids": ids}, padding_side="left", return_tensors="pt"
@@ -71,7 +73,7 @@ class Language:
         return output[:, tensors["input_ids"].shape[1] :], lengths
 
     def replies(self, tokens: Tensor) -> list[str]:
-        """The texts of new tokens (B, T)."""
+        """Returns the texts of new tokens (B, T)."""
         return [
             str(reply).strip()
             for reply in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)

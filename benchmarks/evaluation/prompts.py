@@ -51,7 +51,8 @@ class Prompts:
         ]
 
     def record(self, number: int, trace: Trace) -> PromptRecord:
-        """What results say about one prompt, pruned as in `trace`; means are over its images.
+        """Returns what results say about one prompt, pruned as in
+        `trace`; means are over its images.
 
         Beam search repeats a prompt with its images, whose first copy counts.
         """

@@ -34,7 +34,7 @@ class Variant:
     arguments: dict[str, Argument] = field(default_factory=dict)
 
     def build(self, seed: int) -> Pruner:
-        """The pruner.
+        """Builds the pruner.
 
         Raises:
             InputError: if there is no such method or hyperparameter, or a value is out of range.
@@ -48,11 +48,11 @@ class Variant:
 
     @property
     def with_positions(self) -> dict[str, Argument]:
-        """The hyperparameters, and the positions unless they are left to the method."""
+        """Returns the hyperparameters, and the positions unless they are left to the method."""
         return self.arguments | ({} if self.positions == "auto" else {"positions": self.positions})
 
     def scheduled(self, schedule: Schedule) -> "Variant | None":
-        """The variant that cuts by `schedule`; None for a method that makes no cuts."""
+        """Returns the variant that cuts by `schedule`; None for a method that makes no cuts."""
         pruner = self.build(0)
         for part, key in (
             (pruner, "schedule"),
@@ -188,7 +188,7 @@ class AnswerRow(Record, frozen=True):
 
     @property
     def number(self) -> int:
-        """Which question of its task this is."""
+        """Returns which question of its task this is."""
         return number_of(self.id, self.task)
 
 
@@ -225,22 +225,22 @@ class PairedRow(AnswerRow, frozen=True):
 
     @property
     def baseline_right(self) -> bool:
-        """Whether the unpruned model's answer counts as right."""
+        """Returns whether the unpruned model's answer counts as right."""
         return self.baseline_score >= 0.5
 
     @property
     def right(self) -> bool:
-        """Whether the pruned model's answer counts as right."""
+        """Returns whether the pruned model's answer counts as right."""
         return self.score >= 0.5
 
     @property
     def broken(self) -> bool:
-        """Whether pruning turned a right answer into a wrong one."""
+        """Returns whether pruning turned a right answer into a wrong one."""
         return self.baseline_right and not self.right
 
     @property
     def fixed(self) -> bool:
-        """Whether pruning turned a wrong answer into a right one."""
+        """Returns whether pruning turned a wrong answer into a right one."""
         return self.right and not self.baseline_right
 
 
@@ -249,23 +249,23 @@ class NotedImages(Protocol):
 
     @property
     def images(self) -> int:
-        """How many there are."""
+        """Returns the number of images."""
 
     @property
     def image_tokens(self) -> list[int]:
-        """Tokens of each image, unpruned."""
+        """Returns the number of tokens of each image, unpruned."""
 
     @property
     def grids(self) -> list[tuple[int, int] | None]:
-        """Rows and columns of each image's tokens."""
+        """Returns rows and columns of each image's tokens."""
 
     @property
     def kept(self) -> list[list[int]]:
-        """Token indices of each image that are left."""
+        """Returns the token indices of each image that are left."""
 
 
 def check_prompt(prompt: NotedImages) -> None:
-    """Raise `ValueError` if what is noted of a prompt's images does not go together."""
+    """Raises `ValueError` if what is noted of a prompt's images does not go together."""
     for part in (prompt.image_tokens, prompt.grids, prompt.kept or prompt.grids):
         if len(part) != prompt.images:
             raise ValueError(f"{len(part)} entries for {prompt.images} images")
@@ -278,7 +278,9 @@ def check_prompt(prompt: NotedImages) -> None:
 
 
 def number_of(id: str, task: str) -> int:
-    """The number of a question of a task; raises `ValueError` if the id is of another one."""
+    """Returns the number of a question of a task; raises `ValueError`
+    if the id is of another one.
+    """
     name, _, number = id.rpartition("/")
     if name != task or not (number.isascii() and number.isdecimal()):
         raise ValueError(f"{id!r} is no question of task {task!r}")

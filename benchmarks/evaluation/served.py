@@ -43,7 +43,7 @@ GPU_SHARE = 0.45  # of the memory, for each of the two engines
 
 
 def settings_of(model: str, variant: Variant, seed: int = 0) -> Settings:
-    """The settings of an engine that keeps what the variant keeps.
+    """Returns the settings of an engine that keeps what the variant keeps.
 
     Args:
         model: `tiny`, `smol`, a checkpoint folder, or a hub name.
@@ -134,7 +134,7 @@ class ServedVLM:
         return list(self.llm.chat(shown, params, use_tqdm=False))
 
     def image_tokens(self, output: Any) -> int:
-        """How many tokens the images have in a prompt that vLLM has answered."""
+        """Returns how many tokens the images have in a prompt that vLLM has answered."""
         return list(output.prompt_token_ids).count(self.image_token)
 
     def check(self, outputs: Sequence[Any], prompts: Prompts) -> None:
@@ -173,7 +173,7 @@ def evaluate_served(
     folder: RunFolder[PairedRow],
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Results]:
-    """Fill the folder of a run, and return its results.
+    """Fills the folder of a run, and returns its results.
 
     Args:
         model: the Hugging Face model of the checkpoint that vLLM serves.
@@ -222,7 +222,7 @@ class ServedEngines:
         return self.started[variant.method]
 
     def close(self) -> None:
-        """End the engines."""
+        """Ends the engines."""
         with ExitStack() as stack:
             for engine in self.started.values():
                 stack.callback(engine.llm.llm_engine.engine_core.shutdown)
@@ -244,13 +244,13 @@ class ServedPair:
 
     @cached_property
     def images(self) -> int:
-        """The most that a question has."""
+        """Returns the most images that a question has."""
         config = self.config
         samples = samples_of(config.tasks, config.limit, config.seed, config.split)
         return max([1, *(len(sample.images) for sample in samples)])
 
     def close(self) -> None:
-        """End the engines."""
+        """Ends the engines."""
         self.engines.close()
 
     def __call__(self, batch: list[Sample], pruners: list[Any]) -> Iterator[list[PairedRow]]:
@@ -282,8 +282,10 @@ class ServedPair:
 
 
 def phases(outputs: Sequence[Any]) -> tuple[float, float]:
-    """Milliseconds of a question of a batch that vLLM has answered, until the last first token and
-    after it: a share of the batch's.
+    """Returns milliseconds of a question of a batch that vLLM has answered, until
+    the last first token and after it.
+
+    Both are a share of the batch's.
     """
     stats = [output.metrics for output in outputs]
     first = max(request.first_token_ts for request in stats)
@@ -293,7 +295,7 @@ def phases(outputs: Sequence[Any]) -> tuple[float, float]:
 
 
 def _with_images(chat: Messages, images: Sequence[Image]) -> Messages:
-    """A conversation that holds its images."""
+    """Returns a conversation that holds its images."""
     left = iter(images)
     return [
         message

@@ -40,7 +40,7 @@ RowT = TypeVar("RowT", bound=AnswerRow)
 
 
 def read_versioned(path: Path, kind: type[RecordT]) -> RecordT:
-    """A file that says which version of its format it has.
+    """Reads a file that says which version of its format it has.
 
     Raises:
         InputError: if it cannot be read, is of another version or damaged.
@@ -55,7 +55,7 @@ def read_versioned(path: Path, kind: type[RecordT]) -> RecordT:
 
 
 def kind_of(folder: Path) -> Kind | None:
-    """What wrote into a folder; None where nothing did.
+    """Returns what wrote into a folder; None where nothing did.
 
     Raises:
         InputError: as `read_versioned` does.
@@ -65,14 +65,14 @@ def kind_of(folder: Path) -> Kind | None:
 
 
 def check_kind(folder: Path, kind: Kind) -> None:
-    """Raise `InputError` if another command wrote into a folder."""
+    """Raises `InputError` if another command wrote into a folder."""
     found = kind_of(folder)
     if found not in (None, kind):
         raise InputError(f"{folder} holds {HOLDS[str(found)]}; give another --output")
 
 
 def read_rows(path: Path, kind: type[RowT]) -> dict[str, RowT]:
-    """The rows of a log by the question's id; a row that is there twice counts once.
+    """Reads the rows of a log by the question's id; a row that is there twice counts once.
 
     Raises:
         InputError: if the file cannot be read, a line is damaged, or two rows of a question differ.
@@ -94,7 +94,7 @@ def _rows(content: bytes, path: Path, kind: type[RowT]) -> dict[str, RowT]:
 
 
 def read_run(folder: Path) -> tuple[Results, list[PairedRow]]:
-    """Results and rows of a finished run.
+    """Reads results and rows of a finished run.
 
     Raises:
         InputError: if the run is not finished, damaged or of another version, or its rows are not
@@ -138,7 +138,7 @@ class GroupFolder(OutputFolder):
             check_kind(path, kind)
 
     def record(self) -> None:
-        """Note whose folder this is."""
+        """Notes whose folder this is."""
         record_settings(self.path / CONFIG, msgspec.to_builtins(FolderRecord(kind=self.kind)))
 
 
@@ -197,17 +197,17 @@ class RunFolder(Generic[RowT]):
 
     @property
     def log(self) -> Path:
-        """Where the rows are."""
+        """Returns the file of the rows."""
         return self.path / ROWS
 
     def record(self) -> None:
-        """Write the configuration, once everything about the run was found to be right."""
+        """Writes the configuration, once everything about the run was found to be right."""
         if self.group is not None:
             self.group.record()
         record_settings(self.path / CONFIG, self.settings)
 
     def _read(self) -> dict[str, RowT]:
-        """Rows written so far; a line that a kill cut off is removed."""
+        """Reads the rows written so far; a line that a kill cut off is removed."""
         if not self.log.exists():
             return {}
         content = read_bytes(self.log)
@@ -218,8 +218,8 @@ class RunFolder(Generic[RowT]):
         return rows
 
     def check(self, questions: "Mapping[str, QuestionFields]") -> None:
-        """Raise `InputError` unless all rows are of these questions, by id, with the scores of their
-        answers.
+        """Raises `InputError` unless all rows are of these questions, by id, with
+        the scores of their answers.
         """
         for row in self.rows.values():
             question = questions.get(row.id)
@@ -232,7 +232,7 @@ class RunFolder(Generic[RowT]):
             raise InputError(f"{self.log}: row {row.id} {problem}; remove {self.path}")
 
     def append(self, rows: list[RowT]) -> None:
-        """Add rows of questions that have none."""
+        """Adds rows of questions that have none."""
         self.record()
         new = {row.id: row for row in rows if row.id not in self.rows}
         lines = [to_json(row, indent=None) for row in new.values()]
@@ -243,11 +243,11 @@ class RunFolder(Generic[RowT]):
         self.rows |= new
 
     def finish(self, results: Results) -> None:
-        """Write what the rows come to."""
+        """Writes what the rows come to."""
         write_text(self.path / RESULTS, to_json(results))
 
     def scores(self) -> dict[str, NDArray[np.float64]]:
-        """Scores of the pruned model by task, in the order of the questions."""
+        """Returns the scores of the pruned model by task, in the order of the questions."""
         rows = [self.rows[name] for name in sorted(self.rows)]
         return {
             task: np.array([row.score for row in rows if row.task == task], float)
@@ -256,7 +256,7 @@ class RunFolder(Generic[RowT]):
 
 
 def _scored(row: AnswerRow) -> bool:
-    """Whether the scores of a row of an embedded task are those of its answers."""
+    """Returns whether the scores of a row of an embedded task are those of its answers."""
     score = TASKS[row.task].score
     if isinstance(row, PairedRow) and row.baseline_score != score(row.baseline, row.answer):
         return False
@@ -274,7 +274,7 @@ class QuestionFields(TypedDict):
 
 
 def described(sample: Sample) -> QuestionFields:
-    """What was asked."""
+    """Returns what was asked, and the right answer."""
     return {
         "id": sample.id,
         "task": sample.id.split("/")[0],

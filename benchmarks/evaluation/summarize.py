@@ -22,7 +22,7 @@ from vlm_prune.benchmarks.stats.bootstrap import Scores, mean_interval, retained
 
 
 def summarize(config: RunConfig, rows: Sequence[PairedRow], machine: Machine) -> Results:
-    """The results of a run.
+    """Returns the results of a run.
 
     Args:
         config: of the run.
@@ -84,7 +84,7 @@ def summarize(config: RunConfig, rows: Sequence[PairedRow], machine: Machine) ->
 
 
 def _task_result(rows: Sequence[PairedRow], scores: Scores) -> TaskResult:
-    """Results of one task, whose scores come under its name alone."""
+    """Returns the results of one task, whose scores come under its name alone."""
     ((unpruned, pruned),) = scores.values()
     point, interval = retained(scores)
     return TaskResult(
@@ -99,7 +99,13 @@ def _task_result(rows: Sequence[PairedRow], scores: Scores) -> TaskResult:
 
 
 def _tokens(config: RunConfig, rows: Sequence[PairedRow], machine: Machine) -> Tokens:
-    """Image tokens, unpruned and in three ways."""
+    """Returns the image tokens, unpruned and in three ways.
+
+    Args:
+        config: of the run.
+        rows: of all its questions.
+        machine: where the model ran.
+    """
     full: float = _per_image(rows, [_mean(row.image_tokens) for row in rows])
     if machine.tokens_per_image is not None:
         full = machine.tokens_per_image
@@ -116,7 +122,13 @@ def _tokens(config: RunConfig, rows: Sequence[PairedRow], machine: Machine) -> T
 
 
 def _per_image(rows: Sequence[PairedRow], values: list[float], without: float = 0.0) -> float:
-    """The mean over all images of what rows say about theirs; `without` any, that number."""
+    """Returns the mean over all images of what rows say about theirs.
+
+    Args:
+        rows: of questions.
+        values: one of each row, a mean over the row's images.
+        without: what is returned if no row has images.
+    """
     # rows hold means over their images, so that they weigh by how many these are
     images = [row.images for row in rows]
     return float(np.average(values, weights=images)) if any(images) else without

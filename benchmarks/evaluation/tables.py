@@ -14,19 +14,23 @@ NOTHING = "–"
 
 
 def with_interval(entry: Accuracy) -> str:
-    """The share of the unpruned accuracy that is retained, with its interval, in per cent."""
+    """Returns the share of the unpruned accuracy that is retained,
+    with its interval, in per cent.
+    """
     if entry.retained is None or entry.ci is None:
         return NOTHING
     return percent_interval(entry.retained, entry.ci)
 
 
 def count(tokens: float) -> str:
-    """Tokens of an image, a mean where images differ."""
+    """Formats the tokens of an image, a mean where images differ."""
     return f"{tokens:.1f}".removesuffix(".0")
 
 
 def three_ways(tokens: TokenCounts | Mapping[str, Any]) -> str:
-    """Image tokens left after the last cut, the mean that layers compute, and the paper's count."""
+    """Formats image tokens in three ways: left after the last cut, the mean that
+    layers compute, and the paper's count.
+    """
     if not isinstance(tokens, TokenCounts):
         tokens = msgspec.convert(tokens, TokenCounts)
     papers = NOTHING if tokens.papers is None else f"{tokens.papers:.1f}"
@@ -34,7 +38,9 @@ def three_ways(tokens: TokenCounts | Mapping[str, Any]) -> str:
 
 
 def method_name(variant: Variant, definition: str) -> str:
-    """The method, what it stands for if it is a name for another, and whether a file cuts it."""
+    """Returns the method, what it stands for if it is a name for
+    another, and whether a file cuts it.
+    """
     name = variant.method + (f" (= {definition})" if definition else "")
     if (density := variant.arguments.get("attention.density")) is not None:
         name = f"{name} at density {density}"
@@ -47,7 +53,7 @@ def _method_of(results: Results) -> str:
 
 
 def run_table(results: Results) -> Any:
-    """One run: accuracy by task, then time, operations and memory."""
+    """Returns one run as a table: accuracy by task, then time, operations and memory."""
     from rich.console import Group
 
     title = f"{_method_of(results)}, budget {results.budget}, model {results.model}"
@@ -66,7 +72,9 @@ def _accuracies(entry: Accuracy) -> list[str]:
 
 
 def cost_lines(results: Results) -> list[str]:
-    """Tokens, phase times per question (median), operations, memory and speed-up."""
+    """Returns lines on tokens, phase times per question (median),
+    operations, memory and speed-up.
+    """
     tokens, time, speed = results.tokens, results.time_ms, results.speedup
     flops, kv, sparse = results.flops, results.kv_bytes, []
     if results.density is not None:
@@ -92,7 +100,7 @@ def cost_lines(results: Results) -> list[str]:
 
 
 def comparison_table(runs: list[Results]) -> list[list[str]]:
-    """Header and rows of several runs side by side, the unpruned model first."""
+    """Returns header and rows of several runs side by side, the unpruned model first."""
     first, names = runs[0], list(runs[0].tasks)
     ends = ["mean", "% retained [95 %]", "prefill"]
     header = ["method", "budget", f"tokens {THREE_WAYS}", *names, *ends]
@@ -109,7 +117,9 @@ def comparison_table(runs: list[Results]) -> list[list[str]]:
 
 
 def overview_table(runs: list[Results]) -> list[list[str]]:
-    """Header and rows: % of the accuracy retained [95 %] and prefill speed-up, methods x budgets."""
+    """Returns header and rows: % of the accuracy retained [95 %] and prefill
+    speed-up, methods x budgets.
+    """
     methods = dict.fromkeys(run.method for run in runs)
     budgets = dict.fromkeys(str(run.budget) for run in runs)
     cells = {

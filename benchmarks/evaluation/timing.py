@@ -32,7 +32,7 @@ class PhaseClock(StoppingCriteria):  # type: ignore[misc]
         return StoppingCriteriaList([self])
 
     def phases(self) -> tuple[float, float]:
-        """Seconds until the first token, and from there to now."""
+        """Returns the seconds until the first token, and from there to now."""
         first = self.first or self.start
         return first - self.start, now(self.device) - first
 

@@ -144,7 +144,7 @@ def proposal(model: Any, points: list[int], budget: int, cuts: int, tokens: int)
 
 
 def draw_schedule(content: dict[str, Any], path: Path) -> None:
-    """The histogram of change points with the proposed cuts, as a picture."""
+    """Draws the histogram of change points with the proposed cuts, as a picture."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -166,7 +166,7 @@ def draw_schedule(content: dict[str, Any], path: Path) -> None:
 
 
 def save_schedule(content: dict[str, Any], folder: Path) -> None:
-    """Write `schedule.json` and `schedule.png`."""
+    """Writes `schedule.json` and `schedule.png`."""
     with atomic_path(folder / FILES[1]) as partial:
         draw_schedule(content, partial)
     write_json(folder / FILES[0], content)

@@ -66,7 +66,7 @@ class Round:
     tokens: list[Tokens]
 
     def accuracy(self, number: int) -> float:
-        """Mean over tasks, rounded so that equal ones are equal."""
+        """Returns the mean over tasks, rounded so that equal ones are equal."""
         return round(float(np.mean([v.mean() for v in self.scores[number].values()])), 9)
 
 
@@ -119,18 +119,22 @@ class SearchResults(Record, frozen=True):
 
 
 def image_methods() -> dict[str, Any]:
-    """Registered methods that choose among an image's tokens; others compare a video's frames."""
+    """Returns registered methods that choose among an image's tokens;
+    others compare a video's frames.
+    """
     return {name: m for name, m in methods().items() if "videos" not in m().needs}
 
 
 def singles() -> list[str]:
-    """Registered methods that are no combination of others, controls included."""
+    """Returns registered methods that are no combination of others, controls included."""
     return [name for name in image_methods() if name not in COMBINED | {"none"}]
 
 
 def combinations(budget: float) -> list[Variant]:
-    """Every method before the language model with every one inside it, merging or not, and alone with
-    other positions than the authors'."""
+    """Returns every method before the language model with every one inside it, merging or not.
+
+    Methods before it also come alone, with other positions than the authors'.
+    """
     table = image_methods()
     before = [n for n, m in table.items() if issubclass(m, VisionPruner) and n not in NO_PART]
     inside = [n for n, m in table.items() if issubclass(m, DecoderPruner)]
@@ -157,7 +161,9 @@ def other_positions(authors: Rule) -> tuple[Positions, ...]:
 
 
 def variations(variant: Variant) -> list[Variant]:
-    """The variant with one hyperparameter of one part, or its positions, changed at a time."""
+    """Returns the variant with one hyperparameter of one part, or its
+    positions, changed at a time.
+    """
     parts = variant.method.split("+")
     inside = parts[-1] if parts[-1] in VARIATIONS and "widening" in variant.arguments else ""
     merged = "merge" in parts
@@ -177,7 +183,7 @@ def variations(variant: Variant) -> list[Variant]:
 
 
 def values_of(method: str) -> dict[str, Any]:
-    """A method's own hyperparameters."""
+    """Returns a method's own hyperparameters."""
     return dict(vars(methods()[method]()))
 
 
@@ -228,14 +234,16 @@ class Search:
         return Round([folder.scores() for folder in folders], [run.tokens for run in results])
 
     def works(self, variant: Variant) -> bool:
-        """Whether the model has what the variant needs, and a choice of positions where it makes one."""
+        """Returns whether the model has what the variant needs, and a choice of
+        positions where it makes one.
+        """
         family = family_of(self.model)
         if variant.positions != "auto" and family.mrope:
             return False
         return not variant.build(self.common.seed).needs & family.lacks
 
     def winners(self, budgets: Sequence[int | float]) -> dict[int | float, Variant]:
-        """The best combination at each budget."""
+        """Returns the best combination at each budget."""
         seed, least = self.common.seed, len(self.common.tasks)
         left: dict[int | float, list[Variant]] = {
             budget: [variant for variant in combinations(budget) if self.works(variant)]
@@ -253,7 +261,7 @@ class Search:
         return {budget: _best(candidates, measured, budget, 1)[0] for budget in budgets}
 
     def run(self, budgets: Sequence[int | float]) -> SearchResults:
-        """The definitions that `Best` reads, with the comparison that they stand on."""
+        """Returns the definitions that `Best` reads, with the comparison that they stand on."""
         with GroupFolder(self.output, "search") as self.group:
             return self._run(budgets)
 
@@ -287,14 +295,30 @@ def _folder(variant: Variant) -> str:
 def _best(
     candidates: list[Variant], measured: Round, budget: float, keep: int | None
 ) -> list[Variant]:
-    """The most accurate variants of a budget, a third of them unless told; ties in given order."""
+    """Returns the most accurate variants of a budget, a third of them
+    unless told; ties in given order.
+
+    Args:
+        candidates: variants of all budgets.
+        measured: their scores.
+        budget: of those that are returned.
+        keep: how many; a third, at least `FINALISTS`, unless given.
+    """
     at_budget = [n for n, variant in enumerate(candidates) if variant.budget == budget]
     at_budget.sort(key=lambda n: -measured.accuracy(n))
     return [candidates[n] for n in at_budget[: keep or max(FINALISTS, -(-len(at_budget) // 3))]]
 
 
 def _compared(candidates: list[Variant], measured: Round, first: int, count: int) -> Definition:
-    """The combination at `first` against the single methods behind it; the better one is named."""
+    """Compares the combination at `first` with the single methods behind
+    it; the better one is named.
+
+    Args:
+        candidates: variants.
+        measured: their scores.
+        first: index of the combination.
+        count: it and the methods behind it.
+    """
     against, ours = [], candidates[first]
     for number in range(first + 1, first + count):
         point, interval = difference(measured.scores[first], measured.scores[number])
@@ -323,7 +347,9 @@ def _compared(candidates: list[Variant], measured: Round, first: int, count: int
 
 
 def definition_table(entry: Definition) -> list[list[str]]:
-    """Header and one row per single method: its accuracy and how far the combination is above."""
+    """Returns header and one row per single method: its accuracy and how
+    far the combination is above.
+    """
     rows = [["method", f"tokens {THREE_WAYS}", "accuracy %", "combination minus it [95 %]", "p"]]
     combined = percent(entry.combination_accuracy)
     rows.append([entry.combination, three_ways(entry.tokens), combined, "", ""])
@@ -335,7 +361,7 @@ def definition_table(entry: Definition) -> list[list[str]]:
 
 
 def search_verdict(budget: str, entry: Definition) -> str:
-    """One line: whether the combination beats every single method."""
+    """Says in one line whether the combination beats every single method."""
     if entry.wins:
         return f"budget {budget}: {entry.combination} beats every single method"
     equal = [rival.method for rival in entry.against if rival.ci[0] <= 0]

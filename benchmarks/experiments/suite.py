@@ -97,7 +97,7 @@ def run_forgetting(
     data_root: DataRoot | Path | None = None,
     tick: Progress = lambda done: None,
 ) -> SuiteResults:
-    """Ask the base language model, the unpruned VLM and the VLM with Wings the same questions.
+    """Asks the base language model, the unpruned VLM and the VLM with Wings the same questions.
 
     Each has a folder of rows in `output`, where a killed run goes on, and which a later run with
     one more model uses again. The base model is asked what shows no image. Also writes
@@ -142,7 +142,7 @@ def run_forgetting(
 
 
 def _embedded(folders: dict[str, RunFolder[AnswerRow]], tick: Progress) -> None:
-    """Fill the folders, with one model in memory at a time."""
+    """Fills the folders, with one model in memory at a time."""
     config = folders["vlm"].config
     samples = samples_of(config.tasks, config.limit, config.seed, config.split)
     if "base" in folders:
@@ -178,7 +178,14 @@ def _asking_text(language: Language) -> Ask:
 
 
 def _fill(folder: RunFolder[AnswerRow], ask: Ask, samples: Samples, tick: Progress) -> None:
-    """Ask what the folder has no rows of, in fixed slices of the questions."""
+    """Asks what the folder has no rows of, in fixed slices of the questions.
+
+    Args:
+        folder: that is filled.
+        ask: answers questions.
+        samples: all questions of the run.
+        tick: is told how many are done.
+    """
     folder.check(samples.answered([folder]))
     size = folder.config.batch_size
     for start in range(0, len(samples), size):
@@ -205,7 +212,14 @@ def _through_lmms(
     data_root: DataRoot | Path | None,
     tick: Progress,
 ) -> dict[str, dict[str, str]]:
-    """The same where some of the tasks are lmms-eval's; why some were skipped, for each model."""
+    """Fills the folders where some of the tasks are lmms-eval's; returns why some
+    were skipped, for each model.
+
+    Args:
+        folders: of the models, by role.
+        data_root: copies of data sets, or None.
+        tick: is told how many questions are done.
+    """
     from vlm_prune.benchmarks.lmms_eval.alone import answer_alone
     from vlm_prune.benchmarks.lmms_eval.language import LanguageChat
     from vlm_prune.benchmarks.lmms_eval.model import PrunedChat
@@ -264,7 +278,7 @@ def summarize_suite(
 
 
 def _common_scores(scores: Scores, names: list[str]) -> Scores:
-    """Scores of the models that were asked all of some tasks."""
+    """Returns the scores of the models that were asked all of some tasks."""
     return {
         role: {name: by_task[name] for name in names}
         for role, by_task in scores.items()
@@ -299,7 +313,7 @@ def _task(scores: Scores, name: str, images: bool) -> SuiteTask:
 
 
 def suite_table(results: SuiteResults) -> list[list[str]]:
-    """Header and rows: tasks of text and their mean, then those with images and theirs."""
+    """Returns header and rows: tasks of text and their mean, then those with images and theirs."""
     roles = [role for role in TITLES if role in results.models]
     pairs = [f"{a} - {b}" for a, b in PAIRS if a in roles and b in roles]
     named = [" - ".join(TITLES[role] for role in pair.split(" - ")) for pair in pairs]

@@ -13,7 +13,7 @@ INSTALL = "pip install 'vlm-prune[eval]' && pip install --no-deps lmms_eval==0.7
 
 
 def manifests() -> Any:
-    """What the entry point `lmms_eval.models` gives: `--model vlm_prune`.
+    """Returns what the entry point `lmms_eval.models` gives: `--model vlm_prune`.
 
     lmms-eval sends multiple-choice tasks to simple-mode models alone, hence `--force_simple`.
     """
@@ -34,7 +34,9 @@ def installed() -> bool:
 
 
 def needed(tasks: Sequence[str]) -> bool:
-    """Whether lmms-eval has to run them: some are its own, or several processes share the work."""
+    """Returns whether lmms-eval has to run them: some are its own, or
+    several processes share the work.
+    """
     from vlm_prune.benchmarks.tasks import TASKS
 
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1

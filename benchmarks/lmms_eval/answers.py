@@ -29,7 +29,7 @@ TEXT_PHASE = "prefill and decode"
 
 
 def fingerprint(ask: Any, text: str) -> str:
-    """A number that changes with the question, its images or how it is answered."""
+    """Returns a text that changes with the question, its images or how it is answered."""
     state = zlib.crc32(repr((text, sorted(ask.options.items()), ask.until, ask.forced)).encode())
     for image in ask.chat.images():
         state = zlib.crc32(image.tobytes(), zlib.crc32(repr(image.size).encode(), state))
@@ -146,7 +146,7 @@ class Answers:
         self.read()
 
     def read(self) -> None:
-        """Take in what other processes wrote; a line that a kill cut off is removed."""
+        """Reads what other processes wrote; a line that a kill cut off is removed."""
         if not self.path.exists():
             return
         with self.lock:
@@ -162,7 +162,7 @@ class Answers:
             self.rows[row.id] = msgspec.to_builtins(row)
 
     def append(self, rows: list[dict[str, Any]]) -> None:
-        """Note rows with the fields of `StoredAnswer`."""
+        """Notes rows with the fields of `StoredAnswer`."""
         with self.lock, self.path.open("a") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()

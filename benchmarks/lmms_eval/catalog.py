@@ -18,7 +18,8 @@ NAMED = re.compile(
 
 @cache
 def possible_names() -> frozenset[str]:
-    """The names of all tasks, groups and tags, among words that are none; it takes a second.
+    """Returns the names of all tasks, groups and tags, among words that
+    are none; it takes a second.
 
     Files are searched, not parsed.
     """
@@ -34,7 +35,7 @@ def possible_names() -> frozenset[str]:
 
 @cache
 def catalog() -> Any:
-    """lmms-eval's index of all its tasks and of ours; building it reads some 2000 files."""
+    """Returns lmms-eval's index of all its tasks and of ours; building it reads some 2000 files."""
     from lmms_eval.tasks import TaskManager
     from loguru import logger
 
@@ -43,7 +44,7 @@ def catalog() -> Any:
 
 
 def leaves(name: str) -> list[str]:
-    """The tasks that a name stands for: itself, or the members of a group or tag."""
+    """Returns the tasks that a name stands for: itself, or the members of a group or tag."""
     if name in TASKS:
         name = f"vlm_prune_{name}"
     entry = catalog().task_index.get(name)
@@ -57,7 +58,7 @@ def leaves(name: str) -> list[str]:
 
 
 def settings(name: str) -> dict[str, Any]:
-    """A task's whole configuration, its functions imported.
+    """Returns a task's whole configuration, its functions imported.
 
     Raises:
         InputError: if the task needs a package that is not installed.

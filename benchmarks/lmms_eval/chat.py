@@ -23,7 +23,7 @@ class Chat:
 
     @property
     def question(self) -> str:
-        """The text of the last turn."""
+        """Returns the text of the last turn."""
         parts = self.turns[-1]["content"]
         return "".join(part["text"] for part in parts if part["type"] == "text")
 
@@ -36,7 +36,7 @@ class Chat:
         ]
 
     def messages(self) -> list[dict[str, Any]]:
-        """For a chat template, which takes images as parts without content."""
+        """Returns the turns for a chat template, which takes images as parts without content."""
         return [
             {"role": turn["role"], "content": [_part(part) for part in turn["content"]]}
             for turn in self.turns
@@ -50,13 +50,13 @@ def _part(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def user_turn(visuals: Any, text: str) -> Chat:
-    """One question about images."""
+    """Returns one question about images."""
     content = [{"type": "image", "url": visual} for visual in visuals or []]
     return conversation([{"role": "user", "content": [*content, {"type": "text", "text": text}]}])
 
 
 def conversation(turns: list[dict[str, Any]]) -> Chat:
-    """A task's messages.
+    """Returns a task's messages as a chat.
 
     Raises:
         InputError: if they show something else than images and text.
@@ -76,7 +76,9 @@ def conversation(turns: list[dict[str, Any]]) -> Chat:
 
 
 def chat_of(request: Instance, documents: dict[str, Any]) -> tuple[Chat, Any]:
-    """The conversation of a request and what comes with it: options, or the text to score."""
+    """Returns the conversation of a request and what comes with it:
+    options, or the text to score.
+    """
     first, second, *rest = request.args
     if not rest:  # a choice without its question
         return user_turn([], first), second
@@ -97,13 +99,13 @@ class Rounds:
     state: Any = None
 
     def ask(self, number: int, answers: list[str]) -> Chat | None:
-        """The question of round `number`, None when the talk is over."""
+        """Returns the question of round `number`, None when the talk is over."""
         chat, self.state = self.step(number, list(answers), self.state)
         return chat
 
 
 def rounds_of(request: Instance, documents: dict[str, Any]) -> Rounds:
-    """The rounds of a request, in lmms-eval's protocol of either mode."""
+    """Returns the rounds of a request, in lmms-eval's protocol of either mode."""
     arguments = request.args
     *_, number, task, split = arguments
     document = documents[task][split][number]
@@ -135,7 +137,7 @@ def rounds_of(request: Instance, documents: dict[str, Any]) -> Rounds:
 
 
 def stops_of(options: dict[str, Any]) -> tuple[str, ...]:
-    """The texts that end a reply in simple mode, as lmms-eval's own classes have them.
+    """Returns the texts that end a reply in simple mode, as lmms-eval's own classes have them.
 
     Those end no reply at a blank line, which a task gets that names no stop, and in chat mode they
     end it nowhere.
@@ -145,7 +147,7 @@ def stops_of(options: dict[str, Any]) -> tuple[str, ...]:
 
 
 def shared_options(options: dict[str, Any]) -> dict[str, Any]:
-    """A task's generation arguments as `generate` takes them."""
+    """Returns a task's generation arguments as `generate` takes them."""
     kept = {key: options[key] for key in PASSED if options.get(key) is not None}
     kept.setdefault("max_new_tokens", options.get("max_gen_toks", NEW_TOKENS))
     if kept.get("temperature", 0) > 0 and kept.get("do_sample", True):

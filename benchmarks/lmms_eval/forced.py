@@ -33,7 +33,14 @@ class Forced(LogitsProcessor):  # type: ignore[misc]
 
     @classmethod
     def of(cls, processor: Any, prompts: list[str], texts: list[str], device: torch.device) -> Self:
-        """The tokens that each text adds to its rendered prompt."""
+        """Returns the tokens that each text adds to its rendered prompt.
+
+        Args:
+            processor: the model's.
+            prompts: rendered.
+            texts: what is scored behind each.
+            device: of the model.
+        """
         tokens = []
         for prompt, text in zip(prompts, map(special_tokens(processor).hide, texts), strict=True):
             before = encode_text(processor, prompt)
@@ -52,7 +59,7 @@ class Forced(LogitsProcessor):  # type: ignore[misc]
         }
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores (B, V) that allow one token each."""
+        """Returns scores (B, V) that allow one token each."""
         forced = torch.full_like(scores, -torch.inf)
         for row, tokens in enumerate(self.tokens):
             if self.step < len(tokens):
@@ -67,7 +74,9 @@ class Forced(LogitsProcessor):  # type: ignore[misc]
         return forced
 
     def row(self, number: int) -> dict[str, Any]:
-        """Cost of a row's text in nats, a sum over its tokens, and whether it is the greedy one."""
+        """Returns the cost of a row's text in nats, a sum over its tokens, and
+        whether it is the greedy one.
+        """
         return {
             "nll": float(self.nll[number]),
             "greedy": bool(self.greedy[number]),

@@ -37,7 +37,7 @@ class LanguageChat(PrunedChat):
         self.tick = lambda answered: None
 
     def check_image(self, image: Image.Image) -> None:
-        """None is refused here: whole tasks that show images are."""
+        """Accepts every image: whole tasks that show images are refused."""
 
     def _render(self, batch: list[Ask]) -> list[str]:
         if any(ask.chat.images() for ask in batch):

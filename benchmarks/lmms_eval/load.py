@@ -43,7 +43,7 @@ def load_task(
     limit: int | None = None,
     check: Check = lambda image: None,
 ) -> Any:
-    """A task with its data, whose `unreadable` names the rows left out and why.
+    """Returns a task with its data, whose `unreadable` names the rows left out and why.
 
     Args:
         name: of a task of lmms-eval.
@@ -70,7 +70,7 @@ def load_task(
 
 
 def _judged(config: dict[str, Any]) -> bool:
-    """Whether another model scores the replies, as far as metrics and metadata tell."""
+    """Returns whether another model scores the replies, as far as metrics and metadata tell."""
     metrics = [str(metric.get("metric")) for metric in config.get("metric_list") or []]
     metadata = config.get("metadata")
     named = isinstance(metadata, dict) and "gpt_eval_model_name" in metadata
@@ -137,7 +137,7 @@ class _DataTask(ConfigurableTask):  # type: ignore[misc]
             )
 
     def _texts(self, split: str, numbers: Iterable[int] | None = None) -> Any:
-        """The rows of a split without their images."""
+        """Returns the rows of a split without their images."""
         rows = self.dataset[split]
         texts = rows.remove_columns(image_fields(rows))
         return texts if numbers is None else texts.select(list(numbers))
@@ -204,7 +204,7 @@ class _DataTask(ConfigurableTask):  # type: ignore[misc]
             )
 
     def _why(self, error: Exception) -> str:
-        """One line: what could not be loaded, why, and what to do."""
+        """Says in one line what could not be loaded, why, and what to do."""
         chain, cause = [], error
         while cause is not None:
             chain.append(f"{type(cause).__name__} {cause}")
@@ -233,7 +233,18 @@ class _SimpleTask(_DataTask):
 
 
 def _with_gqa_images(questions: Any, root: DataRoot, split: str) -> Any:
-    """GQA keeps its images apart: `testdev_balanced_images`, or `images/<imageId>.jpg`."""
+    """Returns GQA's questions with its images, which are kept apart.
+
+    Images are in `testdev_balanced_images`, or are `images/<imageId>.jpg`.
+
+    Args:
+        questions: rows that name their image.
+        root: folder of the data set.
+        split: of the questions.
+
+    Raises:
+        InputError: if an image is missing.
+    """
     folder = root.folder
     if (folder / "images").is_dir():
         names = [f"images/{number}.jpg" for number in questions["imageId"]]

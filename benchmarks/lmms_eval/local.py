@@ -12,7 +12,7 @@ KINDS = ("parquet", "jsonl", "json")
 
 
 def folder_of(root: DataRoot, dataset: str) -> DataRoot | None:
-    """Where below `root` a data set of the Hub lies: `org/name`, or `name` in any case.
+    """Returns where below `root` a data set of the Hub lies: `org/name`, or `name` in any case.
 
     Raises:
         InputError: if `root` is no folder, or that of the data set is a link that leads out of it.
@@ -32,7 +32,7 @@ def folder_of(root: DataRoot, dataset: str) -> DataRoot | None:
 
 
 def load_split(root: DataRoot, config: str | None, split: str) -> Any:
-    """One split as a `datasets.Dataset`; its images are opened as `row_images` says.
+    """Returns one split as a `datasets.Dataset`; its images are opened as `row_images` says.
 
     Files are `[config/][data/]<split>-00000-of-00003*.parquet`, `<split>.parquet`, `.json`,
     `.jsonl`, or `<config>` with these endings. In JSON, `image` is a file's path or a list of them,
@@ -44,7 +44,8 @@ def load_split(root: DataRoot, config: str | None, split: str) -> Any:
         split: such as `test`.
 
     Raises:
-        InputError: if there is no such file, or one is missing, damaged or half downloaded, or leads
+        InputError: if there is no such file, or one is missing, damaged or half downloaded, or
+            leads
             out of the root.
     """
     import datasets
@@ -84,7 +85,7 @@ def _files(folder: Path, config: str | None, split: str) -> list[Path]:
 
 
 def _matching(folder: Path, split: str) -> list[Path]:
-    """The files of a split, of the first kind that there are."""
+    """Returns the files of a split, of the first kind that there are."""
     for kind in KINDS:
         pattern = re.compile(rf"{re.escape(split)}(-[\w.-]+)?\.{kind}")
         found = [p for p in folder.glob(f"*.{kind}") if pattern.fullmatch(p.name)]
@@ -106,7 +107,9 @@ def _check_shards(files: list[Path]) -> None:
 
 
 def _rows(file: Path, root: DataRoot) -> list[dict[str, Any]]:
-    """Rows of a JSON list, of an object of rows by id, or one a line; names of images are checked."""
+    """Reads rows of a JSON list, of an object of rows by id, or one a line;
+    names of images are checked.
+    """
     if not file.is_file():
         raise InputError(f"{file} is no regular file")
     text = file.read_text(encoding="utf-8-sig")

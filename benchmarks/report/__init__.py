@@ -29,7 +29,7 @@ def write_report_page(
     most: int = 60,
     data_root: DataRoot | Path | None = None,
 ) -> tuple[Path, list[Run]]:
-    """Write the page about the runs in `paths`; returns where, and the runs.
+    """Writes the page about the runs in `paths`; returns where, and the runs.
 
     Args:
         output: an HTML file; `report.html` in the first of `paths` unless given.

@@ -121,7 +121,14 @@ class Comparer:
     def _both(
         self, prompts: Prompts, pruner: Any, most: int
     ) -> list[tuple[Tensor, dict[str, float], Trace]]:
-        """New tokens (T,), milliseconds by phase and what was pruned: unpruned, then pruned."""
+        """Returns new tokens (T,), milliseconds by phase and what was
+        pruned: unpruned, then pruned.
+
+        Args:
+            prompts: one.
+            pruner: of the second run.
+            most: new tokens, at most.
+        """
         found = []
         for method in (None, pruner):
             (new,), phases, trace = timed_generate(self.model, prompts, method, max_new_tokens=most)
@@ -137,7 +144,9 @@ class Comparer:
         return str(full), three_ways(pruner.counts(full, trace.layer_tokens))
 
     def _pictures(self, prompts: Prompts, trace: Trace) -> Pictures:
-        """The picture as the tower sees it: what enters the language model, then every cut."""
+        """Returns the picture as the tower sees it: what enters the
+        language model, then every cut.
+        """
         assert prompts.vision is not None and prompts.pixel_values is not None
         grid = prompts.vision.groups[0].tokens.grid
         seen = as_seen(prompts.pixel_values[0], self.processor.image_processor)
@@ -150,7 +159,7 @@ class Comparer:
 
 
 def as_seen(pixels: Tensor, image_processor: Any) -> Image.Image:
-    """What the tower gets of an image, (3, H, W), as a picture again."""
+    """Returns what the tower gets of an image, (3, H, W), as a picture again."""
     mean, deviation = (
         torch.tensor(values)[:, None, None]
         for values in (image_processor.image_mean, image_processor.image_std)
@@ -160,7 +169,7 @@ def as_seen(pixels: Tensor, image_processor: Any) -> Image.Image:
 
 
 def demo_page(compare: Comparer, name: str) -> Any:
-    """The Gradio page; nothing in it is loaded from another machine."""
+    """Returns the Gradio page; nothing in it is loaded from another machine."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio as gr
 
@@ -234,7 +243,7 @@ def demo_page(compare: Comparer, name: str) -> Any:
 
 
 def launch(blocks: Any, host: str, port: int) -> str:
-    """Serve the page from another thread; returns its address.
+    """Serves the page from another thread; returns its address.
 
     Args:
         blocks: the page.
@@ -263,7 +272,7 @@ def launch(blocks: Any, host: str, port: int) -> str:
 def serve_demo(
     name: str, host: str, port: int, device: str, dtype: str, **loading: str | None
 ) -> None:
-    """Load the model and serve the page until Ctrl-C; uploads are gone afterwards.
+    """Loads the model and serves the page until Ctrl-C; uploads are gone afterwards.
 
     Args:
         name: of the model: `tiny`, `smol`, a folder or a hub name.

@@ -22,8 +22,9 @@ LARGEST = 448  # pixels
 
 
 def chosen(runs: list[Run], most: int) -> list[str]:
-    """Ids of at most `most` questions about images: those whose answer some run broke or mended
-    first, then the rest, the tasks taking turns.
+    """Returns ids of at most `most` questions about images, the tasks taking turns.
+
+    Those whose answer some run broke or mended come first.
     """
     changed = {row.id for run in runs for row in run.rows if row.broken or row.fixed}
     turns: dict[str, count[int]] = {}
@@ -107,14 +108,14 @@ def _answer(row: PairedRow) -> dict[str, Any]:
 
 
 def _bits(indices: list[int], tokens: int) -> str:
-    """One bit per token, in reading order, base64."""
+    """Returns one bit per token, in reading order, base64."""
     mask = np.zeros(tokens, bool)
     mask[indices] = True
     return base64.b64encode(np.packbits(mask).tobytes()).decode()
 
 
 def _seen(picture: Image.Image, row: PairedRow, grid: tuple[int, int] | None) -> Image.Image:
-    """What the grid covers, no larger than needed."""
+    """Returns what the grid covers of a picture, no larger than needed."""
     if row.cropped and grid is not None:
         picture = ImageOps.fit(picture, (min(picture.size),) * 2)
     return ImageOps.contain(picture, (LARGEST, LARGEST)) if max(picture.size) > LARGEST else picture

@@ -37,12 +37,14 @@ class Run:
 
     @property
     def computed(self) -> float:
-        """Image tokens per image that a decoder layer computes, the mean over layers."""
+        """Returns the image tokens per image that a decoder layer
+        computes, the mean over layers.
+        """
         return self.results.tokens.layer_mean
 
 
 def load_runs(paths: list[Path]) -> list[Run]:
-    """The runs of the folders, each a run or a folder of runs, in order of budget.
+    """Returns the runs of the folders, each a run or a folder of runs, in order of budget.
 
     Raises:
         InputError: if a folder holds no run, an unfinished or unreadable one or one of another
@@ -72,7 +74,7 @@ def load_runs(paths: list[Path]) -> list[Run]:
 
 
 def run_folders(path: Path) -> list[Path]:
-    """`path` itself if it holds a run, else the runs in it."""
+    """Returns `path` itself if it holds a run, else the runs in it."""
     if not path.is_dir():
         raise InputError(f"{path} is no folder; give the --output of vlm-prune eval or compare")
     kind = kind_of(path)
@@ -88,7 +90,7 @@ def run_folders(path: Path) -> list[Path]:
 
 
 def load_run(path: Path) -> Run:
-    """One run folder; raises `InputError` as `read_run` does."""
+    """Reads one run folder; raises `InputError` as `read_run` does."""
     results, rows = read_run(path)
     shared: dict[str, Any] = msgspec.to_builtins(results.config)
     del shared["variant"]

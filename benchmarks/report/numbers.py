@@ -18,7 +18,7 @@ class Budget:
 
     @property
     def label(self) -> str:
-        """The budget as it was given, with the tokens that a fraction means."""
+        """Returns the budget as it was given, with the tokens that a fraction means."""
         fraction = next((run.budget for run in self.runs if isinstance(run.budget, float)), None)
         count = f"{self.tokens} token{'s' if self.tokens > 1 else ''}"
         return count if fraction is None else f"{count} ({fraction})"
@@ -29,12 +29,14 @@ class Budget:
 
     @property
     def best(self) -> Run:
-        """The most accurate method (of controls, where there is no other), then the faster."""
+        """Returns the most accurate method (of controls, where there
+        is no other), then the faster.
+        """
         return _best(self.methods or self.runs)
 
     @property
     def control(self) -> Run | None:
-        """The most accurate control that is not `best`."""
+        """Returns the most accurate control that is not `best`."""
         others = [run for run in self.runs if run.method in CONTROLS and run is not self.best]
         return _best(others) if others else None
 
@@ -44,7 +46,7 @@ def _best(runs: list[Run]) -> Run:
 
 
 def budgets(runs: list[Run]) -> list[Budget]:
-    """Runs in order of tokens, grouped by them."""
+    """Returns the runs in order of tokens, grouped by them."""
     return [Budget(n, list(group)) for n, group in groupby(runs, key=lambda run: run.tokens)]
 
 
@@ -61,7 +63,9 @@ class Bar:
 
 
 def bars(budget: Budget) -> list[Bar]:
-    """Time by phase at one budget: the unpruned model as measured beside the first run, then all."""
+    """Returns time by phase at one budget: the unpruned model as measured
+    beside the first run, then all.
+    """
     times = budget.runs[0].results.time_ms
     unpruned = {p: getattr(times, f"baseline_{p}") for p in PHASES if p != "selection"}
     pruned = [

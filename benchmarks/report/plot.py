@@ -54,20 +54,20 @@ class Plot:
 
     @property
     def steps(self) -> str:
-        """The front as an SVG path: the accuracy that a number of tokens buys."""
+        """Returns the front as an SVG path: the accuracy that a number of tokens buys."""
         first, *rest = self.front
         path = "".join(f"H{mark.x:.1f}V{mark.y:.1f}" for mark in rest)
         return f"M{first.x:.1f} {first.y:.1f}{path}H{self.width - RIGHT}"
 
 
 def series_of(runs: list[Run]) -> list[str]:
-    """Labels of the methods, controls last; their order decides colors."""
+    """Returns labels of the methods, controls last; their order decides colors."""
     labels = dict.fromkeys(run.label for run in runs if run.method not in CONTROLS)
     return list(labels | dict.fromkeys(run.label for run in runs))
 
 
 def plot_points(runs: list[Run]) -> list[Point]:
-    """One point per run, the unpruned model last."""
+    """Returns one point per run, the unpruned model last."""
     base, full = runs[0].results.overall.baseline_accuracy, runs[0].results.tokens.full
     labels = series_of(runs)
     points = []
@@ -81,8 +81,9 @@ def plot_points(runs: list[Run]) -> list[Point]:
 
 
 def pareto(points: Sequence[Point]) -> list[Point]:
-    """Points that no other beats: none has fewer tokens at no less accuracy, or more accuracy at
-    no more tokens. In order of tokens; equal points stay together.
+    """Returns the points that no other beats, in order of tokens; equal points stay together.
+
+    None has fewer tokens at no less accuracy, or more accuracy at no more tokens.
     """
     front: list[Point] = []
     for point in sorted(points, key=lambda p: (p.tokens, -p.accuracy)):
@@ -94,7 +95,7 @@ def pareto(points: Sequence[Point]) -> list[Point]:
 
 
 def draw(runs: list[Run], width: int, height: int) -> Plot:
-    """Lay the plot out; tokens on a logarithmic axis, methods of one budget side by side.
+    """Lays the plot out; tokens on a logarithmic axis, methods of one budget side by side.
 
     Args:
         runs: what it shows.
@@ -145,7 +146,7 @@ def draw(runs: list[Run], width: int, height: int) -> Plot:
 
 
 def _step(span: float, height: int) -> float:
-    """The least round step that leaves ticks room."""
+    """Returns the least round step that leaves ticks room."""
     room = (height - TOP - BOTTOM) / (TICK_GAP)
     return next((step for step in STEPS if span / step <= room), STEPS[-1])
 

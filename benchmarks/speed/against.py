@@ -121,7 +121,7 @@ def commit_of(name: str) -> str:
 
 @contextmanager
 def worktree(name: str) -> Iterator[Tree]:
-    """A temporary checkout of a commit."""
+    """Makes a temporary checkout of a commit, which goes when the block ends."""
     commit = commit_of(name)
     with tempfile.TemporaryDirectory(prefix="vlm-prune-") as folder:
         path = Path(folder) / "tree"
@@ -172,7 +172,7 @@ def run_once(tree: Tree, command: str) -> CommandCost:
 
 
 def read_output(folder: Path, run: CommandCost) -> None:
-    """Add what `eval` or `bench` wrote to what its process took."""
+    """Adds what `eval` or `bench` wrote to what its process took."""
     if (bench := folder / "bench.json").exists():
         written = json.loads(bench.read_text())
         times = (written[0] if isinstance(written, list) else written)["pruned"]["times_ms"]

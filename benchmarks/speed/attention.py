@@ -56,7 +56,7 @@ class SparseBenchConfig:
     seed: int = 0
 
     def built(self) -> list[BlockAttention]:
-        """The methods.
+        """Builds the methods.
 
         Raises:
             InputError: if there is no such method or hyperparameter, or it computes no prefill.
@@ -75,13 +75,13 @@ class SparseBenchConfig:
 
 @torch.inference_mode()
 def bench_attention(config: SparseBenchConfig) -> dict[str, Any]:
-    """Time dense and sparse attention in turn at each length, after one warm-up at the first one.
+    """Times dense and sparse attention in turn at each length, after one warm-up at the first one.
 
     `attention_ms` is one call of a layer's attention with its estimate, `estimate_ms` the estimate
-    alone, `layer_ms` a whole decoder layer. `first_token` is the speed-up with the vision tower, one
-    image for each so many tokens, and all of the shape's layers. `promised` is the ratio of the
-    prefills' FLOPs. Times are a `clock`'s. Queries and keys are random: a `density` is the same for all of them, while the
-    authors' own rules find other shares in them than in real ones.
+    alone, `layer_ms` a whole decoder layer. `first_token` is the speed-up with the vision tower,
+    one image for each so many tokens, and all of the shape's layers. `promised` is the ratio of the
+    prefills' FLOPs. Times are a `clock`'s. Queries and keys are random: a `density` is the same for
+    all of them, while the authors' own rules find other shares in them than in real ones.
 
     Raises:
         InputError: if a method or the model cannot be measured.
@@ -112,8 +112,9 @@ def bench_attention(config: SparseBenchConfig) -> dict[str, Any]:
 
 
 def clock(device: torch.device) -> float:
-    """Seconds after everything queued on the device has finished: of the processor on a CPU with one
-    thread, which other processes do not stretch.
+    """Returns seconds after everything queued on the device has finished.
+
+    On a CPU with one thread they are the processor's, which other processes do not stretch.
     """
     if device.type == "cpu" and torch.get_num_threads() == 1:
         return time.process_time()
@@ -255,7 +256,9 @@ def crossovers(lengths: list[dict[str, Any]]) -> dict[str, int | None]:
 
 
 def attention_rows(results: dict[str, Any]) -> list[list[str]]:
-    """Header and one row for each length and method: median [quartiles] in ms, and speed-ups."""
+    """Returns header and one row for each length and method: median
+    [quartiles] in ms, and speed-ups.
+    """
     lines = [
         [
             "tokens", "method", "density", "of it chosen", "attention ms", "estimate ms", "speed-up",
@@ -287,7 +290,7 @@ def shown(run: dict[str, Any], part: str) -> str:
 
 
 def about_attention(results: dict[str, Any]) -> list[str]:
-    """Lines that say what was measured, and from where on it pays."""
+    """Returns lines that say what was measured, and from where on it pays."""
     config = results["config"]
     machine = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
     crossed = [

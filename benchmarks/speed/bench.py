@@ -53,7 +53,9 @@ class BenchConfig:
 
 
 def random_model(config: BenchConfig, architecture: Any = None) -> Any:
-    """A Hugging Face model with random weights, made on the device itself; by default the shape's."""
+    """Makes a Hugging Face model with random weights, on the device
+    itself; by default the shape's.
+    """
     architecture = architecture or SHAPES[config.shape]()
     if config.layers is not None:
         shorten(architecture.get_text_config(), config.layers, config.shape)
@@ -72,7 +74,7 @@ def random_model(config: BenchConfig, architecture: Any = None) -> Any:
 
 
 def shorten(text: Any, layers: int, shape: str) -> None:
-    """Leave a language model's configuration its first decoder layers.
+    """Leaves a language model's configuration its first decoder layers.
 
     Args:
         text: the language model's configuration.
@@ -92,7 +94,8 @@ def shorten(text: Any, layers: int, shape: str) -> None:
 
 
 def shorten_tower(vision: Any, layers: int, shape: str) -> None:
-    """Leave a vision tower's configuration so many layers; the last one attends to the whole image.
+    """Leaves a vision tower's configuration so many layers; the last
+    one attends to the whole image.
 
     Args:
         vision: the tower's configuration.
@@ -130,7 +133,8 @@ def random_text(config: BenchConfig, length: int, model: Any) -> Prompts:
 
 
 def random_prompt(config: BenchConfig, model: Any) -> dict[str, Tensor]:
-    """Placeholders of one image or video between random text tokens, and random pixels.
+    """Makes a prompt: placeholders of one image or video between random
+    text tokens, and random pixels.
 
     Markers of an image's tiles and of a video's frames count as text, as far as there is so much.
     """
@@ -152,7 +156,7 @@ def random_prompt(config: BenchConfig, model: Any) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def bench(config: BenchConfig, variants: list[Variant]) -> list[dict[str, Any]]:
-    """Measure methods one after the other on one model, whose weights are made once."""
+    """Measures methods one after the other on one model, whose weights are made once."""
     pruners = [variant.build(config.seed) for variant in variants]
     model = random_model(config)
     for pruner in pruners:
@@ -182,7 +186,7 @@ class Video:
 def _measured(
     config: BenchConfig, pruner: Any, model: Any, ceilings: Ceilings, video: Video | None = None
 ) -> dict[str, Any]:
-    """Run unpruned and pruned in turn, after one warm-up each; returns what is reported.
+    """Runs unpruned and pruned in turn, after one warm-up each; returns what is reported.
 
     The unpruned model sees a video for the first method alone.
 
@@ -190,6 +194,13 @@ def _measured(
     timed with the same tower call for both, unless the method changes the images. `as_short_ms` is
     the unpruned prefill of a text with as many tokens as layers compute on average: what the model
     and the device give at best.
+
+    Args:
+        config: sizes.
+        pruner: of the pruned runs.
+        model: with random weights.
+        ceilings: of the machine.
+        video: encoded beforehand, with the unpruned times once they are known; None for images.
     """
     inputs, images = {} if video else random_prompt(config, model), [1] * config.batch
     samples: dict[str, list[dict[str, float]]] = {"unpruned": [], "pruned": []}
@@ -270,9 +281,11 @@ def head_ms(model: Any, repeats: int) -> float:
 
 
 def whole_speedup(runs: dict[str, Any], config: BenchConfig, head: float) -> dict[str, float]:
-    """What selection costs where all decoder layers of the shape run, each as long as those that did:
-    as shares of the unpruned and of the pruned prefill, and how much of the promised speed-up of the
-    prefill is left with it.
+    """Returns what selection costs where all decoder layers of the shape run,
+    each as long as those that did.
+
+    It is given as shares of the unpruned and of the pruned prefill, and as how much of the promised
+    speed-up of the prefill is left with it.
 
     Args:
         runs: unpruned and pruned.
@@ -296,7 +309,7 @@ def whole_speedup(runs: dict[str, Any], config: BenchConfig, head: float) -> dic
 
 
 def busy_ms(call: Callable[[], object]) -> dict[str, float]:
-    """Milliseconds for which a GPU computes: in all, and during selection.
+    """Returns milliseconds for which a GPU computes: in all, and during selection.
 
     What is left of a call's time is spent launching, by Python and PyTorch.
     """
@@ -361,7 +374,7 @@ def floors(
 
 
 def speedup(runs: dict[str, Any], short_text_ms: float) -> dict[str, float]:
-    """Unpruned over pruned medians: prefill with selection, to the first token, and decode.
+    """Returns unpruned over pruned medians: prefill with selection, to the first token, and decode.
 
     `prefill_alone` leaves selection out and `promised` is the ratio of the prefills' FLOPs, so that
     their quotient says how much of the promise the device keeps; `roofline` is the ratio of the

@@ -10,7 +10,7 @@ from vlm_prune.benchmarks.stats.table import percent
 
 
 def bench_rows(results: dict[str, Any]) -> list[list[str]]:
-    """Header and one row per phase: median [quartiles] and floor, in ms, then memory."""
+    """Returns header and one row per phase: median [quartiles] and floor, in ms, then memory."""
     lines = [["phase", "unpruned ms", "floor", "pruned ms", "floor"]]
     for phase in PHASES:
         line = [f"{phase} per token" if phase == "decode" else phase]
@@ -24,7 +24,7 @@ def bench_rows(results: dict[str, Any]) -> list[list[str]]:
 
 
 def bench_summary(results: dict[str, Any]) -> list[str]:
-    """Lines that say what was measured, and the speed-ups."""
+    """Returns lines that say what was measured, and the speed-ups."""
     speed, busy = results["speedup"], []
     if "busy_prefill" in speed:
         kept = percent(speed["busy_prefill_alone"] / speed["roofline"])
@@ -65,19 +65,19 @@ def _method_of(results: dict[str, Any]) -> str:
 
 
 def shape_of(config: dict[str, Any]) -> str:
-    """The shape's name, with the number of layers where they are not all."""
+    """Returns the shape's name, with the number of layers where they are not all."""
     layers = config["layers"]
     return str(config["shape"]) + (f" of {layers} layers" if layers else "")
 
 
 def tokens_of(config: dict[str, Any]) -> str:
-    """What the pruned tokens of a prompt are of."""
+    """Returns what the pruned tokens of a prompt are of."""
     frames = config.get("video_frames")
     return f"tokens of {frames} frames" if frames else "image tokens"
 
 
 def video_summary(results: dict[str, Any]) -> list[str]:
-    """A line that says what choosing among a video's tokens costs; none for images."""
+    """Returns a line that says what choosing among a video's tokens costs; none for images."""
     config, speed = results["config"], results["speedup"]
     if not config.get("video_frames"):
         return []
@@ -93,7 +93,7 @@ def video_summary(results: dict[str, Any]) -> list[str]:
 
 
 def about_setting(results: dict[str, Any]) -> list[str]:
-    """What was measured, on what, and what that can do at most."""
+    """Returns what was measured, on what, and what that can do at most."""
     config, ceilings = results["config"], results["ceilings"]
     return [
         (
@@ -110,7 +110,7 @@ def about_setting(results: dict[str, Any]) -> list[str]:
 
 
 def bench_overview(runs: list[dict[str, Any]]) -> list[list[str]]:
-    """Header and one row per method; on a GPU also what of the times is its own."""
+    """Returns header and one row per method; on a GPU also what of the times is its own."""
     on_gpu = "busy_prefill" in runs[0]["speedup"]
     videos = bool(runs[0]["config"].get("video_frames"))
     header = [

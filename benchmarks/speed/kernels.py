@@ -170,7 +170,9 @@ def cases(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Ca
 
 
 def error(case: Case, dtype: torch.dtype) -> str:
-    """What is wrong with the kernel's output against the reference's; empty when nothing is."""
+    """Says what is wrong with the kernel's output against the
+    reference's; empty when nothing is.
+    """
     with backend("reference"):
         expected = case.call()
     with backend("triton"):
@@ -227,7 +229,7 @@ def measure_case(
 
 
 def kernel_table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
-    """Rows of `measure_case` in Markdown; milliseconds are medians with quartiles."""
+    """Returns rows of `measure_case` in Markdown; milliseconds are medians with quartiles."""
     names = ("triton", "replayed", "reference", "compiled")
     lines = [["operation", *names, "floor"]]
     for row in rows:

@@ -78,7 +78,7 @@ Layout = tuple[tuple[int, ...], dict[str, Tensor], list[int]]
 
 
 def _square(family: Family) -> tuple[int, ...]:
-    """Channels and sides of one view."""
+    """Returns channels and sides of one view."""
     vision = family.model.config.vision_config
     sides = vision.image_size
     return (vision.num_channels, *([sides, sides] if isinstance(sides, int) else sides))
@@ -89,7 +89,7 @@ def _one(family: Family, batch: int) -> Layout:
 
 
 def _any_resolution(family: Family, batch: int) -> Layout:
-    """An overview and the tiles of a picture twice as wide and as high."""
+    """Lays out an overview and the tiles of a picture twice as wide and as high."""
     channels, *sides = _square(family)
     inputs = {"image_sizes": torch.tensor([[2 * side for side in sides]] * batch)}
     if family.by_row:
@@ -110,20 +110,22 @@ def _patches(family: Family, batch: int) -> Layout:
 
 
 def _tiles(family: Family, batch: int) -> Layout:
-    """Four tiles and an overview in one run of placeholders."""
+    """Lays out four tiles and an overview in one run of placeholders."""
     return (
         (batch * 5, *_square(family)), {}, [family.image_token] * 5 * family.tokens_per_image
     )  # fmt: skip
 
 
 def _marked_tiles(family: Family, batch: int) -> Layout:
-    """The same, each behind a marker; that of the overview is another."""
+    """Lays out four tiles and an overview, each behind a marker;
+    that of the overview is another.
+    """
     run, (tile, overview) = [family.image_token] * family.tokens_per_image, MARKERS
     return (batch, 5, *_square(family)), {}, [*[tile, *run] * 4, overview, *run]
 
 
 def _rows(family: Family, batch: int) -> Layout:
-    """Rows of tokens, each before a marker; the last one's is another."""
+    """Lays out rows of tokens, each before a marker; the last one's is another."""
     vision, config = family.model.config.vision_config, family.model.config
     side = SIDE // (vision.patch_size * config.spatial_merge_size)
     pixels = side * vision.patch_size * config.spatial_merge_size
@@ -135,7 +137,7 @@ def _rows(family: Family, batch: int) -> Layout:
 
 
 def _positions(family: Family, batch: int) -> Layout:
-    """Flattened patches, each with its column and row."""
+    """Lays out flattened patches, each with its column and row."""
     vision = family.model.config.vision_config
     side = SIDE // (vision.patch_size * vision.pooling_kernel_size) * vision.pooling_kernel_size
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
@@ -146,7 +148,7 @@ def _positions(family: Family, batch: int) -> Layout:
 
 
 def _views(family: Family, frames: int, batch: int) -> Layout:
-    """Frames of the tower's size, and a newline behind the last."""
+    """Lays out frames of the tower's size, and a newline behind the last."""
     shape = (batch, frames, *_square(family))
     meta = torch.empty(shape, device="meta")
     (_, rows, columns) = family.video_grids({"pixel_values_videos": meta})[0]
@@ -154,7 +156,7 @@ def _views(family: Family, frames: int, batch: int) -> Layout:
 
 
 def _pairs(family: Family, frames: int, batch: int) -> Layout:
-    """Flattened patches, (B, T, P, c), T frames of which each holds two."""
+    """Lays out flattened patches, (B, T, P, c), T frames of which each holds two."""
     vision = family.model.config.vision_config
     merge, together = vision.spatial_merge_size, vision.temporal_patch_size
     if frames % together:
@@ -170,7 +172,7 @@ def _pairs(family: Family, frames: int, batch: int) -> Layout:
 
 
 def _stamped_pairs(family: Family, frames: int, batch: int) -> Layout:
-    """The same, each frame between markers and behind its time."""
+    """Lays out flattened patches, each frame between markers and behind its time."""
     shape, inputs, pads = _pairs(family, frames, batch)
     config = family.model.config
     each = pads[: len(pads) // shape[1]]

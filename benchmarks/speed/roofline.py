@@ -28,7 +28,7 @@ class Ceilings:
     bandwidth: float
 
     def floor_ms(self, flops: float, moved: float) -> float:
-        """The least time for so many FLOPs and bytes, both at full speed at once."""
+        """Returns the least time for so many FLOPs and bytes, both at full speed at once."""
         return 1e3 * max(flops / self.flops, moved / self.bandwidth)
 
 
@@ -53,7 +53,7 @@ class Timing:
 
 @contextmanager
 def kept_memory() -> Iterator[None]:
-    """Let glibc keep what a CPU's tensors free, as other allocators do, while the block is open.
+    """Lets glibc keep what a CPU's tensors free, as other allocators do, while the block is open.
 
     Large blocks go back to the system otherwise, and the page faults of their return take as long
     as some operations, more or fewer of them by chance.

@@ -22,7 +22,7 @@ class PeakBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run an operation and note the tensors that it makes.
+        """Runs an operation and notes the tensors that it makes.
 
         Args:
             func: the operation.
@@ -42,8 +42,11 @@ class PeakBytes(TorchDispatchMode):
 
 @torch.inference_mode()
 def selection_memory(method: Any, vision: Images) -> float | None:
-    """Peak bytes of choosing among encoded images or videos, as a multiple of the bytes of the tokens
-    that the language model gets; None for methods that choose inside it, or change pixels.
+    """Returns peak bytes of choosing among encoded images or videos, as a
+    multiple of the bytes of the tokens.
+
+    The tokens are those that the language model gets. None for methods that choose inside it, or
+    change pixels.
     """
     chooser = getattr(method, "pre", method)
     if chooser.stage not in ("encoder", "projector"):

@@ -83,7 +83,7 @@ class Load:
 
 
 def bench_serving(config: ServingConfig) -> dict[str, Any]:
-    """Measure both arms, each in a process of its own, in turn.
+    """Measures both arms, each in a process of its own, in turn.
 
     Raises:
         InputError: if vLLM is not there, or cannot run the shape or the method.
@@ -134,7 +134,13 @@ def _alive(config: ServingConfig, arm: str) -> Iterator[None]:
 
 @contextmanager
 def _started(config: ServingConfig, arm: str, folder: str) -> Iterator[Callable[[int], Load]]:
-    """An engine in a process of its own, which answers the list at a concurrency."""
+    """Starts an engine in a process of its own, which answers the list at a concurrency.
+
+    Args:
+        config: what is measured.
+        arm: `unpruned` or `pruned`.
+        folder: of the model.
+    """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(config, arm, folder, theirs))
@@ -158,7 +164,7 @@ def _started(config: ServingConfig, arm: str, folder: str) -> Iterator[Callable[
 
 
 def _summary(config: ServingConfig, runs: Sequence[Load]) -> list[dict[str, Any]]:
-    """Of each concurrency the median over repeats."""
+    """Returns the medians over repeats, one for each concurrency."""
     by_concurrency = [
         [load for load in runs if load.concurrency == concurrency]
         for concurrency in config.concurrency
@@ -176,7 +182,13 @@ def _summary(config: ServingConfig, runs: Sequence[Load]) -> list[dict[str, Any]
 
 
 def _write_model(config: ServingConfig, architecture: Any, folder: Path) -> None:
-    """A folder that vLLM fills with random weights: configuration, tokenizer and processor."""
+    """Writes a folder that vLLM fills with random weights: configuration, tokenizer and processor.
+
+    Args:
+        config: what is measured.
+        architecture: configuration of the shape, changed in place.
+        folder: of the model.
+    """
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(checkpoint_path())
@@ -192,7 +204,14 @@ def _write_model(config: ServingConfig, architecture: Any, folder: Path) -> None
 
 
 def _serve(config: ServingConfig, arm: str, folder: str, requests: Any) -> None:
-    """Serve the list in this process, which is new, at each concurrency that is sent."""
+    """Serves the list in this process, which is new, at each concurrency that is sent.
+
+    Args:
+        config: what is measured.
+        arm: `unpruned` or `pruned`.
+        folder: of the model.
+        requests: the connection that concurrencies come by and loads go back by.
+    """
     threads = f"0-{(os.cpu_count() or 1) - 1}"
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", threads)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -223,7 +242,7 @@ def _serve(config: ServingConfig, arm: str, folder: str, requests: Any) -> None:
 
 
 def _prompt(config: ServingConfig, number: int) -> dict[str, Any]:
-    """A picture and a question that no other request of the list has."""
+    """Returns a picture and a question that no other request of the list has."""
     import numpy as np
     from PIL import Image
 
@@ -264,7 +283,7 @@ class Served:
 
 
 def serving_rows(results: dict[str, Any]) -> list[list[str]]:
-    """Header and one row per concurrency."""
+    """Returns header and one row per concurrency."""
     lines = [["concurrency", "unpruned req/s", "pruned req/s", "", "unpruned first token s",
               "pruned first token s", ""]]  # fmt: skip
     for one, other, gain in zip(
@@ -285,7 +304,7 @@ def serving_rows(results: dict[str, Any]) -> list[list[str]]:
 
 
 def serving_summary(results: dict[str, Any]) -> list[str]:
-    """Lines that say what was measured."""
+    """Returns lines that say what was measured."""
     config = ServingConfig(**results["config"])
     before, after = (results[arm][0]["prompt_tokens"] for arm in ARMS)
     layers = "" if config.layers is None else f", {config.layers} decoder layers"

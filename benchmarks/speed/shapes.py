@@ -34,7 +34,7 @@ from vlm_prune.vlm.tiny import checkpoint_path
 
 
 def _clip_large() -> CLIPVisionConfig:
-    """ViT-L/14 at 336 pixels: 576 tokens."""
+    """Returns ViT-L/14 at 336 pixels: 576 tokens."""
     return CLIPVisionConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
         projection_dim=768, image_size=336, patch_size=14,
@@ -241,7 +241,7 @@ def _gemma3_4b() -> Gemma3Config:
 
 
 def _gemma4_e2b() -> Gemma4Config:
-    """Without its tower for sound; the tower for images is the default one."""
+    """Returns Gemma 4 E2B without its tower for sound; the tower for images is the default one."""
     kinds = [*["sliding_attention"] * 4, "full_attention"] * 7
     return Gemma4Config(
         text_config={
@@ -295,7 +295,7 @@ def _glm_46v_flash_9b() -> Glm46VConfig:
 
 
 def _llava_05b() -> LlavaConfig:
-    """LLaVA-1.5 over Qwen1.5-0.5B."""
+    """Returns LLaVA-1.5 over Qwen1.5-0.5B."""
     return LlavaConfig(
         vision_config=_clip_large(),
         text_config=Qwen2Config(
@@ -311,7 +311,7 @@ def _tiny() -> LlavaConfig:
 
 
 def _smol() -> LlavaConfig:
-    """The embedded LLaVA over SmolLM2-135M-Instruct."""
+    """Returns the embedded LLaVA over SmolLM2-135M-Instruct."""
     return LlavaConfig(
         vision_config=_tiny().vision_config,
         text_config=LlamaConfig(

@@ -24,7 +24,9 @@ PHASES = ("prefill", "decode")
 
 
 def extra_flops(shape: str, rank: int) -> dict[str, float]:
-    """Share of the prefill's FLOPs at 1,000 tokens, 729 of them of an image, that each part adds."""
+    """Returns the share of the prefill's FLOPs at 1,000 tokens, 729 of them of
+    an image, that each part adds.
+    """
     text = SHAPES[shape]().get_text_config()
     layers = [float(IMAGE)] * text.num_hidden_layers
     counted = TOKENS - IMAGE, layers
@@ -37,7 +39,7 @@ def extra_flops(shape: str, rank: int) -> dict[str, float]:
 
 
 def shape_with_tokens(shape: str) -> Any:
-    """The configuration of a LLaVA-1.5 shape whose images have 729 tokens.
+    """Returns the configuration of a LLaVA-1.5 shape whose images have 729 tokens.
 
     Raises:
         InputError: for another architecture.
@@ -53,7 +55,7 @@ def shape_with_tokens(shape: str) -> Any:
 
 @torch.inference_mode()
 def bench_wings(config: BenchConfig, rank: int) -> dict[str, Any]:
-    """Time a model with and without learners in turn, after one warm-up each.
+    """Times a model with and without learners in turn, after one warm-up each.
 
     The prompt has 1,000 tokens, 729 of them of one image; images are encoded beforehand. Weights
     are random, those of learners too. Times are milliseconds per call, `decode` per token.
@@ -97,7 +99,7 @@ def bench_wings(config: BenchConfig, rank: int) -> dict[str, Any]:
 
 
 def wings_rows(results: dict[str, Any]) -> list[list[str]]:
-    """Header and one row per phase: median [quartiles] without and with learners, in ms."""
+    """Returns header and one row per phase: median [quartiles] without and with learners, in ms."""
     lines = [["phase", "plain ms", "Wings ms", "overhead %"]]
     for phase in PHASES:
         times = (str(Timing(**results["times_ms"][name][phase])) for name in ("plain", "wings"))
@@ -107,7 +109,7 @@ def wings_rows(results: dict[str, Any]) -> list[list[str]]:
 
 
 def about_wings(results: dict[str, Any]) -> list[str]:
-    """Lines that say what was measured, and the computed FLOPs."""
+    """Returns lines that say what was measured, and the computed FLOPs."""
     config = results["config"]
     machine = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
     return [

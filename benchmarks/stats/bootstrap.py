@@ -17,7 +17,7 @@ MOST_INDICES = 2**24  # held at once
 def resampled(
     statistic: Callable[..., Values], sizes: Sequence[int], draws: int = DRAWS, seed: int = 0
 ) -> Values:
-    """Bootstrap draws of a statistic of several strata, each resampled on its own.
+    """Returns bootstrap draws of a statistic of several strata, each resampled on its own.
 
     Args:
         statistic: takes one array of indices (D, n) for each stratum, of its n members with
@@ -54,7 +54,7 @@ def resampled(
 
 
 def percentiles(values: Values) -> tuple[float, float]:
-    """95 % interval of bootstrap draws (D,)."""
+    """Returns the 95 % interval of bootstrap draws (D,)."""
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 

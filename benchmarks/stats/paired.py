@@ -38,8 +38,10 @@ def difference(
 
 
 def mcnemar(ours: Scores, theirs: Scores) -> float:
-    """Exact two-sided p-value of McNemar's test over all questions; where scores are shares, of the
-    sign test, which it is a case of."""
+    """Returns the exact two-sided p-value of McNemar's test over all questions.
+
+    Where scores are shares it is that of the sign test, of which McNemar's is a case.
+    """
     gains = np.concatenate([ours[task] - theirs[task] for task in ours])
     won, lost = int((gains > 0).sum()), int((gains < 0).sum())
     return float(binomtest(won, won + lost).pvalue) if won + lost else 1.0

@@ -13,7 +13,7 @@ Rows = Sequence[Sequence[object]]
 
 
 def as_table(rows: Rows, title: str | None = None, sections: Sequence[int] = ()) -> "Table":
-    """A header and rows, for a terminal.
+    """Returns a header and rows as a table for a terminal.
 
     Args:
         rows: the header first.
@@ -32,7 +32,7 @@ def as_table(rows: Rows, title: str | None = None, sections: Sequence[int] = ())
 
 
 def as_markdown(rows: Rows) -> str:
-    """A header and rows, in Markdown; what is a mark there is escaped."""
+    """Returns a header and rows, in Markdown; what is a mark there is escaped."""
     header, *body = rows
     lines = [header, ["---"] * len(header), *body]
     return "".join(f"| {' | '.join(map(_cell, line))} |\n" for line in lines)
@@ -43,7 +43,7 @@ def _cell(value: object) -> str:
 
 
 def show(item: Any) -> None:
-    """Print without cutting columns, also where there is no terminal; brackets are no markup."""
+    """Prints without cutting columns, also where there is no terminal; brackets are no markup."""
     console().print(item)
 
 
@@ -58,5 +58,5 @@ def percent_interval(value: float, interval: Sequence[float]) -> str:
 
 
 def points(value: float, interval: Sequence[float]) -> str:
-    """A difference of accuracies in points, with its interval."""
+    """Formats a difference of accuracies in points, with its interval."""
     return f"{100 * value:+.1f} [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"

@@ -46,7 +46,7 @@ class Sample:
         return tuple(turn.video for turn in self.turns if turn.video is not None)
 
     def messages(self) -> list[dict[str, Any]]:
-        """The conversation in the chat-template format of `transformers`."""
+        """Returns the conversation in the chat-template format of `transformers`."""
         messages: list[dict[str, Any]] = []
         for turn in self.turns:
             content: list[dict[str, Any]] = [{"type": "image"} for _ in turn.images]
@@ -107,7 +107,7 @@ def question_id(task: str, index: int) -> str:
 
 
 def shares(names: Sequence[str], limit: int) -> dict[str, int]:
-    """How many of `limit` questions each task has, as evenly as they go.
+    """Returns how many of `limit` questions each task has, as evenly as they go.
 
     The first names of the alphabet have one more, so that the order of the tasks changes nothing.
     """

@@ -7,7 +7,9 @@ from vlm_prune.benchmarks.tasks.scenes import COLORS, NAMES, SHAPES, Scene, abou
 
 
 def ask(rng: np.random.Generator, scene: Scene) -> Question:
-    """Half yes; the no-questions name a random, a popular (shapes) or an adversarial absentee.
+    """Asks whether a thing of a color is there: half yes.
+
+    The no-questions name a random, a popular (shapes) or an adversarial absentee.
 
     Adversarial: thing and color are both in the scene, but on different objects.
     """

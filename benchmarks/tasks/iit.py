@@ -15,7 +15,7 @@ SETTINGS = ("T", "T,T", "T,T,T", "T,T,V", "T,V", "V")
 
 
 def ask_about_scene(rng: np.random.Generator, scene: Scene) -> Question:
-    """A question of one of the tasks that a visual turn may ask."""
+    """Asks a question of one of the tasks that a visual turn may ask."""
     makers = (attribute.ask, count.ask, exist.ask, ocr.ask)
     return makers[int(rng.integers(len(makers)))](rng, scene) or exist.ask(rng, scene)
 

@@ -35,7 +35,7 @@ class Actor:
 
     @property
     def seen(self) -> list[int]:
-        """Numbers of the frames that show it."""
+        """Returns the numbers of the frames that show it."""
         return [frame for frame, at in enumerate(self.path) if at is not None]
 
 
@@ -135,7 +135,7 @@ def clip_of(rng: np.random.Generator, split: Split, actors: tuple[Actor, ...]) -
 def about_movie(
     ask: Callable[[np.random.Generator], Movie],
 ) -> Callable[[np.random.Generator, Split], Sample]:
-    """A sample maker that shows a new video and asks one question about it."""
+    """Returns a sample maker that shows a new video and asks one question about it."""
 
     def make(rng: np.random.Generator, split: Split) -> Sample:
         movie = ask(rng)

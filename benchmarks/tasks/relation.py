@@ -9,7 +9,10 @@ CLEAR_MARGIN = 56.0
 
 
 def ask(rng: np.random.Generator, scene: Scene) -> Question | None:
-    """None when no two objects are at least 56 px (4 patches) apart on the chosen axis."""
+    """Asks how two objects stand to each other on the chosen axis.
+
+    None when no two objects are at least 56 px (4 patches) apart on it.
+    """
     horizontal = bool(rng.random() < 0.5)
     coordinates = [thing.x if horizontal else thing.y for thing in scene.things]
     pairs = [

@@ -64,7 +64,7 @@ class Thing:
 
     @property
     def noun(self) -> str:
-        """How a question names it: `star`, `digit 7`, `word cat`."""
+        """Returns how a question names it: `star`, `digit 7`, `word cat`."""
         return noun(self.name)
 
 
@@ -92,7 +92,7 @@ class Scene:
 
 
 def noun(name: str) -> str:
-    """The name with its kind, where the bare name would be ambiguous."""
+    """Returns the name with its kind, where the bare name would be ambiguous."""
     if name in DIGITS:
         return f"digit {name}"
     return f"word {name}" if name in WORDS else name
@@ -148,7 +148,15 @@ def make_scene(
 def _covered(
     alpha: NDArray[np.float32], left: int, top: int, least: float = 0.08
 ) -> tuple[slice, slice, NDArray[np.bool_]]:
-    """The block of patches a sprite touches, and which of them it covers by at least `least`."""
+    """Returns the block of patches a sprite touches, and which of them
+    it covers by at least `least`.
+
+    Args:
+        alpha: the sprite's opacity, (height, width).
+        left: its first column in pixels.
+        top: its first row in pixels.
+        least: share of a patch; less where no patch is covered that far.
+    """
     height, width = alpha.shape
     rows = slice(top // PATCH, (top + height - 1) // PATCH + 1)
     columns = slice(left // PATCH, (left + width - 1) // PATCH + 1)
@@ -202,10 +210,17 @@ def _distract(rng: np.random.Generator, pixels: NDArray[np.uint8]) -> None:
 def _free_corner(
     rng: np.random.Generator, placed: list[Thing], width: int, height: int, margin: int = 8
 ) -> tuple[int, int] | None:
-    """A corner clear of everything placed so far.
+    """Draws a corner clear of everything placed so far; None if it finds none in 60 tries.
 
     What fits into one patch stands on the patch grid, so that one token carries it; the rest
     stands anywhere.
+
+    Args:
+        rng: draws it.
+        placed: things with their places.
+        width: of what is placed.
+        height: of what is placed.
+        margin: least distance to others, in pixels.
     """
     step = PATCH if max(width, height) <= PATCH else 1
     for _ in range(60):
@@ -280,7 +295,7 @@ def _draw_shape(draw: ImageDraw.ImageDraw, name: str, side: int) -> None:
 def about_scene(
     ask: Callable[[np.random.Generator, Scene], Question | None],
 ) -> Callable[[np.random.Generator, Split], Sample]:
-    """A sample maker that shows a new scene and asks one question about it."""
+    """Returns a sample maker that shows a new scene and asks one question about it."""
 
     def make(rng: np.random.Generator, split: Split) -> Sample:
         while True:

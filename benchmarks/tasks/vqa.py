@@ -8,12 +8,14 @@ _ARTICLES = {"a", "an", "the"}
 
 
 def normalize(answer: str) -> str:
-    """Lower case, no articles, no punctuation, number words as digits, single spaces."""
+    """Returns an answer in lower case, without articles and punctuation, number
+    words as digits, single spaces.
+    """
     text = re.sub(r"(?<!\d)[^\w\s]|[^\w\s](?!\d)", " ", answer.lower())
     words = (_WORDS.get(word, word) for word in text.split())
     return " ".join(word for word in words if word not in _ARTICLES)
 
 
 def exact_match(prediction: str, answer: str) -> float:
-    """1.0 when both normalize to the same words, else 0.0."""
+    """Returns 1.0 when both normalize to the same words, else 0.0."""
     return float(normalize(prediction) == normalize(answer))

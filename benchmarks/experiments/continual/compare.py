@@ -15,13 +15,13 @@ Runs = Mapping[int, AccuracyMatrix]  # by seed
 
 
 def values(runs: Runs) -> dict[str, list[float]]:
-    """Each metric of each seed, in per cent."""
+    """Returns each metric of each seed, in per cent."""
     found = [summary(one.values) for one in runs.values()]
     return {name: [100 * float(row[name]) for row in found] for name in found[0]}
 
 
 def figures(runs: Runs) -> dict[str, dict[str, float]]:
-    """Mean over seeds of each metric with its 95 % interval, in per cent.
+    """Returns the mean over seeds of each metric with its 95 % interval, in per cent.
 
     The interval is of seeds and test images: both are drawn again. With one seed it is of the
     test images alone.
@@ -31,7 +31,9 @@ def figures(runs: Runs) -> dict[str, dict[str, float]]:
 
 
 def metric_differences(one: Runs, other: Runs) -> dict[str, dict[str, float]]:
-    """The first's metrics minus the second's over their common seeds, paired by seed and image."""
+    """Returns the first's metrics minus the second's over their common
+    seeds, paired by seed and image.
+    """
     seeds = [seed for seed in one if seed in other]
     if not seeds:
         return {}
@@ -45,7 +47,9 @@ def metric_differences(one: Runs, other: Runs) -> dict[str, dict[str, float]]:
 
 
 def _drawn(methods: Sequence[Runs]) -> dict[str, Array]:
-    """Bootstrap draws of each metric, mean over drawn seeds, (methods, DRAWS), in per cent."""
+    """Returns bootstrap draws of each metric, mean over drawn seeds,
+    (methods, DRAWS), in per cent.
+    """
     matrices = [one for runs in methods for one in runs.values()]
     tasks, seeds = len(matrices[0].names), len(methods[0])
     hits = [np.concatenate([one.hits[number] for one in matrices]) for number in range(tasks)]
@@ -68,7 +72,7 @@ def _drawn(methods: Sequence[Runs]) -> dict[str, Array]:
 
 
 def _means(rows: NDArray[np.uint8], drawn: NDArray[np.int64]) -> Array:
-    """Means (D, R) of rows (R, n) over images that are drawn, (D, n)."""
+    """Returns means (D, R) of rows (R, n) over images that are drawn, (D, n)."""
     draws, images = drawn.shape
     # how often each image is drawn, with one run of numbers for each draw
     indices = drawn + images * np.arange(draws)[:, None]
@@ -83,13 +87,13 @@ def _figure(seeds: Array, drawn: Array) -> dict[str, float]:
 
 
 def cell(figure: Mapping[str, float], sign: str = "") -> str:
-    """`61.0 [59.2, 62.9]`."""
+    """Formats a figure as `61.0 [59.2, 62.9]`."""
     value, low, high = (format(figure[key], f"{sign}.1f") for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 
 
 def draw_comparison(rows: Mapping[str, Mapping[str, Mapping[str, float]]], path: Path) -> None:
-    """Transfer against Last of every method with both intervals, as a picture."""
+    """Draws Transfer against Last of every method with both intervals, as a picture."""
     figure = extra("matplotlib.figure").Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     for number, (label, found) in enumerate(rows.items()):

@@ -93,7 +93,7 @@ class Tried(
 
     @property
     def options(self) -> dict[str, Any]:
-        """What was tried."""
+        """Returns the options that were tried."""
         return {k: v for k, v in msgspec.to_builtins(self).items() if k != "average"}
 
 
@@ -128,7 +128,7 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_report(folder: Path) -> RunReport | None:
-    """The report of a run; None if it has not finished.
+    """Reads the report of a run; None if it has not finished.
 
     Raises:
         InputError: if it is damaged.
@@ -142,7 +142,7 @@ def read_report(folder: Path) -> RunReport | None:
 
 
 def read_search(output: Path) -> dict[str, list[Tried]]:
-    """What the search has tried, by arm.
+    """Reads what the search has tried, by arm.
 
     Raises:
         InputError: if the file is damaged, or tells of other candidates.
@@ -158,7 +158,7 @@ def read_search(output: Path) -> dict[str, list[Tried]]:
 
 
 def read_step_ms(output: Path) -> dict[str, Amount]:
-    """Milliseconds of a step by arm, as far as they were taken.
+    """Reads the milliseconds of a step by arm, as far as they were taken.
 
     Raises:
         InputError: if the file is damaged.
@@ -199,22 +199,22 @@ class Experiment:
 
     @property
     def file(self) -> Path:
-        """Where its settings are recorded."""
+        """Returns the file where its settings are recorded."""
         return self.output / "experiment.json"
 
     def settings(self) -> dict[str, Any]:
-        """What decides its runs; seeds and arms may grow."""
+        """Returns what decides its runs; seeds and arms may grow."""
         names = ("steps", "batch", "test_per_class", "search_tasks", "tasks")
         found = {name: getattr(self, name) for name in names}
         return found | {"weights": load_clip("tiny").fingerprint()}
 
     def folder(self, label: str, seed: int) -> Path:
-        """Of one arm's run."""
+        """Returns the folder of one arm's run."""
         return self.output / label.replace(", ", "-").replace("'", "").replace(" ", "-") / f"{seed}"
 
 
 def run_all(experiment: Experiment, tell: Callable[[str], None] = print) -> None:
-    """Search, then run every arm, seed by seed; `tell` hears which one begins.
+    """Searches, then runs every arm, seed by seed; `tell` hears which one begins.
 
     Raises:
         InputError: if the folder belongs to other settings or to another CLIP.
@@ -302,7 +302,14 @@ def run_one(
 def _built(
     experiment: Experiment, stream: Stream, label: str, candidate: Mapping[str, Any]
 ) -> tuple[Method, dict[str, Any]]:
-    """The method of an arm, and what changes in the recipe, for a candidate."""
+    """Returns the method of an arm, and what changes in the recipe, for a candidate.
+
+    Args:
+        experiment: its sizes.
+        stream: that is learned.
+        label: of the arm.
+        candidate: options of the method, and perhaps `lr`.
+    """
     options = dict(candidate)
     changes: dict[str, Any] = {"steps": experiment.steps, "batch": experiment.batch}
     if "lr" in options:

@@ -91,7 +91,7 @@ class Learning:
 
     @property
     def clip(self) -> tuple[str, str | None]:
-        """Names of the model and of its weights."""
+        """Returns the names of the model and of its weights."""
         if self.model is not None:
             return self.model, self.pretrained
         return ("tiny", None) if self.stream == "packaged" else DEFAULT
@@ -143,7 +143,8 @@ def method_of(stream: Stream, name: str, options: dict[str, Any]) -> Method:
 
 
 def learn(settings: Learning) -> dict[str, Any]:
-    """Train, or finish training; writes `report.json`, `matrix.png` and, of pruned ranks, `ranks`.
+    """Trains, or finishes training; writes `report.json`, `matrix.png`
+    and, of pruned ranks, `ranks`.
 
     Raises:
         InputError: if a name is unknown, data are missing, or the folder holds another run.
@@ -172,7 +173,7 @@ def learn(settings: Learning) -> dict[str, Any]:
 
 
 def outside_of(settings: Learning, stream: Stream) -> tuple[list[StreamTask], dict[str, str]]:
-    """The data sets of `settings.retention`, and of those that are not there the reason.
+    """Returns the data sets of `settings.retention`, and of those that are not there the reason.
 
     Raises:
         InputError: if one that was asked for is unknown, missing, or a task of the stream.
@@ -198,7 +199,7 @@ def outside_of(settings: Learning, stream: Stream) -> tuple[list[StreamTask], di
 
 
 def picture_ranks(folder: Path) -> None:
-    """Draw how many components each task kept, module by layer, where some were dropped."""
+    """Draws how many components each task kept, module by layer, where some were dropped."""
     paths = sorted((folder / "deltas").glob("*.safetensors"))
     deltas = [Delta.load(path) for path in paths]
     dropped = any(f.rank < len(f.start) for delta in deltas for f in delta.factors.values())
@@ -213,7 +214,7 @@ def picture_ranks(folder: Path) -> None:
 
 
 def fewer(task: StreamTask, test_per_class: int | None) -> StreamTask:
-    """The task with the first test images of each class; None for all of them."""
+    """Returns the task with the first test images of each class; None takes all of them."""
     if test_per_class is None:
         return task
     labels = np.array(labels_of(task.test))
@@ -272,13 +273,13 @@ def hits_of(clip: Clip, task: StreamTask, recipe: Recipe) -> NDArray[np.uint8]:
 
 
 def accuracy_matrix(results: StreamResults) -> AccuracyMatrix:
-    """The results with their metrics."""
+    """Returns the results with their metrics."""
     hits = tuple(results.hits), tuple(results.zero_shot_hits)
     return AccuracyMatrix(tuple(results.tasks), *hits)
 
 
 def retention_line(name: str, left: Mapping[str, Any]) -> str:
-    """One data set of a report's retention as a line of text, in per cent."""
+    """Returns one data set of a report's retention as a line of text, in per cent."""
     if "missing" in left:
         return f"retention on {name} was not measured: {left['missing']}"
     before, after, low, high = (100 * v for v in (left["before"], left["after"], *left["ci"]))

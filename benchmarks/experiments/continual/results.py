@@ -58,7 +58,7 @@ SHOWN = ("transfer", "average", "last", "forgetting")
 
 
 def collect(experiment: Experiment) -> dict[str, Any]:
-    """All figures of the runs that are finished, as plain numbers."""
+    """Returns all figures of the runs that are finished, as plain numbers."""
     rows: dict[str, Any] = {}
     runs: dict[str, Runs] = {}
     for label in experiment.arms:
@@ -105,18 +105,21 @@ def collect(experiment: Experiment) -> dict[str, Any]:
 
 
 def kept_rank(folders: Iterable[Path]) -> float | None:
-    """Mean components per site that runs merged, over tasks and seeds; None without factors."""
+    """Returns the mean components per site that runs merged, over tasks and
+    seeds; None without factors.
+    """
     ranks = [factors.rank for delta in deltas(folders) for factors in delta.factors.values()]
     return float(np.mean(ranks)) if ranks else None
 
 
 def deltas(folders: Iterable[Path]) -> list[Delta]:
-    """The changes of all tasks of some runs."""
+    """Returns the changes of all tasks of some runs."""
     return [Delta.load(p) for f in folders for p in sorted((f / "deltas").glob("*.safetensors"))]
 
 
 def initial_gates(experiment: Experiment) -> dict[str, float | None]:
-    """How far CoDyRA's initial gates alone tell which components stay; means over tasks and seeds.
+    """Returns how far CoDyRA's initial gates alone tell which components
+    stay; means over tasks and seeds.
 
     The correlation is None where all components of every task, or none, survived.
     """
@@ -133,7 +136,7 @@ def initial_gates(experiment: Experiment) -> dict[str, float | None]:
 
 
 def verdicts(found: Mapping[str, Any]) -> list[str]:
-    """What the paired differences say about the two questions, in sentences."""
+    """Returns what the paired differences say about the two questions, in sentences."""
     pairs = {(one["of"], one["minus"]): one for one in found["differences"]}
     lines = []
     if all(pair in pairs and "last" in pairs[pair] for pair in (GAIN, WHICH, SMALLER)):
@@ -164,7 +167,9 @@ def verdicts(found: Mapping[str, Any]) -> list[str]:
 
 
 def time_steps(experiment: Experiment, rounds: int = 10) -> None:
-    """Record the milliseconds of a step on the first task, all methods in turn, unless it is done."""
+    """Records the milliseconds of a step on the first task, all
+    methods in turn, unless it is done.
+    """
     if read_step_ms(experiment.output):
         return
     stream, clip = open_stream("packaged"), load_clip("tiny")
@@ -183,7 +188,7 @@ def time_steps(experiment: Experiment, rounds: int = 10) -> None:
 
 
 def results_page(found: Mapping[str, Any]) -> str:
-    """The results in Markdown."""
+    """Returns the results in Markdown."""
     settings, rows = found["settings"], found["methods"]
     head = (
         "# Continual learners on the packaged stream\n\n"
@@ -256,7 +261,7 @@ def results_page(found: Mapping[str, Any]) -> str:
 
 
 def write(experiment: Experiment, folder: Path) -> None:
-    """`results.json`, `README.md` and `methods.png` in `folder`."""
+    """Writes `results.json`, `README.md` and `methods.png` in `folder`."""
     check_settings(experiment.file, experiment.settings())
     found = collect(experiment)
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,8 @@ def step_times(
     methods: Mapping[str, Method], make_clip: Callable[[], Clip], prompts: list[str],
     pixels: Tensor, labels: Tensor, rounds: int = 20,
 ) -> dict[str, float]:  # fmt: skip
-    """Median milliseconds of a step in the second half of a task, where ranks are pruned.
+    """Returns the median milliseconds of a step in the second half of a
+    task, where ranks are pruned.
 
     Args:
         methods: by any name; those that take no steps are left out of the answer.

@@ -62,11 +62,11 @@ class Plan:
 
     @property
     def wings(self) -> WingsConfig:
-        """The learners' shape, with positions for the longest packed row."""
+        """Returns the learners' shape, with positions for the longest packed row."""
         return WingsConfig(rank=self.rank, max_positions=2048)
 
     def rate(self, arm: "Arm") -> str:
-        """The language model's learning rate in an arm, in words."""
+        """Returns the language model's learning rate in an arm, in words."""
         if arm.method is None or METHODS[arm.method].language == "frozen":
             return "merged" if arm.merged else "0"
         return f"{self._language_lr(arm):g}"
@@ -117,7 +117,7 @@ class Arm:
 
     @property
     def sees_in_stage_1(self) -> bool:
-        """Whether there is a visual learner to train beside the projector."""
+        """Returns whether there is a visual learner to train beside the projector."""
         return self.method is not None and "visual" in METHODS[self.method].modalities
 
 

@@ -37,13 +37,23 @@ class Shown:
     features: Tensor
 
     def triples(self) -> Tensor:
-        """(scenes * 576, 3) name, color and place of each patch, as `Symbols` takes them."""
+        """Returns name, color and place of each patch,
+        (scenes * 576, 3), as `Symbols` takes them.
+        """
         return torch.cat([SceneExample(scene).triples for scene in self.scenes])
 
 
 @torch.no_grad()
 def encode_scenes(model: Any, split: Split, number: int, folder: Path) -> Shown:
-    """The first scenes of a split; features are kept in `folder`, since every arm has this tower."""
+    """Returns the first scenes of a split; features are kept in `folder`,
+    since every arm has this tower.
+
+    Args:
+        model: with the tower.
+        split: of the scenes.
+        number: of scenes.
+        folder: of the features.
+    """
     rng = np.random.default_rng([KEY, SPLITS.index(split)])
     scenes = [make_scene(rng, split) for _ in range(number)]
     path = folder / f"features-{split}-{number}.safetensors"

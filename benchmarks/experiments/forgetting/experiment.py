@@ -54,7 +54,7 @@ LANGUAGE, PROJECTOR = "model.language_model.", "model.multi_modal_projector."
 def run(
     plan: Plan, output: Path, results: Path, base: Path | None = None, jobs: int = 1
 ) -> dict[str, Any]:
-    """Run what is missing in `output`, then write JSON, table and plot to `results`.
+    """Runs what is missing in `output`, then writes JSON, table and plot to `results`.
 
     Args:
         plan: sizes and rates.
@@ -90,7 +90,14 @@ def run(
 
 
 def _run_arms(plan: Plan, output: Path, base: Path, jobs: int) -> dict[tuple[int, str], ArmRecord]:
-    """What is measured of each arm with each seed; what is missing is run."""
+    """Returns what is measured of each arm with each seed; what is missing is run.
+
+    Args:
+        plan: sizes and rates.
+        output: the experiment's folder.
+        base: weights of the text-only language model.
+        jobs: processes.
+    """
     _shown(plan, output)  # here, so that not each process computes features
     spread = Parallel(n_jobs=jobs, return_as="generator")
     list(spread(delayed(_begun)(plan, output, base, seed) for seed in plan.seeds))
@@ -113,7 +120,7 @@ def _run_arms(plan: Plan, output: Path, base: Path, jobs: int) -> dict[tuple[int
 
 @cache
 def _shown(plan: Plan, output: Path) -> dict[str, Shown]:
-    """The scenes of all splits; a process draws them once."""
+    """Returns the scenes of all splits; a process draws them once."""
     quiet()  # here, too, for a process of its own
     model, _ = load()
     sizes = {"train": plan.train_scenes, "val": plan.val_scenes, "test": plan.test_scenes}
@@ -121,7 +128,14 @@ def _shown(plan: Plan, output: Path) -> dict[str, Shown]:
 
 
 def _begun(plan: Plan, output: Path, base: Path, seed: int) -> None:
-    """Make what the arms of a seed share."""
+    """Makes what the arms of a seed share.
+
+    Args:
+        plan: sizes and rates.
+        output: the experiment's folder.
+        base: weights of the text-only language model.
+        seed: of the arms.
+    """
     folder, shown = output / f"seed-{seed}" / "aligned", _shown(plan, output)["train"]
     aligned(folder, base, plan, shown, seed)
     for arm in ARMS.values():
@@ -130,7 +144,14 @@ def _begun(plan: Plan, output: Path, base: Path, seed: int) -> None:
 
 
 def _finished(plan: Plan, output: Path, seed: int, name: str) -> ArmRecord:
-    """What is measured of one arm, from its file if it is there."""
+    """Returns what is measured of one arm, from its file if it is there.
+
+    Args:
+        plan: sizes and rates.
+        output: the experiment's folder.
+        seed: of the arm.
+        name: of the arm.
+    """
     folder = output / f"seed-{seed}"
     path = folder / f"{name}.json"
     if not path.is_file():
@@ -181,7 +202,7 @@ def aligned(folder: Path, base: Path, plan: Plan, shown: Shown, seed: int) -> No
 
 
 def load_language_model(model: Any, path: Path) -> None:
-    """Take the language model out of a safetensors file, whatever else is in it.
+    """Takes the language model out of a safetensors file, whatever else is in it.
 
     Raises:
         InputError: if it is not there, or has another shape.
@@ -248,7 +269,15 @@ def measure_arm(
 
 
 def _tested(model: Any, processor: Any, shown: Shown, plan: Plan, key: list[int]) -> Hits:
-    """Right answers to the questions that `key` draws, the same for all arms of a seed."""
+    """Returns right answers to the questions that `key` draws, the same for all arms of a seed.
+
+    Args:
+        model: that answers.
+        processor: the model's.
+        shown: scenes to ask about.
+        plan: sizes.
+        key: seeds the draw.
+    """
     return right_answers(model, processor, held_out_rows(shown, plan, np.random.default_rng(key)))
 
 
@@ -297,7 +326,7 @@ def _mean_curves(curves: Tensor) -> list[list[float | None]]:
 
 
 def _shift(curves: Tensor) -> list[float]:
-    """Of each row; a row whose curve does not vary has none."""
+    """Returns the attention shift of each row; a row whose curve does not vary has none."""
     shift = attention_shift(curves)
     defined: list[float] = shift[shift.isfinite()].tolist()
     return defined

@@ -105,13 +105,13 @@ def right_answers(model: Any, processor: Any, rows: list[tuple[str, Row]]) -> Hi
 
 
 def accuracy(counts: list[list[int]]) -> float:
-    """Share of right answers of [right, asked] counts."""
+    """Returns the share of right answers of [right, asked] counts."""
     right, total = np.array(counts).sum(0)
     return float(right / total)
 
 
 def accuracy_over_kinds(kinds: dict[str, list[list[int]]]) -> float:
-    """Mean over kinds, which weigh the same."""
+    """Returns the mean accuracy over kinds, which weigh the same."""
     return float(np.mean([accuracy(counts) for counts in kinds.values()]))
 
 
@@ -139,12 +139,20 @@ def _mean(seeds: Seeds) -> float:
 
 
 def _sizes(seeds: Seeds) -> list[int]:
-    """Members of the strata: the seeds, then the rows of each kind of each seed."""
+    """Returns the number of members of each stratum: the seeds, then the
+    rows of each kind of each seed.
+    """
     return [len(seeds), *(len(counts) for kinds in seeds for counts in kinds.values())]
 
 
 def _means(seeds: Seeds, chosen: NDArray[np.int64], *rows: NDArray[np.int64]) -> Values:
-    """Mean accuracies (D,) of seeds (D, S) that are drawn, each of rows that are drawn in it."""
+    """Returns mean accuracies (D,) of seeds that are drawn, each of rows that are drawn in it.
+
+    Args:
+        seeds: counts by kind of each seed.
+        chosen: seeds drawn, (D, S).
+        rows: for each kind of each seed the rows drawn, (D, n).
+    """
     strata, accuracies = iter(rows), []
     for kinds in seeds:
         # (D, 2) right and asked answers of each kind's rows

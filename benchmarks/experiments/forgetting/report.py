@@ -27,7 +27,7 @@ COLORS = ("#4477aa", "#cc6677", "#228833")
 
 
 def write_report(everything: dict[str, Any], folder: Path) -> None:
-    """Write `forgetting.json`, `forgetting.md` and `forgetting.png`."""
+    """Writes `forgetting.json`, `forgetting.md` and `forgetting.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     summary = summarize_arms(everything["arms"])
     # on one line: there are thousands of single answers
@@ -38,7 +38,7 @@ def write_report(everything: dict[str, Any], folder: Path) -> None:
 
 
 def summarize_arms(arms: dict[str, list[ArmRecord]]) -> dict[str, dict[str, Any]]:
-    """Means and 95 % intervals over seeds and scenes, for each arm."""
+    """Returns means and 95 % intervals over seeds and scenes, for each arm."""
     summary: dict[str, dict[str, Any]] = {}
     wings = [run.hits for run in arms["wings"]]
     for name, runs in arms.items():
@@ -72,7 +72,9 @@ def _shift_cell(value: tuple[float, tuple[float, float]] | None) -> str:
 
 
 def target_verdict(summary: dict[str, dict[str, Any]]) -> str:
-    """Whether Wings is as good as it should be: text kept, and sight next to the best baseline."""
+    """Says whether Wings is as good as it should be: text kept, and
+    sight next to the best baseline.
+    """
     kept = summary["wings"]["text"][0] / summary["base"]["text"][0]
     baselines = [name for name in summary if name != "base" and not name.startswith("wings")]
     best = max(baselines, key=lambda name: summary[name]["visual"][0])
@@ -87,7 +89,7 @@ def target_verdict(summary: dict[str, dict[str, Any]]) -> str:
 
 
 def report_markdown(everything: dict[str, Any], summary: dict[str, dict[str, Any]]) -> str:
-    """Two tables: skills, then attention and cost."""
+    """Returns two tables in Markdown: skills, then attention and cost."""
     before = summary["base"]["text"][0]
     plan = everything["plan"]
     skills = [

@@ -83,7 +83,7 @@ def prepared(
 
 
 def _matched_rank(plan: Plan, folder: Path) -> int:
-    """The LoRA rank with about as many parameters as both learners and the router."""
+    """Returns the LoRA rank with about as many parameters as both learners and the router."""
     from transformers import AutoConfig
 
     text = AutoConfig.from_pretrained(folder).text_config

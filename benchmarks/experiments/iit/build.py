@@ -75,7 +75,7 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 def group_of(subject: str) -> str:
-    """The broad subject that benchmarks share; everyday scenes are `general`."""
+    """Returns the broad subject that benchmarks share; everyday scenes are `general`."""
     low = subject.lower().replace(" ", "_")
     return next((g for g, words in SUBJECTS.items() if any(w in low for w in words)), "general")
 
@@ -137,7 +137,14 @@ def conversations(
 
 
 def _targets(items: list[Item], visual: bool, size: int, rng: Any) -> list[int]:
-    """Up to `size` questions, evenly over the benchmarks as far as these last."""
+    """Draws up to `size` questions, evenly over the benchmarks as far as these last.
+
+    Args:
+        items: all questions.
+        visual: whether those with an image are drawn, or those without.
+        size: how many.
+        rng: draws them.
+    """
     queues: dict[str, list[int]] = defaultdict(list)
     for number in rng.permutation(len(items)).tolist():
         if items[number].visual == visual:
@@ -151,7 +158,17 @@ def _targets(items: list[Item], visual: bool, size: int, rng: Any) -> list[int]:
 
 
 def _distinct(items: list[Item], target: int, near: list[int], number: int) -> list[int]:
-    """The nearest questions, nearest first, none of them asked twice."""
+    """Returns the nearest questions, nearest first, none of them asked twice.
+
+    Args:
+        items: all questions.
+        target: whose neighbors they are.
+        near: candidates, nearest first.
+        number: how many.
+
+    Raises:
+        InputError: if there are fewer.
+    """
     questions, kept = {items[target].question}, list[int]()
     for candidate in near:
         if items[candidate].question not in questions and len(kept) < number:
@@ -169,7 +186,7 @@ def build_conversations(
     seed: int = 0,
     allow_outside: bool = False,
 ) -> dict[str, int]:
-    """Write `iit.jsonl`, `manifest.json` and `images/`; returns conversations per setting.
+    """Writes `iit.jsonl`, `manifest.json` and `images/`; returns conversations per setting.
 
     Args:
         folder: where to write.
@@ -215,7 +232,7 @@ def _turn(item: Item, image: str | None) -> ConversationTurn:
 
 
 def _images(items: set[Item], folder: Path) -> dict[Item, str]:
-    """Copy the images of questions into the folder, each once; returns their names."""
+    """Copies the images of questions into the folder, each once; returns their names."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     by_file: dict[Path, dict[int, Item]] = defaultdict(dict)
     for item in items:

@@ -30,7 +30,7 @@ INSTRUCTION = "Answer with the option's letter from the given choices directly."
 
 
 def read_conversations(folder: Path | DataRoot) -> list[Sample]:
-    """The conversations that `build_conversations` wrote, all replies gold.
+    """Reads the conversations that `build_conversations` wrote, all replies gold.
 
     Raises:
         InputError: if there are none, or one is in another format or names an image that cannot be
@@ -64,7 +64,9 @@ def _sample(talk: Conversation, root: DataRoot, name: str) -> Sample:
 
 
 def letter_of(reply: str) -> str:
-    """The option a reply chooses: its first capital letter that stands alone; empty without one."""
+    """Returns the option a reply chooses: its first capital letter that
+    stands alone; empty without one.
+    """
     found = re.search(rf"(?<![A-Za-z])([{LETTERS}])(?![A-Za-z])", reply)
     return found.group(1) if found else ""
 
@@ -80,7 +82,7 @@ def _reply(model: Any, processor: Any, sample: Sample, pruner: Any | None) -> st
 
 
 def check_conversations(folder: Path | DataRoot, output: Path, context: str) -> None:
-    """Find out, before a model is loaded, whether conversations and output can be used.
+    """Finds out, before a model is loaded, whether conversations and output can be used.
 
     Args:
         folder: what `build` wrote.
@@ -105,7 +107,7 @@ def evaluate_conversations(
     pruner: Any | None = None,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """Accuracy of the last turn by setting, with 95 % bootstrap intervals.
+    """Returns the accuracy of the last turn by setting, with 95 % bootstrap intervals.
 
     Args:
         model: with or without learners.

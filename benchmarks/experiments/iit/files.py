@@ -20,7 +20,7 @@ IMAGE_COLUMNS = tuple(f"image_{n}" for n in range(1, 8)) + ("image",)
 
 
 def read_source_rows(path: Path, images: bool) -> Iterator[Row]:
-    """Every row of a file; of parquet without the image columns unless `images`.
+    """Yields every row of a file; of parquet without the image columns unless `images`.
 
     Rows of CSVs have the file's name as `subject`, since CMMLU has one file for each.
 
@@ -68,7 +68,8 @@ def _table(file: Any, delimiter: str, subject: str) -> Iterator[Row]:
 
 
 def image_bytes(value: Any, root: DataRoot) -> bytes:
-    """The file content of an image cell: `{"bytes"}`, a list of one, base64, or a file name.
+    """Returns the file content of an image cell: `{"bytes"}`, a list of
+    one, base64, or a file name.
 
     Raises:
         InputError: if it is none of these, or the file is outside of the data.

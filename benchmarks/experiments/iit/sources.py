@@ -130,7 +130,7 @@ SOURCES: Registry[Source] = Registry(
 def files_of(
     name: str, where: str | None, allow_outside: bool = False
 ) -> list[tuple[Path, DataRoot]]:
-    """A source's test files, each with its folder as the root of what its rows name.
+    """Returns a source's test files, each with its folder as the root of what its rows name.
 
     Args:
         name: of the source.
@@ -171,7 +171,7 @@ def _download(hub: str, source: Source) -> Path:
 
 
 def read_source(name: str, where: str | None = None, allow_outside: bool = False) -> list[Item]:
-    """All questions of a source that have one right letter and, if visual, one image.
+    """Returns all questions of a source that have one right letter and, if visual, one image.
 
     Args:
         name: of the source.
