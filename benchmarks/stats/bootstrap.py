@@ -42,7 +42,8 @@ def resampled(
 
     if not several:
         return of_indices()
-    with warnings.catch_warnings():  # a draw may be undefined, which is for the caller to tell
+    # a draw may be undefined, which is for the caller to tell
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
         warnings.simplefilter("ignore", DegenerateDataWarning)
         found = bootstrap(
             [np.arange(sizes[number]) for number in several], of_indices, n_resamples=draws,

@@ -40,6 +40,14 @@ def test_nothing_to_retain_is_not_a_number():
     assert retained({"a": (np.zeros(3), np.zeros(3))}) == (None, None)
 
 
+@pytest.mark.filterwarnings("error")
+def test_draws_without_a_right_unpruned_answer_are_left_out_without_a_warning():
+    point, interval = retained({"a": (np.array([1.0, 0, 0]), np.ones(3))})
+    assert point == 3.0
+    assert interval is not None
+    assert np.isfinite(interval).all()
+
+
 def test_the_accuracy_interval_covers_the_mean_as_often_as_it_says():
     rng = np.random.default_rng(0)
     covered = 0
