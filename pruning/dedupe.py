@@ -7,6 +7,10 @@ from torch import Tensor
 
 from vlm_prune.pruning.compose import MethodWrapper
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.distinct_views import first_equal
+from vlm_prune.vlm.encoded import Images
+from vlm_prune.vlm.families import Family
+from vlm_prune.vlm.prompt_pruning import BeforeModel
 from vlm_prune.vlm.tokens import Kept, VisionTokens
 
 
@@ -25,7 +29,10 @@ class Dedupe(MethodWrapper):
             that the tower reads; what is dropped differs by at most so much. At 0 all are equal bit
             by bit.
 
-    Tokens go behind the tower: which patches a tower could do without depends on its windows and tiles.
+    Where the tower takes tiles or frames that do not see each other (LLaVA, InternVL, SmolVLM,
+    Gemma 3 and their relatives), those with equal pixels pass through it once, with the same result.
+    Other repetitions go behind the tower: a patch sees its whole tile, and in Qwen's towers, whose
+    windows some layers leave, the whole image, so that what is dropped there would change the rest.
     """
 
     threshold: float = 0.0
@@ -34,6 +41,9 @@ class Dedupe(MethodWrapper):
         super().__post_init__()
         if self.threshold < 0:
             raise InputError(f"threshold {self.threshold} is negative; give 0 or more")
+
+    def before_model(self, family: Family, vision: Images | None) -> BeforeModel:
+        return replace(super().before_model(family, vision), once=True)
 
     def reduce(self, vision: VisionTokens) -> Kept:
         tokens, k = vision.projected, self.count(vision)
@@ -67,9 +77,4 @@ def first_of_their_kind(patches: Tensor, threshold: float) -> Tensor:
     if threshold:
         values = (values / threshold).round()
     index = torch.arange(values.shape[1], device=values.device)
-    new = []
-    for image in values:
-        kind = image.unique(dim=0, return_inverse=True)[1]
-        first = index.new_full((len(index),), len(index)).scatter_reduce(0, kind, index, "amin")
-        new.append(first[kind] == index)
-    return torch.stack(new)
+    return torch.stack([first_equal(image) == index for image in values])

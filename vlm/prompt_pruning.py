@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.distinct_views import distinct_views
 from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.families import Family
 from vlm_prune.vlm.families.base import KINDS, PIXELS, Kind, loaded
@@ -39,12 +40,14 @@ class BeforeModel:
         positions: what positions of kept tokens become.
         pixels: changes the images before they are encoded.
         vision: the prompt's images, and its videos behind them, where they were encoded beforehand.
+        once: whether the tower encodes views with equal pixels once.
     """
 
     reduce: Callable[[VisionTokens], Kept]
     positions: Positions
     pixels: Callable[[Tensor], Tensor] | None = None
     vision: Images | None = None
+    once: bool = False
 
 
 @dataclass
@@ -114,7 +117,10 @@ class Encoder:
                     output["frames"] = [(count, grid[0]) for count, grid in videos]
                 return output
             seen = whole if self.before.pixels is None else self.before.pixels(whole)
-            output = self.family.run(self.original, seen, **inputs)
+            with distinct_views(self.family.view_tower if self.before.once else None) as views:
+                output = self.family.run(self.original, seen, **inputs)
+            if views.source is not None:
+                output.projections = views.expanded(output.projections)
         kept = copy.copy(output)
         vars(kept).update(vars(output))
         if seen.shape != whole.shape:

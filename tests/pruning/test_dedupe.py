@@ -1,6 +1,7 @@
 """What an image shows twice is kept once, and nothing else goes."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ from PIL import Image, ImageDraw
 from vlm_prune.pruning import Dedupe, Restore
 from vlm_prune.pruning.dedupe import first_of_their_kind
 from vlm_prune.pruning.registry import build
+from vlm_prune.vlm.block import pruned
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.distinct_views import DistinctViews, first_equal
+from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.serving.settings import Settings
 from vlm_prune.vlm.tokens import VisionTokens
 
@@ -80,6 +84,40 @@ def test_all_patches_are_still_there(tiny):
             assert torch.equal(own[kept].unique(dim=0), distinct)
             dropped += group.size - len(kept)
     assert dropped
+
+
+@pytest.mark.parametrize("name", ["dedupe", "fopru+dedupe"])
+def test_equal_views_pass_through_the_tower_once(name, tiny):
+    """With the same result on every family; where views see each other all of them pass."""
+    with showing(tiny, page(84, 84)):
+        inputs = tiny.inputs([[([0, 1], "red?")], [([0], "Is there a 7?")]])
+    pruner = build(name, budget=0.5)
+    family, rows = family_of(tiny.model), []
+    layer = family.tower_layers[0]
+    hook = layer.register_forward_pre_hook(lambda module, args: rows.append(args[0].numel()))
+    try:
+        with pruner(tiny.model) as once, torch.no_grad():
+            logits = tiny.model(**inputs).logits
+        before = pruner.before_model(family, None)
+        with pruned(tiny.model, before=replace(before, once=False)) as apart, torch.no_grad():
+            expected = tiny.model(**inputs).logits
+    finally:
+        hook.remove()
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
+    for ours, theirs in zip(once.kept, apart.kept, strict=True):
+        assert torch.equal(ours, theirs)
+    once_seen, all_seen = (sum(half) for half in np.split(np.array(rows), 2))
+    assert (once_seen < all_seen) == (family.view_tower is not None)
+
+
+def test_views_are_equal_where_all_that_belongs_to_them_is():
+    views, masks = torch.tensor([[1.0], [2.0], [1.0], [1.0], [2.0]]), torch.tensor([0, 0, 0, 1, 0])
+    seen = DistinctViews()
+    given = seen.chosen({"pixel_values": views, "mask": masks[:, None], "other": 3})
+    assert given["pixel_values"][:, 0].tolist() == [1, 2, 1]
+    assert given["mask"][:, 0].tolist() == [0, 0, 1] and given["other"] == 3
+    assert seen.expanded((given["pixel_values"], None))[0].equal(views)
+    assert first_equal(views).tolist() == [0, 1, 0, 0, 1]
 
 
 def test_patches_are_the_pixels_behind_a_token(tiny):

@@ -258,6 +258,11 @@ class Family(ABC):
         """Returns the vision tower's layers."""
 
     @property
+    def view_tower(self) -> nn.Module | None:
+        """Returns the vision tower, where it takes views (T, 3, H, W) that do not see each other."""
+        return None
+
+    @property
     def tower_prefix(self) -> int:
         """Returns how many tokens of the tower's sequence stand in front of a view's patches."""
         return 0

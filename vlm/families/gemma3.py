@@ -40,6 +40,11 @@ class Gemma3(Family):
         return int(self.model.config.mm_tokens_per_image)
 
     @property
+    def view_tower(self) -> nn.Module:
+        tower: nn.Module = self.model.model.vision_tower
+        return tower
+
+    @property
     def tower_layers(self) -> Any:
         tower = self.model.model.vision_tower
         return getattr(tower, "vision_model", tower).encoder.layers

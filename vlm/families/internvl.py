@@ -36,6 +36,11 @@ class InternVL(Tiled):
         check_strategy(self.model.config, self.tower_prefix)
 
     @property
+    def view_tower(self) -> nn.Module:
+        tower: nn.Module = self.model.model.vision_tower
+        return tower
+
+    @property
     def tower_layers(self) -> Any:
         return self.model.model.vision_tower.encoder.layer
 

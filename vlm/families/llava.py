@@ -39,6 +39,11 @@ class Llava(Family):
         return int((vision.image_size // vision.patch_size) ** 2)
 
     @property
+    def view_tower(self) -> nn.Module:
+        tower: nn.Module = self.model.model.vision_tower
+        return tower
+
+    @property
     def tower_layers(self) -> Any:
         tower = self.model.model.vision_tower
         return getattr(tower, "vision_model", tower).encoder.layers

@@ -48,6 +48,11 @@ class SmolVLM(Tiled):
         return self.model.model.text_model
 
     @property
+    def view_tower(self) -> nn.Module:
+        tower: nn.Module = self.model.model.vision_model
+        return tower
+
+    @property
     def tower_layers(self) -> Any:
         return self.model.model.vision_model.encoder.layers
 
