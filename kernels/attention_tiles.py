@@ -17,6 +17,7 @@ def load_tile(base, rows, seen, strides, width, BLOCK: tl.constexpr):
         strides: the last two are those of rows and columns.
         width: columns of the matrix.
     """
+    # strides may be those of a view, so that nothing has to be contiguous
     columns = tl.arange(0, BLOCK)
     offsets = rows[:, None] * strides[-2] + columns[None, :] * strides[-1]
     return tl.load(base + offsets, mask=seen[:, None] & (columns < width)[None, :], other=0.0)
@@ -38,6 +39,7 @@ def positions_of(positions, first, rows, real):
     if positions is None:
         at = tl.where(real, 0, -1)
     elif positions.dtype.element_ty == tl.int8:
+        # a mask: valid rows stand at their indices
         at = tl.where(tl.load(positions + first + rows, mask=real, other=0) != 0, rows, -1)
     else:
         at = tl.load(positions + first + rows, mask=real, other=-1)
@@ -62,7 +64,9 @@ def query_tile(
     """
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     real = rows < queries
+    # positions are (B, T), shared by all heads of a row of the batch
     at = positions_of(positions, batch * queries, rows, real)
+    # the pointer moves to (batch, head); rows and columns follow in load_tile
     query += batch * strides[0] + head * strides[1]
     return rows, real, at, load_tile(query, rows, real, strides, width, BLOCK_D).to(DTYPE)
 
@@ -78,6 +82,7 @@ def visible_logits(query, query_at, key, key_at, scale, WINDOW: tl.constexpr = N
         WINDOW: how many positions a query sees, its own among them; None for all.
     """
     scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+    # causal: keys at the query's position or before, without padding
     seen = (key_at[None, :] <= query_at[:, None]) & (key_at[None, :] >= 0)
     if WINDOW is not None:
         seen = seen & (key_at[None, :] > query_at[:, None] - WINDOW)
@@ -109,6 +114,7 @@ def row_lse(
         key_at = positions_of(key_positions, first, rows, rows < keys)
         tile = load_tile(key, rows, rows < keys, key_strides, width, BLOCK_D)
         logits = visible_logits(query, query_at, tile.to(DTYPE), key_at, scale, WINDOW)
+        # sums so far are brought to the new maximum; where no key was seen yet, it is 0, not -inf
         top = tl.maximum(high, tl.max(logits, 1))
         base = tl.where(top == float("-inf"), 0.0, top)
         total = total * tl.exp(high - base) + tl.sum(tl.exp(logits - base[:, None]), 1)
@@ -138,17 +144,20 @@ def _weighted_columns_kernel(
     """
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
+    # this program's tile of keys, and the key head that its query head shares
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < keys
     key_at = positions_of(key_positions, batch * keys, columns, inside)
     key += batch * key_strides[0] + head // group * key_strides[1]
     tile = load_tile(key, columns, inside, key_strides, width, BLOCK_D).to(DTYPE)
+    # over all tiles of queries, so that no two programs add to the same column
     query += batch * query_strides[0] + head * query_strides[1]
     total = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, queries, BLOCK_T):
         rows = start + tl.arange(0, BLOCK_T)
         real = rows < queries
         query_at = positions_of(query_positions, batch * queries, rows, real)
+        # +inf makes the attention of rows that do not exist 0
         normalizer = tl.load(lse + row * queries + rows, mask=real, other=float("inf"))
         q = load_tile(query, rows, real, query_strides, width, BLOCK_D).to(DTYPE)
         logits = visible_logits(q, query_at, tile, key_at, scale, WINDOW)
@@ -194,6 +203,7 @@ def weighted_columns(
         BLOCK_T=block_size(queries), BLOCK_N=block, BLOCK_D=tile_width(width), DTYPE=tile_dtype(query),
         WINDOW=window,
     )  # fmt: skip
+    # over heads in a fixed order
     return out.sum(1)
 
 

@@ -19,6 +19,7 @@ def visible_softmax(
         key_positions: (B, N).
         window: how many positions a query sees, its own among them; None for all.
     """
+    # (B, 1, N) against (B, T, 1)
     keys, queries = key_positions[:, None], query_positions[..., None]
     seen = (keys <= queries) & (keys >= 0)
     if window is not None:

@@ -20,6 +20,7 @@ def attention_received(
     query, key = at_least_fp32(query), at_least_fp32(share_heads(key, query))
     query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
     total = key.new_zeros(key.shape[0], key.shape[2])
+    # queries without padding; all of them where there are no positions
     count: int | Tensor = query.shape[2]
     for start in range(0, query.shape[2], _ROWS):
         rows = slice(start, start + _ROWS)

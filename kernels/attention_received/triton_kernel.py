@@ -37,11 +37,13 @@ def _lse_kernel(
         queries, keys, width: T, N and d.
         WINDOW: how many positions a query sees, or None for all.
     """
+    # programs of the second axis are numbered (batch, head); int64 for offsets beyond 2^31
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
     rows, real, query_at, q = query_tile(
         query, query_positions, query_strides, batch, head, queries, width, BLOCK_T, BLOCK_D, DTYPE
     )
+    # `group` query heads share one key head
     key += batch * key_strides[0] + head // group * key_strides[1]
     normalizer = row_lse(
         q, query_at, key, key_positions, batch * keys,
@@ -68,6 +70,7 @@ def attention_received(
     query_at = key_at = weights = None
     if query_positions is not None and key_positions is not None:
         query_at, key_at = query_positions.int().contiguous(), key_positions.int().contiguous()
+        # a mean over heads and the queries that are no padding
         real = (query_at >= 0).float()
         share = real / (heads * real.sum(1, keepdim=True)).clamp_min(1)
         weights = share[:, None].expand(-1, heads, -1).contiguous()

@@ -9,6 +9,7 @@ def compact_tokens(
     """Returns what `op.compact_tokens` describes, row by row."""
     counts = keep.sum(1).tolist()
     length = max(counts, default=0)
+    # shorter rows begin later, unless they are padded on the right
     starts = [0 if right_padded else length - count for count in counts]
     valid = keep.new_zeros(len(keep), length)
     moved = [tensor.new_zeros(len(keep), length, *tensor.shape[2:]) for tensor in tensors]

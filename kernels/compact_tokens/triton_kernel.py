@@ -8,6 +8,7 @@ from torch import Tensor
 
 @triton.jit
 def _copy(source, target, stride, width, filled, BLOCK: tl.constexpr):
+    # empty slots read nothing and are written as zeros
     readable = tl.where(filled, width, 0)
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
@@ -35,14 +36,17 @@ def _compact_kernel(
         RIGHT: whether empty slots come last.
     """
     slot, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    # the rank of the token that belongs in this slot; empty slots come first or last
     count = tl.load(counts + batch)
     rank = slot if RIGHT else slot - (length - count)
     filled = (rank >= 0) & (rank < count)
+    # the running count reaches rank + 1 behind as many tokens as have less
     columns = tl.arange(0, BLOCK_L)
     kept = tl.load(keep + batch * tokens + columns, mask=columns < tokens, other=0)
     running = tl.cumsum(kept.to(tl.int32), 0)
     source = tl.sum(((running <= rank) & (columns < tokens)).to(tl.int32), 0)
     tl.store(valid + batch * length + slot, filled)
+    # the same move for each tensor, unrolled when it is compiled
     for i in tl.static_range(len(sources)):
         _copy(
             sources[i] + batch * strides[i][0] + source * strides[i][1],
@@ -62,6 +66,7 @@ def compact_tokens(
     moved = [tensor.new_empty(batch, length, *tensor.shape[2:]) for tensor in tensors]
     if length == 0:
         return valid, moved
+    # (B, L, ...) -> (B, L, w); tensors (B, L) get w = 1
     rows = [_bytes_as_numbers(tensor).flatten(2) for tensor in (t.unsqueeze(-1) for t in tensors)]
     _compact_kernel[(length, batch)](
         keep.to(torch.int8).contiguous(), counts, _bytes_as_numbers(valid),

@@ -19,6 +19,7 @@ def greedy_select(
     nearest = torch.full_like(scores, -torch.inf)
     covered = similarity.new_zeros(len(scores), similarity.shape[2])
     if rule == "dpp":
+        # variance of each token that chosen ones do not explain yet; below `spent` it is rounding
         residual = scores.square() * similarity.diagonal(dim1=1, dim2=2)
         spent = SPENT * torch.finfo(scores.dtype).eps * residual.amax(1, keepdim=True)
         factor = residual.new_empty(len(scores), k, scores.shape[1])
@@ -34,6 +35,7 @@ def greedy_select(
             gain = (1 - nearest) * (scores if rule == "diverse" else 1)
         gain = gain.masked_fill(~free, -torch.inf)
         pick = gain.argmax(1)
+        # images that have no free token left get -1
         chosen[:, step] = torch.where(free.any(1), pick, -1)
         free[images, pick] = False
         closest = similarity[images, pick]
@@ -42,6 +44,7 @@ def greedy_select(
         else:
             nearest = torch.maximum(nearest, closest)
         if rule == "dpp":
+            # one row of an incremental Cholesky factor of the kernel score x similarity x score
             known = factor[:, :step]
             row = scores[images, pick][:, None] * scores * closest
             row = row - (known[images, :, pick][:, None] @ known)[:, 0]

@@ -17,13 +17,16 @@ def _select_kernel(
     similarity += image * by_image
     if RULE == "dpp":
         factor += image * k * tokens
+    # all N tokens of the image are in one tile
     columns = tl.arange(0, BLOCK)
     inside = columns < tokens
     score = tl.load(scores + image * tokens + columns, mask=inside, other=0.0)
     free = inside.to(tl.int8)
     if valid is not None:
         free = tl.load(valid + image * tokens + columns, mask=inside, other=0)
+    # each step takes the largest gain among free tokens; `nearest` and `residual` carry it on
     nearest = tl.zeros([BLOCK], tl.float32)
+    # a diagonal entry is one row and one column further than the last
     diagonal = tl.load(similarity + columns * (by_row + by_column), mask=inside, other=0.0)
     residual = score * score * diagonal
     spent = SPENT * tl.max(residual, 0)
@@ -38,11 +41,13 @@ def _select_kernel(
         gain = tl.where(free != 0, gain, float("-inf"))
         best, pick = tl.max(gain, 0, return_indices=True, return_indices_tie_break_left=True)
         tl.store(chosen + image * k + step, tl.where(best > float("-inf"), pick, -1))
+        # the token is taken, and all others learn how near it is to them
         free = tl.where(columns == pick, 0, free)
         row = similarity + pick * by_row + columns * by_column
         closest = tl.load(row, mask=inside, other=0.0)
         nearest = tl.where(step == 0, closest, tl.maximum(nearest, closest))
         if RULE == "dpp":
+            # one row of an incremental Cholesky factor: what chosen tokens explain is subtracted
             size = tl.maximum(best, 0.0)
             part = tl.load(scores + image * tokens + pick) * score * closest
             past = tl.zeros([BLOCK], tl.float32)

@@ -24,6 +24,7 @@ def _cosine_kernel(
         rows, columns, width: N, K and d.
     """
     image = tl.program_id(2).to(tl.int64)
+    # one tile (BLOCK_N, BLOCK_K) of an image's (N, K) pairs
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     one += image * one_strides[0]
@@ -31,6 +32,7 @@ def _cosine_kernel(
     total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     left_squares = tl.zeros([BLOCK_N], tl.float32)
     right_squares = tl.zeros([BLOCK_K], tl.float32)
+    # along the width; what is past its end is loaded as 0 and adds nothing
     for start in range(0, width, BLOCK_D):
         left = load_tile(
             one + start * one_strides[2], row, row < rows, one_strides, width - start, BLOCK_D
@@ -43,8 +45,10 @@ def _cosine_kernel(
         left, right = left.to(tl.float32), right.to(tl.float32)
         left_squares += tl.sum(left * left, 1)
         right_squares += tl.sum(right * right, 1)
+    # as torch's normalize: no norm is below 1e-12
     norms = tl.maximum(tl.sqrt(left_squares), 1e-12)[:, None]
     total /= norms * tl.maximum(tl.sqrt(right_squares), 1e-12)[None, :]
+    # out is contiguous, (M, N, K)
     out += (image * rows + row[:, None]) * columns + column[None, :]
     tl.store(out, total, mask=(row < rows)[:, None] & (column < columns)[None, :])
 

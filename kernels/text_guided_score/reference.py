@@ -19,8 +19,10 @@ def text_guided_score(
     positions = torch.arange(key.shape[2], device=key.device)
     scores = query @ key.transpose(-1, -2) * scale
     attention = visible_softmax(scores, columns, torch.where(key_valid, positions, -1), window)
+    # (B, H, T, T): what text rows pay text rows; padding is column 0 here and masked
     index = columns.clamp_min(0)[:, None, None].expand(-1, *attention.shape[1:3], -1)
     to_text = attention.gather(3, index) * (columns >= 0)[:, None, None]
+    # column sums and row sums of A + A^T, whose diagonal counts once
     diagonal = to_text.diagonal(dim1=-2, dim2=-1)
     prior = to_text.sum(-2) + to_text.sum(-1) - diagonal
     return (prior[..., None] * attention).sum(dim=(1, 2))

@@ -48,6 +48,7 @@ def _prior_kernel(
     rows, real, query_at, q = query_tile(
         query, columns, query_strides, batch, head, queries, width, BLOCK_T, BLOCK_D, DTYPE
     )
+    # text rows are keys, too: `columns` says which
     columns += batch * queries
     key += batch * key_strides[0] + head // group * key_strides[1]
     normalizer = row_lse(
@@ -56,14 +57,17 @@ def _prior_kernel(
     )  # fmt: skip
     tl.store(lse + row * queries + rows, normalizer, mask=real)
     if column_sums is not None:
+        # (batch, head, tile, T): a row for each program, so that no two add to one number
         column_sums += (row * tl.num_programs(0) + tl.program_id(0)) * queries
     total = tl.zeros([BLOCK_T], tl.float32)
+    # attention from this tile's text rows to all text rows, a tile at a time
     for start in range(0, queries, BLOCK_T):
         others = start + tl.arange(0, BLOCK_T)
         key_at = tl.load(columns + others, mask=others < queries, other=-1)
         tile = load_tile(key, key_at, key_at >= 0, key_strides, width, BLOCK_D).to(DTYPE)
         logits = visible_logits(q, query_at, tile, key_at, scale, WINDOW)
         attention = tl.exp(logits - normalizer[:, None])
+        # the diagonal is in the column sums; in the row sums it would count twice
         total += tl.sum(tl.where(rows[:, None] == others[None, :], 0.0, attention), 1)
         if column_sums is None:
             total += tl.sum(attention, 0)
@@ -87,6 +91,7 @@ def text_guided_score(
     key_at, columns = key_valid.contiguous().view(torch.int8), columns.int().contiguous()
     block = block_size(queries)
     tiles = triton.cdiv(queries, block)
+    # what text rows pay and get within the text, in fp32
     lse, prior = torch.empty(2, batch, heads, queries, device=query.device)
     column_sums = None
     if tiles > 1:

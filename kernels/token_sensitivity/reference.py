@@ -40,6 +40,7 @@ def bands(root: Tensor) -> Iterator[slice]:
     """Yields the rows of a triangular matrix in slices; those from row i
     on are zero before column i.
     """
+    # eight parts at most, of 128 rows at least
     size = max(128, -(-len(root) // 8))
     return (slice(start, start + size) for start in range(0, len(root), size))
 
@@ -56,6 +57,7 @@ def monte_carlo(
     """Returns what `op.monte_carlo` describes, one direction after the other."""
     before, root = pre_activation(features, w1, b1), at_least_fp32(root)
     total = before.new_zeros(features.shape[:-1])
+    # the first layer is linear: a step along u moves its output by W1 u
     for shift in pre_activation(bank, w1, None) * step:
         difference = activation(before + shift) - activation(before - shift)
         squares = torch.zeros_like(total)

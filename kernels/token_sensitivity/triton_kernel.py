@@ -65,6 +65,7 @@ def _differences_kernel(
     real = units < hidden
     inputs = _pre_activations(before, bias, row, units, real, hidden, BIASED)
     shift = tl.load(shifts + direction * hidden + units, mask=real, other=0.0)
+    # out is (directions, N, h)
     out += (direction * tokens + row) * hidden
     tl.store(out + units, (_gelu(inputs + shift) - _gelu(inputs - shift)) * factor, mask=real)
 
@@ -145,6 +146,7 @@ def monte_carlo(
     norms = torch.empty(directions, tokens, dtype=torch.float32, device=before.device)
     if tokens == 0:
         return norms.sum(0).view(features.shape[:-1])
+    # as many directions at once as keep the differences in the cache
     chunk, block = max(1, DIFFERENCES // before.numel()), _block(hidden)
     for first in range(0, directions, chunk):
         part = shifts[first : first + chunk]
@@ -154,6 +156,7 @@ def monte_carlo(
             BIASED=b1 is not None, BLOCK=block,
         )  # fmt: skip
         out = moved.new_empty(len(moved), len(root))
+        # the root is triangular: a band of its rows needs the columns from its first row on
         for rows in bands(root):
             torch.mm(moved[:, rows.start :], root[rows, rows.start :].T, out=out[:, rows])
         norms[first : first + chunk] = _row_roots(out, out, 1).view(-1, tokens)
@@ -205,6 +208,7 @@ def directional(
         return norms.view(features.shape[:-1])
     slopes = _slopes(before, b1, root.dtype)
     for maps in moved_roots(w1, root, bank):
+        # (N, h) @ (h, c r) -> (N c, r), one row for each token and direction
         moved = (slopes @ maps.flatten(0, 1).T).view(-1, len(root))
         norms += _row_roots(moved, moved, 1).view(len(before), -1).sum(1)
     return (norms / len(bank)).view(features.shape[:-1])
