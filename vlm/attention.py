@@ -73,12 +73,14 @@ def decoder_query_key(
     attention, width = layer.self_attn, layer.self_attn.head_dim
     normed = layer.input_layernorm(hidden)
     chosen = take(normed, index)
+    # (B, L, G d) -> (B, G, L, d)
     key = attention.k_proj(normed).unflatten(-1, (-1, width)).transpose(1, 2)
     heads = key.shape[1] * attention.num_key_value_groups
     # Qwen3.5 has a gate behind each head's query
     query = attention.q_proj(chosen).unflatten(-1, (heads, -1))[..., :width].transpose(1, 2)
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
+    # one table for all rows becomes one for each, of which queries take theirs
     cos, sin = (table.expand(len(hidden), -1, -1) for table in rotary)
     # some models turn pairs of neighbors, or part of a head only
     modeling = sys.modules[type(attention).__module__]
@@ -106,6 +108,7 @@ def turns_neighbors(layer: Any) -> bool:
 def expanded_mask(valid: Tensor) -> Tensor:
     """Returns the causal mask (B, 1, K, K) of prompts with padding, true where `valid` (B, K) is."""
     length = valid.shape[1]
+    # (K, K) & (B, 1, 1, K): nobody sees padding
     seen = torch.ones(length, length, dtype=torch.bool, device=valid.device).tril()
     return seen & valid[:, None, None].bool()
 

@@ -187,10 +187,12 @@ class Block:
         if not self.open:
             return args, kwargs
         self.refuse_compiled()
+        # positional arguments by name, so that what follows finds them
         names = list(signature(type(module).forward).parameters)[1:]
         kwargs = dict(zip(names, args, strict=False)) | kwargs
         given = kwargs.get("mm_encoder_outputs") or {}
         features = {} if isinstance(given, Tensor) else given
+        # of each kind what was encoded beforehand, else the pixels
         sources: dict[Kind, Any] = {}
         for kind in KINDS:
             for source in (features.get(kind), kwargs.get(PIXELS[kind])):
@@ -201,6 +203,7 @@ class Block:
                 f"videos of {self.family.model.config.model_type} models are not pruned; give their "
                 "frames as images"
             )
+        # a cache of a pruned prompt may be used while the forward runs, by this thread
         prompt = prompt_in(cache_of(kwargs))
         with self.changed:
             self.running[threading.get_ident()] = (threading.current_thread(), prompt)
@@ -217,6 +220,7 @@ class Block:
         if not shown and prompt is None:
             return (), kwargs
         check_arguments(self.family, kwargs)
+        # the module merges what it is given, and leaves out the tower
         if shown:
             encoded = {
                 kind: features[kind]
@@ -265,6 +269,7 @@ class Block:
         ids = self.input_ids(kwargs)
         length = ids.shape[1]
         prompt, past = prompt_in(cache), 0 if cache is None else int(cache.get_seq_length())
+        # without a mask all tokens are real; with one it also covers what the cache holds
         valid = torch.ones(ids.shape, dtype=torch.bool)
         seen = torch.full((len(ids), 1), past + length)
         before = torch.ones(len(ids), past, dtype=torch.bool)
@@ -272,6 +277,7 @@ class Block:
             whole = mask.bool().cpu()
             seen = whole.sum(1, keepdim=True)
             valid, before = whole[:, -length:], whole[:, : whole.shape[1] - length]
+        # a plain cache, or none, counts as a prompt of which nothing was dropped
         if prompt is None:
             prompt = CachedPrompt(past, {0: CachedTokens.whole(before[:, :past])})
         if prompt.batch != len(ids):
@@ -283,10 +289,12 @@ class Block:
         ordinal, lines = torch.full_like(ids, -1), None
         if sources:
             if self.before is not None:
+                # which image each placeholder is of, as they were encoded here
                 choice = Choice.of(family, self.before, kwargs["mm_encoder_outputs"], ids)
                 ordinal, counts = choice.ordinal, choice.counts
                 frames = [choice.encoded.frames[image] for image in choice.images]
             else:
+                # or as their processor says, where no method needs the encoded images
                 each = [family.counts(ids, kwargs, kind) for kind in sources]
                 masks = [ids == family.placeholder(kind) for kind in sources]
                 ordinal, order = merged_ordinals(masks, each)
@@ -298,6 +306,7 @@ class Block:
                 frames = [of_kind[kind][index] for kind, index in order]
             if "video" in sources:
                 lines = family.frame_lines(ids, ordinal)
+        # tokens behind the prompt: those that assisted decoding tries, or answers without a cache
         drafts = call.drafts if sources else 0
         if sources and cache is None:
             drafts = self.drafts(next(iter(sources.values())), ids, drafts)
@@ -308,6 +317,7 @@ class Block:
         forward.seen = seen
         forward.blocks = family.blocks(kwargs, length)
         if choice is not None:
+            # placeholders of each image that the attention mask does not hide
             rows = zip(layout.rows, image_columns(ordinal, counts), strict=True)
             visible = [valid[row, columns] for row, columns in rows]
 
@@ -321,6 +331,7 @@ class Block:
 
             forward.kept = choice.reduce(layout, visible, embed, self.trace)
         if self.layers.inside is not None:
+            # before which layers each image is cut, and to how many tokens
             forward.seeds = image_seeds(ids, layout)
             for number, count in enumerate(layout.counts):
                 cuts = self.layers.inside.cuts(count, frames=frames[number]) if count else []
@@ -343,6 +354,7 @@ class Block:
         ids = torch.zeros(embeds.shape[:2], dtype=torch.long)
         for kind in self.family.kinds:
             token = self.family.placeholder(kind)
+            # a placeholder is where the embedding is that of the kind's token
             shown = table(torch.tensor(token, device=embeds.device)).to(embeds)
             ids[(embeds == shown).all(-1).cpu()] = token
         return ids
@@ -358,6 +370,7 @@ class Block:
         """
         seen, prompt = getattr(self.last, "prompt", (None, ids))
         length = prompt.shape[1]
+        # the same images and the same beginning: what is behind it was answered
         if seen is not None and seen() is source and torch.equal(ids[:, :length], prompt):
             return ids.shape[1] - length
         self.last.prompt = (weakref.ref(source), ids[:, : ids.shape[1] - drafts])
@@ -426,6 +439,7 @@ class Block:
         cache = cache_of(kwargs) or (cache_of(output) if isinstance(output, dict) else None)
         if cache is not None:
             active = forward.active
+            # layers that begin to hold other tokens than the one before them
             starts = [
                 n for n in range(len(module.layers)) if not n or active[n] is not active[n - 1]
             ]
@@ -438,6 +452,7 @@ class Block:
                     prompt.deltas = position_deltas(forward)
                 hold(cache, prompt)
         if call.labels is not None and last.layout is not forward.layout:
+            # in place, so that the loss, outside, sees labels of what is left
             column = last.layout.column.to(call.labels.device)
             valid = last.layout.valid.to(call.labels.device)
             call.labels.data = torch.where(valid, call.labels.gather(1, column), -100)

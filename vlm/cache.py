@@ -82,6 +82,7 @@ class CachedTokens:
         Raises:
             InputError: when rows would lose different numbers of columns.
         """
+        # tokens at or behind column `length`; all rows must lose the same number at their ends
         dropped = self.valid & (self.column >= length)
         count = int(dropped.sum(1).max()) if dropped.numel() else 0
         if count and not bool(dropped[:, -count:].all()):
@@ -187,12 +188,14 @@ class PrunedCache(Cache):  # type: ignore[misc]
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last tokens; a positive number is the length that stays, as it once was."""
         length = self.prompt.length
+        # in columns of the full prompt; each layer loses those of them that it holds
         left = length + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
         left = min(left, length)
         cropped = {first: tokens.crop(left) for first, tokens in self.prompt.layers.items()}
         self.prompt.layers = {first: tokens for first, (tokens, _) in cropped.items()}
         for number, layer in enumerate(self.layers):
             depth = max(first for first in cropped if first <= number)
+            # layers beyond the decoder's hold the full length
             extra = number >= self.prompt.depth
             layer.crop(left - length if extra else -cropped[depth][1])
         self.prompt.length = left
@@ -215,6 +218,7 @@ class PrunedCache(Cache):  # type: ignore[misc]
     def reset(self) -> None:
         """Empties the cache, and forgets the prompt."""
         super().reset()
+        # PrunedX, PrunedCache, X: back to the cache's own class
         self.__class__ = type(self).__mro__[2]
         del self.prompt
 
@@ -234,6 +238,7 @@ def prompt_in(cache: Any) -> CachedPrompt | None:
 def hold(cache: Cache, prompt: CachedPrompt) -> None:
     """Turns a cache, in place, into one that says what it holds of a pruned prompt."""
     if not isinstance(cache, PrunedCache):
+        # the object stays the one that `generate` holds; its new class counts the full prompt
         kind = type(cache)
         if kind not in _KINDS:
             _KINDS[kind] = type(f"Pruned{kind.__name__}", (PrunedCache, kind), {})

@@ -37,6 +37,7 @@ def prefill_flops(
                 feed_forward_weights(config, number) + linear_attention_weights(config)
             )
             continue
+        # keys that a query meets: all, or its share of the causal half, on average
         seen = tokens if densities is None else densities[number] * (tokens + 1) / 2
         if number >= own_layers(config, len(kinds)):
             # a layer that uses another one's keys and values computes the token alone whose logits are asked
@@ -111,6 +112,7 @@ def tower_flops(
     """
     total = patches * embedding
     for weights, lengths in layers:
+        # weights once for each token, and two products of width D for each pair
         total += sum(lengths) * weights + 2 * width * sum(length**2 for length in lengths)
     return float(_MULTIPLY_ADD * total)
 

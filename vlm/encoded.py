@@ -62,6 +62,7 @@ class Group:
         """Returns all placeholders' features, given those (N, d_l) of one member's tokens."""
         if self.indices is None or self.newlines is None:
             return features
+        # tokens where `indices` says, newlines in all other places
         whole = features.new_empty(self.tokens.available, features.shape[1])
         free = torch.ones(len(whole), dtype=torch.bool, device=whole.device)
         free[self.indices] = False
@@ -76,10 +77,12 @@ class Group:
         visible = visible.to(self.tokens.projected.device)
         chosen, indices = visible, None
         if self.indices is not None:
+            # tokens among the placeholders, then their indices among the visible ones
             chosen = visible[self.indices]
             indices = (visible.cumsum(0) - 1)[self.indices[chosen]]
         newlines = self.newlines
         if newlines is not None and self.indices is not None:
+            # newlines that are left, of all placeholders that are no tokens
             free = torch.ones_like(visible)
             free[self.indices] = False
             newlines = newlines[image : image + 1, visible[free]]
@@ -111,6 +114,7 @@ class Images:
 
     def followed_by(self, videos: Self) -> Self:
         """Returns these images and then those videos, as one."""
+        # videos are numbered behind the images
         first = sum(len(group.members) for group in self.groups)
         later = [
             replace(g, members=[first + member for member in g.members]) for g in videos.groups
@@ -170,6 +174,7 @@ class Images:
         return groups
 
     def _in_order(self, per_group: Sequence[Sequence[T]]) -> list[T]:
+        # groups hold images of one size: back to the order of the prompt
         found = {
             image: value
             for group, values in zip(self.groups, per_group, strict=True)

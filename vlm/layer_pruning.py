@@ -205,6 +205,7 @@ def cut_depths(decoder: Any, reads: Side, last: int) -> list[int]:
         last: how many layers can have run at most.
     """
     scored = scored_layers(decoder.config, len(decoder.layers))
+    # behind layer n, n + 1 layers have run
     depths = [number + (reads == "before") for number in scored]
     # a cut at the decoder's input has only the layer after it
     depths = [0, *depths] if reads == "before" and scored[:1] == [0] else depths
@@ -216,6 +217,7 @@ def position_deltas(forward: Forward) -> Tensor:
     positions have rows and columns.
     """
     positions = forward.positions if forward.positions.ndim == 3 else forward.positions[None]
+    # the last three rows are time, height and width; a fourth in front is that of the text
     padding = ~forward.layout.valid.to(positions.device)
     highest = positions[-3:].masked_fill(padding, -1).amax((0, 2))[:, None]
     return highest + 1 - forward.seen.to(positions.device)
@@ -268,9 +270,11 @@ class LayerPruning:
         positions = kwargs.get("position_ids")
         if positions is None:
             first = forward.past
+            # the decoder would number its input so
             positions = torch.arange(first, first + hidden.shape[1], device=hidden.device)[None]
         # by hand and with a mask, Qwen gives positions of all tokens so far
         positions = positions[..., -hidden.shape[1] :]
+        # one row for all of the batch becomes one for each: (B, L) or (3 or 4, B, L)
         forward.positions = positions.expand(*positions.shape[:-2], len(hidden), -1)
         forward.per_token = {n: value for n, value in kwargs.items() if isinstance(value, PerToken)}
         new: dict[str, Any] = {"position_ids": positions}
@@ -291,14 +295,17 @@ class LayerPruning:
                 per_layer = kwargs["per_layer_inputs"]
                 chosen = take(per_layer.flatten(2), layout.column.to(per_layer.device))
                 new["per_layer_inputs"] = chosen.unflatten(2, per_layer.shape[2:])
+            # of tokens that stand for several the layers know how many
             if forward.kept.sizes is not None and layout is not forward.layout:
                 layout = layout.sized(forward.kept.sizes)
         segment = self.segment(forward, layout, 0)
         forward.active[-1] = segment
+        # masks and positions that the decoder was given are those of the full prompt
         if segment.cached.pruned:
             grown = cache_of(kwargs) is not None or kwargs.get("use_cache")
             new["attention_mask"] = segment.mask(hidden.device, explicit=not grown)
             if forward.blocks is not None:
+                # one mask for each kind of layer, as the decoder itself makes them
                 kinds = [mask_kind(self.decoder.config, n) for n in range(len(self.decoder.layers))]
                 new["attention_mask"] = {
                     kind: self._mask(forward, segment, kinds.index(kind), hidden, kwargs)
@@ -322,6 +329,7 @@ class LayerPruning:
         layers = kwargs.get("deepstack_visual_embeds")
         if layers is None:
             return {}
+        # up to the first cut between layers the decoder adds them itself, at `at` (B, L)
         first, at = min(forward.due, default=len(layers)), kwargs["visual_pos_masks"]
         new = {"deepstack_visual_embeds": layers[:first]}
         if layout is not forward.layout:
@@ -356,6 +364,7 @@ class LayerPruning:
         """
         # what the cache of this layer holds, with this forward's tokens behind it
         past, full = forward.prompt.of(number), forward.layout
+        # tokens dropped of the cache lower positions, and so do those dropped here
         shift = layout.shift + past.next_shift
         cached = CachedTokens(
             torch.cat([past.valid, layout.valid], 1),
@@ -415,6 +424,7 @@ class LayerPruning:
                 given.
             kwargs: its other arguments.
         """
+        # what the layer before got is what this one gets, unless something happens between them
         hidden, *per_token = args
         segment, device = forward.active[number - 1], hidden.device
         if (features := forward.deepstack.get(number - 1)) is not None:
@@ -423,6 +433,7 @@ class LayerPruning:
             hidden = hidden + take(features.to(device), column) * valid[..., None]
         rotary = self._rotary(segment, number, hidden, kwargs["position_embeddings"])
         cutting = Cutting(self, forward, number, layer, hidden, rotary, segment, cache_of(kwargs))
+        # choosing, then cutting; or entering layers of whose cache an earlier pass has cut
         if number == 0 and forward.due:
             cutting.choose_queries()
         if number in forward.due:
@@ -434,9 +445,11 @@ class LayerPruning:
             segment.selected = self.selected(forward, segment, device)
         forward.active[number] = segment
         kwargs = self._arguments(forward, segment, number, hidden, kwargs)
+        # the next cut may read this layer, whose keys are still those before this forward
         if number + 1 in forward.due:
             past = held_keys(cache_of(kwargs), number)
             forward.states[number + 1] = (layer, hidden, kwargs["position_embeddings"], past)
+        # what the decoder made of each token of its input, for those that are left
         if hidden.shape[1] == segment.entered.shape[1] and segment is not forward.active[-1]:
             entered = segment.entered.to(device)
             per_token = [take(p, entered) if isinstance(p, Tensor) else p for p in per_token]
@@ -590,6 +603,7 @@ class LayerPruning:
             cos: of the rotation, (B, n, d).
             sin: likewise.
         """
+        # rows of cosines and sines, (B, n, 2 d): the mean cosine of the angles is their product
         layout, entered = segment.layout, forward.active[-1].layout
         assert entered.sizes is not None
         rotation = normalize(torch.cat([cos, sin], -1).float(), dim=-1)
@@ -597,6 +611,7 @@ class LayerPruning:
         decay = (rotation @ rotation.transpose(1, 2)).clamp(max=1)
         applies = layout.prompt_mask & (entered.sizes[1] != 1).any(1, keepdim=True)
         between = (2 - decay).log() * applies.to(decay.device)[..., None]
+        # zeros for keys of the cache, which come first
         return pad(between, (segment.cached.valid.shape[1] - between.shape[2], 0))
 
     def _given(self, segment: Segment) -> Tensor | None:
@@ -648,6 +663,7 @@ class Cutting:
         source: Any
         source, before, rotary, number = self.layer, self.hidden, self.rotary, self.number
         past_keys = held_keys(self.cache, number)
+        # the layer in front of the cut, as it was noted when it ran
         if number and self.reducer.reads == "before":
             number -= 1
             source, before, rotary, past_keys = self.forward.states[self.number]
@@ -697,6 +713,7 @@ class Cutting:
                 unturned = decoder_keys(source, before)
             return unturned[at], unturned[text_at]
 
+        # unless the method has chosen among the question's tokens, it reads all of them
         mask = question if self.forward.query_mask is None else self.forward.query_mask[images]
         return DecoderTokens(
             self.hidden[at],
@@ -745,6 +762,7 @@ class Cutting:
                 "images behind a prefix need its keys; give the whole prompt at once, or a cache "
                 "that is neither quantized nor offloaded"
             )
+        # a sliding window has forgotten the first ones
         return keys, valid[:, valid.shape[1] - keys.shape[2] :]
 
     def sliding(self, number: int) -> bool:
@@ -757,6 +775,7 @@ class Cutting:
             return
         layout, device = self.segment.layout, self.hidden.device
         with phase_timer(SELECTION, device, self.pruning.trace):
+            # (M, T) of all images, filled for those of each number of tokens
             shape = len(layout.counts), compact(layout.question_mask)[0].shape[1]
             self.forward.query_mask = torch.zeros(shape, dtype=torch.bool, device=device)
             for group in alike(layout.counts):
@@ -803,6 +822,7 @@ class Cutting:
                 keep, column, kept.valid, [self.hidden, *tables], forward.right_padded
             )
             hidden = filled(hidden, kept, features)
+        # indices in the decoder's input, of what an earlier cut may already have thinned
         entered = self.segment.entered.gather(1, column)
         segment = self.pruning.segment(forward, kept, self.number, entered)
         segment.rotary = {}
@@ -849,6 +869,7 @@ def additive(mask: Tensor | None, bias: Tensor, hidden: Tensor) -> Tensor:
     """
     queries, keys = hidden.shape[1], bias.shape[-1]
     if mask is None:
+        # the last query sees all keys, the one before it all but one
         seen = torch.ones(queries, keys, dtype=torch.bool, device=hidden.device)
         mask = seen.tril(keys - queries)
     elif not isinstance(mask, Tensor) or mask.ndim != 4:
@@ -894,6 +915,7 @@ def filled(hidden: Tensor, layout: TokenLayout, features: Sequence[Tensor | None
     ]
     if not given:
         return hidden
+    # row and column of every token that is replaced, in the order of their values
     row = torch.cat([layout.rows[image].expand(len(columns[image])) for image in given])
     column = torch.cat([columns[image] for image in given])
     values = torch.cat([rows for image in given if (rows := features[image]) is not None])

@@ -56,9 +56,11 @@ def question_rows(model: Any, inputs: Mapping[str, Any]) -> Iterator[list[Attent
             hook.remove()
     is_image = ids == family.image_token
     ordinal = image_ordinals(is_image, counts)
+    # where each image stands, and the questions of all rows, padded to the longest
     rows, columns_of = image_rows(ordinal, len(counts)), image_columns(ordinal, counts)
     index, real = compact(question_mask(is_image, valid))
     columns = torch.where(real, index, -1)
+    # images of equally many tokens share a tensor: their rows (m,) and columns (m, n)
     groups = [
         (rows[members], torch.stack([columns_of[i] for i in members])) for members in alike(counts)
     ]

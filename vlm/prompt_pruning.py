@@ -106,6 +106,7 @@ class Encoder:
             return self.original(*args, **kwargs)
         given = self.__signature__.bind(*args, **kwargs).arguments
         inputs = given | given.pop("kwargs", {})
+        # the pixels apart: a method may shrink them first
         whole = inputs.pop(PIXELS[self.kind])
         with phase_timer(VISION, whole.device, self.trace), loaded(self.module), self.alone():
             if self.before is None:
@@ -257,6 +258,7 @@ class Choice:
         first = [self.images.index(image) for image in unique]
         masks = [visible[at] for at in first]
 
+        # the text behind each image of a group, embedded when a method asks for it
         def questions(members: list[int]) -> tuple[Tensor, ...]:
             rows = [int(layout.rows[first[image]]) for image in members]
             return tuple(embed(row, layout.question_mask[row]) for row in rows)

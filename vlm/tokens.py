@@ -107,6 +107,7 @@ class VisionTokens:
         at = [video * frames + frame for video in range(videos) for frame in frame_numbers]
 
         def split(values: Tensor) -> Tensor:
+            # (M, N, ...) -> (M, T, N / T, ...) -> (M F, N / T, ...)
             parts: Tensor = values.unflatten(1, (frames, -1))
             return parts[:, frame_numbers].flatten(0, 1)
 
@@ -145,6 +146,7 @@ class VisionTokens:
 
     def keys(self) -> Tensor:
         """Returns the tower's keys of the N tokens, heads side by side, (M, N, H d)."""
+        # (M T, H, S, d) -> (M T, S, H d), without the CLS token
         return self.pool(self.query_key()[1].transpose(1, 2).flatten(2)[:, int(self.has_cls) :])
 
     @property
