@@ -67,6 +67,7 @@ class CalibratedRun(MethodRun):
         output = call.query.new_zeros(batch, length, heads, call.value.shape[3])
         for row in range(batch):
             prompt, where = prompt_of(call, row)
+            # keys and values for each query head
             shared = heads // len(prompt.key)
             key, value = (part.repeat_interleave(shared, 0) for part in (prompt.key, prompt.value))
             found = calibrated(prompt.query, key, value, call.scaling, method.sink, method.keep)
@@ -92,6 +93,7 @@ def calibrated(
         query[None], key[None], value[None], scaling, True
     ))  # fmt: skip
     received = torch.zeros(heads, length, device=query.device)
+    # few rows at a time, twice: to find sinks, then to calibrate
     size = max(1, MOST_PRODUCTS["other"] // 64 // (heads * length))
     index = torch.arange(length, device=query.device)
 
@@ -107,6 +109,7 @@ def calibrated(
     # the mean over the rows that see a key
     sinks = received / (length - index) > sink / length
     sinks[:, 0] = False
+    # columns that are a sink of any head; the first token stays as it is
     columns = sinks.any(0).nonzero()[:, 0]
     if not len(columns):
         return output

@@ -56,6 +56,7 @@ class AnchorAttention(BlockAttention):
         """
         block, step = self.block, self.geometry(inputs).rows // self.block
         blocks = inputs.length // block
+        # the last group may be short; its keys are padded with zeros, which no row of its own sees
         groups = -(-blocks // step)
         query = inputs.grouped.unflatten(2, (blocks, block))
         padded = torch.nn.functional.pad(
@@ -68,6 +69,7 @@ class AnchorAttention(BlockAttention):
             # the blocks at the same place of all groups see equally many keys of their own group
             # (G, groups, H / G x block, d): heads that share keys are rows of one product
             rows = query[:, :, place::step].transpose(1, 2).flatten(2, 3)
+            # a block sees the keys of its group up to its own block, whose half is causal
             seen = (place + 1) * block
             size = max(1, inputs.most // (inputs.heads * block * seen))
             best = torch.empty(rows.shape[:3], device=key.device)
@@ -99,6 +101,7 @@ class AnchorAttention(BlockAttention):
         step = geometry.rows // self.block
         query = inputs.block_means(self.block)[0]
         anchors = self.anchors(inputs).unflatten(0, (inputs.groups, -1))
+        # (G, H / G, n) -> (G, H / G, blocks): the mean anchor of each block's rows
         anchors = anchors.unflatten(2, (-1, self.block)).mean(3)
         masks = inputs.heads if self.share == "head" else inputs.groups
         found = inputs.key.new_full(
@@ -107,9 +110,11 @@ class AnchorAttention(BlockAttention):
         for number, begin in enumerate(geometry.starts(inputs.length).tolist()):
             if not begin:
                 continue
+            # the group's blocks, and the keys before its local region
             rows = slice(number * step, (number + 1) * step)
             own = query[:, :, rows]
             products = own.flatten(1, 2) @ inputs.key[:, :begin].float().transpose(1, 2)
+            # (G, H / G x blocks, keys) -> (G, H / G, blocks, keys); the best block decides
             products = products.unflatten(1, own.shape[1:3])
             above = products.mul_(inputs.scaling).sub_(anchors[:, :, rows, None]).amax(2)
             found[:, number, :begin] = (

@@ -173,9 +173,11 @@ class BlockAttention(SparseAttention):
         if self.density is None:
             keep = self.choose(inputs)
         else:
+            # what the density leaves beside the parts that all methods compute
             budget = geometry.open_blocks(self.density, inputs.tokens, length)
             keep = self.at_density(inputs, budget)
         if self.share == "group" and len(keep) > inputs.groups:
+            # (H, ...) -> (G, ...): heads that share keys compute what any of them keeps
             keep = keep.unflatten(0, (inputs.groups, -1)).any(1)
         return KeptBlocks(keep & geometry.candidates(length, keep.device), geometry)
 
@@ -198,6 +200,7 @@ def kept_mass(weights: Tensor, share: float) -> Tensor:
         share: of each row's sum.
     """
     ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+    # an entry stays while the larger ones before it have not reached the share
     before = ordered.cumsum(-1) - ordered
     wanted = before < share * ordered.sum(-1, keepdim=True)
     return torch.zeros_like(wanted).scatter(-1, order, wanted)

@@ -30,6 +30,7 @@ class Geometry:
 
     def starts(self, length: int, device: torch.device | None = None) -> Tensor:
         """Returns where the local region of each query block begins."""
+        # a query block's first row, rounded down to a whole region
         blocks = torch.arange(self.shape(length)[0], device=device)
         return blocks * self.rows // self.local * self.local
 
@@ -60,6 +61,7 @@ class Geometry:
             tokens: of the prompt.
             length: tokens before its tail.
         """
+        # regions, the tail, and the first block before each region, which all methods compute
         fixed = local_products(length, self.local) + tail_products(tokens, length)
         fixed += int((self.starts(length).clamp(max=self.block) * self.row_counts(length)).sum())
         return max(0.0, density * (tokens * (tokens + 1) // 2) - fixed) / self.columns
@@ -72,6 +74,7 @@ def local_products(length: int, local: int) -> int:
         length: tokens.
         local: tokens of a region; the last one may be shorter.
     """
+    # each region is a triangle with its diagonal
     whole, rest = divmod(length, local)
     return whole * (local * (local + 1) // 2) + rest * (rest + 1) // 2
 
@@ -113,6 +116,7 @@ class KeptBlocks:
 
     def products(self, length: int) -> Tensor:
         """Returns how many products of queries and keys a head computes, local regions included."""
+        # key blocks of each query block times its rows, the mean over masks
         rows = self.geometry.row_counts(length).to(self.keep.device)
         per_mask = (self.keep.sum(-1) * rows).sum(-1).double().mean()
         return per_mask * self.geometry.columns + local_products(length, self.geometry.local)
@@ -128,6 +132,7 @@ class KeptBlocks:
         if (geometry.rows, geometry.columns, geometry.local) == (block,) * 3:
             return self
         blocks = length // block
+        # finer columns and rows are joined, coarser rows repeated
         keep = self.keep.unflatten(-1, (blocks, -1)).any(-1)
         if geometry.rows <= block:
             keep = keep.unflatten(1, (blocks, -1)).any(2)
@@ -168,6 +173,7 @@ def top_blocks(scores: Tensor, geometry: Geometry, blocks: float) -> Tensor:
     """
     may, counts = row_budgets(geometry, scores.shape[-1] * geometry.columns, blocks)
     may, counts = may.to(scores.device), counts.to(scores.device)
+    # each row's first `counts` in order of scores, written back to their columns
     order = scores.masked_fill(~may, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(scores.shape[-1], device=scores.device)
     keep = (ranks < counts[:, None]).expand(scores.shape)
@@ -187,6 +193,7 @@ def nearest_blocks(kept: Tensor, geometry: Geometry, blocks: float) -> Tensor:
     may[:, : geometry.sink] = False
     kept = kept & may
     index = torch.arange(kept.shape[-1], device=kept.device)
+    # how many blocks a key block stands before a query block
     distance = index[:, None] - index
     added = may & ~kept
     # blocks that each distance would add to a mask, the nearest first
@@ -196,6 +203,7 @@ def nearest_blocks(kept: Tensor, geometry: Geometry, blocks: float) -> Tensor:
         distance.clamp(min=0).expand(kept.shape)[added],
         counts.new_ones(1).expand(int(added.sum())),
     )
+    # what windows of 1, 2, ... blocks cost with the pattern, a mean over masks
     whole = (counts.cumsum(0) / len(kept) + kept.sum().double() / len(kept)) * geometry.rows
     window = int((whole <= blocks + 1e-9).sum())
     return kept | (may & (distance < window))

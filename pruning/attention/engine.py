@@ -73,6 +73,7 @@ def prompt_of(call: AttentionCall, row: int) -> tuple[PromptRow, slice | Tensor]
     if call.rotary is not None:
         rotary = torch.stack([table[row if len(table) > 1 else 0] for table in call.rotary])
     frames = None if call.frames is None else call.frames[row]
+    # the row's real tokens, in front of, behind or between its padding
     where: slice | Tensor = slice(None)
     if call.valid is not None:
         where = real_tokens(call.valid[row])
@@ -139,6 +140,7 @@ class BlockRun(MethodRun):
             prompt, where = prompt_of(call, row)
             parts = self.attend(call, prompt, row)
             if isinstance(where, slice):
+                # a slice is written in place; indices, where padding has gaps, in one piece
                 targets = output[row, where].split([part.shape[1] for part in parts])
                 for target, part in zip(targets, parts, strict=True):
                     target.copy_(part.transpose(0, 1))
@@ -160,6 +162,7 @@ class BlockRun(MethodRun):
         if tokens < method.minimum or length < 2 * method.block:
             self.left_dense("a short prompt")
             return [attend_dense(query, key, value, scaling)]
+        # whole blocks before the tail are the method's, the rest sees everything
         body = [tensor[:, :length] for tensor in (query, key, value)]
         rotary = None if prompt.rotary is None else prompt.rotary[:, :length]
         frames = None if prompt.frames is None else prompt.frames[:length]
@@ -172,6 +175,7 @@ class BlockRun(MethodRun):
         executor = method.executor
         if executor == "auto":
             single = kept.geometry.columns == 1
+            # FlexAttention skips blocks, not single keys
             executor = "gather" if query.device.type == "cpu" or single else "flex"
         if executor == "flex":
             kept = kept.coarse(length)
@@ -198,12 +202,14 @@ def forced_products(tokens: int, length: int, block: int) -> int:
         length: tokens before its tail, whole blocks of them.
         block: tokens of a block.
     """
+    # all rows behind the first block see it
     first = (length - block) * block
     return local_products(length, block) + first + tail_products(tokens, length)
 
 
 def real_tokens(valid: Tensor) -> slice | Tensor:
     """Returns where a row's tokens are that are no padding: a slice, or indices where there are gaps."""
+    # without gaps a slice does, which copies nothing
     index: Tensor = valid.nonzero()[:, 0]
     first, last = int(index[0]), int(index[-1])
     return slice(first, last + 1) if last - first + 1 == len(index) else index

@@ -33,6 +33,7 @@ def attend_reference(
     """
     heads, length = query.shape[:2]
     mask = token_mask(kept, length)
+    # one mask for each query head, and keys and values of its group
     mask = mask.repeat_interleave(heads // len(mask), 0)
     key, value = (part.repeat_interleave(heads // len(part), 0) for part in (key, value))
     scores = query @ key.transpose(1, 2) * scaling
@@ -43,8 +44,10 @@ def attend_reference(
 def token_mask(kept: KeptBlocks, length: int) -> Tensor:
     """Returns which keys each query sees, (R, n, n)."""
     geometry, index = kept.geometry, torch.arange(length, device=kept.keep.device)
+    # every token gets what its block has; the last query block may be short
     mask = kept.keep.repeat_interleave(geometry.rows, 1)[:, :length]
     mask = mask.repeat_interleave(geometry.columns, 2)
+    # kept keys are those of earlier regions; a token's own region is causal
     region = index // geometry.local
     own = (region == region[:, None]) & (index <= index[:, None])
     return (mask & (region < region[:, None])) | own
@@ -69,6 +72,7 @@ def attend_gather(
     grouped = query.unflatten(0, (len(masks), -1))
     outputs, all_sums = (part.unflatten(0, (len(masks), -1)) for part in (output, sums))
     for unit, mask in enumerate(masks):
+        # the key head of this mask's heads
         own = unit * len(key) // len(masks)
         keys, values = (part[own].unflatten(0, (-1, geometry.columns)) for part in (key, value))
         counts, chosen = mask.sum(1).tolist(), mask.nonzero()[:, 1]
@@ -96,6 +100,7 @@ def attend_gather(
                 False,
             )
             near, near_sums = outputs[unit, :, rows], all_sums[unit, :, rows]
+            # softmax over both parts: each weighs by its sum of exponentials
             weight = (far_sums.view(near_sums.shape) - near_sums).sigmoid_()[..., None]
             far = far.view(near.shape)
             if near.dtype == torch.float32:
@@ -120,8 +125,10 @@ def _local_regions(
     (heads, length), shared = query.shape[:2], len(query) // len(key)
     output = query.new_empty(heads, length, value.shape[2])
     sums = torch.empty(heads, length, dtype=torch.float32, device=query.device)
+    # whole regions in one batch, then the shorter one at the end
     whole = length // local * local
     for group in range(len(key)):
+        # query heads of this key head
         own = slice(group * shared, (group + 1) * shared)
         for begin, end, size in ((0, whole, local), (whole, length, length - whole)):
             if begin == end:
@@ -150,6 +157,7 @@ def attend_tail(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Te
     rows, before = query.shape[1], key.shape[1] - query.shape[1]
     output, sums = _local_regions(query, key[:, before:], value[:, before:], rows, scaling)
     if before:
+        # (H, t, d) -> (G, 1, H / G x t, d): heads that share keys are rows of one head
         stacked = query.unflatten(0, (len(key), -1)).flatten(1, 2)[:, None]
         past = [tensor[:, None, :before] for tensor in (key, value)]
         far, far_sums = attention_with_sums(stacked, past[0], past[1], scaling, False)
@@ -258,6 +266,7 @@ def flex_mask(kept: KeptBlocks, heads: int, length: int) -> Any:
     from torch.nn.attention.flex_attention import BlockMask
 
     block, keep = kept.geometry.block, kept.keep
+    # (H, blocks, blocks)
     keep = keep.repeat_interleave(heads // len(keep), 0)
     blocks = keep.shape[-1]
     index = torch.arange(blocks, dtype=torch.int32, device=keep.device)

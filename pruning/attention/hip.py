@@ -107,11 +107,14 @@ def search(query: Tensor, keys: Tensor, ends: Tensor, counts: Tensor, first: int
     high = first + (lengths[:, None] * (place + 1) // parts)
     real = place < counts[:, None]
     low, high = (torch.where(real, bound, first).expand(masks, -1, -1) for bound in (low, high))
+    # each mask indexes its own keys
     owner = torch.arange(masks, device=keys.device)[:, None, None]
     while int((high - low).max()) > 1:
+        # both halves of every range, each judged by its first unit
         middle = (low + high + 1) // 2
         begins, stops = torch.cat([low, middle], -1), torch.cat([middle, high], -1)
         judged = keys[owner, begins.clamp(max=units - 1)].flatten(2, 3)
+        # (R, blocks, rows, ranges x keys): the largest product of any row with any key of the unit
         scores = (
             (query @ judged.transpose(-1, -2)).amax(2).unflatten(-1, (-1, keys.shape[2])).amax(-1)
         )

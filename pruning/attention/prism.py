@@ -68,10 +68,12 @@ class Prism(BlockAttention):
         elif turns is None:
             return [torch.arange(width, device=index.device)]
         else:
+            # a pair whose angle hardly turns within a block keeps its length in a mean
             cos, sin = turns[..., :pairs].float().unflatten(1, (-1, self.block))
             kept = torch.hypot(cos.mean(1), sin.mean(1)).mean(0)
             slow = kept > 0.5
             fast = ~slow
+        # both numbers of each pair, half a width apart; what is not rotated turns slowest
         rest = torch.arange(2 * pairs, width, device=index.device)
         bands = [
             torch.cat([index[band], index[band] + pairs, *more])

@@ -97,6 +97,7 @@ class RecycledRun(MethodRun):
         if self.applies(call):
             last = call.query[:, :, -1:]
             if call.valid is not None:
+                # each row's last real token, where padding is on the right
                 index = torch.arange(call.valid.shape[1], device=last.device)
                 ends = (index * call.valid).argmax(1)
                 last = call.query[torch.arange(len(ends)), :, ends][:, :, None]
@@ -123,11 +124,14 @@ class RecycledRun(MethodRun):
             weights: of the row, (B, G, H / G, K).
         """
         count = self.method.count(call.key.shape[2])
+        # the keys with most weight in any head of the group, (B, G, k)
         index = weights.amax(2).topk(count, -1).indices
+        # padding may be among them: its bias hides it
         valid = index >= 0 if call.valid is None else call.valid[:, None].expand(
             -1, index.shape[1], -1
         ).gather(2, index)  # fmt: skip
         bias = torch.zeros(index.shape, dtype=call.key.dtype, device=index.device)
+        # copies, so that a step reads no other key of the cache
         key, value = (
             tensor.gather(2, index[..., None].expand(-1, -1, -1, tensor.shape[3]))
             for tensor in (call.key, call.value)
@@ -144,6 +148,7 @@ class RecycledRun(MethodRun):
         """
         if not self.applies(call):
             return None
+        # a set of keys serves the next token only where nothing else went into the cache
         sets, keys = self.sets.setdefault(call.cache, {}), call.key.shape[2]
         known = sets.get(call.layer)
         current = known is not None and known.length == keys - 1
@@ -155,12 +160,14 @@ class RecycledRun(MethodRun):
         ):
             sets.clear()
             current = False
+        # a full step reads all keys, and chooses anew
         if known is None or not current or known.steps >= self.method.refresh - 1:
             weights = weights_of(call, call.query)
             sets[call.layer] = self.chosen(call, weights)
             self.trace.decoded += keys
             self.trace.decodable += keys
             return joined_heads(weights @ call.value)
+        # the new key takes the place of the one with least weight, from the end on
         slot = known.key.shape[2] - 1 - known.steps % known.key.shape[2]
         known.key[:, :, slot], known.value[:, :, slot] = call.key[:, :, -1], call.value[:, :, -1]
         known.bias[..., slot] = 0

@@ -81,6 +81,7 @@ class Sale(BlockAttention):
         found = torch.empty(blocked.shape[:-1], device=key.device)
         first = key[:, None, :sink].transpose(-1, -2)
         index = torch.arange(length, device=key.device).unflatten(0, (blocks, rows))
+        # the key that each query block's window begins with, negative in the first ones
         offset = index[:, :1] - self.block
         size = max(1, most // (query.shape[0] * query.shape[1] * rows * width))
         for begin in range(0, blocks, size):
@@ -131,8 +132,10 @@ class Sale(BlockAttention):
         size = max(1, inputs.most // (inputs.heads * coarse.shape[3] * length))
         for begin in range(0, blocks, size):
             part, before = slice(begin, begin + size), min(length, (begin + size) * rows)
+            # rows of a query block, of all heads of a group, with the keys before its end
             products = coarse[:, :, part].flatten(1, 3) @ coarse_key[:, :before].transpose(1, 2)
             best = products.unflatten(2, (-1, columns)).amax(-1)
+            # (G, H / G, blocks, rows, key blocks): the largest over rows
             best = best.unflatten(1, coarse[:, :, part].shape[1:4]).amax(3)
             best = best.flatten(0, 1) if self.share == "head" else best.amax(1)
             found[:, part, : before // columns] = best
@@ -143,6 +146,7 @@ class Sale(BlockAttention):
         geometry = self.geometry(inputs)
         query, key = geometry.shape(inputs.length)
         index = torch.arange(max(query, key), device=inputs.key.device)
+        # units that end inside the window before a query block
         ends = (index[:key] + 1) * geometry.columns
         window = ends > index[:query, None] * geometry.rows - self.block
         return (self.scores(inputs) >= log(self.threshold)) | window

@@ -51,9 +51,11 @@ class XAttention(BlockAttention):
             rows = slice(first * per_block, min(first + step, blocks) * per_block)
             seen = index[: rows.stop]
             scores = query[:, :, rows].flatten(1, 2) @ key[:, : rows.stop].transpose(1, 2)
+            # (G, H / G x rows, squares) -> (G, H / G, rows, squares)
             scores = scores.float().unflatten(1, (-1, rows.stop - rows.start))
             scores = scores * (inputs.scaling / stride)
             scores = scores.masked_fill(seen > index[rows, None], -torch.inf).softmax(-1)
+            # attention between squares, summed over those of each block of keys, then of queries
             tiles = scores.flatten(0, 1).unflatten(2, (-1, per_block)).sum(3)
             tiles = tiles.unflatten(1, (-1, per_block)).sum(2)
             found[:, first : first + step, : tiles.shape[2]] = tiles

@@ -105,6 +105,7 @@ class Gemma3(Family):
         if kinds is None:
             return None
         is_image = (kinds == 1).cpu()
+        # each unbroken run of image tokens is a block, numbered from 0
         starts = is_image & ~torch.nn.functional.pad(is_image, (1, 0))[:, :-1]
         return torch.where(is_image, starts.cumsum(1) - 1, -1)[:, -length:]
 

@@ -72,6 +72,7 @@ class Gemma4(Family):
         """Returns rows and columns of tokens of each image, given its patches'
         columns and rows, (M, P, 2).
         """
+        # the last patch tells the size; padding has positions of -1
         sizes = (positions.amax(1) + 1).div(self.side, rounding_mode="floor").tolist()
         return [(rows, columns) for columns, rows in sizes]
 
@@ -103,6 +104,7 @@ class Gemma4(Family):
         groups = []
         for members in alike(grids):
             first = members[0]
+            # an image's patches come before its padding
             patches = slice(counts[first] * self.side**2)
             cos, sin = (table[first, patches] for table in output.last_layer["rotary"])
             visible = torch.stack([hidden[i, patches] for i in members])
@@ -136,6 +138,7 @@ class Gemma4(Family):
         (M, S, c), given the grid of tokens.
         """
         side, (rows, columns) = self.side, grid
+        # patches in reading order -> (M, rows, columns, side, side, c)
         pixels: Tensor = patches.unflatten(1, (rows, side, columns, side)).transpose(2, 3)
         return pixels.flatten(3).flatten(1, 2)
 
@@ -186,5 +189,6 @@ class Gemma4(Family):
         if kinds is None or self.decoder.config.use_bidirectional_attention != "vision":
             return None
         is_image = ((kinds == 1) | (kinds == 2)).cpu()
+        # each unbroken run of image tokens is a block, numbered from 0
         starts = is_image & ~torch.nn.functional.pad(is_image, (1, 0))[:, :-1]
         return torch.where(is_image, starts.cumsum(1) - 1, -1)[:, -length:]

@@ -64,6 +64,7 @@ class LlavaNext(Llava):
         """Returns which placeholders of an image of that many tiles are
         newlines, (n,), on the host.
         """
+        # the model's own stitching of zeros, with a newline that is 1
         patches = torch.zeros(tiles, self.tokens_per_image, 1)
         return packing(patches, patches.new_ones(1))[:, 0] > 0
 
@@ -85,6 +86,7 @@ class LlavaNext(Llava):
         for members in alike([(*map(int, s), t) for s, t in zip(sizes, tiles, strict=True)]):
             count = tiles[members[0]]
             packing = partial(self.pack, sizes[members[0]])
+            # tiles of these images among all tiles of the prompt
             rows = [starts[i] + t for i in members for t in range(count)]
             newline = self.is_newline(packing, count).to(output.pooler_output[0].device)
             whole = torch.stack([output.pooler_output[i] for i in members])
@@ -138,4 +140,5 @@ class LlavaNext(Llava):
         rows = int(newline.sum())
         if tiles == 1 or not rows:
             return ((side, side),)
+        # each row of the tiles' grid ends with a newline
         return (side, side), (rows, (len(newline) - rows - side**2) // rows)

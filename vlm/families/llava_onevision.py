@@ -72,6 +72,7 @@ class LlavaOneVision(LlavaNext):
             patches=lambda: pool(patched(pixel_values.flatten(0, 1), self.patch_size)),
             frames_query_key=partial(self.query_key, output),
         )
+        # all placeholders but the last, which is a newline
         indices = torch.arange(tokens.projected.shape[1], device=whole.device)
         flops = self.tower_flops([self.tokens_per_image] * frames)
         return Images([Group(list(range(count)), tokens, indices, whole[:, -1:], flops=flops)])

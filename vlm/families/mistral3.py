@@ -76,6 +76,7 @@ class Mistral3(Family):
         grids, merge = self.grids(sizes), self.merge
         counts = [rows * columns for rows, columns in grids]
         features = output.merged.split(counts)
+        # the tower's one sequence holds all images, one after the other
         patches = [count * merge**2 for count in counts]
         hidden = output.last_layer["hidden"].squeeze(0).split(patches)
         cos, sin = (table.split(patches) for table in output.last_layer["rotary"])

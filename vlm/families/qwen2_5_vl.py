@@ -82,6 +82,7 @@ class Qwen25VL(Family):
 
     def in_rows(self, values: Tensor, grid: Tensor) -> Tensor:
         """Undoes the tower's order: tokens in reading order, (P, ...) -> (P / 4, 4, ...)."""
+        # the tower's n-th token is number order[n] in reading order; the inverse undoes that
         order, _ = self.windows(grid)
         tokens: Tensor = values.unflatten(0, (-1, self.merged))
         return tokens[order.argsort().to(values.device)]
@@ -101,6 +102,7 @@ class Qwen25VL(Family):
         if joint is None:
             with torch.no_grad():
                 joint = layer.attn.qkv(layer.norm1(seen["hidden"]))
+        # (P, 3 H d): queries, keys and values side by side
         output.query_key, output.rotary = joint[:, : joint.shape[1] // 3 * 2], seen["rotary"]
         return output
 
@@ -131,6 +133,7 @@ class Qwen25VL(Family):
             kind: what they are.
         """
         grid = grid.to(self.device)
+        # patches and tokens of each image
         patches = grid.prod(1).tolist()
         counts = [count // self.merged for count in patches]
         features = self.features(output, grid)

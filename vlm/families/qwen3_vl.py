@@ -64,10 +64,12 @@ class Qwen3VL(Qwen25VL):
         ids, begins = input_ids.tolist(), []
         for number, (row, column, length) in enumerate(runs):
             line, end = ids[row], column + length
+            # the run with its markers, where they are there
             first = column - int(column > 0 and line[column - 1] == opening)
             last = end + int(end < len(line) and line[end] == closing)
             frame[row, first:last] = number
             begins.append((row, first, last))
+        # the time stamp in front of each frame goes with it
         videos = [int(ordinal[row, column]) for row, column, _ in runs]
         for number, (row, first, _) in enumerate(begins):
             line, start = ids[row], first

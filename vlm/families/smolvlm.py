@@ -69,6 +69,7 @@ class SmolVLM(Tiled):
         runs = image_runs(input_ids == self.image_token)
         if any(column == 0 for _, column, _ in runs):
             raise InputError(f"image placeholders must stand behind tile markers; {REMEDY}")
+        # the prompt's last marker is an overview's, and an overview ends each image
         markers = [int(input_ids[row, column - 1]) for row, column, _ in runs]
         sizes, ended = [], True
         for (_, _, length), marker in zip(runs, markers, strict=True):
@@ -104,5 +105,6 @@ class SmolVLM(Tiled):
         features = self.patches(output.last_hidden_state)
         projected = torch.cat(list(output.pooler_output)).unflatten(0, (len(features), -1))
         pixels = pixel_values.flatten(0, 1)
+        # tiles of zeros pad rows with fewer images
         pixels = pixels[pixels.flatten(1).any(1)]
         return self.grouped(inputs, pixels, features, projected, query_key, has_cls=False)

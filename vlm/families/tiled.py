@@ -81,12 +81,15 @@ class Tiled(Family):
             raise InputError(
                 f"{sum(counts)} image placeholders do not fit {len(features)} tiles of {each}; {REMEDY}"
             )
+        # the first tile of each image
         starts = [sum(tiles[:image]) for image in range(len(tiles))]
         patches = features[0].numel() // self.model.config.vision_config.hidden_size
         groups = []
         for members in alike(tiles):
             count = tiles[members[0]]
+            # tiles of these images among all tiles of the prompt
             rows = [starts[image] + tile for image in members for tile in range(count)]
+            # (M T, n, ...) -> (M, T n, ...)
             selected, out = (
                 values[rows].unflatten(0, (-1, count)).flatten(1, 2)
                 for values in (features, projected)
