@@ -77,6 +77,7 @@ def _attend(
     column_sums: tuple[ColumnSum, ...] = (),
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
+    # the module's own function runs under its own name
     routed = module.config
     module.config = routed.plain  # kernels look up there which of them they are
     try:
@@ -123,6 +124,7 @@ def _read(
         query, key = F.pad(query, (0, more)), F.pad(key, (0, more))
         both, maps = kernel(module, query, key, wide, attention_mask, **kwargs)
         output, read = both[..., :width], both[..., width : width + count].mean(2)
+    # each caller gets the columns that it brought
     parts = read.split([column_sum.columns.shape[-1] for column_sum in column_sums], -1)
     for column_sum, part in zip(column_sums, parts, strict=True):
         column_sum.result = part

@@ -189,6 +189,7 @@ class LoRRA(nn.Module):
             # a single run sees all keys, but for the hidden one that stands where there is none
             visible = None if runs and keys.visible.shape[2] == sum(runs[0][2:]) else keys.visible
             return attend_one(query, key, keys.features, inner, self.value.up.weight, visible)
+        # values are the features and a low-rank part of them
         none_cached = keys.new.shape[1] == key.shape[2]
         features = keys.new if none_cached else keys.features.transpose(1, 2).flatten(2)
         value = self._heads(self.value.onto(features, inner), None)
@@ -205,6 +206,7 @@ class LoRRA(nn.Module):
             raise InputError("this cache was filled with other learners; start an empty one")
         if cache is not None and not keys.new.shape[1]:
             return cache[0].tensor_so_far, cache[1].tensor_so_far
+        # only new tokens are computed, and appended to the cache where there is one
         key = self._heads(self.key.added(keys.new), keys.rotary if rotate else None)
         inner = self.value.down(keys.new)
         return (key, inner) if cache is None else (cache[0].append(key), cache[1].append(inner))

@@ -40,6 +40,7 @@ class GrowingTensor:
 
     def append(self, new: Tensor) -> Tensor:
         """Appends (..., n, d) and returns `tensor_so_far`."""
+        # rows from `start` on are the new ones
         start, self._length = self._length, self._length + new.shape[-2]
         if self._buffer is None:
             self._buffer = new.contiguous()
@@ -155,6 +156,7 @@ class PromptTokens:
         if not index.shape[1]:
             # a hidden key keeps every weight in the graph, as data-parallel training wants it
             index, present = index.new_zeros(len(index), 1), present.new_zeros(len(index), 1)
+        # (B, M) -> (B, S, M): every query sees what is no padding
         visible = present[:, None].expand(-1, self.queries, -1)
         if causal and self.visible_to is not None:
             visible = visible & self.visible_to.gather(2, index[:, None].expand_as(visible))
@@ -166,6 +168,7 @@ class PromptTokens:
         cache = None if self.caches is None else self.caches.get(modality)
         cached = 0 if cache is None else cache.index.shape[1]
         if self.caches is not None:
+            # a cache serves only if its tokens are the first ones of these
             if cache is None or not torch.equal(cache.index, index[:, :cached]):
                 cache, cached = LearnerCache(index), 0
             cache.index, self.caches[modality] = index, cache
@@ -173,6 +176,7 @@ class PromptTokens:
         new_index = index[:, cached:]
         new = take(self.features, new_index)
         rotary = self.rotary(new, self.positions.gather(1, new_index))
+        # (B, n, D) -> (B, H, n, head_dim)
         features = new.unflatten(-1, (-1, rotary[0].shape[-1])).transpose(1, 2)
         if cache is not None:
             features = cache.features.append(features)
@@ -281,6 +285,7 @@ def remember(
     if stored is None:
         if cache.get_seq_length():
             raise InputError("this cache was filled before Wings was attached; start an empty one")
+        # caches make layers on demand: ours comes behind all of the decoder's
         while len(cache.layers) < depth:
             cache.layers.append(cache.layer_class_to_replicate())
         stored = _Stored()

@@ -47,6 +47,7 @@ class Apet(VisionPruner):
     def reduce(self, vision: VisionTokens) -> Kept:
         kept, nearest = compressed(vision.features, self.count(vision), self.basis)
         merged = averaged_into(vision.features, kept, nearest)
+        # tokens that took none stay as they are
         absorbing = one_hot(nearest, kept.shape[1]).any(1)[..., None]
         alone = take(vision.projected, kept)
         return Kept(list(kept), list(torch.where(absorbing, vision.projector(merged), alone)))
@@ -98,6 +99,7 @@ def compressed(tokens: Tensor, keep: int, basis: int) -> tuple[Tensor, Tensor]:
     """
     exact = tokens.float()
     chosen = farthest_points(exact, min(basis, keep))
+    # the basis itself always stays
     error = approximation_error(exact, take(exact, chosen)).scatter(1, chosen, torch.inf)
     kept = top(error, keep)
     dropped = take(tokens, others(kept, tokens.shape[1]))
@@ -122,6 +124,7 @@ def farthest_points(tokens: Tensor, count: int) -> Tensor:
     Shapes: (M, N, d) -> (M, count), in the order chosen.
     """
     images = torch.arange(len(tokens), device=tokens.device)
+    # at first to the mean, then to the nearest chosen token; -1 for chosen ones
     distance = (tokens - tokens.mean(1, keepdim=True)).square().sum(-1)
     chosen = tokens.new_empty(len(tokens), count, dtype=torch.long)
     for step in range(count):
@@ -138,6 +141,7 @@ def approximation_error(tokens: Tensor, basis: Tensor) -> Tensor:
 
     Shapes: tokens (M, N, d), basis (M, m, d), of any rank -> (M, N).
     """
+    # least squares: (M, N, d) @ (M, d, m)
     coefficients = tokens @ torch.linalg.pinv(basis)
     error: Tensor = (tokens - coefficients @ basis).norm(dim=-1)
     return error

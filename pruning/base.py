@@ -177,6 +177,7 @@ class VisionPruner(Pruner):
         with its share of the budget.
         """
         videos, tokens, frames = len(vision.projected), vision.projected.shape[1], vision.frames
+        # frames with equal shares are reduced together, as images
         shares = even_shares(self.count(vision), frames)
         found: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         for share in sorted({*shares} - {0}):
@@ -185,7 +186,9 @@ class VisionPruner(Pruner):
             parts = [kept.indices, kept.features, *([kept.sizes] if kept.sizes else [])]
             at = [(video, frame) for video in range(videos) for frame in members]
             for (video, frame), (indices, *more) in zip(at, zip(*parts, strict=True), strict=True):
+                # indices of a frame become those of its video
                 found[video, frame] = indices + frame * (tokens // frames), *more
+        # of each video its frames' indices, features and sizes, joined in order
         whole = [
             [
                 torch.cat(part)
@@ -205,6 +208,7 @@ class VisionPruner(Pruner):
         """
         tokens = vision.projected.shape[1]
         wanted = tokens_for(self.budget, vision.available, vision.frames)
+        # where everything stays newlines do; otherwise at least one token goes with them
         if wanted == vision.available:
             return tokens
         return min(wanted, tokens - (vision.available > tokens))
@@ -299,6 +303,7 @@ class DecoderPruner(Pruner):
             allowed: how many of them can have run at a cut, ascending; any number unless given.
             frames: of a video; 0 for an image.
         """
+        # where to cut: stated for another depth, moved to layers where the method can
         allowed = allowed or range(layers)
         if isinstance(self.schedule, Schedule):
             cut_layers, shares = self.schedule.scaled(layers), list(self.schedule.shares)
@@ -334,6 +339,7 @@ class DecoderPruner(Pruner):
         """
         if self.counted == "kept":
             return layer_tokens[-1]
+        # each layer counts as the one behind it
         if self.counted == "at the cut":
             layer_tokens = [*layer_tokens[1:], layer_tokens[-1]]
         return sum(layer_tokens) / len(layer_tokens)

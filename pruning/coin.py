@@ -76,10 +76,12 @@ def volume(tokens: Tensor, scores: Tensor, alpha: float) -> Tensor:
         scores: informativeness of each token.
         alpha: weight of the log-determinant.
     """
+    # a small ridge keeps the kernel positive definite where tokens repeat
     gram = tokens @ tokens.transpose(1, 2)
     norms = gram.diagonal(dim1=1, dim2=2)
     ridge = RIDGE * norms.mean(1, keepdim=True)
     gram = gram + torch.diag_embed(ridge.expand_as(norms))
+    # scores weigh as much as the range of the tokens' log norms, at alpha 1/2
     low, high = (norms + ridge).log().aminmax(dim=1, keepdim=True)
     quality = ((1 - alpha) / alpha * (high - low) * scores / 2).exp()
     return quality[:, :, None] * gram * quality[:, None]

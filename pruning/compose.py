@@ -101,6 +101,7 @@ class Cascade(Pruner):
             allowed: as for `inside`.
             frames: of a video; 0 for an image.
         """
+        # shares of the budget are shares of the whole image, not of what `pre` leaves
         inside = replace(self.inside, budget=tokens_for(self.budget, tokens, frames))
         return inside.cuts(self.entering(tokens, frames), layers, allowed)
 
@@ -112,6 +113,7 @@ class Cascade(Pruner):
         family = self.admit(model)
         layers, allowed = len(family.decoder.layers), self.inside.depths_on(family)
         cuts = partial(self.cuts, layers=layers, allowed=allowed)
+        # a count where all images have one size, so that checks see it
         entering = self.entering_budget
         if isinstance(entering, int) and family.fixed_size:
             entering = self.entering(family.tokens_per_image)
@@ -204,6 +206,7 @@ def separately(kept: Kept, tokens: Tensor, change: Callable[[Kept, Tensor], Kept
         tokens: (M, N, d).
         change: takes what was kept of some images, equally many tokens each, and their tokens.
     """
+    # images that keep equally many go together, others one by one
     if len({len(indices) for indices in kept.indices}) < 2:
         return change(kept, tokens)
     parts = [

@@ -58,6 +58,7 @@ class Dart(DecoderPruner):
             states, question, norm = tokens.final_norm(states), tokens.final_norm(question), 1
         chosen = []
         for image, features in enumerate(states):
+            # pivots are the tokens with the longest keys, of the image and of its question
             lengths = image_keys[image].float().norm(p=norm, dim=-1)
             pivots = top(lengths, min(keep, self.image_pivots))
             real = tokens.question_mask[image]
@@ -91,6 +92,7 @@ def distinct(features: Tensor, pivots: Tensor, texts: Tensor, keep: int) -> Tens
         keep: tokens kept, pivots included.
     """
     unit = normalize(features.float(), dim=-1)
+    # each pivot takes its share of the least similar tokens that are not taken yet
     against = torch.cat([unit[pivots], normalize(texts.float(), dim=-1)])
     taken = torch.zeros(len(features), dtype=torch.bool, device=features.device)
     taken[pivots] = True

@@ -50,11 +50,13 @@ class Dedupe(MethodWrapper):
         new = first_of_their_kind(vision.patches().to(tokens.device), self.threshold)
         method = self.wrapped(k)
         left = new.sum(1).tolist()
+        # without duplicates the method sees the images as they are
         if min(left) == tokens.shape[1] > k:
             return method.reduce(vision)
         indices, features = [], []
         for image, count in enumerate(left):
             distinct_indices, chosen = new[image].nonzero()[:, 0], tokens[image, new[image]]
+            # the method chooses among the distinct ones, which are one row to it
             if count > k:
                 distinct = replace(
                     vision.of(image, new[image]), grids=((1, count),), available=count

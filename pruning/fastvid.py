@@ -82,6 +82,7 @@ class FastVID(VideoPruner):
             frames: of the segment.
         """
         size = tokens.shape[1]
+        # a share of each frame is chosen by attention, the rest are merged around dense tokens
         salient = {f: shares[f] - int(self.context * shares[f]) for f in frames}
         budgets = self.context_budgets(shares, salient, frames, size)
         salient_kept: dict[int, Tensor] = {f: top(salience[f], salient[f]) for f in frames}
@@ -111,6 +112,7 @@ class FastVID(VideoPruner):
         """
         left = sum(shares[f] - salient[f] for f in frames)
         budgets = dict.fromkeys(frames, 0)
+        # every few frames from the last one on hold merged tokens; others if these are full
         anchors = list(frames)[:: -self.stride][::-1]
         for group in (anchors, [f for f in frames if f not in anchors]):
             while left and (free := [f for f in group if budgets[f] < size - salient[f]]):
@@ -148,6 +150,7 @@ class FastVID(VideoPruner):
             nearest = (normalize(joined, dim=-1) @ directions.T).argmax(1)
             more, members = sums_by_nearest(joined[None], nearest[None], len(start))
             sums, sizes = sums + more[0], sizes + members[0]
+        # a target keeps at least `weight` of itself in its mean
         weight = torch.clamp(1 / (sizes.float() + 1), min=self.weight)
         mean = sums / sizes.clamp_min(1)
         whole = torch.where(sizes > 0, weight * start.float() + (1 - weight) * mean, start.float())

@@ -58,6 +58,7 @@ class FlashVID(VideoPruner):
     def reduce_video(self, vision: VisionTokens) -> Kept:
         frames, size = vision.frames, vision.projected.shape[1] // vision.frames
         shares = even_shares(self.count(vision), frames)
+        # of each frame's share a part is chosen by attention, the rest are trees over frames
         first = [ceil(self.diverse * share) for share in shares]
         attention = in_tower(vision, "cls").unflatten(1, (frames, -1))
         means, tokens = frame_means(frames_of(vision)), frames_of(vision)
@@ -80,6 +81,7 @@ class FlashVID(VideoPruner):
             at, kept = [], []
             for frame, (roots, merged) in self.trees(tokens[video], rest, parents):
                 roots_kept, centers = clustered(merged, budgets[frame], self.neighbors)
+                # both parts in reading order, with indices into the video
                 chosen_tokens = torch.cat([salient[frame], roots[roots_kept]])
                 order = chosen_tokens.argsort()
                 at.append(chosen_tokens[order] + frame * size)
@@ -132,10 +134,12 @@ class FlashVID(VideoPruner):
         sums = sizes = None
         for frame in range(len(tokens) - 1, -1, -1):
             current, roots = tokens[frame, rest[frame]].float(), parents[frame] < 0
+            # own tokens and what later frames have passed on to them
             total = current if sums is None else current + sums
             members = current.new_ones(len(current), 1) if sizes is None else 1 + sizes
             yield frame, (rest[frame][roots], (total / members)[roots])
             sums = sizes = None
+            # sums and numbers of tokens are passed on to the frame before
             if not bool(roots.all()):
                 joined = parents[frame][~roots][None], len(rest[frame - 1])
                 sums = sums_by_nearest(total[~roots][None], *joined)[0][0]

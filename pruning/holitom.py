@@ -102,11 +102,13 @@ class HoliTom(VideoPruner):
             windows: first frame and end of each.
             most: tokens that may go.
         """
+        # a place is as still as in the frame where it is least so
         least = [alike[first : end - 1] for first, end in windows]
         lowest = [
             own.amin(0) if len(own) else own.new_full(own.shape[1:], -torch.inf) for own in least
         ]
         scores = torch.stack(lowest)
+        # a merged place frees a token in each frame of its window but one
         freed = torch.tensor([end - first - 1 for first, end in windows], device=alike.device)
         spent = freed[:, None].expand_as(scores).flatten()
         order = torch.where(scores > self.threshold, scores, -torch.inf).flatten()
@@ -135,6 +137,7 @@ def still_windows(still: Tensor) -> list[tuple[int, int]]:
         run = (run + 1) * frame
         reach.append(torch.bincount(run, minlength=count).flip(0).cumsum(0).flip(0))
     places = [[0], *(torch.stack(reach).tolist() if reach else [])]
+    # best[end]: the most that windows up to `end` free, the last of which begins at starts[end - 1]
     best, starts = [0], list[int]()
     for end in range(1, count + 1):
         gains = [

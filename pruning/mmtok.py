@@ -56,6 +56,7 @@ class MMTok(VisionPruner):
             ],
             batch_first=True,
         )
+        # tokens cover image tokens and question tokens, (M, N, N + T)
         both = torch.cat([self.image_weight * image, text.transpose(1, 2)], -1)
         chosen = greedy_select(both, torch.ones_like(both[..., 0]), self.count(vision), "coverage")
         return Kept.at(projected, chosen.sort(1).values)

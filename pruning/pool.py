@@ -20,6 +20,7 @@ def rectangles(k: int, rows: int, columns: int) -> list[tuple[slice, slice]]:
         rows: of the grid.
         columns: of the grid.
     """
+    # bands of rows so that rectangles are about square, and no band has more than its columns
     bands = min(rows, k, max(1, round((k * rows / columns) ** 0.5), -(-k // columns)))
     out = []
     for band in range(bands):
@@ -48,6 +49,7 @@ class Pool(VisionPruner):
         for rows, columns in vision.grids:
             end = start + rows * columns
             grid = vision.projected[:, start:end].unflatten(1, (rows, columns))
+            # views share the budget by their tokens
             share = k * end // tokens - k * start // tokens
             for r, c in rectangles(share, rows, columns) if share else []:
                 means.append(grid[:, r, c].mean(dim=(1, 2)))
@@ -61,6 +63,7 @@ class Pool(VisionPruner):
         k, frames = self.count(vision), vision.frames
         rows, columns = vision.grids[0]
         size = rows * columns
+        # as many frames are averaged as patches on a side, where that leaves tokens for all
         together = max(1, round((frames * size / k) ** (1 / 3)))
         groups = min(k, max(-(-frames // together), -(-k // size)))
         grid = vision.projected.unflatten(1, (frames, rows, columns))

@@ -35,6 +35,7 @@ def change_points(attention: Tensor, share: float = 0.1) -> list[int]:
     if layers < 4:
         raise InputError(f"{layers} layers have no change point; give a model with 4 or more")
     order = attention.sum(0).argsort(descending=True, stable=True)[: max(1, round(share * tokens))]
+    # (tokens, layers): attention summed up over layers bends where it changes
     curves = attention[:, order].double().cumsum(0).T.cpu().numpy()
     return [int(Binseg("l2", jump=1).fit(curve).predict(n_bkps=1)[0]) for curve in curves]
 

@@ -104,9 +104,11 @@ class SparseVLM(DecoderScorePruner):
 
     def reduce(self, tokens: DecoderTokens, keep: int) -> Kept:
         scores, count = self.score(tokens), tokens.features.shape[1]
+        # recycled tokens count toward what is kept
         unmerged = self.unmerged_count(count, keep)
         indices, features = [], []
         for score, image_features in zip(scores, tokens.features, strict=True):
+            # best first
             order = score.argsort(descending=True, stable=True)
             kept, kept_features = order[:unmerged], image_features[order[:unmerged]]
             if keep > unmerged:

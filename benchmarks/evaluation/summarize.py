@@ -37,11 +37,13 @@ def summarize(config: RunConfig, rows: Sequence[PairedRow], machine: Machine) ->
         )
         for name in config.tasks
     }
+    # one result for each task, and the ratio of mean accuracies over tasks, which weigh the same
     tasks = {
         name: _task_result([row for row in rows if row.task == name], {name: score})
         for name, score in scores.items()
     }
     point, interval = retained(scores)
+    # medians over questions, of each phase on its own
     times = PairedTimes(
         **{
             key: float(np.median([getattr(row.time_ms, key) for row in rows]))

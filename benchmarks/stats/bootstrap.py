@@ -33,6 +33,7 @@ def resampled(
     # scipy does not resample a stratum of one member, which has but one resample
     several = [number for number, size in enumerate(sizes) if size > 1]
 
+    # scipy draws from indices, not from values, so that pairs stay together
     def of_indices(*drawn: NDArray[Any], axis: int = -1) -> Values:
         count = drawn[0].shape[0] if drawn else draws
         strata = [np.zeros((count, size), int) for size in sizes]
@@ -86,6 +87,7 @@ def retained(
     """
     pairs = list(scores.values())
 
+    # sums of task means, (D,): their ratio is that of the means over tasks
     def ratios(*rows: NDArray[np.int64]) -> Values:
         drawn = list(zip(pairs, rows, strict=True))
         base = np.sum([unpruned[each].mean(-1) for (unpruned, _), each in drawn], 0)
@@ -98,5 +100,6 @@ def retained(
     if base == 0:
         return None, None
     found = resampled(ratios, [len(unpruned) for unpruned, _ in pairs], draws, seed)
+    # a draw whose unpruned accuracy is 0 has no ratio
     point = float(sum(pruned.mean() for _, pruned in pairs) / base)
     return point, percentiles(found[np.isfinite(found)])

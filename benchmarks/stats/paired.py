@@ -42,6 +42,7 @@ def mcnemar(ours: Scores, theirs: Scores) -> float:
 
     Where scores are shares it is that of the sign test, of which McNemar's is a case.
     """
+    # questions that one side wins; ties say nothing
     gains = np.concatenate([ours[task] - theirs[task] for task in ours])
     won, lost = int((gains > 0).sum()), int((gains < 0).sum())
     return float(binomtest(won, won + lost).pvalue) if won + lost else 1.0

@@ -69,6 +69,7 @@ def image_embeds(
         text = render(processor, [turn], add_generation_prompt=True)
         inputs = encode_prompts(model, processor, [text], [pictures])
         ids = inputs["input_ids"][0]
+        # the text behind the last image
         question = embed(ids[int((ids == family.image_token).nonzero().max()) + 1 :])
         rows: dict[int, Tensor] = {}
         for group in family.encode(

@@ -109,6 +109,7 @@ def smaller_table(embeddings: Any, rows: int, columns: int) -> Iterator[None]:
     def interpolated(_: Any, args: Any, table: Tensor) -> Tensor:
         # what is in front of the patches, the CLS token's, stays
         side = round(embeddings.num_patches**0.5)
+        # the CLS token's position in front, then those of a square grid
         front, patches = table[:, : -(side**2)], table[:, -(side**2) :]
         grid = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2)
         smaller = interpolate(grid, (rows, columns), mode="bicubic", align_corners=False)

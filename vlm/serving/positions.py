@@ -25,6 +25,7 @@ def with_grid(rows: Tensor, indices: Tensor, grid: tuple[int, int, int]) -> Tens
     Returns:
         (k, d + 6).
     """
+    # time, row and column, each as two digits that half precision holds exactly
     _, height, width = grid
     coordinates = torch.stack(
         [indices // (height * width), indices // width % height, indices % width], 1
@@ -57,6 +58,7 @@ def expanded(
     kept: list[bool] = []
     end = 0
     for start, count, whole in images:
+        # text and kept placeholders, then as many as were dropped
         out += [*ids[end : start + count], *[ids[start]] * (whole - count)]
         kept += [True] * (start + count - end) + [False] * (whole - count)
         end = start + count

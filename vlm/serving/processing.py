@@ -62,6 +62,7 @@ class PrunedProcessor:
             available = sum(placeholder)
             tokens = available - self.newlines(images, index)
             left = kept_tokens(self.pruner, tokens, available)
+            # the first placeholders stay, with markers between them
             ids = []
             for token, is_embed in zip(whole.full, placeholder, strict=True):
                 if not is_embed or left > 0:

@@ -106,6 +106,7 @@ def choose(
         group = [images[index] for index in members]
         first = group[0]
 
+        # images of one shape share tensors, as in a batch of transformers
         def queries_and_keys(group: list[Image] = group) -> tuple[Tensor, Tensor]:
             parts = zip(*(image.tower for image in group), strict=True)
             return query_key(*(torch.cat(part) for part in parts))
@@ -128,6 +129,7 @@ def choose(
             available=first.placeholders,
         )
         reduced = pruner.reduce(tokens)
+        # vLLM has made placeholders for so many before it saw the image
         expected = kept_tokens(pruner, tokens.projected.shape[1], first.placeholders)
         for index, indices, features in zip(
             members, reduced.indices, reduced.features, strict=True
@@ -152,6 +154,7 @@ def weight_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     from vllm.distributed import tensor_model_parallel_all_gather
 
     layer: Any = linear
+    # this GPU's part of the weight, then that of all, split along inputs or outputs
     size = layer.input_size_per_partition
     unit = torch.eye(size, dtype=layer.params_dtype, device=next(layer.parameters()).device)
     weight: Tensor = layer.quant_method.apply(layer, unit, None).T.contiguous()

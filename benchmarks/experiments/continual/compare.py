@@ -52,6 +52,7 @@ def _drawn(methods: Sequence[Runs]) -> dict[str, Array]:
     """
     matrices = [one for runs in methods for one in runs.values()]
     tasks, seeds = len(matrices[0].names), len(methods[0])
+    # of each task the rows of all runs, (methods x seeds x steps, images)
     hits = [np.concatenate([one.hits[number] for one in matrices]) for number in range(tasks)]
     names = list(summary(matrices[0].values))
 
@@ -62,6 +63,7 @@ def _drawn(methods: Sequence[Runs]) -> dict[str, Array]:
             for rows, drawn in zip(hits, images, strict=True)
         ]
         metrics = summary(np.stack(columns, -1))
+        # the seeds that were drawn, averaged: (methods, draws) of each metric
         picked = [
             np.take_along_axis(metrics[name], chosen[:, None], 2).mean(-1).T for name in names
         ]

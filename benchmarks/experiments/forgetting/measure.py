@@ -89,11 +89,13 @@ def right_answers(model: Any, processor: Any, rows: list[tuple[str, Row]]) -> Hi
             for _, row in part
             for block in row.blocks
         ]
+        # an answer is right if all of its tokens are
         right = iter(bool(piece.all()) for piece in (logits.argmax(-1) == labels).split(lengths))
         for name, row in part:
             for block in row.blocks:
                 kinds = counted.setdefault(name, {})
                 clusters = kinds.setdefault(block.kind, [])
+                # questions of one row are a cluster: [right, asked, row]
                 if not clusters or clusters[-1][2] != id(row):
                     clusters.append([0, 0, id(row)])
                 clusters[-1][0] += next(right)
