@@ -75,6 +75,17 @@ def _load(
     split: Sequence[tuple[Image.Image, int]], transform: Transform, batches: list[list[Draw]],
     workers: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    """Yields pixels (m, 3, H, W) and labels (m,) of batches.
+
+    Args:
+        split: images and labels.
+        transform: from an image to pixels.
+        batches: what is drawn, batch by batch.
+        workers: processes that read images.
+
+    Raises:
+        InputError: if an image cannot be read.
+    """
     data = Pictures(split, transform)
     for batch in DataLoader(data, batch_sampler=batches, collate_fn=_collate, num_workers=workers):
         if isinstance(batch, InputError):

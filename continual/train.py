@@ -281,6 +281,13 @@ class _Trainer:
             write_json(self.output / "results.json", self.record)
 
     def _note(self, number: int, step: int, loss: float) -> None:
+        """Writes the loss of a step to the log, and refuses one that is no number.
+
+        Args:
+            number: of the task.
+            step: of the task.
+            loss: of its batch.
+        """
         if not math.isfinite(loss):
             raise InputError(f"the loss is {loss} at step {step} of task {number}; lower the lr")
         if self.main:

@@ -77,6 +77,17 @@ def _attend(
     column_sums: tuple[ColumnSum, ...] = (),
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
+    """Attends as the module's own function does, and fills the sums that the call asks for.
+
+    Args:
+        module: the routed attention module.
+        query: (B, H, S, d).
+        key: (B, G, N, d).
+        value: (B, G, N, d).
+        attention_mask: as the module's own function takes it.
+        column_sums: to fill.
+        kwargs: of the call.
+    """
     # the module's own function runs under its own name
     routed = module.config
     module.config = routed.plain  # kernels look up there which of them they are
@@ -103,6 +114,18 @@ def _read(
     column_sums: tuple[ColumnSum, ...],
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
+    """Attends, and fills sums by giving their columns to the kernel beside or behind the values.
+
+    Args:
+        kernel: the module's own attention function.
+        module: the attention module.
+        query: (B, H, S, d).
+        key: (B, G, N, d).
+        value: (B, G, N, d).
+        attention_mask: as the kernel takes it.
+        column_sums: to fill.
+        kwargs: of the call.
+    """
     columns = torch.cat([column_sum.columns for column_sum in column_sums], -1).to(value.dtype)
     count, width = columns.shape[-1], value.shape[-1]
     maps = None

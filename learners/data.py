@@ -87,6 +87,16 @@ def _entry(where: str, line: str) -> Any:
 
 
 def _example(entry: Any, where: str, root: DataRoot) -> Example:
+    """Reads one conversation.
+
+    Args:
+        entry: what the file holds.
+        where: for messages, file and number of the entry.
+        root: of the images.
+
+    Raises:
+        InputError: if it is of another format, or an image is missing.
+    """
     if isinstance(entry, dict) and "id" in entry:
         where = f"{where} (id {repr(entry['id'])[:80]})"
     try:

@@ -182,6 +182,13 @@ class LoRRA(nn.Module):
         return self.output.onto(total, self.output.down(attended) * weight)
 
     def _attended(self, hidden: Tensor, keys: Keys, rotary: Rotary | None) -> Tensor:
+        """Returns the attention of the learner's heads, (B, S, D), before its output map.
+
+        Args:
+            hidden: input of the layer, (B, S, D).
+            keys: tokens of the modality.
+            rotary: cos and sin of the queries; None for no position rotation.
+        """
         query = self._heads(self.query.added(hidden), rotary)
         key, inner = self._keys_and_values(keys, rotary is not None)
         runs, dropout = keys.runs, self.dropout if self.training else 0.0

@@ -210,6 +210,14 @@ def wings_layers(model: Any) -> dict[int, WingsLayer]:
 def _mark_images(
     image_token: int, _: Any, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
+    """Adds which tokens are an image's, (B, N), as `wings`; a pre-hook of the whole model.
+
+    Args:
+        image_token: id of the placeholder.
+        _: the model.
+        args: of its forward.
+        kwargs: of its forward.
+    """
     ids = args[0] if args else kwargs.get("input_ids")
     if ids is None:
         raise InputError("Wings needs input_ids, not inputs_embeds, to tell image from text")
@@ -269,6 +277,13 @@ def _note_tokens(
 def _read_columns(
     attention: Any, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]] | None:
+    """Asks attention for the sums of the router's columns; a pre-hook.
+
+    Args:
+        attention: the attention module.
+        args: of its forward.
+        kwargs: of its forward; `router` holds the sums.
+    """
     router = attention.wings.router
     if router is None:
         return None
@@ -277,6 +292,14 @@ def _read_columns(
 
 
 def _add_learners(attention: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Returns the output of attention with that of the learners added; a hook.
+
+    Args:
+        attention: the attention module.
+        args: of its forward.
+        kwargs: of its forward.
+        output: attention (B, S, D) and maps.
+    """
     main, maps = output
     hidden = args[0] if args else kwargs["hidden_states"]
     layer: WingsLayer = attention.wings

@@ -158,6 +158,14 @@ def train_wings(run: WingsRun, examples: list[Example]) -> None:
 
 
 def _train(run: WingsRun, examples: list[Example], accelerate: Any, accelerator: Any) -> None:
+    """Trains in one process of the run, from its last checkpoint on.
+
+    Args:
+        run: options.
+        examples: conversations.
+        accelerate: the library.
+        accelerator: accelerate's, of this process.
+    """
     output, recipe, main = run.output, run.recipe, accelerator.is_main_process
     settings = _settings(run, examples) if main else {}
     begun = (output / "log.jsonl").is_file()

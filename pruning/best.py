@@ -151,6 +151,16 @@ class _File(msgspec.Struct, frozen=True):
 
 @lru_cache
 def _definitions(path: str, _time: int, _size: int) -> Definitions:
+    """Reads a file of definitions, again where its time or size has changed.
+
+    Args:
+        path: of the file.
+        _time: of its last change.
+        _size: in bytes.
+
+    Raises:
+        InputError: if it is damaged, or a definition cannot be built.
+    """
     found = read_record(Path(path), _File, REMEDY)
     for budget in found.budgets:
         fits = 0 < budget <= 1 if found.tokens is None else budget >= 1 and budget.is_integer()

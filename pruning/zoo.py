@@ -275,6 +275,16 @@ class BoundedSensitivity:
                 return chosen
 
     def _diverse(self, similarity: Tensor, k: int, low: Tensor, high: Tensor) -> Tensor:
+        """Chooses k tokens as `select.diverse` does, computing only
+        sensitivities that may win a step.
+
+        Args:
+            similarity: of tokens, (N, N).
+            k: how many.
+            low: the smallest sensitivity, which becomes score 0.
+            high: the largest one, which becomes score 1.
+        """
+
         def scaled() -> Tensor:
             return torch.where(high > low, (self.values - low) / (high - low + 1e-8), 1.0)
 

@@ -281,6 +281,16 @@ def _attend(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
+    """Attends as the block's function does where it can, else as SDPA; transformers calls it.
+
+    Args:
+        module: the attention module.
+        query: (B, H, n, d).
+        key: (B, G, K, d).
+        value: (B, G, K, v).
+        attention_mask: valid keys (B, K), a mask (B, 1, n, K), or None.
+        kwargs: of the call.
+    """
     block = _BLOCKS.get(id(module.config))
     if block is not None:
         function = block.function

@@ -495,6 +495,13 @@ class SmolTrainer:
     def _divergence(
         self, texts: list[Tensor], spans: list[tuple[int, int]], group: int | None
     ) -> Tensor:
+        """Returns the mean Kullback-Leibler divergence from SmolLM2's own distribution, ().
+
+        Args:
+            texts: token ids, (n,) each.
+            spans: first and end of the tokens of each text that are read.
+            group: of texts that come again, whose own states are kept; None for others.
+        """
         # The distribution after token i is that of token i + 1; padding is never read.
         length = -(-max(map(len, texts)) // 32) * 32
         tokens = torch.stack([nn.functional.pad(ids, (0, length - len(ids))) for ids in texts])

@@ -81,6 +81,16 @@ def read_rows(path: Path, kind: type[RowT]) -> dict[str, RowT]:
 
 
 def _rows(content: bytes, path: Path, kind: type[RowT]) -> dict[str, RowT]:
+    """Reads the rows of a log by the question's id.
+
+    Args:
+        content: of the file.
+        path: of the file, for messages.
+        kind: of the rows.
+
+    Raises:
+        InputError: if a line is damaged, or two rows of a question differ.
+    """
     rows: dict[str, RowT] = {}
     for number, line in enumerate(content.splitlines(), 1):
         row = from_json(

@@ -99,6 +99,14 @@ class _DataTask(ConfigurableTask):  # type: ignore[misc]
     def with_data(
         cls, config: dict[str, Any], data_root: DataRoot | None, limit: int | None, check: Check
     ) -> Any:
+        """Returns the task, bound to local data and to a check of its images.
+
+        Args:
+            config: the task's.
+            data_root: copies of data sets, or None.
+            limit: rows that will be asked.
+            check: raises `InputError` for an image that the model cannot take.
+        """
         attributes = {"data_root": data_root, "limit": limit, "check": staticmethod(check)}
         if not _judged(config):  # a judge may fail and be asked again; a wrong row stays wrong
             attributes["process_results"] = ConfigurableTask.process_results.__wrapped__

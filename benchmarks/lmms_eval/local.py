@@ -76,6 +76,13 @@ def load_split(root: DataRoot, config: str | None, split: str) -> Any:
 
 
 def _files(folder: Path, config: str | None, split: str) -> list[Path]:
+    """Returns the files of a split, or of a configuration that is one; empty where there are none.
+
+    Args:
+        folder: of the data set.
+        config: name of the configuration, or None.
+        split: name of the split.
+    """
     candidates = [folder / config, folder] if config else [folder]
     named = [_matching(folder, config)] if config else []
     found = [

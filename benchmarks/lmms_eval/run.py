@@ -301,6 +301,15 @@ def one_pass(
 
 
 def _rows(leaf: Leaf, task: Any, model: PrunedChat, before: Pass, after: Pass) -> list[PairedRow]:
+    """Returns the rows of a task's questions, from both passes.
+
+    Args:
+        leaf: the task.
+        task: lmms-eval's object.
+        model: that answered.
+        before: the unpruned pass.
+        after: the pruned pass.
+    """
     rows = []
     for number, sample in sorted(after.samples.items()):
         other, pruned, base = before.samples[number], after.answers[number], before.answers[number]

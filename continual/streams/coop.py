@@ -120,6 +120,13 @@ def read_coop_split(
 
 
 def _aircraft(root: DataRoot, templates: tuple[str, ...], skip_bad: bool) -> StreamTask:
+    """Returns FGVC-Aircraft with its official splits.
+
+    Args:
+        root: folder of the data sets.
+        templates: of prompts.
+        skip_bad: leave out images that cannot be read.
+    """
     data = _first(root, AIRCRAFT, "variants.txt", "aircraft")
     folder = data.folder
     classes = tuple(line.strip() for line in (folder / "variants.txt").read_text().splitlines())

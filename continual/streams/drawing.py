@@ -220,6 +220,16 @@ def _printed(
     rng: np.random.Generator,
     style: Style,
 ) -> Image.Image:
+    """Draws printed text, in one of a few fonts and sizes.
+
+    Args:
+        text: what is written.
+        faces: fonts to draw from.
+        smallest: size as a share of the picture's.
+        largest: likewise.
+        rng: draws font, size, angle and colors.
+        style: plain or varied, which is also rotated.
+    """
     face = faces[int(rng.integers(len(faces)))]
     # few sizes, so that the fonts stay in memory
     size = round(SIDE * SUPERSAMPLE / 2 * (smallest + (largest - smallest) * rng.integers(5) / 4))

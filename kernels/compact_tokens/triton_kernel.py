@@ -8,6 +8,14 @@ from torch import Tensor
 
 @triton.jit
 def _copy(source, target, stride, width, filled, BLOCK: tl.constexpr):
+    """Copies a row of `width` numbers that are `stride` apart, or zeros unless `filled`.
+
+    Args:
+        source, target: pointers to the rows.
+        stride: of the source; the target's is 1.
+        width: numbers of a row.
+        filled: whether there is a token.
+    """
     # empty slots read nothing and are written as zeros
     readable = tl.where(filled, width, 0)
     for start in range(0, width, BLOCK):

@@ -13,6 +13,18 @@ def _select_kernel(
     similarity, scores, valid, factor, chosen, by_image, by_row, by_column, k, tokens,
     RULE: tl.constexpr, SPENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Chooses k tokens of one image by `diverse`, `farthest` or `dpp`, one after the other.
+
+    Programs: (M,).
+
+    Args:
+        similarity: (M, N, N), read by `by_image`, `by_row` and `by_column`.
+        scores, valid: (M, N), `valid` in int8 or None.
+        factor: rows of a Cholesky factor, (M, k, N) in fp32; None unless the rule is `dpp`.
+        chosen: output, (M, k); -1 where no token is left.
+        k, tokens: k and N.
+        SPENT: share of the largest variance below which one is rounding.
+    """
     image = tl.program_id(0).to(tl.int64)
     similarity += image * by_image
     if RULE == "dpp":
@@ -65,6 +77,17 @@ def _cover_kernel(
     cover, weights, valid, chosen, by_image, by_row, by_column, k, tokens, targets,
     BLOCK: tl.constexpr, THINGS: tl.constexpr,
 ):  # fmt: skip
+    """Chooses k tokens of one image that cover its targets, one after the other.
+
+    Programs: (M,).
+
+    Args:
+        cover: (M, N, T), read by `by_image`, `by_row` and `by_column`.
+        weights, valid: (M, N), `valid` in int8 or None.
+        chosen: output, (M, k); -1 where no token is left.
+        k, tokens, targets: k, N and T.
+        THINGS: power of two that holds the targets.
+    """
     image = tl.program_id(0).to(tl.int64)
     cover += image * by_image
     rows, columns = tl.arange(0, BLOCK), tl.arange(0, THINGS)

@@ -51,6 +51,13 @@ def read_conversations(folder: Path | DataRoot) -> list[Sample]:
 
 
 def _sample(talk: Conversation, root: DataRoot, name: str) -> Sample:
+    """Returns a conversation with its images as a sample; the last reply is the answer.
+
+    Args:
+        talk: as it is stored.
+        root: of the images.
+        name: for messages.
+    """
     turns = []
     for turn in talk.turns:
         options = "\n".join(
@@ -73,6 +80,14 @@ def letter_of(reply: str) -> str:
 
 @torch.inference_mode()
 def _reply(model: Any, processor: Any, sample: Sample, pruner: Any | None) -> str:
+    """Returns the greedy answer to the last turn of a conversation.
+
+    Args:
+        model: that answers.
+        processor: the model's.
+        sample: the conversation.
+        pruner: a method, or None.
+    """
     prompt = render(processor, sample.messages(), add_generation_prompt=True)
     inputs = encode_prompts(model, processor, [prompt], [sample.images])
     with nullcontext() if pruner is None else pruner(model):
