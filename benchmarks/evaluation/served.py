@@ -1,17 +1,18 @@
 """`eval` through vLLM: the questions and rows of `eval`, answered by two engines in turn.
 
 vLLM says how many image tokens a prompt has, and not which: `kept` is empty. A prefill holds tower and
-selection, of which it gives no times of their own. Operations are counted on the Hugging Face
-model, whose images those of vLLM are.
+selection, of which it gives no times of their own. Tokens and operations of unpruned images are counted
+on the Hugging Face model from their sizes: the layers of its tower do not run.
 """
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
 from PIL.Image import Image
+from torch import Tensor
 
 from vlm_prune.benchmarks.evaluation.engine import (
     evaluate,
@@ -32,14 +33,14 @@ from vlm_prune.benchmarks.evaluation.store import RunFolder
 from vlm_prune.benchmarks.tasks import Sample
 from vlm_prune.vlm.budget import even_shares
 from vlm_prune.vlm.chat import Messages
-from vlm_prune.vlm.common.errors import InputError, first_line
+from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.load import EMBEDDED
-from vlm_prune.vlm.serving.server import check_served
-from vlm_prune.vlm.serving.settings import Settings
+from vlm_prune.vlm.serving.server import check_served, engine_errors
+from vlm_prune.vlm.serving.settings import Settings, memory_share
 from vlm_prune.vlm.trace import Trace
 
 UNPRUNED = Variant("none", 1.0)
-GPU_SHARE = 0.45  # of the memory, for each of the two engines
 
 
 def settings_of(model: str, variant: Variant, seed: int = 0) -> Settings:
@@ -79,6 +80,7 @@ class ServedVLM:
         dtype: as for `load`.
         images: the most that a prompt has.
         seed: of the method and of vLLM.
+        share: of the device's memory; vLLM's own default unless given.
         options: of vLLM's `LLM`.
 
     Raises:
@@ -93,20 +95,19 @@ class ServedVLM:
         dtype: str,
         images: int = 1,
         seed: int = 0,
+        share: float | None = None,
         **options: Any,
     ) -> None:
         settings = settings_of(model, variant, seed)
         from vllm import LLM
 
-        try:
+        with engine_errors("vLLM does not start"):
             self.llm = LLM(
                 str(EMBEDDED.get(model, model)),
-                **settings.engine_options(dtype, device == "cpu", images),
+                **settings.engine_options(dtype, device == "cpu", images, share),
                 seed=seed,
                 **options,
             )
-        except (RuntimeError, ValueError, OSError) as error:
-            raise InputError(f"vLLM does not start: {first_line(error)}") from error
         self.image_token = image_token_of(self.llm.llm_engine.model_config.hf_config)
 
     def complete(
@@ -200,6 +201,7 @@ class ServedEngines:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
+        self.share = memory_share(2)
         self.started: dict[str, ServedVLM] = {}
 
     def engine(self, variant: Variant, images: int) -> ServedVLM:
@@ -216,8 +218,8 @@ class ServedEngines:
             self.started[variant.method] = ServedVLM(
                 config.model, variant, config.device, config.dtype, images,
                 seed=config.seed, max_num_seqs=config.batch_size,
-                gpu_memory_utilization=GPU_SHARE, disable_log_stats=False,
-                enable_prefix_caching=False, mm_processor_cache_gb=0,
+                share=self.share, disable_log_stats=False, enable_prefix_caching=False,
+                mm_processor_cache_gb=0,
             )  # fmt: skip
         return self.started[variant.method]
 
@@ -262,7 +264,8 @@ class ServedPair:
         before, after = (
             engine.complete(chats, shown, most_new_tokens(batch)) for engine in (unpruned, pruned)
         )
-        prompts = prompts_of(self.model, self.processor, batch)
+        with sizes_alone(self.model):
+            prompts = prompts_of(self.model, self.processor, batch)
         unpruned.check(before, prompts)
         trace = pruned.trace(after, shown, self.model)
         (prefill, decode), (baseline_prefill, baseline_decode) = (
@@ -279,6 +282,30 @@ class ServedPair:
             paired_row(self.model, sample, prompts.record(number, trace), one, other, times)
             for number, (sample, one, other) in enumerate(zip(batch, baseline, ours, strict=True))
         ]
+
+
+@contextmanager
+def sizes_alone(model: Any) -> Iterator[None]:
+    """Keeps the layers of a model's vision tower from computing inside the block: they give what they get.
+
+    How many tokens images have, in what grid and for what operations, is as without it: it depends on
+    their sizes alone. Features mean nothing.
+
+    Args:
+        model: of a supported family.
+    """
+    layers = list(family_of(model).tower_layers)
+    for layer in layers:
+        layer.forward = _first_argument
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _first_argument(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states
 
 
 def phases(outputs: Sequence[Any]) -> tuple[float, float]:

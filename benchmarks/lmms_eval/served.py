@@ -8,7 +8,12 @@ import torch
 
 from vlm_prune.benchmarks.evaluation.prompts import make_prompts
 from vlm_prune.benchmarks.evaluation.records import RunConfig
-from vlm_prune.benchmarks.evaluation.served import UNPRUNED, ServedEngines, phases
+from vlm_prune.benchmarks.evaluation.served import (
+    UNPRUNED,
+    ServedEngines,
+    phases,
+    sizes_alone,
+)
 from vlm_prune.benchmarks.lmms_eval.answers import answered
 from vlm_prune.benchmarks.lmms_eval.model import Ask, PrunedChat
 from vlm_prune.vlm.common.errors import InputError
@@ -60,7 +65,8 @@ class ServedChat(PrunedChat):
             [ask.chat.messages() for ask in batch], images, new_tokens, **options
         )
         texts = self._render(batch)
-        prompts = make_prompts(self.model, self.processor, texts, images)
+        with sizes_alone(self.model):
+            prompts = make_prompts(self.model, self.processor, texts, images)
         if self.pruner is None:
             engine.check(outputs, prompts)
         trace = engine.trace(outputs, images, self.model)

@@ -21,11 +21,11 @@ from vlm_prune.benchmarks.speed.bench import shorten
 from vlm_prune.benchmarks.speed.shapes import SHAPES
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.serving.plugin import check_installed, check_model
-from vlm_prune.vlm.serving.settings import KEY, Settings
+from vlm_prune.vlm.serving.server import engine_errors
+from vlm_prune.vlm.serving.settings import Settings, memory_share
 from vlm_prune.vlm.tiny import checkpoint_path
 
 ARMS = ("unpruned", "pruned")
-GPU_SHARE = 0.45  # of the memory, for each of the two
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ def bench_serving(config: ServingConfig) -> dict[str, Any]:
     runs: dict[str, list[Load]] = {arm: [] for arm in ARMS}
     with TemporaryDirectory(prefix="vlm-prune-") as name, ExitStack() as stack:
         _write_model(config, architecture, Path(name))
-        arms = {arm: stack.enter_context(_started(config, arm, name)) for arm in ARMS}
+        share = memory_share(len(ARMS))
+        arms = {arm: stack.enter_context(_started(config, arm, name, share)) for arm in ARMS}
         for _ in range(config.repeats):
             for concurrency in config.concurrency:
                 for arm, serve in arms.items():
@@ -124,39 +125,51 @@ def bench_serving(config: ServingConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def _alive(config: ServingConfig, arm: str) -> Iterator[None]:
+def _alive(config: ServingConfig, arm: str, process: Any) -> Iterator[None]:
     """Raises `InputError` where an arm's process has ended."""
     try:
         yield
     except (EOFError, OSError):
-        raise InputError(f"vLLM ended while it served the {arm} {config.shape}") from None
+        process.join(1)
+        raise InputError(
+            f"vLLM ended with code {process.exitcode} while it served the {arm} {config.shape}; a "
+            "negative one is a signal, -9 for want of memory"
+        ) from None
 
 
 @contextmanager
-def _started(config: ServingConfig, arm: str, folder: str) -> Iterator[Callable[[int], Load]]:
+def _started(
+    config: ServingConfig, arm: str, folder: str, share: float
+) -> Iterator[Callable[[int], Load]]:
     """Starts an engine in a process of its own, which answers the list at a concurrency.
 
     Args:
         config: what is measured.
         arm: `unpruned` or `pruned`.
         folder: of the model.
+        share: of a GPU's memory.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(config, arm, folder, theirs))
+    process = context.Process(target=_serve, args=(config, arm, folder, share, theirs))
     process.start()
     theirs.close()
 
+    def receive() -> Any:
+        with _alive(config, arm, process):
+            received = ours.recv()
+        if isinstance(received, str):
+            raise InputError(received)
+        return received
+
     def serve(concurrency: int) -> Load:
-        with _alive(config, arm):
+        with _alive(config, arm, process):
             ours.send(concurrency)
-            load: Load = ours.recv()
+        load: Load = receive()
         return load
 
     try:
-        # an engine that still starts would slow the other one's answers
-        with _alive(config, arm):
-            ours.recv()
+        receive()  # an engine that still starts would slow the other one's answers
         yield serve
     finally:
         ours.close()
@@ -203,14 +216,16 @@ def _write_model(config: ServingConfig, architecture: Any, folder: Path) -> None
     processor.save_pretrained(folder)
 
 
-def _serve(config: ServingConfig, arm: str, folder: str, requests: Any) -> None:
+def _serve(config: ServingConfig, arm: str, folder: str, share: float, requests: Any) -> None:
     """Serves the list in this process, which is new, at each concurrency that is sent.
 
     Args:
         config: what is measured.
         arm: `unpruned` or `pruned`.
         folder: of the model.
-        requests: the connection that concurrencies come by and loads go back by.
+        share: of a GPU's memory.
+        requests: the connection that concurrencies come by and loads go back by; what keeps the
+            engine from answering goes back as a text.
     """
     threads = f"0-{(os.cpu_count() or 1) - 1}"
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", threads)
@@ -218,27 +233,45 @@ def _serve(config: ServingConfig, arm: str, folder: str, requests: Any) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["HF_HUB_OFFLINE"] = "1"
+    with suppress(EOFError, BrokenPipeError):
+        try:
+            with engine_errors(f"vLLM does not serve the {arm} {config.shape}"):
+                _answer(config, arm, folder, share, requests)
+        except InputError as error:
+            requests.send(str(error))
+
+
+def _answer(config: ServingConfig, arm: str, folder: str, share: float, requests: Any) -> None:
+    """Starts the engine, and answers the list at each concurrency that is received.
+
+    Args:
+        config: what is measured.
+        arm: `unpruned` or `pruned`.
+        folder: of the model.
+        share: of a GPU's memory.
+        requests: as for `_serve`.
+    """
     from vllm import LLM, SamplingParams
 
+    settings = config.settings if arm == "pruned" else Settings("none")
     llm = LLM(
-        folder, load_format="dummy", dtype=config.dtype, seed=0, max_model_len=1024,
-        max_num_seqs=max(config.concurrency), limit_mm_per_prompt={"image": 1},
-        enforce_eager=True, distributed_executor_backend="uni", gpu_memory_utilization=GPU_SHARE,
-        additional_config={KEY: config.settings.as_dict()} if arm == "pruned" else {},
+        folder, load_format="dummy", seed=0, max_model_len=1024,
+        max_num_seqs=max(config.concurrency), enforce_eager=True,
+        distributed_executor_backend="uni",
+        **settings.engine_options(config.dtype, on_cpu=False, images=1, share=share),
     )  # fmt: skip
     sampling = SamplingParams(temperature=0, max_tokens=config.new_tokens, ignore_eos=True)
     served = Served(llm.llm_engine, sampling)
     first = 0
-    with suppress(EOFError, BrokenPipeError):
-        requests.send("ready")
-        while True:
-            concurrency = requests.recv()
-            # requests that are not counted, then those that are, each with a picture of its own
-            for count in (min(2, concurrency), config.requests):
-                prompts = [_prompt(config, first + number) for number in range(count)]
-                first += count
-                load = served.run(prompts, concurrency)
-            requests.send(load)
+    requests.send(None)
+    while True:
+        concurrency = requests.recv()
+        # requests that are not counted, then those that are, each with a picture of its own
+        for count in (min(2, concurrency), config.requests):
+            prompts = [_prompt(config, first + number) for number in range(count)]
+            first += count
+            load = served.run(prompts, concurrency)
+        requests.send(load)
 
 
 def _prompt(config: ServingConfig, number: int) -> dict[str, Any]:

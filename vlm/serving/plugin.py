@@ -6,6 +6,7 @@ the engine's architecture becomes the pruned one; else nothing changes.
 
 import logging
 import os
+from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -21,6 +22,11 @@ CLASSES = {
     "InternVLForConditionalGeneration": "vlm_prune.vlm.serving.internvl:PrunedInternVL",
 }
 PREFIX = "VlmPrune"
+# options of vLLM that do not go together with pruning
+NO_VIDEO_PRUNING = "vLLM's own --video-pruning-rate does not go with vlm_prune; drop one"
+NO_DATA_PARALLEL_TOWER = "--mm-encoder-tp-mode data does not go with vlm_prune; give weights"
+NO_PIPELINE = "--pipeline-parallel-size does not go with vlm_prune; split by tensors"
+NO_OTHER_CLASSES = "--model-impl would replace the class that prunes; leave it out"
 
 
 def check_installed() -> str:
@@ -103,23 +109,22 @@ def apply(vllm_config: Any) -> None:
     from vlm_prune.vlm.serving.settings import KEY, Settings, draws_numbers
 
     settings = Settings.find(vllm_config.additional_config)
-    if settings is None or settings.method == "none":
-        return
     model = vllm_config.model_config
+    # a draft model for speculative decoding gets the settings too, and sees no images
+    if settings is None or settings.method == "none" or model.runner_type == "draft":
+        return
+    check_architecture(model.hf_config, model.architectures)
     architecture = model.architectures[0]
-    if architecture not in CLASSES:
-        raise InputError(
-            f"{architecture} has no pruned class; there are those of {', '.join(CLASSES)}; "
-            "give method none to serve the unpruned model"
-        )
     check_model(model.hf_config, settings)
     multimodal = model.multimodal_config
     if multimodal.is_multimodal_pruning_enabled():
-        raise InputError("vLLM's own --video-pruning-rate does not go with vlm_prune; drop one")
+        raise InputError(NO_VIDEO_PRUNING)
     if multimodal.mm_encoder_tp_mode == "data":
-        raise InputError("--mm-encoder-tp-mode data does not go with vlm_prune; give weights")
+        raise InputError(NO_DATA_PARALLEL_TOWER)
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        raise InputError("--pipeline-parallel-size does not go with vlm_prune; split by tensors")
+        raise InputError(NO_PIPELINE)
+    if model.model_impl not in ("auto", "vllm"):
+        raise InputError(NO_OTHER_CLASSES)
     pruner = settings.pruner()
     if pruner.stage == "input" or draws_numbers(pruner):
         # images are shrunk and numbers drawn from the pixels that the Hugging Face route sees
@@ -139,23 +144,49 @@ def apply(vllm_config: Any) -> None:
     )  # fmt: skip
 
 
+def check_architecture(config: Any, architectures: Any) -> None:
+    """Refuses a model that has no pruned class.
+
+    Args:
+        config: the model's.
+        architectures: names of vLLM's classes for it, the first of which it would take.
+
+    Raises:
+        InputError: if there is none of it, or the configuration names none.
+    """
+    if not architectures:
+        raise InputError(
+            f"the model's config.json names no architectures; add those of {config.model_type} models, "
+            f'such as "architectures": ["{next(iter(CLASSES))}"]'
+        )
+    if architectures[0] not in CLASSES:
+        raise InputError(
+            f"{architectures[0]} ({config.model_type}) has no pruned class in vLLM; there are those of "
+            f"{', '.join(CLASSES)}; give --method none to serve the unpruned model"
+        )
+
+
 def check_model(config: Any, settings: Any) -> None:
     """Raises `InputError` when a method or its budget does not go with a model's configuration."""
-    from vlm_prune.vlm.budget import check_fits
-    from vlm_prune.vlm.families import FAMILIES
+    import torch
+    from transformers import AutoModelForImageTextToText
 
-    family, pruner = FAMILIES[config.model_type], settings.pruner()
-    for need in sorted(pruner.needs & family.lacks):
-        raise InputError(f"{settings.method} needs {need}, which {config.model_type} models lack")
-    if "a fixed image size" not in family.lacks:
-        vision = config.vision_config
-        check_fits(settings.budget, (vision.image_size // vision.patch_size) ** 2)
+    from vlm_prune.vlm.families import FAMILIES, family_of
+
+    kind, pruner = config.model_type, settings.pruner()
+    for need in sorted(pruner.needs & FAMILIES[kind].lacks):
+        raise InputError(f"{settings.method} needs {need}, which {kind} models lack")
+    if not isinstance(getattr(config, "vision_feature_layer", -1), int):
+        raise InputError("models that join several layers of the tower are not covered")
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(deepcopy(config))
+    family = family_of(model)
+    pruner.admit(model)
+    _ = family.scored_projections  # a tower without the layer that methods read refuses here
     whole = "original" if family.mrope else "contiguous"
     positions = pruner.positions_on(family)
     if positions not in ("auto", whole):
         raise InputError(
             f"positions {positions!r} cannot be had: vLLM numbers the kept tokens of "
-            f"{config.model_type} models as {whole!r}"
+            f"{kind} models as {whole!r}"
         )
-    if not isinstance(getattr(config, "vision_feature_layer", -1), int):
-        raise InputError("models that join several layers of the tower are not covered")

@@ -19,6 +19,7 @@ from vlm_prune.vlm.tokens import VisionTokens
 
 KEY = "vlm_prune"
 ENVIRONMENT = "VLM_PRUNE"
+FREE_SHARE = 0.9  # of a GPU's free memory, for engines
 
 
 @dataclass(frozen=True)
@@ -77,19 +78,23 @@ class Settings:
             raise InputError(f"{ENVIRONMENT}={text!r} is no JSON") from None
         return cls.read(values)
 
-    def engine_options(self, dtype: str, on_cpu: bool, images: int) -> dict[str, Any]:
-        """Returns the options of vLLM's engine that decide its answers.
+    def engine_options(
+        self, dtype: str, on_cpu: bool, images: int, share: float | None = None
+    ) -> dict[str, Any]:
+        """Returns the options of vLLM's engine that decide its answers, and its share of a GPU.
 
         Args:
             dtype: as for `load`.
             on_cpu: whether the engine runs there.
             images: the most that a prompt has.
+            share: of the device's memory; vLLM's own default unless given.
         """
-        return {
+        options = {
             "dtype": "float32" if dtype == "auto" and on_cpu else dtype,
             "limit_mm_per_prompt": {"image": images},
             "additional_config": {KEY: self.as_dict()},
         }
+        return options if share is None else options | {"gpu_memory_utilization": share}
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the settings as JSON can hold them."""
@@ -112,6 +117,17 @@ class Settings:
             return build(self.method, budget=self.budget, seed=self.seed, **self.arguments)
         except TypeError as error:
             raise InputError(f"{self.method}: {error}") from None
+
+
+def memory_share(engines: int) -> float:
+    """Returns which share of a GPU's memory each of several engines may take: 90 % of what is free
+    now, evenly. Other programs, and models of this process, have the rest.
+
+    Args:
+        engines: that will run on it at a time.
+    """
+    free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (1, 1)
+    return FREE_SHARE * free / total / engines
 
 
 def check(name: str, pruner: Any) -> None:

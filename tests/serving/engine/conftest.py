@@ -11,13 +11,16 @@ os.environ.update(
 )
 
 import gc
+from functools import partial
 
 import pytest
 import tiny_families
 import torch
+import transformers
 from tiny_families import Tiny
 
 from vlm_prune.pruning.registry import build
+from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.serving import model as serving_model
 from vlm_prune.vlm.serving.export import export
 from vlm_prune.vlm.serving.settings import KEY, Settings
@@ -27,6 +30,9 @@ HEAD = 32
 TOKENS = 10
 BLOCK = 32  # tokens whose keys and values are cached together, 128 unless given
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl")
+# models of a family around another tower, and what makes them
+SIGLIP = partial(transformers.SiglipVisionConfig, vision_use_head=False)
+OTHER_TOWERS = {"llava-siglip": ("llava", {"vision": SIGLIP})}
 
 
 def pytest_collection_modifyitems(items):
@@ -46,7 +52,8 @@ def folders(tmp_path_factory):
                 patch.setattr(tiny_families, "HEAD", HEAD)
                 patch.setattr(tiny_families, "WIDTH", 2 * HEAD)
                 patch.setattr(tiny_families, "MROPE", [HEAD // 8, *[3 * HEAD // 16] * 2])
-                tiny = Tiny(family)
+                name, options = OTHER_TOWERS.get(family, (family, {}))
+                tiny = Tiny(name, **options)
             saved = tmp_path_factory.mktemp("saved") / family
             tiny.model.save_pretrained(saved)
             tiny.processor.save_pretrained(saved)
@@ -127,8 +134,6 @@ class Engine:
     @torch.inference_mode()
     def unpruned_rows(self, prompt, pictures):
         """All rows of a Qwen-VL prompt's images, as vLLM takes them."""
-        from vlm_prune.vlm.families import family_of
-
         shown = [pictures[n] for n in prompt[0]]
         inputs = self.processor(text=[self.chat(prompt)], images=shown, return_tensors="pt")
         grid = inputs["image_grid_thw"]
@@ -137,6 +142,19 @@ class Engine:
         )
         rows = torch.cat([torch.cat(images.projected), *map(torch.cat, images.deepstack)], 1)
         return [{"image_embeds": rows, "image_grid_thw": grid}]
+
+    @torch.inference_mode()
+    def seeds(self, pictures):
+        """What the Hugging Face route draws from each picture's pixels; it names a picture."""
+        family, found = family_of(self.model), []
+        for picture in pictures:
+            inputs = self.processor(
+                text=[self.chat(([0], ""))], images=[picture], return_tensors="pt"
+            )
+            names = ("pixel_values", "input_ids", *family.image_inputs)
+            (group,) = family.encode(**{n: inputs[n] for n in names if n in inputs}).groups
+            found += group.tokens.seeds
+        return found
 
     def chat(self, prompt):
         """The text of a prompt."""
@@ -182,14 +200,14 @@ def among_placeholders(image, indices):
 
 @pytest.fixture
 def choices(monkeypatch):
-    """The token indices that vLLM's models keep, image by image, as they are chosen."""
+    """The seeds of images, and the token indices that vLLM's models keep, as they are chosen."""
     seen = []
     choose = serving_model.choose
 
     def noted(pruner, images, *rest):
         kept = choose(pruner, images, *rest)
         for image, (indices, _) in zip(images, kept, strict=True):
-            seen.append(among_placeholders(image, indices))
+            seen.append((image.seed, among_placeholders(image, indices)))
         return kept
 
     monkeypatch.setattr(serving_model, "choose", noted)
@@ -210,14 +228,17 @@ def start():
         engine.close()
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module",
+    params=[*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_TOWERS)],
+)
 def engine(request, folders):
     """A chunk of the prompt is shorter than most prompts; prefixes are cached in blocks of few tokens."""
     engine = Engine(
         folders(request.param), "random", max_num_batched_tokens=32, enable_prefix_caching=True,
         block_size=BLOCK,
     )  # fmt: skip
-    engine.family = request.param
+    engine.family, _ = OTHER_TOWERS.get(request.param, (request.param, {}))
     yield engine
     engine.close()
 

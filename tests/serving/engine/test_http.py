@@ -38,11 +38,11 @@ def loaded():
 
 
 class Server:
-    def __init__(self, log, *options):
+    def __init__(self, log, *options, model="tiny"):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        line = [sys.executable, "-m", "vlm_prune.benchmarks.cli", "serve", "tiny", *options]
+        line = [sys.executable, "-m", "vlm_prune.benchmarks.cli", "serve", model, *options]
         line += ["--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", *OPTIONS]
         environment = os.environ | {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
@@ -186,3 +186,25 @@ def test_it_stops_with_requests_under_way(shown, tmp_path):
         thread.join(PATIENCE)
         assert not thread.is_alive()
     assert len(failures) == len(threads)
+
+
+@pytest.mark.slow
+def test_an_image_that_is_not_taken_is_the_client_s_error_and_the_server_goes_on(folders, tmp_path):
+    """And one of fewer tokens than the budget keeps them all, where the number depends on the size."""
+    import openai
+
+    folder = str(folders("qwen2_5_vl"))
+    options = ["--budget", "30", "--served-model-name", "tiny"]
+    server = Server(tmp_path / "log", *options, model=folder).wait()
+    client, draw = server.client(), np.random.default_rng(0)
+    narrow, small, large = (
+        message("What is it?", as_url(tiny_families.picture(draw, size)))
+        for size in ((900, 1), (112, 112), (168, 168))
+    )
+    with pytest.raises(openai.BadRequestError, match="aspect ratio|Failed to apply"):
+        asked(client, narrow)
+    assert asked(client, small).choices
+    assert kept_tokens(server) == (1, 16)
+    assert asked(client, large).choices
+    assert kept_tokens(server) == (2, 16 + 30)
+    assert server.stop() in (0, -signal.SIGTERM)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 from vlm_prune.benchmarks.tasks import TASKS
 from vlm_prune.pruning.registry import build
@@ -39,6 +40,19 @@ def test_settings_come_from_the_environment_too(folders, pictures, prompts, star
     engine = start(folders("llava"), None)
     expected = engine.reference(prompts[0], pictures, build("divprune", budget=5))[0]
     assert engine.answers(prompts[:1], pictures) == [expected]
+
+
+@pytest.mark.slow
+def test_a_draft_model_drafts(folders, pictures, prompts, start, tmp_path):
+    """Speculative decoding: the draft is a text model of another architecture, without images."""
+    folder = folders("llava")
+    target = transformers.AutoModelForImageTextToText.from_pretrained(folder)
+    transformers.LlamaForCausalLM(target.config.text_config).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    draft = {"method": "draft_model", "model": str(tmp_path), "num_speculative_tokens": 2}
+    engine = start(folder, "zoo", 8, speculative_config=draft)
+    expected = [engine.reference(p, pictures, build("zoo", budget=8))[0] for p in prompts]
+    assert engine.answers(prompts, pictures) == expected
 
 
 @pytest.mark.parametrize(
@@ -111,6 +125,7 @@ def test_a_layer_of_torch_gives_its_own_weights():
         ("llava", "zoo", 8, SPLIT, "--pipeline-parallel-size"),
         ("qwen3_vl", "zoo", 8, {"mm_encoder_tp_mode": "data"}, "--mm-encoder-tp-mode"),
         ("qwen3_vl", "zoo", 8, {"video_pruning_rate": 0.5}, "--video-pruning-rate"),
+        ("llava", "zoo", 8, {"model_impl": "transformers"}, "--model-impl"),
     ],
 )
 def test_an_engine_that_cannot_prune_so_does_not_start(
