@@ -1,11 +1,15 @@
 """The documentation speaks of everything that is registered, and its figures are the measured ones."""
 
 import importlib.util
+import inspect
+import pkgutil
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from vlm_prune.continual.methods import METHODS as LEARNERS
 from vlm_prune.pruning import METHODS
 from vlm_prune.pruning.attention import ATTENTION
 from vlm_prune.vlm.families import FAMILIES
@@ -13,6 +17,11 @@ from vlm_prune.vlm.families import FAMILIES
 ROOT = Path(__file__).resolve().parents[2]
 METHODS_PAGE = (ROOT / "docs/methods.md").read_text()
 README = (ROOT / "README.md").read_text()
+EXPORTS = (
+    "pruning", "pruning.attention", "learners", "continual.methods", "continual.streams", "vlm",
+    "vlm.families", "kernels.attention_received", "kernels.compact_tokens", "kernels.greedy_select",
+    "kernels.pairwise_cosine", "kernels.text_guided_score", "kernels.token_sensitivity",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -28,6 +37,38 @@ def test_each_method_of_sparse_attention_has_a_row(name):
     page = (ROOT / "docs/sparse_attention.md").read_text()
     (row,) = (line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
     assert ATTENTION[name].paper in row
+
+
+def referenced() -> set[str]:
+    """Dotted names that the API reference documents: one after each `:::`, or its members."""
+    names = set()
+    page = (ROOT / "docs/api.md").read_text()
+    for name, members in re.findall(
+        r"^::: (\S+)(?:\n    options:\n      members: \[(.+)\])?", page, re.MULTILINE
+    ):
+        names |= {f"{name}.{member}" for member in members.split(", ")} if members else {name}
+    return names
+
+
+@pytest.mark.parametrize("package", EXPORTS)
+def test_the_api_reference_has_what_a_package_exports(package):
+    module = import_module(f"vlm_prune.{package}")
+    exported = [getattr(module, name) for name in module.__all__]
+    public = [one for one in exported if inspect.isclass(one) or inspect.isfunction(one)]
+    assert public
+    named = {f"{one.__module__}.{one.__name__}" for one in public}
+    assert not named - referenced()
+
+
+@pytest.mark.parametrize("registry", [METHODS, ATTENTION, LEARNERS], ids=lambda r: r.kind)
+def test_the_api_reference_has_every_registered_class(registry):
+    named = {f"{kind.__module__}.{kind.__name__}" for kind in registry.values()}
+    assert named and not named - referenced()
+
+
+def test_what_the_api_reference_names_is_there():
+    for name in referenced():
+        pkgutil.resolve_name(name)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
