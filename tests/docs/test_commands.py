@@ -3,7 +3,8 @@
 Blocks of a page run one after the other in one folder. A comment above a block changes that:
 `<!-- needs: gpu -->` (or another of `NEEDS`): it is not run, but its commands, options, extras and
 targets must exist; `<!-- test with: --limit 6 -->`: each command gets these options at its end.
-A `text` block below a Python block is what that prints.
+A `text` block below a Python block is what that prints. Python that is not run, for want of weights
+or vLLM, must at least define every name that it uses.
 """
 
 import contextlib
@@ -20,6 +21,8 @@ from pathlib import Path
 
 import pytest
 import typer
+from tiny_families import Tiny
+from video_files import write_clip
 
 from vlm_prune.benchmarks.cli import app as cli
 from vlm_prune.benchmarks.cli import commands
@@ -101,6 +104,32 @@ def test_every_block_of_a_page_runs(page, folder, monkeypatch):
                 check(shlex.split(command, comments=True), command, block, where, monkeypatch)
         else:
             assert block.language in ("toml", "json", "mermaid"), f"{where}: name the language"
+
+
+def test_every_name_in_the_python_of_a_page_is_defined():
+    check = ["-m", "ruff", "check", "--isolated", "--select", "F821", "--output-format", "concise"]
+    for page in PAGES:
+        source = "\n".join(block.text for block in blocks(page) if block.language == "python")
+        if source:
+            done = subprocess.run(
+                [sys.executable, *check, "-"], input=source, capture_output=True, text=True,
+                check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, f"{page}: {done.stdout}{done.stderr}"
+
+
+def test_python_on_videos_runs_on_a_model_of_random_weights(folder, capsys):
+    pytest.importorskip("av")
+    page, checkpoint, tiny = ROOT / "docs/video.md", folder / "random", Tiny("qwen2_5_vl")
+    tiny.model.save_pretrained(checkpoint)
+    tiny.processor.save_pretrained(checkpoint)
+    write_clip(folder / "clip.mp4", range(0, 4000, 100))
+    examples = [block for block in blocks(page) if block.language == "python"]
+    assert examples
+    for block in examples:
+        text = block.text.replace("Qwen/Qwen2.5-VL-7B-Instruct", str(checkpoint))
+        exec(compile(text, f"{page.name}:{block.line}", "exec"), {})  # noqa: S102
+    assert " of " in capsys.readouterr().out
 
 
 def run(words, command, block, where, monkeypatch):
