@@ -5,6 +5,7 @@ from pathlib import Path
 
 from vlm_prune.benchmarks.cli.app import run_command
 from vlm_prune.benchmarks.cli.support import serving_table, support_table
+from vlm_prune.benchmarks.stats.table import as_markdown
 from vlm_prune.pruning import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,10 +60,10 @@ def with_column(page: str, values: dict[str, str]) -> str:
 
 def positions() -> str:
     """Returns where each method acts and what its authors do with positions, as a table."""
-    rows = [("method", "acts at", "positions"), ("---",) * 3]
-    for name, method in METHODS.items():
-        rows.append((f"`{name}`", method.stage, method.authors_positions))
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    rows = [
+        (f"`{name}`", method.stage, method.authors_positions) for name, method in METHODS.items()
+    ]
+    return as_markdown([("method", "acts at", "positions"), *rows])
 
 
 def between(page: str, mark: str, table: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from vlm_prune.benchmarks.stats.table import as_markdown
 from vlm_prune.pruning.registry import methods
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import FAMILIES, Family
@@ -62,10 +63,10 @@ def support_table() -> str:
 def _table(cells: dict[str, dict[str, str]]) -> str:
     """Returns a table in Markdown of a cell for each method and family."""
     families = list(cells["none"])
-    rows = [("method", *(f"`{family}`" for family in families)), ("---",) * (1 + len(families))]
+    rows = [["method", *(f"`{family}`" for family in families)]]
     for name, row in cells.items():
-        rows.append((f"`{name}`", *(cell or "-" for cell in row.values())))
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        rows.append([f"`{name}`", *(cell or "-" for cell in row.values())])
+    return as_markdown(rows)
 
 
 def serving_support() -> dict[str, dict[str, str]]:

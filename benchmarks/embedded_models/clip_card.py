@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_prune.benchmarks.stats.table import percent_interval
+from vlm_prune.benchmarks.stats.table import as_markdown, percent_interval
 from vlm_prune.continual.clip import Clip, load_clip
 from vlm_prune.continual.config import Recipe
 from vlm_prune.continual.evaluate import evaluate_tasks
@@ -37,9 +37,10 @@ its images; one seed. Fine-tuning trains all weights for {steps} steps on the do
 images per class, at the rate that is best on `val`; the gain is paired by image. `scenes` is outside
 the stream.
 
-| domain | classes (seen) | chance | zero-shot | zero-shot, seen classes | fine-tuned | gain |
-|---|---|---|---|---|---|---|
 """
+COLUMNS = (
+    "domain", "classes (seen)", "chance", "zero-shot", "zero-shot, seen classes", "fine-tuned", "gain",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,14 +117,12 @@ def write_card(folder: Path, figures: dict[str, Figures] | None = None) -> None:
         train=len(stream[0].train) // len(stream[0].classes),
         steps=STEPS,
     )
-    rows = []
+    rows: list[Sequence[object]] = [COLUMNS]
     for one in tasks:
         count, seen, found = len(one.classes), len(DOMAINS[one.name].known), figures[one.name]
         cells = (
             percent_interval(value, interval)
             for value, *interval in (found.zero_shot, found.known, found.tuned, found.gain)
         )
-        rows.append(
-            f"| {one.name} | {count} ({seen}) | {100 / count:.1f} | {' | '.join(cells)} |\n"
-        )
-    (folder / "README.md").write_text(head + "".join(rows))
+        rows.append([one.name, f"{count} ({seen})", f"{100 / count:.1f}", *cells])
+    (folder / "README.md").write_text(head + as_markdown(rows))
