@@ -119,14 +119,14 @@ class LowRankMap(nn.Module):
             self.down.weight.normal_(0, 0.02, generator=generator)
             self.up.weight.zero_()
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         """Maps (..., D) to rank and back to (..., D)."""
-        mapped: Tensor = self.up(self.down(hidden))
+        mapped: Tensor = self.up(self.down(hidden_states))
         return mapped
 
-    def added(self, hidden: Tensor) -> Tensor:
+    def added(self, hidden_states: Tensor) -> Tensor:
         """Returns x (I + W) in one pass over the wide tensor; (B, N, D) -> (B, N, D)."""
-        return self.onto(hidden, self.down(hidden))
+        return self.onto(hidden_states, self.down(hidden_states))
 
     def onto(self, wide: Tensor, inner: Tensor) -> Tensor:
         """Returns wide + inner W_b in one pass; (B, N, D), (B, N, rank) -> (B, N, D)."""
@@ -162,7 +162,7 @@ class LoRRA(nn.Module):
 
     def forward(
         self,
-        hidden: Tensor,
+        hidden_states: Tensor,
         keys: Keys,
         rotary: Rotary | None,
         weight: Tensor | float,
@@ -171,28 +171,28 @@ class LoRRA(nn.Module):
         """Returns `total` plus `weight` times the learner's attention, (B, S, D).
 
         Args:
-            hidden: the layer's input, (B, S, D).
+            hidden_states: the layer's input, (B, S, D).
             keys: the modality's tokens.
             rotary: cos and sin of the queries, (B or 1, S, head_dim); None for no position
                 rotation.
             weight: of the learner, (B, S, 1) or one for all.
             total: what the learner is added to, (B, S, D).
         """
-        attended = self._attended(hidden, keys, rotary)
+        attended = self._attended(hidden_states, keys, rotary)
         return self.output.onto(total, self.output.down(attended) * weight)
 
-    def _attended(self, hidden: Tensor, keys: Keys, rotary: Rotary | None) -> Tensor:
+    def _attended(self, hidden_states: Tensor, keys: Keys, rotary: Rotary | None) -> Tensor:
         """Returns the attention of the learner's heads, (B, S, D), before its output map.
 
         Args:
-            hidden: input of the layer, (B, S, D).
+            hidden_states: input of the layer, (B, S, D).
             keys: tokens of the modality.
             rotary: cos and sin of the queries; None for no position rotation.
         """
-        query = self._heads(self.query.added(hidden), rotary)
+        query = self._heads(self.query.added(hidden_states), rotary)
         key, inner = self._keys_and_values(keys, rotary is not None)
         runs, dropout = keys.runs, self.dropout if self.training else 0.0
-        if hidden.shape[1] == 1 and not dropout:
+        if hidden_states.shape[1] == 1 and not dropout:
             # a single run sees all keys, but for the hidden one that stands where there is none
             visible = None if runs and keys.visible.shape[2] == sum(runs[0][2:]) else keys.visible
             return attend_one(query, key, keys.features, inner, self.value.up.weight, visible)
@@ -218,6 +218,6 @@ class LoRRA(nn.Module):
         inner = self.value.down(keys.new)
         return (key, inner) if cache is None else (cache[0].append(key), cache[1].append(inner))
 
-    def _heads(self, hidden: Tensor, rotary: Rotary | None) -> Tensor:
-        heads: Tensor = hidden.unflatten(-1, (-1, self.head_dim))
+    def _heads(self, hidden_states: Tensor, rotary: Rotary | None) -> Tensor:
+        heads: Tensor = hidden_states.unflatten(-1, (-1, self.head_dim))
         return (heads if rotary is None else rotated(heads, rotary)).transpose(1, 2)

@@ -60,7 +60,7 @@ class WingsLayer(nn.Module):
     def forward(
         self,
         main: Tensor,
-        hidden: Tensor,
+        hidden_states: Tensor,
         tokens: PromptTokens,
         rotary: Rotary,
         read: Tensor | None,
@@ -69,7 +69,7 @@ class WingsLayer(nn.Module):
 
         Args:
             main: the main attention's output, (B, S, D).
-            hidden: the layer's input, (B, S, D).
+            hidden_states: the layer's input, (B, S, D).
             tokens: what the learners attend to.
             rotary: cos and sin of the queries, (B or 1, S, head_dim).
             read: what the main attention made of the router's columns, (B, S, learners); None
@@ -80,7 +80,7 @@ class WingsLayer(nn.Module):
         if self.router is not None:
             weights = (self.config.scale * self.router(read)).to(main.dtype).split(1, -1)
         for name, weight in zip(self.config.modalities, weights, strict=True):
-            main = self.learners[name](hidden, tokens.keys[name], turn, weight, main)
+            main = self.learners[name](hidden_states, tokens.keys[name], turn, weight, main)
         return main
 
 
@@ -301,12 +301,12 @@ def _add_learners(attention: Any, args: Any, kwargs: dict[str, Any], output: Any
         output: attention (B, S, D) and maps.
     """
     main, maps = output
-    hidden = args[0] if args else kwargs["hidden_states"]
+    hidden_states = args[0] if args else kwargs["hidden_states"]
     layer: WingsLayer = attention.wings
     if layer.residual is not None:
-        hidden, layer.residual = layer.residual + main, None
+        hidden_states, layer.residual = layer.residual + main, None
     read = kwargs["router"].result if layer.router is not None else None
-    return layer(main, hidden, kwargs["wings"], kwargs["position_embeddings"], read), maps
+    return layer(main, hidden_states, kwargs["wings"], kwargs["position_embeddings"], read), maps
 
 
 def _keep_residual(layer: WingsLayer, _: Any, args: tuple[Tensor, ...]) -> None:

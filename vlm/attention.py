@@ -15,11 +15,11 @@ SPARSE = "vlm_prune_sparse"
 """Name of the attention that `sparse_attention` puts in SDPA's place."""
 
 
-def encoder_query_key(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def encoder_query_key(layer: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     """Returns queries and keys (M, H, N, d) of a CLIP or SigLIP encoder
     layer given its input (M, N, D).
     """
-    attention, normed = layer.self_attn, layer.layer_norm1(hidden)
+    attention, normed = layer.self_attn, layer.layer_norm1(hidden_states)
     query, key = attention.q_proj(normed), attention.k_proj(normed)
     return in_heads(query, attention.head_dim), in_heads(key, attention.head_dim)
 
@@ -48,30 +48,30 @@ def in_heads(values: Tensor, width: int) -> Tensor:
     return heads.transpose(1, 2)
 
 
-def decoder_keys(layer: Any, hidden: Tensor) -> Tensor:
+def decoder_keys(layer: Any, hidden_states: Tensor) -> Tensor:
     """Returns a Llama-style layer's keys before their norm, if any, and before
     rotation, heads side by side.
 
     Shapes: (B, L, D) -> (B, L, d).
     """
-    keys: Tensor = layer.self_attn.k_proj(layer.input_layernorm(hidden))
+    keys: Tensor = layer.self_attn.k_proj(layer.input_layernorm(hidden_states))
     return keys
 
 
 def decoder_query_key(
-    layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], index: Tensor
+    layer: Any, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], index: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Returns the queries (B, H, T, d) of chosen rows and all keys (B, G, L, d) of a Llama-style
     layer, after rotation.
 
     Args:
         layer: the decoder layer.
-        hidden: its input, (B, L, D).
+        hidden_states: its input, (B, L, D).
         rotary: cos and sin, (B, L, d) each.
         index: token indices of the rows, (B, T).
     """
     attention, width = layer.self_attn, layer.self_attn.head_dim
-    normed = layer.input_layernorm(hidden)
+    normed = layer.input_layernorm(hidden_states)
     chosen = take(normed, index)
     # (B, L, G d) -> (B, G, L, d)
     key = attention.k_proj(normed).unflatten(-1, (-1, width)).transpose(1, 2)
@@ -81,7 +81,7 @@ def decoder_query_key(
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
     # one table for all rows becomes one for each, of which queries take theirs
-    cos, sin = (table.expand(len(hidden), -1, -1) for table in rotary)
+    cos, sin = (table.expand(len(hidden_states), -1, -1) for table in rotary)
     # some models turn pairs of neighbors, or part of a head only
     modeling = sys.modules[type(attention).__module__]
     turn = getattr(modeling, "apply_rotary_pos_emb", apply_rotary_pos_emb)

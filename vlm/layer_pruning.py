@@ -266,16 +266,18 @@ class LayerPruning:
 
     def before_decoder(self, forward: Forward, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Returns the decoder's arguments after the cut at its input, if there is one."""
-        hidden, layout = kwargs["inputs_embeds"], forward.layout
+        hidden_states, layout = kwargs["inputs_embeds"], forward.layout
         positions = kwargs.get("position_ids")
         if positions is None:
             first = forward.past
             # the decoder would number its input so
-            positions = torch.arange(first, first + hidden.shape[1], device=hidden.device)[None]
+            positions = torch.arange(
+                first, first + hidden_states.shape[1], device=hidden_states.device
+            )[None]
         # by hand and with a mask, Qwen gives positions of all tokens so far
-        positions = positions[..., -hidden.shape[1] :]
+        positions = positions[..., -hidden_states.shape[1] :]
         # one row for all of the batch becomes one for each: (B, L) or (3 or 4, B, L)
-        forward.positions = positions.expand(*positions.shape[:-2], len(hidden), -1)
+        forward.positions = positions.expand(*positions.shape[:-2], len(hidden_states), -1)
         forward.per_token = {n: value for n, value in kwargs.items() if isinstance(value, PerToken)}
         new: dict[str, Any] = {"position_ids": positions}
         if isinstance(last := kwargs.get("logits_to_keep"), int):
@@ -288,8 +290,10 @@ class LayerPruning:
             # drop what is not kept, then write what the method made of the rest in its place
             if not bool((keep == layout.valid).all()):
                 layout, column = layout.keep(keep, forward.right_padded, self.renumbers)
-                (hidden,) = gathered(keep, column, layout.valid, [hidden], forward.right_padded)
-            new["inputs_embeds"] = filled(hidden, layout, forward.kept.features)
+                (hidden_states,) = gathered(
+                    keep, column, layout.valid, [hidden_states], forward.right_padded
+                )
+            new["inputs_embeds"] = filled(hidden_states, layout, forward.kept.features)
             if layout is not forward.layout and kwargs.get("per_layer_inputs") is not None:
                 # embeddings of ids, (B, L, layers, d), that the decoder hands to its layers
                 per_layer = kwargs["per_layer_inputs"]
@@ -303,16 +307,16 @@ class LayerPruning:
         # masks and positions that the decoder was given are those of the full prompt
         if segment.cached.pruned:
             grown = cache_of(kwargs) is not None or kwargs.get("use_cache")
-            new["attention_mask"] = segment.mask(hidden.device, explicit=not grown)
+            new["attention_mask"] = segment.mask(hidden_states.device, explicit=not grown)
             if forward.blocks is not None:
                 # one mask for each kind of layer, as the decoder itself makes them
                 kinds = [mask_kind(self.decoder.config, n) for n in range(len(self.decoder.layers))]
                 new["attention_mask"] = {
-                    kind: self._mask(forward, segment, kinds.index(kind), hidden, kwargs)
+                    kind: self._mask(forward, segment, kinds.index(kind), hidden_states, kwargs)
                     for kind in set(kinds)
                 }
             new["position_ids"] = segment.positions
-            new |= self.selected(forward, segment, hidden.device)
+            new |= self.selected(forward, segment, hidden_states.device)
         return kwargs | new | self._deepstack(forward, layout, kwargs)
 
     def _deepstack(
@@ -425,42 +429,44 @@ class LayerPruning:
             kwargs: its other arguments.
         """
         # what the layer before got is what this one gets, unless something happens between them
-        hidden, *per_token = args
-        segment, device = forward.active[number - 1], hidden.device
+        hidden_states, *per_token = args
+        segment, device = forward.active[number - 1], hidden_states.device
         if (features := forward.deepstack.get(number - 1)) is not None:
             # add this layer's image features to the tokens that are left
             column, valid = segment.layout.column.to(device), segment.layout.valid.to(device)
-            hidden = hidden + take(features.to(device), column) * valid[..., None]
-        rotary = self._rotary(segment, number, hidden, kwargs["position_embeddings"])
-        cutting = Cutting(self, forward, number, layer, hidden, rotary, segment, cache_of(kwargs))
+            hidden_states = hidden_states + take(features.to(device), column) * valid[..., None]
+        rotary = self._rotary(segment, number, hidden_states, kwargs["position_embeddings"])
+        cutting = Cutting(
+            self, forward, number, layer, hidden_states, rotary, segment, cache_of(kwargs)
+        )
         # choosing, then cutting; or entering layers of whose cache an earlier pass has cut
         if number == 0 and forward.due:
             cutting.choose_queries()
         if number in forward.due:
-            hidden, segment = cutting.cut()
+            hidden_states, segment = cutting.cut()
         elif number in forward.prompt.layers and number > 0:
             known = {} if self.contiguous else segment.rotary
             segment = self.segment(forward, segment.layout, number, segment.entered)
             segment.rotary = known
             segment.selected = self.selected(forward, segment, device)
         forward.active[number] = segment
-        kwargs = self._arguments(forward, segment, number, hidden, kwargs)
+        kwargs = self._arguments(forward, segment, number, hidden_states, kwargs)
         # the next cut may read this layer, whose keys are still those before this forward
         if number + 1 in forward.due:
             past = held_keys(cache_of(kwargs), number)
-            forward.states[number + 1] = (layer, hidden, kwargs["position_embeddings"], past)
+            forward.states[number + 1] = (layer, hidden_states, kwargs["position_embeddings"], past)
         # what the decoder made of each token of its input, for those that are left
-        if hidden.shape[1] == segment.entered.shape[1] and segment is not forward.active[-1]:
+        if hidden_states.shape[1] == segment.entered.shape[1] and segment is not forward.active[-1]:
             entered = segment.entered.to(device)
             per_token = [take(p, entered) if isinstance(p, Tensor) else p for p in per_token]
-        return (hidden, *per_token), kwargs
+        return (hidden_states, *per_token), kwargs
 
     def _arguments(
         self,
         forward: Forward,
         segment: Segment,
         number: int,
-        hidden: Tensor,
+        hidden_states: Tensor,
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
         """Returns a layer's arguments; the decoder makes those of its own input itself.
@@ -469,29 +475,31 @@ class LayerPruning:
             forward: this forward.
             segment: what the layer gets.
             number: of the layer.
-            hidden: its input, (B, n, D).
+            hidden_states: its input, (B, n, D).
             kwargs: what the decoder gave it.
         """
         if segment is forward.active[-1]:
             moved = {"position_ids": self._given(segment)} if segment.cached.pruned else {}
-            return self._biased(forward, segment, number, hidden, kwargs | moved)
+            return self._biased(forward, segment, number, hidden_states, kwargs | moved)
         # what the decoder made for its input does not fit fewer tokens; it may ask for the last ones
-        rotary = self._rotary(segment, number, hidden, kwargs["position_embeddings"])
-        mask = self._mask(forward, segment, number, hidden, kwargs)
-        queries = hidden.shape[1]
+        rotary = self._rotary(segment, number, hidden_states, kwargs["position_embeddings"])
+        mask = self._mask(forward, segment, number, hidden_states, kwargs)
+        queries = hidden_states.shape[1]
         replaced = {
             "position_ids": self._given(segment),
             "position_embeddings": tuple(table[:, -queries:] for table in rotary),
             "attention_mask": last_rows(mask, queries),
         }
-        return self._biased(forward, segment, number, hidden, kwargs | segment.selected | replaced)
+        return self._biased(
+            forward, segment, number, hidden_states, kwargs | segment.selected | replaced
+        )
 
     def _mask(
         self,
         forward: Forward,
         segment: Segment,
         number: int,
-        hidden: Tensor,
+        hidden_states: Tensor,
         kwargs: dict[str, Any],
     ) -> Any:
         """Returns the attention mask of layer `number`, made once for all layers of its kind.
@@ -500,7 +508,7 @@ class LayerPruning:
             forward: this forward.
             segment: what the layer gets.
             number: of the layer.
-            hidden: its input, (B, n, D).
+            hidden_states: its input, (B, n, D).
             kwargs: what the decoder gave it.
         """
         config, kind = self.decoder.config, mask_kind(self.decoder.config, number)
@@ -509,14 +517,14 @@ class LayerPruning:
             if forward.blocks is not None and kind in self.both_ways:
                 # within the window, what is causal or of the same block
                 make = create_causal_mask
-                blocks = segment.blocks(forward.blocks, hidden.device)
+                blocks = segment.blocks(forward.blocks, hidden_states.device)
                 more["or_mask_function"] = blockwise_overlay(blocks)
                 if kind == "sliding_attention":
                     more["and_mask_function"] = sliding_window_overlay(config.sliding_window)
             segment.masks[kind] = make(
                 config=config,
-                inputs_embeds=hidden,
-                attention_mask=segment.mask(hidden.device),
+                inputs_embeds=hidden_states,
+                attention_mask=segment.mask(hidden_states.device),
                 layer_idx=number,
                 **{CACHE: cache_of(kwargs)},
                 **more,
@@ -527,7 +535,7 @@ class LayerPruning:
         self,
         segment: Segment,
         number: int,
-        hidden: Tensor,
+        hidden_states: Tensor,
         given: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Returns cosines and sines for layer `number`.
@@ -535,7 +543,7 @@ class LayerPruning:
         Args:
             segment: what the layer gets.
             number: of the layer.
-            hidden: its input, for dtype and device.
+            hidden_states: its input, for dtype and device.
             given: what the decoder would give it, right unless positions are others.
         """
         if segment.rotary is None:
@@ -544,7 +552,7 @@ class LayerPruning:
         if kind not in segment.rotary:
             more = {"layer_type": kind} if kind else {}
             segment.rotary[kind] = self.decoder.rotary_emb(
-                hidden, position_ids=segment.positions, **more
+                hidden_states, position_ids=segment.positions, **more
             )
         return segment.rotary[kind]
 
@@ -560,7 +568,7 @@ class LayerPruning:
         forward: Forward,
         segment: Segment,
         number: int,
-        hidden: Tensor,
+        hidden_states: Tensor,
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
         """Returns a layer's arguments, with a mask that counts tokens by
@@ -570,7 +578,7 @@ class LayerPruning:
             forward: this forward.
             segment: what the layer gets.
             number: of the layer.
-            hidden: its input, (B, n, D).
+            hidden_states: its input, (B, n, D).
             kwargs: its arguments so far.
         """
         sizes, kind = segment.cached.sizes, mask_kind(self.decoder.config, number)
@@ -578,19 +586,19 @@ class LayerPruning:
             return kwargs
         key = kind, number == 0
         if key not in segment.biased:
-            cache, keys = cache_of(kwargs), hidden.shape[1]
+            cache, keys = cache_of(kwargs), hidden_states.shape[1]
             if cache is not None:
                 keys, _ = cache.get_mask_sizes(keys, number)
             # a key that stands for s tokens counts s-fold: log s is added to its logits
-            bias = sizes[int(number > 0)].to(hidden.device).log()[:, None]
+            bias = sizes[int(number > 0)].to(hidden_states.device).log()[:, None]
             if segment.layout.sizes is not None:
                 bias = bias + self._distances(forward, segment, *kwargs["position_embeddings"])
             mask = kwargs.get("attention_mask")
             sparse = self.decoder.config._attn_implementation == SPARSE
             if sparse and isinstance(mask, Tensor) and mask.ndim == 2:
                 mask = expanded_mask(mask)
-            segment.biased[key] = additive(mask, bias[..., -keys:], hidden)
-        return kwargs | {"attention_mask": last_rows(segment.biased[key], hidden.shape[1])}
+            segment.biased[key] = additive(mask, bias[..., -keys:], hidden_states)
+        return kwargs | {"attention_mask": last_rows(segment.biased[key], hidden_states.shape[1])}
 
     def _distances(self, forward: Forward, segment: Segment, cos: Tensor, sin: Tensor) -> Tensor:
         """Returns log(2 - D) of a segment's tokens and all keys, (B, n, K), D the mean cosine of
@@ -625,14 +633,14 @@ class LayerPruning:
 
 @dataclass(frozen=True)
 class Cutting:
-    """A cut before decoder layer `number`, which would get `hidden` (B, n, D).
+    """A cut before decoder layer `number`, which would get `hidden_states` (B, n, D).
 
     Args:
         pruning: the decoder, and the method.
         forward: what this forward was given.
         number: layers that have run.
         layer: the layer after the cut.
-        hidden: its input without the cut.
+        hidden_states: its input without the cut.
         rotary: cosines and sines of the tokens' positions.
         segment: what the layers before the cut got.
         cache: keys and values of tokens before this forward's.
@@ -642,7 +650,7 @@ class Cutting:
     forward: Forward
     number: int
     layer: Any
-    hidden: Tensor
+    hidden_states: Tensor
     rotary: tuple[Tensor, Tensor]
     segment: Segment
     cache: Any
@@ -655,13 +663,13 @@ class Cutting:
 
     def tokens(self, images: list[int]) -> DecoderTokens:
         """Returns what the method sees of images with equally many tokens."""
-        layout, device = self.segment.layout, self.hidden.device
+        layout, device = self.segment.layout, self.hidden_states.device
 
         def moved(tensor: Tensor) -> Tensor:
             return tensor.to(device)
 
         source: Any
-        source, before, rotary, number = self.layer, self.hidden, self.rotary, self.number
+        source, before, rotary, number = self.layer, self.hidden_states, self.rotary, self.number
         past_keys = held_keys(self.cache, number)
         # the layer in front of the cut, as it was noted when it ran
         if number and self.reducer.reads == "before":
@@ -716,8 +724,8 @@ class Cutting:
         # unless the method has chosen among the question's tokens, it reads all of them
         mask = question if self.forward.query_mask is None else self.forward.query_mask[images]
         return DecoderTokens(
-            self.hidden[at],
-            self.hidden[text_at],
+            self.hidden_states[at],
+            self.hidden_states[text_at],
             question,
             mask,
             question_rows,
@@ -773,7 +781,7 @@ class Cutting:
         """Notes which tokens' attention the method reads, from the first layer's input."""
         if not self.reducer.chooses_queries:
             return
-        layout, device = self.segment.layout, self.hidden.device
+        layout, device = self.segment.layout, self.hidden_states.device
         with phase_timer(SELECTION, device, self.pruning.trace):
             # (M, T) of all images, filled for those of each number of tokens
             shape = len(layout.counts), compact(layout.question_mask)[0].shape[1]
@@ -787,13 +795,13 @@ class Cutting:
 
     def cut(self) -> tuple[Tensor, Segment]:
         """Returns hidden states of what is kept, and what the layers after the cut get."""
-        forward, layout, device = self.forward, self.segment.layout, self.hidden.device
+        forward, layout, device = self.forward, self.segment.layout, self.hidden_states.device
         due = forward.due[self.number]
         # how many tokens each image keeps; nothing is moved where all stay
         wanted = [min(count, due.get(i, count)) for i, count in enumerate(layout.counts)]
         if wanted == layout.counts:
             forward.cuts[self.number] = layout.indices()
-            return self.hidden, self.segment
+            return self.hidden_states, self.segment
         columns = layout.images()
         # all text stays, and what the method chooses of each image
         keep = layout.valid & (layout.image < 0)
@@ -817,11 +825,11 @@ class Cutting:
             kept, column = layout.keep(keep, forward.right_padded, self.pruning.contiguous)
             tables = []
             if not self.pruning.contiguous:
-                tables = [table.expand(len(self.hidden), -1, -1) for table in self.rotary]
-            hidden, *rotary = gathered(
-                keep, column, kept.valid, [self.hidden, *tables], forward.right_padded
+                tables = [table.expand(len(self.hidden_states), -1, -1) for table in self.rotary]
+            hidden_states, *rotary = gathered(
+                keep, column, kept.valid, [self.hidden_states, *tables], forward.right_padded
             )
-            hidden = filled(hidden, kept, features)
+            hidden_states = filled(hidden_states, kept, features)
         # indices in the decoder's input, of what an earlier cut may already have thinned
         entered = self.segment.entered.gather(1, column)
         segment = self.pruning.segment(forward, kept, self.number, entered)
@@ -831,7 +839,7 @@ class Cutting:
             segment.rotary[self.pruning.rotary_kind(self.number)] = cos, sin
         segment.selected = self.pruning.selected(forward, segment, device)
         forward.cuts[self.number] = kept.indices()
-        return hidden, segment
+        return hidden_states, segment
 
 
 def held_keys(cache: Any, number: int) -> Tensor | None:
@@ -856,27 +864,27 @@ def joined_sizes(past: CachedTokens, layout: TokenLayout) -> Tensor | None:
     return torch.cat(parts, 2)
 
 
-def additive(mask: Tensor | None, bias: Tensor, hidden: Tensor) -> Tensor:
+def additive(mask: Tensor | None, bias: Tensor, hidden_states: Tensor) -> Tensor:
     """Returns a bias as a mask (B, 1, n, K) that hides what `mask` hides.
 
     Args:
         mask: (B, 1, n, K), boolean or additive; None hides what is behind a query.
         bias: of each key, or of each query and key, (B, 1 or n, K).
-        hidden: states of the queries, (B, n, D).
+        hidden_states: states of the queries, (B, n, D).
 
     Raises:
         InputError: when the model's attention takes no such mask.
     """
-    queries, keys = hidden.shape[1], bias.shape[-1]
+    queries, keys = hidden_states.shape[1], bias.shape[-1]
     if mask is None:
         # the last query sees all keys, the one before it all but one
-        seen = torch.ones(queries, keys, dtype=torch.bool, device=hidden.device)
+        seen = torch.ones(queries, keys, dtype=torch.bool, device=hidden_states.device)
         mask = seen.tril(keys - queries)
     elif not isinstance(mask, Tensor) or mask.ndim != 4:
         raise InputError(NO_BIAS)
-    mask, bias = mask.to(hidden.device), bias[:, None].to(hidden.dtype)
+    mask, bias = mask.to(hidden_states.device), bias[:, None].to(hidden_states.dtype)
     if mask.dtype == torch.bool:
-        return torch.where(mask, bias, torch.finfo(hidden.dtype).min)
+        return torch.where(mask, bias, torch.finfo(hidden_states.dtype).min)
     return mask + bias
 
 
@@ -901,11 +909,11 @@ def keep_mask(layout: TokenLayout, indices: list[Tensor]) -> Tensor:
     return layout.without_empty_rows(keep)
 
 
-def filled(hidden: Tensor, layout: TokenLayout, features: Sequence[Tensor | None]) -> Tensor:
+def filled(hidden_states: Tensor, layout: TokenLayout, features: Sequence[Tensor | None]) -> Tensor:
     """Returns hidden states with each image's tokens replaced, (B, n, D).
 
     Args:
-        hidden: (B, n, D).
+        hidden_states: (B, n, D).
         layout: where the images' tokens stand.
         features: of each image, (k, D), or None.
     """
@@ -914,10 +922,10 @@ def filled(hidden: Tensor, layout: TokenLayout, features: Sequence[Tensor | None
         image for image, rows in enumerate(features) if rows is not None and len(columns[image])
     ]
     if not given:
-        return hidden
+        return hidden_states
     # row and column of every token that is replaced, in the order of their values
     row = torch.cat([layout.rows[image].expand(len(columns[image])) for image in given])
     column = torch.cat([columns[image] for image in given])
     values = torch.cat([rows for image in given if (rows := features[image]) is not None])
-    at = (row.to(hidden.device), column.to(hidden.device))
-    return hidden.index_put(at, values.to(hidden.device, hidden.dtype))
+    at = (row.to(hidden_states.device), column.to(hidden_states.device))
+    return hidden_states.index_put(at, values.to(hidden_states.device, hidden_states.dtype))

@@ -43,8 +43,8 @@ def question_rows(model: Any, inputs: Mapping[str, Any]) -> Iterator[list[Attent
     seen: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
 
     def note(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        seen.append((hidden, kwargs["position_embeddings"]))
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        seen.append((hidden_states, kwargs["position_embeddings"]))
 
     layers = family.decoder.layers
     windows = [window_of(family.decoder.config, number) for number in range(len(layers))]
@@ -64,8 +64,8 @@ def question_rows(model: Any, inputs: Mapping[str, Any]) -> Iterator[list[Attent
     groups = [
         (rows[members], torch.stack([columns_of[i] for i in members])) for members in alike(counts)
     ]
-    for number, (layer, (hidden, rotary)) in enumerate(zip(layers, seen, strict=True)):
-        query, key = decoder_query_key(layer, hidden, rotary, index)
+    for number, (layer, (hidden_states, rotary)) in enumerate(zip(layers, seen, strict=True)):
+        query, key = decoder_query_key(layer, hidden_states, rotary, index)
         scale, window = layer.self_attn.scaling, windows[number]
         yield [
             AttentionRows(query[row], key[row], columns[row], valid[row], at, scale, window)

@@ -41,7 +41,7 @@ class VisionTokens:
             token in front where there is one, (M T, H, S, d) each; T tiles per image.
         question: for each image the embeddings (T, d_l) of the text that follows the last image
             of its prompt; empty before a prompt is known.
-        has_cls: whether the first of the S places is a CLS token.
+        has_cls: whether the first of the S tokens is a CLS token.
         pool: what the tower says about its patches, (M T, S, c) without the CLS token, for image
             tokens, (M, N, c): the average where a token is made of several patches.
         available: placeholders of each image in the prompt: N, and newlines where there are some.
@@ -165,16 +165,16 @@ class VisionTokens:
 
 @dataclass(frozen=True)
 class AttentionRows:
-    """What the causal attention of T places of a prompt in one decoder layer is made of.
+    """What the causal attention of T tokens of a prompt in one decoder layer is made of.
 
     Args:
         query: after rotation, (M, H, T, d).
-        key: of all L places, after rotation, (M, G, L, d).
+        key: of all L tokens, after rotation, (M, G, L, d).
         columns: where each query stands among the keys, -1 for padding, (M, T).
         key_valid: which keys are real, (M, L).
         image: where the image tokens stand among the keys, (M, n).
         scale: factor of the products.
-        window: how many places back a query sees, its own among them; None for all.
+        window: how many positions a query sees, its own among them; None for all.
     """
 
     query: Tensor
@@ -262,7 +262,7 @@ def compact(keep: Tensor, right_padded: bool = False) -> tuple[Tensor, Tensor]:
     """Returns indices for `gather` that close the gaps of a boolean mask, for what
     is indexed rather than moved.
 
-    Hidden states are moved by the reducer's own `compact`, which may be one fused launch.
+    Tensors that move themselves are the business of `kernels.compact_tokens`, one fused launch.
 
     Shapes: keep (B, L) -> index (B, L'), valid (B, L') with L' the longest row; shorter rows are
     padded on the left (or right), where `valid` is False and `index` points anywhere.

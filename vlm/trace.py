@@ -18,10 +18,10 @@ SELECTION, VISION = "vlm-prune selection", "vlm-prune vision"
 class Trace:
     """What happened inside a pruning block, for reports and pictures.
 
-    `kept` holds the places kept of each image (after the last cut, for methods that prune inside
+    `kept` holds the token indices kept of each image (after the last cut, for methods that prune inside
     the language model), `entered` those that entered a language model whose prompt was shortened,
     `available` how many tokens each image had before, `computed` for each decoder layer how many
-    tokens of each image it computes, `cuts` the places kept at each cut, and `selection_s` /
+    tokens of each image it computes, `cuts` the token indices kept at each cut, and `selection_s` /
     `vision_s` seconds spent selecting and encoding. `attention` says what sparse attention computed,
     where it goes with the pruner.
     """

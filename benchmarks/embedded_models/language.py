@@ -219,12 +219,12 @@ def loss_of(
         embeds = embeds.masked_scatter(shown.unsqueeze(-1), encode(images))
     decoder = model.model.language_model
     with torch.autocast(embeds.device.type, torch.bfloat16, enabled=bf16):
-        hidden = decoder(
+        hidden_states = decoder(
             inputs_embeds=embeds, attention_mask=batch.mask, position_ids=batch.positions,
             use_cache=False, spans=batch.spans,
         ).last_hidden_state  # fmt: skip
     is_answer = batch.labels != IGNORE
-    logits, labels = model.lm_head(hidden[is_answer].float()), batch.labels[is_answer]
+    logits, labels = model.lm_head(hidden_states[is_answer].float()), batch.labels[is_answer]
     words = labels != model.config.text_config.eos_token_id
     right: dict[str, list[bool]] = defaultdict(list)
     for kind, word, hit in zip(

@@ -459,12 +459,12 @@ class SmolTrainer:
         if images:
             shown = (batch.ids == self.model.config.image_token_id).unsqueeze(-1)
             embeds = embeds.masked_scatter(shown, self.projector(torch.cat(images)))
-        hidden = self.decoder(
+        hidden_states = self.decoder(
             inputs_embeds=embeds.bfloat16(), attention_mask=batch.mask.bfloat16(),
             position_ids=batch.positions, use_cache=False,
         ).last_hidden_state  # fmt: skip
         is_answer = batch.labels != IGNORE
-        logits = nn.functional.linear(hidden[is_answer], self.head).float()
+        logits = nn.functional.linear(hidden_states[is_answer], self.head).float()
         labels = batch.labels[is_answer]
         words = labels != self.tokenizer.eos_token_id
         hits = logits.argmax(-1) == labels
@@ -510,8 +510,10 @@ class SmolTrainer:
         embeds = self.words(tokens).bfloat16()
 
         def states() -> Tensor:
-            hidden: Tensor = self.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
-            return hidden[read]
+            hidden_states: Tensor = self.decoder(
+                inputs_embeds=embeds, use_cache=False
+            ).last_hidden_state
+            return hidden_states[read]
 
         def log_probabilities(states: Tensor) -> Tensor:
             return log_softmax(nn.functional.linear(states, self.head).float(), -1)

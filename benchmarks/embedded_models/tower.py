@@ -63,10 +63,10 @@ def tower_features(tower: Any, pixels: Tensor, positions: Tensor | None = None) 
         table[1:].expand(len(pixels), -1, -1) if positions is None else table[1:][positions]
     )
     first = (embeddings.class_embedding + table[0]).expand(len(pixels), 1, -1)
-    hidden = tower.pre_layrnorm(torch.cat([first, patches + position_embeddings], 1))
+    hidden_states = tower.pre_layrnorm(torch.cat([first, patches + position_embeddings], 1))
     for layer in tower.encoder.layers[:-1]:
-        hidden = layer(hidden, None)
-    features: Tensor = hidden[:, 1:]
+        hidden_states = layer(hidden_states, None)
+    features: Tensor = hidden_states[:, 1:]
     return features
 
 

@@ -21,17 +21,17 @@ KEEPS = {
 def test_equals_boolean_indexing(make, device, keep, right_padded, name, dtype):
     keep = torch.tensor(keep, dtype=torch.bool, device=device)
     batch, tokens = keep.shape
-    hidden = make(batch, 7, tokens, dtype=dtype).transpose(1, 2)
+    hidden_states = make(batch, 7, tokens, dtype=dtype).transpose(1, 2)
     positions = torch.arange(batch * tokens, device=device).view(batch, tokens)
     cosine = make(1, tokens, 3).expand(batch, -1, -1)
     mask = positions % 2 == 0
     with backend(name):
         valid, moved = compact_tokens(
-            keep, hidden, positions, cosine, mask, right_padded=right_padded
+            keep, hidden_states, positions, cosine, mask, right_padded=right_padded
         )
     counts = keep.sum(1).tolist()
     assert valid.shape == (batch, max(counts)) and valid.sum(1).tolist() == counts
-    for ours, tensor in zip(moved, (hidden, positions, cosine, mask), strict=True):
+    for ours, tensor in zip(moved, (hidden_states, positions, cosine, mask), strict=True):
         assert ours.dtype == tensor.dtype and ours.shape[:2] == valid.shape
         for row, count in enumerate(counts):
             filled = slice(0, count) if right_padded else slice(max(counts) - count, None)
@@ -42,7 +42,7 @@ def test_equals_boolean_indexing(make, device, keep, right_padded, name, dtype):
 
 @pytest.mark.parametrize("name", ["triton", "reference"])
 def test_rows_wider_than_a_tile(make, device, name):
-    hidden, keep = make(1, 3, 1030), torch.tensor([[True, False, True]], device=device)
+    hidden_states, keep = make(1, 3, 1030), torch.tensor([[True, False, True]], device=device)
     with backend(name):
-        _, (moved,) = compact_tokens(keep, hidden)
-    assert torch.equal(moved, hidden[:, [0, 2]])
+        _, (moved,) = compact_tokens(keep, hidden_states)
+    assert torch.equal(moved, hidden_states[:, [0, 2]])

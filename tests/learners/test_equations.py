@@ -23,16 +23,16 @@ def rotate(head, position, frequencies):
     return turned
 
 
-def learner(module, hidden, features, positions, keys, frequencies):
+def learner(module, hidden_states, features, positions, keys, frequencies):
     """Every token's attention over the tokens `keys` up to its own; (S, D)."""
-    identity = torch.eye(hidden.shape[1], dtype=torch.float64)
-    query = hidden @ (identity + low_rank(module.query))
+    identity = torch.eye(hidden_states.shape[1], dtype=torch.float64)
+    query = hidden_states @ (identity + low_rank(module.query))
     key = features @ (identity + low_rank(module.key))
     value = features @ (identity + low_rank(module.value))
-    width, out = module.head_dim, torch.zeros_like(hidden)
-    for token in range(len(hidden)):
+    width, out = module.head_dim, torch.zeros_like(hidden_states)
+    for token in range(len(hidden_states)):
         visible = [k for k in keys if positions[k] <= positions[token]]
-        for start in range(0, hidden.shape[1], width):
+        for start in range(0, hidden_states.shape[1], width):
             part = slice(start, start + width)
             if not visible:
                 continue
@@ -60,7 +60,7 @@ def test_attention_of_a_layer_with_learners_equals_the_equations(rows, llava, wi
         seen["features"] = kwargs["inputs_embeds"][0].double()
 
     def note_hidden(_, args, kwargs):
-        seen["hidden"] = (args[0] if args else kwargs["hidden_states"])[0].double()
+        seen["hidden_states"] = (args[0] if args else kwargs["hidden_states"])[0].double()
 
     def note_main(_, args, output):
         seen["main"] = output[0].double()
@@ -83,7 +83,9 @@ def test_attention_of_a_layer_with_learners_equals_the_equations(rows, llava, wi
     tokens, expected = range(len(shown)), seen["main"].clone()
     of = {"visual": [t for t in tokens if shown[t]], "textual": [t for t in tokens if not shown[t]]}
     learned = {
-        name: learner(module, seen["hidden"], seen["features"], tokens, of[name], frequencies)
+        name: learner(
+            module, seen["hidden_states"], seen["features"], tokens, of[name], frequencies
+        )
         for name, module in layer.learners.items()
     }
     for token in tokens:

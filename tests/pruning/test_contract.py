@@ -99,18 +99,18 @@ def test_cached_decoding_equals_a_full_forward(case, llava, images, make_inputs,
         embeds[start : start + 576] = family.encode(inputs["pixel_values"]).projected[0]
         cuts = method.cuts(576, 6) if method.stage == "decoder" else []
         steps = {cut.layer: places[0] for cut, places in zip(cuts, trace.cuts, strict=True)}
-        here, hidden, position = torch.arange(len(embeds)), embeds, torch.arange(len(embeds))
+        here, hidden_states, position = torch.arange(len(embeds)), embeds, torch.arange(len(embeds))
         before, inside = (getattr(method, part, method) for part in ("pre", "inside"))
 
         def drop(places, part):
             """Keep these image tokens, with the features and positions that `part` gave them."""
-            nonlocal hidden, here, position
+            nonlocal hidden_states, here, position
             image = (here >= start) & (here < start + 576)
             if len(places) == image.sum():
                 return
             kept = ~image | torch.isin(here, start + places)
-            hidden, here, position = hidden[kept], here[kept], position[kept]
-            hidden[torch.isin(here, start + places)] = reduced.pop(0)[1]
+            hidden_states, here, position = hidden_states[kept], here[kept], position[kept]
+            hidden_states[torch.isin(here, start + places)] = reduced.pop(0)[1]
             if part.positions_on(family) != "original":
                 position = torch.arange(len(here))
 
@@ -120,15 +120,17 @@ def test_cached_decoding_equals_a_full_forward(case, llava, images, make_inputs,
             if number in steps:
                 drop(steps[number], inside)
             mask = torch.full((len(here), len(here)), float("-inf")).triu(1)[None, None]
-            rotary = family.decoder.rotary_emb(hidden[None], position_ids=position[None])
+            rotary = family.decoder.rotary_emb(hidden_states[None], position_ids=position[None])
             if sizes:
                 counted = torch.ones(len(here))
                 own = sizes[0].float() if number else sizes[0].float().mean()
                 counted[(here >= start) & (here < start + 576)] = own
                 shown = int((here < inputs["input_ids"].shape[1]).sum())
                 mask = mask + restored(counted, rotary, shown)
-            hidden = layer(hidden[None], attention_mask=mask, position_embeddings=rotary)[0]
-        logits = llava.lm_head(family.decoder.norm(hidden))
+            hidden_states = layer(
+                hidden_states[None], attention_mask=mask, position_embeddings=rotary
+            )[0]
+        logits = llava.lm_head(family.decoder.norm(hidden_states))
     for step, ours in enumerate(out.logits):
         theirs = logits[len(logits) - len(out.logits) - 1 + step]
         torch.testing.assert_close(ours[0], theirs, atol=2e-5, rtol=1e-4)

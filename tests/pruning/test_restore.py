@@ -159,9 +159,9 @@ def test_attention_that_takes_no_mask_is_refused(name):
     for method in (Restore(budget=4), build("divprune+restore+fastv", budget=4)):
         with pytest.raises(InputError, match="load the model with --attn sdpa"):
             method(model)
-    hidden = torch.zeros(1, 2, 4)
+    hidden_states = torch.zeros(1, 2, 4)
     with pytest.raises(InputError, match="--attn sdpa"):
-        additive(torch.ones(1, 2), torch.zeros(1, 1, 2), hidden)
+        additive(torch.ones(1, 2), torch.zeros(1, 1, 2), hidden_states)
 
 
 def test_what_does_not_go_together_is_refused():

@@ -22,8 +22,8 @@ def test_prefill_and_tower_flops(llava, images, make_inputs):
             counter.get_total_flops(), rel=0.01
         )
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            hidden = torch.zeros(1, length, text.hidden_size)
-            last = llava.model.language_model(inputs_embeds=hidden).last_hidden_state[:, -1:]
+            hidden_states = torch.zeros(1, length, text.hidden_size)
+            last = llava.model.language_model(inputs_embeds=hidden_states).last_hidden_state[:, -1:]
             llava.lm_head(last)
     finally:
         llava.set_attn_implementation("sdpa")

@@ -96,7 +96,7 @@ def noted(layer: nn.Module) -> Iterator[dict[str, Any]]:
 
     def note(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if get_ident() == thread:
-            seen.update(hidden=args[0], rotary=kwargs.get("position_embeddings"))
+            seen.update(hidden_states=args[0], rotary=kwargs.get("position_embeddings"))
 
     hook = layer.register_forward_pre_hook(note, with_kwargs=True)
     try:

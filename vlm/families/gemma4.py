@@ -98,16 +98,19 @@ class Gemma4(Family):
         `image_position_ids` (M, P, 2).
         """
         positions = inputs["image_position_ids"].to(self.device)
-        grids, hidden = self.grids(positions), output.last_layer["hidden"]
+        grids, hidden_states = self.grids(positions), output.last_layer["hidden_states"]
         counts = [rows * columns for rows, columns in grids]
-        features, flops = output.last_hidden_state.split(counts), self.padded_flops(hidden.shape[1])
+        features, flops = (
+            output.last_hidden_state.split(counts),
+            self.padded_flops(hidden_states.shape[1]),
+        )
         groups = []
         for members in alike(grids):
             first = members[0]
             # an image's patches come before its padding
             patches = slice(counts[first] * self.side**2)
             cos, sin = (table[first, patches] for table in output.last_layer["rotary"])
-            visible = torch.stack([hidden[i, patches] for i in members])
+            visible = torch.stack([hidden_states[i, patches] for i in members])
             tokens = VisionTokens(
                 features=torch.stack([features[i] for i in members]),
                 projected=torch.stack([output.pooler_output[i] for i in members]),
@@ -152,12 +155,12 @@ class Gemma4(Family):
 
     @torch.no_grad()
     def query_key(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, positions: Tensor
+        self, hidden_states: Tensor, cos: Tensor, sin: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Returns queries and keys of the last layer, after rotation.
 
         Args:
-            hidden: its input, (M, S, d).
+            hidden_states: its input, (M, S, d).
             cos: of the rotation, (S, d).
             sin: of the rotation, (S, d).
             positions: columns and rows of the patches, (S, 2).
@@ -165,7 +168,7 @@ class Gemma4(Family):
         from transformers.models.gemma4.modeling_gemma4 import apply_multidimensional_rope
 
         layer = self.tower_layers[-1]
-        attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+        attention, normed = layer.self_attn, layer.input_layernorm(hidden_states)
         query, key = (
             apply_multidimensional_rope(
                 norm(project(normed).unflatten(-1, (-1, attention.head_dim))),

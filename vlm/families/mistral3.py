@@ -65,7 +65,7 @@ class Mistral3(Family):
         first = self.model.model.multi_modal_projector.linear_1
         with noted(self.tower_layers[-1]) as seen, noted(first) as merged:
             output = super().run(encoder, pixel_values, **inputs)
-        output.last_layer, output.merged = seen, merged["hidden"]
+        output.last_layer, output.merged = seen, merged["hidden_states"]
         return output
 
     def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
@@ -78,12 +78,12 @@ class Mistral3(Family):
         features = output.merged.split(counts)
         # the tower's one sequence holds all images, one after the other
         patches = [count * merge**2 for count in counts]
-        hidden = output.last_layer["hidden"].squeeze(0).split(patches)
+        hidden_states = output.last_layer["hidden_states"].squeeze(0).split(patches)
         cos, sin = (table.split(patches) for table in output.last_layer["rotary"])
         groups = []
         for members in alike(grids):
             first = members[0]
-            before = torch.stack([hidden[i] for i in members])
+            before = torch.stack([hidden_states[i] for i in members])
             tokens = VisionTokens(
                 features=torch.stack([features[i] for i in members]),
                 projected=torch.stack([output.pooler_output[i] for i in members]),
@@ -117,18 +117,18 @@ class Mistral3(Family):
         return mean.flatten(1, 2)
 
     @torch.no_grad()
-    def query_key(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def query_key(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Returns queries and keys of the last layer, after rotation.
 
         Args:
-            hidden: its input, (M, S, d).
+            hidden_states: its input, (M, S, d).
             cos: of the rotation, (S, d).
             sin: of the rotation, (S, d).
         """
         from transformers.models.pixtral.modeling_pixtral import apply_rotary_pos_emb
 
         layer = self.tower_layers[-1]
-        attention, normed = layer.attention, layer.attention_norm(hidden)
+        attention, normed = layer.attention, layer.attention_norm(hidden_states)
         query, key = (
             project(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
             for project in (attention.q_proj, attention.k_proj)

@@ -69,9 +69,9 @@ class Qwen25VL(Family):
     def projector(self) -> Projector:
         return Projector(*self.tower.merger.mlp)
 
-    def normed(self, hidden: Tensor) -> Tensor:
+    def normed(self, hidden_states: Tensor) -> Tensor:
         """Returns what the projector reads of the last layer's output."""
-        normed: Tensor = self.tower.merger.ln_q(hidden)
+        normed: Tensor = self.tower.merger.ln_q(hidden_states)
         return normed
 
     def features(self, output: Any, grid: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class Qwen25VL(Family):
         joint = projections[0]
         if joint is None:
             with torch.no_grad():
-                joint = layer.attn.qkv(layer.norm1(seen["hidden"]))
+                joint = layer.attn.qkv(layer.norm1(seen["hidden_states"]))
         # (P, 3 H d): queries, keys and values side by side
         output.query_key, output.rotary = joint[:, : joint.shape[1] // 3 * 2], seen["rotary"]
         return output

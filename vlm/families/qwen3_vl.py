@@ -28,8 +28,8 @@ class Qwen3VL(Qwen25VL):
         merger = self.tower.merger
         return Projector(merger.linear_fc1, merger.act_fn, merger.linear_fc2)
 
-    def normed(self, hidden: Tensor) -> Tensor:
-        normed: Tensor = self.tower.merger.norm(hidden)
+    def normed(self, hidden_states: Tensor) -> Tensor:
+        normed: Tensor = self.tower.merger.norm(hidden_states)
         return normed
 
     def in_rows(self, values: Tensor, grid: Tensor) -> Tensor:

@@ -226,8 +226,10 @@ def test_the_distribution_is_held_on_answers_alone(small, tmp_path):
     for on in (False, True):
         trainer.adapters(on)
         embeds = trainer.words(ids[None]).bfloat16()
-        hidden = trainer.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state[0]
-        states[on] = linear(hidden[start - 1 : length - 1], trainer.head).float().log_softmax(-1)
+        hidden_states = trainer.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state[0]
+        states[on] = (
+            linear(hidden_states[start - 1 : length - 1], trainer.head).float().log_softmax(-1)
+        )
     wanted = (states[False].exp() * (states[False] - states[True])).sum(-1).mean()
     first = trainer.own_loss(0)
     torch.testing.assert_close(first, wanted, atol=1e-3, rtol=0.1)

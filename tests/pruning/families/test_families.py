@@ -180,14 +180,14 @@ def full_forward(tiny, inputs, sequences, method, trace, reduced, sizes):
     is_image = torch.zeros_like(ids, dtype=torch.bool)
     is_image[: prompt.shape[1]] = prompt[0] == family.image_token
     images = list(is_image.nonzero()[:, 0].split(encoded.counts))
-    hidden = model.get_input_embeddings()(ids).clone()
-    hidden[is_image] = torch.cat(encoded.projected)
+    hidden_states = model.get_input_embeddings()(ids).clone()
+    hidden_states[is_image] = torch.cat(encoded.projected)
     both_ways = family.blocks(inputs, prompt.shape[1]) is not None
     width, shared = getattr(family.decoder.config, "hidden_size_per_layer_input", 0), {}
     if width:  # embeddings of each layer, in which an image has those of padding
         padding = family.decoder.config.pad_token_id
         words = family.decoder.get_per_layer_inputs(ids.masked_fill(is_image, padding)[None])[0]
-    deep = [torch.zeros_like(hidden) for _ in encoded.deepstack]
+    deep = [torch.zeros_like(hidden_states) for _ in encoded.deepstack]
     for whole, layer in zip(deep, encoded.deepstack, strict=True):
         whole[is_image] = torch.cat(layer)
     places = family.positions(prompt, torch.ones_like(prompt), encoded.inputs)
@@ -200,7 +200,7 @@ def full_forward(tiny, inputs, sequences, method, trace, reduced, sizes):
         counted[0, image[at]], counted[1, image[at]] = own.float().mean(), own.float()
 
     def drop(kept, features, part, always=False):
-        nonlocal hidden, here, left, position
+        nonlocal hidden_states, here, left, position
         gone, new = torch.zeros_like(ids, dtype=torch.bool), {}
         for image, before, after in zip(images, left, kept, strict=True):
             given = features.pop(0) if always or len(after) < len(before) else None
@@ -214,11 +214,16 @@ def full_forward(tiny, inputs, sequences, method, trace, reduced, sizes):
                     was, stays = (torch.isin(row, image[own]).any() for own in (before, after))
                     gone[row[-1] + 1] |= was and not stays
         keep = ~gone[here]
-        hidden, here, position, left = hidden[keep].clone(), here[keep], position[keep], kept
+        hidden_states, here, position, left = (
+            hidden_states[keep].clone(),
+            here[keep],
+            position[keep],
+            kept,
+        )
         if part.positions_on(family) != "original":
             position = torch.arange(len(here))
         for row, column in enumerate(here.tolist()):
-            hidden[row] = new.get(column, hidden[row])
+            hidden_states[row] = new.get(column, hidden_states[row])
 
     if trace.entered:
         drop(trace.entered, reduced["pre"], getattr(method, "pre", method), always=True)
@@ -231,7 +236,9 @@ def full_forward(tiny, inputs, sequences, method, trace, reduced, sizes):
         }
     if width:  # and projections of what the decoder is given
         each = torch.zeros(len(ids), *words.shape[1:])
-        each[here] = family.decoder.project_per_layer_inputs(hidden[None], words[here][None])[0]
+        each[here] = family.decoder.project_per_layer_inputs(
+            hidden_states[None], words[here][None]
+        )[0]
     kept = iter(trace.cuts)
     for number, layer in enumerate(family.decoder.layers):
         if number in cuts:
@@ -242,18 +249,20 @@ def full_forward(tiny, inputs, sequences, method, trace, reduced, sizes):
         mask = None if linear else visible(family, kind, here, images if both_ways else [])
         if "layer_type" in signature(family.decoder.rotary_emb.forward).parameters:
             own = {"layer_type": kind}
-        rotary = family.decoder.rotary_emb(hidden[None], position_ids=at, **own)
+        rotary = family.decoder.rotary_emb(hidden_states[None], position_ids=at, **own)
         if (counted != 1).any():
             shown = int((here < prompt.shape[1]).sum())
             mask = mask + restored(counted[int(number > 0), here], rotary, shown)
         more = {}
         if width:
             more = {"per_layer_input": each[here, number][None], "shared_kv_states": shared}
-        hidden = layer(hidden[None], attention_mask=mask, position_embeddings=rotary, **more)[0]
+        hidden_states = layer(
+            hidden_states[None], attention_mask=mask, position_embeddings=rotary, **more
+        )[0]
         if number < len(deep):
-            hidden = hidden + deep[number][here]
+            hidden_states = hidden_states + deep[number][here]
     assert next(kept, None) is None and not any(reduced.values())
-    return model.lm_head(family.decoder.norm(hidden))
+    return model.lm_head(family.decoder.norm(hidden_states))
 
 
 @named(STAGES)

@@ -197,17 +197,17 @@ def test_cached_decoding_equals_a_full_forward(name, tiny):
     items = placeholders.nonzero()[:, 0].split(trace.available)
     spans = frames_of(tiny, prompt[0])
     assert bool(spans) == (tiny.name == "qwen3_vl")
-    here, hidden = torch.arange(ids.shape[1]), seen["inputs_embeds"][0]
+    here, hidden_states = torch.arange(ids.shape[1]), seen["inputs_embeds"][0]
     position = torch.arange(ids.shape[1])
 
     def drop(kept, part):
-        nonlocal here, hidden, position
+        nonlocal here, hidden_states, position
         left = torch.cat([item[own] for item, own in zip(items, kept, strict=True)])
         gone = {*placeholders.nonzero()[:, 0].tolist()} - {*left.tolist()}
         for markers, pads in spans:
             gone |= {*markers} if gone >= {*pads} else set()
         keep = torch.tensor([column not in gone for column in here.tolist()])
-        here, hidden, position = here[keep], hidden[keep], position[keep]
+        here, hidden_states, position = here[keep], hidden_states[keep], position[keep]
         if part.positions_on(family) != "original":
             position = torch.arange(len(here))
 
@@ -225,16 +225,18 @@ def test_cached_decoding_equals_a_full_forward(name, tiny):
         at = seen["position_ids"][-3:, :, here] if family.mrope else position[None]
         mask = torch.full((len(here), len(here)), float("-inf")).triu(1)[None, None]
         with torch.no_grad():
-            rotary = family.decoder.rotary_emb(hidden[None], position_ids=at)
-            hidden = layer(hidden[None], attention_mask=mask, position_embeddings=rotary)[0]
+            rotary = family.decoder.rotary_emb(hidden_states[None], position_ids=at)
+            hidden_states = layer(
+                hidden_states[None], attention_mask=mask, position_embeddings=rotary
+            )[0]
         if number < len(seen.get("deepstack_visual_embeds") or []):
             deep = torch.zeros_like(seen["inputs_embeds"][0])
             deep[seen["visual_pos_masks"][0]] = seen["deepstack_visual_embeds"][number]
-            hidden = hidden + deep[here]
+            hidden_states = hidden_states + deep[here]
     if spans:
         markers = {column for own, _ in spans for column in own}
         assert 0 < len(markers - {*here.tolist()}) < len(markers)
-    logits = tiny.model.lm_head(family.decoder.norm(hidden)).detach()
+    logits = tiny.model.lm_head(family.decoder.norm(hidden_states)).detach()
     for step, ours in enumerate(out.logits):
         assert_close(ours[0], logits[len(logits) - len(out.logits) - 1 + step])
 
