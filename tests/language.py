@@ -16,6 +16,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "vlm", "pruning", "learners", "continual", "benchmarks", "scripts")
 FROM_ARGUMENTS = 3
+# what is written there as JSON is a record
+TYPED = (
+    "benchmarks/evaluation",
+    "benchmarks/experiments/forgetting",
+    "benchmarks/speed/attention.py",
+    "benchmarks/speed/bench.py",
+    "benchmarks/speed/bench_table.py",
+    "benchmarks/speed/serving.py",
+    "benchmarks/speed/wings_cost.py",
+    "benchmarks/lmms_eval/answers.py",
+    "benchmarks/lmms_eval/throughput.py",
+)
 INTERFACES = ("main", "ask")
 BRITISH = re.compile(
     r"(?i)(col|neighb|fav|behavi|lab)our|grey|centre|licence|labell|modell|learnt|analys(e|ing)|"
@@ -23,7 +35,7 @@ BRITISH = re.compile(
     r"general|regular|vector|parallel|synchron|penal)is(e|ing|ation)"
 )
 PROSE = {
-    "asked", "as_short", "claim", "heard", "made", "ride_along", "spare", "standing", "stands", "twin", "wake",
+    "asked", "as_short", "claim", "heard", "hidden: tensor", "made", "ride_along", "spare", "standing", "stands", "twin", "wake",
 }  # fmt: skip
 # How docstrings of functions begin, in the third person; add a verb where none of these says it.
 VERBS = set(
@@ -77,9 +89,19 @@ def _walk(path: Path) -> Iterator[Found]:
 
 
 def source(*folders: str) -> list[Found]:
-    """Definitions of all files below these folders of the repository."""
-    paths = (path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
-    return [found for path in paths for found in definitions(path)]
+    """Definitions of all files below these folders of the repository, or of these files."""
+    return [found for path in files(*folders) for found in definitions(path)]
+
+
+def files(*folders: str) -> list[Path]:
+    """The files below these folders of the repository, or these files."""
+    return [
+        path
+        for folder in folders
+        for path in (
+            [ROOT / folder] if folder.endswith(".py") else sorted((ROOT / folder).rglob("*.py"))
+        )
+    ]
 
 
 def undocumented(*folders: str) -> list[Found]:
@@ -170,8 +192,7 @@ def british(*folders: str) -> list[str]:
     """Identifiers and comments with a British spelling; strings may be data."""
     return [
         f"{path}:{token.start[0]} {token.string}"
-        for folder in folders
-        for path in sorted((ROOT / folder).rglob("*.py"))
+        for path in files(*folders)
         for token in tokenize.generate_tokens(path.open().readline)
         if token.type in (tokenize.NAME, tokenize.COMMENT) and BRITISH.search(token.string)
     ]
@@ -181,8 +202,7 @@ def prose(*folders: str) -> list[str]:
     """Variables, arguments, functions and classes whose name says nothing of what they hold."""
     return [
         f"{path}:{node.lineno} {name}"
-        for folder in folders
-        for path in sorted((ROOT / folder).rglob("*.py"))
+        for path in files(*folders)
         for node in ast.walk(ast.parse(path.read_text()))
         if (name := bound_name(node)).lower() in PROSE
     ]
@@ -191,6 +211,8 @@ def prose(*folders: str) -> list[str]:
 def bound_name(node: ast.AST) -> str:
     """The name that a node binds; empty where it binds none."""
     match node:
+        case ast.arg(arg="hidden", annotation=ast.Name(id="Tensor")):
+            return "hidden: Tensor"  # Hugging Face says hidden_states
         case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name):
             return name
         case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
@@ -199,7 +221,7 @@ def bound_name(node: ast.AST) -> str:
 
 
 def untyped_records(*folders: str) -> list[Found]:
-    """Definitions whose signature or fields say `dict[str, Any]`."""
+    """Definitions whose signature, fields or variables say `dict[str, Any]`."""
     return [
         found
         for found in source(*folders)
@@ -209,9 +231,10 @@ def untyped_records(*folders: str) -> list[Found]:
 
 
 def signature(node: ast.FunctionDef | ast.ClassDef) -> str:
-    """The annotations of a function's parameters and result, or of a class's fields."""
+    """The annotations of a function's parameters, result and variables, or of a class's fields."""
     if isinstance(node, ast.FunctionDef):
         given = [argument.annotation for argument in arguments(node)] + [node.returns]
+        given += [inner.annotation for inner in ast.walk(node) if isinstance(inner, ast.AnnAssign)]
     else:
         given = [field.annotation for field in node.body if isinstance(field, ast.AnnAssign)]
     return " ".join(ast.unparse(annotation) for annotation in given if annotation)
@@ -272,7 +295,7 @@ if __name__ == "__main__":
     print(f"== {len(names)} names in more than one file")
     for name, places in names.items():
         print("  ", name, *(str(place.path.relative_to(ROOT)) for place in places))
-    records = untyped_records("benchmarks/evaluation")
-    print(f"== {len(records)} dict[str, Any] in benchmarks/evaluation")
+    records = untyped_records(*TYPED)
+    print(f"== {len(records)} dict[str, Any] where records are typed")
     for found in records:
         print("  ", found)

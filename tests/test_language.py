@@ -1,9 +1,14 @@
 """The rules for names and docstrings hold in every folder: see CONTRIBUTING, Style."""
 
+import re
+
 import pytest
 from language import (
     PACKAGES,
+    ROOT,
+    TYPED,
     british,
+    files,
     missing_docstrings,
     prose,
     repeated,
@@ -33,9 +38,14 @@ def test_names_are_defined_once():
     assert not names, "\n".join(f"{name}: {', '.join(map(str, at))}" for name, at in names.items())
 
 
-def test_evaluation_passes_on_typed_records():
-    records = untyped_records("benchmarks/evaluation")
+def test_results_are_typed_records():
+    records = untyped_records(*TYPED)
     assert not records, "\n".join(map(str, records))
+
+
+def test_markdown_tables_have_one_writer():
+    writers = [path for path in files(*PACKAGES) if re.search(r"---[\"|]", path.read_text())]
+    assert writers == [ROOT / "benchmarks" / "stats" / "table.py"]
 
 
 def test_names_and_comments_have_american_spelling():
@@ -61,13 +71,14 @@ class TokenLayout:
     rows: list[dict[str, Any]]
 colour = 1  # grey
 asked = lambda twin: twin
+def states(hidden: Tensor): ...
 """
     (tmp_path / "broken.py").write_text(text)
     folder = str(tmp_path)
     assert [found.name for found in undocumented(folder)] == ["act"]
-    assert [found.name for found in missing_docstrings(folder)] == ["silent"]
+    assert [found.name for found in missing_docstrings(folder)] == ["silent", "states"]
     assert [found.name for found in verbless(folder)] == ["noun_first", "noun_of", "without_end"]
     assert list(repeated(folder)) == ["TokenLayout"]
     assert [found.name for found in untyped_records(folder)] == ["TokenLayout"]
-    assert [line.split()[1] for line in prose(folder)] == ["asked", "twin"]
+    assert [line.split()[1] for line in prose(folder)] == ["asked", "hidden:", "twin"]
     assert [line.split()[1:] for line in british(folder)] == [["colour"], ["#", "grey"]]

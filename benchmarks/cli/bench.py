@@ -98,7 +98,8 @@ def bench_command(
     from vlm_prune.benchmarks.speed.shapes import SHAPES
     from vlm_prune.benchmarks.speed.wings_cost import about_wings, bench_wings, wings_rows
     from vlm_prune.benchmarks.stats.table import as_markdown, as_table, show
-    from vlm_prune.vlm.common.files import check_outputs, write_json, write_text
+    from vlm_prune.vlm.common.files import check_outputs, write_text
+    from vlm_prune.vlm.common.records import to_json
     from vlm_prune.vlm.families import FAMILIES
 
     quiet()
@@ -169,7 +170,7 @@ def bench_command(
         print(line)
     show(as_table(table))
     if output is not None:
-        write_json(output / "bench.json", results)
+        write_text(output / "bench.json", to_json(results))
         intro = "".join(f"- {line}\n" for line in lines)
         write_text(output / "bench.md", f"{intro}\n{as_markdown(table)}")
 

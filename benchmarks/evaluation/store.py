@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Generic, Self, TypedDict, TypeVar
+from typing import Generic, Self, TypedDict, TypeVar
 
 import msgspec
 import numpy as np
@@ -184,8 +184,8 @@ class RunFolder(Generic[RowT]):
         digests = [
             None if name is None else adapter_digest(name) for name in (config.wings, config.peft)
         ]
-        self.settings: dict[str, Any] = msgspec.to_builtins(
-            FolderRecord(kind=kind, config=config, adapter=digests[0], peft_digest=digests[1])
+        self.settings = FolderRecord(
+            kind=kind, config=config, adapter=digests[0], peft_digest=digests[1]
         )
         self.rows: dict[str, RowT] = {}
         self.folder: OutputFolder | None = None
@@ -194,7 +194,10 @@ class RunFolder(Generic[RowT]):
         self.folder = OutputFolder(path)
         with self.folder.releasing():
             check_kind(path, kind)
-            if not check_settings(path / CONFIG, self.settings) and self.log.exists():
+            if (
+                not check_settings(path / CONFIG, msgspec.to_builtins(self.settings))
+                and self.log.exists()
+            ):
                 raise InputError(f"{path} holds results without {CONFIG}; remove the folder")
             self.rows = self._read()
 
@@ -214,7 +217,7 @@ class RunFolder(Generic[RowT]):
         """Writes the configuration, once everything about the run was found to be right."""
         if self.group is not None:
             self.group.record()
-        record_settings(self.path / CONFIG, self.settings)
+        record_settings(self.path / CONFIG, msgspec.to_builtins(self.settings))
 
     def _read(self) -> dict[str, RowT]:
         """Reads the rows written so far; a line that a kill cut off is removed."""

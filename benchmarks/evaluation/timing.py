@@ -68,20 +68,22 @@ def timed_generate(
     """
     family, vision = family_of(model), prompts.vision
     changes_pixels = pruner is not None and pruner.stage == "input"
-    arguments: dict[str, Any] = dict(prompts.tensors)
     counts = [] if vision is None else vision.counts
     block: Any = nullcontext(Trace(computed=[counts] * len(family.decoder.layers)))
     if vision is not None:
-        if changes_pixels:
-            arguments["pixel_values"] = prompts.pixel_values
-        else:
-            arguments["mm_encoder_outputs"] = family.outputs(vision)
+        generation |= (
+            {"pixel_values": prompts.pixel_values}
+            if changes_pixels
+            else {"mm_encoder_outputs": family.outputs(vision)}
+        )
         if pruner is not None:
             block = pruner(model, None if changes_pixels else vision)
     with block as trace:
         clock = PhaseClock(model.device)
         output = model.generate(
-            **arguments, stopping_criteria=clock.criteria(), **{"do_sample": False} | generation
+            **prompts.tensors,
+            stopping_criteria=clock.criteria(),
+            **{"do_sample": False} | generation,
         )
         first, rest = clock.phases()
     prefill = first - trace.selection_s - trace.vision_s

@@ -39,11 +39,11 @@ def answer_alone(
                     id=f"{leaf.shown}/{number:06d}",
                     task=leaf.shown,
                     subset=str(sample["doc"].get("category") or ""),
-                    question=found.answers[number][0]["question"],
+                    question=found.answers[number][0].question,
                     answer=str(sample["target"]),
                     prediction=reply_of(task, sample),
                     score=score_of(task, sample),
-                    images=found.answers[number][0]["images"],
+                    images=found.answers[number][0].images,
                 )
                 for number, sample in sorted(found.samples.items())
             ]

@@ -1,10 +1,10 @@
 """Answers on disk: what a killed run has, other processes give, and other runs share."""
 
-import json
 import os
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import msgspec
 from filelock import FileLock
@@ -14,6 +14,7 @@ from vlm_prune.benchmarks.evaluation.records import (
     Amount,
     Count,
     PhaseTimes,
+    PromptRecord,
     Record,
     Share,
     check_prompt,
@@ -22,7 +23,7 @@ from vlm_prune.learners.store import adapter_digest
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import read_bytes
 from vlm_prune.vlm.common.folder import check_settings, record_settings
-from vlm_prune.vlm.common.records import from_json
+from vlm_prune.vlm.common.records import from_json, to_json
 from vlm_prune.vlm.load import EMBEDDED
 
 TEXT_PHASE = "prefill and decode"
@@ -36,7 +37,16 @@ def fingerprint(ask: Any, text: str) -> str:
     return f"{state:08x}"
 
 
-def answered(ask: Any, text: str, reply: str) -> dict[str, Any]:
+class RequestFields(TypedDict):
+    """The part of a `StoredAnswer` that says what was asked, and the reply."""
+
+    id: str
+    question: str
+    question_hash: str
+    reply: str
+
+
+def answered(ask: Any, text: str, reply: str) -> RequestFields:
     """Returns the part of a row that says what was asked, and the reply up to its first stop.
 
     Metrics of lmms-eval get the reply as the model wrote it, spaces at its ends included.
@@ -56,7 +66,7 @@ def answered(ask: Any, text: str, reply: str) -> dict[str, Any]:
     }
 
 
-def source(model: Any, name: str, wings: str | None) -> dict[str, Any]:
+def source(model: Any, name: str, wings: str | None) -> dict[str, object]:
     """Returns what decides answers: the state of a model's weights, its learners, its surroundings.
 
     Args:
@@ -77,7 +87,7 @@ def source(model: Any, name: str, wings: str | None) -> dict[str, Any]:
     }
 
 
-class StoredAnswer(Record, frozen=True):
+class StoredAnswer(Record, frozen=True, omit_defaults=True):
     """A row of `answers.jsonl`: what a model answered, and what its prompt cost.
 
     Fields of images are as in `PromptRecord`; a text-only model has none of them.
@@ -123,6 +133,18 @@ class StoredAnswer(Record, frozen=True):
         if TEXT_PHASE not in self.time_ms and not self.layer_tokens:
             raise ValueError("layer_tokens is empty")
 
+    @property
+    def number(self) -> int:
+        """Returns which document of its task this is about."""
+        return int(self.id.split("/")[1])
+
+    @property
+    def prompt(self) -> PromptRecord:
+        """Returns the images of its prompt and their tokens."""
+        return PromptRecord(
+            **{name: getattr(self, name) for name in PromptRecord.__struct_fields__}
+        )
+
 
 class Answers:
     """Rows by id in `answers.jsonl`, written by any number of processes at once.
@@ -135,10 +157,10 @@ class Answers:
         InputError: if the folder holds answers of something else, or is damaged.
     """
 
-    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, about: Mapping[str, object]) -> None:
         self.path, self.lock = folder / "answers.jsonl", FileLock(folder / "lock")
         folder.mkdir(parents=True, exist_ok=True)
-        self.rows: dict[str, dict[str, Any]] = {}
+        self.rows: dict[str, StoredAnswer] = {}
         with self.lock:
             if not check_settings(folder / "about.json", about):
                 self.path.unlink(missing_ok=True)  # whose answers they are is not known
@@ -159,12 +181,13 @@ class Answers:
             row = from_json(line, StoredAnswer, name, "remove it")
             if row.id.partition("/")[0] != self.path.parent.name:
                 raise InputError(f"{name} answers {row.id!r}, another task's question; remove it")
-            self.rows[row.id] = msgspec.to_builtins(row)
+            self.rows[row.id] = row
 
-    def append(self, rows: list[dict[str, Any]]) -> None:
-        """Notes rows with the fields of `StoredAnswer`."""
+    def append(self, rows: list[StoredAnswer]) -> None:
+        """Adds rows at the end of the file."""
+        lines = [to_json(row, indent=None) for row in rows]
         with self.lock, self.path.open("a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.write("".join(lines))
             file.flush()
             os.fsync(file.fileno())
-        self.rows |= {row["id"]: row for row in rows}
+        self.rows |= {row.id: row for row in rows}

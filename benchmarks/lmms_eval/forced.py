@@ -3,10 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import msgspec
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from vlm_prune.benchmarks.lmms_eval.answers import StoredAnswer
 from vlm_prune.vlm.chat import encode_text, special_tokens
 
 
@@ -73,12 +75,13 @@ class Forced(LogitsProcessor):  # type: ignore[misc]
         self.step += 1
         return forced
 
-    def row(self, number: int) -> dict[str, Any]:
-        """Returns the cost of a row's text in nats, a sum over its tokens, and
-        whether it is the greedy one.
+    def scored(self, row: StoredAnswer, number: int) -> StoredAnswer:
+        """Returns a row with its text's cost in nats, a sum over the tokens, and whether that text is
+        the greedy one.
         """
-        return {
-            "nll": float(self.nll[number]),
-            "greedy": bool(self.greedy[number]),
-            "output_tokens": len(self.tokens[number]),
-        }
+        return msgspec.structs.replace(
+            row,
+            nll=float(self.nll[number]),
+            greedy=bool(self.greedy[number]),
+            output_tokens=len(self.tokens[number]),
+        )

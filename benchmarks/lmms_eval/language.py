@@ -1,13 +1,12 @@
 """A text-only language model for those of lmms-eval's tasks that show no image."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from lmms_eval.api.model import lmms
 from PIL import Image
 
 from vlm_prune.benchmarks.evaluation.language import Language
-from vlm_prune.benchmarks.lmms_eval.answers import TEXT_PHASE, answered
+from vlm_prune.benchmarks.lmms_eval.answers import TEXT_PHASE, StoredAnswer, answered
 from vlm_prune.benchmarks.lmms_eval.forced import Forced
 from vlm_prune.benchmarks.lmms_eval.model import Ask, PrunedChat
 from vlm_prune.vlm.common.errors import InputError
@@ -44,7 +43,7 @@ class LanguageChat(PrunedChat):
             raise InputError("it shows images, and this model reads text alone")
         return [self.language.render(ask.chat.messages()) for ask in batch]
 
-    def _answer(self, batch: list[Ask]) -> Iterator[dict[str, Any]]:
+    def _answer(self, batch: list[Ask]) -> Iterator[StoredAnswer]:
         texts, options, forced = self._render(batch), dict(batch[0].options), None
         if batch[0].forced is not None:
             wanted = [str(ask.forced) for ask in batch]
@@ -55,13 +54,12 @@ class LanguageChat(PrunedChat):
         milliseconds = 1e3 * (now(self.device) - start) / len(batch)
         replies = self.language.replies(tokens)
         for number, ask in enumerate(batch):
-            row = answered(ask, texts[number], replies[number]) | {
-                "images": 0,
-                "text_tokens": lengths[number],
-                "input_tokens": lengths[number],
-                "output_tokens": int(
-                    (tokens[number] != self.language.tokenizer.pad_token_id).sum()
-                ),
-                "time_ms": {TEXT_PHASE: milliseconds},
-            }
-            yield row | (forced.row(number) if forced is not None else {})
+            row = StoredAnswer(
+                **answered(ask, texts[number], replies[number]),
+                images=0,
+                text_tokens=lengths[number],
+                input_tokens=lengths[number],
+                output_tokens=int((tokens[number] != self.language.tokenizer.pad_token_id).sum()),
+                time_ms={TEXT_PHASE: milliseconds},
+            )
+            yield row if forced is None else forced.scored(row, number)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from vlm_prune.benchmarks.evaluation.prompts import make_prompts
 from vlm_prune.benchmarks.evaluation.records import Variant
 from vlm_prune.benchmarks.evaluation.timing import timed_generate
-from vlm_prune.benchmarks.lmms_eval.answers import Answers, answered, fingerprint
+from vlm_prune.benchmarks.lmms_eval.answers import Answers, StoredAnswer, answered, fingerprint
 from vlm_prune.benchmarks.lmms_eval.chat import Chat, chat_of, rounds_of, shared_options, stops_of
 from vlm_prune.benchmarks.lmms_eval.forced import Forced
 from vlm_prune.benchmarks.lmms_eval.throughput import log_throughput
@@ -134,7 +134,7 @@ class PrunedChat(lmms):  # type: ignore[misc]
             chat, options = chat_of(request, self.task_dict)
             until = stops_of(options) if self.is_simple else ()
             asks.append(Ask(_name(request, names), chat, shared_options(options), until))
-        return [_result(row, row["reply"]) for row in self._rows(asks)]
+        return [_result(row, row.reply) for row in self._rows(asks)]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
         """Returns for each request its answers round by round; each
@@ -157,7 +157,7 @@ class PrunedChat(lmms):  # type: ignore[misc]
                     asks.append(Ask(name, chat, shared_options(options), until))
                     indices.append(index)
             for index, row in zip(indices, self._rows(asks), strict=True):
-                answers[index].append(row["reply"])
+                answers[index].append(row.reply)
             open_talks, number = indices, number + 1
         return answers
 
@@ -172,9 +172,9 @@ class PrunedChat(lmms):  # type: ignore[misc]
             chat, continuation = chat_of(request, self.task_dict)
             asks.append(Ask(_name(request, names), chat, {}, forced=continuation))
         rows = self._rows(asks)
-        return [_result(row, (row["nll"], row["greedy"])) for row in rows]
+        return [_result(row, (row.nll, row.greedy)) for row in rows]
 
-    def _rows(self, asks: list[Ask]) -> list[dict[str, Any]]:
+    def _rows(self, asks: list[Ask]) -> list[StoredAnswer]:
         """Returns one row for each question; those of the journal are not computed again.
 
         Batches are fixed slices of questions with the same generation arguments.
@@ -183,9 +183,9 @@ class PrunedChat(lmms):  # type: ignore[misc]
         for ask in asks:
             key = "forced" if ask.forced is not None else repr(sorted(ask.options.items()))
             groups.setdefault(key, []).append(ask)
-        done: dict[str, dict[str, Any]] = {}
+        done: dict[str, StoredAnswer] = {}
         bar = tqdm(total=len(asks), disable=self.rank != 0 or self.keep_loaded, desc="answering")
-        computed = []
+        computed: list[StoredAnswer] = []
         for group in groups.values():
             for start in range(0, len(group), self.batch_size):
                 batch = group[start : start + self.batch_size]
@@ -202,14 +202,14 @@ class PrunedChat(lmms):  # type: ignore[misc]
         log_throughput(computed, self.pruner, self.device)
         return [done[ask.id] for ask in asks]
 
-    def _known(self, batch: list[Ask]) -> list[dict[str, Any]] | None:
+    def _known(self, batch: list[Ask]) -> list[StoredAnswer] | None:
         """Returns the batch's rows, if the journal has all of them for these very questions."""
         if self.journal is None:
             return None
         rows = [self.journal.rows.get(ask.id) for ask in batch]
         texts = self._render(batch)
         for ask, row, text in zip(batch, rows, texts, strict=True):
-            if row is None or row["question_hash"] != fingerprint(ask, text):
+            if row is None or row.question_hash != fingerprint(ask, text):
                 return None
         return [row for row in rows if row is not None]
 
@@ -218,7 +218,7 @@ class PrunedChat(lmms):  # type: ignore[misc]
         return [render(self.processor, each, add_generation_prompt=True) for each in messages]
 
     @torch.inference_mode()
-    def _answer(self, batch: list[Ask]) -> Iterator[dict[str, Any]]:
+    def _answer(self, batch: list[Ask]) -> Iterator[StoredAnswer]:
         texts = self._render(batch)
         images = [ask.chat.images() for ask in batch]
         prompts = make_prompts(self.model, self.processor, texts, images)
@@ -238,15 +238,14 @@ class PrunedChat(lmms):  # type: ignore[misc]
         ends = self.model.generation_config.eos_token_id
         ends = [ends] if isinstance(ends, int) else ends or []
         for number, ask in enumerate(batch):
-            row = answered(ask, texts[number], replies[number]) | {
+            row = StoredAnswer(
+                **answered(ask, texts[number], replies[number]),
                 **msgspec.structs.asdict(prompts.record(number, trace)),
-                "input_tokens": int(prompts.tensors["attention_mask"][number].sum()),
-                "output_tokens": _length(new[number].tolist(), ends),
-                "time_ms": {key: 1e3 * value / len(batch) for key, value in times.items()},
-            }
-            if forced is not None:
-                row |= forced.row(number)
-            yield row
+                input_tokens=int(prompts.tensors["attention_mask"][number].sum()),
+                output_tokens=_length(new[number].tolist(), ends),
+                time_ms={key: 1e3 * value / len(batch) for key, value in times.items()},
+            )
+            yield row if forced is None else forced.scored(row, number)
 
 
 class PrunedSimple(PrunedChat):
@@ -266,8 +265,8 @@ def questions_at_once(batch_size: int | str) -> int:
     return int(batch_size)
 
 
-def _result(row: dict[str, Any], answer: Any) -> GenerationResult:
-    counts = TokenCounts(input_tokens=row["input_tokens"], output_tokens=row["output_tokens"])
+def _result(row: StoredAnswer, answer: Any) -> GenerationResult:
+    counts = TokenCounts(input_tokens=row.input_tokens, output_tokens=row.output_tokens)
     return GenerationResult(answer, counts)
 
 

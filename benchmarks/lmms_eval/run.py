@@ -21,13 +21,12 @@ from vlm_prune.benchmarks.evaluation.environment import versions
 from vlm_prune.benchmarks.evaluation.records import (
     PairedRow,
     PairedTimes,
-    PromptRecord,
     Results,
     RunConfig,
 )
 from vlm_prune.benchmarks.evaluation.store import RunFolder
 from vlm_prune.benchmarks.evaluation.summarize import summarize
-from vlm_prune.benchmarks.lmms_eval.answers import Answers, source
+from vlm_prune.benchmarks.lmms_eval.answers import Answers, StoredAnswer, source
 from vlm_prune.benchmarks.lmms_eval.catalog import catalog, leaves
 from vlm_prune.benchmarks.lmms_eval.load import load_task
 from vlm_prune.benchmarks.lmms_eval.model import PADDING, PrunedChat
@@ -55,7 +54,7 @@ class Pass:
 
     samples: dict[int, dict[str, Any]]
     metrics: dict[str, Any]
-    answers: dict[int, list[dict[str, Any]]]
+    answers: dict[int, list[StoredAnswer]]
 
 
 def cache_folder() -> Path:
@@ -243,7 +242,7 @@ def unpruned(leaf: Leaf, model: PrunedChat, config: RunConfig) -> Answers:
     return Answers(cache_folder() / "unpruned" / key / leaf.name, about)
 
 
-def _answerer(model: PrunedChat, config: RunConfig) -> dict[str, Any]:
+def _answerer(model: PrunedChat, config: RunConfig) -> dict[str, object]:
     """Returns what decides unpruned answers."""
     about = source(model.model, config.model, config.wings)
     if config.engine != "hf":
@@ -288,10 +287,10 @@ def one_pass(
     samples: dict[int, dict[str, Any]] = {}
     for sample in results["samples"][leaf.name]:  # once for each of the task's filters
         samples.setdefault(int(sample["doc_id"]), sample)
-    answers: dict[int, list[dict[str, Any]]] = {}
+    answers: dict[int, list[StoredAnswer]] = {}
     for row in journal.rows.values():
-        if PADDING not in row["id"].split("/"):
-            answers.setdefault(int(row["id"].split("/")[1]), []).append(row)
+        if PADDING not in row.id.split("/"):
+            answers.setdefault(row.number, []).append(row)
     metrics = {
         name: float(value)
         for name, value in results["results"][leaf.name].items()
@@ -314,20 +313,19 @@ def _rows(leaf: Leaf, task: Any, model: PrunedChat, before: Pass, after: Pass) -
     for number, sample in sorted(after.samples.items()):
         other, pruned, base = before.samples[number], after.answers[number], before.answers[number]
         times = {
-            prefix + phase: sum(row["time_ms"][phase] for row in answers)
+            prefix + phase: sum(row.time_ms[phase] for row in answers)
             for prefix, answers in (("", pruned), ("baseline_", base))
             for phase in ("vision", "selection", "prefill", "decode")
         }
         del times["baseline_selection"]
-        noted = {name: pruned[0][name] for name in PromptRecord.__struct_fields__}
-        prompt = msgspec.convert(noted, PromptRecord)
+        prompt = pruned[0].prompt
         flops, kv_bytes = paired_costs(model.model, prompt)
         rows.append(
             PairedRow(
                 id=f"{leaf.shown}/{number:06d}",
                 task=leaf.shown,
                 subset=str(sample["doc"].get("category") or ""),
-                question=pruned[0]["question"],
+                question=pruned[0].question,
                 answer=str(sample["target"]),
                 baseline=reply_of(task, other),
                 prediction=reply_of(task, sample),

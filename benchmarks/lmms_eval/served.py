@@ -1,7 +1,6 @@
 """lmms-eval's tasks answered by vLLM, into the rows that the Hugging Face model gives."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import msgspec
 import torch
@@ -14,7 +13,7 @@ from vlm_prune.benchmarks.evaluation.served import (
     phases,
     sizes_alone,
 )
-from vlm_prune.benchmarks.lmms_eval.answers import answered
+from vlm_prune.benchmarks.lmms_eval.answers import StoredAnswer, answered
 from vlm_prune.benchmarks.lmms_eval.model import Ask, PrunedChat
 from vlm_prune.vlm.common.errors import InputError
 
@@ -48,7 +47,7 @@ class ServedChat(PrunedChat):
         self.engines.close()
 
     @torch.inference_mode()
-    def _answer(self, batch: list[Ask]) -> Iterator[dict[str, Any]]:
+    def _answer(self, batch: list[Ask]) -> Iterator[StoredAnswer]:
         options = dict(batch[0].options)
         if batch[0].forced is not None:
             raise InputError("tasks that score given answers need --engine hf")
@@ -74,9 +73,10 @@ class ServedChat(PrunedChat):
         times = {"vision": 0.0, "selection": 0.0, "prefill": prefill, "decode": decode}
         for number, (ask, output) in enumerate(zip(batch, outputs, strict=True)):
             answer = output.outputs[0]
-            yield answered(ask, texts[number], answer.text) | {
+            yield StoredAnswer(
+                **answered(ask, texts[number], answer.text),
                 **msgspec.structs.asdict(prompts.record(number, trace)),
-                "input_tokens": int(prompts.tensors["attention_mask"][number].sum()),
-                "output_tokens": len(answer.token_ids),
-                "time_ms": times,
-            }
+                input_tokens=int(prompts.tensors["attention_mask"][number].sum()),
+                output_tokens=len(answer.token_ids),
+                time_ms=times,
+            )

@@ -15,7 +15,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import msgspec
+
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.records import read_record
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = ("eval --method zoo --budget 64", "bench --method zoo --budget 64")
@@ -171,12 +174,30 @@ def run_once(tree: Tree, command: str) -> CommandCost:
     return run
 
 
+class WrittenTiming(msgspec.Struct):
+    """The part of a `Timing` that is compared."""
+
+    median: float
+
+
+class WrittenTimes(msgspec.Struct):
+    """The part of `ModelTimes` that is compared."""
+
+    times_ms: dict[str, WrittenTiming]
+
+
+class WrittenBench(msgspec.Struct):
+    """The part of a `bench.json` that is compared, of whichever version the commit has."""
+
+    pruned: WrittenTimes
+
+
 def read_output(folder: Path, run: CommandCost) -> None:
     """Adds what `eval` or `bench` wrote to what its process took."""
     if (bench := folder / "bench.json").exists():
-        written = json.loads(bench.read_text())
-        times = (written[0] if isinstance(written, list) else written)["pruned"]["times_ms"]
-        run.phases_ms = {phase: times[phase]["median"] for phase in PHASES}
+        content: Any = read_record(bench, list[WrittenBench] | WrittenBench, "run other commands")  # type: ignore[arg-type]
+        written: WrittenBench = content[0] if isinstance(content, list) else content
+        run.phases_ms = {phase: written.pruned.times_ms[phase].median for phase in PHASES}
         return
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     run.rows = {row["id"]: row for row in rows}

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +11,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from vlm_prune.benchmarks.evaluation.environment import environment
 from vlm_prune.benchmarks.evaluation.prompts import encoded
-from vlm_prune.benchmarks.evaluation.records import Argument, Variant
+from vlm_prune.benchmarks.evaluation.records import (
+    SCHEMA_VERSION,
+    Amount,
+    Argument,
+    Count,
+    Record,
+    Variant,
+)
 from vlm_prune.benchmarks.speed.bench import BenchConfig, random_model
 from vlm_prune.benchmarks.speed.pictures import random_pictures
 from vlm_prune.benchmarks.speed.roofline import Timing, kept_memory
@@ -61,7 +68,7 @@ class SparseBenchConfig:
         Raises:
             InputError: if there is no such method or hyperparameter, or it computes no prefill.
         """
-        more: dict[str, Any] = {"density": self.density, "minimum": 1, **self.arguments}
+        more: dict[str, Argument] = {"density": self.density, "minimum": 1, **self.arguments}
         found = []
         for name in self.methods:
             method = build_attention(name, **more)
@@ -73,15 +80,86 @@ class SparseBenchConfig:
         return found
 
 
+class AttentionTimes(Record, frozen=True):
+    """Times of one layer: of its attention, for a sparse one with the estimate, and of all of it."""
+
+    attention_ms: Timing
+    layer_ms: Timing
+
+
+class AttentionSpeedup(Record, frozen=True):
+    """Dense over sparse medians.
+
+    Args:
+        attention: of a layer's attention.
+        layer: of a decoder layer.
+        first_token: with the vision tower, one image for each so many tokens, and all of the shape's
+            layers.
+        promised: ratio of the prefills' FLOPs.
+    """
+
+    attention: Amount
+    layer: Amount
+    first_token: Amount
+    promised: Amount
+
+
+class SparseTimes(AttentionTimes, frozen=True):
+    """What was measured of a method.
+
+    Args:
+        estimate_ms: of the estimate alone.
+        density: share of the causal half that is computed, with the estimate.
+        chosen_density: the part of it that is chosen.
+        speedup: over dense attention.
+    """
+
+    estimate_ms: Timing
+    density: Amount
+    chosen_density: Amount
+    speedup: AttentionSpeedup
+
+
+class LengthResults(Record, frozen=True):
+    """What was measured on prompts of one length.
+
+    Args:
+        tokens: the length.
+        dense: of SDPA.
+        first_token_attention_share: attention's share of the time to the first token, unpruned.
+        methods: by name.
+    """
+
+    tokens: Count
+    dense: AttentionTimes
+    first_token_attention_share: Amount
+    methods: dict[str, SparseTimes]
+
+
+class AttentionResults(Record, tag_field="schema_version", tag=SCHEMA_VERSION, frozen=True):
+    """`bench.json` of `bench --attention`.
+
+    Args:
+        config: what was measured.
+        environment: device, driver, versions and command.
+        vision_ms_per_token: of the tower and the projector.
+        lengths: in the order of the configuration.
+        crossover: from which measured length on each method is faster than SDPA.
+    """
+
+    config: SparseBenchConfig
+    environment: dict[str, str]
+    vision_ms_per_token: Amount
+    lengths: list[LengthResults]
+    crossover: dict[str, int | None]
+
+
 @torch.inference_mode()
-def bench_attention(config: SparseBenchConfig) -> dict[str, Any]:
+def bench_attention(config: SparseBenchConfig) -> AttentionResults:
     """Times dense and sparse attention in turn at each length, after one warm-up at the first one.
 
-    `attention_ms` is one call of a layer's attention with its estimate, `estimate_ms` the estimate
-    alone, `layer_ms` a whole decoder layer. `first_token` is the speed-up with the vision tower,
-    one image for each so many tokens, and all of the shape's layers. `promised` is the ratio of the
-    prefills' FLOPs. Times are a `clock`'s. Queries and keys are random: a `density` is the same for
-    all of them, while the authors' own rules find other shares in them than in real ones.
+    Times are a `clock`'s. Queries and keys are random: a `density` is the same for all of them, while
+    the authors' own rules find other shares in them than in real ones.
 
     Raises:
         InputError: if a method or the model cannot be measured.
@@ -102,13 +180,13 @@ def bench_attention(config: SparseBenchConfig) -> dict[str, Any]:
             at_length(model, config, methods, tokens, text, vision, warm=number > 0)
             for number, tokens in enumerate(config.tokens)
         ]
-    return {
-        "config": asdict(config),
-        "environment": environment(model.device),
-        "vision_ms_per_token": vision,
-        "lengths": lengths,
-        "crossover": crossovers(lengths),
-    }
+    return AttentionResults(
+        config=config,
+        environment=environment(model.device),
+        vision_ms_per_token=vision,
+        lengths=lengths,
+        crossover=crossovers(lengths),
+    )
 
 
 def clock(device: torch.device) -> float:
@@ -142,7 +220,7 @@ def at_length(
     text: Any,
     vision: float,
     warm: bool = False,
-) -> dict[str, Any]:
+) -> LengthResults:
     """Returns the times of all methods and of dense attention on one length.
 
     Args:
@@ -164,9 +242,9 @@ def at_length(
     width, shared = attention.head_dim, attention.num_key_value_groups
     keys = text.num_key_value_heads
     query, key, value = (random(1, count, tokens, width) for count in (keys * shared, keys, keys))
-    hidden, rotary = random(1, tokens, text.hidden_size), None
+    hidden_states, rotary = random(1, tokens, text.hidden_size), None
     if any(method.reads_rotation for method in methods):
-        rotary = decoder.rotary_emb(hidden, torch.arange(tokens, device=device)[None])
+        rotary = decoder.rotary_emb(hidden_states, torch.arange(tokens, device=device)[None])
     call = AttentionCall(query, key, value, None, attention.scaling, 0, (0,), rotary, None)
     layers = len(decoder.layers)
 
@@ -174,7 +252,7 @@ def at_length(
         scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=shared > 1)
 
     def whole() -> None:
-        decoder(inputs_embeds=hidden, use_cache=False)
+        decoder(inputs_embeds=hidden_states, use_cache=False)
 
     def timed(run: Callable[[], object]) -> float:
         start = clock(device)
@@ -204,58 +282,52 @@ def at_length(
         if repeat:
             for own, row in zip(samples, rows, strict=True):
                 own.append(row)
-    base, *others = samples
-    middle = [
-        {name: Timing.of([row[name] for row in own]).median for name in own[0]} for own in samples
+    base, *others = [
+        {f"{name}_ms": Timing.of([row[name] for row in own]) for name in own[0]} for own in samples
     ]
+    dense_ms = AttentionTimes(**base)
+    dense_attention, dense_layer = dense_ms.attention_ms.median, dense_ms.layer_ms.median
     tower, depth = vision * tokens, text.num_hidden_layers
     flops = prefill_flops(text, tokens, [0.0] * depth, [1.0] * depth)
-    return {
-        "tokens": tokens,
-        "dense": times_of(base),
-        "first_token_attention_share": depth
-        * middle[0]["attention"]
-        / (tower + depth * middle[0]["layer"]),
-        "methods": {
-            name: {
-                **times_of(own),
-                "density": run.trace.density,
-                "chosen_density": run.trace.chosen_density,
-                "speedup": {
-                    "attention": middle[0]["attention"] / times["attention"],
-                    "layer": middle[0]["layer"] / times["layer"],
-                    "first_token": (tower + depth * middle[0]["layer"])
-                    / (tower + depth * times["layer"]),
-                    "promised": flops
+    return LengthResults(
+        tokens=tokens,
+        dense=dense_ms,
+        first_token_attention_share=depth * dense_attention / (tower + depth * dense_layer),
+        methods={
+            name: SparseTimes(
+                **times,
+                density=run.trace.density,
+                chosen_density=run.trace.chosen_density,
+                speedup=AttentionSpeedup(
+                    attention=dense_attention / times["attention_ms"].median,
+                    layer=dense_layer / times["layer_ms"].median,
+                    first_token=(tower + depth * dense_layer)
+                    / (tower + depth * times["layer_ms"].median),
+                    promised=flops
                     / prefill_flops(text, tokens, [0.0] * depth, [run.trace.density] * depth),
-                },
-            }
-            for name, own, times, run in zip(config.methods, others, middle[1:], runs, strict=True)
+                ),
+            )
+            for name, times, run in zip(config.methods, others, runs, strict=True)
         },
-    }
+    )
 
 
-def times_of(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Returns the medians and quartiles of repeated calls, as `attention_ms` and the like."""
-    return {f"{name}_ms": asdict(Timing.of([row[name] for row in rows])) for name in rows[0]}
-
-
-def crossovers(lengths: list[dict[str, Any]]) -> dict[str, int | None]:
+def crossovers(lengths: list[LengthResults]) -> dict[str, int | None]:
     """Returns from which measured length on each method's attention is faster than SDPA's; None where it
     is not at the longest.
     """
     found: dict[str, int | None] = {}
-    ordered = sorted(lengths, key=lambda length: -length["tokens"])
-    for name in ordered[0]["methods"]:
+    ordered = sorted(lengths, key=lambda length: -length.tokens)
+    for name in ordered[0].methods:
         found[name] = None
         for length in ordered:
-            if length["methods"][name]["speedup"]["attention"] < 1:
+            if length.methods[name].speedup.attention < 1:
                 break
-            found[name] = length["tokens"]
+            found[name] = length.tokens
     return found
 
 
-def attention_rows(results: dict[str, Any]) -> list[list[str]]:
+def attention_rows(results: AttentionResults) -> list[list[str]]:
     """Returns header and one row for each length and method: median
     [quartiles] in ms, and speed-ups.
     """
@@ -265,52 +337,52 @@ def attention_rows(results: dict[str, Any]) -> list[list[str]]:
             "layer ms", "speed-up", "promised", "first token",
         ]
     ]  # fmt: skip
-    for length in results["lengths"]:
-        tokens, base = f"{length['tokens']:,}", length["dense"]
+    for length in results.lengths:
+        tokens, base = f"{length.tokens:,}", length.dense
         lines.append(
-            [tokens, "SDPA", "1.000", "", shown(base, "attention"), "", "", shown(base, "layer")]
+            [tokens, "SDPA", "1.000", "", shown(base.attention_ms), "", "", shown(base.layer_ms)]
             + [""] * 3
         )
-        for name, run in length["methods"].items():
-            speed = {part: f"{value:.2f}x" for part, value in run["speedup"].items()}
+        for name, run in length.methods.items():
+            speed = run.speedup
             lines.append(
                 [
-                    tokens, name, f"{run['density']:.3f}", f"{run['chosen_density']:.3f}",
-                    shown(run, "attention"), shown(run, "estimate"), speed["attention"],
-                    shown(run, "layer"), speed["layer"], speed["promised"], speed["first_token"],
+                    tokens, name, f"{run.density:.3f}", f"{run.chosen_density:.3f}",
+                    shown(run.attention_ms), shown(run.estimate_ms), f"{speed.attention:.2f}x",
+                    shown(run.layer_ms), f"{speed.layer:.2f}x", f"{speed.promised:.2f}x",
+                    f"{speed.first_token:.2f}x",
                 ]
             )  # fmt: skip
     return lines
 
 
-def shown(run: dict[str, Any], part: str) -> str:
+def shown(timing: Timing) -> str:
     """Returns a median with its quartiles, in whole milliseconds."""
-    timing = Timing(**run[f"{part}_ms"])
     return f"{timing.median:,.0f} [{timing.low:,.0f}, {timing.high:,.0f}]"
 
 
-def about_attention(results: dict[str, Any]) -> list[str]:
+def about_attention(results: AttentionResults) -> list[str]:
     """Returns lines that say what was measured, and from where on it pays."""
-    config = results["config"]
-    machine = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
+    config = results.config
+    machine = ", ".join(f"{key} {value}" for key, value in results.environment.items())
     crossed = [
         f"{name} from {tokens:,} tokens on" if tokens else f"{name} at none of these lengths"
-        for name, tokens in results["crossover"].items()
+        for name, tokens in results.crossover.items()
     ]
     shares = [
-        f"{100 * length['first_token_attention_share']:.0f} % at {length['tokens']:,}"
-        for length in results["lengths"]
+        f"{100 * length.first_token_attention_share:.0f} % at {length.tokens:,}"
+        for length in results.lengths
     ]
     return [
         (
-            f"{config['shape']}, {config['layers'] or 'all'} decoder layers, {config['dtype']}: one "
-            f"prompt, {config['density']} of the causal half, estimates included, medians of "
-            f"{config['repeats']} calls with quartiles"
+            f"{config.shape}, {config.layers or 'all'} decoder layers, {config.dtype}: one "
+            f"prompt, {config.density} of the causal half, estimates included, medians of "
+            f"{config.repeats} calls with quartiles"
         ),
         machine,
         f"attention is faster than SDPA: {'; '.join(crossed)}",
         (
             f"attention's share of the time to the first token, with "
-            f"{results['vision_ms_per_token']:.2f} ms of the tower for each token: {', '.join(shares)}"
+            f"{results.vision_ms_per_token:.2f} ms of the tower for each token: {', '.join(shares)}"
         ),
     ]

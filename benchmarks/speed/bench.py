@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import mean, median
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 from torch.profiler import DeviceType, ProfilerActivity, profile
@@ -12,7 +13,15 @@ from transformers import AutoModelForImageTextToText
 
 from vlm_prune.benchmarks.evaluation.environment import environment
 from vlm_prune.benchmarks.evaluation.prompts import Prompts, encoded
-from vlm_prune.benchmarks.evaluation.records import Variant
+from vlm_prune.benchmarks.evaluation.records import (
+    SCHEMA_VERSION,
+    Amount,
+    Count,
+    PhaseTimes,
+    Record,
+    TokenCounts,
+    Variant,
+)
 from vlm_prune.benchmarks.evaluation.timing import timed_generate
 from vlm_prune.benchmarks.speed.pictures import random_pictures, random_videos
 from vlm_prune.benchmarks.speed.roofline import Ceilings, Timing, kept_memory, measured_ceilings
@@ -50,6 +59,125 @@ class BenchConfig:
     seed: int = 0
     video_frames: int = 0
     tower_layers: int | None = None
+
+
+class PhaseTimings(Record, frozen=True):
+    """Times of each phase of a call; `decode` is of one token."""
+
+    vision: Timing
+    selection: Timing
+    prefill: Timing
+    decode: Timing
+
+
+class BusyTimes(Record, frozen=True):
+    """Milliseconds for which a GPU computes: in all, and during selection."""
+
+    all: Amount
+    selection: Amount
+
+
+class ModelTimes(Record, frozen=True):
+    """What was measured of the unpruned or of the pruned model.
+
+    Args:
+        times_ms: by phase.
+        floors_ms: the least that each phase could take here.
+        tokens: of an image.
+        prefill_flops: of a prompt.
+        peak_memory_bytes: the most that was held at once.
+        busy_ms: of a GPU; None on a CPU.
+    """
+
+    times_ms: PhaseTimings
+    floors_ms: PhaseTimes
+    tokens: TokenCounts
+    prefill_flops: Amount
+    peak_memory_bytes: Count
+    busy_ms: BusyTimes | None = None
+
+
+class WholeSpeedup(Record, frozen=True):
+    """What selection costs where all decoder layers of the shape run.
+
+    Args:
+        whole_selection_share: selection as a share of the unpruned prefill.
+        whole_selection_of_pruned: the same of the pruned prefill.
+        whole_of_promise: share of the promised speed-up of the prefill that is left with selection.
+    """
+
+    whole_selection_share: Amount
+    whole_selection_of_pruned: Amount
+    whole_of_promise: Amount
+
+
+class BenchSpeedup(Record, frozen=True, omit_defaults=True):
+    """Unpruned over pruned medians, and what they could be; fields of `WholeSpeedup` are as there.
+
+    Args:
+        prefill: with selection.
+        first_token: of vision, selection and prefill.
+        decode: of a token.
+        prefill_alone: without selection.
+        short_text: the unpruned prefill over that of a text as short as the pruned prompt.
+        promised: ratio of the prefills' FLOPs; over it `prefill_alone` is the share of the promise
+            that the device keeps.
+        roofline: ratio of the prefills' floors, which is less where weights take longer to read than
+            to multiply with.
+        selection_share: selection as a share of the unpruned prefill.
+        busy_prefill: as `prefill`, of the time for which a GPU computes, without that of launching.
+        busy_prefill_alone: as `prefill_alone`, of this time.
+        busy_selection_share: as `selection_share`, of this time.
+    """
+
+    prefill: Amount
+    first_token: Amount
+    decode: Amount
+    prefill_alone: Amount
+    short_text: Amount = msgspec.field(name="as_short")
+    promised: Amount
+    roofline: Amount
+    selection_share: Amount
+    busy_prefill: Amount | None = None
+    busy_prefill_alone: Amount | None = None
+    busy_selection_share: Amount | None = None
+    whole_selection_share: Amount | None = None
+    whole_selection_of_pruned: Amount | None = None
+    whole_of_promise: Amount | None = None
+
+    @property
+    def busy_of_roofline(self) -> float | None:
+        """Returns the share of what the roofline promises that a GPU keeps while it computes."""
+        alone = self.busy_prefill_alone
+        return None if alone is None else alone / self.roofline
+
+
+class BenchResults(Record, tag_field="schema_version", tag=SCHEMA_VERSION, frozen=True):
+    """`bench.json` of one method; of several methods it is a list of these.
+
+    Args:
+        config: what was measured.
+        environment: device, driver, versions and command.
+        ceilings: what the device does at most.
+        short_text_ms: the unpruned prefill of a text with as many tokens as layers compute on average.
+        method: its name.
+        definition: what the name stands for, if it stands for another method.
+        unpruned: the model as it is.
+        pruned: the model with the method.
+        speedup: of the two.
+        selection_memory: the most that choosing holds, as a multiple of the tokens of a video.
+    """
+
+    config: BenchConfig
+    environment: dict[str, str]
+    ceilings: Ceilings
+    short_text_ms: Timing = msgspec.field(name="as_short_ms")
+    method: str
+    definition: str
+    unpruned: ModelTimes
+    pruned: ModelTimes
+    speedup: BenchSpeedup
+    selection_memory: Amount | None = None
 
 
 def random_model(config: BenchConfig, architecture: Any = None) -> Any:
@@ -155,7 +283,7 @@ def random_prompt(config: BenchConfig, model: Any) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def bench(config: BenchConfig, variants: list[Variant]) -> list[dict[str, Any]]:
+def bench(config: BenchConfig, variants: list[Variant]) -> list[BenchResults]:
     """Measures methods one after the other on one model, whose weights are made once."""
     pruners = [variant.build(config.seed) for variant in variants]
     model = random_model(config)
@@ -185,13 +313,13 @@ class Video:
 
 def _measured(
     config: BenchConfig, pruner: Any, model: Any, ceilings: Ceilings, video: Video | None = None
-) -> dict[str, Any]:
+) -> BenchResults:
     """Runs unpruned and pruned in turn, after one warm-up each; returns what is reported.
 
     The unpruned model sees a video for the first method alone.
 
     Times are milliseconds per call for the whole batch, `decode` per generated token. Vision is
-    timed with the same tower call for both, unless the method changes the images. `as_short_ms` is
+    timed with the same tower call for both, unless the method changes the images. `short_text_ms` is
     the unpruned prefill of a text with as many tokens as layers compute on average: what the model
     and the device give at best.
 
@@ -241,74 +369,74 @@ def _measured(
     assert prompts.vision is not None
     tokens, tower = prompts.vision.counts[0], prompts.vision.flops[0]
     runs = {
-        name: {
-            "times_ms": {p: asdict(Timing.of([row[p] for row in rows[1:]])) for p in PHASES},
-            "floors_ms": floors(model, config, layer_tokens[name], tower, ceilings),
-            "tokens": pruner.counts(tokens, layer_tokens[name]),
-            "prefill_flops": prefill_flops(
+        name: ModelTimes(
+            times_ms=PhaseTimings(**{p: Timing.of([row[p] for row in rows[1:]]) for p in PHASES}),
+            floors_ms=floors(model, config, layer_tokens[name], tower, ceilings),
+            tokens=TokenCounts(**pruner.counts(tokens, layer_tokens[name])),
+            prefill_flops=prefill_flops(
                 model.config.get_text_config(), config.text, layer_tokens[name]
             ),
-            "peak_memory_bytes": peak[name],
-            "busy_ms": busy.get(name),
-        }
+            peak_memory_bytes=peak[name],
+            busy_ms=busy.get(name),
+        )
         for name, rows in samples.items()
     }
     least = Timing.of(short_text_ms[1:])
-    return {
-        "config": asdict(config),
-        "environment": environment(model.device),
-        "ceilings": asdict(ceilings),
-        "as_short_ms": asdict(least),
-        "method": config.variant.method,
-        "definition": pruner.definition(tokens),
-        "selection_memory": selection_memory(pruner, prompts.vision) if video else None,
-        **runs,
-        "speedup": speedup(runs, least.median)
-        | whole_speedup(runs, config, head_ms(model, config.repeats)),
-    }
+    unpruned, pruned = runs["unpruned"], runs["pruned"]
+    whole = whole_speedup(unpruned, pruned, config, head_ms(model, config.repeats))
+    return BenchResults(
+        config=config,
+        environment=environment(model.device),
+        ceilings=ceilings,
+        short_text_ms=least,
+        method=config.variant.method,
+        definition=pruner.definition(tokens),
+        unpruned=unpruned,
+        pruned=pruned,
+        speedup=speedup(unpruned, pruned, least.median, whole),
+        selection_memory=selection_memory(pruner, prompts.vision) if video else None,
+    )
 
 
 def head_ms(model: Any, repeats: int) -> float:
     """Returns the median milliseconds that the logits of one token take."""
     config = model.config.get_text_config()
-    hidden = torch.zeros(1, 1, config.hidden_size, dtype=model.dtype, device=model.device)
+    hidden_states = torch.zeros(1, 1, config.hidden_size, dtype=model.dtype, device=model.device)
     times = []
     for _ in range(repeats + 1):
         start = now(model.device)
-        model.lm_head(hidden)
+        model.lm_head(hidden_states)
         times.append(1e3 * (now(model.device) - start))
     return median(times[1:])
 
 
-def whole_speedup(runs: dict[str, Any], config: BenchConfig, head: float) -> dict[str, float]:
-    """Returns what selection costs where all decoder layers of the shape run,
-    each as long as those that did.
-
-    It is given as shares of the unpruned and of the pruned prefill, and as how much of the promised
-    speed-up of the prefill is left with it.
+def whole_speedup(
+    unpruned: ModelTimes, pruned: ModelTimes, config: BenchConfig, head: float
+) -> WholeSpeedup:
+    """Returns what selection costs where all decoder layers of the shape run, each as long as those
+    that did.
 
     Args:
-        runs: unpruned and pruned.
+        unpruned: what was measured of the model as it is.
+        pruned: and of the pruned one.
         config: of the benchmark.
         head: milliseconds that the logits take, whatever the number of layers.
     """
     whole = SHAPES[config.shape]().get_text_config().num_hidden_layers
-    times = {name: run["times_ms"] for name, run in runs.items()}
     depth = whole / (config.layers or whole)
-    unpruned, pruned = (
-        head + depth * max(0.0, times[name]["prefill"]["median"] - head)
-        for name in ("unpruned", "pruned")
+    before, after = (
+        head + depth * max(0.0, run.times_ms.prefill.median - head) for run in (unpruned, pruned)
     )
-    selection = times["pruned"]["selection"]["median"]
-    promised = runs["unpruned"]["prefill_flops"] / runs["pruned"]["prefill_flops"]
-    return {
-        "whole_selection_share": selection / unpruned,
-        "whole_selection_of_pruned": selection / pruned,
-        "whole_of_promise": unpruned / (pruned + selection) / promised,
-    }
+    selection = pruned.times_ms.selection.median
+    promised = unpruned.prefill_flops / pruned.prefill_flops
+    return WholeSpeedup(
+        whole_selection_share=selection / before,
+        whole_selection_of_pruned=selection / after,
+        whole_of_promise=before / (after + selection) / promised,
+    )
 
 
-def busy_ms(call: Callable[[], object]) -> dict[str, float]:
+def busy_ms(call: Callable[[], object]) -> BusyTimes:
     """Returns milliseconds for which a GPU computes: in all, and during selection.
 
     What is left of a call's time is spent launching, by Python and PyTorch.
@@ -327,17 +455,17 @@ def busy_ms(call: Callable[[], object]) -> dict[str, float]:
         if event.device_type == DeviceType.CUDA and event.name not in (SELECTION, VISION)
     ]
     # the device is idle where a selection starts and ends
-    return {
-        "all": sum(ms for _, ms in spent),
-        "selection": sum(
+    return BusyTimes(
+        all=sum(ms for _, ms in spent),
+        selection=sum(
             ms for start, ms in spent if any(r.start <= start <= r.end for r in selections)
         ),
-    }
+    )
 
 
 def floors(
     model: Any, config: BenchConfig, layer_tokens: list[float], tower: float, ceilings: Ceilings
-) -> dict[str, float]:
+) -> PhaseTimes:
     """Returns the least milliseconds of each phase: every matrix product and every weight once.
 
     Of a mixture of experts these are the weights of those that a token is sent to.
@@ -365,45 +493,47 @@ def floors(
     vision = config.batch * tower
     prefill = config.batch * prefill_flops(text, config.text, layer_tokens)
     token = config.batch * prefill_flops(text, 1, [0.0] * len(layer_tokens))
-    return {
-        "vision": ceilings.floor_ms(vision, weights(family.tower_layers.parameters())),
-        "selection": 0.0,
-        "prefill": ceilings.floor_ms(prefill, language + cache),
-        "decode": ceilings.floor_ms(token, language + cache),
-    }
+    return PhaseTimes(
+        vision=ceilings.floor_ms(vision, weights(family.tower_layers.parameters())),
+        selection=0.0,
+        prefill=ceilings.floor_ms(prefill, language + cache),
+        decode=ceilings.floor_ms(token, language + cache),
+    )
 
 
-def speedup(runs: dict[str, Any], short_text_ms: float) -> dict[str, float]:
-    """Returns unpruned over pruned medians: prefill with selection, to the first token, and decode.
+def speedup(
+    unpruned: ModelTimes, pruned: ModelTimes, short_text_ms: float, whole: WholeSpeedup
+) -> BenchSpeedup:
+    """Returns the ratios of medians, and what they could be.
 
-    `prefill_alone` leaves selection out and `promised` is the ratio of the prefills' FLOPs, so that
-    their quotient says how much of the promise the device keeps; `roofline` is the ratio of the
-    prefills' floors, which is less where weights take longer to read than to multiply with;
-    `as_short` is that of the unpruned prefill to one of a text as short.
-    `selection_share` is selection as a share of the unpruned prefill. On a GPU the `busy` ones say
-    the same of the time for which it computes, without that of launching.
+    Args:
+        unpruned: what was measured of the model as it is.
+        pruned: and of the pruned one.
+        short_text_ms: the unpruned prefill of a text as short as the pruned prompt.
+        whole: what selection costs where all layers run.
     """
 
-    def total(name: str, *phases: str) -> float:
-        return float(sum(runs[name]["times_ms"][phase]["median"] for phase in phases))
+    def total(run: ModelTimes, *phases: str) -> float:
+        return float(sum(getattr(run.times_ms, phase).median for phase in phases))
 
     busy = {}
-    if runs["pruned"]["busy_ms"]:
-        whole, pruned = runs["unpruned"]["busy_ms"]["all"], runs["pruned"]["busy_ms"]
+    if unpruned.busy_ms and pruned.busy_ms:
         busy = {
-            "busy_prefill": whole / pruned["all"],
-            "busy_prefill_alone": whole / (pruned["all"] - pruned["selection"]),
-            "busy_selection_share": pruned["selection"] / whole,
+            "busy_prefill": unpruned.busy_ms.all / pruned.busy_ms.all,
+            "busy_prefill_alone": unpruned.busy_ms.all
+            / (pruned.busy_ms.all - pruned.busy_ms.selection),
+            "busy_selection_share": pruned.busy_ms.selection / unpruned.busy_ms.all,
         }
-    return busy | {
-        "prefill": total("unpruned", "prefill") / total("pruned", "selection", "prefill"),
-        "first_token": total("unpruned", "vision", "prefill")
-        / total("pruned", "vision", "selection", "prefill"),
-        "decode": total("unpruned", "decode") / total("pruned", "decode"),
-        "prefill_alone": total("unpruned", "prefill") / total("pruned", "prefill"),
-        "as_short": total("unpruned", "prefill") / short_text_ms,
-        "promised": runs["unpruned"]["prefill_flops"] / runs["pruned"]["prefill_flops"],
-        "roofline": runs["unpruned"]["floors_ms"]["prefill"]
-        / runs["pruned"]["floors_ms"]["prefill"],
-        "selection_share": total("pruned", "selection") / total("unpruned", "prefill"),
-    }
+    return BenchSpeedup(
+        prefill=total(unpruned, "prefill") / total(pruned, "selection", "prefill"),
+        first_token=total(unpruned, "vision", "prefill")
+        / total(pruned, "vision", "selection", "prefill"),
+        decode=total(unpruned, "decode") / total(pruned, "decode"),
+        prefill_alone=total(unpruned, "prefill") / total(pruned, "prefill"),
+        short_text=total(unpruned, "prefill") / short_text_ms,
+        promised=unpruned.prefill_flops / pruned.prefill_flops,
+        roofline=unpruned.floors_ms.prefill / pruned.floors_ms.prefill,
+        selection_share=total(pruned, "selection") / total(unpruned, "prefill"),
+        **msgspec.structs.asdict(whole),
+        **busy,
+    )

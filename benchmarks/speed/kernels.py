@@ -157,14 +157,17 @@ def cases(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Ca
         )
 
     keep = torch.rand(batch, length, generator=generator).to(device) < shape.keep / shape.image
-    hidden, rotary = random(batch, length, shape.width), random(batch, length, 2 * shape.head_dim)
+    hidden_states, rotary = (
+        random(batch, length, shape.width),
+        random(batch, length, 2 * shape.head_dim),
+    )
     positions = torch.arange(length, device=device).repeat(batch, 1)
     share = float(keep.float().mean())
     yield Case(
         "compact_tokens",
-        lambda: tuple(compact_tokens(keep, hidden, positions, rotary)[1]),
+        lambda: tuple(compact_tokens(keep, hidden_states, positions, rotary)[1]),
         0.0,
-        2 * share * _bytes(hidden, positions, rotary) + _bytes(keep),
+        2 * share * _bytes(hidden_states, positions, rotary) + _bytes(keep),
         waits=True,
     )
 

@@ -10,13 +10,20 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from vlm_prune.benchmarks.evaluation.environment import environment
+from vlm_prune.benchmarks.evaluation.records import (
+    SCHEMA_VERSION,
+    Amount,
+    Argument,
+    Count,
+    Record,
+)
 from vlm_prune.benchmarks.speed.bench import shorten
 from vlm_prune.benchmarks.speed.shapes import SHAPES
 from vlm_prune.vlm.common.errors import InputError
@@ -24,6 +31,9 @@ from vlm_prune.vlm.serving.plugin import check_installed, check_model
 from vlm_prune.vlm.serving.server import engine_errors
 from vlm_prune.vlm.serving.settings import Settings, memory_share
 from vlm_prune.vlm.tiny import checkpoint_path
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 ARMS = ("unpruned", "pruned")
 
@@ -56,7 +66,7 @@ class ServingConfig:
     repeats: int = 2
     dtype: str = "float32"
     layers: int | None = None
-    arguments: dict[str, Any] | None = None
+    arguments: dict[str, Argument] | None = None
 
     @property
     def settings(self) -> Settings:
@@ -82,7 +92,53 @@ class Load:
     prompt_tokens: int
 
 
-def bench_serving(config: ServingConfig) -> dict[str, Any]:
+class ServedLoad(Record, frozen=True):
+    """Of one arm at one concurrency the medians over `runs`.
+
+    Args:
+        concurrency: requests under way at a time.
+        requests_per_s: answered.
+        first_token_s: from when a request was handed over.
+        prompt_tokens: of a request, as the language model got it.
+        runs: each time that the list was answered.
+    """
+
+    concurrency: Count
+    requests_per_s: Amount
+    first_token_s: Amount
+    prompt_tokens: Count
+    runs: list[Load]
+
+
+class ServingSpeedup(Record, frozen=True):
+    """What pruning gains at one concurrency: pruned over unpruned requests per second, and of the
+    times to the first token.
+    """
+
+    concurrency: Count
+    requests_per_s: Amount
+    first_token: Amount
+
+
+class ServingResults(Record, tag_field="schema_version", tag=SCHEMA_VERSION, frozen=True):
+    """`bench.json` of `bench --engine vllm`; lists are in the order of the concurrencies.
+
+    Args:
+        config: what was measured.
+        environment: device, driver, versions and command.
+        unpruned: the model as it is.
+        pruned: the model with the method.
+        speedup: of the two.
+    """
+
+    config: ServingConfig
+    environment: dict[str, str]
+    unpruned: list[ServedLoad]
+    pruned: list[ServedLoad]
+    speedup: list[ServingSpeedup]
+
+
+def bench_serving(config: ServingConfig) -> ServingResults:
     """Measures both arms, each in a process of its own, in turn.
 
     Raises:
@@ -107,21 +163,19 @@ def bench_serving(config: ServingConfig) -> dict[str, Any]:
                 for arm, serve in arms.items():
                     runs[arm].append(serve(concurrency))
     summaries = {arm: _summary(config, loads) for arm, loads in runs.items()}
-    return {
-        "config": asdict(config),
-        "environment": environment(
-            torch.device("cpu" if not torch.cuda.is_available() else "cuda")
-        ),
+    return ServingResults(
+        config=config,
+        environment=environment(torch.device("cpu" if not torch.cuda.is_available() else "cuda")),
         **summaries,
-        "speedup": [
-            {
-                "concurrency": one["concurrency"],
-                "requests_per_s": other["requests_per_s"] / one["requests_per_s"],
-                "first_token": other["first_token_s"] / one["first_token_s"],
-            }
+        speedup=[
+            ServingSpeedup(
+                concurrency=one.concurrency,
+                requests_per_s=other.requests_per_s / one.requests_per_s,
+                first_token=other.first_token_s / one.first_token_s,
+            )
             for one, other in zip(summaries["unpruned"], summaries["pruned"], strict=True)
         ],
-    }
+    )
 
 
 @contextmanager
@@ -176,20 +230,20 @@ def _started(
         process.join()
 
 
-def _summary(config: ServingConfig, runs: Sequence[Load]) -> list[dict[str, Any]]:
+def _summary(config: ServingConfig, runs: Sequence[Load]) -> list[ServedLoad]:
     """Returns the medians over repeats, one for each concurrency."""
     by_concurrency = [
         [load for load in runs if load.concurrency == concurrency]
         for concurrency in config.concurrency
     ]
     return [
-        {
-            "concurrency": loads[0].concurrency,
-            "requests_per_s": median(load.requests / load.seconds for load in loads),
-            "first_token_s": median(median(load.first_token_s) for load in loads),
-            "prompt_tokens": loads[0].prompt_tokens,
-            "runs": [asdict(load) for load in loads],
-        }
+        ServedLoad(
+            concurrency=loads[0].concurrency,
+            requests_per_s=median(load.requests / load.seconds for load in loads),
+            first_token_s=median(median(load.first_token_s) for load in loads),
+            prompt_tokens=loads[0].prompt_tokens,
+            runs=loads,
+        )
         for loads in by_concurrency
     ]
 
@@ -274,7 +328,14 @@ def _answer(config: ServingConfig, arm: str, folder: str, share: float, requests
         requests.send(load)
 
 
-def _prompt(config: ServingConfig, number: int) -> dict[str, Any]:
+class ImagePrompt(TypedDict):
+    """A prompt as vLLM takes it."""
+
+    prompt: str
+    multi_modal_data: dict[str, "Image"]
+
+
+def _prompt(config: ServingConfig, number: int) -> ImagePrompt:
     """Returns a picture and a question that no other request of the list has."""
     import numpy as np
     from PIL import Image
@@ -294,7 +355,7 @@ class Served:
     sampling: Any
     handed: int = 0
 
-    def run(self, prompts: Sequence[dict[str, Any]], concurrency: int) -> Load:
+    def run(self, prompts: Sequence[ImagePrompt], concurrency: int) -> Load:
         waiting = list(prompts)
         began: dict[str, float] = {}
         first: dict[str, float] = {}
@@ -315,35 +376,33 @@ class Served:
         return Load(concurrency, seconds, len(prompts), waits, tokens)
 
 
-def serving_rows(results: dict[str, Any]) -> list[list[str]]:
+def serving_rows(results: ServingResults) -> list[list[str]]:
     """Returns header and one row per concurrency."""
     lines = [["concurrency", "unpruned req/s", "pruned req/s", "", "unpruned first token s",
               "pruned first token s", ""]]  # fmt: skip
-    for one, other, gain in zip(
-        results["unpruned"], results["pruned"], results["speedup"], strict=True
-    ):
+    for one, other, gain in zip(results.unpruned, results.pruned, results.speedup, strict=True):
         lines.append(
             [
-                str(one["concurrency"]),
-                f"{one['requests_per_s']:.3f}",
-                f"{other['requests_per_s']:.3f}",
-                f"{gain['requests_per_s']:.2f}x",
-                f"{one['first_token_s']:.3f}",
-                f"{other['first_token_s']:.3f}",
-                f"{gain['first_token']:.2f}x",
+                str(one.concurrency),
+                f"{one.requests_per_s:.3f}",
+                f"{other.requests_per_s:.3f}",
+                f"{gain.requests_per_s:.2f}x",
+                f"{one.first_token_s:.3f}",
+                f"{other.first_token_s:.3f}",
+                f"{gain.first_token:.2f}x",
             ]
         )
     return lines
 
 
-def serving_summary(results: dict[str, Any]) -> list[str]:
+def serving_summary(results: ServingResults) -> list[str]:
     """Returns lines that say what was measured."""
-    config = ServingConfig(**results["config"])
-    before, after = (results[arm][0]["prompt_tokens"] for arm in ARMS)
+    config = results.config
+    before, after = results.unpruned[0].prompt_tokens, results.pruned[0].prompt_tokens
     layers = "" if config.layers is None else f", {config.layers} decoder layers"
     arguments = json.dumps(config.arguments) if config.arguments else ""
     return [
-        f"{config.shape}{layers}, {config.dtype}, {results['environment']['device']}, vLLM",
+        f"{config.shape}{layers}, {config.dtype}, {results.environment['device']}, vLLM",
         (
             f"{config.method} {arguments} keeps {config.budget} of each image; prompts of {after} "
             f"tokens instead of {before}, {config.new_tokens} answered"

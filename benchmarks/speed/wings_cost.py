@@ -1,13 +1,15 @@
 """What Wings' learners cost: FLOPs from the shape, prefill and decode times with and without them."""
 
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+import msgspec
 import torch
 
 from vlm_prune.benchmarks.evaluation.environment import environment
 from vlm_prune.benchmarks.evaluation.prompts import encoded
+from vlm_prune.benchmarks.evaluation.records import SCHEMA_VERSION, Amount, Record
 from vlm_prune.benchmarks.evaluation.timing import timed_generate
 from vlm_prune.benchmarks.speed.bench import BenchConfig, random_model, random_prompt
 from vlm_prune.benchmarks.speed.bench_table import shape_of
@@ -23,7 +25,61 @@ TOKENS, IMAGE = 1000, 729
 PHASES = ("prefill", "decode")
 
 
-def extra_flops(shape: str, rank: int) -> dict[str, float]:
+@dataclass(frozen=True)
+class WingsBenchConfig(BenchConfig):
+    """What is measured, and the `rank` of the learners."""
+
+    rank: int = 8
+
+
+class ExtraFlops(Record, frozen=True):
+    """Shares of the prefill's FLOPs that each part of the learners adds."""
+
+    learners: Amount
+    router: Amount
+    router_on_gpu: Amount = msgspec.field(name="router on a GPU")
+
+
+class AnswerTimings(Record, frozen=True):
+    """Times of a prefill and of a decoded token."""
+
+    prefill: Timing
+    decode: Timing
+
+
+class WingsTimings(Record, frozen=True):
+    """The same of the model as it is and of the model with learners."""
+
+    plain: AnswerTimings
+    wings: AnswerTimings
+
+
+class Overhead(Record, frozen=True):
+    """What learners add, as shares of the medians without them."""
+
+    prefill: float
+    decode: float
+
+
+class WingsResults(Record, tag_field="schema_version", tag=SCHEMA_VERSION, frozen=True):
+    """`bench.json` of `bench --wings`.
+
+    Args:
+        config: what was measured.
+        environment: device, driver, versions and command.
+        extra_flops: by shape.
+        times_ms: in milliseconds.
+        overhead: of the medians.
+    """
+
+    config: WingsBenchConfig
+    environment: dict[str, str]
+    extra_flops: dict[str, ExtraFlops]
+    times_ms: WingsTimings
+    overhead: Overhead
+
+
+def extra_flops(shape: str, rank: int) -> ExtraFlops:
     """Returns the share of the prefill's FLOPs at 1,000 tokens, 729 of them of
     an image, that each part adds.
     """
@@ -31,11 +87,11 @@ def extra_flops(shape: str, rank: int) -> dict[str, float]:
     layers = [float(IMAGE)] * text.num_hidden_layers
     counted = TOKENS - IMAGE, layers
     whole, config = prefill_flops(text, *counted), WingsConfig(rank)
-    return {
-        "learners": learner_flops(text, config, *counted) / whole,
-        "router": router_flops(text, config, *counted, fused=True) / whole,
-        "router on a GPU": router_flops(text, config, *counted, fused=False) / whole,
-    }
+    return ExtraFlops(
+        learners=learner_flops(text, config, *counted) / whole,
+        router=router_flops(text, config, *counted, fused=True) / whole,
+        router_on_gpu=router_flops(text, config, *counted, fused=False) / whole,
+    )
 
 
 def shape_with_tokens(shape: str) -> Any:
@@ -54,7 +110,7 @@ def shape_with_tokens(shape: str) -> Any:
 
 
 @torch.inference_mode()
-def bench_wings(config: BenchConfig, rank: int) -> dict[str, Any]:
+def bench_wings(config: BenchConfig, rank: int) -> WingsResults:
     """Times a model with and without learners in turn, after one warm-up each.
 
     The prompt has 1,000 tokens, 729 of them of one image; images are encoded beforehand. Weights
@@ -64,7 +120,7 @@ def bench_wings(config: BenchConfig, rank: int) -> dict[str, Any]:
         name: extra_flops(name, rank) for name in dict.fromkeys((config.shape, "llava-1.5-7b"))
     }
     wings, model = WingsConfig(rank), random_model(config, shape_with_tokens(config.shape))
-    config = replace(config, text=TOKENS - IMAGE)
+    config = WingsBenchConfig(**vars(replace(config, text=TOKENS - IMAGE)), rank=rank)
     prompts = encoded(model, random_prompt(config, model), [1] * config.batch)
     samples: dict[str, list[dict[str, float]]] = {"plain": [], "wings": []}
     turns = product(range(config.repeats + 1), samples.items())
@@ -84,44 +140,48 @@ def bench_wings(config: BenchConfig, rank: int) -> dict[str, Any]:
             decode = phases.decode / max(1, config.new_tokens - 1)
             rows.append({"prefill": 1e3 * phases.prefill, "decode": 1e3 * decode})
     times = {
-        name: {p: asdict(Timing.of([row[p] for row in rows[1:]])) for p in PHASES}
+        name: AnswerTimings(**{p: Timing.of([row[p] for row in rows[1:]]) for p in PHASES})
         for name, rows in samples.items()
     }
-    return {
-        "config": asdict(config) | {"rank": rank},
-        "environment": environment(model.device),
-        "extra_flops": flops,
-        "times_ms": times,
-        "overhead": {
-            p: times["wings"][p]["median"] / times["plain"][p]["median"] - 1 for p in PHASES
-        },
-    }
+    plain, ours = times["plain"], times["wings"]
+    return WingsResults(
+        config=config,
+        environment=environment(model.device),
+        extra_flops=flops,
+        times_ms=WingsTimings(plain=plain, wings=ours),
+        overhead=Overhead(
+            prefill=ours.prefill.median / plain.prefill.median - 1,
+            decode=ours.decode.median / plain.decode.median - 1,
+        ),
+    )
 
 
-def wings_rows(results: dict[str, Any]) -> list[list[str]]:
+def wings_rows(results: WingsResults) -> list[list[str]]:
     """Returns header and one row per phase: median [quartiles] without and with learners, in ms."""
     lines = [["phase", "plain ms", "Wings ms", "overhead %"]]
     for phase in PHASES:
-        times = (str(Timing(**results["times_ms"][name][phase])) for name in ("plain", "wings"))
+        times = (
+            str(getattr(run, phase)) for run in (results.times_ms.plain, results.times_ms.wings)
+        )
         label = "decode per token" if phase == "decode" else phase
-        lines.append([label, *times, f"{100 * results['overhead'][phase]:.1f}"])
+        lines.append([label, *times, f"{100 * getattr(results.overhead, phase):.1f}"])
     return lines
 
 
-def about_wings(results: dict[str, Any]) -> list[str]:
+def about_wings(results: WingsResults) -> list[str]:
     """Returns lines that say what was measured, and the computed FLOPs."""
-    config = results["config"]
-    machine = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
+    config = results.config
+    machine = ", ".join(f"{key} {value}" for key, value in results.environment.items())
     return [
         (
-            f"{shape_of(config)}, batch {config['batch']}, {config['dtype']}: learners of rank "
-            f"{config['rank']} in every layer, a prompt of {TOKENS} tokens, {IMAGE} of an image"
+            f"{shape_of(config)}, batch {config.batch}, {config.dtype}: learners of rank "
+            f"{config.rank} in every layer, a prompt of {TOKENS} tokens, {IMAGE} of an image"
         ),
         machine,
         *(
             f"computed for {name}, {IMAGE} of {TOKENS} tokens of an image: learners "
-            f"+{100 * share['learners']:.1f} %, reading the router +{100 * share['router']:.1f} % "
-            f"(on a GPU +{100 * share['router on a GPU']:.1f} %)"
-            for name, share in results["extra_flops"].items()
+            f"+{100 * share.learners:.1f} %, reading the router +{100 * share.router:.1f} % "
+            f"(on a GPU +{100 * share.router_on_gpu:.1f} %)"
+            for name, share in results.extra_flops.items()
         ),
     ]

@@ -1,7 +1,9 @@
 """Each file that an experiment or lmms-eval goes on with is read typed: damage is one line, nothing else."""
 
 import json
+from pathlib import Path
 
+import msgspec
 import pytest
 from PIL import Image
 
@@ -12,8 +14,16 @@ from vlm_prune.benchmarks.experiments.continual.experiment import (
     read_step_ms,
 )
 from vlm_prune.benchmarks.experiments.forgetting.experiment import _finished
+from vlm_prune.benchmarks.experiments.forgetting.records import ForgettingResults
 from vlm_prune.benchmarks.experiments.iit.evaluate import read_conversations
+from vlm_prune.benchmarks.speed.attention import AttentionResults
+from vlm_prune.benchmarks.speed.bench import BenchResults
+from vlm_prune.benchmarks.speed.serving import ServingResults
+from vlm_prune.benchmarks.speed.wings_cost import WingsResults
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.records import read_record, to_json
+
+ROOT = Path(__file__).parents[2]
 
 REPORT = {
     "recipe": {"lr": 0.001},
@@ -156,17 +166,40 @@ def test_numbers_are_finite(stored, number):
 
 def test_answers_are_their_own_tasks_and_their_own_runs(tmp_path):
     pytest.importorskip("lmms_eval", reason="lmms-eval is not installed")
-    from vlm_prune.benchmarks.lmms_eval.answers import Answers
+    from vlm_prune.benchmarks.lmms_eval.answers import Answers, StoredAnswer
 
     assert read_answers(tmp_path) == {}
     rows = Answers(tmp_path / "pope", {"model": "tiny"})
-    rows.append([ANSWER])
+    rows.append([msgspec.convert(ANSWER, StoredAnswer)])
     assert read_answers(tmp_path).keys() == {"pope/000001"}
     with pytest.raises(InputError, match="another model"):
         Answers(tmp_path / "pope", {"model": "other"})
-    rows.append([ANSWER | {"id": "gqa/000001"}])
+    rows.append([msgspec.convert(ANSWER | {"id": "gqa/000001"}, StoredAnswer)])
     with pytest.raises(InputError, match="line 2 of .* answers 'gqa/000001', another task's"):
         read_answers(tmp_path)
     (tmp_path / "pope" / "about.json").write_text("{")
     with pytest.raises(InputError, match="about.json is damaged"):
         read_answers(tmp_path)
+
+
+MEASURED = {
+    "cpu/bench": list[BenchResults], "cpu/serving": dict[str, ServingResults],
+    "cpu/wings-7b": WingsResults, "cpu/sparse-short": AttentionResults,
+    "forgetting/forgetting": ForgettingResults,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_results_of_before_versions_are_read_and_those_of_other_versions_refused(name, tmp_path):
+    path, kind = ROOT / f"docs/results/{name}.json", MEASURED[name]
+    content = json.loads(to_json(read_record(path, kind, "measure again")))
+    first = next(iter(content.values())) if name == "cpu/serving" else content
+    first = first[0] if isinstance(first, list) else first
+    assert first.pop("schema_version") == 1
+    for version in ({}, {"schema_version": 2}):
+        first |= version
+        (tmp_path / "copy.json").write_text(json.dumps(content))
+        if not version:
+            read_record(tmp_path / "copy.json", kind, "measure again")
+    with pytest.raises(InputError, match="is damaged .Invalid value 2 .*; measure again"):
+        read_record(tmp_path / "copy.json", kind, "measure again")

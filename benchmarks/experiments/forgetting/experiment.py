@@ -28,22 +28,25 @@ from vlm_prune.benchmarks.experiments.forgetting.data import (
 )
 from vlm_prune.benchmarks.experiments.forgetting.measure import (
     ADVICE,
+    ArmCost,
     ArmRecord,
+    FirstToken,
     Hits,
     accuracy_over_kinds,
     right_answers,
     shift_curves,
 )
-from vlm_prune.benchmarks.experiments.forgetting.report import write_report
+from vlm_prune.benchmarks.experiments.forgetting.records import ForgettingResults
+from vlm_prune.benchmarks.experiments.forgetting.report import summarize_arms, write_report
 from vlm_prune.benchmarks.experiments.forgetting.train import Cost, first_stage, trained
 from vlm_prune.benchmarks.tasks.base import SPLITS
 from vlm_prune.benchmarks.tasks.scenes import COLORS, NAMES
 from vlm_prune.learners.laws import attention_shift
 from vlm_prune.learners.merge import merge
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.files import atomic_path, write_folder, write_json
+from vlm_prune.vlm.common.files import atomic_path, write_folder, write_text
 from vlm_prune.vlm.common.folder import OutputFolder, record_settings
-from vlm_prune.vlm.common.records import read_record
+from vlm_prune.vlm.common.records import read_record, to_json
 from vlm_prune.vlm.common.terminal import console, quiet
 from vlm_prune.vlm.load import load
 from vlm_prune.vlm.tiny import text_language_model
@@ -53,7 +56,7 @@ LANGUAGE, PROJECTOR = "model.language_model.", "model.multi_modal_projector."
 
 def run(
     plan: Plan, output: Path, results: Path, base: Path | None = None, jobs: int = 1
-) -> dict[str, Any]:
+) -> ForgettingResults:
     """Runs what is missing in `output`, then writes JSON, table and plot to `results`.
 
     Args:
@@ -74,19 +77,22 @@ def run(
     base = base or text_language_model()
     load_language_model(load()[0], base)  # a wrong file must not claim the folder
     digest = hashlib.sha256(base.read_bytes()).hexdigest()[:16]
-    about = {"plan": asdict(plan), "base": f"{base.name} (sha256 {digest})"}
+    about = f"{base.name} (sha256 {digest})"
     with OutputFolder(output):
-        record_settings(output / "experiment.json", about)
+        record_settings(output / "experiment.json", {"plan": asdict(plan), "base": about})
         found = _run_arms(plan, output, base, jobs)
     arms = {name: [found[seed, name] for seed in plan.seeds] for name in ARMS}
-    everything = about | {
-        "device": device_name(torch.device("cpu")),
-        "versions": versions(),
-        "command": command_line(),
-        "arms": arms,
-    }
-    write_report(everything, results)
-    return everything
+    measured = ForgettingResults(
+        plan=plan,
+        base=about,
+        device=device_name(torch.device("cpu")),
+        versions=versions(),
+        command=command_line(),
+        arms=arms,
+        summary=summarize_arms(arms),
+    )
+    write_report(measured, results)
+    return measured
 
 
 def _run_arms(plan: Plan, output: Path, base: Path, jobs: int) -> dict[tuple[int, str], ArmRecord]:
@@ -156,7 +162,8 @@ def _finished(plan: Plan, output: Path, seed: int, name: str) -> ArmRecord:
     path = folder / f"{name}.json"
     if not path.is_file():
         shown = _shown(plan, output)
-        write_json(path, measure_arm(folder, name, ARMS[name], plan, shown, seed))
+        record = measure_arm(folder, name, ARMS[name], plan, shown, seed)
+        write_text(path, to_json(record))
     return read_record(path, ArmRecord, ADVICE)
 
 
@@ -223,7 +230,7 @@ def load_language_model(model: Any, path: Path) -> None:
 
 def measure_arm(
     folder: Path, name: str, arm: Arm, plan: Plan, shown: dict[str, Shown], seed: int
-) -> dict[str, Any]:
+) -> ArmRecord:
     """Trains one arm where there is something to train, and measures it on the test split.
 
     Args:
@@ -238,7 +245,7 @@ def measure_arm(
         Hits by part and kind, attention curves, attention shifts, and the cost of training.
     """
     set_seed(seed)
-    extra: dict[str, Any] = {}
+    alpha, validation = None, None
     cost = Cost()
     if arm.method is not None:
         model, processor, cost = trained(folder / "aligned", arm, plan, shown["train"], seed)
@@ -246,7 +253,7 @@ def measure_arm(
             with atomic_path(folder / "full.safetensors") as partial:
                 save_file(_language_and_projector(model), partial)
     elif arm.merged:
-        model, processor, extra = merged(folder, plan, shown["val"], seed)
+        model, processor, alpha, validation = merged(folder, plan, shown["val"], seed)
     else:
         model, processor = load(str(folder / "aligned"), dtype="float32")
         first = load_file(first_stage(folder / "aligned", ARMS["full"], plan, shown["train"], seed))
@@ -255,17 +262,18 @@ def measure_arm(
         )
     test = shown["test"]
     rows = shift_rows(test, plan, np.random.default_rng([seed, 2]))
-    curves = {
+    curves: dict[FirstToken, Tensor] = {
         "with first token": shift_curves(model, processor, rows, True),
         "without first token": shift_curves(model, processor, rows, False),
     }
-    return {
-        "hits": _tested(model, processor, test, plan, [seed, 0]),
-        "curves": {key: _mean_curves(value) for key, value in curves.items()},
-        "shift": {key: _shift(value) for key, value in curves.items()},
-        "cost": asdict(cost),
-        **extra,
-    }
+    return ArmRecord(
+        hits=_tested(model, processor, test, plan, [seed, 0]),
+        curves={key: _mean_curves(value) for key, value in curves.items()},
+        shift={key: _shift(value) for key, value in curves.items()},
+        cost=ArmCost(**asdict(cost)),
+        alpha=alpha,
+        validation=validation,
+    )
 
 
 def _tested(model: Any, processor: Any, shown: Shown, plan: Plan, key: list[int]) -> Hits:
@@ -281,7 +289,9 @@ def _tested(model: Any, processor: Any, shown: Shown, plan: Plan, key: list[int]
     return right_answers(model, processor, held_out_rows(shown, plan, np.random.default_rng(key)))
 
 
-def merged(folder: Path, plan: Plan, val: Shown, seed: int) -> tuple[Any, Any, dict[str, Any]]:
+def merged(
+    folder: Path, plan: Plan, val: Shown, seed: int
+) -> tuple[Any, Any, float, dict[str, float]]:
     """Moves full tuning back to its base, as far as is best on validation scenes.
 
     Args:
@@ -291,7 +301,7 @@ def merged(folder: Path, plan: Plan, val: Shown, seed: int) -> tuple[Any, Any, d
         seed: of the questions.
 
     Returns:
-        The model, its processor, and the chosen share with all scores.
+        The model, its processor, the chosen share, and the score of each.
     """
     base, processor = load(str(folder / "aligned"), dtype="float32")
     tuned = load_file(folder / "full.safetensors")
@@ -309,7 +319,7 @@ def merged(folder: Path, plan: Plan, val: Shown, seed: int) -> tuple[Any, Any, d
             accuracy_over_kinds(found["text"]) + accuracy_over_kinds(found["visual"])
         ) / 2
     best = max(scores, key=lambda alpha: scores[alpha])
-    return at(best), processor, {"alpha": best, "validation": scores}
+    return at(best), processor, best, {str(alpha): score for alpha, score in scores.items()}
 
 
 def _language_and_projector(model: Any) -> dict[str, Tensor]:

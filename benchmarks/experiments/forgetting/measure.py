@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlm_prune.benchmarks.embedded_models.language import IGNORE, Row, pack, projected
+from vlm_prune.benchmarks.evaluation.records import Amount, Count, Record
 from vlm_prune.benchmarks.experiments.forgetting.train import answer_logits
 from vlm_prune.benchmarks.stats.bootstrap import Values, percentiles, resampled
 from vlm_prune.learners.laws import GROUPS, laws
@@ -16,21 +17,19 @@ from vlm_prune.vlm.families import family_of
 
 ADVICE = "remove it, and it is measured again"
 FirstToken = Literal["with first token", "without first token"]
-Counts = Annotated[
-    list[Annotated[int, msgspec.Meta(ge=0)]], msgspec.Meta(min_length=2, max_length=2)
-]
+Counts = Annotated[list[Count], msgspec.Meta(min_length=2, max_length=2)]
 Counted = dict[str, Annotated[list[Counts], msgspec.Meta(min_length=1)]]
 
 
-class ArmCost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ArmCost(Record, frozen=True):
     """What training an arm took, as in `Cost`."""
 
-    trainable: Annotated[int, msgspec.Meta(ge=0)]
-    step_s: Annotated[float, msgspec.Meta(ge=0)]
-    memory_bytes: Annotated[int, msgspec.Meta(ge=0)]
+    trainable: Count
+    step_s: Amount
+    memory_bytes: Count
 
 
-class ArmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ArmRecord(Record, frozen=True, omit_defaults=True):
     """The file of one arm with one seed.
 
     Args:

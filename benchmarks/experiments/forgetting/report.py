@@ -2,17 +2,24 @@
 
 from pathlib import Path
 from textwrap import fill
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 
-from vlm_prune.benchmarks.experiments.forgetting.arms import ARMS, Plan
+from vlm_prune.benchmarks.experiments.forgetting.arms import ARMS
 from vlm_prune.benchmarks.experiments.forgetting.measure import (
     ArmRecord,
     FirstToken,
     accuracy_difference,
     accuracy_over_kinds,
     interval,
+)
+from vlm_prune.benchmarks.experiments.forgetting.records import (
+    ArmSummary,
+    Estimate,
+    ForgettingResults,
+    SeedAccuracies,
+    SkillDifferences,
 )
 from vlm_prune.benchmarks.stats.bootstrap import mean_interval
 from vlm_prune.benchmarks.stats.table import as_markdown, percent, percent_interval, points
@@ -26,59 +33,75 @@ KEPT, BEHIND = 0.98, 1  # share of text-only accuracy, points of visual accuracy
 COLORS = ("#4477aa", "#cc6677", "#228833")
 
 
-def write_report(everything: dict[str, Any], folder: Path) -> None:
+def write_report(results: ForgettingResults, folder: Path) -> None:
     """Writes `forgetting.json`, `forgetting.md` and `forgetting.png`."""
     folder.mkdir(parents=True, exist_ok=True)
-    summary = summarize_arms(everything["arms"])
     # on one line: there are thousands of single answers
-    write_text(folder / f"{NAME}.json", to_json(everything | {"summary": summary}, indent=None))
-    write_text(folder / f"{NAME}.md", report_markdown(everything, summary))
+    write_text(folder / f"{NAME}.json", to_json(results, indent=None))
+    write_text(folder / f"{NAME}.md", report_markdown(results))
     with atomic_path(folder / f"{NAME}.png") as partial:
-        plot(everything["arms"], summary, partial)
+        plot(results.arms, results.summary, partial)
 
 
-def summarize_arms(arms: dict[str, list[ArmRecord]]) -> dict[str, dict[str, Any]]:
+def summarize_arms(arms: dict[str, list[ArmRecord]]) -> dict[str, ArmSummary]:
     """Returns means and 95 % intervals over seeds and scenes, for each arm."""
-    summary: dict[str, dict[str, Any]] = {}
+    summary: dict[str, ArmSummary] = {}
     wings = [run.hits for run in arms["wings"]]
-    for name, runs in arms.items():
+    for arm, runs in arms.items():
         found = [run.hits for run in runs]
-        entry: dict[str, Any] = {
-            part: interval([seed[part] for seed in found]) for part in ("text", "visual")
+        in_setting = {
+            name: interval([{name: seed["iit"][name]} for seed in found]) for name in SETTINGS
         }
-        entry["by seed"] = {
-            part: [accuracy_over_kinds(seed[part]) for seed in found] for part in ("text", "visual")
-        }
-        entry["wings minus it"] = {
-            part: accuracy_difference(
-                [seed[part] for seed in wings], [seed[part] for seed in found]
-            )
-            for part in ("text", "visual")
-        }
-        for setting in SETTINGS:
-            entry[setting] = interval([{setting: seed["iit"][setting]} for seed in found])
-        for key in get_args(FirstToken):
-            shifts = np.array([shift for run in runs for shift in run.shift[key]])
-            entry[key] = (float(shifts.mean()), mean_interval(shifts)) if len(shifts) else None
-        for key in ("trainable", "step_s", "memory_bytes"):
-            entry[key] = float(np.median([getattr(run.cost, key) for run in runs]))
-        entry["alpha"] = [run.alpha for run in runs if run.alpha is not None]
-        summary[name] = entry
+        shift = {key: _mean_shift(runs, key) for key in get_args(FirstToken)}
+        summary[arm] = ArmSummary(
+            text=interval([seed["text"] for seed in found]),
+            visual=interval([seed["visual"] for seed in found]),
+            by_seed=SeedAccuracies(
+                text=[accuracy_over_kinds(seed["text"]) for seed in found],
+                visual=[accuracy_over_kinds(seed["visual"]) for seed in found],
+            ),
+            wings_minus_it=SkillDifferences(
+                text=accuracy_difference(
+                    [seed["text"] for seed in wings], [seed["text"] for seed in found]
+                ),
+                visual=accuracy_difference(
+                    [seed["visual"] for seed in wings], [seed["visual"] for seed in found]
+                ),
+            ),
+            t=in_setting["T"],
+            t_t=in_setting["T,T"],
+            t_t_t=in_setting["T,T,T"],
+            t_t_v=in_setting["T,T,V"],
+            t_v=in_setting["T,V"],
+            v=in_setting["V"],
+            with_first_token=shift["with first token"],
+            without_first_token=shift["without first token"],
+            trainable=float(np.median([run.cost.trainable for run in runs])),
+            step_s=float(np.median([run.cost.step_s for run in runs])),
+            memory_bytes=float(np.median([run.cost.memory_bytes for run in runs])),
+            alpha=[run.alpha for run in runs if run.alpha is not None],
+        )
     return summary
 
 
-def _shift_cell(value: tuple[float, tuple[float, float]] | None) -> str:
+def _mean_shift(runs: list[ArmRecord], key: FirstToken) -> Estimate | None:
+    """Returns the mean attention shift over prompts and seeds, where any prompt has one."""
+    values = np.array([shift for run in runs for shift in run.shift[key]])
+    return (float(values.mean()), mean_interval(values)) if len(values) else None
+
+
+def _shift_cell(value: Estimate | None) -> str:
     return f"{value[0]:.2f} [{value[1][0]:.2f}, {value[1][1]:.2f}]" if value else "undefined"
 
 
-def target_verdict(summary: dict[str, dict[str, Any]]) -> str:
+def target_verdict(summary: dict[str, ArmSummary]) -> str:
     """Says whether Wings is as good as it should be: text kept, and
     sight next to the best baseline.
     """
-    kept = summary["wings"]["text"][0] / summary["base"]["text"][0]
+    kept = summary["wings"].text[0] / summary["base"].text[0]
     baselines = [name for name in summary if name != "base" and not name.startswith("wings")]
-    best = max(baselines, key=lambda name: summary[name]["visual"][0])
-    ahead = summary[best]["wings minus it"]["visual"]
+    best = max(baselines, key=lambda name: summary[name].visual[0])
+    ahead = summary[best].wings_minus_it.visual
     behind = -100 * ahead[0]
     met = kept >= KEPT and behind <= BEHIND
     return (
@@ -88,10 +111,10 @@ def target_verdict(summary: dict[str, dict[str, Any]]) -> str:
     )
 
 
-def report_markdown(everything: dict[str, Any], summary: dict[str, dict[str, Any]]) -> str:
+def report_markdown(results: ForgettingResults) -> str:
     """Returns two tables in Markdown: skills, then attention and cost."""
-    before = summary["base"]["text"][0]
-    plan = everything["plan"]
+    summary, plan = results.summary, results.plan
+    before = summary["base"].text[0]
     skills = [
         [
             "arm", "language model's LR", "text-only % before", "after", "by seed", "change", "visual %",
@@ -104,42 +127,41 @@ def report_markdown(everything: dict[str, Any], summary: dict[str, dict[str, Any
     ]
     for name, entry in summary.items():
         title = ARMS[name].title
-        after = entry["text"]
+        after = entry.text
         skills.append(
             [
                 title,
-                Plan(**plan).rate(ARMS[name]),
+                plan.rate(ARMS[name]),
                 percent(before),
                 percent_interval(*after),
-                ", ".join(map(percent, entry["by seed"]["text"])),
+                ", ".join(map(percent, entry.by_seed.text)),
                 f"{round(100 * (after[0] - before), 1) + 0:+.1f}",
-                percent_interval(*entry["visual"]),
-                ", ".join(map(percent, entry["by seed"]["visual"])),
-                "" if name == "wings" else points(*entry["wings minus it"]["visual"]),
+                percent_interval(*entry.visual),
+                ", ".join(map(percent, entry.by_seed.visual)),
+                "" if name == "wings" else points(*entry.wings_minus_it.visual),
             ]
         )
-        found = [entry[setting] for setting in SETTINGS]
-        mean = percent(float(np.mean([point for point, _ in found])))
-        settings.append([title, *(percent_interval(*one) for one in found), mean])
-        shifts = [_shift_cell(entry[k]) for k in ("with first token", "without first token")]
+        mean = percent(float(np.mean([point for point, _ in entry.settings])))
+        settings.append([title, *(percent_interval(*one) for one in entry.settings), mean])
+        shifts = [_shift_cell(entry.with_first_token), _shift_cell(entry.without_first_token)]
         cost = ["0", "", ""]
-        if entry["trainable"]:
+        if entry.trainable:
             cost = [
-                f"{entry['trainable'] / 1e6:.2f} M",
-                f"{1e3 * entry['step_s']:.0f}",
-                f"{entry['memory_bytes'] / 1e6:.0f}",
+                f"{entry.trainable / 1e6:.2f} M",
+                f"{1e3 * entry.step_s:.0f}",
+                f"{entry.memory_bytes / 1e6:.0f}",
             ]
         costs.append([title, *shifts, *cost])
-    alphas = ", ".join(map(str, summary["merge"]["alpha"]))
+    alphas = ", ".join(map(str, summary["merge"].alpha))
     return f"""# Text skills before and after learning to see
 
-`{everything["command"]}`, {everything["device"]}; base: {everything["base"]}; seeds {", ".join(map(str, plan["seeds"]))}.
+`{results.command}`, {results.device}; base: {results.base}; seeds {", ".join(map(str, plan.seeds))}.
 
 Brackets are 95 % bootstrap intervals over seeds and scenes; there are few seeds, so their spread is
-poorly known; a difference's is paired by question. All arms share tower, data, projector, {plan["stage1_steps"]} steps of stage 1 and
-{plan["stage2_steps"]} of stage 2 on visual questions alone. The language model's rate is
-{plan["stock_lr"]} (stock) or {plan["wings_lr"]} (Wings'); projector, learners and LoRA have {plan["new_lr"]}.
-An image is shown by {plan["patches"]} of its 576 tokens, those of all objects among them.
+poorly known; a difference's is paired by question. All arms share tower, data, projector, {plan.stage1_steps} steps of stage 1 and
+{plan.stage2_steps} of stage 2 on visual questions alone. The language model's rate is
+{plan.stock_lr} (stock) or {plan.wings_lr} (Wings'); projector, learners and LoRA have {plan.new_lr}.
+An image is shown by {plan.patches} of its 576 tokens, those of all objects among them.
 Merging chose alpha {alphas} on validation scenes.
 
 {as_markdown(skills)}
@@ -157,7 +179,7 @@ saved activations of a step.
 """
 
 
-def plot(arms: dict[str, list[ArmRecord]], summary: dict[str, dict[str, Any]], path: Path) -> None:
+def plot(arms: dict[str, list[ArmRecord]], summary: dict[str, ArmSummary], path: Path) -> None:
     """Draws attention by layer of every arm, and bars of text-only and visual accuracy.
 
     Args:
@@ -179,7 +201,7 @@ def plot(arms: dict[str, list[ArmRecord]], summary: dict[str, dict[str, Any]], p
             for one in curves:
                 axes.plot(layers, one[group], color=COLORS[group], alpha=0.3, lw=0.8)
             axes.plot(layers, curves[:, group].mean(0), color=COLORS[group], label=label)
-        value = summary[name]["with first token"]
+        value = summary[name].with_first_token
         shift = f"\nshift {value[0]:.2f}" if value else ""
         axes.set_title(f"{ARMS[name].title}{shift}", fontsize=8)
         axes.tick_params(labelsize=7)
@@ -189,8 +211,8 @@ def plot(arms: dict[str, list[ArmRecord]], summary: dict[str, dict[str, Any]], p
     axes = figure.add_subplot(grid[rows:, :])
     centers = np.arange(len(arms))
     for offset, (part, color) in enumerate(zip(("text", "visual"), COLORS, strict=False)):
-        means = np.array([summary[name][part][0] for name in arms])
-        limits = np.array([summary[name][part][1] for name in arms]).T
+        means = np.array([getattr(summary[name], part)[0] for name in arms])
+        limits = np.array([getattr(summary[name], part)[1] for name in arms]).T
         errors = np.abs(limits - means)
         axes.bar(
             centers + 0.4 * offset - 0.2, 100 * means, 0.38, yerr=100 * errors, color=color,

@@ -52,12 +52,12 @@ def answer_logits(
     if images:
         tokens = projected(model)(images).split([len(image) for image in images])
         shown["mm_encoder_outputs"] = family_of(model).output(tokens)
-    hidden = model.model(
+    hidden_states = model.model(
         input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions,
         use_cache=False, **shown,
     ).last_hidden_state  # fmt: skip
     is_answer = batch.labels != IGNORE
-    return model.lm_head(hidden[is_answer]), batch.labels[is_answer]
+    return model.lm_head(hidden_states[is_answer]), batch.labels[is_answer]
 
 
 def prepared(

@@ -67,7 +67,7 @@ def test_a_batch_of_several_sizes_equals_its_questions_alone(tiny, folder, metho
         for row, ask in zip(together, asks, strict=True):
             (alone,) = lm._rows([ask])
             for key in ("reply", "output_tokens", *PromptRecord.__struct_fields__):
-                assert row[key] == alone[key], key
-            assert row.get("nll", 0.0) == pytest.approx(alone.get("nll", 0.0), rel=1e-4)
-            for whole, kept in zip(row["image_tokens"], row["kept"], strict=True):
+                assert getattr(row, key) == getattr(alone, key), key
+            assert (row.nll or 0.0) == pytest.approx(alone.nll or 0.0, rel=1e-4)
+            for whole, kept in zip(row.image_tokens, row.kept, strict=True):
                 assert len(kept) <= whole / 2 + 1

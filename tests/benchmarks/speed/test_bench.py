@@ -7,9 +7,16 @@ import pytest
 import torch
 from tiny_families import MAKERS, NEEDS
 
-from vlm_prune.benchmarks.evaluation.records import Variant
-from vlm_prune.benchmarks.speed.bench import BenchConfig, floors, random_model, whole_speedup
-from vlm_prune.benchmarks.speed.roofline import Ceilings
+from vlm_prune.benchmarks.evaluation.records import PhaseTimes, TokenCounts, Variant
+from vlm_prune.benchmarks.speed.bench import (
+    BenchConfig,
+    ModelTimes,
+    PhaseTimings,
+    floors,
+    random_model,
+    whole_speedup,
+)
+from vlm_prune.benchmarks.speed.roofline import Ceilings, Timing
 from vlm_prune.benchmarks.speed.shapes import SHAPES
 from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.families import family_of
@@ -22,6 +29,7 @@ def test_bench_reports_every_phase_of_both_models(run, tmp_path, method):
     code, out, err = run("bench", "--method", method, *FAST, "--output", tmp_path)
     assert code == 0, err
     results = json.loads((tmp_path / "bench.json").read_text())
+    assert results["schema_version"] == 1
     phases = {"vision", "selection", "prefill", "decode"}
     for name, tokens in (("unpruned", 576), ("pruned", 32 if method == "fopru" else 30)):
         assert set(results[name]["times_ms"]) == set(results[name]["floors_ms"]) == phases
@@ -153,21 +161,25 @@ def test_videos_are_encoded_once_and_shared_by_all_methods(run, tmp_path, monkey
 
 def test_layers_that_do_not_run_are_as_long_as_those_that_do():
     """Of 7 layers 3 run; of 12 and 5 milliseconds the logits take 2, so the whole takes 76 / 3 and 9."""
-    runs = {
-        name: {
-            "times_ms": {"prefill": {"median": prefill}, "selection": {"median": 0.9}},
-            "prefill_flops": flops,
-        }
-        for name, prefill, flops in (("unpruned", 12.0, 30.0), ("pruned", 5.0, 10.0))
-    }
-    found = whole_speedup(runs, BenchConfig("tiny", Variant("none", 64), layers=3), 2.0)
-    assert found == pytest.approx(
-        {
-            "whole_selection_share": 0.9 / (76 / 3),
-            "whole_selection_of_pruned": 0.1,
-            "whole_of_promise": 76 / 3 / 9.9 / 3,
-        }
-    )
+    none = Timing(0.0, 0.0, 0.0)
+    unpruned, pruned = (
+        ModelTimes(
+            times_ms=PhaseTimings(
+                vision=none, selection=Timing(0.9, 0.9, 0.9),
+                prefill=Timing(prefill, prefill, prefill), decode=none,
+            ),
+            floors_ms=PhaseTimes(vision=0.0, selection=0.0, prefill=0.0, decode=0.0),
+            tokens=TokenCounts(kept=64.0, layer_mean=64.0, papers=None),
+            prefill_flops=flops,
+            peak_memory_bytes=0,
+        )
+        for prefill, flops in ((12.0, 30.0), (5.0, 10.0))
+    )  # fmt: skip
+    config = BenchConfig("tiny", Variant("none", 64), layers=3)
+    found = whole_speedup(unpruned, pruned, config, 2.0)
+    assert found.whole_selection_share == pytest.approx(0.9 / (76 / 3))
+    assert found.whole_selection_of_pruned == pytest.approx(0.1)
+    assert found.whole_of_promise == pytest.approx(76 / 3 / 9.9 / 3)
 
 
 def test_models_without_videos_and_odd_numbers_of_frames_are_named(run):
@@ -189,14 +201,14 @@ def test_floors_count_weights_once_and_flops_per_prompt():
     weights = sum(p.numel() for p in model.model.language_model.layers.parameters())
     weights += text.vocab_size * text.hidden_size
     cache = 3 * (60 + 576) * 2 * text.hidden_size * 6
-    assert by_bytes["prefill"] == by_bytes["decode"] == pytest.approx(4 * (weights + cache))
+    assert by_bytes.prefill == by_bytes.decode == pytest.approx(4 * (weights + cache))
     one, three = (
         floors(
             model, BenchConfig("tiny", config.variant, batch=b), layers, 0.0, Ceilings(1e9, 1e30)
         )
         for b in (1, 3)
     )
-    assert three["prefill"] == pytest.approx(3 * one["prefill"])
+    assert three.prefill == pytest.approx(3 * one.prefill)
 
 
 BILLIONS = {
@@ -252,11 +264,11 @@ def test_learners_of_a_7b_model_cost_what_the_paper_s_equations_say():
     # per token: maps of queries and outputs of two learners, of keys and values of one; products
     learners = 12 * width * rank + 2 * tokens * width
     head = 32064 * width / tokens / 32
-    assert shares["learners"] == pytest.approx(learners / (layer + head), rel=1e-6)
+    assert shares.learners == pytest.approx(learners / (layer + head), rel=1e-6)
     second = 2 * tokens * width / (layer + head)
-    assert shares["router on a GPU"] == pytest.approx(second, rel=1e-6)
-    assert shares["router"] == pytest.approx(second * 8 / 128, rel=1e-6)
-    assert shares["learners"] + shares["router"] <= 0.06
+    assert shares.router_on_gpu == pytest.approx(second, rel=1e-6)
+    assert shares.router == pytest.approx(second * 8 / 128, rel=1e-6)
+    assert shares.learners + shares.router <= 0.06
 
 
 @pytest.mark.parametrize("method", ["divprune", pytest.param("adaptinfer", marks=pytest.mark.slow)])

@@ -19,6 +19,11 @@ from vlm_prune.benchmarks.experiments.forgetting.measure import (
     interval,
     right_answers,
 )
+from vlm_prune.benchmarks.experiments.forgetting.records import (
+    ArmSummary,
+    SeedAccuracies,
+    SkillDifferences,
+)
 from vlm_prune.benchmarks.experiments.forgetting.report import target_verdict
 from vlm_prune.benchmarks.experiments.forgetting.train import prepared
 from vlm_prune.learners import WingsConfig, attach
@@ -133,6 +138,7 @@ def test_the_course_resumes_and_writes_its_results(few_arms, tmp_path, monkeypat
     experiment.run(SMALL, *places)
     assert done == ["base", "full", "wings", "merge", "merge"]
     content = json.loads((tmp_path / "results" / "forgetting.json").read_text())
+    assert content["schema_version"] == 1
     summary = content["summary"]
     assert summary["base"]["trainable"] == 0 < summary["full"]["trainable"]
     learners = 7 * (16 * 256 * SMALL.rank + 2 * 2048)
@@ -156,11 +162,15 @@ def test_the_course_resumes_and_writes_its_results(few_arms, tmp_path, monkeypat
     ("text", "visual", "met"), [(0.99, 0.8, True), (0.97, 0.9, False), (0.99, 0.78, False)]
 )
 def test_the_target_is_text_kept_and_sight_next_to_the_best_baseline(text, visual, met):
-    def found(text, visual):
-        return {"text": (text, [0, 1]), "visual": (visual, [0, 1])}
+    def found(text, sight):
+        return ArmSummary(
+            text=(text, (0, 1)), visual=(sight, (0, 1)), by_seed=SeedAccuracies(text=[], visual=[]),
+            wings_minus_it=SkillDifferences(text=(0, (0, 1)), visual=(visual - sight, (0, 1))),
+            **dict.fromkeys(("t", "t_t", "t_t_t", "t_t_v", "t_v", "v"), (0, (0, 1))), alpha=[], trainable=0,
+            with_first_token=None, without_first_token=None, step_s=0, memory_bytes=0,
+        )  # fmt: skip
 
     summary = {"base": found(1.0, 0.95), "full": found(0.6, 0.805), "lora": found(0.7, 0.7)}
-    summary["full"]["wings minus it"] = {"visual": (visual - 0.805, [0, 1])}
     said = target_verdict(summary | {"wings": found(text, visual), "wings-visual": found(0, 1)})
     assert said.endswith(": met.") == met and "full tuning, stock LR" in said
 
