@@ -106,6 +106,26 @@ def llava_next(side=42, **more):
     return hf.LlavaNextForConditionalGeneration(config), processor
 
 
+def llava_next_video():
+    tokenizer = tokenizer_with(image_token="<image>", video_token="<video>")
+    config = hf.LlavaNextVideoConfig(
+        vision_config=hf.CLIPVisionConfig(**vit(image_size=56, patch_size=14)),
+        text_config=hf.LlamaConfig(**text_of(tokenizer)),
+        image_token_index=token_id(tokenizer, "<image>"),
+        video_token_index=token_id(tokenizer, "<video>"),
+        image_grid_pinpoints=tiles(56)["image_grid_pinpoints"],
+    )
+    processor = hf.LlavaNextVideoProcessor(
+        hf.LlavaNextVideoVideoProcessor(
+            size={"height": 56, "width": 56}, crop_size={"height": 56, "width": 56}
+        ),
+        hf.LlavaNextImageProcessor(**tiles(56)), tokenizer, patch_size=14,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=template("<image>", "<video>"),
+    )  # fmt: skip
+    return hf.LlavaNextVideoForConditionalGeneration(config), processor
+
+
 def llava_onevision():
     tokenizer = tokenizer_with(image_token="<image>", video_token="<video>")
     config = hf.LlavaOnevisionConfig(
@@ -448,7 +468,7 @@ OTHERS = ("gemma4_sharing", "internvl3_5", "internvl3_5_moe", "llava_qwen3")
 MAKERS = {
     maker.__name__: maker
     for maker in (
-        llava, llava_next, llava_onevision, qwen2_5_vl, qwen3_vl, internvl, smolvlm,
+        llava, llava_next, llava_next_video, llava_onevision, qwen2_5_vl, qwen3_vl, internvl, smolvlm,
         qwen3_vl_moe, idefics3, gemma3, mistral3, glm4v, glm46v,
         qwen3_5, qwen3_5_moe, internvl3_5, internvl3_5_moe, llava_qwen3,
         gemma4, gemma4_sharing,
@@ -461,6 +481,7 @@ NEEDS = {
     "gemma4_sharing": ("torchvision",),
     "internvl3_5": ("torchvision",),
     "internvl3_5_moe": ("torchvision",),
+    "llava_next_video": ("torchvision",),
     "llava_onevision": ("torchvision",),
     "qwen2_5_vl": ("torchvision",),
     "qwen3_vl": ("torchvision",),

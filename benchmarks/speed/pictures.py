@@ -155,6 +155,12 @@ def _views(family: Family, frames: int, batch: int) -> Layout:
     return shape, {}, [family.video_token] * (frames * rows * columns + 1)
 
 
+def _frames(family: Family, frames: int, batch: int) -> Layout:
+    """Lays out frames of the tower's size."""
+    shape, inputs, pads = _views(family, frames, batch)
+    return shape, inputs, pads[:-1]
+
+
 def _pairs(family: Family, frames: int, batch: int) -> Layout:
     """Lays out flattened patches, (B, T, P, c), T frames of which each holds two."""
     vision = family.model.config.vision_config
@@ -183,6 +189,7 @@ def _stamped_pairs(family: Family, frames: int, batch: int) -> Layout:
 VIDEO_LAYOUTS: Registry[Callable[[Family, int, int], Layout]] = Registry(
     "model family that takes videos",
     {
+        "llava_next_video": _frames,
         "llava_onevision": _views,
         "qwen2_5_vl": _pairs,
         "qwen3_vl": _stamped_pairs,
@@ -194,6 +201,7 @@ LAYOUTS: Registry[Callable[[Family, int], Layout]] = Registry(
     {
         "llava": _one,
         "llava_next": _any_resolution,
+        "llava_next_video": _any_resolution,
         "llava_onevision": _any_resolution,
         "qwen2_5_vl": _patches,
         "qwen3_vl": _patches,

@@ -14,6 +14,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaNextConfig,
+    LlavaNextVideoConfig,
     LlavaOnevisionConfig,
     Mistral3Config,
     MistralConfig,
@@ -66,6 +67,13 @@ def _llava_next_7b() -> LlavaNextConfig:
     return LlavaNextConfig(
         vision_config=_clip_large(), text_config=_llama_7b(), image_token_index=32000
     )
+
+
+def _llava_next_video_7b() -> LlavaNextVideoConfig:
+    return LlavaNextVideoConfig(
+        vision_config=_clip_large(), text_config=_llama_7b(), image_token_index=32001,
+        video_token_index=32000,
+    )  # fmt: skip
 
 
 def _llava_onevision_05b() -> LlavaOnevisionConfig:
@@ -328,6 +336,7 @@ SHAPES: Registry[Callable[[], PreTrainedConfig]] = Registry(
         "llava-1.5-7b": _llava_7b,
         "llava-0.5b": _llava_05b,
         "llava-next-7b": _llava_next_7b,
+        "llava-next-video-7b": _llava_next_video_7b,
         "llava-onevision-0.5b": _llava_onevision_05b,
         "qwen2.5-vl-3b": _qwen2_5_vl_3b,
         "qwen3-vl-2b": _qwen3_vl_2b,

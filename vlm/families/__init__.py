@@ -13,6 +13,7 @@ from vlm_prune.vlm.families.idefics3 import Idefics3
 from vlm_prune.vlm.families.internvl import InternVL
 from vlm_prune.vlm.families.llava import Llava
 from vlm_prune.vlm.families.llava_next import LlavaNext
+from vlm_prune.vlm.families.llava_next_video import LlavaNextVideo
 from vlm_prune.vlm.families.llava_onevision import LlavaOneVision
 from vlm_prune.vlm.families.mistral3 import Mistral3
 from vlm_prune.vlm.families.qwen2_5_vl import Qwen25VL
@@ -27,6 +28,7 @@ FAMILIES: Registry[type[Family]] = Registry(
     {
         "llava": Llava,
         "llava_next": LlavaNext,
+        "llava_next_video": LlavaNextVideo,
         "llava_onevision": LlavaOneVision,
         "qwen2_5_vl": Qwen25VL,
         "qwen3_vl": Qwen3VL,

@@ -133,7 +133,9 @@ def test_a_shape_can_have_fewer_layers(run, tmp_path):
     assert len(model.model.language_model.layers) == len(text.layer_types) == 2
 
 
-@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize(
+    "family", ["llava_next_video", "llava_onevision", "qwen2_5_vl", "qwen3_vl"]
+)
 def test_videos_are_encoded_once_and_shared_by_all_methods(run, tmp_path, monkeypatch, family):
     if not all(map(find_spec, NEEDS[family])):
         pytest.skip("the processor needs a package")
@@ -150,8 +152,8 @@ def test_videos_are_encoded_once_and_shared_by_all_methods(run, tmp_path, monkey
     )  # fmt: skip
     assert code == 0, err
     evs, fastvid, fastv = json.loads((tmp_path / "bench.json").read_text())
-    # frames of 2 x 2 tokens and a newline, or pairs of 3 x 3
-    tokens = 17 if family == "llava_onevision" else 18
+    # frames of 2 x 2 tokens, perhaps with a newline behind them, or pairs of 3 x 3
+    tokens = {"llava_next_video": 16, "llava_onevision": 17}.get(family, 18)
     assert evs["unpruned"]["tokens"]["kept"] == tokens and f"{tokens} tokens of 4 frames" in out
     assert evs["pruned"]["tokens"]["kept"] == round(tokens / 2)
     assert evs["unpruned"]["times_ms"] == fastv["unpruned"]["times_ms"]
@@ -184,7 +186,11 @@ def test_layers_that_do_not_run_are_as_long_as_those_that_do():
 
 def test_models_without_videos_and_odd_numbers_of_frames_are_named(run):
     for shape, more, message in (
-        ("tiny", (), "llava models take no videos here; give a shape of llava_onevision"),
+        (
+            "tiny",
+            (),
+            "llava models take no videos here; give a shape of llava_next_video, llava_onevision",
+        ),
         ("tiny", ("--wings", "4"), "leave out --engine and --wings"),
         ("tiny", ("--tower-layers", "9"), "tiny has no 9 tower layers; give 1 to"),
     ):

@@ -63,7 +63,8 @@ def test_attention_received_is_that_of_the_towers_maps(hooks, tiny, monkeypatch)
     if hooks != "run":
         for family_module in (base, qwen2_5_vl):
             monkeypatch.setattr(family_module, "outputs_of", nothing_seen)
-    layer = family_of(tiny.model).tower_layers[-2 if tiny.name in ("llava", "llava_next") else -1]
+    last = -2 if tiny.name in ("llava", "llava_next", "llava_next_video") else -1
+    layer = family_of(tiny.model).tower_layers[last]
     attention = next(
         getattr(layer, n) for n in ("self_attn", "attention", "attn") if hasattr(layer, n)
     )

@@ -17,6 +17,8 @@ from vlm_prune.vlm.common.video import VideoClip
 from vlm_prune.vlm.families import FAMILIES, family_of
 
 LONG = "What color is the star and is there a 7?"
+EQUAL_LENGTHS = ("llava_next_video", "llava_onevision")
+"""Families whose processor stacks the videos of a batch."""
 RAGGED = [
     [(["a"], "Is there a 7?")],
     [([], "What is red?")],
@@ -38,7 +40,7 @@ def tiny(request):
 
 def rows_of(tiny):
     """LLaVA-OneVision's processor takes videos of equal length only."""
-    return EQUAL if tiny.name == "llava_onevision" else RAGGED
+    return EQUAL if tiny.name in EQUAL_LENGTHS else RAGGED
 
 
 @lru_cache(maxsize=1)
@@ -112,9 +114,10 @@ def test_a_budget_per_frame_is_met(name, tiny):
     for item, frames in enumerate([videos[0], image, *videos[1:]]):
         computed = [counts[item] for counts in trace.computed]
         mean, wanted = sum(computed) / len(computed), 2 * max(1, frames)
-        if item == 1 and isinstance(method, VideoPruner):
+        if name == "none" or (item == 1 and isinstance(method, VideoPruner)):
             wanted = trace.available[item]
-        assert wanted * 0.9 < mean <= wanted
+        # a mean over layers is met up to a tenth, and up to a token where these are few
+        assert wanted - max(1, wanted / 10) < mean <= wanted
 
 
 @pytest.mark.parametrize("name", ["scope", "pool", "flashvid", "fastv", "vidcom2+fastv"])
@@ -338,7 +341,7 @@ def test_a_clip_that_a_model_cannot_take_is_refused(tiny, llava_tiny):
     with pytest.raises(InputError, match="llava models take no videos here; give their frames"):
         vlm.answer(one, "Is it red?")
     vlm = PrunedVLM(tiny.model, tiny.processor)
-    if tiny.name == "llava_onevision":
+    if tiny.name in EQUAL_LENGTHS:
         assert vlm.answer(one, "Is it red?", max_new_tokens=1) is not None
         with pytest.raises(
             InputError, match=r"clips of equal length at a time, .* \[4, 6\] frames"
