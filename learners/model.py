@@ -99,7 +99,7 @@ def attach(model: Any, config: WingsConfig | None = None, seed: int = 0) -> None
     optimizers and distributed training see them; the model is otherwise unmodified.
 
     Args:
-        model: of a family whose tokens have one position each: all but Qwen2.5-VL and Qwen3-VL.
+        model: of a family whose tokens have one position each and see those before them alone.
         config: the learners; the default is `WingsConfig()`.
         seed: for their initial weights.
 

@@ -4,11 +4,15 @@ import importlib.util
 import inspect
 import pkgutil
 import re
+import tomllib
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+import typer
 
+from vlm_prune.benchmarks.cli.commands import app
+from vlm_prune.benchmarks.speed.shapes import SHAPES
 from vlm_prune.continual.methods import METHODS as LEARNERS
 from vlm_prune.pruning import METHODS
 from vlm_prune.pruning.attention import ATTENTION
@@ -70,6 +74,23 @@ def test_the_api_reference_has_every_registered_class(registry):
 def test_what_the_api_reference_names_is_there():
     for name in referenced():
         pkgutil.resolve_name(name)
+
+
+def test_pages_name_all_commands_shapes_extras_and_kernels():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    commands = typer.main.get_command(app).commands
+    operations = {op.parent.name for op in (ROOT / "kernels").glob("*/op.py")}
+    named = {
+        "commands.md": [
+            *(f"`{name}`" for name, command in commands.items() if not command.hidden),
+            *(rf"\b{re.escape(name)}\b" for name in SHAPES),
+        ],
+        "index.md": [f"`{name}`" for name in project["optional-dependencies"]],
+        "kernels.md": [f"\n\\| `{name}` \\|" for name in operations],
+    }
+    for page, names in named.items():
+        text = (ROOT / "docs" / page).read_text()
+        assert names and not [name for name in names if not re.search(name, text)], page
 
 
 @pytest.mark.parametrize("name", FAMILIES)
