@@ -31,6 +31,7 @@ def plan(images: int, batch: int, steps: int, key: Sequence[int]) -> list[list[i
     """
     generator, batches = np.random.default_rng(list(key)), list[list[int]]()
     while len(batches) < steps:
+        # one pass over all images in a new order
         order = generator.permutation(images).tolist()
         batches += [order[at : at + batch] for at in range(0, images, batch)]
     return batches[:steps]

@@ -85,6 +85,7 @@ class CoDyRA(Gated):
             values = shrink(values, kappa)
         else:
             values = shrink(values, kappa * self._relief())
+        # gates that are 0 once stay 0, instead of coming back by an optimizer step
         if self.freeze_pruned:
             if self._pruned is not None:
                 values = values.masked_fill(self._pruned.to(values.device), 0.0)

@@ -97,6 +97,7 @@ class ZSCL(FullFineTune):
         loss = super().loss(pixels, labels, step)
         clip, drawn = self.context.clip, self.context.generator(3, step)
         assert self._ids is not None
+        # images and texts are drawn apart: pairs are not needed, only what both models say of them
         chosen = torch.randperm(len(self._sources), generator=drawn)[: self.reference_batch]
         words = torch.randperm(len(self._ids), generator=drawn)[: self.reference_batch]
         seen = self._teacher["images"].to(clip.device)[chosen]
@@ -107,6 +108,7 @@ class ZSCL(FullFineTune):
             images = clip.encode_image(self._pixels(chosen.tolist()))
         if clip.trains("text"):
             texts = clip.encode_text(self._ids[words].to(clip.device))
+        # logits (images, texts), compared along both axes
         ours, theirs = clip.scale * images @ texts.T, clip.scale * seen @ known.T
         pairs = (ours, theirs), (ours.T, theirs.T)
         distilled = torch.stack([distil(a, b, self.temperature) for a, b in pairs]).sum()
@@ -115,6 +117,7 @@ class ZSCL(FullFineTune):
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         if self.average_every and (step + 1) % self.average_every == 0:
+            # a running mean of the weights, those before the task included
             count = (step + 1) // self.average_every
             for name, parameter in self.weights().items():
                 self._average[name].lerp_(parameter, 1 / (count + 1))
