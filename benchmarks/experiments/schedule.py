@@ -91,6 +91,7 @@ def change_points_of(
         encoded_prompts = make_prompts(model, processor, texts, [prompt.images for prompt in batch])
         assert encoded_prompts.vision is not None
         encoded = family.output(encoded_prompts.vision.projected, encoded_prompts.vision.deepstack)
+        # of each layer the attention (m, n) of the images of each number of tokens
         layers = [
             [from_rows(rows, rows.columns).cpu() for rows in groups]
             for groups in question_rows(
@@ -98,6 +99,7 @@ def change_points_of(
             )
         ]
         for group in zip(*layers, strict=True):
+            # (m, layers, n)
             for attention in torch.stack(group, 1):
                 points += change_points(attention)
         sizes += encoded_prompts.vision.counts

@@ -238,6 +238,7 @@ def at_length(
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draw).to(device, model.dtype)
 
+    # one call's queries, keys and values, in the shape's heads
     attention = decoder.layers[-1].self_attn
     width, shared = attention.head_dim, attention.num_key_value_groups
     keys = text.num_key_value_heads

@@ -273,6 +273,7 @@ def random_prompt(config: BenchConfig, model: Any) -> dict[str, Tensor]:
         inputs = random_pictures(model, config.batch, generator)
     image = inputs["input_ids"]
     placeholder = family.placeholder("video" if config.video_frames else "image")
+    # a third of the text before the image, the rest behind it
     markers = min(config.text - 2, int((image[0] != placeholder).sum()))
     text = torch.randint(12, 200, (config.batch, config.text - markers), generator=generator)
     before, after = text.to(model.device).split(

@@ -89,6 +89,7 @@ class QwenTower(PrunedModel):
                 with_grid(rows, torch.arange(len(rows), device=rows.device), grid)
                 for rows, grid in zip(whole, in_tokens, strict=True)
             ]
+        # features by tokens, what the attention got by patches, image by image
         patches = [time * rows * columns for time, rows, columns in grids]
         width = self.config.vision_config.out_hidden_size
         names = ("rotary_pos_emb_cos", "rotary_pos_emb_sin")
@@ -134,11 +135,13 @@ class QwenTower(PrunedModel):
                 grid = feature.data["image_grid_thw"].data
                 whole = int(grid.prod()) // merge**2
                 images.append((span.offset, span.length, whole))
+            # where the image would stand, and how long, if nothing had been dropped
             full = replace(span, offset=span.offset + shift, length=whole)
             features.append(replace(feature, mm_position=full))
             shift += whole - span.length
         ids, kept = expanded(input_tokens, images)
         positions, _ = super().get_mrope_input_positions(ids, features)  # type: ignore[misc]
+        # answers go on behind the unpruned prompt
         delta = int(positions.max()) + 1 - len(input_tokens)
         positions = positions[:, torch.tensor(kept)]
         for start, count, _ in images:
