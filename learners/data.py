@@ -87,7 +87,7 @@ def _entry(where: str, line: str) -> Any:
 
 
 def _example(entry: Any, where: str, root: DataRoot) -> Example:
-    """Reads one conversation.
+    """Reads one conversation with its images.
 
     Args:
         entry: what the file holds.

@@ -87,7 +87,9 @@ class Pruner(ABC):
         """
 
     def check(self, tokens: int, layers: int) -> None:
-        """Raises `InputError` when the budget cannot be met on such a model."""
+        """Raises `InputError` when the budget cannot be met on images of
+        `tokens` in a decoder of `layers`.
+        """
         check_fits(self.budget, tokens)
 
     def positions_on(self, family: Family) -> Positions:

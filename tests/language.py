@@ -50,7 +50,7 @@ VERBS = set(
     reads records refuses registers removes renames renders reorders repeats replaces returns
     rewrites runs samples saves says scales scores searches seeds selects sends serves sets shows
     shrinks shuffles splits starts stops stores takes teaches tells times tokenizes trains turns
-    undoes updates uses waits wraps writes yields
+    undoes unlocks updates uses waits wraps writes yields
     """,
     )
 )

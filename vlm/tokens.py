@@ -17,7 +17,7 @@ def as_is(values: Tensor) -> Tensor:
 
 
 def no_patches() -> Tensor:
-    """Raises `InputError`: whoever made these tokens does not hand out the pixels behind them."""
+    """Raises `InputError`, as the pixels behind these tokens are not known."""
     raise InputError(
         "this method compares pixels, and those of each token are not known here; "
         "give one that reads features, such as divprune"

@@ -34,7 +34,7 @@ class Variant:
     arguments: dict[str, Argument] = field(default_factory=dict)
 
     def build(self, seed: int) -> Pruner:
-        """Builds the pruner.
+        """Builds the pruner with the variant's budget, positions and hyperparameters.
 
         Raises:
             InputError: if there is no such method or hyperparameter, or a value is out of range.

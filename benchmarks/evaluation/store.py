@@ -231,8 +231,8 @@ class RunFolder(Generic[RowT]):
         return rows
 
     def check(self, questions: "Mapping[str, QuestionFields]") -> None:
-        """Raises `InputError` unless all rows are of these questions, by id, with
-        the scores of their answers.
+        """Raises `InputError` unless every row is of one of `questions`, by id,
+        and scored as its answer is.
         """
         for row in self.rows.values():
             question = questions.get(row.id)

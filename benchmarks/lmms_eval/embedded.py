@@ -52,7 +52,7 @@ class EmbeddedTask(ConfigurableMessagesTask):  # type: ignore[misc]
         self.dataset = self.dataset_no_image = {"test": self.documents}
 
     def doc_to_text(self, doc: dict[str, Any]) -> str:
-        """Returns the question."""
+        """Returns the question of a document."""
         return str(doc["question"])
 
     def doc_to_target(self, doc: dict[str, Any]) -> str:

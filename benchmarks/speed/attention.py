@@ -63,7 +63,7 @@ class SparseBenchConfig:
     seed: int = 0
 
     def built(self) -> list[BlockAttention]:
-        """Builds the methods.
+        """Builds the methods of sparse attention that are timed.
 
         Raises:
             InputError: if there is no such method or hyperparameter, or it computes no prefill.

@@ -194,7 +194,7 @@ class Method(ABC):
 
 
 def opened(parameters: dict[str, nn.Parameter], lr: float) -> list[Group]:
-    """Returns one group of these parameters, which take gradients from now on."""
+    """Makes parameters take gradients, and returns them as one group for the optimizer."""
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     return [{"params": list(parameters.values()), "lr": lr}]

@@ -48,7 +48,7 @@ class OutputFolder:
 
     @contextmanager
     def releasing(self) -> Iterator[None]:
-        """Lets others write if the block fails."""
+        """Unlocks the folder if the block fails."""
         try:
             yield
         except BaseException:
@@ -56,7 +56,7 @@ class OutputFolder:
             raise
 
     def release(self) -> None:
-        """Lets others write."""
+        """Unlocks the folder, so that other processes can write into it."""
         if not self._lock.is_locked:
             return
         lock = Path(self._lock.lock_file)
