@@ -31,7 +31,7 @@ class GrowingTensor:
 
     @property
     def tensor_so_far(self) -> Tensor:
-        """Returns all that was appended, as a view."""
+        """Returns all that was appended, (..., N, d), as a view."""
         assert self._buffer is not None
         return self._buffer[..., : self._length, :]
 

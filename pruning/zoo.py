@@ -250,13 +250,13 @@ class BoundedSensitivity:
         self.values[tokens], self.known[tokens] = lengths, True
 
     def largest(self) -> Tensor:
-        """Returns the largest sensitivity."""
+        """Returns the largest sensitivity, ()."""
         while not self.known[self.values.argmax()]:
             self.compute(self.values)
         return self.values.max()
 
     def smallest(self) -> Tensor:
-        """Returns the smallest sensitivity."""
+        """Returns the smallest sensitivity, ()."""
         while True:
             least = self.values.masked_fill(~self.known, torch.inf).min()
             # how low a sensitivity may be if it falls short of its bound as far as `MARGIN` allows

@@ -138,7 +138,9 @@ class VisionTokens:
         )
 
     def query_key_of(self, frames: list[int]) -> tuple[Tensor, Tensor]:
-        """Returns `query_key` of some of the M T frames of videos, numbered video by video."""
+        """Returns `query_key`, (F, H, S, d), of F of the M T frames of
+        videos, numbered video by video.
+        """
         if self.frames_query_key is not None:
             return self.frames_query_key(frames)
         query, key = self.query_key()

@@ -155,7 +155,7 @@ class Method(ABC):
         return images[real], labels[real]
 
     def texts(self, kept: Tensor) -> Tensor:
-        """Returns unit features of the current prompts `kept`; computed
+        """Returns unit features (n, d) of the current prompts `kept`; computed
         once where the tower is frozen.
         """
         context = self.context

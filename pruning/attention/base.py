@@ -157,7 +157,8 @@ class BlockAttention(SparseAttention):
         raise NotImplementedError
 
     def at_density(self, inputs: AttentionInputs, blocks: float) -> Tensor:
-        """Returns a mask in which each query block keeps the same share of the blocks before it.
+        """Returns a mask (R, query blocks, key blocks) that keeps the same share of
+        the blocks before each query block.
 
         Args:
             inputs: queries and keys.

@@ -51,8 +51,8 @@ class Qwen3VL(Qwen25VL):
         }
 
     def frame_lines(self, input_ids: Tensor, ordinal: Tensor) -> Tensor | None:
-        """Returns for each token the frame that it goes with: a frame's tokens, the
-        markers around them, and the time stamp in front.
+        """Returns for each token the frame that it goes with, (B, L): a frame's tokens,
+        the markers around them, and the time stamp in front.
 
         A stamp begins behind the marker that closes the frame before it; a video's first, behind
         what opens the video. Where that is no marker, it begins with the token that begins the

@@ -59,7 +59,7 @@ class QwenTower(PrunedModel):
         return tokens
 
     def query_key(self, *tower: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns queries and keys of the last layer, after rotation."""
+        """Returns queries and keys (M, H, P, d) of the last layer, after rotation."""
         attention = self.visual.blocks[-1].attn
         normed, cos, sin = tower
         joint, _ = attention.qkv(normed)
@@ -125,7 +125,9 @@ class QwenTower(PrunedModel):
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[Any]
     ) -> tuple[Tensor, int]:
-        """Returns positions as in the unpruned prompt; which tokens are kept is not known yet."""
+        """Returns positions (3, L) as in the unpruned prompt; which
+        tokens are kept is not known yet.
+        """
         merge = self.config.vision_config.spatial_merge_size
         images, features, shift = [], [], 0
         for feature in sorted(mm_features, key=lambda f: f.mm_position.offset):
@@ -156,7 +158,7 @@ class QwenTower(PrunedModel):
         *,
         is_multimodal: Tensor | None = None,
     ) -> Tensor:
-        """Returns the embeddings of a step's tokens; notes where image tokens stand.
+        """Returns the embeddings (L, D) of a step's tokens, and notes where image tokens stand.
 
         Args:
             input_ids: of the step.
