@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
-from vlm_prune.pruning.base import Rule
+from vlm_prune.pruning.base import PositionRule
 from vlm_prune.pruning.compose import MethodWrapper, separately
 from vlm_prune.pruning.select import others, sums_by_nearest
 from vlm_prune.vlm.common.errors import InputError
@@ -44,7 +44,7 @@ class Restore(MethodWrapper):
 
     anchors: float = 0.5
     paper: ClassVar[str] = "https://arxiv.org/abs/2606.01711"
-    authors_positions: ClassVar[Rule] = "original"
+    authors_positions: ClassVar[PositionRule] = "original"
     changes_attention: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -34,6 +34,10 @@ BRITISH = re.compile(
     r"(normal|initial|optim|summar|orthogonal|minim|maxim|serial|organ|recogn|visual|quant|token|"
     r"general|regular|vector|parallel|synchron|penal)is(e|ing|ation)"
 )
+CHECKED = {tokenize.NAME, tokenize.COMMENT, tokenize.STRING}
+CHECKED |= {getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}  # from Python 3.12 on
+# words that drawings and trained weights have, and names of before
+DATA = {'"grey"', '"colours"', '"the colour {}."', '"normalised"', '"Labelled"', '"LabelledImages"'}
 PROSE = {
     "asked", "as_short", "claim", "heard", "hidden: tensor", "made", "ride_along", "spare", "standing", "stands", "twin", "wake",
 }  # fmt: skip
@@ -55,6 +59,7 @@ VERBS = set(
     )
 )
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+COMMAND_OPTIONS = ROOT / "benchmarks/cli/options.py"
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Found:
 
     path: Path
     name: str
-    node: Definition
+    node: Definition | ast.Assign
 
     def __str__(self) -> str:
         return f"{self.path.relative_to(ROOT)}:{self.node.lineno} {self.name}"
@@ -154,32 +159,49 @@ def carries_help(argument: ast.arg) -> bool:
     return annotation.startswith("Annotated[") or annotation in OPTIONS
 
 
-OPTIONS = set(
-    re.findall(
-        r"^(\w+) = Annotated\[", (ROOT / "benchmarks/cli/options.py").read_text(), re.MULTILINE
-    )
-) | {"typer.Context"}
+OPTIONS = set(re.findall(r"^(\w+) = Annotated\[", COMMAND_OPTIONS.read_text(), re.MULTILINE)) | {
+    "typer.Context"
+}
 
 
 def repeated(*folders: str) -> dict[str, list[Found]]:
-    """Names of public functions and of classes that more than one file defines at its top level.
+    """Names of public functions, of classes and of types that more than one file defines at its top
+    level.
 
-    Left out: the `main` of scripts, the `ask` of tasks, and the names of `kernels`' operations, each
+    Left out: the options of commands, which are named as they are typed, the `main` of scripts, the `ask` of tasks, and the names of `kernels`' operations, each
     of which has its reference and its kernel under its own name.
     """
-    wanted = {str(found.path) for found in source(*folders)}
+    wanted = {str(path) for path in files(*folders)}
     by_name: dict[str, list[Found]] = defaultdict(list)
     for found in dict.fromkeys(source(*PACKAGES, *folders)):
         is_class = isinstance(found.node, ast.ClassDef)
         public = not found.name.startswith("_") and found.name not in INTERFACES
         if "." not in found.name and (is_class or public):
             by_name[found.name].append(found)
+    for path in dict.fromkeys(files(*PACKAGES, *folders)):
+        for name, node in type_aliases(path):
+            by_name[name].append(Found(path, name, node))
     return {
         name: places
         for name, places in sorted(by_name.items())
         if len({home(place) for place in places}) > 1
         and any(str(place.path) in wanted for place in places)
     }
+
+
+def type_aliases(path: Path) -> Iterator[tuple[str, ast.Assign]]:
+    """Names in CamelCase that a file gives to types at its top level: `Scores = dict[str, float]`."""
+    if path == COMMAND_OPTIONS:
+        return
+    for node in ast.parse(path.read_text()).body:
+        name = node.targets[0].id if is_plain(node) else ""
+        if re.fullmatch(r"([A-Z][a-z]+)+", name):
+            yield name, node
+
+
+def is_plain(node: ast.stmt) -> bool:
+    """Returns whether a statement gives a value to one name."""
+    return isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
 
 
 def home(found: Found) -> Path:
@@ -189,12 +211,12 @@ def home(found: Found) -> Path:
 
 
 def british(*folders: str) -> list[str]:
-    """Identifiers and comments with a British spelling; strings may be data."""
+    """Identifiers, comments, docstrings and other texts with a British spelling, but for `DATA`."""
     return [
         f"{path}:{token.start[0]} {token.string}"
         for path in files(*folders)
         for token in tokenize.generate_tokens(path.open().readline)
-        if token.type in (tokenize.NAME, tokenize.COMMENT) and BRITISH.search(token.string)
+        if token.type in CHECKED and BRITISH.search(token.string) and token.string not in DATA
     ]
 
 

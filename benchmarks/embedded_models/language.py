@@ -26,7 +26,7 @@ from vlm_prune.benchmarks.embedded_models.tower import optimizers, set_rate
 
 IGNORE = -100
 Lesson = Literal["lookups", "finding", "places", "all", "practice", "sight", "told"]
-Encoder = Callable[[list[Tensor]], Tensor]
+ImageEncoder = Callable[[list[Tensor]], Tensor]
 
 
 class QuestionBlock(NamedTuple):
@@ -205,7 +205,7 @@ def loss_of(
     model: LlavaForConditionalGeneration,
     batch: Packed,
     images: list[Tensor],
-    encode: Encoder,
+    encode: ImageEncoder,
     bf16: bool = False,
 ) -> tuple[Tensor, dict[str, float]]:
     """Returns the mean cross-entropy of the answers' tokens and their accuracy by kind of question.
@@ -241,7 +241,7 @@ def loss_of(
     return cross_entropy(logits, labels), {kind: fmean(hits) for kind, hits in right.items()}
 
 
-def projected(model: LlavaForConditionalGeneration) -> Encoder:
+def projected(model: LlavaForConditionalGeneration) -> ImageEncoder:
     """Returns the encoder that passes tower features through the projector."""
 
     def encode(images: list[Tensor]) -> Tensor:
@@ -264,7 +264,7 @@ def train_language(
     rows: Callable[[int], list[Row]],
     steps: int,
     rate: float,
-    encode: Encoder,
+    encode: ImageEncoder,
     modules: list[nn.Module],
     say: Say,
     levels: int = 1,
@@ -323,7 +323,7 @@ def _backward(
     model: LlavaForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
     batch: list[Row],
-    encode: Encoder,
+    encode: ImageEncoder,
     bf16: bool,
 ) -> tuple[float, dict[str, float]]:
     """Adds the gradients of a batch, and returns its loss and the shares of right answers.

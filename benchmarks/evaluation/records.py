@@ -21,7 +21,7 @@ Amount = Annotated[float, msgspec.Meta(ge=0)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Interval = tuple[float, float]
 Argument = bool | int | float | str | list[int | float | str] | Schedule | None
-Kind = Literal["eval", "compare", "suite", "answers", "search"]
+FolderKind = Literal["eval", "compare", "suite", "answers", "search"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class FolderRecord(Record, tag_field="schema_version", tag=SCHEMA_VERSION, froze
         peft_digest: the same of `config.peft`.
     """
 
-    kind: Kind
+    kind: FolderKind
     config: RunConfig | None = None
     adapter: str | None = None
     peft_digest: str | None = None

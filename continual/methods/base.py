@@ -15,7 +15,7 @@ from vlm_prune.continual.config import Recipe
 from vlm_prune.continual.delta import Delta
 from vlm_prune.vlm.common.errors import InputError
 
-Group = dict[str, Any]
+ParameterGroup = dict[str, Any]
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Method(ABC):
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
     @abstractmethod
-    def begin_task(self, context: Context) -> list[Group]:
+    def begin_task(self, context: Context) -> list[ParameterGroup]:
         """Prepares the model; returns AdamW's parameter groups, none if nothing is trained."""
 
     def loss(self, pixels: Tensor, labels: Tensor, step: int) -> Tensor:
@@ -193,7 +193,7 @@ class Method(ABC):
         self.context, self._frozen_texts = context, None
 
 
-def opened(parameters: dict[str, nn.Parameter], lr: float) -> list[Group]:
+def opened(parameters: dict[str, nn.Parameter], lr: float) -> list[ParameterGroup]:
     """Makes parameters take gradients, and returns them as one group for the optimizer."""
     for parameter in parameters.values():
         parameter.requires_grad_(True)

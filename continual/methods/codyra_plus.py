@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vlm_prune.continual.config import above, one_of, within
 from vlm_prune.continual.layer import GateInit
-from vlm_prune.continual.methods.base import Context, Group
+from vlm_prune.continual.methods.base import Context, ParameterGroup
 from vlm_prune.continual.methods.gated import Gated, assign
 from vlm_prune.continual.prox import dense_steps
 
@@ -63,7 +63,7 @@ class CoDyRAPlus(Gated):
         within("decay", self.decay)
         above("rounds", self.rounds, 1)
 
-    def begin_task(self, context: Context) -> list[Group]:
+    def begin_task(self, context: Context) -> list[ParameterGroup]:
         groups = super().begin_task(context)
         self._active = torch.ones(self.rank * len(self.layers), dtype=torch.bool)
         self._active = self._active.to(context.clip.device)

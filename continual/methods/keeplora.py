@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vlm_prune.continual.config import Placement, above, tower_of, within
 from vlm_prune.continual.delta import Delta
 from vlm_prune.continual.layer import GatedLoRA
-from vlm_prune.continual.methods.base import Context, Group
+from vlm_prune.continual.methods.base import Context, ParameterGroup
 from vlm_prune.continual.methods.gated import LowRank
 from vlm_prune.continual.parallel import average_gradients
 
@@ -151,7 +151,7 @@ class KeepLoRA(LowRank):
             within(option, getattr(self, option))
         above("scale", self.scale, 0, strict=True)
 
-    def begin_task(self, context: Context) -> list[Group]:
+    def begin_task(self, context: Context) -> list[ParameterGroup]:
         super().begin_task(context)
         if not self._protected:
             energies = {"vision": self.vision_energy, "text": self.text_energy}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vlm_prune.continual.config import above, within
 from vlm_prune.continual.delta import Delta
-from vlm_prune.continual.methods.base import Context, Group, Method, Space
+from vlm_prune.continual.methods.base import Context, Method, ParameterGroup, Space
 
 
 def ridge(gram: Tensor, cross: Tensor, strength: float) -> Tensor:
@@ -54,7 +54,7 @@ class RAIL(Method):
         above("strength", self.strength, 0, strict=True)
         within("mix", self.mix)
 
-    def begin_task(self, context: Context) -> list[Group]:
+    def begin_task(self, context: Context) -> list[ParameterGroup]:
         self.start(context)
         context.clip.model.requires_grad_(False)
         self._seed = context.recipe.seed

@@ -13,7 +13,7 @@ from vlm_prune.continual.clip import extra
 from vlm_prune.continual.config import above
 from vlm_prune.continual.delta import Delta
 from vlm_prune.continual.losses import distil
-from vlm_prune.continual.methods.base import Context, Group
+from vlm_prune.continual.methods.base import Context, ParameterGroup
 from vlm_prune.continual.methods.full import FullFineTune
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.images import open_image
@@ -71,7 +71,7 @@ class ZSCL(FullFineTune):
         images = str(self.images) if named else f"{len(self._sources)} images"
         return super().options() | {"images": images}
 
-    def begin_task(self, context: Context) -> list[Group]:
+    def begin_task(self, context: Context) -> list[ParameterGroup]:
         groups = super().begin_task(context)
         if self._ids is None:
             self._ids = context.clip.tokenize(_texts(self.captions))

@@ -127,8 +127,8 @@ def test_special_tokens_in_texts_are_text(image, processor_56, conversations, tm
     assert int((ids == tokenizer.eos_token_id).sum()) == 2  # where the template ends the replies
     taught = "".join(tokenizer.decode(ids[labels != -100]).split())
     assert taught == "Itisan<image>token</s>.</s><image></s>"
-    asked = "".join(tokenizer.decode(ids[labels == -100]).split())
-    assert "What</s>isthis?" in asked
+    question_text = "".join(tokenizer.decode(ids[labels == -100]).split())
+    assert "What</s>isthis?" in question_text
     if image:
         row = Conversations([example], processor_56, token, 16, 2048)[0]
         assert row["pixel_values"].shape == (1, 3, 56, 56)
@@ -147,16 +147,16 @@ def test_samples_that_show_something_else_are_named_or_left_out(kind, tmp_path):
 def test_images_lie_in_their_folder_unless_the_user_says_more(conversations, tmp_path):
     outside = str(conversations / "0.png")
     (tmp_path / "link.png").symlink_to(outside)
-    asked = ("<image>\na", "b")
+    question_text = ("<image>\na", "b")
     for name in (outside, f"../{conversations.name}/0.png", "link.png"):
-        path = written(tmp_path, entry(*asked, image=name))
+        path = written(tmp_path, entry(*question_text, image=name))
         with pytest.raises(InputError, match=r"data.json\[0\].* leads out of .*--allow-outside"):
             read_llava(path, tmp_path)
         if name != f"../{conversations.name}/0.png":
             (example,) = read_llava(path, DataRoot(tmp_path, allow_outside=True))
             assert example.images[0].is_file()
     for allow in (False, True):
-        path = written(tmp_path, entry(*asked, image="http://127.0.0.1:9/a.png"))
+        path = written(tmp_path, entry(*question_text, image="http://127.0.0.1:9/a.png"))
         with pytest.raises(InputError, match="nothing is downloaded"):
             read_llava(path, DataRoot(tmp_path, allow))
 

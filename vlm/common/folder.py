@@ -31,7 +31,7 @@ class OutputFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         target = output_folder(path)
-        self._made = make_folders(target)
+        self._created = make_folders(target)
         self._lock = _Lock(target / LOCK)
         try:
             self._lock.acquire(timeout=0)
@@ -62,7 +62,7 @@ class OutputFolder:
         lock = Path(self._lock.lock_file)
         if lock.exists() and [path.name for path in lock.parent.iterdir()] == [LOCK]:
             lock.unlink()
-            for folder in reversed(self._made):
+            for folder in reversed(self._created):
                 if any(folder.iterdir()):
                     break
                 folder.rmdir()
