@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "vlm", "pruning", "learners", "continual", "benchmarks", "scripts")
 FROM_ARGUMENTS = 3
+PRIVATE_FROM_ARGUMENTS = 5
 # what is written there as JSON is a record
 TYPED = (
     "benchmarks/evaluation",
@@ -110,7 +111,7 @@ def files(*folders: str) -> list[Path]:
 
 
 def undocumented(*folders: str) -> list[Found]:
-    """Public functions of three or more arguments whose docstring has no `Args:`.
+    """Functions of three or more arguments, private ones of five, whose docstring has no `Args:`.
 
     Left out: what a documented method of the same name in another class already describes, commands
     whose options carry their own help, and the implementations of an operation of `kernels`,
@@ -125,14 +126,14 @@ def undocumented(*folders: str) -> list[Found]:
         found
         for found in source(*folders)
         if isinstance(found.node, ast.FunctionDef)
-        and is_public(found.name)
-        and len(arguments(found.node)) >= FROM_ARGUMENTS
+        and len(arguments(found.node))
+        >= (FROM_ARGUMENTS if is_public(found.name) else PRIVATE_FROM_ARGUMENTS)
         and "Args:" not in (ast.get_docstring(found.node) or "")
         and not ("." in found.name and found.node.name in described)
         and (found.path, found.name.removesuffix(".__init__")) not in classes
         and (found.path.parent, found.name) not in operations
         and not any(decorator(d) in ("overload", "triton.jit") for d in found.node.decorator_list)
-        and not any(carries_help(argument) for argument in arguments(found.node))
+        and not is_command(found)
     ]
 
 
@@ -297,11 +298,11 @@ def begins_with_verb(text: str) -> bool:
 
 
 def is_command(found: Found) -> bool:
-    """Whether a function is a command: its options carry help, or the file in `cli` has its name."""
-    if not isinstance(found.node, ast.FunctionDef):
+    """Whether a function is a command: of `cli`, named as its file or with options that carry help."""
+    if found.path.parent != ROOT / "benchmarks/cli" or not isinstance(found.node, ast.FunctionDef):
         return False
-    in_cli = found.path.parent.name == "cli" and found.path.stem == found.name
-    return in_cli or any(carries_help(argument) for argument in arguments(found.node))
+    options = (carries_help(argument) for argument in arguments(found.node))
+    return found.path.stem == found.name or any(options)
 
 
 if __name__ == "__main__":

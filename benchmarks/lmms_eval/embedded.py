@@ -11,7 +11,13 @@ DOCUMENTS = 500
 
 
 class Documents:
-    """The first samples of a task's stream, each made when it is asked for."""
+    """The first samples of a task's stream, each made when it is asked for.
+
+    Args:
+        task: name of the embedded task.
+        seed: of its questions.
+        split: that they are drawn from.
+    """
 
     features = dict.fromkeys(("index", "question", "answer", "category"))
 

@@ -135,6 +135,15 @@ def _drawn(
 def _digit(
     name: str, split: PackagedSplit, count: int, rng: np.random.Generator, style: Style
 ) -> Image.Image:
+    """Draws a handwritten digit of scikit-learn's, other ones in each split.
+
+    Args:
+        name: of the digit, in English.
+        split: decides which drawings are used.
+        count: number of the picture among those of its class.
+        rng: draws colors, angle and noise.
+        style: plain or varied.
+    """
     images, target = handwritten_digits()
     drawings = images[target == DIGITS.index(name)]
     size = 110 if split == "pretraining" else PER_CLASS[split]
@@ -144,6 +153,15 @@ def _digit(
 def _photograph(
     name: str, split: PackagedSplit, count: int, rng: np.random.Generator, style: Style
 ) -> Image.Image:
+    """Draws a crop of one cell of a photograph, other cells in each split.
+
+    Args:
+        name: of the photograph.
+        split: decides which cells are used.
+        count: number of the picture among those of its class.
+        rng: draws the crop.
+        style: is not used: photographs are what they are.
+    """
     order = np.random.default_rng((SEED, list(PHOTOGRAPHS).index(name))).permutation(_GRID**2)
     cells = order[_CELLS[split]]
     row, column = divmod(int(cells[count % len(cells)]), _GRID)
