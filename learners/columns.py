@@ -22,9 +22,7 @@ NAME = "vlm_prune_columns"
 
 
 def padded_columns(columns: int) -> int:
-    """Returns how many columns are appended to hold `columns` of them: the next
-    multiple of 8, for vector units.
-    """
+    """Returns how many columns are appended for so many: a width that vectors divide."""
     return -(-columns // 8) * 8
 
 

@@ -25,8 +25,8 @@ from vlm_prune.vlm.tokens import DecoderTokens, Kept, VisionTokens, top
 from vlm_prune.vlm.trace import Trace
 
 Stage = Literal["input", "encoder", "projector", "decoder"]
-CountedTokens = Literal["computed", "at the cut", "kept"]
-PositionRule = Literal["contiguous", "original", "as its parts"]
+Counted = Literal["computed", "at the cut", "kept"]
+Rule = Literal["contiguous", "original", "as its parts"]
 
 
 @dataclass(kw_only=True)
@@ -55,7 +55,7 @@ class Pruner(ABC):
 
     stage: ClassVar[Stage]
     paper: ClassVar[str] = ""
-    authors_positions: ClassVar[PositionRule] = "contiguous"
+    authors_positions: ClassVar[Rule] = "contiguous"
     """What the authors' code does to positions of kept tokens."""
 
     def __post_init__(self) -> None:
@@ -79,17 +79,46 @@ class Pruner(ABC):
             raise InputError(unknown(name, str(getattr(self, name)), allowed))
 
     @abstractmethod
-    def __call__(self, model: Any, vision: Images | None = None) -> AbstractContextManager[Trace]:
+    def __call__(
+        self, model: Any, vision: Images | None = None, video_frames: Sequence[int] | None = None
+    ) -> AbstractContextManager[Trace]:
         """Prunes `model` inside a `with` block.
 
-        `vision` holds the prompt's images where they were encoded beforehand; `generate` then gets
-        them as `mm_encoder_outputs` instead of pixels.
+        Args:
+            model: of a supported family.
+            vision: the prompt's images where they were encoded beforehand; `generate` then gets
+                them as `mm_encoder_outputs` instead of pixels.
+            video_frames: the number of frames of each video of the prompt in its order, 0 for an image;
+                for models to which frames are images, which are each by themselves unless given.
         """
 
-    def check(self, tokens: int, layers: int) -> None:
-        """Raises `InputError` when the budget cannot be met on images of
-        `tokens` in a decoder of `layers`.
+    def frames_on(
+        self, family: Family, vision: Images | None, video_frames: Sequence[int] | None
+    ) -> Sequence[int] | None:
+        """Returns the frames of each video of the prompt where they are images to the model.
+
+        Args:
+            family: the model's adapter.
+            vision: as the pruner got it.
+            video_frames: likewise.
+
+        Raises:
+            InputError: when the method compares frames, and nothing tells which images they are.
         """
+        if not family.frames_as_images:
+            return video_frames
+        if video_frames is None and vision is not None:
+            return vision.frames
+        if video_frames is None and "videos" in self.needs:
+            raise InputError(
+                f"{type(self).__name__} compares the frames of a video, which are images to "
+                f"{family.model.config.model_type} models; give video_frames, the frames of each video "
+                "of the prompt and 0 for an image"
+            )
+        return video_frames
+
+    def check(self, tokens: int, layers: int) -> None:
+        """Raises `InputError` when the budget cannot be met on such a model."""
         check_fits(self.budget, tokens)
 
     def positions_on(self, family: Family) -> Positions:
@@ -215,8 +244,12 @@ class VisionPruner(Pruner):
             return tokens
         return min(wanted, tokens - (vision.available > tokens))
 
-    def __call__(self, model: Any, vision: Images | None = None) -> AbstractContextManager[Trace]:
-        return pruned(model, before=self.before_model(self.admit(model), vision))
+    def __call__(
+        self, model: Any, vision: Images | None = None, video_frames: Sequence[int] | None = None
+    ) -> AbstractContextManager[Trace]:
+        family = self.admit(model)
+        frames = self.frames_on(family, vision, video_frames)
+        return pruned(model, self.before_model(family, vision), video_frames=frames)
 
     def before_model(self, family: Family, vision: Images | None) -> BeforeModel:
         """Returns what the engine runs of this method before the language model of `family`."""
@@ -255,7 +288,7 @@ class DecoderPruner(Pruner):
     stage: ClassVar[Stage] = "decoder"
     reads: ClassVar[Side] = "before"
     chooses_queries: ClassVar[bool] = False
-    counted: ClassVar[CountedTokens] = "computed"
+    counted: ClassVar[Counted] = "computed"
     presets: ClassVar[Registry[tuple[float, ...]]] = Registry("preset")
 
     def __post_init__(self) -> None:
@@ -346,8 +379,12 @@ class DecoderPruner(Pruner):
             layer_tokens = [*layer_tokens[1:], layer_tokens[-1]]
         return sum(layer_tokens) / len(layer_tokens)
 
-    def __call__(self, model: Any, vision: Images | None = None) -> AbstractContextManager[Trace]:
-        return pruned(model, inside=self.inside_model(self.admit(model)))
+    def __call__(
+        self, model: Any, vision: Images | None = None, video_frames: Sequence[int] | None = None
+    ) -> AbstractContextManager[Trace]:
+        family = self.admit(model)
+        frames = self.frames_on(family, vision, video_frames)
+        return pruned(model, inside=self.inside_model(family), video_frames=frames)
 
     def inside_model(self, family: Family) -> InsideModel:
         """Returns what the engine runs of this method inside the language model of `family`."""

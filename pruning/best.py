@@ -1,5 +1,6 @@
 """The combination that won the search on validation questions, by budget."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -9,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 import msgspec
 
-from vlm_prune.pruning.base import PositionRule, Pruner, Stage
+from vlm_prune.pruning.base import Pruner, Rule, Stage
 from vlm_prune.pruning.registry import build, check_own
 from vlm_prune.vlm.budget import per_frame, tokens_for
 from vlm_prune.vlm.common.errors import InputError
@@ -36,7 +37,7 @@ class Best(Pruner):
 
     definitions: str = str(PACKAGED)
     stage: ClassVar[Stage] = "decoder"
-    authors_positions: ClassVar[PositionRule] = "as its parts"
+    authors_positions: ClassVar[Rule] = "as its parts"
 
     def _entry(self) -> "Entry":
         found, each = definitions(self.definitions), per_frame(self.budget)
@@ -79,9 +80,12 @@ class Best(Pruner):
         super().check(tokens, layers)
         self.chosen(tokens).check(tokens, layers)
 
-    def __call__(self, model: Any, vision: Images | None = None) -> AbstractContextManager[Trace]:
+    def __call__(
+        self, model: Any, vision: Images | None = None, video_frames: Sequence[int] | None = None
+    ) -> AbstractContextManager[Trace]:
         family = self.admit(model)
-        return self.chosen(family.tokens_per_image if family.fixed_size else None)(model, vision)
+        chosen = self.chosen(family.tokens_per_image if family.fixed_size else None)
+        return chosen(model, vision, video_frames)
 
 
 class Entry(msgspec.Struct, frozen=True):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
 from vlm_prune.pruning.adaptinfer import AdaptInfer
-from vlm_prune.pruning.base import DecoderPruner, PositionRule, Pruner, Stage, VisionPruner
+from vlm_prune.pruning.base import DecoderPruner, Pruner, Rule, Stage, VisionPruner
 from vlm_prune.pruning.divprune import DivPrune
 from vlm_prune.pruning.select import averaged, others
 from vlm_prune.pruning.zoo import ZooExact
@@ -68,7 +68,7 @@ class Cascade(Pruner):
     inside: DecoderPruner = field(default_factory=AdaptInfer)
     widening: float = 2.0
     stage: ClassVar[Stage] = "decoder"
-    authors_positions: ClassVar[PositionRule] = "as its parts"
+    authors_positions: ClassVar[Rule] = "as its parts"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,7 +109,9 @@ class Cascade(Pruner):
     def needs(self) -> frozenset[Need]:
         return self.pre.needs | self.inside.needs
 
-    def __call__(self, model: Any, vision: Images | None = None) -> AbstractContextManager[Trace]:
+    def __call__(
+        self, model: Any, vision: Images | None = None, video_frames: Sequence[int] | None = None
+    ) -> AbstractContextManager[Trace]:
         family = self.admit(model)
         layers, allowed = len(family.decoder.layers), self.inside.depths_on(family)
         cuts = partial(self.cuts, layers=layers, allowed=allowed)
@@ -120,7 +122,8 @@ class Cascade(Pruner):
         pre = replace(self.pre, budget=entering, positions=self.positions, seed=self.seed)
         inside = replace(self.inside, positions=self.positions, seed=self.seed)
         within = InsideModel(cuts, inside, inside.positions_on(family))
-        return pruned(model, pre.before_model(family, vision), within)
+        frames = self.frames_on(family, vision, video_frames)
+        return pruned(model, pre.before_model(family, vision), within, frames)
 
 
 @dataclass
@@ -133,7 +136,7 @@ class MethodWrapper(VisionPruner):
 
     method: VisionPruner = field(default_factory=DivPrune)
     stage: ClassVar[Stage] = "projector"
-    authors_positions: ClassVar[PositionRule] = "as its parts"
+    authors_positions: ClassVar[Rule] = "as its parts"
 
     def __post_init__(self) -> None:
         super().__post_init__()

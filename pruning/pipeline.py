@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlm_prune.pruning.registry import build
-from vlm_prune.vlm.chat import encode_prompts, render
+from vlm_prune.vlm.chat import encode_prompts, render, video_frames_of
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.images import ImageSource
 from vlm_prune.vlm.common.video import VideoClip, is_video, open_video
@@ -130,7 +130,9 @@ class PrunedVLM:
             raise InputError(
                 f"a prompt has {tokens} tokens, above the {most} that the model takes; give a shorter one"
             )
-        block = nullcontext() if self.pruner is None else self.pruner(self.model)
+        frames = video_frames_of(self.model, self.processor, prompts, clips)
+        own = {} if frames is None else {"video_frames": frames}
+        block = nullcontext() if self.pruner is None else self.pruner(self.model, **own)
         # a model is inside one block at a time
         with self.lock, torch.inference_mode(), block as trace:
             output = self.model.generate(**inputs, **generation)
@@ -139,7 +141,7 @@ class PrunedVLM:
             output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )
         # frames, rows and columns of those that are videos, in the order of the prompts
-        grids = iter(family_of(self.model).video_grids(inputs) if clips else [])
+        grids = iter(family_of(self.model).video_grids(dict(inputs) | own) if clips else [])
         medium_grids = [next(grids) if kind == "video" else None for kind in kinds]
         counts: list[tuple[int | None, int | None, Tensor | None]] = [(None,) * 3] * len(texts)
         if trace is not None:

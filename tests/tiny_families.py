@@ -301,7 +301,9 @@ def smolvlm():
     )  # fmt: skip
     processor = hf.SmolVLMProcessor(
         hf.SmolVLMImageProcessor(size={"longest_edge": 96}, max_image_size={"longest_edge": 48}),
-        tokenizer, hf.SmolVLMVideoProcessor(), image_seq_len=9, chat_template=template("<image>"),
+        tokenizer,
+        hf.SmolVLMVideoProcessor(size={"longest_edge": 96}, max_image_size={"longest_edge": 48}),
+        image_seq_len=9, chat_template=template("<image>", "<video>"),
     )  # fmt: skip
     return hf.SmolVLMForConditionalGeneration(config), processor
 
@@ -598,12 +600,28 @@ class Tiny:
         self.processor.tokenizer.padding_side = "left"
         return out
 
-    def encode(self, inputs):
+    def frames(self, rows):
+        """What a pruner is told of the videos of such rows, where their frames are images."""
+        if not family_of(self.model).frames_as_images:
+            return {}
+        shown = [p for turns in rows for pictures, _ in turns for p in pictures]
+        return {"video_frames": [len(self.clips.get(p, ())) for p in shown]}
+
+    def encode(self, inputs, **frames):
         """The images of these inputs, through tower and projector."""
         family = family_of(self.model)
         names = ("pixel_values", "pixel_values_videos", "input_ids")
         names += family.image_inputs + family.video_inputs
-        return family.encode(**{name: inputs[name] for name in names if name in inputs})
+        return family.encode(**{name: inputs[name] for name in names if name in inputs}, **frames)
+
+
+def refused_on_images(method, model):
+    """Whether a method does not go with images of a model: it lacks something, or the method compares
+    frames, and these are images to the model.
+    """
+    family = family_of(model)
+    lacking = method.needs & family.lacks
+    return bool(lacking) or ("videos" in method.needs and family.frames_as_images)
 
 
 def snapshot(model):

@@ -7,7 +7,7 @@ several threads may use the model at once. Hooks say nothing to a copy of the mo
 import operator
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -92,6 +92,7 @@ class Block:
         layers: cuts inside the model.
         before: the method before the language model, if there is one.
         trace: what happened in the last prefill.
+        video_frames: of each video of a prompt, 0 for images, where frames are images to the model.
         running: threads inside a forward, with the prompt that each one's cache holds.
     """
 
@@ -99,6 +100,7 @@ class Block:
     layers: LayerPruning
     before: BeforeModel | None
     trace: Trace
+    video_frames: Sequence[int] | None = None
     open: bool = True
     running: dict[int, tuple[threading.Thread, CachedPrompt | None]] = field(default_factory=dict)
     changed: threading.Condition = field(default_factory=threading.Condition)
@@ -290,22 +292,26 @@ class Block:
         if sources:
             if self.before is not None:
                 # which image each placeholder is of, as they were encoded here
-                choice = Choice.of(family, self.before, kwargs["mm_encoder_outputs"], ids)
+                outputs = kwargs["mm_encoder_outputs"]
+                choice = Choice.of(family, self.before, outputs, ids, self.video_frames)
                 ordinal, counts = choice.ordinal, choice.counts
                 frames = [choice.encoded.frames[image] for image in choice.images]
             else:
                 # or as their processor says, where no method needs the encoded images
-                each = [family.counts(ids, kwargs, kind) for kind in sources]
+                given = kwargs | {"video_frames": self.video_frames}
+                each = [family.counts(ids, given, kind) for kind in sources]
                 masks = [ids == family.placeholder(kind) for kind in sources]
                 ordinal, order = merged_ordinals(masks, each)
                 counts = [each[kind][index] for kind, index in order]
                 of_kind = [
-                    video_frames(kwargs["mm_encoder_outputs"][kind], mask, per_item)
+                    family.item_sizes(ids, given)[1]
+                    if kind == "image" and self.video_frames is not None
+                    else video_frames(kwargs["mm_encoder_outputs"][kind], mask, per_item)
                     for kind, mask, per_item in zip(sources, masks, each, strict=True)
                 ]
                 frames = [of_kind[kind][index] for kind, index in order]
-            if "video" in sources:
-                lines = family.frame_lines(ids, ordinal)
+            if "video" in sources or any(frames):
+                lines = family.frame_lines(ids, ordinal, frames)
         # tokens behind the prompt: those that assisted decoding tries, or answers without a cache
         drafts = call.drafts if sources else 0
         if sources and cache is None:
@@ -340,7 +346,7 @@ class Block:
         return forward
 
     def input_ids(self, kwargs: dict[str, Any]) -> Tensor:
-        """Returns token ids (B, L) on the host; where embeddings are given,
+        """Returns token ids on the host; where embeddings are given,
         zeros but for images and videos.
 
         Raises:
@@ -510,6 +516,27 @@ def is_compiled(module: Any) -> bool:
     )
 
 
+def check_video_frames(family: Family, video_frames: Sequence[int] | None) -> None:
+    """Raises `InputError` unless the frames of each video of a prompt may be given.
+
+    Args:
+        family: the model's adapter.
+        video_frames: of each video, 0 for images; None where they are not given.
+    """
+    if video_frames is None:
+        return
+    if not family.frames_as_images:
+        raise InputError(
+            f"frames of a video are no images to {family.model.config.model_type} models; leave out "
+            "video_frames"
+        )
+    if any(type(count) is not int or count < 0 for count in video_frames):
+        raise InputError(
+            f"video_frames {list(video_frames)} are no counts; give the frames of each video, 0 for an "
+            "image"
+        )
+
+
 def check_arguments(family: Family, kwargs: dict[str, Any]) -> None:
     """Raises `InputError` unless a forward's arguments are such that its prompt can be pruned.
 
@@ -568,6 +595,7 @@ def pruned(
     model: Any,
     before: BeforeModel | None = None,
     inside: InsideModel | None = None,
+    video_frames: Sequence[int] | None = None,
 ) -> Iterator[Trace]:
     """Prunes every `generate` and forward of `model` while the block is open.
 
@@ -578,18 +606,22 @@ def pruned(
         model: a model of a supported family, or a PEFT model around one.
         before: a method before the language model.
         inside: a method inside it, which may follow one before it.
+        video_frames: of each video of a prompt, 0 for images, in its order; where frames are images to
+            the model.
 
     Raises:
-        InputError: when the model is inside a block already.
+        InputError: when the model is inside a block already, or `video_frames` are no counts or not
+            what such a model needs.
     """
     refuse_compiled(model)
     family, trace = family_of(model), Trace()
+    check_video_frames(family, video_frames)
     renumbers, contiguous = (
         part is not None and not keeps_positions(family, part.positions)
         for part in (before, inside)
     )
     layers = LayerPruning(family.decoder, inside, renumbers, contiguous, trace, family.both_ways)
-    block = Block(family, layers, before, trace)
+    block = Block(family, layers, before, trace, video_frames)
     hooks = family.decoder._forward_pre_hooks.values()
     if any(isinstance(hook, Hook) and hook.block is not None for hook in hooks):
         raise InputError(

@@ -206,12 +206,12 @@ class PrunedCache(Cache):  # type: ignore[misc]
         self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each row of the layers and of the prompt, `repeats` times."""
+        """Repeats each row."""
         super().batch_repeat_interleave(repeats)
         self.prompt.select(torch.arange(self.prompt.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the rows at `indices`, of the layers and of the prompt."""
+        """Keeps some rows."""
         super().batch_select_indices(indices)
         self._select(indices)
 

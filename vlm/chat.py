@@ -150,6 +150,10 @@ def encode_prompts(
     options = {"padding": True, "padding_side": "left", "return_tensors": "pt"} | options
     if videos:
         check_videos(family, processor, videos)
+        if flat and "pixel_values" in processor.video_processor.model_input_names:
+            raise InputError(
+                "this model's processor takes either images or videos at a time; give one kind"
+            )
         options |= {
             "videos": [clip.frames for clip in videos],
             "video_metadata": [clip.metadata() for clip in videos],
@@ -170,6 +174,29 @@ def encode_prompts(
     return inputs.to(model.device)
 
 
+def video_frames_of(
+    model: Any, processor: Any, texts: Sequence[str], videos: Sequence[VideoClip] = ()
+) -> list[int] | None:
+    """Returns the number of frames of each video of rendered conversations, 0 for images, in their
+    order; None where frames are no images to the model.
+
+    Args:
+        model: of a supported family.
+        processor: its processor.
+        texts: from `render`, one for each row.
+        videos: those of all rows, in order.
+    """
+    if not family_of(model).frames_as_images:
+        return None
+    clips, video = iter(videos), processor.video_token
+    either = re.compile(f"{re.escape(processor.image_token)}|{re.escape(video)}")
+    return [
+        len(next(clips).frames) if shown == video else 0
+        for text in texts
+        for shown in either.findall(text)
+    ]
+
+
 def check_videos(family: Family, processor: Any, videos: Sequence[VideoClip]) -> None:
     """Refuses videos that a model cannot take.
 
@@ -181,8 +208,8 @@ def check_videos(family: Family, processor: Any, videos: Sequence[VideoClip]) ->
     Raises:
         InputError: if the model takes no videos, or a clip is too short.
     """
-    if "video" not in family.kinds or getattr(processor, "video_processor", None) is None:
-        known = [name for name, adapter in FAMILIES.items() if "video" in adapter.kinds]
+    if "videos" in family.lacks or getattr(processor, "video_processor", None) is None:
+        known = [name for name, adapter in FAMILIES.items() if "videos" not in adapter.lacks]
         raise InputError(
             f"{family.model.config.model_type} models take no videos here; give their frames as images, "
             f"or a model of {', '.join(known)}"

@@ -49,7 +49,7 @@ class Group:
         return (rows, columns) if alone else None
 
     def placeholders(self, indices: Tensor) -> Tensor:
-        """Returns indices (k,) among the placeholders, given those of tokens; all N
+        """Returns indices among the placeholders, given those of tokens; all N
         bring the newlines with them.
         """
         if self.indices is None:
@@ -152,7 +152,7 @@ class Images:
 
     @property
     def deepstack(self) -> list[list[Tensor]]:
-        """Returns for each layer the features added to each image's tokens, (N, d_l) each."""
+        """Returns for each layer the features added to each image's tokens."""
         layers = zip(*(group.deepstack for group in self.groups), strict=True)
         return [self._in_order([list(part) for part in layer]) for layer in layers]
 

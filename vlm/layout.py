@@ -140,6 +140,45 @@ def question_mask(is_image: Tensor, valid: Tensor) -> Tensor:
     return after & valid.bool() & is_image.any(1, keepdim=True)
 
 
+def stamped_frames(
+    input_ids: Tensor,
+    videos: Sequence[int],
+    spans: Sequence[tuple[int, int, int]],
+    opening: int | None = None,
+    separators: int = 0,
+) -> Tensor:
+    """Returns for each token the frame that it goes with, (B, L); -1 for other tokens.
+
+    The text in front of a frame, such as a time stamp, begins behind the frame before it and what
+    separates them; a video's first, behind what opens the video. Where nothing does, it begins with
+    the token that begins the next.
+
+    Args:
+        input_ids: (B, L).
+        videos: which one each frame is of.
+        spans: row, first column and end of each frame with its markers.
+        opening: the token that may open a video.
+        separators: how many tokens behind a frame separate it from the next one, and go with it.
+    """
+    frame, ids = torch.full_like(input_ids, -1), input_ids.tolist()
+    for number, (row, first, last) in enumerate(spans):
+        frame[row, first:last] = number
+        line, start = ids[row], first
+        video = videos[number]
+        if number and videos[number - 1] == video:
+            end = spans[number - 1][2]
+            start = min(end + separators, first)
+            frame[row, end:start] = number - 1
+        elif videos[number + 1 : number + 2] == [video]:
+            # the first text is no longer than the next
+            stamp = line[last + separators : spans[number + 1][1]]
+            near = range(first, max(0, first - len(stamp) - 1), -1)
+            opened = [at for at in near if line[at - 1] == opening]
+            start = next(iter(opened + [at for at in near if line[at] in stamp[:1]]), first)
+        frame[row, start:first] = number
+    return frame
+
+
 def grid_lines(ordinal: Tensor) -> Tensor:
     """Returns for each token the line of an image's grid that it is in or ends,
     counted over the prompt; -1 for other text.

@@ -177,7 +177,12 @@ class Choice:
 
     @classmethod
     def of(
-        cls, family: Family, method: BeforeModel, outputs: dict[Kind, Any], input_ids: Tensor
+        cls,
+        family: Family,
+        method: BeforeModel,
+        outputs: dict[Kind, Any],
+        input_ids: Tensor,
+        video_frames: Sequence[int] | None = None,
     ) -> Self:
         """Returns the choice to be made of images and videos.
 
@@ -186,6 +191,7 @@ class Choice:
             method: the method.
             outputs: what the model encoded, by kind.
             input_ids: of the prompt, (B, L).
+            video_frames: of each video, 0 for images, where frames are images to the model.
 
         Raises:
             InputError: when it is not known how they were encoded, or they do not fit the prompt.
@@ -203,7 +209,7 @@ class Choice:
                 each = [
                     count
                     for count, video in zip(method.vision.counts, frames, strict=True)
-                    if bool(video) == (kind == "video")
+                    if family.kind_of(video) == kind
                 ]
             elif noted is not None:
                 each = noted.counts
@@ -218,6 +224,8 @@ class Choice:
                 assert noted is not None
                 read = family.images if kind == "image" else family.videos
                 inputs = noted.inputs | {"input_ids": input_ids[::copies]}
+                if video_frames is not None:
+                    inputs["video_frames"] = video_frames
                 given = read(noted.output, noted.pixel_values, **inputs)
                 each = each if method.pixels is not None else given.counts
             found = int(is_kind.sum())
@@ -300,7 +308,7 @@ class Choice:
 
 
 def on_host(indices: list[Tensor]) -> list[Tensor]:
-    """Returns each image's indices (k,) on the CPU, in one transfer."""
+    """Returns each image's indices on the CPU, in one transfer."""
     if not indices:
         return []
     return list(torch.cat(indices).cpu().split([len(one) for one in indices]))

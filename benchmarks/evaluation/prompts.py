@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlm_prune.benchmarks.evaluation.records import PromptRecord
-from vlm_prune.vlm.chat import encode_prompts
+from vlm_prune.vlm.chat import encode_prompts, video_frames_of
 from vlm_prune.vlm.common.timing import now
 from vlm_prune.vlm.common.video import VideoClip
 from vlm_prune.vlm.encoded import Images
@@ -29,7 +29,7 @@ class Prompts:
         images: how many images and videos each prompt has.
         vision_s: seconds that encoding took.
         cropped: whether the model sees only the middle of images that are not square.
-        videos: how many of these are videos, which are encoded behind all images; none unless given.
+        videos: how many of these are videos that are encoded behind all images; none unless given.
     """
 
     tensors: dict[str, Tensor]
@@ -100,16 +100,25 @@ def make_prompts(
     cropped = bool(getattr(processor.image_processor, "do_center_crop", False))
     counts = tuple(map(len, videos)) or (0,) * len(images)
     shown = [len(row) + count for row, count in zip(images, counts, strict=True)]
-    return replace(encoded(model, inputs, shown), cropped=cropped, videos=counts)
+    frames = video_frames_of(model, processor, texts, clips)
+    behind = counts if frames is None else (0,) * len(images)
+    prompts = encoded(model, inputs, shown, frames)
+    return replace(prompts, cropped=cropped, videos=behind)
 
 
-def encoded(model: Any, inputs: Mapping[str, Any], images: list[int]) -> Prompts:
+def encoded(
+    model: Any,
+    inputs: Mapping[str, Any],
+    images: list[int],
+    video_frames: Sequence[int] | None = None,
+) -> Prompts:
     """Encodes the images and videos of prompts that a processor has made.
 
     Args:
         model: of a supported family.
         inputs: what the processor gives, padded on the left.
         images: number of images and videos of each prompt.
+        video_frames: of each of these videos, 0 for images, where frames are images to the model.
     """
     family, device = family_of(model), model.device
     tensors = {key: inputs[key] for key in ("input_ids", "attention_mask")}
@@ -118,7 +127,9 @@ def encoded(model: Any, inputs: Mapping[str, Any], images: list[int]) -> Prompts
         names = ("input_ids", *PIXELS.values(), *family.image_inputs, *family.video_inputs)
         start = now(device)
         with torch.no_grad():
-            vision = family.encode(**{name: inputs[name] for name in names if name in inputs})
+            own: Any = {} if video_frames is None else {"video_frames": video_frames}
+            given = {name: inputs[name] for name in names if name in inputs}
+            vision = family.encode(**given, **own)
         seconds = now(device) - start
         ids, mask = tensors["input_ids"], tensors["attention_mask"]
         tensors |= family.arguments(ids, mask, dict(inputs) | vision.inputs)

@@ -43,7 +43,7 @@ class ServedChat(PrunedChat):
         self.engines = ServedEngines(config)
 
     def close(self) -> None:
-        """Stops vLLM's engines, so that their memory is free."""
+        """Ends vLLM's engines."""
         self.engines.close()
 
     @torch.inference_mode()

@@ -202,7 +202,7 @@ def random_model(config: BenchConfig, architecture: Any = None) -> Any:
 
 
 def shorten(text: Any, layers: int, shape: str) -> None:
-    """Cuts a language model's configuration to its first `layers` decoder layers.
+    """Leaves a language model's configuration its first decoder layers.
 
     Args:
         text: the language model's configuration.
@@ -222,7 +222,8 @@ def shorten(text: Any, layers: int, shape: str) -> None:
 
 
 def shorten_tower(vision: Any, layers: int, shape: str) -> None:
-    """Cuts a vision tower's configuration to `layers`; the last one attends to the whole image.
+    """Leaves a vision tower's configuration so many layers; the last
+    one attends to the whole image.
 
     Args:
         vision: the tower's configuration.
@@ -271,8 +272,7 @@ def random_prompt(config: BenchConfig, model: Any) -> dict[str, Tensor]:
     else:
         inputs = random_pictures(model, config.batch, generator)
     image = inputs["input_ids"]
-    placeholder = family.placeholder("video" if config.video_frames else "image")
-    # a third of the text before the image, the rest behind it
+    placeholder = family.placeholder(family.kind_of(config.video_frames))
     markers = min(config.text - 2, int((image[0] != placeholder).sum()))
     text = torch.randint(12, 200, (config.batch, config.text - markers), generator=generator)
     before, after = text.to(model.device).split(
@@ -295,7 +295,9 @@ def bench(config: BenchConfig, variants: list[Variant]) -> list[BenchResults]:
     with kept_memory():
         if config.video_frames:
             # encoded once for all methods, none of which changes it
-            prompts = encoded(model, random_prompt(config, model), [1] * config.batch)
+            frames = [config.video_frames] * config.batch
+            own = frames if family_of(model).frames_as_images else None
+            prompts = encoded(model, random_prompt(config, model), [1] * config.batch, own)
             video = Video(prompts)
         return [
             _measured(replace(config, variant=variant), pruner, model, ceilings, video)

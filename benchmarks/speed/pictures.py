@@ -9,6 +9,7 @@ from torch import Tensor
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import Registry
 from vlm_prune.vlm.families import Family, family_of
+from vlm_prune.vlm.families.base import PIXELS
 
 SIDE = 672  # of a picture in pixels where a model takes any size: 2 x 2 tiles of most towers
 FRAME_SIDE = 448  # of a frame, likewise
@@ -41,8 +42,8 @@ def random_videos(
 ) -> dict[str, Tensor]:
     """Returns what the processor says about one video for each prompt, of scenes of random pixels.
 
-    Next to `pixel_values_videos` and the family's `video_inputs`, `input_ids` (B, n) holds the part of
-    a prompt that stands for its video.
+    Next to `pixel_values_videos`, or `pixel_values` where frames are images, and the family's
+    `video_inputs`, `input_ids` (B, n) holds the part of a prompt that stands for its video.
 
     Args:
         model: the model.
@@ -71,7 +72,9 @@ def random_videos(
     pixels = pixels.flatten(0, 2) if pixels.ndim == 4 else pixels
     inputs |= {"input_ids": torch.tensor(part).expand(batch, -1)}
     given = {key: value.to(model.device) for key, value in inputs.items()}
-    return given | {"pixel_values_videos": pixels.to(model.device, model.dtype)}
+    if family.frames_as_images:
+        pixels = pixels if family.by_row else pixels.flatten(0, 1)
+    return given | {PIXELS[family.kind_of(frames)]: pixels.to(model.device, model.dtype)}
 
 
 Layout = tuple[tuple[int, ...], dict[str, Tensor], list[int]]
@@ -186,6 +189,15 @@ def _stamped_pairs(family: Family, frames: int, batch: int) -> Layout:
     return shape, {"video_grid_thw": inputs["video_grid_thw"]}, frame * shape[1]
 
 
+def _marked_frames(family: Family, frames: int, batch: int) -> Layout:
+    """Lays out frames of one tile, each between markers and behind a number or a time."""
+    before, behind = family.frame_markers  # type: ignore[attr-defined]
+    pads = [family.image_token] * family.tokens_per_image
+    # what stands in front of a frame's tokens is alike, as a tile's marker is
+    frame = [*MARKERS, *[MARKERS[0]] * before, *pads, *[MARKERS[1]] * behind]
+    return (batch, frames, *_square(family)), {}, frame * frames
+
+
 VIDEO_LAYOUTS: Registry[Callable[[Family, int, int], Layout]] = Registry(
     "model family that takes videos",
     {
@@ -193,6 +205,8 @@ VIDEO_LAYOUTS: Registry[Callable[[Family, int, int], Layout]] = Registry(
         "llava_onevision": _views,
         "qwen2_5_vl": _pairs,
         "qwen3_vl": _stamped_pairs,
+        "internvl": _marked_frames,
+        "smolvlm": _marked_frames,
         "qwen3_vl_moe": _stamped_pairs,
     },
 )

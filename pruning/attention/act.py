@@ -78,8 +78,7 @@ class CalibratedRun(MethodRun):
 def calibrated(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, sink: float, keep: float
 ) -> Tensor:
-    """Returns causal attention (H, n, v) in which sinks keep a share of their weight,
-    and other keys get the rest.
+    """Returns causal attention (H, n, v) in which sinks keep a share of theirs.
 
     Args:
         query: (H, n, d).

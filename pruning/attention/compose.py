@@ -17,8 +17,11 @@ def with_attention(method: Any, attention: SparseAttention) -> Any:
     kind = type(method)
 
     @contextmanager
-    def call(self: Any, model: Any, vision: Any = None) -> Iterator[Trace]:
-        with kind.__call__(self, model, vision) as trace, self.attention(model) as computed:
+    def call(
+        self: Any, model: Any, vision: Any = None, video_frames: Any = None
+    ) -> Iterator[Trace]:
+        block = kind.__call__(self, model, vision, video_frames)
+        with block as trace, self.attention(model) as computed:
             trace.attention = computed
             yield trace
 

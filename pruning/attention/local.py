@@ -38,9 +38,7 @@ class Local(BlockAttention):
         return self.distances(inputs)[None] < -(-self.window // self.block)
 
     def at_density(self, inputs: AttentionInputs, blocks: float) -> Tensor:
-        """Returns the method's pattern with a window as wide as the density
-        allows, (R, blocks, blocks).
-        """
+        """Returns the method's pattern, with a window as wide as the density allows."""
         return nearest_blocks(self.pattern(inputs, blocks), self.geometry(inputs), blocks)
 
     def pattern(self, inputs: AttentionInputs, blocks: float) -> Tensor:

@@ -142,9 +142,7 @@ class Sale(BlockAttention):
         return found
 
     def choose(self, inputs: AttentionInputs) -> Tensor:
-        """Returns the blocks whose score reaches the threshold, and each query block's window,
-        (R, query blocks, key blocks).
-        """
+        """Returns the blocks whose score reaches the threshold, and each query block's window."""
         geometry = self.geometry(inputs)
         query, key = geometry.shape(inputs.length)
         index = torch.arange(max(query, key), device=inputs.key.device)

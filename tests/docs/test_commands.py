@@ -120,14 +120,22 @@ def test_every_name_in_the_python_of_a_page_is_defined():
 
 def test_python_on_videos_runs_on_a_model_of_random_weights(folder, capsys):
     pytest.importorskip("av")
-    page, checkpoint, tiny = ROOT / "docs/video.md", folder / "random", Tiny("qwen2_5_vl")
-    tiny.model.save_pretrained(checkpoint)
-    tiny.processor.save_pretrained(checkpoint)
+    page = ROOT / "docs/video.md"
+    released = {
+        "qwen2_5_vl": "Qwen/Qwen2.5-VL-7B-Instruct",
+        "internvl": "OpenGVLab/InternVL3-1B-hf",
+    }
+    for name in released:
+        tiny = Tiny(name)
+        tiny.model.save_pretrained(folder / name)
+        tiny.processor.save_pretrained(folder / name)
     write_clip(folder / "clip.mp4", range(0, 4000, 100))
     examples = [block for block in blocks(page) if block.language == "python"]
     assert examples
     for block in examples:
-        text = block.text.replace("Qwen/Qwen2.5-VL-7B-Instruct", str(checkpoint))
+        text = block.text
+        for name, checkpoint in released.items():
+            text = text.replace(checkpoint, str(folder / name))
         exec(compile(text, f"{page.name}:{block.line}", "exec"), {})  # noqa: S102
     assert " of " in capsys.readouterr().out
 

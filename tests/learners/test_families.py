@@ -102,13 +102,13 @@ def test_an_attach_that_fails_leaves_nothing(plain, monkeypatch, fails_at):
     tiny, *_ = plain
     if refused(tiny):
         pytest.skip("refused")
-    attached, layer = [], wings.WingsLayer
+    made, layer = [], wings.WingsLayer
 
     def failing(*arguments):
-        attached.append(layer(*arguments))
-        if len(attached) == fails_at:
+        made.append(layer(*arguments))
+        if len(made) == fails_at:
             raise MemoryError
-        return attached[-1]
+        return made[-1]
 
     monkeypatch.setattr(wings, "WingsLayer", failing)
     with pytest.raises(MemoryError):

@@ -10,7 +10,7 @@ import tiny_families
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from peft import LoraConfig, get_peft_model
-from tiny_families import Tiny
+from tiny_families import Tiny, refused_on_images
 from torch import nn
 
 from vlm_prune.pruning import METHODS
@@ -40,7 +40,7 @@ def runs(model, tiny, names, inputs=None):
     inputs, found = inputs or tiny.inputs(TURNS), {}
     for name in names:
         method = build(name, budget=6, **({"directions": 4} if name == "zoo" else {}))
-        if method.needs & family_of(model).lacks:
+        if refused_on_images(method, model):
             continue
         with method(model) as trace, torch.no_grad():
             logits = model(**inputs).logits

@@ -51,7 +51,7 @@ __all__ = ["FAMILIES", "Family", "Need", "check_supported", "family_of", "takes_
 
 def takes_videos(kind: str) -> bool:
     """Returns whether models whose config says `kind` have an adapter that prunes videos."""
-    return kind in FAMILIES and "video" in FAMILIES[kind].kinds
+    return kind in FAMILIES and "videos" not in FAMILIES[kind].lacks
 
 
 def check_supported(kind: str) -> None:

@@ -165,7 +165,8 @@ class Family(ABC):
     """Paths into a model of one family.
 
     `lacks` names what some methods need and the family has not; `kinds` what its models encode,
-    `KINDS` where that includes videos; `image_inputs` the arguments of a
+    `KINDS` where that includes videos; `frames_as_images` whether frames of a video are images to its
+    models; `image_inputs` the arguments of a
     prompt, next to `pixel_values`, that describe its images, `video_inputs` those next to
     `pixel_values_videos`; `mrope` whether positions have rows
     for time, height and width, which leave gaps when tokens go; `by_row` whether the processor
@@ -178,6 +179,7 @@ class Family(ABC):
 
     lacks: ClassVar[frozenset[Need]] = frozenset()
     kinds: ClassVar[tuple[Kind, ...]] = ("image",)
+    frames_as_images: ClassVar[bool] = False
     image_inputs: ClassVar[tuple[str, ...]] = ()
     video_inputs: ClassVar[tuple[str, ...]] = ()
     mrope: ClassVar[bool] = False
@@ -188,7 +190,8 @@ class Family(ABC):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         videos: frozenset[Need] = frozenset({"videos"})
-        cls.lacks = cls.lacks - videos if "video" in cls.kinds else cls.lacks | videos
+        takes = "video" in cls.kinds or cls.frames_as_images
+        cls.lacks = cls.lacks - videos if takes else cls.lacks | videos
 
     @property
     def device(self) -> torch.device:
@@ -214,7 +217,13 @@ class Family(ABC):
         """Returns the id of the placeholder of an image's or a video's token."""
         return self.image_token if kind == "image" else self.video_token
 
-    def frame_lines(self, input_ids: Tensor, ordinal: Tensor) -> Tensor | None:
+    def kind_of(self, frames: int) -> Kind:
+        """Returns as what the model encodes a video of so many frames, or an image, of 0."""
+        return "video" if frames and "video" in self.kinds else "image"
+
+    def frame_lines(
+        self, input_ids: Tensor, ordinal: Tensor, frames: Sequence[int]
+    ) -> Tensor | None:
         """Returns for each token of a prompt with videos the frame that it goes with,
         (B, L); -1 for other tokens.
 
@@ -224,6 +233,7 @@ class Family(ABC):
         Args:
             input_ids: (B, L).
             ordinal: the image or video of each placeholder, -1 for text, (B, L).
+            frames: of each video, 0 for images.
         """
         return None
 
@@ -361,7 +371,8 @@ class Family(ABC):
         Args:
             pixel_values: of the images, as the processor gives them.
             pixel_values_videos: of the videos, likewise.
-            inputs: those of `image_inputs` and `video_inputs`, and `input_ids`.
+            inputs: those of `image_inputs` and `video_inputs`, `input_ids`, and `video_frames` where
+                frames are images.
         """
         encoded = Images([])
         if pixel_values is not None:
@@ -387,8 +398,8 @@ class Family(ABC):
         return self.run(partial(self.encoder_output, kind), pixels.to(self.device), **given)
 
     def tower_flops(self, views: Sequence[int]) -> float:
-        """Returns the matrix-product FLOPs of the tower on an image, given the
-        number of patches of each of its views.
+        """Returns the matrix-product FLOPs of the tower on an image
+        whose views have so many patches.
         """
         tokens = [patches + self.tower_prefix for patches in views]
         layers = [(matrices(layer), tokens) for layer in self.tower_layers]
@@ -462,6 +473,19 @@ class Family(ABC):
         images = len(inputs["pixel_values"])
         return [int((input_ids == self.image_token).sum()) // images] * images
 
+    def item_sizes(
+        self, input_ids: Tensor, inputs: Mapping[str, Any]
+    ) -> tuple[list[int], list[int]]:
+        """Returns the number of placeholders of each image, or video of images, and of its frames, 0
+        for images.
+
+        Args:
+            input_ids: (B, L).
+            inputs: what the forward is given, with `video_frames` where frames are images.
+        """
+        sizes = self.sizes(input_ids, inputs)
+        return sizes, [0] * len(sizes)
+
     def positions(self, input_ids: Tensor, valid: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """Returns positions in the full prompt, (B, L), or (4, B, L) with those of the text first.
 
@@ -509,7 +533,7 @@ class Family(ABC):
         projected, deepstack = encoded.projected, encoded.deepstack
         found: dict[str, Any] = {}
         for kind in self.kinds:
-            members = [n for n, t in enumerate(encoded.frames) if bool(t) == (kind == "video")]
+            members = [n for n, frames in enumerate(encoded.frames) if self.kind_of(frames) == kind]
             if members:
                 layers = [[layer[n] for n in members] for layer in deepstack]
                 output = self.output([projected[n] for n in members], layers)["image"]

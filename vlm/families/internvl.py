@@ -3,12 +3,14 @@
 An image is one run of placeholders: its tiles and then its overview. The projector's norm counts
 as the tower's, so that two layers remain. A token's attention is the mean over its patches, within
 its tile; each tile has its own CLS token.
+
+Frames of a video are images of one tile, `Frame1: <img>...</img>` and a newline each.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,9 @@ from vlm_prune.vlm.projector import Projector
 @dataclass(frozen=True)
 class InternVL(Tiled):
     """Paths into an `InternVLForConditionalGeneration`."""
+
+    frames_as_images: ClassVar[bool] = True
+    separators: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         layer = self.model.config.vision_feature_layer

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vlm_prune.vlm.families.qwen2_5_vl import Qwen25VL
-from vlm_prune.vlm.layout import image_runs
+from vlm_prune.vlm.layout import image_runs, stamped_frames
 from vlm_prune.vlm.projector import Projector
 
 
@@ -50,37 +49,25 @@ class Qwen3VL(Qwen25VL):
             )
         }
 
-    def frame_lines(self, input_ids: Tensor, ordinal: Tensor) -> Tensor | None:
-        """Returns for each token the frame that it goes with, (B, L): a frame's tokens,
-        the markers around them, and the time stamp in front.
+    def frame_lines(
+        self, input_ids: Tensor, ordinal: Tensor, frames: Sequence[int]
+    ) -> Tensor | None:
+        """Returns for each token the frame that it goes with: a frame's tokens, the
+        markers around them, and the time stamp in front.
 
-        A stamp begins behind the marker that closes the frame before it; a video's first, behind
-        what opens the video. Where that is no marker, it begins with the token that begins the
-        next.
+        Args:
+            input_ids: (B, L).
+            ordinal: the image or video of each placeholder, -1 for text, (B, L).
+            frames: of each video, 0 for images.
         """
-        config, frame = self.model.config, torch.full_like(input_ids, -1)
+        config = self.model.config
         opening, closing = config.vision_start_token_id, config.vision_end_token_id
-        runs = image_runs(input_ids == config.video_token_id)
-        ids, begins = input_ids.tolist(), []
-        for number, (row, column, length) in enumerate(runs):
+        ids, spans, videos = input_ids.tolist(), [], []
+        for row, column, length in image_runs(input_ids == config.video_token_id):
             line, end = ids[row], column + length
             # the run with its markers, where they are there
             first = column - int(column > 0 and line[column - 1] == opening)
             last = end + int(end < len(line) and line[end] == closing)
-            frame[row, first:last] = number
-            begins.append((row, first, last))
-        # the time stamp in front of each frame goes with it
-        videos = [int(ordinal[row, column]) for row, column, _ in runs]
-        for number, (row, first, _) in enumerate(begins):
-            line, start = ids[row], first
-            video = videos[number]
-            if number and videos[number - 1] == video:
-                start = begins[number - 1][2]
-            elif videos[number + 1 : number + 2] == [video]:
-                # the first stamp is no longer than the next
-                stamp = line[begins[number][2] : begins[number + 1][1]]
-                near = range(first, max(0, first - len(stamp) - 1), -1)
-                opened = [at for at in near if line[at - 1] == opening]
-                start = next(iter(opened + [at for at in near if line[at] in stamp[:1]]), first)
-            frame[row, start:first] = number
-        return frame
+            spans.append((row, first, last))
+            videos.append(int(ordinal[row, column]))
+        return stamped_frames(input_ids, videos, spans, opening)

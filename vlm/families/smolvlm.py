@@ -4,6 +4,8 @@ An image is several runs of placeholders, each behind a marker that names the ti
 comes last, so the marker in front of a prompt's last run tells where images end. The projector is
 one linear map, under which every token is equally sensitive. The SigLIP tower has no CLS token:
 methods that read its attention read the mean over all patches of the tile.
+
+Frames of a video are images of one tile, each behind its time as text.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,6 +35,8 @@ class SmolVLM(Tiled):
     }
     image_inputs: ClassVar[tuple[str, ...]] = ("pixel_attention_mask",)
     by_row: ClassVar[bool] = True
+    frames_as_images: ClassVar[bool] = True
+    frame_markers: ClassVar[tuple[int, int]] = (2, 1)
 
     def __post_init__(self) -> None:
         # before, its forward took whole tiles only

@@ -103,6 +103,11 @@ def check_sendable(pruner: Any, kind: str) -> None:
             f"{type(pruner).__name__} does more than choose tokens before the language model; "
             "give a method that does not, such as cdpruner"
         )
+    if "videos" in pruner.needs:
+        raise InputError(
+            f"{type(pruner).__name__} compares frames of videos, which are not sent; "
+            "give a method that prunes images, such as cdpruner"
+        )
 
 
 def _repeated(question: Tensor, count: int) -> tuple[Tensor, ...]:

@@ -38,29 +38,36 @@ def onevision(tmp_path_factory):
     return folder
 
 
-def test_tasks_about_videos_are_evaluated(run, onevision, tmp_path):
+# 16 frames of 2 x 2 tokens and a newline, or of 3 x 3
+@pytest.mark.parametrize(("family", "tokens"), [("llava_onevision", 65), ("internvl", 144)])
+def test_tasks_about_videos_are_evaluated(run, tmp_path, family, tokens):
+    tiny = Tiny(family)
+    tiny.model.save_pretrained(tmp_path)
+    tiny.processor.save_pretrained(tmp_path)
     code, out, err = run(
-        "eval", "--model", onevision, "--method", "evs", "--budget", "2/frame", "--tasks",
+        "eval", "--model", tmp_path, "--method", "evs", "--budget", "2/frame", "--tasks",
         "appears,order,exist", "--limit", "6", "--batch-size", "4", "--output", tmp_path / "run",
     )  # fmt: skip
     assert code == 0, err
     rows = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     assert len(rows) == 6 and "budget 2/frame" in out
     for row in rows:
-        # 16 frames of 2 x 2 tokens and a newline; images are whole
+        # images are whole
         if row["task"] == "exist":
             assert row["kept"][0] == [*range(row["image_tokens"][0])]
         else:
-            assert row["images"] == 1 and row["image_tokens"] == [65] and len(row["kept"][0]) == 32
+            assert (
+                row["images"] == 1 and row["image_tokens"] == [tokens] and len(row["kept"][0]) == 32
+            )
 
 
 def test_a_video_is_answered(run, onevision, clip, tmp_path, capsys):
     capsys.readouterr()  # transformers shows how it writes
     sheet = tmp_path / "sheet.png"
-    command = ["ask", clip, "What color?", "--model", onevision, "--method", "evs", "--frames", "4"]
-    code, answer, err = run(*command, "--budget", "0.5")
+    asked = ["ask", clip, "What color?", "--model", onevision, "--method", "evs", "--frames", "4"]
+    code, answer, err = run(*asked, "--budget", "0.5")
     assert code == 0 and not err, err
-    other = run(*command, "--budget", "1.0", "--sheet", sheet)[1]
+    other = run(*asked, "--budget", "1.0", "--sheet", sheet)[1]
     assert answer != other
     assert Image.open(sheet).size == (2 * SMALL, 2 * (SMALL * 3 // 4 + CAPTION))
 

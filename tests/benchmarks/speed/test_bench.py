@@ -107,14 +107,14 @@ def test_all_is_every_method_that_fits_the_shape(run, tmp_path, monkeypatch):
     from vlm_prune.benchmarks.cli.support import every_method
     from vlm_prune.vlm.families import FAMILIES
 
-    measured = []
+    asked = []
     monkeypatch.setattr(
         "vlm_prune.benchmarks.speed.bench.bench",
-        lambda _, variants: measured.extend(variants) or 1 / 0,
+        lambda _, variants: asked.extend(variants) or 1 / 0,
     )
     with pytest.raises(ZeroDivisionError):
         run("bench", "--method", "all", "--model-shape", "llava-0.5b")
-    assert [v.method for v in measured] == every_method(FAMILIES["llava"])
+    assert [v.method for v in asked] == every_method(FAMILIES["llava"])
     code, _, err = run("bench", "--method", "all", "--model-shape", "llava-0.5")
     assert code == 2 and "did you mean 'llava-0.5b'" in err
     code, _, err = run("bench", "--method", ",")
@@ -134,7 +134,8 @@ def test_a_shape_can_have_fewer_layers(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "family", ["llava_next_video", "llava_onevision", "qwen2_5_vl", "qwen3_vl"]
+    "family",
+    ["internvl", "llava_next_video", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "smolvlm"],
 )
 def test_videos_are_encoded_once_and_shared_by_all_methods(run, tmp_path, monkeypatch, family):
     if not all(map(find_spec, NEEDS[family])):
@@ -152,8 +153,9 @@ def test_videos_are_encoded_once_and_shared_by_all_methods(run, tmp_path, monkey
     )  # fmt: skip
     assert code == 0, err
     evs, fastvid, fastv = json.loads((tmp_path / "bench.json").read_text())
-    # frames of 2 x 2 tokens, perhaps with a newline behind them, or pairs of 3 x 3
-    tokens = {"llava_next_video": 16, "llava_onevision": 17}.get(family, 18)
+    # frames of 2 x 2 tokens, perhaps with a newline behind them, or of 3 x 3, alone or in pairs
+    alone = {"internvl": 36, "smolvlm": 36}
+    tokens = (alone | {"llava_next_video": 16, "llava_onevision": 17}).get(family, 18)
     assert evs["unpruned"]["tokens"]["kept"] == tokens and f"{tokens} tokens of 4 frames" in out
     assert evs["pruned"]["tokens"]["kept"] == round(tokens / 2)
     assert evs["unpruned"]["times_ms"] == fastv["unpruned"]["times_ms"]
@@ -292,8 +294,8 @@ def test_every_family(run, tiny, tmp_path, monkeypatch, method):
     results = json.loads((tmp_path / "bench.json").read_text())
     before, after = results["unpruned"], results["pruned"]
     assert before["tokens"]["kept"] > 8
-    surplus = before["tokens"]["kept"] / 2 - after["tokens"]["layer_mean"]
-    assert -0.5 <= surplus < 1 and results["speedup"]["promised"] > 1
+    spare = before["tokens"]["kept"] / 2 - after["tokens"]["layer_mean"]
+    assert -0.5 <= spare < 1 and results["speedup"]["promised"] > 1
     for run_ in (before, after):
         assert all(run_["floors_ms"][phase] > 0 for phase in ("vision", "prefill", "decode"))
 

@@ -4,7 +4,7 @@ from inspect import signature
 
 import pytest
 import torch
-from tiny_families import failing, restored, same_choices, snapshot
+from tiny_families import failing, refused_on_images, restored, same_choices, snapshot
 from transformers import TextStreamer
 
 from vlm_prune.benchmarks.cli.support import support
@@ -41,6 +41,10 @@ def on(name, tiny, budget=BUDGET, **more):
             method.admit(tiny.model)
         assert "\n" not in str(refusal.value)
         pytest.skip(f"needs {', '.join(lacking)}")
+    if refused_on_images(method, tiny.model):
+        with pytest.raises(InputError, match="give video_frames"):
+            method(tiny.model)
+        pytest.skip("compares frames, which are images")
     return method
 
 

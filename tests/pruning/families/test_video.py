@@ -12,25 +12,36 @@ from tiny_families import FPS, NEEDS, Tiny, failing, snapshot
 from vlm_prune.pruning import METHODS, VideoPruner
 from vlm_prune.pruning.pipeline import PrunedVLM
 from vlm_prune.pruning.registry import build
+from vlm_prune.vlm.chat import render, video_frames_of
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.video import VideoClip
 from vlm_prune.vlm.families import FAMILIES, family_of
 
 LONG = "What color is the star and is there a 7?"
-EQUAL_LENGTHS = ("llava_next_video", "llava_onevision")
+EQUAL_LENGTHS = ("internvl", "llava_next_video", "llava_onevision", "smolvlm")
 """Families whose processor stacks the videos of a batch."""
+VIDEOS_ALONE = ("smolvlm",)
+"""Families whose processor takes no images beside videos."""
+FRAMES = {
+    "qwen3_vl": r"<[0-9.]+.?seconds><\|vision_start\|>((?:<\|video_pad\|>)+)<\|vision_end\|>",
+    "internvl": r"Frame[0-9]:.<img>((?:<IMG_CONTEXT>)+)</img>(?:Ċ(?=Frame[2-9]))?",
+    "smolvlm": "ĊFrame.from.[0-9:]+<fake_token_around_image><global-img>((?:<image>)+)"
+    "<fake_token_around_image>",
+}
+"""Frames of the families that put text beside them: their placeholders, and what goes with these."""
 RAGGED = [
     [(["a"], "Is there a 7?")],
     [([], "What is red?")],
     [([1], "Is it blue?"), ([], "yes"), (["b", "a"], LONG)],
 ]
-EQUAL = [[(["c" if p == "b" else p for p in shown], text) for shown, text in row] for row in RAGGED]
 BUDGET = 5
 EVERY = [*METHODS, "divprune+adaptinfer", "vidcom2+fastv", "fastv+merge"]
 STAGES = ["divprune", "visionzip", "fastvid", "vidcom2+fastv"]
 
 
-@pytest.fixture(scope="module", params=[n for n, own in FAMILIES.items() if "video" in own.kinds])
+@pytest.fixture(
+    scope="module", params=[n for n, own in FAMILIES.items() if "videos" not in own.lacks]
+)
 def tiny(request):
     for package in NEEDS.get(request.param, ()):
         if find_spec(package) is None:
@@ -38,15 +49,28 @@ def tiny(request):
     return Tiny(request.param)
 
 
-def rows_of(tiny):
-    """LLaVA-OneVision's processor takes videos of equal length only."""
-    return EQUAL if tiny.name in EQUAL_LENGTHS else RAGGED
+def rows_of(tiny, rows=RAGGED):
+    """The rows as the family's processor takes them: with videos of equal length, or no images."""
+
+    def shown(pictures):
+        if tiny.name in EQUAL_LENGTHS:
+            pictures = ["c" if p == "b" else p for p in pictures]
+        return [p for p in pictures if tiny.name not in VIDEOS_ALONE or p in tiny.clips]
+
+    return [[(shown(pictures), text) for pictures, text in row] for row in rows]
+
+
+def image_item(tiny):
+    """The number of the image among the items of these rows."""
+    return None if tiny.name in VIDEOS_ALONE else 1
 
 
 @lru_cache(maxsize=1)
 def unpruned(tiny):
     with torch.no_grad():
         inputs = tiny.inputs(rows_of(tiny))
+        # transformers leaves hooks of its own on a tower that is asked for hidden states
+        tiny.encode(inputs)
         return inputs, tiny.model(**inputs).logits
 
 
@@ -81,7 +105,10 @@ def named(methods):
 def test_keeping_all_equals_the_unpruned_model_and_the_budget_is_met(name, tiny):
     inputs, expected = unpruned(tiny)
     before = snapshot(tiny.model)
-    with on(name, tiny, budget=1.0)(tiny.model) as trace, torch.inference_mode():
+    with (
+        on(name, tiny, budget=1.0)(tiny.model, **tiny.frames(rows_of(tiny))) as trace,
+        torch.inference_mode(),
+    ):
         during = snapshot(tiny.model)
         logits = tiny.model(**inputs).logits
     assert snapshot(tiny.model) == before != during
@@ -90,13 +117,13 @@ def test_keeping_all_equals_the_unpruned_model_and_the_budget_is_met(name, tiny)
     assert [len(places) for places in trace.kept] == trace.available
 
     method = on(name, tiny)
-    with method(tiny.model) as trace, torch.inference_mode():
+    with method(tiny.model, **tiny.frames(rows_of(tiny))) as trace, torch.inference_mode():
         tiny.model(**inputs)
     for item, places in enumerate(trace.kept):
         computed = [counts[item] for counts in trace.computed]
         mean = sum(computed) / len(computed)
         # methods that compare frames leave the image, the second item, whole
-        whole = name == "none" or (item == 1 and isinstance(method, VideoPruner))
+        whole = name == "none" or (item == image_item(tiny) and isinstance(method, VideoPruner))
         enough = trace.available[item] if whole else BUDGET
         assert enough * 0.9 < mean <= enough
         assert places.tolist() == sorted(set(places.tolist()))
@@ -106,15 +133,18 @@ def test_keeping_all_equals_the_unpruned_model_and_the_budget_is_met(name, tiny)
 def test_a_budget_per_frame_is_met(name, tiny):
     """An image counts as one frame."""
     inputs, _ = unpruned(tiny)
-    method = on(name, tiny, budget="2/frame")
-    with method(tiny.model) as trace, torch.inference_mode():
+    method, frames = on(name, tiny, budget="2/frame"), tiny.frames(rows_of(tiny))
+    with method(tiny.model, **frames) as trace, torch.inference_mode():
         tiny.model(**inputs)
     # items in the prompt's order: the image is the second one
-    image, *videos = tiny.encode(inputs).frames
-    for item, frames in enumerate([videos[0], image, *videos[1:]]):
+    shown = tiny.encode(inputs, **frames).frames
+    if not frames:
+        image, *videos = shown
+        shown = [videos[0], image, *videos[1:]]
+    for item, frames in enumerate(shown):
         computed = [counts[item] for counts in trace.computed]
         mean, wanted = sum(computed) / len(computed), 2 * max(1, frames)
-        if name == "none" or (item == 1 and isinstance(method, VideoPruner)):
+        if name == "none" or (item == image_item(tiny) and isinstance(method, VideoPruner)):
             wanted = trace.available[item]
         # a mean over layers is met up to a tenth, and up to a token where these are few
         assert wanted - max(1, wanted / 10) < mean <= wanted
@@ -122,17 +152,18 @@ def test_a_budget_per_frame_is_met(name, tiny):
 
 @pytest.mark.parametrize("name", ["scope", "pool", "flashvid", "fastv", "vidcom2+fastv"])
 def test_a_share_below_one_token_of_a_video_is_refused(name, tiny):
-    inputs = tiny.inputs([[(["a"], LONG)]])
-    (available,) = tiny.encode(inputs).counts
+    rows = [[(["a"], LONG)]]
+    inputs, frames = tiny.inputs(rows), tiny.frames(rows)
+    (available,) = tiny.encode(inputs, **frames).counts
     with (
-        on(name, tiny, budget=0.001)(tiny.model),
+        on(name, tiny, budget=0.001)(tiny.model, **frames),
         torch.inference_mode(),
         pytest.raises(InputError, match=f"below one of the {available} tokens of a video") as said,
     ):
         tiny.model(**inputs)
     least = float(re.search(r"give (0\.[0-9]+) or more", str(said.value))[1])
     assert 1 / available <= least < 1.1 / available
-    with on(name, tiny, budget=least)(tiny.model) as trace, torch.inference_mode():
+    with on(name, tiny, budget=least)(tiny.model, **frames) as trace, torch.inference_mode():
         tiny.model(**inputs)
     assert 1 <= len(trace.kept[0]) < 4
 
@@ -140,19 +171,22 @@ def test_a_share_below_one_token_of_a_video_is_refused(name, tiny):
 @named(STAGES)
 def test_each_row_equals_its_solo_run(name, tiny):
     method, rows = on(name, tiny), rows_of(tiny)
-    with method(tiny.model):
+    with method(tiny.model, **tiny.frames(rows)):
         batch = greedy(tiny, tiny.inputs(rows), steps=2)
-        for row, turns in enumerate(rows):
+    for row, turns in enumerate(rows):
+        with method(tiny.model, **tiny.frames([turns])):
             solo = greedy(tiny, tiny.inputs([turns]), steps=2)
-            for step, logits in enumerate(batch.logits):
-                assert_close(logits[row], solo.logits[step][0])
+        for step, logits in enumerate(batch.logits):
+            assert_close(logits[row], solo.logits[step][0])
 
 
 @named(STAGES)
 def test_right_padded_rows_equal_left_padded_ones(name, tiny):
     rows = rows_of(tiny)[::2]
-    with on(name, tiny)(tiny.model), torch.inference_mode():
+    method = on(name, tiny)
+    with method(tiny.model, **tiny.frames(rows)), torch.inference_mode():
         left, right = (tiny.model(**tiny.inputs(rows, side)).logits for side in ("left", "right"))
+    with method(tiny.model, **tiny.frames(rows[:1])), torch.inference_mode():
         solo = tiny.model(**tiny.inputs(rows[:1])).logits[0]
     assert_close(left[0, -len(solo) :], solo)
     assert_close(right[0, : len(solo)], solo)
@@ -165,11 +199,10 @@ def frames_of(tiny, ids):
     """
     tokens = tiny.processor.tokenizer.convert_ids_to_tokens(ids.tolist())
     starts = torch.tensor([0, *map(len, tokens)]).cumsum(0).tolist()
-    frame = r"<[0-9.]+.?seconds><\|vision_start\|>((?:<\|video_pad\|>)+)<\|vision_end\|>"
-    spans = []
-    for found in re.finditer(frame, "".join(tokens)):
+    spans, placeholder = [], family_of(tiny.model).placeholder(family_of(tiny.model).kind_of(1))
+    for found in re.finditer(FRAMES.get(tiny.name, "(?!)"), "".join(tokens)):
         first, last = starts.index(found.start()), starts.index(found.end())
-        pads = [at for at in range(first, last) if ids[at] == family_of(tiny.model).video_token]
+        pads = [at for at in range(first, last) if ids[at] == placeholder]
         spans.append((sorted({*range(first, last)} - {*pads}), pads))
     return spans
 
@@ -180,8 +213,9 @@ def test_cached_decoding_equals_a_full_forward(name, tiny):
     the embeddings and positions that these have there.
     """
     method, family = on(name, tiny, budget=2), family_of(tiny.model)
-    inputs = tiny.inputs([[([1], "Is it blue?"), ([], "yes"), (["a", "c"], LONG)]])
-    with method(tiny.model) as trace:
+    rows = rows_of(tiny, [[([1], "Is it blue?"), ([], "yes"), (["a", "c"], LONG)]])
+    inputs = tiny.inputs(rows)
+    with method(tiny.model, **tiny.frames(rows)) as trace:
         out = greedy(tiny, inputs)
     ids, prompt = out.sequences, inputs["input_ids"]
     seen = {}
@@ -196,10 +230,11 @@ def test_cached_decoding_equals_a_full_forward(name, tiny):
         tiny.model(**whole)
     hook.remove()
 
-    placeholders = (prompt[0] == family.image_token) | (prompt[0] == family.video_token)
+    kinds = torch.tensor([family.placeholder(kind) for kind in family.kinds])
+    placeholders = torch.isin(prompt[0], kinds)
     items = placeholders.nonzero()[:, 0].split(trace.available)
     spans = frames_of(tiny, prompt[0])
-    assert bool(spans) == (tiny.name == "qwen3_vl")
+    assert bool(spans) == (tiny.name in FRAMES)
     here, hidden_states = torch.arange(ids.shape[1]), seen["inputs_embeds"][0]
     position = torch.arange(ids.shape[1])
 
@@ -248,23 +283,29 @@ def test_beam_search_repeats_videos_with_their_rows(tiny):
     rows = [rows_of(tiny)[2], rows_of(tiny)[0]]
     steps = {"max_new_tokens": 3, "min_new_tokens": 3, "num_beams": 3}
     for name, budget in (("divprune", BUDGET), ("fastv", "2/frame")):
-        with on(name, tiny, budget=budget)(tiny.model), torch.inference_mode():
+        method, alone = on(name, tiny, budget=budget), []
+        with method(tiny.model, **tiny.frames(rows)), torch.inference_mode():
             both = tiny.model.generate(**tiny.inputs(rows), **steps)
-            alone = [tiny.model.generate(**tiny.inputs([row]), **steps) for row in rows]
+        for row in rows:
+            with method(tiny.model, **tiny.frames([row])), torch.inference_mode():
+                alone.append(tiny.model.generate(**tiny.inputs([row]), **steps))
         for ours, theirs in zip(alone, both, strict=True):
             assert torch.equal(ours[0, -3:], theirs[-3:])
 
 
 def test_videos_that_are_encoded_beforehand_are_pruned_alike(tiny):
     inputs = tiny.inputs(rows_of(tiny))
-    encoded = tiny.encode(inputs)
-    assert [bool(frames) for frames in encoded.frames] == [False, True, True, True]
-    method = build("divprune", budget=BUDGET)
-    with method(tiny.model) as trace, torch.inference_mode():
-        expected = tiny.model(**inputs).logits
-    with method(tiny.model, vision=encoded) as again, torch.inference_mode():
-        assert torch.equal(tiny.model(**inputs).logits, expected)
-    assert all(map(torch.equal, trace.kept, again.kept))
+    frames = tiny.frames(rows_of(tiny))
+    encoded = tiny.encode(inputs, **frames)
+    images = [] if tiny.name in VIDEOS_ALONE else [False]
+    assert sorted(map(bool, encoded.frames)) == [*images, True, True, True]
+    for name in ("divprune", "fastv"):
+        method = build(name, budget="2/frame")
+        with method(tiny.model, **frames) as trace, torch.inference_mode():
+            expected = tiny.model(**inputs).logits
+        with method(tiny.model, vision=encoded) as again, torch.inference_mode():
+            assert torch.equal(tiny.model(**inputs).logits, expected)
+        assert all(map(torch.equal, trace.kept, again.kept))
     # and given to the unpruned model instead of pixels, with positions of their own
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     arguments = family_of(tiny.model).arguments(ids, mask, dict(inputs) | encoded.inputs)
@@ -287,8 +328,9 @@ def test_a_failure_leaves_nothing_on_the_model(tiny):
 
 def test_an_image_method_sees_frames_and_shares_the_budget_evenly(tiny):
     """Six frames are six, or three pairs where the tower makes one of two."""
-    inputs = tiny.inputs([[(["a"], LONG)]])
-    vision = tiny.encode(inputs).groups[0].tokens
+    rows = [[(["a"], LONG)]]
+    inputs, shown = tiny.inputs(rows), tiny.frames(rows)
+    vision = tiny.encode(inputs, **shown).groups[0].tokens
     frames = vision.in_frames()
     size = vision.projected.shape[1] // vision.frames
     assert frames.projected.shape[:2] == (vision.frames, size) == (len(frames.seeds), size)
@@ -296,7 +338,8 @@ def test_an_image_method_sees_frames_and_shares_the_budget_evenly(tiny):
     assert torch.equal(some.keys()[0], frames.keys()[1])
     assert torch.equal(vision.keys()[0, size : 2 * size], frames.keys()[1])
     assert some.seeds == frames.seeds[1:2]
-    with build("divprune", budget=vision.frames + 1)(tiny.model) as trace, torch.inference_mode():
+    method = build("divprune", budget=vision.frames + 1)
+    with method(tiny.model, **shown) as trace, torch.inference_mode():
         tiny.model(**inputs)
     shares = torch.bincount(trace.kept[0] // size, minlength=vision.frames)
     assert sorted(shares.tolist()) == [1] * (vision.frames - 1) + [2]
@@ -322,14 +365,18 @@ def test_a_clip_is_answered_as_its_frames_are(tiny):
     method = build("divprune", budget=BUDGET)
     vlm = PrunedVLM(tiny.model, tiny.processor, method)
     steps = {"max_new_tokens": 3, "min_new_tokens": 3}
-    clip, image = vlm.replies([clip_of(tiny), tiny.pictures[0]], ["Is it red?", LONG], **steps)
-    assert clip.kept_tokens == image.kept_tokens == BUDGET < clip.image_tokens
+    media = [clip_of(tiny), tiny.pictures[0]][: 1 if tiny.name in VIDEOS_ALONE else 2]
+    clip, *images = vlm.replies(media, ["Is it red?", LONG][: len(media)], **steps)
+    assert {reply.kept_tokens for reply in (clip, *images)} == {
+        BUDGET
+    } and clip.image_tokens > BUDGET
     frames, rows, columns = clip.grid
-    assert image.grid is None and frames > 1
+    assert not any(image.grid for image in images) and frames > 1
     # newlines stand behind the grids of some
     assert 0 <= clip.image_tokens - frames * rows * columns <= 1
-    inputs = tiny.inputs([[(["a"], "Is it red?")]])
-    with method(tiny.model), torch.inference_mode():
+    turns = [[(["a"], "Is it red?")]]
+    inputs = tiny.inputs(turns)
+    with method(tiny.model, **tiny.frames(turns)), torch.inference_mode():
         expected = tiny.model.generate(**inputs, **steps)[:, -3:]
     assert tiny.processor.decode(expected[0], skip_special_tokens=True).strip() == clip.text
     assert vlm.answer(clip_of(tiny), "Is it red?", **steps) == clip.text
@@ -350,6 +397,58 @@ def test_a_clip_that_a_model_cannot_take_is_refused(tiny, llava_tiny):
         return
     with pytest.raises(InputError, match="a clip of 1 frame is shorter than the 2"):
         vlm.answer(one, "Is it red?")
+
+
+def test_frames_that_are_images_are_a_video_where_that_is_said():
+    tiny = Tiny("internvl")
+    rows = [[([1], "Is it blue?"), ([], "yes"), (["a"], LONG)]]
+    inputs, frames = tiny.inputs(rows), tiny.frames(rows)
+    assert frames == {"video_frames": [0, 6]}
+    with build("divprune", budget=BUDGET)(tiny.model) as trace, torch.inference_mode():
+        tiny.model(**inputs)
+    assert [*map(len, trace.kept)] == [BUDGET] * 7
+    for method in ("vidcom2", "vidcom2+fastv"):
+        with pytest.raises(InputError, match="are images to internvl models; give video_frames"):
+            build(method, budget=BUDGET)(tiny.model)
+    for given, message in (
+        ([6], r"video_frames \[6\] stand for 6 images, and the prompt shows 7"),
+        ([2, 5], r"a frame of a video has 9 tokens, and these have \[9, 27\]"),
+        ([0, -6], "are no counts"),
+        ([0, "6"], "are no counts"),
+    ):
+        for method in ("random", "fastv"):
+            with (
+                pytest.raises(InputError, match=message),
+                build(method, budget=BUDGET)(tiny.model, video_frames=given),
+                torch.inference_mode(),
+            ):
+                tiny.model(**inputs)
+    other = Tiny("qwen3_vl")
+    with (
+        pytest.raises(InputError, match="no images to qwen3_vl models; leave out video_frames"),
+        build("random", budget=BUDGET)(other.model, video_frames=[3]),
+    ):
+        pass
+
+
+def test_text_of_a_user_makes_no_video_of_images():
+    """Frames are counted where a chat template says that there is a video, and nowhere else."""
+    tiny = Tiny("internvl")
+    text = "Frame1: <img><IMG_CONTEXT></img>\nFrame2: <video> Is it red?"
+    content = [{"type": "image"}, {"type": "video"}, {"type": "text", "text": text}]
+    shown = render(tiny.processor, [{"role": "user", "content": content}])
+    assert video_frames_of(tiny.model, tiny.processor, [shown], [clip_of(tiny)]) == [0, 6]
+    vlm = PrunedVLM(tiny.model, tiny.processor, build("vidcom2", budget=BUDGET))
+    (reply,) = vlm.replies([tiny.pictures[0]], [text], max_new_tokens=1)
+    assert reply.grid is None and reply.kept_tokens == reply.image_tokens
+
+
+@pytest.mark.parametrize("name", ["smolvlm"])
+def test_images_beside_videos_are_refused_where_the_processor_loses_them(name):
+    tiny = Tiny(name)
+    vlm = PrunedVLM(tiny.model, tiny.processor)
+    with pytest.raises(InputError, match="takes either images or videos at a time"):
+        vlm.replies([clip_of(tiny), tiny.pictures[0]], ["Is it red?"] * 2)
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl"])
