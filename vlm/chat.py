@@ -197,6 +197,16 @@ def video_frames_of(
     ]
 
 
+def check_takes_videos(family: Family, processor: Any) -> None:
+    """Raises `InputError` unless a model and its processor take videos."""
+    if "videos" in family.lacks or getattr(processor, "video_processor", None) is None:
+        known = [name for name, adapter in FAMILIES.items() if "videos" not in adapter.lacks]
+        raise InputError(
+            f"{family.model.config.model_type} models take no videos here; give their frames as images, "
+            f"or a model of {', '.join(known)}"
+        )
+
+
 def check_videos(family: Family, processor: Any, videos: Sequence[VideoClip]) -> None:
     """Refuses videos that a model cannot take.
 
@@ -208,12 +218,7 @@ def check_videos(family: Family, processor: Any, videos: Sequence[VideoClip]) ->
     Raises:
         InputError: if the model takes no videos, or a clip is too short.
     """
-    if "videos" in family.lacks or getattr(processor, "video_processor", None) is None:
-        known = [name for name, adapter in FAMILIES.items() if "videos" not in adapter.lacks]
-        raise InputError(
-            f"{family.model.config.model_type} models take no videos here; give their frames as images, "
-            f"or a model of {', '.join(known)}"
-        )
+    check_takes_videos(family, processor)
     together = getattr(processor.video_processor, "temporal_patch_size", 1)
     shortest = min(len(clip.frames) for clip in videos)
     if shortest < together:

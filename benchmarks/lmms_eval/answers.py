@@ -30,10 +30,14 @@ TEXT_PHASE = "prefill and decode"
 
 
 def fingerprint(ask: Any, text: str) -> str:
-    """Returns a text that changes with the question, its images or how it is answered."""
+    """Returns a text that changes with the question, its images and video files, or how it is answered."""
     state = zlib.crc32(repr((text, sorted(ask.options.items()), ask.until, ask.forced)).encode())
     for image in ask.chat.images():
         state = zlib.crc32(image.tobytes(), zlib.crc32(repr(image.size).encode(), state))
+    for video in map(Path, ask.chat.videos()):
+        about = video.stat() if video.is_file() else None
+        known = about and (about.st_size, about.st_mtime_ns)
+        state = zlib.crc32(repr((str(video), known)).encode(), state)
     return f"{state:08x}"
 
 

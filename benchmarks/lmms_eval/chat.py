@@ -9,6 +9,7 @@ from PIL import Image
 
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.images import open_image
+from vlm_prune.vlm.common.video import is_video
 
 NEW_TOKENS = 1024
 # What `generate` takes; tasks also carry options of single models, such as image_aspect_ratio.
@@ -17,7 +18,7 @@ PASSED = ("max_new_tokens", "num_beams", "do_sample", "temperature", "top_p", "t
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation whose parts are lmms-eval's: {"type": "text" | "image", ...}."""
+    """A conversation whose parts are lmms-eval's: {"type": "text" | "image" | "video", ...}."""
 
     turns: list[dict[str, Any]]
 
@@ -27,13 +28,18 @@ class Chat:
         parts = self.turns[-1]["content"]
         return "".join(part["text"] for part in parts if part["type"] == "text")
 
-    def images(self) -> list[Image.Image]:
+    def shows(self, kind: str) -> list[Any]:
+        """Returns what its parts of a kind, `image` or `video`, show, unopened."""
         return [
-            open_image(part["url"])
-            for turn in self.turns
-            for part in turn["content"]
-            if part["type"] == "image"
+            part["url"] for turn in self.turns for part in turn["content"] if part["type"] == kind
         ]
+
+    def images(self) -> list[Image.Image]:
+        return [open_image(image) for image in self.shows("image")]
+
+    def videos(self) -> list[str]:
+        """Returns the names of the video files."""
+        return self.shows("video")
 
     def messages(self) -> list[dict[str, Any]]:
         """Returns the turns for a chat template, which takes images as parts without content."""
@@ -44,14 +50,17 @@ class Chat:
 
 
 def _part(part: dict[str, Any]) -> dict[str, Any]:
-    if part["type"] == "image":
-        return {"type": "image"}
+    if part["type"] in ("image", "video"):
+        return {"type": part["type"]}
     return {"type": "text", "text": part["text"]}
 
 
 def user_turn(visuals: Any, text: str) -> Chat:
     """Returns one question about images."""
-    content = [{"type": "image", "url": visual} for visual in visuals or []]
+    content = [
+        {"type": "video" if is_video(visual) else "image", "url": visual}
+        for visual in visuals or []
+    ]
     return conversation([{"role": "user", "content": [*content, {"type": "text", "text": text}]}])
 
 
@@ -59,7 +68,7 @@ def conversation(turns: list[dict[str, Any]]) -> Chat:
     """Returns a task's messages as a chat.
 
     Raises:
-        InputError: if they show something else than images and text.
+        InputError: if they show something else than images, video files and text.
     """
     for turn in turns:
         if isinstance(turn["content"], str):
@@ -67,9 +76,10 @@ def conversation(turns: list[dict[str, Any]]) -> Chat:
         for part in turn["content"]:
             shown = part.get("url", part.get("image"))
             still = part["type"] == "image" and isinstance(shown, str | Image.Image)
-            if part["type"] != "text" and not still:
+            moving = part["type"] == "video" and is_video(part.get("url"))
+            if part["type"] != "text" and not still and not moving:
                 kind = part["type"] if part["type"] != "image" else type(shown).__name__
-                raise InputError(f"the task shows {kind}s; give a task of images or text")
+                raise InputError(f"the task shows {kind}s; give a task of images, videos or text")
             if still:
                 part["url"] = shown
     return Chat(turns)

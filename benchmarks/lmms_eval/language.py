@@ -39,8 +39,9 @@ class LanguageChat(PrunedChat):
         """Accepts every image: whole tasks that show images are refused."""
 
     def _render(self, batch: list[Ask]) -> list[str]:
-        if any(ask.chat.images() for ask in batch):
-            raise InputError("it shows images, and this model reads text alone")
+        for kind in ("image", "video"):
+            if any(ask.chat.shows(kind) for ask in batch):
+                raise InputError(f"it shows {kind}s, and this model reads text alone")
         return [self.language.render(ask.chat.messages()) for ask in batch]
 
     def _answer(self, batch: list[Ask]) -> Iterator[StoredAnswer]:

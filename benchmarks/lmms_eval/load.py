@@ -18,6 +18,7 @@ from vlm_prune.benchmarks.lmms_eval.rows import (
     row_images,
     whole_groups,
 )
+from vlm_prune.benchmarks.lmms_eval.videos import FILES, missing_videos, video_of
 from vlm_prune.vlm.common.errors import InputError, first_line
 from vlm_prune.vlm.common.paths import DataRoot
 
@@ -90,6 +91,7 @@ class _DataTask(ConfigurableTask):  # type: ignore[misc]
     """Loads from `data_root` where it holds the data set, and says clearly what is missing."""
 
     data_root: DataRoot | None = None
+    videos: DataRoot | None = None
     limit: int | None = None
     check: Check
     dataset: Any
@@ -116,9 +118,22 @@ class _DataTask(ConfigurableTask):  # type: ignore[misc]
             config = config | {"fewshot_config": {"sampler": "default"}}
         metrics = config.get("metric_list") or []
         scored = [metric for metric in metrics if metric.get("metric") != "submission"]
-        if scored:  # a file for a server, which fails where a reply does not fit into it
+        if metrics and not scored:  # a file for a server, or replies sent to one
+            raise InputError(
+                f"task {config['task']!r} has no answers to score; run its validation set"
+            )
+        if metrics:  # such a file fails where a reply does not fit into it
             config = config | {"metric_list": scored}
         return bound(config=config)
+
+    def doc_to_visual(self, doc: dict[str, Any]) -> Any:
+        """Returns the images of a row, or the names of its video files."""
+        if self.videos is not None:
+            return [str(video_of(doc, self, self.videos))]
+        try:
+            return super().doc_to_visual(doc)
+        except SystemExit as error:  # how tasks say that a video is missing
+            raise InputError(first_line(error)) from error
 
     def download(self, dataset_kwargs: Any = None) -> None:
         folder = folder_of(self.data_root, self.DATASET_PATH) if self.data_root else None
@@ -133,6 +148,9 @@ class _DataTask(ConfigurableTask):  # type: ignore[misc]
             self.limit = None
         whole = self.dataset[split]
         _, self.unreadable = readable(whole, self.limit, self.check)
+        if folder is not None and self.DATASET_PATH in FILES:
+            self.videos = folder
+            self.unreadable |= missing_videos(whole, self, folder, self.limit)
         if self.unreadable:
             broken = {key(row) for row in self._texts(split, self.unreadable)} if key else set()
             self._select(

@@ -35,7 +35,7 @@ def load_split(root: DataRoot, config: str | None, split: str) -> Any:
     """Returns one split as a `datasets.Dataset`; its images are opened as `row_images` says.
 
     Files are `[config/][data/]<split>-00000-of-00003*.parquet`, `<split>.parquet`, `.json`,
-    `.jsonl`, or `<config>` with these endings. In JSON, `image` is a file's path or a list of them,
+    `.jsonl`, or `[json/]<config>` with these endings. In JSON, `image` is a file's path or a list of them,
     seen from the folder, and all values stay what the file says.
 
     Args:
@@ -84,10 +84,15 @@ def _files(folder: Path, config: str | None, split: str) -> list[Path]:
         split: name of the split.
     """
     candidates = [folder / config, folder] if config else [folder]
-    named = [_matching(folder, config)] if config else []
+    named = [_matching(folder / inner, config) for inner in ("", "json")] if config else []
     found = [
         _matching(candidate / inner, split) for candidate in candidates for inner in ("", "data")
     ]
+    if config is None:
+        # the only configuration, by whatever name
+        inner = [_matching(below, split) for below in sorted(folder.iterdir()) if below.is_dir()]
+        held = [files for files in inner if files]
+        found += held if len(held) == 1 else []
     return next((files for files in [*found, *named] if files), [])
 
 

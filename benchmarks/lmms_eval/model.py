@@ -20,8 +20,9 @@ from vlm_prune.benchmarks.lmms_eval.chat import Chat, chat_of, rounds_of, shared
 from vlm_prune.benchmarks.lmms_eval.forced import Forced
 from vlm_prune.benchmarks.lmms_eval.throughput import log_throughput
 from vlm_prune.learners import from_pretrained
-from vlm_prune.vlm.chat import render
+from vlm_prune.vlm.chat import check_takes_videos, render
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.video import open_video
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.load import load
 
@@ -220,8 +221,11 @@ class PrunedChat(lmms):  # type: ignore[misc]
     @torch.inference_mode()
     def _answer(self, batch: list[Ask]) -> Iterator[StoredAnswer]:
         texts = self._render(batch)
-        images = [ask.chat.images() for ask in batch]
-        prompts = make_prompts(self.model, self.processor, texts, images)
+        images, names = [ask.chat.images() for ask in batch], [ask.chat.videos() for ask in batch]
+        if any(names):
+            check_takes_videos(family_of(self.model), self.processor)
+        clips = [[open_video(name) for name in row] for row in names]
+        prompts = make_prompts(self.model, self.processor, texts, images, clips)
         options, forced = dict(batch[0].options), None
         if batch[0].forced is not None:
             wanted = [str(ask.forced) for ask in batch]

@@ -26,6 +26,9 @@ def score_of(task: Any, sample: dict[str, Any]) -> float:
         value = sample[metric]
         if isinstance(value, dict) and "score" in value:
             value = value["score"]
+        elif isinstance(value, dict) and {"pred_answer", "answer"} <= value.keys():
+            # choices that aggregates count by category
+            value = float(value["pred_answer"] == value["answer"])
         if isinstance(value, list | tuple) and value and all(_number(v) for v in value):
             value = float(np.mean(value))
         if not _number(value):

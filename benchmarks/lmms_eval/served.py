@@ -59,6 +59,8 @@ class ServedChat(PrunedChat):
         engine = self.engines.engine(
             UNPRUNED if self.pruner is None else self.config.variant, IMAGES
         )
+        if any(ask.chat.videos() for ask in batch):
+            raise InputError("videos are not answered by vLLM here; use --engine hf")
         images = [ask.chat.images() for ask in batch]
         outputs = engine.complete(
             [ask.chat.messages() for ask in batch], images, new_tokens, **options

@@ -37,6 +37,8 @@ def images_of(
             }
     except Exception as error:
         raise InputError(in_one_line(error)) from error
+    if any(chat.videos() for chat in chats.values()):
+        raise InputError("its videos are not shown")
     if any(chats[number].question != question for number, question in questions.items()):
         raise InputError("its data are not those that were asked about")
     return {number: chat.images() for number, chat in chats.items()}
