@@ -124,7 +124,7 @@ class FlashVID(VideoPruner):
         """Yields each frame, from the last to the first, with the first tokens and
         the means of the trees that begin in it.
 
-        Trees are (r,) and (r, d). From the end, so that a chain arrives at its first token.
+        First tokens are (r,), means (r, d). In this order a chain of tokens arrives at its first one.
 
         Args:
             tokens: of the video, (T, n, d).

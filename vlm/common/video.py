@@ -39,7 +39,7 @@ class VideoClip:
         """Returns what processors are told of these frames: their numbers in a video
         of a thousand frames a second.
 
-        Times are right so even where the file's rate varies.
+        So times are right even where the file's rate varies.
         """
         from transformers.video_utils import VideoMetadata
 
