@@ -69,7 +69,9 @@ def ranks(delta: Delta, sites: Mapping[str, Site], tower: Tower) -> NDArray[np.f
     nan where there is no adapter.
 
     Args:
+        delta: the low-rank changes of a task.
         sites: by name, `attention.sites` of a CLIP that is split.
+        tower: whose layers they are.
     """
     depth = 1 + max((s.layer for s in sites.values() if s.tower == tower), default=-1)
     table = np.full((len(MODULES), depth), np.nan)

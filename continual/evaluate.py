@@ -41,7 +41,12 @@ def evaluate_tasks(
     otherwise against its own task's. A method that adds something to zero-shot scores does so.
 
     Args:
+        clip: the model.
+        tasks: whose test images are classified.
+        recipe: says whether tasks are told apart, and how prompts are made.
+        method: that may change zero-shot scores; none for the model alone.
         texts: `class_features` of each task, if they are known.
+        workers: processes that read images.
     """
     texts = texts or [class_features(clip, task, recipe.ensemble) for task in tasks]
     rank, world = place()

@@ -203,6 +203,7 @@ def retention(before: ArrayLike, after: ArrayLike, draws: int = 2000) -> dict[st
     Args:
         before: (n,) hits of the original model.
         after: (n,) hits of the same images, under the same prompts, after the stream.
+        draws: bootstrap samples.
 
     Returns:
         Both accuracies, and their difference with a 95 % interval paired by image.

@@ -40,6 +40,8 @@ def insert(
     """Splits attention, freezes the CLIP, and puts a gated LoRA at each site; returns them by site.
 
     Args:
+        clip: the model, changed in place.
+        placement: towers and modules that get layers.
         make: builds the layer from its base and its number among the sites.
 
     Raises:

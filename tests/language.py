@@ -253,6 +253,30 @@ def missing_docstrings(*folders: str) -> list[Found]:
     ]
 
 
+def misdocumented(*folders: str) -> list[str]:
+    """Functions whose `Args:` names another parameter than they have, or leaves one out.
+
+    Triton's kernels may leave out block sizes and the like.
+    """
+    found = []
+    for place in source(*folders):
+        if isinstance(place.node, ast.FunctionDef):
+            named = documented_arguments(ast.get_docstring(place.node) or "")
+            real = {argument.arg for argument in arguments(place.node)} - {"_"}
+            kernel = any(decorator(d) == "triton.jit" for d in place.node.decorator_list)
+            wrong = (named - {"_"} - real) | (real - named if named and not kernel else set())
+            at = f"{place.path}:{place.node.lineno} {place.name}"
+            found += [f"{at} {name}" for name in sorted(wrong)]
+    return found
+
+
+def documented_arguments(docstring: str) -> set[str]:
+    """The names that stand under `Args:`; several may share a line."""
+    block = re.search(r"^Args:\n((?: {4}.*\n?|\n)+)", docstring, re.MULTILINE)
+    entries = re.findall(r"^ {4}(\S[\w, *]*):", block[1] if block else "", re.MULTILINE)
+    return {name.strip(" *") for entry in entries for name in entry.split(",")}
+
+
 def verbless(*folders: str) -> list[Found]:
     """Functions whose docstring does not begin with a verb, or whose first sentence has no end.
 

@@ -9,6 +9,7 @@ from language import (
     TYPED,
     british,
     files,
+    misdocumented,
     missing_docstrings,
     prose,
     repeated,
@@ -26,6 +27,11 @@ def test_three_arguments_and_more_are_documented(folder):
 @pytest.mark.parametrize("folder", PACKAGES)
 def test_public_definitions_have_docstrings(folder):
     assert not missing_docstrings(folder), "\n".join(map(str, missing_docstrings(folder)))
+
+
+@pytest.mark.parametrize("folder", PACKAGES)
+def test_documented_arguments_are_those_of_the_function(folder):
+    assert not misdocumented(folder), "\n".join(misdocumented(folder))
 
 
 @pytest.mark.parametrize("folder", PACKAGES)
@@ -66,6 +72,13 @@ def noun_of():
     '''Scores of all rows.'''
 def without_end():
     '''Opens a file'''
+def renamed(new, other):
+    '''Opens a file.
+
+    Args:
+        old: name.
+        other: name.
+    '''
 class TokenLayout:
     '''A second one.'''
     rows: list[dict[str, Any]]
@@ -78,6 +91,7 @@ def states(hidden: Tensor): ...
     assert [found.name for found in undocumented(folder)] == ["act"]
     assert [found.name for found in missing_docstrings(folder)] == ["silent", "states"]
     assert [found.name for found in verbless(folder)] == ["noun_first", "noun_of", "without_end"]
+    assert [line.split()[-1] for line in misdocumented(folder)] == ["new", "old"]
     assert list(repeated(folder)) == ["TokenLayout"]
     assert [found.name for found in untyped_records(folder)] == ["TokenLayout"]
     assert [line.split()[1] for line in prose(folder)] == ["asked", "hidden:", "twin"]

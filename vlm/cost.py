@@ -108,7 +108,7 @@ def tower_flops(
         patches: of the image, in all its views.
         embedding: weights that turn a patch into a hidden state.
         layers: weights of each layer, and the lengths of the sequences that attend to themselves
-            there: views of the image, or windows.
+            in it: views of the image, or windows.
     """
     total = patches * embedding
     for weights, lengths in layers:

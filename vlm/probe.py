@@ -21,6 +21,7 @@ def question_rows(model: Any, inputs: Mapping[str, Any]) -> Iterator[list[Attent
     appearance.
 
     Args:
+        model: of a supported family, unpruned.
         inputs: what the processor gives for prompts, `input_ids` (B, L), or images encoded
             beforehand as `mm_encoder_outputs`, with `position_ids` where these have rows.
 

@@ -108,6 +108,7 @@ def map_images(
     """Fills `output`, going on where an earlier run stopped.
 
     Args:
+        config: what is asked of which images, and by which model.
         output: a Parquet file; it appears when all rows are there. Until then they are in a folder
             beside it.
         batch_size: images answered together; it changes no answer.

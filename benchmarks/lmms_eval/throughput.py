@@ -16,6 +16,7 @@ def log_throughput(rows: list[StoredAnswer], pruner: Any, device: torch.device) 
     Args:
         rows: of questions answered now, not those read from a cache.
         pruner: what pruned them; None for the unpruned model.
+        device: whose peak memory is logged.
     """
     if not rows:
         return

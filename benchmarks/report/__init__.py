@@ -32,6 +32,7 @@ def write_report_page(
     """Writes the page about the runs in `paths`; returns where, and the runs.
 
     Args:
+        paths: folders of runs, or of several runs each.
         output: an HTML file; `report.html` in the first of `paths` unless given.
         most: questions shown with pictures.
         data_root: copies of data sets, for the pictures of lmms-eval's tasks.

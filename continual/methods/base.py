@@ -144,6 +144,7 @@ class Method(ABC):
         Args:
             features: unit features (M, d) of the images.
             logits: scaled cosines (M, C) with the class prompts, which most methods return.
+            space: task and label of each of the C classes.
         """
         return logits
 

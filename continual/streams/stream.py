@@ -82,6 +82,9 @@ def few_shot(task: StreamTask, shots: int, seed: int = 0, repeat: bool = False) 
     holds what was drawn.
 
     Args:
+        task: to draw from.
+        shots: images per class.
+        seed: of the draws.
         repeat: draw images of a class that has too few of them again, as the X-TAIL code does.
 
     Raises:

@@ -20,17 +20,15 @@ def greedy_select(
     Args:
         similarity: for `coverage` (M, N, R) instead: how well each token covers each of R things.
         scores: for `coverage` weights that are not negative.
+        k: how many are chosen.
         rule: `diverse` takes the largest score x (1 - largest similarity to a chosen token), first
             the best score (https://arxiv.org/abs/2509.24837); `farthest` takes the largest
             1 - largest similarity, first the best score (https://arxiv.org/abs/2503.02175); `dpp`
-            is greedy MAP
-            of the determinant of diag(scores) similarity diag(scores)
+            is greedy MAP of the determinant of diag(scores) similarity diag(scores)
             (https://arxiv.org/abs/1709.05135), each step one row of an incremental Cholesky factor.
             Once the rank is spent every gain is zero and the lowest indices follow; `coverage`
-            takes
-            the largest score x what it adds to the sum over R of the best cover so far, which
-            starts
-            at 0: greedy maximum coverage (https://arxiv.org/abs/2508.18264), weighted
+            takes the largest score x what it adds to the sum over R of the best cover so far, which
+            starts at 0: greedy maximum coverage (https://arxiv.org/abs/2508.18264), weighted
             (https://arxiv.org/abs/2510.24214).
         valid: tokens that may be chosen; all by default.
 

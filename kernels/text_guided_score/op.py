@@ -25,7 +25,10 @@ def text_guided_score(
     columns (B, T), key_valid (B, L) -> (B, L), in at least fp32, zero at invalid keys.
 
     Args:
+        query: of the text rows.
+        key: of all tokens.
         columns: where in 0..L-1 each text row stands, valid keys in rising order; -1 is padding.
+        key_valid: which keys are no padding.
         scale: factor of the products.
         window: how many keys back a row sees, its own among them; None for all.
     """
