@@ -139,6 +139,16 @@ class Images:
         return self._in_order([[g.grid] * len(g.members) for g in self.groups])
 
     @property
+    def video_grids(self) -> list[tuple[int, int, int] | None]:
+        """Returns frames, rows and columns of each video; None for images."""
+        found = [
+            (g.tokens.frames, *g.tokens.grids[0]) if g.tokens.frames else None for g in self.groups
+        ]
+        return self._in_order(
+            [[grid] * len(g.members) for grid, g in zip(found, self.groups, strict=True)]
+        )
+
+    @property
     def flops(self) -> list[float]:
         """Returns the matrix-product FLOPs of the tower for each image."""
         return self._in_order([[g.flops] * len(g.members) for g in self.groups])

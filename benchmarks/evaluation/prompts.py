@@ -59,6 +59,7 @@ class Prompts:
         first, count = sum(self.images[:number]), self.images[number]
         numbers = self.encoded_numbers(number)
         counts = [self.vision.counts[n] for n in numbers] if self.vision else []
+        videos = [self.vision.video_grids[n] for n in numbers] if self.vision else []
         copies = max(1, len(trace.computed[0]) // max(1, sum(self.images)))
         pruned = slice(copies * first, copies * first + count)
         return PromptRecord(
@@ -70,6 +71,7 @@ class Prompts:
             vision_flops=float(sum(self.vision.flops[n] for n in numbers)) if self.vision else 0.0,
             layer_tokens=[sum(layer[pruned]) / max(1, count) for layer in trace.computed],
             kept=[indices.tolist() for indices in trace.kept[pruned]],
+            video_grids=videos if any(videos) else [],
             densities=[]
             if trace.attention is None
             else trace.attention.of_row(number * copies, len(trace.computed)),

@@ -122,6 +122,8 @@ class PromptRecord(Record, frozen=True):
             prunes.
         densities: share of the causal half of its attention that each decoder layer computes; empty
             without sparse attention.
+        video_grids: frames, rows and columns of each video's tokens, None for images; empty where the
+            prompt has no video.
     """
 
     images: Count
@@ -133,6 +135,7 @@ class PromptRecord(Record, frozen=True):
     layer_tokens: Annotated[list[Amount], msgspec.Meta(min_length=1)]
     kept: list[list[Count]]
     densities: list[Share] = []
+    video_grids: list[tuple[Count, Count, Count] | None] = []
 
     def __post_init__(self) -> None:
         check_prompt(self)
@@ -218,6 +221,7 @@ class PairedRow(AnswerRow, frozen=True):
     kv_bytes: Costs
     time_ms: PairedTimes
     densities: list[Share] = []
+    video_grids: list[tuple[Count, Count, Count] | None] = []
 
     def __post_init__(self) -> None:
         number_of(self.id, self.task)
@@ -263,10 +267,15 @@ class NotedImages(Protocol):
     def kept(self) -> list[list[int]]:
         """Returns the token indices of each image that are left."""
 
+    @property
+    def video_grids(self) -> list[tuple[int, int, int] | None]:
+        """Returns frames, rows and columns of each video's tokens."""
+
 
 def check_prompt(prompt: NotedImages) -> None:
     """Raises `ValueError` if what is noted of a prompt's images does not go together."""
-    for part in (prompt.image_tokens, prompt.grids, prompt.kept or prompt.grids):
+    videos = prompt.video_grids or [None] * prompt.images
+    for part in (prompt.image_tokens, prompt.grids, prompt.kept or prompt.grids, videos):
         if len(part) != prompt.images:
             raise ValueError(f"{len(part)} entries for {prompt.images} images")
     kept_tokens = prompt.kept or [[]] * prompt.images
@@ -275,6 +284,10 @@ def check_prompt(prompt: NotedImages) -> None:
             raise ValueError(f"a kept token outside the {tokens} of an image")
         if grid is not None and math.prod(grid) != tokens:
             raise ValueError(f"a grid of {grid} for the {tokens} tokens of an image")
+    for tokens, video in zip(prompt.image_tokens, videos, strict=True):
+        # newlines may stand behind the frames
+        if video is not None and not 0 < math.prod(video) <= tokens:
+            raise ValueError(f"frames of {video} for the {tokens} tokens of a video")
 
 
 def number_of(id: str, task: str) -> int:

@@ -1,4 +1,4 @@
-"""The images that a task of lmms-eval shows, for pictures of runs that are done."""
+"""The images and videos that a task of lmms-eval shows, for pictures of runs that are done."""
 
 from contextlib import redirect_stderr
 from io import StringIO
@@ -12,12 +12,13 @@ from vlm_prune.benchmarks.lmms_eval.load import load_task
 from vlm_prune.benchmarks.lmms_eval.run import in_one_line
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.paths import DataRoot
+from vlm_prune.vlm.common.video import VideoClip, open_video
 
 
 def images_of(
     name: str, questions: dict[int, str], data_root: DataRoot | Path | None
-) -> dict[int, list[Image.Image]]:
-    """Loads the images of questions by their numbers.
+) -> dict[int, list[Image.Image | VideoClip]]:
+    """Loads the images and frames of videos of questions by their numbers.
 
     Args:
         name: of the task.
@@ -37,8 +38,8 @@ def images_of(
             }
     except Exception as error:
         raise InputError(in_one_line(error)) from error
-    if any(chat.videos() for chat in chats.values()):
-        raise InputError("its videos are not shown")
     if any(chats[number].question != question for number, question in questions.items()):
         raise InputError("its data are not those that were asked about")
-    return {number: chat.images() for number, chat in chats.items()}
+    return {
+        number: [*chat.images(), *map(open_video, chat.videos())] for number, chat in chats.items()
+    }

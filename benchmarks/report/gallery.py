@@ -13,10 +13,12 @@ from PIL import Image, ImageOps
 from vlm_prune.benchmarks.evaluation.records import PairedRow
 from vlm_prune.benchmarks.report.load import Run
 from vlm_prune.benchmarks.report.numbers import Budget
+from vlm_prune.benchmarks.report.overlay import SMALL, spaced
 from vlm_prune.benchmarks.report.plot import series_of
-from vlm_prune.benchmarks.report.shown import pictures_of
+from vlm_prune.benchmarks.report.shown import Pictures, pictures_of
 from vlm_prune.benchmarks.tasks import TASKS
 from vlm_prune.vlm.common.paths import DataRoot
+from vlm_prune.vlm.common.video import VideoClip
 
 LARGEST = 448  # pixels
 
@@ -59,11 +61,9 @@ def gallery(
     for first in first_rows:
         if not shown.get(first.id):
             continue
-        name, grids = first.id, first.grids
-        pictures = [
-            images.setdefault(_data_uri(_seen(picture, first, grid)), len(images))
-            for picture, grid in zip(shown[name], chain(grids, repeat(None)), strict=False)
-        ]
+        name, views = first.id, _views(shown[first.id], first)
+        grids = [*(grid for _, grid in views), *first.grids[len(shown[name]) :]]
+        pictures = [images.setdefault(_data_uri(picture), len(images)) for picture, _ in views]
         samples.append(
             {
                 "id": name,
@@ -94,16 +94,46 @@ def gallery(
     }
 
 
+def _views(media: Pictures, row: PairedRow) -> list[tuple[Image.Image, tuple[int, int] | None]]:
+    """Returns what is drawn of the images and videos of a question, frame by frame, each with rows
+    and columns of its tokens.
+
+    Where a model encodes several frames as one, the first one of them is drawn.
+
+    Args:
+        media: of the question.
+        row: of an answer to it.
+    """
+    views: list[tuple[Image.Image, tuple[int, int] | None]] = []
+    each = zip(chain(row.grids, repeat(None)), chain(row.video_grids, repeat(None)), strict=False)
+    for medium, (grid, video) in zip(media, each, strict=False):
+        if not isinstance(medium, VideoClip):
+            views.append((_seen(medium, row, grid), grid))
+        elif video is not None:
+            frames, *sides = video
+            for number in spaced(len(medium.frames), frames):
+                picture = Image.fromarray(medium.frames[number])
+                views.append((ImageOps.contain(picture, (SMALL, SMALL)), (sides[0], sides[1])))
+    return views
+
+
 def _answer(row: PairedRow) -> dict[str, Any]:
+    kept: list[str | None] = []
+    for number, indices in enumerate(row.kept):
+        grid, video = row.grids[number], row.video_grids[number] if row.video_grids else None
+        if video is None:
+            kept.append(grid and _bits(indices, math.prod(grid)))
+            continue
+        frames, size = video[0], video[1] * video[2]
+        # tokens behind the frames, such as newlines, are none of a frame
+        own = [[index % size for index in indices if index // size == n] for n in range(frames)]
+        kept += [_bits(chosen, size) for chosen in own]
     return {
         "text": row.prediction,
         "right": row.right,
         "broken": row.broken,
         "mended": row.fixed,
-        "kept": [
-            grid and _bits(indices, math.prod(grid))
-            for grid, indices in zip(row.grids, row.kept, strict=bool(row.kept))
-        ],
+        "kept": kept,
     }
 
 

@@ -31,6 +31,15 @@ def kept_overlay(image: Image.Image, indices: Tensor, grid: tuple[int, int]) -> 
     return Image.fromarray(np.where(shown, pixels, pixels // 5 + 190).astype(np.uint8))
 
 
+def spaced(shown: int, frames: int) -> list[int]:
+    """Returns which of `shown` frames of a clip stand for the `frames` that a model makes of them:
+    the first one of those that are encoded together.
+    """
+    together = ceil(shown / frames)
+    # of the last ones that are encoded together there may be fewer
+    return [min(frame * together, shown - 1) for frame in range(frames)]
+
+
 def contact_sheet(clip: VideoClip, indices: Tensor, grid: tuple[int, int, int]) -> Image.Image:
     """Returns the frames of a video side by side, each with its time, the number of its tokens that
     are kept, and everything pale but their patches.
@@ -45,11 +54,8 @@ def contact_sheet(clip: VideoClip, indices: Tensor, grid: tuple[int, int, int]) 
     frames, rows, columns = grid
     size = rows * columns
     kept = indices[indices < frames * size].cpu()
-    together = ceil(len(clip.frames) / frames)
     tiles = []
-    for frame in range(frames):
-        # of the last ones that are encoded together there may be fewer
-        shown = min(frame * together, len(clip.frames) - 1)
+    for frame, shown in enumerate(spaced(len(clip.frames), frames)):
         picture = ImageOps.contain(Image.fromarray(clip.frames[shown]), (SMALL, SMALL))
         chosen = kept[kept // size == frame] % size
         tile = Image.new("RGB", (picture.width, picture.height + CAPTION), "white")

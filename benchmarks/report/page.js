@@ -67,6 +67,7 @@ byId("cells").addEventListener("change", (event) => {
 
 /* Gallery: one card a question, one picture a method, at the budget of the slider. */
 
+const FEW = 4; // pictures that stand one below the other
 let budget = 0;
 let limit = PAGE;
 
@@ -95,7 +96,8 @@ function figure(sample, name, text, right, kept) {
   });
   const mark = make("span", { class: right ? "more" : "less" }, right ? "✓ " : "✗ ");
   mark.append(make("span", { class: "hidden" }, right ? "right: " : "wrong: "));
-  return make("figure", { "data-method": name }, ...pictures, make("figcaption", {}, name, make("br", {}), mark, make("b", {}, text || "(empty)")));
+  const frames = pictures.length > FEW ? [make("div", { class: "frames" }, ...pictures)] : pictures;
+  return make("figure", { "data-method": name }, ...frames, make("figcaption", {}, name, make("br", {}), mark, make("b", {}, text || "(empty)")));
 }
 
 /** Numbers of the runs at the slider's budget, of the chosen method or all. */

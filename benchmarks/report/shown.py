@@ -1,4 +1,4 @@
-"""The images of questions that were answered: made again, or read from their data set again."""
+"""The images and videos of questions that were answered: made again, or read from their data set again."""
 
 from pathlib import Path
 
@@ -10,14 +10,15 @@ from vlm_prune.benchmarks.report.load import Run
 from vlm_prune.benchmarks.tasks import TASKS
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.paths import DataRoot
+from vlm_prune.vlm.common.video import VideoClip
 
-Pictures = list[Image.Image]
+Pictures = list[Image.Image | VideoClip]
 
 
 def pictures_of(
     run: Run, rows: list[PairedRow], data_root: DataRoot | Path | None
 ) -> tuple[dict[str, Pictures], dict[str, str]]:
-    """Returns images by the question's id, and by task why there are none.
+    """Returns images and videos by the question's id, and by task why there are none.
 
     Args:
         run: whose questions are shown.
@@ -54,7 +55,7 @@ def _made(run: Run, row: PairedRow) -> Pictures:
     config = run.results.config
     sample = TASKS[row.task].sample(row.number, config.seed, config.split)
     if (sample.turns[-1].text, sample.answer) == (row.question, row.answer):
-        return list(sample.images)
+        return [*sample.images, *sample.videos]
     raise InputError(
         f"{run.path}: question {row.id} is not the one that this version makes; "
         "run it again, or give --gallery 0"

@@ -230,3 +230,18 @@ def test_a_phone_needs_no_sideways_scrolling(page, width):
     assert page.evaluate("document.documentElement.scrollWidth") == width
     assert page.locator(".plot:visible").count() == 1
     assert page.locator(".plot.narrow").is_visible()
+
+
+def test_a_video_is_a_sheet_of_frames(make_run, tab, errors, tmp_path):
+    video = {"video_grids": [[16, 2, 3]], "grids": [None], "image_tokens": [97], "kept": [[0, 13]]}
+    run = make_run(tmp_path, tasks=("appears",), per_task=1, cropped=False, **video)
+    tab.goto(write_report_page([run])[0].as_uri())
+    sheets = tab.locator("figure .frames")
+    assert sheets.count() == 2  # unpruned and pruned
+    for number, veiled in enumerate((0, 16)):
+        sheet = sheets.nth(number)
+        assert sheet.locator("img").count() == 16
+        assert sheet.locator("canvas").count() == veiled
+    first, fifth = (sheets.nth(1).locator("img").nth(n).bounding_box() for n in (0, 4))
+    assert first["x"] == fifth["x"] and first["y"] < fifth["y"]
+    assert errors == []

@@ -10,6 +10,7 @@ import pytest
 from vlm_prune.benchmarks.report import render_page
 from vlm_prune.benchmarks.report.load import load_runs
 from vlm_prune.benchmarks.tasks import TASKS
+from vlm_prune.vlm.common.errors import InputError
 
 HOSTILE = "</script><img src=x onerror=alert(1)>{{ 7 * 7 }}'\"&"
 
@@ -65,6 +66,27 @@ def test_each_image_has_its_own_grid(make_run, tmp_path):
     assert sample["grids"] == [[4, 6], None] and whole is None
     assert base64.b64decode(bits) == bytes([0b10000001, 0, 0b00000001])
     assert "are shown whole" in page
+
+
+def test_frames_of_a_video_have_grids_of_their_own(make_run, tmp_path):
+    """Of frames that are encoded in pairs each pair's first one is drawn; a newline is none of one."""
+    seen = {"grids": [None], "image_tokens": [97], "kept": [[0, 13, 95, 96]], "cropped": False}
+    video = {"video_grids": [[16, 2, 3]]} | seen
+    data = data_of(render_page(load_runs([make_run(tmp_path / "a", tasks=("appears",), **video)])))
+    sample = data["samples"][0]
+    assert sample["grids"] == [[2, 3]] * 16 and len(sample["images"]) == 16
+    bits = [base64.b64decode(own)[0] for own in sample["answers"][0]["kept"]]
+    assert bits == [0b10000000, 0, 0b01000000, *[0] * 12, 0b00000100]
+    pairs = {"video_grids": [[8, 2, 3]], "image_tokens": [48], "kept": [[47]], "grids": [None]}
+    content = data_of(
+        render_page(load_runs([make_run(tmp_path / "b", tasks=("appears",), **pairs)]))
+    )
+    assert [data["images"][n] for n in sample["images"][::2]] == [
+        content["images"][n] for n in content["samples"][0]["images"]
+    ]
+    wrong = {"video_grids": [[16, 3, 3]]} | seen
+    with pytest.raises(InputError, match="frames of .* for the 97 tokens of a video"):
+        load_runs([make_run(tmp_path / "c", tasks=("appears",), **wrong)])
 
 
 def test_gallery_is_as_large_as_asked(make_run, tmp_path):
