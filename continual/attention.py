@@ -51,6 +51,7 @@ def sites(model: nn.Module) -> dict[str, Site]:
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    # without memory for weights that are replaced at once
     with torch.device("meta"):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
@@ -96,6 +97,7 @@ class SplitAttention(nn.Module):
         q, k, v = (
             t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v)
         )  # (M, heads, L, d_head)
+        # (M heads, L, L) -> (M, heads, L, L)
         if mask is not None and mask.ndim == 3:
             mask = mask.unflatten(0, (-1, self.num_heads))
         if mask is not None and mask.dtype == torch.bool:

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
+from inspect import signature
 from typing import Any, Literal, get_args
 
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import unknown
 
-Encoder = Literal["vision", "text", "all"]
+EncoderName = Literal["vision", "text", "all"]
 Tower = Literal["vision", "text"]
 Module = Literal["q", "k", "v", "o", "in", "out"]
 MODULES: tuple[Module, ...] = get_args(Module)
@@ -29,6 +30,8 @@ def check_options(kind: type[Any], what: str, options: Mapping[str, Any]) -> Non
     """
     known = {f.name: f for f in fields(kind) if f.init}
     for option, value in options.items():
+        if option not in known and option in signature(kind).parameters:
+            continue  # an old name, which the class itself reads
         if option not in known:
             raise InputError(unknown(f"option of {what}", option, known))
         field = known[option]
@@ -96,11 +99,11 @@ class Placement:
         InputError: for an unknown name, or no module at all.
     """
 
-    encoder: Encoder = "all"
+    encoder: EncoderName = "all"
     modules: tuple[Module, ...] = MODULES
 
     def __post_init__(self) -> None:
-        one_of("encoder", self.encoder, get_args(Encoder))
+        one_of("encoder", self.encoder, get_args(EncoderName))
         for module in self.modules:
             one_of("module", module, MODULES)
         if not self.modules or len(set(self.modules)) < len(self.modules):

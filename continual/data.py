@@ -16,7 +16,7 @@ from vlm_prune.continual.streams.base import StreamTask, check_task_names
 from vlm_prune.vlm.common.errors import InputError
 
 PADDING = -1
-Draw = tuple[int, int]  # index of an image, seed of its augmentation
+AugmentedIndex = tuple[int, int]  # index of an image, seed of its augmentation
 
 
 def plan(images: int, batch: int, steps: int, key: Sequence[int]) -> list[list[int]]:
@@ -31,6 +31,7 @@ def plan(images: int, batch: int, steps: int, key: Sequence[int]) -> list[list[i
     """
     generator, batches = np.random.default_rng(list(key)), list[list[int]]()
     while len(batches) < steps:
+        # one pass over all images in a new order
         order = generator.permutation(images).tolist()
         batches += [order[at : at + batch] for at in range(0, images, batch)]
     return batches[:steps]
@@ -49,7 +50,7 @@ class Pictures(Dataset[tuple[Tensor, int] | InputError]):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, int] | InputError:
+    def __getitem__(self, draw: AugmentedIndex) -> tuple[Tensor, int] | InputError:
         index, seed = draw
         try:
             image, label = self.split[index]
@@ -72,7 +73,7 @@ def _collate(
 
 
 def _load(
-    split: Sequence[tuple[Image.Image, int]], transform: Transform, batches: list[list[Draw]],
+    split: Sequence[tuple[Image.Image, int]], transform: Transform, batches: list[list[AugmentedIndex]],
     workers: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Yields pixels (m, 3, H, W) and labels (m,) of batches.
@@ -114,7 +115,7 @@ def train_batches(
     Raises:
         InputError: if an image cannot be read, or a label is none of the task's classes.
     """
-    mine: list[list[Draw]] = []
+    mine: list[list[AugmentedIndex]] = []
     for step, batch in enumerate(batches[first:], first):
         seeds = np.random.SeedSequence([*key, step]).generate_state(len(batch)).tolist()
         draws = list(zip(batch, seeds, strict=True))[rank::world]

@@ -35,6 +35,7 @@ class Factors:
     def of(cls, layer: GatedLoRA, start: Tensor) -> "Factors":
         """Returns the components of a layer whose gate is not 0."""
         kept = layer.weights.detach().nonzero().flatten()
+        # components are rows of A, columns of B and gates
         a, b, gate = layer.A[kept], layer.B[:, kept], layer.weights[kept]
         return cls(*(t.detach().cpu().clone() for t in (a, b, gate, start, kept)))
 
@@ -94,6 +95,7 @@ class Delta:
 
     def scale_to(self, norm: float) -> None:
         """Scales the change, in place, so that `norm()` is this."""
+        # the change is linear in its gates
         ratio = norm / max(self.norm(), 1e-12)
         for factors in self.factors.values():
             factors.gate *= ratio
@@ -140,6 +142,7 @@ class Delta:
         """
         split(model)
         try:
+            # all sites are checked before any weight changes
             known, weights = sites(model), {}
             for name, factors in self.factors.items():
                 factors.check(name)

@@ -50,6 +50,7 @@ def survival(delta: Delta, total: float) -> Survival:
     """
     starts, survived = [], []
     for factors in delta.factors.values():
+        # which of the initial components are among the kept ones
         mask = torch.zeros(len(factors.start), dtype=torch.bool)
         mask[factors.kept] = True
         starts.append(factors.start.abs())
@@ -58,6 +59,7 @@ def survival(delta: Delta, total: float) -> Survival:
     stayed = torch.cat(survived).numpy()
     varied = size.std() > 0 and 0 < stayed.sum() < len(stayed)
     correlation = float(np.corrcoef(size, stayed)[0, 1]) if varied else math.nan
+    # the null model: an untrained gate survives where it starts above the sum of all thresholds
     rule = size > total
     return Survival(
         len(stayed), int(stayed.sum()), correlation, float((rule == stayed).mean()), int(rule.sum())

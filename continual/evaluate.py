@@ -50,6 +50,7 @@ def evaluate_tasks(
     """
     texts = texts or [class_features(clip, task, recipe.ensemble) for task in tasks]
     rank, world = place()
+    # of each class the task that it is of, and its label there
     owner = [torch.full((len(t),), n, device=clip.device) for n, t in enumerate(texts)]
     label = [torch.arange(len(t), device=clip.device) for t in texts]
     right = []
@@ -68,6 +69,7 @@ def evaluate_tasks(
             hits.append((space.task[best] == number) & (space.label[best] == labels))
         whole = torch.zeros(len(task.test), dtype=torch.uint8, device=clip.device)
         if hits:
+            # every world-th image is this process's; the sum over processes puts them together
             whole[rank::world] = torch.cat(hits).to(torch.uint8)
         right.append(total(whole).cpu())
     return right

@@ -35,6 +35,7 @@ def text_to_image(logits: Tensor, labels: Tensor, term: TextTerm, earlier: int =
     """
     if term == "none":
         return logits.new_zeros(())
+    # softmax over the images of the batch, of each image's own class
     hit = logits.log_softmax(dim=0).gather(1, labels[:, None]).sum()
     classes = labels.unique().numel() if term == "present" else logits.shape[1] + earlier
     return -hit / classes
@@ -50,6 +51,7 @@ def distil(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         teacher: logits (n, C).
         temperature: T, by which both are divided.
     """
+    # squared, so that gradients do not shrink with the temperature
     target = (teacher / temperature).softmax(-1)
     log = (student / temperature).log_softmax(-1)
     return -(target * log).sum(-1).mean() * temperature**2
@@ -70,6 +72,7 @@ def chosen_prompts(
     if most is None or most >= classes:
         return torch.arange(classes)
     present = labels.cpu().unique()
+    # the batch's own classes, then others at random
     rest = torch.randperm(classes, generator=generator)
     rest = rest[~torch.isin(rest, present)][: max(0, most - len(present))]
     return torch.cat([present, rest]).sort().values

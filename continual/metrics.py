@@ -252,6 +252,7 @@ def bootstrap_means(hits: ArrayLike, draws: int, rng: np.random.Generator) -> Ar
         rng: draws them.
     """
     rows = np.asarray(hits)
+    # how often each pattern of right and wrong is drawn, instead of every image: far fewer numbers
     patterns, counts = np.unique(rows, axis=1, return_counts=True)
     total = rows.shape[1]
     drawn = rng.multinomial(total, counts / total, size=draws)

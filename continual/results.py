@@ -9,9 +9,11 @@ from numpy.typing import NDArray
 
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.records import read_record
+from vlm_prune.vlm.common.renamed import renamed_names
 from vlm_prune.vlm.common.state import load_tensors
 
 ADVICE = "remove the folder and train again"
+__getattr__ = renamed_names(__name__, {"Results": "StreamResults"})
 
 
 class StoredResults(msgspec.Struct, kw_only=True):

@@ -32,7 +32,7 @@ from vlm_prune.continual.data import (
 )
 from vlm_prune.continual.evaluate import class_features, evaluate_tasks
 from vlm_prune.continual.methods import Context, Method
-from vlm_prune.continual.methods.base import Group
+from vlm_prune.continual.methods.base import ParameterGroup
 from vlm_prune.continual.metrics import drift
 from vlm_prune.continual.parallel import average_gradients, gather, place
 from vlm_prune.continual.results import ADVICE, StoredResults, StreamResults, read_results
@@ -185,7 +185,7 @@ class _Trainer:
             self._write()
 
     def _fit(
-        self, number: int, groups: list[Group], trained: dict[str, torch.nn.Parameter]
+        self, number: int, groups: list[ParameterGroup], trained: dict[str, torch.nn.Parameter]
     ) -> None:
         """Takes the steps of one task, from its last checkpoint on if there is one.
 

@@ -22,7 +22,9 @@ NAME = "vlm_prune_columns"
 
 
 def padded_columns(columns: int) -> int:
-    """Returns how many columns are appended for so many: a width that vectors divide."""
+    """Returns how many columns are appended to hold `columns` of them: the next
+    multiple of 8, for vector units.
+    """
     return -(-columns // 8) * 8
 
 

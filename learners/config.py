@@ -11,7 +11,7 @@ from vlm_prune.vlm.common.registry import unknown
 
 Modality = Literal["visual", "textual"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
-Router = Literal["mean", "sum", "none"]
+RouterKind = Literal["mean", "sum", "none"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class WingsConfig:
     skip_text: int = 0
     images: Literal["all", "first"] = "all"
     rope: bool = True
-    router: Router = "mean"
+    router: RouterKind = "mean"
     max_positions: int = 4096
     scale: float = 1.0
 
@@ -69,7 +69,7 @@ class WingsConfig:
             "query": ("parallel", "sequential"),
             "visual_mask": ("causal", "all"),
             "images": ("all", "first"),
-            "router": get_args(Router),
+            "router": get_args(RouterKind),
         }
         for field, values in allowed.items():
             if getattr(self, field) not in values:

@@ -1,15 +1,17 @@
 """Conversations in LLaVA's JSON format, as token sequences that teach the assistant's turns."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vlm_prune.learners.parquet import PackedImage, read_parquet_rows
 from vlm_prune.vlm.chat import encode_text, render
 from vlm_prune.vlm.common.errors import InputError, first_line
 from vlm_prune.vlm.common.images import open_image
@@ -27,18 +29,28 @@ class Example:
     """Alternating user and assistant texts; `<image>` in a user's text stands for the next image."""
 
     name: str
-    images: tuple[Path, ...]
+    images: tuple[Path | PackedImage, ...]
     turns: tuple[tuple[str, str], ...]
+
+    def opened(self, most: int | None = None) -> list[Image.Image]:
+        """Returns its images, or the first `most` of them.
+
+        Raises:
+            InputError: if one cannot be read.
+        """
+        packed = (f.open() if isinstance(f, PackedImage) else f for f in self.images[:most])
+        return [open_image(source) for source in packed]
 
 
 def read_llava(
     path: str | Path, images: str | Path | DataRoot = ".", left_out: list[str] | None = None
 ) -> list[Example]:
-    """Reads `{"id", "image" (optional, one or a list), "conversations"}`,
-    one JSON list or JSON lines.
+    """Reads `{"id", "image" (optional, one or a list), "conversations"}`: one JSON list, JSON
+    lines or the rows of a Parquet file, which may hold the pictures themselves.
 
     Args:
-        path: a file that holds a list, or one entry a line if it ends in `.jsonl`.
+        path: a file that holds a list, one entry a line if it ends in `.jsonl`, or one entry a row
+            if it ends in `.parquet`.
         images: folder that image names are relative to, and must not leave unless it is a
             `DataRoot` that allows it.
         left_out: takes a line on each entry that cannot be used, and these are left out; None
@@ -52,8 +64,11 @@ def read_llava(
     if path.exists() and not path.is_file():
         raise InputError(f"{path} is no regular file; give a JSON file")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".jsonl":
+        text = "" if path.suffix == ".parquet" else path.read_text(encoding="utf-8-sig")
+        numbered: Iterable[tuple[str, Any]]
+        if path.suffix == ".parquet":
+            numbered = ((f"{path}[{n}]", row) for n, row in enumerate(read_parquet_rows(path)))
+        elif path.suffix == ".jsonl":
             # not splitlines: JSON may hold other characters that it takes for the end of a line
             lines = enumerate(text.split("\n"), 1)
             numbered = [(f"{path}:{n}", line) for n, line in lines if line.strip()]
@@ -87,7 +102,7 @@ def _entry(where: str, line: str) -> Any:
 
 
 def _example(entry: Any, where: str, root: DataRoot) -> Example:
-    """Reads one conversation.
+    """Reads one conversation with its images.
 
     Args:
         entry: what the file holds.
@@ -116,7 +131,7 @@ def _example(entry: Any, where: str, root: DataRoot) -> Example:
     if any("\ud800" <= character <= "\udfff" for _, text in turns for character in text):
         raise InputError(f"{where}: a 'value' is no Unicode text")
     files = [named] if isinstance(named, str) else named
-    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+    if not isinstance(files, list) or not all(isinstance(f, str | PackedImage) for f in files):
         raise InputError(f"{where}: 'image' must be a file name or a list of them")
     pairs = tuple((turns[n][1], turns[n + 1][1]) for n in range(0, len(turns), 2))
     shown = sum(user_text.count(PLACEHOLDER) for user_text, _ in pairs)
@@ -126,10 +141,10 @@ def _example(entry: Any, where: str, root: DataRoot) -> Example:
             f"need one for each file under 'image', and no other {PLACEHOLDER}"
         )
     try:
-        paths = tuple(root.path(file) for file in files)
+        paths = tuple(f if isinstance(f, PackedImage) else root.path(f) for f in files)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    missing = [path for path in paths if not path.is_file()]
+    missing = [path for path in paths if isinstance(path, Path) and not path.is_file()]
     if missing:
         raise InputError(f"{where}: there is no image file {missing[0]}")
     return Example(where, paths, pairs)
@@ -309,7 +324,7 @@ class Conversations(Dataset[dict[str, Tensor]]):
         row = {"input_ids": ids, "labels": labels}
         if example.images:
             try:
-                opened = [open_image(path) for path in example.images]
+                opened = example.opened()
                 for image in opened:
                     self.check_size(image_processor, *image.size)
                 row |= image_processor(images=opened, return_tensors="pt")

@@ -15,9 +15,9 @@ from vlm_prune.vlm.common.registry import Registry
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.projector import Projector
 
-Group = Literal["projector", "learners", "language"]
-Language = Literal["full", "attn-proj", "mlp-gate-up", "lora", "frozen"]
-OPENED: dict[Language, str] = {
+GroupName = Literal["projector", "learners", "language"]
+LanguageTraining = Literal["full", "attn-proj", "mlp-gate-up", "lora", "frozen"]
+OPENED: dict[LanguageTraining, str] = {
     "full": "",
     "attn-proj": r"\.[qkvo]_proj\.",
     "mlp-gate-up": r"\.(gate|up|gate_up)_proj\b",
@@ -99,7 +99,7 @@ class TrainingMethod:
         text_ratio: default share of text-only samples; None takes the data as they are.
     """
 
-    language: Language
+    language: LanguageTraining
     modalities: tuple[Modality, ...] = ()
     routed: bool = False
     text_ratio: float | None = None
@@ -135,7 +135,7 @@ METHODS: Registry[TrainingMethod] = Registry(
 
 def open_parameters(
     model: Any, method: TrainingMethod, stage: int
-) -> dict[Group, list[nn.Parameter]]:
+) -> dict[GroupName, list[nn.Parameter]]:
     """Freezes all but what a stage trains, and returns that by learning-rate group.
 
     With `full` the language model opens as a whole: layers, embeddings, norms and head. LoRA
@@ -152,7 +152,7 @@ def open_parameters(
     projector = family.projector
     if not isinstance(projector, Projector):
         raise InputError("training needs a projector of two layers, as LLaVA has")
-    groups: dict[Group, list[nn.Parameter]] = {
+    groups: dict[GroupName, list[nn.Parameter]] = {
         "projector": projector.parameters(),
         "learners": [],
         "language": [],
@@ -179,7 +179,7 @@ def open_parameters(
 
 
 def make_optimizer(
-    groups: dict[Group, list[nn.Parameter]], recipe: StageRecipe, steps: int, done: int = 0
+    groups: dict[GroupName, list[nn.Parameter]], recipe: StageRecipe, steps: int, done: int = 0
 ) -> tuple[torch.optim.AdamW, Any]:
     """Returns AdamW with each group's own rate, and a cosine schedule over `steps` as it is after
     `done`.

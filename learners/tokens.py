@@ -12,9 +12,11 @@ from transformers.cache_utils import DynamicLayer
 
 from vlm_prune.learners.config import Modality, WingsConfig
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.renamed import renamed_names
 from vlm_prune.vlm.tokens import compact, take
 
 EXTRA_ROWS = 256
+__getattr__ = renamed_names(__name__, {"Tokens": "PromptTokens"})
 
 
 def _locked(tensor: Tensor) -> bool:
@@ -31,7 +33,7 @@ class GrowingTensor:
 
     @property
     def tensor_so_far(self) -> Tensor:
-        """Returns all that was appended, as a view."""
+        """Returns all that was appended, (..., N, d), as a view."""
         assert self._buffer is not None
         return self._buffer[..., : self._length, :]
 

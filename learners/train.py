@@ -32,7 +32,13 @@ from vlm_prune.learners.data import (
     order,
 )
 from vlm_prune.learners.model import attach, detach
-from vlm_prune.learners.recipe import METHODS, Group, StageRecipe, make_optimizer, open_parameters
+from vlm_prune.learners.recipe import (
+    METHODS,
+    GroupName,
+    StageRecipe,
+    make_optimizer,
+    open_parameters,
+)
 from vlm_prune.learners.store import load_adapter_state, read_adapter, save_pretrained
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import write_folder, write_json, write_text
@@ -104,7 +110,7 @@ def checkpoint_activations(model: Any) -> None:
     (enable or model.gradient_checkpointing_enable)()
 
 
-def prepare(run: WingsRun) -> tuple[Any, Any, dict[Group, list[torch.nn.Parameter]], Any]:
+def prepare(run: WingsRun) -> tuple[Any, Any, dict[GroupName, list[torch.nn.Parameter]], Any]:
     """Returns model, processor, trainable parameters by group, and peft's wrapper for `lora`."""
     method, stage = METHODS[run.method], run.recipe.stage
     before = Path(run.model)

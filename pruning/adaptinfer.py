@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vlm_prune.kernels.text_guided_score import text_guided_score
-from vlm_prune.pruning.base import Counted, DecoderScorePruner
+from vlm_prune.pruning.base import CountedTokens, DecoderScorePruner
 from vlm_prune.vlm.common.registry import Registry
 from vlm_prune.vlm.tokens import DecoderTokens
 
@@ -27,7 +27,7 @@ class AdaptInfer(DecoderScorePruner):
     fewer on 32 layers.
     """
 
-    counted: ClassVar[Counted] = "at the cut"
+    counted: ClassVar[CountedTokens] = "at the cut"
     paper: ClassVar[str] = "https://arxiv.org/abs/2508.06084"
     presets: ClassVar[Registry[tuple[float, ...]]] = Registry(
         "preset",

@@ -25,8 +25,8 @@ from vlm_prune.vlm.tokens import DecoderTokens, Kept, VisionTokens, top
 from vlm_prune.vlm.trace import Trace
 
 Stage = Literal["input", "encoder", "projector", "decoder"]
-Counted = Literal["computed", "at the cut", "kept"]
-Rule = Literal["contiguous", "original", "as its parts"]
+CountedTokens = Literal["computed", "at the cut", "kept"]
+PositionRule = Literal["contiguous", "original", "as its parts"]
 
 
 @dataclass(kw_only=True)
@@ -55,7 +55,7 @@ class Pruner(ABC):
 
     stage: ClassVar[Stage]
     paper: ClassVar[str] = ""
-    authors_positions: ClassVar[Rule] = "contiguous"
+    authors_positions: ClassVar[PositionRule] = "contiguous"
     """What the authors' code does to positions of kept tokens."""
 
     def __post_init__(self) -> None:
@@ -118,7 +118,9 @@ class Pruner(ABC):
         return video_frames
 
     def check(self, tokens: int, layers: int) -> None:
-        """Raises `InputError` when the budget cannot be met on such a model."""
+        """Raises `InputError` when the budget cannot be met on images of
+        `tokens` in a decoder of `layers`.
+        """
         check_fits(self.budget, tokens)
 
     def positions_on(self, family: Family) -> Positions:
@@ -288,7 +290,7 @@ class DecoderPruner(Pruner):
     stage: ClassVar[Stage] = "decoder"
     reads: ClassVar[Side] = "before"
     chooses_queries: ClassVar[bool] = False
-    counted: ClassVar[Counted] = "computed"
+    counted: ClassVar[CountedTokens] = "computed"
     presets: ClassVar[Registry[tuple[float, ...]]] = Registry("preset")
 
     def __post_init__(self) -> None:

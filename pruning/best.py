@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 import msgspec
 
-from vlm_prune.pruning.base import Pruner, Rule, Stage
+from vlm_prune.pruning.base import PositionRule, Pruner, Stage
 from vlm_prune.pruning.registry import build, check_own
 from vlm_prune.vlm.budget import per_frame, tokens_for
 from vlm_prune.vlm.common.errors import InputError
@@ -37,7 +37,7 @@ class Best(Pruner):
 
     definitions: str = str(PACKAGED)
     stage: ClassVar[Stage] = "decoder"
-    authors_positions: ClassVar[Rule] = "as its parts"
+    authors_positions: ClassVar[PositionRule] = "as its parts"
 
     def _entry(self) -> "Entry":
         found, each = definitions(self.definitions), per_frame(self.budget)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
 from vlm_prune.pruning.adaptinfer import AdaptInfer
-from vlm_prune.pruning.base import DecoderPruner, Pruner, Rule, Stage, VisionPruner
+from vlm_prune.pruning.base import DecoderPruner, PositionRule, Pruner, Stage, VisionPruner
 from vlm_prune.pruning.divprune import DivPrune
 from vlm_prune.pruning.select import averaged, others
 from vlm_prune.pruning.zoo import ZooExact
@@ -68,7 +68,7 @@ class Cascade(Pruner):
     inside: DecoderPruner = field(default_factory=AdaptInfer)
     widening: float = 2.0
     stage: ClassVar[Stage] = "decoder"
-    authors_positions: ClassVar[Rule] = "as its parts"
+    authors_positions: ClassVar[PositionRule] = "as its parts"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -136,7 +136,7 @@ class MethodWrapper(VisionPruner):
 
     method: VisionPruner = field(default_factory=DivPrune)
     stage: ClassVar[Stage] = "projector"
-    authors_positions: ClassVar[Rule] = "as its parts"
+    authors_positions: ClassVar[PositionRule] = "as its parts"
 
     def __post_init__(self) -> None:
         super().__post_init__()

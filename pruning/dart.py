@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vlm_prune.pruning.base import Counted, DecoderPruner, Rule
+from vlm_prune.pruning.base import CountedTokens, DecoderPruner, PositionRule
 from vlm_prune.pruning.schedule import check_layer
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.tokens import DecoderTokens, Kept, take, top
@@ -38,9 +38,9 @@ class Dart(DecoderPruner):
     image_pivots: int = 4
     text_pivots: int = 4
     released: bool = False
-    counted: ClassVar[Counted] = "kept"
+    counted: ClassVar[CountedTokens] = "kept"
     paper: ClassVar[str] = "https://arxiv.org/abs/2502.11494"
-    authors_positions: ClassVar[Rule] = "original"
+    authors_positions: ClassVar[PositionRule] = "original"
 
     def __post_init__(self) -> None:
         super().__post_init__()

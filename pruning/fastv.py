@@ -5,7 +5,7 @@ from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from vlm_prune.pruning.base import DecoderScorePruner, Rule
+from vlm_prune.pruning.base import DecoderScorePruner, PositionRule
 from vlm_prune.pruning.received import from_rows, in_decoder
 from vlm_prune.pruning.schedule import check_layer
 from vlm_prune.vlm.common.registry import Registry
@@ -34,7 +34,7 @@ class FastV(DecoderScorePruner):
     layer: int = 2
     queries: Readers = "all"
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.06764"
-    authors_positions: ClassVar[Rule] = "original"
+    authors_positions: ClassVar[PositionRule] = "original"
     presets: ClassVar[Registry[tuple[float, ...]]] = Registry(
         "preset", {"r50": (0.5,), "r75": (0.25,)}
     )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vlm_prune.pruning.base import Rule, Stage
+from vlm_prune.pruning.base import PositionRule, Stage
 from vlm_prune.pruning.received import in_tower
 from vlm_prune.pruning.select import density_centers, others, sums_by_nearest
 from vlm_prune.pruning.video import VideoPruner, frame_means, frames_of, segment_starts
@@ -42,7 +42,7 @@ class FastVID(VideoPruner):
     weight: float = 0.6
     neighbors: int = 4
     stage: ClassVar[Stage] = "encoder"
-    authors_positions: ClassVar[Rule] = "original"
+    authors_positions: ClassVar[PositionRule] = "original"
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.11187"
 
     def __post_init__(self) -> None:

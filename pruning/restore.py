@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
-from vlm_prune.pruning.base import Rule
+from vlm_prune.pruning.base import PositionRule
 from vlm_prune.pruning.compose import MethodWrapper, separately
 from vlm_prune.pruning.select import others, sums_by_nearest
 from vlm_prune.vlm.common.errors import InputError
@@ -44,7 +44,7 @@ class Restore(MethodWrapper):
 
     anchors: float = 0.5
     paper: ClassVar[str] = "https://arxiv.org/abs/2606.01711"
-    authors_positions: ClassVar[Rule] = "original"
+    authors_positions: ClassVar[PositionRule] = "original"
     changes_attention: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -83,6 +83,7 @@ def absorbed(kept: Kept, tokens: Tensor, count: int) -> Kept:
         count: tokens of an image that stay.
     """
     anchors = torch.stack(kept.indices)
+    # kept tokens and groups of all others, in the order of their token indices
     rest = others(anchors, tokens.shape[1])
     groups = grouped(take(tokens, rest), min(count - anchors.shape[1], rest.shape[1]))
     indices, order = torch.cat([anchors, rest.gather(1, groups.medians)], 1).sort(1)
@@ -111,6 +112,7 @@ def grouped(tokens: Tensor, count: int) -> Groups:
     total, similarity = tokens.shape[1], pairwise_cosine(tokens, tokens)
     anchors = anchors_of(similarity, count)
     nearest = similarity.gather(2, anchors[:, None].expand(-1, total, -1)).argmax(-1)
+    # an anchor belongs to itself, whatever equals it
     nearest = nearest.scatter(
         1, anchors, torch.arange(count, device=tokens.device).expand_as(anchors)
     )
@@ -118,6 +120,7 @@ def grouped(tokens: Tensor, count: int) -> Groups:
     sizes = floating[..., 0].long()
     # sorted by group and then by index, a group's tokens follow one another
     members = (nearest * total + torch.arange(total, device=tokens.device)).sort(1).values % total
+    # where a group begins among the members, and half of its size further
     middle = sizes.cumsum(1) - sizes + (sizes - 1) // 2
     return Groups(sums / floating, sizes, members.gather(1, middle))
 
@@ -128,6 +131,7 @@ def anchors_of(similarity: Tensor, count: int) -> Tensor:
     Shapes: cosines (M, n, n) -> (M, count).
     """
     density = similarity.sum(-1)
+    # entry (i, j): whether j is denser than i; the densest token is distinct from all
     denser = density[:, None] > density[..., None]
     nearest = similarity.masked_fill(~denser, -torch.inf).amax(-1)
     distinct = torch.where(denser.any(-1), 1 - nearest, 1)

@@ -88,6 +88,7 @@ def entering(layer: int) -> float:
 
     The cut leaves a third: ApET's counts, 96 and 32 for a mean of 64 at layer 16.
     """
+    # x tokens in `share` of the layers and x / 3 in the others have a mean of 1
     share = layer / DEPTH
     return 1 / (share + (1 - share) / 3)
 
@@ -137,6 +138,7 @@ def fit_cuts(
     """
     allowed = [depth for depth in allowed or range(layers) if depth <= depths[0]]
     first = allowed.pop()
+    # all tokens before the first cut and one in each layer after it must fit
     while first * tokens + layers - first > budget * layers:
         if not allowed:
             least = math.ceil((first * tokens + layers - first) / layers)
@@ -177,6 +179,7 @@ def solve_counts(
     def spent_by(counts: list[int]) -> int:
         return sum(span * count for span, count in zip(spans, counts, strict=True))
 
+    # by bisection, the largest common scale of the shares that can be paid
     low, high = 0.0, tokens / shares[-1] + 1
     for _ in range(60):
         scale = (low + high) / 2

@@ -85,6 +85,7 @@ def sums_by_nearest(dropped: Tensor, nearest: Tensor, count: int) -> tuple[Tenso
         nearest: the index of the kept token that each of them joins.
         count: kept tokens of an image.
     """
+    # a product with memberships sums up groups, and says how large they are
     member = one_hot(nearest, count).to(torch.float32)
     return member.transpose(1, 2) @ dropped.float(), member.sum(1)[..., None]
 

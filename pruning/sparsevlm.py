@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from vlm_prune.pruning.base import Counted, DecoderScorePruner
+from vlm_prune.pruning.base import CountedTokens, DecoderScorePruner
 from vlm_prune.pruning.received import in_decoder
 from vlm_prune.pruning.select import density_gap
 from vlm_prune.vlm.common.errors import InputError
@@ -45,7 +45,7 @@ class SparseVLM(DecoderScorePruner):
     neighbors: int = 5
     released: bool = False
     chooses_queries: ClassVar[bool] = True
-    counted: ClassVar[Counted] = "at the cut"
+    counted: ClassVar[CountedTokens] = "at the cut"
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.04417"
     presets: ClassVar[Registry[tuple[float, ...]]] = Registry(
         "preset",

@@ -53,6 +53,7 @@ class VisionZip(VisionPruner):
         if merged == 0:
             return Kept.at(vision.projected, dominant)
         rest = others(dominant, tokens)
+        # targets at even distances among the rest, and the others, which join them
         starts = torch.arange(merged, device=rest.device) * (rest.shape[1] // merged)
         starts = starts.expand(len(rest), -1)
         targets, joining = rest.gather(1, starts), rest.gather(1, others(starts, rest.shape[1]))
@@ -67,6 +68,7 @@ class VisionZip(VisionPruner):
         alone = take(vision.projected, targets)
         projected = torch.where(absorbing, vision.projector(merged_tokens), alone)
         features = torch.cat([take(vision.projected, dominant), projected], 1)
+        # back to reading order
         indices, order = torch.cat([dominant, targets], 1).sort(1)
         return Kept(list(indices), list(take(features, order)))
 

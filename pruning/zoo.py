@@ -142,6 +142,7 @@ class Zoo(VisionPruner):
     @torch.no_grad()
     def product(self, vision: VisionTokens, k: int) -> Tensor:
         """Returns the chosen tokens (M, k), in order: greedily by sensitivity x diversity."""
+        # where most tokens are kept, most sensitivities are needed anyway
         few = 2 * k < vision.features.shape[1] and vision.features.device.type == "cpu"
         if not (few and self.derives(vision)):
             return diverse(min_max(self.sensitivity(vision)), vision.projected, k)
@@ -224,9 +225,11 @@ class BoundedSensitivity:
             act: its activation.
             bank: directions (m, d_v).
         """
+        # (M, N, h), and the directions behind the first layer, (m, h)
         slope = slopes(pre_activation(features, weights.w1, weights.b1), act)
         shifts = pre_activation(bank, weights.w1, None).to(slope)
         root, gram = root_of(weights).to(slope), gram_of(weights).to(slope)
+        # mean squares over all directions in one form; rounding must not make a bound too low
         squares = quadratic(slope.flatten(0, 1), gram * (shifts.T @ shifts) / len(shifts))
         bounds = (squares + ROUNDING * squares.amax()).clamp_min(0).sqrt().view(slope.shape[:2])
         known = torch.zeros_like(bounds, dtype=torch.bool)
@@ -236,6 +239,7 @@ class BoundedSensitivity:
         """Computes the sensitivities of the few tokens with the largest
         `order` (N,) of those unknown.
         """
+        # those that may win first; computed lengths replace their bounds
         order = order.masked_fill(self.known, -torch.inf)
         tokens = order.topk(min(FEW, int((~self.known).sum()))).indices
         lengths, bounds = (
@@ -246,15 +250,16 @@ class BoundedSensitivity:
         self.values[tokens], self.known[tokens] = lengths, True
 
     def largest(self) -> Tensor:
-        """Returns the largest sensitivity."""
+        """Returns the largest sensitivity, ()."""
         while not self.known[self.values.argmax()]:
             self.compute(self.values)
         return self.values.max()
 
     def smallest(self) -> Tensor:
-        """Returns the smallest sensitivity."""
+        """Returns the smallest sensitivity, ()."""
         while True:
             least = self.values.masked_fill(~self.known, torch.inf).min()
+            # how low a sensitivity may be if it falls short of its bound as far as `MARGIN` allows
             reach = self.values * max(0.0, 1 - MARGIN * self.shortfall)
             if self.known.any() and not (~self.known & (reach <= least)).any():
                 return least

@@ -35,7 +35,7 @@ def read_table(page: str) -> str:
 
 
 def retained_at(budget: str, *results: str) -> dict[str, str]:
-    """Returns what each method of these comparisons retained at the budget, with its interval."""
+    """Returns what each method of some comparisons retained at the budget, with its interval."""
     retained: dict[str, str] = {}
     for page in results:
         lines = [line for line in read_table(page).splitlines() if line.startswith("|")]
@@ -47,7 +47,7 @@ def retained_at(budget: str, *results: str) -> dict[str, str]:
 
 
 def with_column(page: str, values: dict[str, str]) -> str:
-    """Returns the page with these values in the last of five columns, in
+    """Returns a page with `values` in the last of five columns, in
     rows that begin with a method.
     """
 

@@ -591,9 +591,9 @@ def make_folder(folder: Path) -> None:
     talk = [{"from": "human", "value": "<image>\nred?"}, {"from": "gpt", "value": "yes"}]
     data = [{"id": "a", "image": "a.png", "conversations": talk}]
     (folder / "data.json").write_text(json.dumps(data))
-    made = Tiny("llava")
-    made.model.save_pretrained(folder / "model")
-    made.processor.save_pretrained(folder / "model")
+    tiny = Tiny("llava")
+    tiny.model.save_pretrained(folder / "model")
+    tiny.processor.save_pretrained(folder / "model")
     for name, change in (
         ("bert", {"model_type": "bert"}), ("untyped", {"model_type": None}), ("no-template", {}), ("cut", {}),
     ):  # fmt: skip

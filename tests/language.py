@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "vlm", "pruning", "learners", "continual", "benchmarks", "scripts")
 FROM_ARGUMENTS = 3
+PRIVATE_FROM_ARGUMENTS = 5
 # what is written there as JSON is a record
 TYPED = (
     "benchmarks/evaluation",
@@ -34,6 +35,10 @@ BRITISH = re.compile(
     r"(normal|initial|optim|summar|orthogonal|minim|maxim|serial|organ|recogn|visual|quant|token|"
     r"general|regular|vector|parallel|synchron|penal)is(e|ing|ation)"
 )
+CHECKED = {tokenize.NAME, tokenize.COMMENT, tokenize.STRING}
+CHECKED |= {getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}  # from Python 3.12 on
+# words that drawings and trained weights have, and names of before
+DATA = {'"grey"', '"colours"', '"the colour {}."', '"normalised"', '"Labelled"', '"LabelledImages"'}
 PROSE = {
     "asked", "as_short", "claim", "heard", "hidden: tensor", "made", "ride_along", "spare", "standing", "stands", "twin", "wake",
 }  # fmt: skip
@@ -50,11 +55,12 @@ VERBS = set(
     reads records refuses registers removes renames renders reorders repeats replaces returns
     rewrites runs samples saves says scales scores searches seeds selects sends serves sets shows
     shrinks shuffles splits starts stops stores takes teaches tells times tokenizes trains turns
-    undoes updates uses waits wraps writes yields
+    undoes unlocks updates uses waits wraps writes yields
     """,
     )
 )
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+COMMAND_OPTIONS = ROOT / "benchmarks/cli/options.py"
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class Found:
 
     path: Path
     name: str
-    node: Definition
+    node: Definition | ast.Assign
 
     def __str__(self) -> str:
         return f"{self.path.relative_to(ROOT)}:{self.node.lineno} {self.name}"
@@ -105,7 +111,7 @@ def files(*folders: str) -> list[Path]:
 
 
 def undocumented(*folders: str) -> list[Found]:
-    """Public functions of three or more arguments whose docstring has no `Args:`.
+    """Functions of three or more arguments, private ones of five, whose docstring has no `Args:`.
 
     Left out: what a documented method of the same name in another class already describes, commands
     whose options carry their own help, and the implementations of an operation of `kernels`,
@@ -120,14 +126,14 @@ def undocumented(*folders: str) -> list[Found]:
         found
         for found in source(*folders)
         if isinstance(found.node, ast.FunctionDef)
-        and is_public(found.name)
-        and len(arguments(found.node)) >= FROM_ARGUMENTS
+        and len(arguments(found.node))
+        >= (FROM_ARGUMENTS if is_public(found.name) else PRIVATE_FROM_ARGUMENTS)
         and "Args:" not in (ast.get_docstring(found.node) or "")
         and not ("." in found.name and found.node.name in described)
         and (found.path, found.name.removesuffix(".__init__")) not in classes
         and (found.path.parent, found.name) not in operations
         and not any(decorator(d) in ("overload", "triton.jit") for d in found.node.decorator_list)
-        and not any(carries_help(argument) for argument in arguments(found.node))
+        and not is_command(found)
     ]
 
 
@@ -154,32 +160,49 @@ def carries_help(argument: ast.arg) -> bool:
     return annotation.startswith("Annotated[") or annotation in OPTIONS
 
 
-OPTIONS = set(
-    re.findall(
-        r"^(\w+) = Annotated\[", (ROOT / "benchmarks/cli/options.py").read_text(), re.MULTILINE
-    )
-) | {"typer.Context"}
+OPTIONS = set(re.findall(r"^(\w+) = Annotated\[", COMMAND_OPTIONS.read_text(), re.MULTILINE)) | {
+    "typer.Context"
+}
 
 
 def repeated(*folders: str) -> dict[str, list[Found]]:
-    """Names of public functions and of classes that more than one file defines at its top level.
+    """Names of public functions, of classes and of types that more than one file defines at its top
+    level.
 
-    Left out: the `main` of scripts, the `ask` of tasks, and the names of `kernels`' operations, each
+    Left out: the options of commands, which are named as they are typed, the `main` of scripts, the `ask` of tasks, and the names of `kernels`' operations, each
     of which has its reference and its kernel under its own name.
     """
-    wanted = {str(found.path) for found in source(*folders)}
+    wanted = {str(path) for path in files(*folders)}
     by_name: dict[str, list[Found]] = defaultdict(list)
     for found in dict.fromkeys(source(*PACKAGES, *folders)):
         is_class = isinstance(found.node, ast.ClassDef)
         public = not found.name.startswith("_") and found.name not in INTERFACES
         if "." not in found.name and (is_class or public):
             by_name[found.name].append(found)
+    for path in dict.fromkeys(files(*PACKAGES, *folders)):
+        for name, node in type_aliases(path):
+            by_name[name].append(Found(path, name, node))
     return {
         name: places
         for name, places in sorted(by_name.items())
         if len({home(place) for place in places}) > 1
         and any(str(place.path) in wanted for place in places)
     }
+
+
+def type_aliases(path: Path) -> Iterator[tuple[str, ast.Assign]]:
+    """Names in CamelCase that a file gives to types at its top level: `Scores = dict[str, float]`."""
+    if path == COMMAND_OPTIONS:
+        return
+    for node in ast.parse(path.read_text()).body:
+        name = node.targets[0].id if is_plain(node) else ""
+        if re.fullmatch(r"([A-Z][a-z]+)+", name):
+            yield name, node
+
+
+def is_plain(node: ast.stmt) -> bool:
+    """Returns whether a statement gives a value to one name."""
+    return isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
 
 
 def home(found: Found) -> Path:
@@ -189,12 +212,12 @@ def home(found: Found) -> Path:
 
 
 def british(*folders: str) -> list[str]:
-    """Identifiers and comments with a British spelling; strings may be data."""
+    """Identifiers, comments, docstrings and other texts with a British spelling, but for `DATA`."""
     return [
         f"{path}:{token.start[0]} {token.string}"
         for path in files(*folders)
         for token in tokenize.generate_tokens(path.open().readline)
-        if token.type in (tokenize.NAME, tokenize.COMMENT) and BRITISH.search(token.string)
+        if token.type in CHECKED and BRITISH.search(token.string) and token.string not in DATA
     ]
 
 
@@ -299,11 +322,11 @@ def begins_with_verb(text: str) -> bool:
 
 
 def is_command(found: Found) -> bool:
-    """Whether a function is a command: its options carry help, or the file in `cli` has its name."""
-    if not isinstance(found.node, ast.FunctionDef):
+    """Whether a function is a command: of `cli`, named as its file or with options that carry help."""
+    if found.path.parent != ROOT / "benchmarks/cli" or not isinstance(found.node, ast.FunctionDef):
         return False
-    in_cli = found.path.parent.name == "cli" and found.path.stem == found.name
-    return in_cli or any(carries_help(argument) for argument in arguments(found.node))
+    options = (carries_help(argument) for argument in arguments(found.node))
+    return found.path.stem == found.name or any(options)
 
 
 if __name__ == "__main__":

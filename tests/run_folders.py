@@ -35,10 +35,10 @@ def write_run(
     rows = []
     for task in tasks:
         for index in range(per_task):
-            asked, answer = question(task, index)
+            question_text, answer = question(task, index)
             rows.append(
                 {
-                    "id": f"{task}/{index:06d}", "task": task, "subset": "", "question": asked,
+                    "id": f"{task}/{index:06d}", "task": task, "subset": "", "question": question_text,
                     "answer": answer, "prediction": answer if right(task, index) else "wrong",
                     "score": float(right(task, index)), "images": 1, "baseline": answer,
                     "baseline_score": 1.0, "image_tokens": [576], "cropped": True,

@@ -346,7 +346,7 @@ class Block:
         return forward
 
     def input_ids(self, kwargs: dict[str, Any]) -> Tensor:
-        """Returns token ids on the host; where embeddings are given,
+        """Returns token ids (B, L) on the host; where embeddings are given,
         zeros but for images and videos.
 
         Raises:

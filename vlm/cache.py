@@ -206,12 +206,12 @@ class PrunedCache(Cache):  # type: ignore[misc]
         self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each row."""
+        """Repeats each row of the layers and of the prompt, `repeats` times."""
         super().batch_repeat_interleave(repeats)
         self.prompt.select(torch.arange(self.prompt.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps some rows."""
+        """Keeps the rows at `indices`, of the layers and of the prompt."""
         super().batch_select_indices(indices)
         self._select(indices)
 

@@ -49,7 +49,7 @@ class Group:
         return (rows, columns) if alone else None
 
     def placeholders(self, indices: Tensor) -> Tensor:
-        """Returns indices among the placeholders, given those of tokens; all N
+        """Returns indices (k,) among the placeholders, given those of tokens; all N
         bring the newlines with them.
         """
         if self.indices is None:
@@ -162,7 +162,7 @@ class Images:
 
     @property
     def deepstack(self) -> list[list[Tensor]]:
-        """Returns for each layer the features added to each image's tokens."""
+        """Returns for each layer the features added to each image's tokens, (N, d_l) each."""
         layers = zip(*(group.deepstack for group in self.groups), strict=True)
         return [self._in_order([list(part) for part in layer]) for layer in layers]
 

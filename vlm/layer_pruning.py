@@ -129,7 +129,7 @@ class Segment:
     biased: dict[tuple[str, bool], Tensor] = field(default_factory=dict)
 
     def mask(self, device: torch.device, explicit: bool = False) -> Tensor | None:
-        """Returns the 2D attention mask of these layers' keys, None where none is padding."""
+        """Returns the attention mask (B, K) of these layers' keys, None where none is padding."""
         if not explicit and bool(self.cached.valid.all()):
             return None
         # columns that the cache counts but does not hold are masked
@@ -137,7 +137,7 @@ class Segment:
         return torch.cat([front, self.cached.valid], 1).to(device)
 
     def blocks(self, blocks: Tensor, device: torch.device) -> Tensor:
-        """Returns the block of each of these layers' keys, -1 for text,
+        """Returns the block of each of these layers' keys, (B, K), -1 for text,
         given those of the full input.
         """
         # blocks of this forward's tokens, behind those of the cache, which are none
@@ -794,7 +794,9 @@ class Cutting:
                     self.forward.query_mask[group] = chosen
 
     def cut(self) -> tuple[Tensor, Segment]:
-        """Returns hidden states of what is kept, and what the layers after the cut get."""
+        """Returns hidden states (B, n, D) of what is kept, and what
+        the layers after the cut get.
+        """
         forward, layout, device = self.forward, self.segment.layout, self.hidden_states.device
         due = forward.due[self.number]
         # how many tokens each image keeps; nothing is moved where all stay

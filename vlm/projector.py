@@ -72,7 +72,9 @@ class Projector:
 
     @classmethod
     def of(cls, w1: Tensor, b1: Tensor | None, act: Map, w2: Tensor, b2: Tensor | None) -> Self:
-        """Returns the projector of these weights."""
+        """Returns the projector that two matrices, their biases and the
+        activation between them make.
+        """
         return cls(Affine(w1, b1), act, Affine(w2, b2))
 
     def __call__(self, features: Tensor) -> Tensor:

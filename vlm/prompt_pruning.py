@@ -308,7 +308,7 @@ class Choice:
 
 
 def on_host(indices: list[Tensor]) -> list[Tensor]:
-    """Returns each image's indices on the CPU, in one transfer."""
+    """Returns each image's indices (k,) on the CPU, in one transfer."""
     if not indices:
         return []
     return list(torch.cat(indices).cpu().split([len(one) for one in indices]))

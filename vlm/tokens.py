@@ -17,7 +17,7 @@ def as_is(values: Tensor) -> Tensor:
 
 
 def no_patches() -> Tensor:
-    """Raises `InputError`: whoever made these tokens does not hand out the pixels behind them."""
+    """Raises `InputError`, as the pixels behind these tokens are not known."""
     raise InputError(
         "this method compares pixels, and those of each token are not known here; "
         "give one that reads features, such as divprune"
@@ -138,7 +138,9 @@ class VisionTokens:
         )
 
     def query_key_of(self, frames: list[int]) -> tuple[Tensor, Tensor]:
-        """Returns `query_key` of some of the M T frames of videos, numbered video by video."""
+        """Returns `query_key`, (F, H, S, d), of F of the M T frames of
+        videos, numbered video by video.
+        """
         if self.frames_query_key is not None:
             return self.frames_query_key(frames)
         query, key = self.query_key()

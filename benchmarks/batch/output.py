@@ -141,7 +141,9 @@ def parts_of(output: Path) -> Path:
 
 
 def _rows_of(part: Path, images: int) -> NDArray[np.int64]:
-    """Returns the rows that a part answers, of so many images."""
+    """Returns the numbers of the rows that a part answers, and refuses those
+    that are not below `images`.
+    """
     rows = _read(part, ROWS)["row"]
     ends = compute.min_max(rows).as_py()
     if len(rows) and (rows.null_count or ends["min"] < 0 or ends["max"] >= images):

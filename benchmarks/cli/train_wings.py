@@ -55,7 +55,9 @@ def choose_experiment(
 
 @app.command("train")
 def train_wings_command(
-    data: Annotated[list[Path], typer.Option(help="LLaVA-format JSON or JSONL; may be repeated.")],
+    data: Annotated[
+        list[Path], typer.Option(help="LLaVA-format JSON, JSONL or Parquet; may be repeated.")
+    ],
     output: Annotated[Path, typer.Option(help="Folder of the run; resumes what is in it.")],
     images: Annotated[Path, typer.Option(help="Folder of the images.")] = Path("."),
     allow_outside: AllowOutside = False,

@@ -181,7 +181,7 @@ class Pretraining:
         return torch.stack(shifted), torch.from_numpy(self.data.captions[chosen, template])
 
     def normalized(self, chosen: NDArray[np.int64]) -> Tensor:
-        """Returns pictures of these numbers as the model reads them, (B, 3, 48, 48)."""
+        """Returns the pictures at `chosen` as the model reads them, (B, 3, 48, 48)."""
         pixels = torch.from_numpy(self.data.pixels[chosen]).permute(0, 3, 1, 2).float() / 255
         return (pixels - self.mean) / self.std
 

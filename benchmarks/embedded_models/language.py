@@ -26,7 +26,7 @@ from vlm_prune.benchmarks.embedded_models.tower import optimizers, set_rate
 
 IGNORE = -100
 Lesson = Literal["lookups", "finding", "places", "all", "practice", "sight", "told"]
-Encoder = Callable[[list[Tensor]], Tensor]
+ImageEncoder = Callable[[list[Tensor]], Tensor]
 
 
 class QuestionBlock(NamedTuple):
@@ -97,6 +97,7 @@ def pack(rows: list[Row], tokenizer: PreTrainedTokenizerFast, image_token: int) 
         for target, values in zip((ids, positions, block, labels), layout, strict=True):
             target[r, : len(values)] = torch.tensor(values)
     causal = torch.ones(length, length, dtype=torch.bool).tril()
+    # a token sees the prefix and its own block; padding sees itself, so that no row is empty
     same = (block[:, :, None] == block[:, None, :]) | (block[:, None, :] == 0)
     visible = causal & same | torch.eye(length, dtype=torch.bool)
     mask = torch.zeros(visible.shape).masked_fill_(~visible, torch.finfo(torch.float32).min)
@@ -111,9 +112,11 @@ def pack(rows: list[Row], tokenizer: PreTrainedTokenizerFast, image_token: int) 
 
 def _spans(block: Tensor, size: int = 256) -> list[Span]:
     """Cuts the block numbers (B, L) of a batch, where 0 is the prefix and -1 padding."""
+    # queries before the shortest prefix's end are plainly causal; behind it, runs of `size`
     prefixes, spans = (block == 0).sum(1), []
     longest = int(prefixes.max())
     for start in range(int(prefixes.min()), block.shape[1], size):
+        # where the block of each row's first query begins
         begun = (block == block[:, start, None]).int().argmax(1)
         spans.append(
             Span(start, min(start + size, block.shape[1]), longest, max(longest, int(begun.min())))
@@ -146,6 +149,7 @@ def attend(
     outputs = [scaled_dot_product_attention(first, keys, values, is_causal=True, scale=scaling)]
     for start, stop, prefix, seen in spans:
         keys, values, mask = (
+            # keys of the prefix, and those from the first block of the run on
             torch.cat([part[..., :prefix, :], part[..., seen:stop, :]], -2)
             for part in (key, value, attention_mask[:, :, start:stop].mT)
         )
@@ -182,6 +186,7 @@ def _layout(
             indices, size = torch.arange(len(row.image)), len(row.image)
         begin, end = len(ids), len(ids) + size
         ids = [*ids, *[image_token] * len(row.image), *newline]
+        # an image's tokens have the positions of the whole image, though some are left out
         positions += [*(begin + indices).tolist(), *range(end, end + len(newline))]
     block, labels = [0] * len(ids), [IGNORE] * len(ids)
     start = positions[-1] + 1 if positions else 0
@@ -189,6 +194,7 @@ def _layout(
         prompt_ids: list[int] = tokenizer(question.prompt).input_ids
         answer_ids: list[int] = [*tokenizer(question.answer).input_ids, tokenizer.eos_token_id]
         ids += prompt_ids + answer_ids
+        # every block begins where the prefix ends
         positions += range(start, start + len(prompt_ids) + len(answer_ids))
         block += [number] * (len(prompt_ids) + len(answer_ids))
         labels += [IGNORE] * (len(prompt_ids) - 1) + answer_ids + [IGNORE]
@@ -199,7 +205,7 @@ def loss_of(
     model: LlavaForConditionalGeneration,
     batch: Packed,
     images: list[Tensor],
-    encode: Encoder,
+    encode: ImageEncoder,
     bf16: bool = False,
 ) -> tuple[Tensor, dict[str, float]]:
     """Returns the mean cross-entropy of the answers' tokens and their accuracy by kind of question.
@@ -235,7 +241,7 @@ def loss_of(
     return cross_entropy(logits, labels), {kind: fmean(hits) for kind, hits in right.items()}
 
 
-def projected(model: LlavaForConditionalGeneration) -> Encoder:
+def projected(model: LlavaForConditionalGeneration) -> ImageEncoder:
     """Returns the encoder that passes tower features through the projector."""
 
     def encode(images: list[Tensor]) -> Tensor:
@@ -258,7 +264,7 @@ def train_language(
     rows: Callable[[int], list[Row]],
     steps: int,
     rate: float,
-    encode: Encoder,
+    encode: ImageEncoder,
     modules: list[nn.Module],
     say: Say,
     levels: int = 1,
@@ -317,7 +323,7 @@ def _backward(
     model: LlavaForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
     batch: list[Row],
-    encode: Encoder,
+    encode: ImageEncoder,
     bf16: bool,
 ) -> tuple[float, dict[str, float]]:
     """Adds the gradients of a batch, and returns its loss and the shares of right answers.

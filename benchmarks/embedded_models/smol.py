@@ -604,7 +604,7 @@ class SmolTrainer:
             yield f"projector.{name}", parameter
 
     def save(self) -> None:
-        """Writes the state."""
+        """Writes what a resumed training needs."""
         state = dict(self._trained()) | {"step": torch.tensor(self.step)}
         state["spent"] = torch.tensor(self.spent, dtype=torch.float64)
         state |= {f"moments.{n}": t for n, t in optimizer_tensors(self.optimizer).items()}

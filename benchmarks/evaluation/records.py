@@ -21,7 +21,7 @@ Amount = Annotated[float, msgspec.Meta(ge=0)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Interval = tuple[float, float]
 Argument = bool | int | float | str | list[int | float | str] | Schedule | None
-Kind = Literal["eval", "compare", "suite", "answers", "search"]
+FolderKind = Literal["eval", "compare", "suite", "answers", "search"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Variant:
     arguments: dict[str, Argument] = field(default_factory=dict)
 
     def build(self, seed: int) -> Pruner:
-        """Builds the pruner.
+        """Builds the pruner with the variant's budget, positions and hyperparameters.
 
         Raises:
             InputError: if there is no such method or hyperparameter, or a value is out of range.
@@ -101,7 +101,7 @@ class FolderRecord(Record, tag_field="schema_version", tag=SCHEMA_VERSION, froze
         peft_digest: the same of `config.peft`.
     """
 
-    kind: Kind
+    kind: FolderKind
     config: RunConfig | None = None
     adapter: str | None = None
     peft_digest: str | None = None

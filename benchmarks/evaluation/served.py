@@ -224,7 +224,7 @@ class ServedEngines:
         return self.started[variant.method]
 
     def close(self) -> None:
-        """Ends the engines."""
+        """Stops vLLM's engines, so that their memory is free."""
         with ExitStack() as stack:
             for engine in self.started.values():
                 stack.callback(engine.llm.llm_engine.engine_core.shutdown)
@@ -252,7 +252,7 @@ class ServedPair:
         return max([1, *(len(sample.images) for sample in samples)])
 
     def close(self) -> None:
-        """Ends the engines."""
+        """Stops vLLM's engines, so that their memory is free."""
         self.engines.close()
 
     def __call__(self, batch: list[Sample], pruners: list[Any]) -> Iterator[list[PairedRow]]:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from vlm_prune.benchmarks.evaluation.records import (
     SCHEMA_VERSION,
     AnswerRow,
+    FolderKind,
     FolderRecord,
-    Kind,
     PairedRow,
     Results,
     RunConfig,
@@ -54,7 +54,7 @@ def read_versioned(path: Path, kind: type[RecordT]) -> RecordT:
     return from_json(read_bytes(path), kind, str(path), RERUN)
 
 
-def kind_of(folder: Path) -> Kind | None:
+def kind_of(folder: Path) -> FolderKind | None:
     """Returns what wrote into a folder; None where nothing did.
 
     Raises:
@@ -64,7 +64,7 @@ def kind_of(folder: Path) -> Kind | None:
     return read_versioned(path, FolderRecord).kind if path.exists() else None
 
 
-def check_kind(folder: Path, kind: Kind) -> None:
+def check_kind(folder: Path, kind: FolderKind) -> None:
     """Raises `InputError` if another command wrote into a folder."""
     found = kind_of(folder)
     if found not in (None, kind):
@@ -141,7 +141,7 @@ class GroupFolder(OutputFolder):
         InputError: if another command wrote into it, or another process writes there.
     """
 
-    def __init__(self, path: Path, kind: Kind) -> None:
+    def __init__(self, path: Path, kind: FolderKind) -> None:
         super().__init__(path)
         self.kind = kind
         with self.releasing():
@@ -176,7 +176,7 @@ class RunFolder(Generic[RowT]):
         path: Path,
         config: RunConfig,
         row_type: type[RowT],
-        kind: Kind = "eval",
+        kind: FolderKind = "eval",
         group: GroupFolder | None = None,
     ) -> None:
         self.path, self.config, self.row_type, self.group = path, config, row_type, group
@@ -231,8 +231,8 @@ class RunFolder(Generic[RowT]):
         return rows
 
     def check(self, questions: "Mapping[str, QuestionFields]") -> None:
-        """Raises `InputError` unless all rows are of these questions, by id, with
-        the scores of their answers.
+        """Raises `InputError` unless every row is of one of `questions`, by id,
+        and scored as its answer is.
         """
         for row in self.rows.values():
             question = questions.get(row.id)

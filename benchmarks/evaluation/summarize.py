@@ -18,7 +18,7 @@ from vlm_prune.benchmarks.evaluation.records import (
     TaskResult,
     Tokens,
 )
-from vlm_prune.benchmarks.stats.bootstrap import Scores, mean_interval, retained
+from vlm_prune.benchmarks.stats.bootstrap import PairedScores, mean_interval, retained
 
 
 def summarize(config: RunConfig, rows: Sequence[PairedRow], machine: Machine) -> Results:
@@ -85,7 +85,7 @@ def summarize(config: RunConfig, rows: Sequence[PairedRow], machine: Machine) ->
     )
 
 
-def _task_result(rows: Sequence[PairedRow], scores: Scores) -> TaskResult:
+def _task_result(rows: Sequence[PairedRow], scores: PairedScores) -> TaskResult:
     """Returns the results of one task, whose scores come under its name alone."""
     ((unpruned, pruned),) = scores.values()
     point, interval = retained(scores)

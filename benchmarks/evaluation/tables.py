@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from vlm_prune.benchmarks.evaluation.records import Accuracy, Results, TokenCounts, Variant
-from vlm_prune.benchmarks.stats.paired import Scores, difference, mcnemar
+from vlm_prune.benchmarks.stats.paired import TaskScores, difference, mcnemar
 from vlm_prune.benchmarks.stats.table import as_table, percent, percent_interval, points
 
 THREE_WAYS = "kept / per layer / paper's count"
@@ -130,7 +130,7 @@ def overview_table(runs: list[Results]) -> list[list[str]]:
     return [["% retained [95 %] at prefill speed-up", *budgets], *rows]
 
 
-def against(name: str, runs: list[Results], scores: list[Scores]) -> list[list[str]]:
+def against(name: str, runs: list[Results], scores: list[TaskScores]) -> list[list[str]]:
     """Returns a header and rows: a method's accuracy less that of the others of its budget.
 
     Both answered the same questions.

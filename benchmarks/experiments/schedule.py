@@ -19,7 +19,6 @@ from vlm_prune.pruning.shift import change_points, histogram, propose
 from vlm_prune.vlm.chat import render
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import atomic_path, write_json
-from vlm_prune.vlm.common.images import open_image
 from vlm_prune.vlm.common.paths import DataRoot
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.probe import question_rows
@@ -62,7 +61,7 @@ def prompts_of_file(path: Path, images: Path | DataRoot, limit: int) -> list[Pro
     return [
         Prompt(
             messages(e)[:1],
-            [open_image(image) for image in e.images[: e.turns[0][0].count("<image>")]],
+            e.opened(e.turns[0][0].count("<image>")),
         )
         for e in shown[:limit]
     ]
@@ -91,6 +90,7 @@ def change_points_of(
         encoded_prompts = make_prompts(model, processor, texts, [prompt.images for prompt in batch])
         assert encoded_prompts.vision is not None
         encoded = family.output(encoded_prompts.vision.projected, encoded_prompts.vision.deepstack)
+        # of each layer the attention (m, n) of the images of each number of tokens
         layers = [
             [from_rows(rows, rows.columns).cpu() for rows in groups]
             for groups in question_rows(
@@ -98,6 +98,7 @@ def change_points_of(
             )
         ]
         for group in zip(*layers, strict=True):
+            # (m, layers, n)
             for attention in torch.stack(group, 1):
                 points += change_points(attention)
         sizes += encoded_prompts.vision.counts

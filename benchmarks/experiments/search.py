@@ -31,7 +31,7 @@ from vlm_prune.benchmarks.evaluation.tables import THREE_WAYS, three_ways
 from vlm_prune.benchmarks.stats.paired import difference, mcnemar
 from vlm_prune.benchmarks.stats.table import as_markdown, percent, points
 from vlm_prune.pruning import DecoderPruner, VisionPruner
-from vlm_prune.pruning.base import Rule
+from vlm_prune.pruning.base import PositionRule
 from vlm_prune.pruning.best import command_of
 from vlm_prune.pruning.registry import methods
 from vlm_prune.vlm.common.files import write_text
@@ -154,7 +154,7 @@ def combinations(budget: float) -> list[Variant]:
     return found
 
 
-def other_positions(authors: Rule) -> tuple[Positions, ...]:
+def other_positions(authors: PositionRule) -> tuple[Positions, ...]:
     """Returns what positions may be instead of the authors'; parts that differ may all have either."""
     both: tuple[Positions, ...] = ("contiguous", "original")
     return tuple(positions for positions in both if positions != authors)

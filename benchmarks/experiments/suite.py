@@ -50,9 +50,9 @@ from vlm_prune.vlm.load import load
 SUITES = ("forgetting",)
 TITLES = {"base": "base LLM", "vlm": "VLM", "wings": "VLM + Wings"}
 PAIRS = (("vlm", "base"), ("wings", "base"), ("wings", "vlm"))
-Ask = Callable[[list[Sample]], list[str]]
+AskBatch = Callable[[list[Sample]], list[str]]
 Progress = Callable[[float], None]
-Scores = dict[str, dict[str, NDArray[np.float64]]]
+RoleScores = dict[str, dict[str, NDArray[np.float64]]]
 
 
 def run_suite(
@@ -159,7 +159,7 @@ def _embedded(folders: dict[str, RunFolder[AnswerRow]], tick: Progress) -> None:
             _fill(folders[role], _asking(model, processor), samples, tick)
 
 
-def _asking(model: Any, processor: Any) -> Ask:
+def _asking(model: Any, processor: Any) -> AskBatch:
     @torch.inference_mode()
     def ask(batch: list[Sample]) -> list[str]:
         prompts = prompts_of(model, processor, batch)
@@ -168,7 +168,7 @@ def _asking(model: Any, processor: Any) -> Ask:
     return ask
 
 
-def _asking_text(language: Language) -> Ask:
+def _asking_text(language: Language) -> AskBatch:
     def ask(batch: list[Sample]) -> list[str]:
         texts = [language.render(sample.messages()) for sample in batch]
         tokens, _ = language.generate(texts, max_new_tokens=most_new_tokens(batch))
@@ -177,7 +177,7 @@ def _asking_text(language: Language) -> Ask:
     return ask
 
 
-def _fill(folder: RunFolder[AnswerRow], ask: Ask, samples: Samples, tick: Progress) -> None:
+def _fill(folder: RunFolder[AnswerRow], ask: AskBatch, samples: Samples, tick: Progress) -> None:
     """Asks what the folder has no rows of, in fixed slices of the questions.
 
     Args:
@@ -253,7 +253,7 @@ def summarize_suite(
         folders: answers of each role.
         skipped: for each role the tasks that were not run, with their reasons.
     """
-    scores: Scores = {role: folder.scores() for role, folder in folders.items()}
+    scores: RoleScores = {role: folder.scores() for role, folder in folders.items()}
     for role, reasons in skipped.items():
         for task in reasons:
             scores[role].pop(task, None)
@@ -277,7 +277,7 @@ def summarize_suite(
     )
 
 
-def _common_scores(scores: Scores, names: list[str]) -> Scores:
+def _common_scores(scores: RoleScores, names: list[str]) -> RoleScores:
     """Returns the scores of the models that were asked all of some tasks."""
     return {
         role: {name: by_task[name] for name in names}
@@ -286,7 +286,7 @@ def _common_scores(scores: Scores, names: list[str]) -> Scores:
     }
 
 
-def _entry(scores: Scores, names: list[str]) -> SuiteEntry:
+def _entry(scores: RoleScores, names: list[str]) -> SuiteEntry:
     common = _common_scores(scores, names)
     differences = {}
     for ours, theirs in PAIRS:
@@ -303,7 +303,7 @@ def _entry(scores: Scores, names: list[str]) -> SuiteEntry:
     )
 
 
-def _task(scores: Scores, name: str, images: bool) -> SuiteTask:
+def _task(scores: RoleScores, name: str, images: bool) -> SuiteTask:
     entry, common = _entry(scores, [name]), _common_scores(scores, [name])
     return SuiteTask(
         **msgspec.structs.asdict(entry),

@@ -11,7 +11,13 @@ DOCUMENTS = 500
 
 
 class Documents:
-    """The first samples of a task's stream, each made when it is asked for."""
+    """The first samples of a task's stream, each made when it is asked for.
+
+    Args:
+        task: name of the embedded task.
+        seed: of its questions.
+        split: that they are drawn from.
+    """
 
     features = dict.fromkeys(("index", "question", "answer", "category"))
 
@@ -52,7 +58,7 @@ class EmbeddedTask(ConfigurableMessagesTask):  # type: ignore[misc]
         self.dataset = self.dataset_no_image = {"test": self.documents}
 
     def doc_to_text(self, doc: dict[str, Any]) -> str:
-        """Returns the question."""
+        """Returns the question of a document."""
         return str(doc["question"])
 
     def doc_to_target(self, doc: dict[str, Any]) -> str:

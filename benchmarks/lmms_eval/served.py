@@ -43,7 +43,7 @@ class ServedChat(PrunedChat):
         self.engines = ServedEngines(config)
 
     def close(self) -> None:
-        """Ends vLLM's engines."""
+        """Stops vLLM's engines, so that their memory is free."""
         self.engines.close()
 
     @torch.inference_mode()

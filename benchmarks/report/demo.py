@@ -36,7 +36,7 @@ INSTALL = "pip install 'vlm-prune[demo]'"
 EXAMPLES = (("attribute", 1), ("ocr", 4), ("count", 2), ("relation", 3))
 NEW_TOKENS = 128
 LONGEST = 2000
-Pictures = list[tuple[Image.Image, str]]
+CaptionedImages = list[tuple[Image.Image, str]]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Comparison:
 
     unpruned: str
     pruned: str
-    kept: Pictures
+    kept: CaptionedImages
     times: str
 
 
@@ -143,7 +143,7 @@ class Comparer:
         full = family_of(self.model).tokens_per_image
         return str(full), three_ways(pruner.counts(full, trace.layer_tokens))
 
-    def _pictures(self, prompts: Prompts, trace: Trace) -> Pictures:
+    def _pictures(self, prompts: Prompts, trace: Trace) -> CaptionedImages:
         """Returns the picture as the tower sees it: what enters the
         language model, then every cut.
         """

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from vlm_prune.benchmarks.evaluation.records import PairedRow
 from vlm_prune.benchmarks.report.load import Run
-from vlm_prune.benchmarks.report.numbers import Budget
+from vlm_prune.benchmarks.report.numbers import BudgetFigures
 from vlm_prune.benchmarks.report.overlay import SMALL, spaced
 from vlm_prune.benchmarks.report.plot import series_of
 from vlm_prune.benchmarks.report.shown import Pictures, pictures_of
@@ -39,7 +39,7 @@ def chosen(runs: list[Run], most: int) -> list[str]:
 
 
 def gallery(
-    runs: list[Run], groups: list[Budget], most: int, data_root: DataRoot | Path | None
+    runs: list[Run], groups: list[BudgetFigures], most: int, data_root: DataRoot | Path | None
 ) -> dict[str, Any]:
     """Returns what the script needs: pictures once each, and for each question an answer per run.
 

@@ -10,7 +10,7 @@ PHASES = ("vision", "selection", "prefill", "decode")
 
 
 @dataclass(frozen=True)
-class Budget:
+class BudgetFigures:
     """All runs of one number of tokens, and the best method and control among them."""
 
     tokens: int
@@ -45,9 +45,9 @@ def _best(runs: list[Run]) -> Run:
     return max(runs, key=lambda r: (r.results.overall.accuracy, r.results.speedup.prefill))
 
 
-def budgets(runs: list[Run]) -> list[Budget]:
+def budgets(runs: list[Run]) -> list[BudgetFigures]:
     """Returns the runs in order of tokens, grouped by them."""
-    return [Budget(n, list(group)) for n, group in groupby(runs, key=lambda run: run.tokens)]
+    return [BudgetFigures(n, list(group)) for n, group in groupby(runs, key=lambda run: run.tokens)]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Bar:
         return sum(self.phases.values())
 
 
-def bars(budget: Budget) -> list[Bar]:
+def bars(budget: BudgetFigures) -> list[Bar]:
     """Returns time by phase at one budget: the unpruned model as measured
     beside the first run, then all.
     """

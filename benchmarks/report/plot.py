@@ -73,6 +73,7 @@ def plot_points(runs: list[Run]) -> list[Point]:
     points = []
     for run in runs:
         accuracy, ends = run.results.overall.accuracy, run.results.overall.ci
+        # the interval is of what is retained: times the unpruned accuracy
         interval = None if ends is None else (base * ends[0], base * ends[1])
         label = f"{run.label}, budget {run.budget}"
         series = labels.index(run.label)
@@ -87,6 +88,7 @@ def pareto(points: Sequence[Point]) -> list[Point]:
     """
     front: list[Point] = []
     for point in sorted(points, key=lambda p: (p.tokens, -p.accuracy)):
+        # the one with most accuracy among those with fewer tokens
         best = front[-1] if front else None
         same = best and (best.tokens, best.accuracy) == (point.tokens, point.accuracy)
         if best is None or same or point.accuracy > best.accuracy:
@@ -107,9 +109,11 @@ def draw(runs: list[Run], width: int, height: int) -> Plot:
     fewest = max(1.0, min(point.tokens for point in points))  # a run of text alone computes none
     span = math.log(max(unpruned.tokens / fewest, 1.01))
     ends = [y for p in points for y in (p.accuracy, *(p.interval or ()))]
+    # round ends, at least a quarter of a step beyond all intervals
     step = _step(max(ends) - min(ends), height)
     bottom: float = max(0.0, math.floor(min(ends) / step - 0.25) * step)
     top: float = math.ceil(max(ends) / step + 0.25) * step
+    # methods of one budget stand side by side, around its place
     dodge = min(7.0, 0.06 * width / len(names))
     inset = 16 + dodge * len(names) / 2
 

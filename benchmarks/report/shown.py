@@ -12,12 +12,12 @@ from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.paths import DataRoot
 from vlm_prune.vlm.common.video import VideoClip
 
-Pictures = list[Image.Image | VideoClip]
+ShownImages = list[Image.Image | VideoClip]
 
 
 def pictures_of(
     run: Run, rows: list[PairedRow], data_root: DataRoot | Path | None
-) -> tuple[dict[str, Pictures], dict[str, str]]:
+) -> tuple[dict[str, ShownImages], dict[str, str]]:
     """Returns images and videos by the question's id, and by task why there are none.
 
     Args:
@@ -28,7 +28,7 @@ def pictures_of(
     Raises:
         InputError: if this version's embedded tasks no longer make the questions of the run.
     """
-    found = {row.id: _made(run, row) for row in rows if row.task in TASKS}
+    found = {row.id: _task_images(run, row) for row in rows if row.task in TASKS}
     missing = {}
     for task in sorted({row.task for row in rows} - set(TASKS)):
         questions = {row.number: row.question for row in rows if row.task == task}
@@ -43,7 +43,7 @@ def pictures_of(
 
 def _read(
     task: str, questions: dict[int, str], data_root: DataRoot | Path | None
-) -> dict[int, Pictures]:
+) -> dict[int, ShownImages]:
     if not lmms_eval.installed():
         raise InputError(f"its images are read by lmms-eval: {lmms_eval.INSTALL}")
     from vlm_prune.benchmarks.lmms_eval.shown import images_of
@@ -51,7 +51,7 @@ def _read(
     return images_of(task, questions, data_root)
 
 
-def _made(run: Run, row: PairedRow) -> Pictures:
+def _task_images(run: Run, row: PairedRow) -> ShownImages:
     config = run.results.config
     sample = TASKS[row.task].sample(row.number, config.seed, config.split)
     if (sample.turns[-1].text, sample.answer) == (row.question, row.answer):

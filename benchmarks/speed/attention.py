@@ -63,7 +63,7 @@ class SparseBenchConfig:
     seed: int = 0
 
     def built(self) -> list[BlockAttention]:
-        """Builds the methods.
+        """Builds the methods of sparse attention that are timed.
 
         Raises:
             InputError: if there is no such method or hyperparameter, or it computes no prefill.
@@ -238,6 +238,7 @@ def at_length(
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draw).to(device, model.dtype)
 
+    # one call's queries, keys and values, in the shape's heads
     attention = decoder.layers[-1].self_attn
     width, shared = attention.head_dim, attention.num_key_value_groups
     keys = text.num_key_value_heads

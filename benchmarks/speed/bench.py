@@ -202,7 +202,7 @@ def random_model(config: BenchConfig, architecture: Any = None) -> Any:
 
 
 def shorten(text: Any, layers: int, shape: str) -> None:
-    """Leaves a language model's configuration its first decoder layers.
+    """Cuts a language model's configuration to its first `layers` decoder layers.
 
     Args:
         text: the language model's configuration.
@@ -222,8 +222,7 @@ def shorten(text: Any, layers: int, shape: str) -> None:
 
 
 def shorten_tower(vision: Any, layers: int, shape: str) -> None:
-    """Leaves a vision tower's configuration so many layers; the last
-    one attends to the whole image.
+    """Cuts a vision tower's configuration to `layers`; the last one attends to the whole image.
 
     Args:
         vision: the tower's configuration.
@@ -273,6 +272,7 @@ def random_prompt(config: BenchConfig, model: Any) -> dict[str, Tensor]:
         inputs = random_pictures(model, config.batch, generator)
     image = inputs["input_ids"]
     placeholder = family.placeholder(family.kind_of(config.video_frames))
+    # a third of the text before the image, the rest behind it
     markers = min(config.text - 2, int((image[0] != placeholder).sum()))
     text = torch.randint(12, 200, (config.batch, config.text - markers), generator=generator)
     before, after = text.to(model.device).split(

@@ -15,7 +15,7 @@ from vlm_prune.kernels.attention_received import attention_received
 from vlm_prune.kernels.compact_tokens import compact_tokens
 from vlm_prune.kernels.dispatch import Backend, backend, backend_for
 from vlm_prune.kernels.greedy_select import greedy_select
-from vlm_prune.kernels.greedy_select.reference import Rule
+from vlm_prune.kernels.greedy_select.reference import SelectionRule
 from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
 from vlm_prune.kernels.text_guided_score import text_guided_score
 from vlm_prune.kernels.token_sensitivity import (
@@ -144,7 +144,7 @@ def cases(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Ca
     similarity = pairwise_cosine(projected, projected)
     scores = random(batch, shape.image).float().sigmoid()
     steps = float(batch * shape.keep * shape.image)
-    floors = {rule: (2 * steps, 4 * steps) for rule in get_args(Rule)}
+    floors = {rule: (2 * steps, 4 * steps) for rule in get_args(SelectionRule)}
     floors["dpp"] = (shape.keep * steps, 4 * steps)
     # every gain is computed once at least, from all that its token covers
     floors["coverage"] = (2.0 * similarity.numel(), _bytes(similarity))

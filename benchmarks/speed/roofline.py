@@ -28,7 +28,9 @@ class Ceilings:
     bandwidth: float
 
     def floor_ms(self, flops: float, moved: float) -> float:
-        """Returns the least time for so many FLOPs and bytes, both at full speed at once."""
+        """Returns the least milliseconds for `flops` operations and `moved`
+        bytes, both at full speed at once.
+        """
         return 1e3 * max(flops / self.flops, moved / self.bandwidth)
 
 

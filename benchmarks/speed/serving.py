@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 ARMS = ("unpruned", "pruned")
+PATIENCE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -227,6 +228,8 @@ def _started(
         yield serve
     finally:
         ours.close()
+        process.join(PATIENCE_S)  # it ends by itself, unless it is still answering or starting
+        process.terminate()
         process.join()
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.stats import DegenerateDataWarning, bootstrap
 
 Values = NDArray[np.float64]
-Scores = Mapping[str, tuple[Values, Values]]
+PairedScores = Mapping[str, tuple[Values, Values]]
 DRAWS = 2000
 MOST_INDICES = 2**24  # held at once
 
@@ -73,7 +73,7 @@ def mean_interval(values: Values, draws: int = DRAWS, seed: int = 0) -> tuple[fl
 
 
 def retained(
-    scores: Scores, draws: int = DRAWS, seed: int = 0
+    scores: PairedScores, draws: int = DRAWS, seed: int = 0
 ) -> tuple[float | None, tuple[float, float] | None]:
     """Returns mean pruned over mean unpruned accuracy, with a 95 % interval; None where the
     unpruned model scores 0.

@@ -8,11 +8,11 @@ from scipy.stats import binomtest
 
 from vlm_prune.benchmarks.stats.bootstrap import DRAWS, Values, percentiles, resampled
 
-Scores = Mapping[str, Values]
+TaskScores = Mapping[str, Values]
 
 
 def difference(
-    ours: Scores, theirs: Scores, draws: int = DRAWS, seed: int = 0
+    ours: TaskScores, theirs: TaskScores, draws: int = DRAWS, seed: int = 0
 ) -> tuple[float, tuple[float, float]]:
     """Returns the mean accuracy of `ours` less that of `theirs`, with a paired bootstrap 95 %
     interval.
@@ -37,7 +37,7 @@ def difference(
     return point, percentiles(resampled(mean, [len(gain) for gain in gains], draws, seed))
 
 
-def mcnemar(ours: Scores, theirs: Scores) -> float:
+def mcnemar(ours: TaskScores, theirs: TaskScores) -> float:
     """Returns the exact two-sided p-value of McNemar's test over all questions.
 
     Where scores are shares it is that of the sign test, of which McNemar's is a case.

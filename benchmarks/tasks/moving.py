@@ -124,6 +124,7 @@ def clip_of(rng: np.random.Generator, split: Split, actors: tuple[Actor, ...]) -
         height, width = alpha.shape[:2]
         for frame in actor.seen:
             across, down = actor.path[frame] or (0.0, 0.0)
+            # shares of the way that the drawing has inside the picture
             left, top = round(across * (SIDE - width)), round(down * (SIDE - height))
             region = shown[frame, top : top + height, left : left + width]
             region[:] = (region * (1 - alpha) + ink * alpha).astype(np.uint8)

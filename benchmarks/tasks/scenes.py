@@ -139,6 +139,7 @@ def make_scene(
         region = pixels[top : top + height, left : left + width]
         ink = np.array(COLORS[str(color)], np.float32)
         region[:] = (region * (1 - alpha[..., None]) + ink * alpha[..., None]).astype(np.uint8)
+        # which patches show it: names from 1, as 0 is the background
         rows, columns, mine = _covered(alpha, left, top)
         patch_names[rows, columns][mine] = NAMES.index(name) + 1
         patch_colors[rows, columns][mine] = list(COLORS).index(str(color))
@@ -158,6 +159,7 @@ def _covered(
         least: share of a patch; less where no patch is covered that far.
     """
     height, width = alpha.shape
+    # all patches that the sprite touches, and its opacity on their pixels
     rows = slice(top // PATCH, (top + height - 1) // PATCH + 1)
     columns = slice(left // PATCH, (left + width - 1) // PATCH + 1)
     down, across = rows.stop - rows.start, columns.stop - columns.start

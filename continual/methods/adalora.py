@@ -1,6 +1,6 @@
 """AdaLoRA: a shared rank budget, spent by a score of each singular triplet."""
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +10,7 @@ from vlm_prune.continual.config import above, within
 from vlm_prune.continual.delta import Delta
 from vlm_prune.continual.methods.peft_adapter import PeftAdapter
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.renamed import warn_renamed
 
 STATISTICS = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
@@ -30,7 +31,7 @@ class AdaLoRA(PeftAdapter):
         orthogonality: weight of the mean of |P'P - I| and |QQ' - I|.
         warmup: share of the steps before the budget falls.
         final: share of the steps after it has fallen.
-        every: steps between two allocations.
+        interval: steps between two allocations; `every` is its name of before.
     """
 
     name: ClassVar[str] = "adalora"
@@ -38,15 +39,19 @@ class AdaLoRA(PeftAdapter):
     orthogonality: float = 0.5
     warmup: float = 0.1
     final: float = 0.3
-    every: int = 10
+    interval: int = 10
+    every: InitVar[int | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, every: int | None) -> None:
         super().__post_init__()
+        if every is not None:
+            warn_renamed("adalora's option every", "interval")
+            self.interval = every
         within("target_rank", self.target_rank, 1, self.rank - 1)
         above("orthogonality", self.orthogonality, 0)
         within("warmup", self.warmup)
         within("final", self.final, 0, 1 - self.warmup)
-        above("every", self.every, 1)
+        above("interval", self.interval, 1)
 
     def config(self, peft: Any, targets: str, names: list[str]) -> Any:
         steps = self.context.recipe.steps
@@ -58,7 +63,7 @@ class AdaLoRA(PeftAdapter):
             target_r=self.target_rank,
             tinit=first,
             tfinal=max(1, last),
-            deltaT=self.every,
+            deltaT=self.interval,
             total_step=steps,
             lora_alpha=self.rank,
             orth_reg_weight=self.orthogonality,

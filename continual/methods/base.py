@@ -15,7 +15,7 @@ from vlm_prune.continual.config import Recipe
 from vlm_prune.continual.delta import Delta
 from vlm_prune.vlm.common.errors import InputError
 
-Group = dict[str, Any]
+ParameterGroup = dict[str, Any]
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Method(ABC):
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
     @abstractmethod
-    def begin_task(self, context: Context) -> list[Group]:
+    def begin_task(self, context: Context) -> list[ParameterGroup]:
         """Prepares the model; returns AdamW's parameter groups, none if nothing is trained."""
 
     def loss(self, pixels: Tensor, labels: Tensor, step: int) -> Tensor:
@@ -156,7 +156,7 @@ class Method(ABC):
         return images[real], labels[real]
 
     def texts(self, kept: Tensor) -> Tensor:
-        """Returns unit features of the current prompts `kept`; computed
+        """Returns unit features (n, d) of the current prompts `kept`; computed
         once where the tower is frozen.
         """
         context = self.context
@@ -194,8 +194,8 @@ class Method(ABC):
         self.context, self._frozen_texts = context, None
 
 
-def opened(parameters: dict[str, nn.Parameter], lr: float) -> list[Group]:
-    """Returns one group of these parameters, which take gradients from now on."""
+def opened(parameters: dict[str, nn.Parameter], lr: float) -> list[ParameterGroup]:
+    """Makes parameters take gradients, and returns them as one group for the optimizer."""
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     return [{"params": list(parameters.values()), "lr": lr}]

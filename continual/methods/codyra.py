@@ -8,8 +8,11 @@ from torch import Tensor
 
 from vlm_prune.continual import prox
 from vlm_prune.continual.config import above, one_of, within
-from vlm_prune.continual.methods.base import Context, Group
+from vlm_prune.continual.methods.base import Context, ParameterGroup
 from vlm_prune.continual.methods.gated import Gated, assign
+from vlm_prune.vlm.common.renamed import warn_renamed
+
+BRITISH = "normalised"
 
 
 @dataclass
@@ -34,7 +37,7 @@ class CoDyRA(Gated):
             `dense` times the steps is not whole, and prunes nothing where fewer than 50 steps
             remain. With it and the `coded` operator the released code runs; the paper's equation is
             the textbook operator, and it says nothing of either case of the ramp.
-        importance: what is compared with the threshold: the `gate`, or the `normalised` product
+        importance: what is compared with the threshold: the `gate`, or the `normalized` product
             |w_i| |B_i| |A_i| over the site's mean |B| |A|, by which components that do more are
             shrunk less.
         freeze_pruned: keep a gate at 0 once it is there; the paper lets it come back, which takes
@@ -47,7 +50,7 @@ class CoDyRA(Gated):
     total: float | None = None
     operator: prox.Operator = "textbook"
     ramp: prox.Operator = "textbook"
-    importance: Literal["gate", "normalised"] = "gate"
+    importance: Literal["gate", "normalized"] = "gate"
     freeze_pruned: bool = False
     _pruned: Tensor | None = field(default=None, init=False, repr=False)
     _kappa: float = field(default=0.0, init=False, repr=False)
@@ -60,9 +63,12 @@ class CoDyRA(Gated):
             above("total", self.total, 0)
         one_of("operator", self.operator, tuple(prox.OPERATORS))
         one_of("ramp", self.ramp, tuple(prox.OPERATORS))
-        one_of("importance", self.importance, ("gate", "normalised"))
+        if self.importance == BRITISH:
+            warn_renamed(f"codyra's importance {BRITISH}", "normalized")
+            self.importance = "normalized"
+        one_of("importance", self.importance, ("gate", "normalized"))
 
-    def begin_task(self, context: Context) -> list[Group]:
+    def begin_task(self, context: Context) -> list[ParameterGroup]:
         self._pruned, self._kappa = None, self.kappa
         if self.total is not None:
             unit = prox.total_shrinkage(context.recipe.steps, self.dense, 1.0, ramp=self.ramp)
@@ -85,6 +91,7 @@ class CoDyRA(Gated):
             values = shrink(values, kappa)
         else:
             values = shrink(values, kappa * self._relief())
+        # gates that are 0 once stay 0, instead of coming back by an optimizer step
         if self.freeze_pruned:
             if self._pruned is not None:
                 values = values.masked_fill(self._pruned.to(values.device), 0.0)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vlm_prune.continual.config import above, one_of, within
 from vlm_prune.continual.layer import GateInit
-from vlm_prune.continual.methods.base import Context, Group
+from vlm_prune.continual.methods.base import Context, ParameterGroup
 from vlm_prune.continual.methods.gated import Gated, assign
 from vlm_prune.continual.prox import dense_steps
 
@@ -63,7 +63,7 @@ class CoDyRAPlus(Gated):
         within("decay", self.decay)
         above("rounds", self.rounds, 1)
 
-    def begin_task(self, context: Context) -> list[Group]:
+    def begin_task(self, context: Context) -> list[ParameterGroup]:
         groups = super().begin_task(context)
         self._active = torch.ones(self.rank * len(self.layers), dtype=torch.bool)
         self._active = self._active.to(context.clip.device)
@@ -78,6 +78,7 @@ class CoDyRAPlus(Gated):
         final = round(self.budget * len(self.layers))
         if step < first:
             return all_
+        # `rounds` cuts at even distances, the last of which leaves `final` components
         done = 1.0 if step >= last else (step - first) / max(1, last - first)
         cuts = self.rounds if done == 1.0 else int(done * self.rounds)
         return all_ - (all_ - final) * cuts // self.rounds
@@ -91,9 +92,11 @@ class CoDyRAPlus(Gated):
             gradients = torch.cat(
                 [torch.zeros_like(g) if g.grad is None else g.grad for g in gates]
             )
+            # a running mean of how much the loss would change without each gate
             self._taylor.lerp_((values * gradients).abs(), 1 - self.decay)
         keep = self.kept_at(step)
         if keep < int(self._active.sum()):
+            # components that were cut stay cut
             scores = self._importance(values).masked_fill(~self._active, -1.0)
             self._active = kept_components(scores, keep)
         if keep < len(values):

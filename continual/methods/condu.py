@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vlm_prune.continual.delta import Delta
-from vlm_prune.continual.methods.base import Context, Group
+from vlm_prune.continual.methods.base import Context, ParameterGroup
 from vlm_prune.continual.methods.full import FullFineTune
 
 
@@ -39,7 +39,7 @@ class ConDU(FullFineTune):
     _scales: list[float] = field(default_factory=list, init=False, repr=False)
 
     @torch.no_grad()
-    def begin_task(self, context: Context) -> list[Group]:
+    def begin_task(self, context: Context) -> list[ParameterGroup]:
         groups, weights = super().begin_task(context), self.weights()
         if not self._initial:
             self._initial = self.copies()

@@ -5,9 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from vlm_prune.continual.config import Encoder, one_of
+from vlm_prune.continual.config import EncoderName, one_of
 from vlm_prune.continual.delta import Delta
-from vlm_prune.continual.methods.base import Context, Group, Method, opened
+from vlm_prune.continual.methods.base import Context, Method, ParameterGroup, opened
 
 
 @dataclass
@@ -19,12 +19,12 @@ class FullFineTune(Method):
     """
 
     name: ClassVar[str] = "full"
-    encoder: Encoder = "all"
+    encoder: EncoderName = "all"
 
     def __post_init__(self) -> None:
         one_of("encoder", self.encoder, ("vision", "text", "all"))
 
-    def begin_task(self, context: Context) -> list[Group]:
+    def begin_task(self, context: Context) -> list[ParameterGroup]:
         self.start(context)
         context.clip.model.requires_grad_(False)
         return opened(self.weights(), context.recipe.lr)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vlm_prune.continual.config import Placement, above, one_of
 from vlm_prune.continual.delta import Delta, Factors
 from vlm_prune.continual.layer import GatedLoRA, GateInit, initial_gate
-from vlm_prune.continual.methods.base import Context, Group, Method
+from vlm_prune.continual.methods.base import Context, Method, ParameterGroup
 from vlm_prune.continual.model import insert, remove
 
 
@@ -30,7 +30,7 @@ class LowRank(Method):
     def __post_init__(self) -> None:
         above("rank", self.rank, 1)
 
-    def begin_task(self, context: Context) -> list[Group]:
+    def begin_task(self, context: Context) -> list[ParameterGroup]:
         self.start(context)
         self.layers = insert(context.clip, self.placement, self.make)
         self.starts = {name: layer.weights.detach().clone() for name, layer in self.layers.items()}
@@ -93,7 +93,7 @@ class Gated(LowRank):
         if self.gate_lr is not None:
             above("gate_lr", self.gate_lr, 0)
 
-    def begin_task(self, context: Context) -> list[Group]:
+    def begin_task(self, context: Context) -> list[ParameterGroup]:
         groups = super().begin_task(context)
         lr = context.recipe.lr if self.gate_lr is None else self.gate_lr
         return [*groups, {"params": self.gates(), "lr": lr}]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vlm_prune.continual.config import Placement, above, tower_of, within
 from vlm_prune.continual.delta import Delta
 from vlm_prune.continual.layer import GatedLoRA
-from vlm_prune.continual.methods.base import Context, Group
+from vlm_prune.continual.methods.base import Context, ParameterGroup
 from vlm_prune.continual.methods.gated import LowRank
 from vlm_prune.continual.parallel import average_gradients
 
@@ -19,6 +19,7 @@ def leading(energies: Tensor, needed: float) -> int:
     """Returns how many of the energies (n,), which fall, sum up to `needed`; n if all fall short."""
     if needed <= 0:
         return 0
+    # energies descend: as many as it takes until their sum reaches what is needed
     return min(int((energies.cumsum(0) < needed).sum()) + 1, len(energies))
 
 
@@ -30,6 +31,7 @@ def principal_inputs(weight: Tensor, energy: float) -> Tensor:
         energy: share of the squared singular values.
     """
     _, values, vectors = torch.linalg.svd(weight.double(), full_matrices=False)
+    # the weight's energy along an input direction is its squared singular value
     squares = values.square()
     inputs: Tensor = vectors[: leading(squares, energy * float(squares.sum()))].T
     return inputs
@@ -45,13 +47,16 @@ def with_features(basis: Tensor, moment: Tensor, energy: float) -> Tensor:
         moment: sum of x xᵀ over the features, (d, d).
         energy: share of the features' squared norms.
     """
+    # what of the features the basis does not hold yet, by its principal directions
     outside = torch.eye(len(basis), dtype=basis.dtype, device=basis.device) - basis @ basis.T
     rest = outside @ moment @ outside
     values, vectors = torch.linalg.eigh(rest)
     total, left = float(moment.trace()), float(rest.trace())
+    # eigh is ascending; the basis already holds total - left
     count = leading(values.flip(0), energy * total - (total - left))
     count = min(count, basis.shape[0] - basis.shape[1])
     columns = torch.cat([basis, vectors.flip(1)[:, :count]], 1)
+    # orthonormal once more, as rounding has made it less so
     orthonormal: Tensor = torch.linalg.qr(columns).Q
     return orthonormal
 
@@ -73,6 +78,7 @@ def residual_factors(gradient: Tensor, basis: Tensor, rank: int) -> tuple[Tensor
     u, s, v = torch.linalg.svd(gradient.to(basis.dtype) @ free, full_matrices=False)
     found = min(rank, len(s))
     a, b = basis.new_zeros(rank, width), basis.new_zeros(len(gradient), rank)
+    # the gradient's largest directions among inputs that are not protected; the rest stays zero
     a[:found] = v[:found] @ free.T
     b[:, :found] = u[:, :found] * s[:found]
     return a, b
@@ -145,7 +151,7 @@ class KeepLoRA(LowRank):
             within(option, getattr(self, option))
         above("scale", self.scale, 0, strict=True)
 
-    def begin_task(self, context: Context) -> list[Group]:
+    def begin_task(self, context: Context) -> list[ParameterGroup]:
         super().begin_task(context)
         if not self._protected:
             energies = {"vision": self.vision_energy, "text": self.text_energy}
@@ -181,6 +187,7 @@ class KeepLoRA(LowRank):
             assert weight.grad is not None
             a, b = residual_factors(weight.grad, basis.to(weight.device), self.rank)
             weight.requires_grad_(False).grad = None
+            # `start` is subtracted again, so that the output begins as the base's
             for tensor, value in ((layer.A, a), (layer.B, b), (layer.start, b)):
                 tensor.data.copy_(value)
             layer.B.grad = None
@@ -190,6 +197,7 @@ class KeepLoRA(LowRank):
         for name, moment in self._moments().items():
             basis = self._protected[name].to(moment.device)
             self._protected[name] = with_features(basis, moment, self.feature_energy)
+        # what was learned, without the start, is merged with a gate of 1
         for layer in self.residuals.values():
             layer.B.copy_(layer.change())
         return super().end_task()

@@ -11,7 +11,7 @@ from vlm_prune.continual.clip import Clip
 from vlm_prune.continual.config import above
 from vlm_prune.continual.delta import Delta
 from vlm_prune.continual.losses import distil
-from vlm_prune.continual.methods.base import Context, Group
+from vlm_prune.continual.methods.base import Context, ParameterGroup
 from vlm_prune.continual.methods.full import FullFineTune
 
 
@@ -40,7 +40,7 @@ class LwF(FullFineTune):
         above("weight", self.weight, 0)
         above("temperature", self.temperature, 0, strict=True)
 
-    def begin_task(self, context: Context) -> list[Group]:
+    def begin_task(self, context: Context) -> list[ParameterGroup]:
         self._teacher = self._targets = None
         if len(context.earlier):
             self._targets = context.encode(context.earlier)

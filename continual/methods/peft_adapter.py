@@ -13,7 +13,7 @@ from vlm_prune.continual.attention import fuse, split
 from vlm_prune.continual.clip import extra
 from vlm_prune.continual.config import Placement, above
 from vlm_prune.continual.delta import Delta
-from vlm_prune.continual.methods.base import Context, Group, Method
+from vlm_prune.continual.methods.base import Context, Method, ParameterGroup
 from vlm_prune.continual.model import placed_sites
 from vlm_prune.vlm.common.errors import InputError
 
@@ -45,7 +45,7 @@ class PeftAdapter(Method):
             names: the sites.
         """
 
-    def begin_task(self, context: Context) -> list[Group]:
+    def begin_task(self, context: Context) -> list[ParameterGroup]:
         self.start(context)
         peft, model = extra("peft"), context.clip.model
         split(model)

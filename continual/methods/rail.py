@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vlm_prune.continual.config import above, within
 from vlm_prune.continual.delta import Delta
-from vlm_prune.continual.methods.base import Context, Group, Method, Space
+from vlm_prune.continual.methods.base import Context, Method, ParameterGroup, Space
 
 
 def ridge(gram: Tensor, cross: Tensor, strength: float) -> Tensor:
@@ -54,7 +54,7 @@ class RAIL(Method):
         above("strength", self.strength, 0, strict=True)
         within("mix", self.mix)
 
-    def begin_task(self, context: Context) -> list[Group]:
+    def begin_task(self, context: Context) -> list[ParameterGroup]:
         self.start(context)
         context.clip.model.requires_grad_(False)
         self._seed = context.recipe.seed
@@ -65,6 +65,7 @@ class RAIL(Method):
         with torch.no_grad():
             for pixels, labels in context.train():
                 hidden = self.expand(context.clip.encode_image(pixels))
+                # sums over all images so far are all that a ridge regression needs
                 self._gram += hidden.T @ hidden
                 targets = torch.nn.functional.one_hot(labels, classes).to(hidden.dtype)
                 cross += hidden.T @ targets
@@ -95,9 +96,11 @@ class RAIL(Method):
         learned = space.task < len(self._cross)
         if not learned.any():
             return logits
+        # the regression's columns are the classes of the tasks learned, one task after the other
         offsets = torch.tensor([0, *(c.shape[1] for c in self._cross)]).cumsum(0).to(space.task)
         columns = offsets[space.task[learned]] + space.label[learned]
         fitted = (self.expand(features) @ self._weights[:, columns]).float()
+        # both answer among learned classes; where CLIP alone finds another class, CLIP decides
         mixed = logits.new_full(logits.shape, -torch.inf)
         clip = logits[:, learned].softmax(-1)
         mixed[:, learned] = (1 - self.mix) * clip + self.mix * fitted

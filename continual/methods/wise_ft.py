@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vlm_prune.continual.config import one_of, within
 from vlm_prune.continual.delta import Delta
-from vlm_prune.continual.methods.base import Context, Group
+from vlm_prune.continual.methods.base import Context, ParameterGroup
 from vlm_prune.continual.methods.full import FullFineTune
 
 
@@ -35,7 +35,7 @@ class WiseFT(FullFineTune):
         within("alpha", self.alpha)
         one_of("anchor", self.anchor, ("previous", "initial"))
 
-    def begin_task(self, context: Context) -> list[Group]:
+    def begin_task(self, context: Context) -> list[ParameterGroup]:
         groups = super().begin_task(context)
         if self.anchor == "previous" or not self._anchor:
             self._anchor = self.copies()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vlm_prune.continual.delta import Delta
-from vlm_prune.continual.methods.base import Context, Group, Method
+from vlm_prune.continual.methods.base import Context, Method, ParameterGroup
 
 
 @dataclass
@@ -16,7 +16,7 @@ class ZeroShot(Method):
 
     name: ClassVar[str] = "zero-shot"
 
-    def begin_task(self, context: Context) -> list[Group]:
+    def begin_task(self, context: Context) -> list[ParameterGroup]:
         self.start(context)
         context.clip.model.requires_grad_(False)
         return []

@@ -13,7 +13,7 @@ from vlm_prune.continual.clip import extra
 from vlm_prune.continual.config import above
 from vlm_prune.continual.delta import Delta
 from vlm_prune.continual.losses import distil
-from vlm_prune.continual.methods.base import Context, Group
+from vlm_prune.continual.methods.base import Context, ParameterGroup
 from vlm_prune.continual.methods.full import FullFineTune
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.images import open_image
@@ -71,7 +71,7 @@ class ZSCL(FullFineTune):
         images = str(self.images) if named else f"{len(self._sources)} images"
         return super().options() | {"images": images}
 
-    def begin_task(self, context: Context) -> list[Group]:
+    def begin_task(self, context: Context) -> list[ParameterGroup]:
         groups = super().begin_task(context)
         if self._ids is None:
             self._ids = context.clip.tokenize(_texts(self.captions))
@@ -97,6 +97,7 @@ class ZSCL(FullFineTune):
         loss = super().loss(pixels, labels, step)
         clip, drawn = self.context.clip, self.context.generator(3, step)
         assert self._ids is not None
+        # images and texts are drawn apart: pairs are not needed, only what both models say of them
         chosen = torch.randperm(len(self._sources), generator=drawn)[: self.reference_batch]
         words = torch.randperm(len(self._ids), generator=drawn)[: self.reference_batch]
         seen = self._teacher["images"].to(clip.device)[chosen]
@@ -107,6 +108,7 @@ class ZSCL(FullFineTune):
             images = clip.encode_image(self._pixels(chosen.tolist()))
         if clip.trains("text"):
             texts = clip.encode_text(self._ids[words].to(clip.device))
+        # logits (images, texts), compared along both axes
         ours, theirs = clip.scale * images @ texts.T, clip.scale * seen @ known.T
         pairs = (ours, theirs), (ours.T, theirs.T)
         distilled = torch.stack([distil(a, b, self.temperature) for a, b in pairs]).sum()
@@ -115,6 +117,7 @@ class ZSCL(FullFineTune):
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         if self.average_every and (step + 1) % self.average_every == 0:
+            # a running mean of the weights, those before the task included
             count = (step + 1) // self.average_every
             for name, parameter in self.weights().items():
                 self._average[name].lerp_(parameter, 1 / (count + 1))

@@ -12,7 +12,9 @@ from vlm_prune.continual.streams.stream import Stream, few_shot, write_indices
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.paths import DataRoot
 from vlm_prune.vlm.common.registry import Registry
+from vlm_prune.vlm.common.renamed import renamed_names
 
+__getattr__ = renamed_names(__name__, {"Task": "StreamTask"})
 Make = Callable[[DataRoot, int, int | None, bool], Stream]
 STREAMS: Registry[Make] = Registry(
     "stream",

@@ -9,9 +9,14 @@ from typing import overload
 from PIL import Image
 
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.renamed import renamed_names
 
 logger = logging.getLogger(__name__)
 Labeled = tuple[Image.Image, int]
+__getattr__ = renamed_names(
+    __name__,
+    {"Labelled": "Labeled", "LabelledImages": "LabeledImages", "Task": "StreamTask"},
+)
 
 
 class LabeledImages(Sequence[Labeled]):

@@ -22,10 +22,10 @@ from vlm_prune.continual.streams.drawing import Style
 from vlm_prune.vlm.common.package_data import handwritten_digits
 from vlm_prune.vlm.common.registry import Registry
 
-Split = Literal["pretraining", "train", "val", "test"]
+PackagedSplit = Literal["pretraining", "train", "val", "test"]
 SEED = 20260
-PER_CLASS: dict[Split, int] = {"pretraining": 200, "train": 32, "val": 8, "test": 24}
-SPLITS: tuple[Split, ...] = ("pretraining", "train", "val", "test")
+PER_CLASS: dict[PackagedSplit, int] = {"pretraining": 200, "train": 32, "val": 8, "test": 24}
+SPLITS: tuple[PackagedSplit, ...] = ("pretraining", "train", "val", "test")
 
 PHOTOGRAPHS = {
     "astronaut": "astronaut.png",
@@ -44,14 +44,14 @@ PHOTOGRAPHS = {
     "dahlia": "flower.jpg",
 }
 _GRID = 4
-_CELLS: dict[Split, slice] = {
+_CELLS: dict[PackagedSplit, slice] = {
     "pretraining": slice(0, 5),
     "train": slice(5, 10),
     "val": slice(10, 12),
     "test": slice(12, 16),
 }
 # numbers of a digit's drawings, of which there are 174 or more
-_DRAWINGS: dict[Split, int] = {"pretraining": 0, "train": 110, "val": 142, "test": 150}
+_DRAWINGS: dict[PackagedSplit, int] = {"pretraining": 0, "train": 110, "val": 142, "test": 150}
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Domain:
     classes: tuple[str, ...]
     known: tuple[str, ...]
     templates: tuple[str, ...]
-    draw: Callable[[str, Split, int, np.random.Generator, Style], Image.Image]
+    draw: Callable[[str, PackagedSplit, int, np.random.Generator, Style], Image.Image]
 
 
 class Drawn(LabeledImages):
@@ -76,7 +76,7 @@ class Drawn(LabeledImages):
     """
 
     def __init__(
-        self, domain: Domain, split: Split, classes: tuple[str, ...], style: Style
+        self, domain: Domain, split: PackagedSplit, classes: tuple[str, ...], style: Style
     ) -> None:
         self.domain, self.split, self.classes, self.style = domain, split, classes, style
         self.number = list(DOMAINS).index(domain.name)
@@ -128,13 +128,22 @@ def task(name: str) -> StreamTask:
 
 def _drawn(
     draw: drawing.Draw,
-) -> Callable[[str, Split, int, np.random.Generator, Style], Image.Image]:
+) -> Callable[[str, PackagedSplit, int, np.random.Generator, Style], Image.Image]:
     return lambda name, _, __, rng, style: draw(name, rng, style)
 
 
 def _digit(
-    name: str, split: Split, count: int, rng: np.random.Generator, style: Style
+    name: str, split: PackagedSplit, count: int, rng: np.random.Generator, style: Style
 ) -> Image.Image:
+    """Draws a handwritten digit of scikit-learn's, other ones in each split.
+
+    Args:
+        name: of the digit, in English.
+        split: decides which drawings are used.
+        count: number of the picture among those of its class.
+        rng: draws colors, angle and noise.
+        style: plain or varied.
+    """
     images, target = handwritten_digits()
     drawings = images[target == DIGITS.index(name)]
     size = 110 if split == "pretraining" else PER_CLASS[split]
@@ -142,8 +151,17 @@ def _digit(
 
 
 def _photograph(
-    name: str, split: Split, count: int, rng: np.random.Generator, style: Style
+    name: str, split: PackagedSplit, count: int, rng: np.random.Generator, style: Style
 ) -> Image.Image:
+    """Draws a crop of one cell of a photograph, other cells in each split.
+
+    Args:
+        name: of the photograph.
+        split: decides which cells are used.
+        count: number of the picture among those of its class.
+        rng: draws the crop.
+        style: is not used: photographs are what they are.
+    """
     order = np.random.default_rng((SEED, list(PHOTOGRAPHS).index(name))).permutation(_GRID**2)
     cells = order[_CELLS[split]]
     row, column = divmod(int(cells[count % len(cells)]), _GRID)

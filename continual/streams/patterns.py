@@ -82,8 +82,8 @@ OUTLINES: dict[str, NDArray[np.float64]] = {
     ),
 }
 
-Array = NDArray[np.floating[Any]]
-Tone = Callable[[NDArray[np.float64], NDArray[np.float64], float, np.random.Generator], Array]
+Pattern = NDArray[np.floating[Any]]
+Tone = Callable[[NDArray[np.float64], NDArray[np.float64], float, np.random.Generator], Pattern]
 
 
 def _bricks(y: NDArray[np.float64], x: NDArray[np.float64], p: float) -> NDArray[np.float64]:

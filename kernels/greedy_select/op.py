@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from vlm_prune.kernels.dispatch import implementation
-from vlm_prune.kernels.greedy_select.reference import Rule
+from vlm_prune.kernels.greedy_select.reference import SelectionRule
 
 
 def greedy_select(
-    similarity: Tensor, scores: Tensor, k: int, rule: Rule, valid: Tensor | None = None
+    similarity: Tensor, scores: Tensor, k: int, rule: SelectionRule, valid: Tensor | None = None
 ) -> Tensor:
     """Chooses `k` tokens of each image one after the other, all steps in one launch.
 
@@ -35,8 +35,8 @@ def greedy_select(
     Raises:
         ValueError: for an unknown rule.
     """
-    if rule not in get_args(Rule):
-        raise ValueError(f"unknown rule {rule!r}; known: {', '.join(get_args(Rule))}")
+    if rule not in get_args(SelectionRule):
+        raise ValueError(f"unknown rule {rule!r}; known: {', '.join(get_args(SelectionRule))}")
     work = torch.promote_types(similarity.dtype, torch.float32)
     module = implementation("greedy_select", similarity)
     chosen: Tensor = module.greedy_select(similarity.to(work), scores.to(work), k, rule, valid)

@@ -5,12 +5,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Rule = Literal["diverse", "farthest", "dpp", "coverage"]
+SelectionRule = Literal["diverse", "farthest", "dpp", "coverage"]
 SPENT = 10
 
 
 def greedy_select(
-    similarity: Tensor, scores: Tensor, k: int, rule: Rule, valid: Tensor | None = None
+    similarity: Tensor, scores: Tensor, k: int, rule: SelectionRule, valid: Tensor | None = None
 ) -> Tensor:
     """Returns what `op.greedy_select` describes, one step of all images after the other."""
     free = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid.clone()

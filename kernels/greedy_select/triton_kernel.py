@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlm_prune.kernels.greedy_select.reference import SPENT, Rule
+from vlm_prune.kernels.greedy_select.reference import SPENT, SelectionRule
 
 
 @triton.jit
@@ -117,7 +117,7 @@ def _cover_kernel(
 
 
 def greedy_select(
-    similarity: Tensor, scores: Tensor, k: int, rule: Rule, valid: Tensor | None = None
+    similarity: Tensor, scores: Tensor, k: int, rule: SelectionRule, valid: Tensor | None = None
 ) -> Tensor:
     """Returns what `op.greedy_select` describes, all steps in one launch."""
     images, tokens = scores.shape

@@ -25,7 +25,8 @@ def _prior_kernel(
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
     WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Stores the softmax denominators of a tile of text rows, and what it adds to the text prior.
+    """Stores the softmax denominators of a tile of text rows, and the
+    tile's part of the text prior.
 
     Row sums leave the diagonal out; column sums of each tile are kept apart, so that their order
     of addition is fixed. A single tile adds its own to its row sums.

@@ -78,7 +78,8 @@ class CalibratedRun(MethodRun):
 def calibrated(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, sink: float, keep: float
 ) -> Tensor:
-    """Returns causal attention (H, n, v) in which sinks keep a share of theirs.
+    """Returns causal attention (H, n, v) in which sinks keep a share of their weight,
+    and other keys get the rest.
 
     Args:
         query: (H, n, d).

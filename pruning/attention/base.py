@@ -22,7 +22,7 @@ from vlm_prune.vlm.common.registry import unknown
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.sparse_attention import AttentionFunction, check_attention, replaced_attention
 
-Share = Literal["group", "head"]
+SharedBy = Literal["group", "head"]
 
 
 class AttentionRun(AttentionFunction, Protocol):
@@ -118,13 +118,13 @@ class BlockAttention(SparseAttention):
     """
 
     block: int = 128
-    share: Share = "group"
+    share: SharedBy = "group"
     executor: Executor = "auto"
     tail: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in (("share", get_args(Share)), ("executor", get_args(Executor))):
+        for name, allowed in (("share", get_args(SharedBy)), ("executor", get_args(Executor))):
             if getattr(self, name) not in allowed:
                 raise InputError(unknown(name, str(getattr(self, name)), allowed))
         if self.executor == "flex" and (self.block < 16 or self.block & (self.block - 1)):
@@ -157,7 +157,8 @@ class BlockAttention(SparseAttention):
         raise NotImplementedError
 
     def at_density(self, inputs: AttentionInputs, blocks: float) -> Tensor:
-        """Returns a mask in which each query block keeps the same share of the blocks before it.
+        """Returns a mask (R, query blocks, key blocks) that keeps the same share of
+        the blocks before each query block.
 
         Args:
             inputs: queries and keys.

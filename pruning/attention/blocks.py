@@ -29,7 +29,7 @@ class Geometry:
         return -(-length // self.rows), length // self.columns
 
     def starts(self, length: int, device: torch.device | None = None) -> Tensor:
-        """Returns where the local region of each query block begins."""
+        """Returns where the local region of each query block begins, (query blocks,)."""
         # a query block's first row, rounded down to a whole region
         blocks = torch.arange(self.shape(length)[0], device=device)
         return blocks * self.rows // self.local * self.local
@@ -47,7 +47,7 @@ class Geometry:
         return self.block // self.columns
 
     def row_counts(self, length: int) -> Tensor:
-        """Returns how many queries each query block has."""
+        """Returns how many queries each query block has, (query blocks,)."""
         rows = torch.full((self.shape(length)[0],), self.rows)
         rows[-1] = length - (len(rows) - 1) * self.rows
         return rows
@@ -115,7 +115,9 @@ class KeptBlocks:
         return replace(self, keep=keep)
 
     def products(self, length: int) -> Tensor:
-        """Returns how many products of queries and keys a head computes, local regions included."""
+        """Returns how many products of queries and keys a head
+        computes, (), local regions included.
+        """
         # key blocks of each query block times its rows, the mean over masks
         rows = self.geometry.row_counts(length).to(self.keep.device)
         per_mask = (self.keep.sum(-1) * rows).sum(-1).double().mean()

@@ -196,8 +196,10 @@ def attention_with_sums(
 
 @lru_cache
 def flash_with_sums(device: str) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """Returns torch's flash attention that also returns its sums, for a device; None where this torch
-    has none that gives what it should.
+    """Returns torch's flash attention for a device, which also returns the
+    logarithms of the rows' sums.
+
+    None where this torch has none, or one with other results.
     """
     operators = torch.ops.aten
 

@@ -59,5 +59,5 @@ class AttentionInputs:
 
 
 def blocks_before(blocks: int, device: torch.device) -> Tensor:
-    """Returns which of so many blocks stand before each one or are its own, a mask of two axes."""
+    """Returns which blocks stand before each block or are that block itself, (blocks, blocks)."""
     return torch.ones(blocks, blocks, dtype=torch.bool, device=device).tril()

@@ -38,7 +38,9 @@ class Local(BlockAttention):
         return self.distances(inputs)[None] < -(-self.window // self.block)
 
     def at_density(self, inputs: AttentionInputs, blocks: float) -> Tensor:
-        """Returns the method's pattern, with a window as wide as the density allows."""
+        """Returns the method's pattern with a window as wide as the density
+        allows, (R, blocks, blocks).
+        """
         return nearest_blocks(self.pattern(inputs, blocks), self.geometry(inputs), blocks)
 
     def pattern(self, inputs: AttentionInputs, blocks: float) -> Tensor:

@@ -55,7 +55,7 @@ class Prism(BlockAttention):
             )
 
     def split(self, inputs: AttentionInputs) -> list[Tensor]:
-        """Returns the indices in a head's width of each band, without bands that are empty.
+        """Returns the indices (d_z,) in a head's width of each band, without bands that are empty.
 
         Where positions are not known there is one band.
         """

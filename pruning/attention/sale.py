@@ -142,7 +142,9 @@ class Sale(BlockAttention):
         return found
 
     def choose(self, inputs: AttentionInputs) -> Tensor:
-        """Returns the blocks whose score reaches the threshold, and each query block's window."""
+        """Returns the blocks whose score reaches the threshold, and each query block's window,
+        (R, query blocks, key blocks).
+        """
         geometry = self.geometry(inputs)
         query, key = geometry.shape(inputs.length)
         index = torch.arange(max(query, key), device=inputs.key.device)

@@ -132,8 +132,8 @@ def test_images_of_several_sizes(run, tiny, folder, mixed, tmp_path, monkeypatch
                 if name == "divprune":
                     assert [len(set(kept)) for kept in row["kept"]] == wanted
                 assert all(max(k) < n for k, n in zip(row["kept"], full, strict=True))
-                spare = np.mean(wanted or [0]) - np.mean(row["layer_tokens"])
-                assert -1e-9 < spare < 1
+                surplus = np.mean(wanted or [0]) - np.mean(row["layer_tokens"])
+                assert -1e-9 < surplus < 1
             every = [n for row in rows for n in row["image_tokens"]]
             assert content["tokens"]["full"] == pytest.approx(np.mean(every))
             for run_, tokens in (("baseline", full_of), ("pruned", computed_of)):
@@ -161,16 +161,16 @@ def computed_of(row):
 
 @pytest.mark.parametrize("tiny", ["qwen2_5_vl"], indirect=True)
 def test_a_killed_run_resumes(run, tiny, folder, mixed, tmp_path):
-    asked = ["eval", "--model", folder, "--method", "divprune", "--budget", "7"]
-    asked += ["--tasks", "mixed", "--limit", "6", "--batch-size", "2"]
+    command = ["eval", "--model", folder, "--method", "divprune", "--budget", "7"]
+    command += ["--tasks", "mixed", "--limit", "6", "--batch-size", "2"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for output in (whole, killed):
-        assert run(*asked, "--output", output)[0] == 0
+        assert run(*command, "--output", output)[0] == 0
     log = killed / "samples.jsonl"
     lines = log.read_text().splitlines(keepends=True)
     log.write_text("".join(lines[:3]) + lines[3][:40])
     (killed / "results.json").unlink()
-    assert run(*asked, "--output", killed)[0] == 0
+    assert run(*command, "--output", killed)[0] == 0
     (first, first_rows), (second, second_rows) = results(whole), results(killed)
     for rows in (first_rows, second_rows):
         for row in rows:
@@ -204,8 +204,8 @@ def test_every_method_with_all_tokens_and_with_few(run, tiny, folder, mixed, tmp
 
 
 def test_a_report_of_text_alone(run, tiny, folder, tmp_path):
-    asked = ["--method", "random", "--tasks", "text", "--limit", "2", "--budget", "4"]
-    assert run("eval", "--model", folder, *asked, "--output", tmp_path)[0] == 0
+    command = ["--method", "random", "--tasks", "text", "--limit", "2", "--budget", "4"]
+    assert run("eval", "--model", folder, *command, "--output", tmp_path)[0] == 0
     code, _, err = run("report", tmp_path)
     assert code == 0, err
 
@@ -236,8 +236,8 @@ def test_a_schedule_is_found_and_followed(run, tiny, folder, mixed, tmp_path):
 
 
 def test_a_search_is_for_images_of_one_size(run, tiny, folder, tmp_path):
-    asked = ["search", "--model", folder, "--budget", "500", "--output", tmp_path]
-    code, _, err = run(*asked)
+    command = ["search", "--model", folder, "--budget", "500", "--output", tmp_path]
+    code, _, err = run(*command)
     assert code == 2 and len(err.strip().splitlines()) == 1
     fixed = family_of(tiny.model).fixed_size
     assert ("above the 25 tokens" if fixed else "takes images of many") in err

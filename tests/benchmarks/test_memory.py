@@ -70,8 +70,8 @@ def folder(tmp_path):
     Image.new("RGB", (10_000, 1)).save(tmp_path / "thin.png")
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red"}]
     (tmp_path / "data.json").write_text(json.dumps([{"image": "thin.png", "conversations": turns}]))
-    asked = {"question": "What?", "options": ["a"], "answer": "A", "image": "thin.png"}
-    line = {"id": "V/0", "setting": "V", "turns": [asked]}
+    turn = {"question": "What?", "options": ["a"], "answer": "A", "image": "thin.png"}
+    line = {"id": "V/0", "setting": "V", "turns": [turn]}
     (tmp_path / "iit.jsonl").write_text(json.dumps(line))
     (tmp_path / "POPE").mkdir()
     Image.new("RGB", (10_000, 1)).save(tmp_path / "POPE" / "thin.gif")

@@ -26,7 +26,7 @@ OPTIONS = {
     "o-lora": {"rank": 2},
     "dora": {"rank": 2},
     "randlora": {"rank": 8, "alpha": 8},
-    "adalora": {"rank": 4, "target_rank": 2, "every": 2},
+    "adalora": {"rank": 4, "target_rank": 2, "interval": 2},
     "keeplora": {"rank": 2, "placement": Placement(), "feature_energy": 0.5},
     "rail": {"width": 64},
     "zscl": {"captions": ["a disc", "a bar", "a ring"], "average_every": 3, "reference_batch": 2},
@@ -126,7 +126,7 @@ def test_frozen_gates_stay_at_zero(begin):
 
 
 def test_normalized_importance_shrinks_the_larger_component_less(begin):
-    method, _ = begin("codyra", gate_init="ones", importance="normalised", kappa=0.1, dense=0.0)
+    method, _ = begin("codyra", gate_init="ones", importance="normalized", kappa=0.1, dense=0.0)
     for layer in method.layers.values():
         layer.A.data.fill_(1)
         layer.B.data.fill_(1)
@@ -325,3 +325,23 @@ def test_wrong_options_are_one_line(name, options, message):
 def test_a_missing_reference_run_is_named(learn, tmp_path):
     with pytest.raises(InputError, match="has no deltas of task 0"):
         learn("lora", match=tmp_path / "nothing")
+
+
+def test_names_of_before_are_taken_with_a_warning():
+    from vlm_prune.continual import results, streams
+    from vlm_prune.learners import tokens
+
+    with pytest.warns(DeprecationWarning, match="every is called interval now"):
+        method = make_method("adalora", rank=4, target_rank=2, every=3)
+    assert method.interval == 3 and "every" not in method.options()
+    with pytest.warns(DeprecationWarning, match="normalised is called normalized now"):
+        assert make_method("codyra", importance="normalised").importance == "normalized"
+    for module, old, new in (
+        (streams, "Task", "StreamTask"), (streams.base, "Task", "StreamTask"),
+        (streams.base, "Labelled", "Labeled"), (streams.base, "LabelledImages", "LabeledImages"),
+        (results, "Results", "StreamResults"), (tokens, "Tokens", "PromptTokens"),
+    ):  # fmt: skip
+        with pytest.warns(DeprecationWarning, match=f"{old} is called {new} now"):
+            assert getattr(module, old) is getattr(module, new)
+        with pytest.raises(AttributeError, match="has no attribute 'Missing'"):
+            module.Missing  # noqa: B018

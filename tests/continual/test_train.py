@@ -119,7 +119,7 @@ RESUMED = {
     "codyra": {"rank": 2, "freeze_pruned": True},
     "codyra-plus": {"rank": 2, "budget": 1, "importance": "taylor"},
     "o-lora": {"rank": 2},
-    "adalora": {"rank": 3, "target_rank": 1, "every": 2},
+    "adalora": {"rank": 3, "target_rank": 1, "interval": 2},
     "wise-ft": {"anchor": "initial"},
     "condu": {},
     "lwf": {},

@@ -67,7 +67,7 @@ def decoder(make, device):
         torch.ones(2, 20, dtype=torch.bool, device=device),
         torch.arange(2, 14, device=device).repeat(2, 1), 0.3,
     )  # fmt: skip
-    asked = torch.ones(2, 5, dtype=torch.bool, device=device)
+    question_mask = torch.ones(2, 5, dtype=torch.bool, device=device)
 
     def some(queries):
         return replace(
@@ -75,7 +75,9 @@ def decoder(make, device):
         )
 
     features = (make(2, 12, 6), make(2, 5, 6))
-    return DecoderTokens(*features, asked, asked, some, lambda: rows, lambda: (None, None))
+    return DecoderTokens(
+        *features, question_mask, question_mask, some, lambda: rows, lambda: (None, None)
+    )
 
 
 @pytest.mark.parametrize("name", ["fopru", "zoo", "zoo-exact", "divprune", "adaptinfer", "fastv"])

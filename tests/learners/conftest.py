@@ -144,9 +144,9 @@ def conversations(tmp_path_factory):
     rng, entries = np.random.default_rng(0), []
     for n in range(6):
         Image.fromarray(rng.integers(0, 256, (60, 60, 3), np.uint8)).save(folder / f"{n}.png")
-        asked = [("human", "<image>\nIs there a 7?"), ("gpt", "yes")]
+        turns = [("human", "<image>\nIs there a 7?"), ("gpt", "yes")]
         more = [("human", "What color is the star?"), ("gpt", "red")] if n % 2 else []
-        entries.append({"id": str(n), "image": f"{n}.png", "conversations": asked + more})
+        entries.append({"id": str(n), "image": f"{n}.png", "conversations": turns + more})
         entries.append({"id": f"t{n}", "conversations": [("human", f"Is {n} red?"), ("gpt", "no")]})
     for entry in entries:
         entry["conversations"] = [{"from": who, "value": v} for who, v in entry["conversations"]]

@@ -268,10 +268,10 @@ def test_only_the_output_map_learns_at_the_first_step(llava, prompts):
 @pytest.mark.parametrize("rows", [[(1, 5)], [(1, 5), (1, 5)], [(0, 9)]], ids=str)
 def test_decoding_makes_keys_of_new_tokens_alone(rows, winged, prompts):
     model, inputs = winged(), prompts(rows)
-    made = {"visual": [], "textual": []}
+    lengths_seen = {"visual": [], "textual": []}
     for name, learner in wings_layers(model)[0].learners.items():
         learner.key.down.register_forward_pre_hook(
-            lambda _, args, lengths=made[name]: lengths.append(args[0].shape[1])
+            lambda _, args, lengths=lengths_seen[name]: lengths.append(args[0].shape[1])
         )
     ids = inputs["input_ids"]
     with torch.no_grad():
@@ -280,7 +280,7 @@ def test_decoding_makes_keys_of_new_tokens_alone(rows, winged, prompts):
             new = torch.full((len(rows), 1), 7 + step)
             ids = torch.cat([ids, new], 1)
             output = model(input_ids=new, **{CACHE: output[CACHE]})
-        lengths = {name: list(made[name]) for name in made}
+        lengths = {name: list(lengths_seen[name]) for name in lengths_seen}
         whole = model(**inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     torch.testing.assert_close(output.logits[:, -1], whole.logits[:, -1], atol=2e-4, rtol=1e-4)
     images, text = rows[0]

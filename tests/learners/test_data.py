@@ -2,6 +2,7 @@
 
 import json
 import os
+from io import BytesIO
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from vlm_prune.learners.data import (
     order,
     read_llava,
 )
+from vlm_prune.learners.parquet import PackedImage
+from vlm_prune.learners.train import data_digest
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.paths import DataRoot
 from vlm_prune.vlm.families import family_of
@@ -127,8 +130,8 @@ def test_special_tokens_in_texts_are_text(image, processor_56, conversations, tm
     assert int((ids == tokenizer.eos_token_id).sum()) == 2  # where the template ends the replies
     taught = "".join(tokenizer.decode(ids[labels != -100]).split())
     assert taught == "Itisan<image>token</s>.</s><image></s>"
-    asked = "".join(tokenizer.decode(ids[labels == -100]).split())
-    assert "What</s>isthis?" in asked
+    question_text = "".join(tokenizer.decode(ids[labels == -100]).split())
+    assert "What</s>isthis?" in question_text
     if image:
         row = Conversations([example], processor_56, token, 16, 2048)[0]
         assert row["pixel_values"].shape == (1, 3, 56, 56)
@@ -147,16 +150,16 @@ def test_samples_that_show_something_else_are_named_or_left_out(kind, tmp_path):
 def test_images_lie_in_their_folder_unless_the_user_says_more(conversations, tmp_path):
     outside = str(conversations / "0.png")
     (tmp_path / "link.png").symlink_to(outside)
-    asked = ("<image>\na", "b")
+    question_text = ("<image>\na", "b")
     for name in (outside, f"../{conversations.name}/0.png", "link.png"):
-        path = written(tmp_path, entry(*asked, image=name))
+        path = written(tmp_path, entry(*question_text, image=name))
         with pytest.raises(InputError, match=r"data.json\[0\].* leads out of .*--allow-outside"):
             read_llava(path, tmp_path)
         if name != f"../{conversations.name}/0.png":
             (example,) = read_llava(path, DataRoot(tmp_path, allow_outside=True))
             assert example.images[0].is_file()
     for allow in (False, True):
-        path = written(tmp_path, entry(*asked, image="http://127.0.0.1:9/a.png"))
+        path = written(tmp_path, entry(*question_text, image="http://127.0.0.1:9/a.png"))
         with pytest.raises(InputError, match="nothing is downloaded"):
             read_llava(path, DataRoot(tmp_path, allow))
 
@@ -269,3 +272,55 @@ def test_a_line_that_is_no_conversation_is_named(line, message, tmp_path):
     assert "\n" not in str(caught.value)
     path.write_text(json.dumps({"conversations": CHAT}) + "\n\n")
     assert [example.turns for example in read_llava(path)] == [(("x", "y"),)]
+
+
+def parquet_of(folder, target, packed=True, group=2):
+    """The conversations of a folder in a Parquet file, pictures inside it, or named by it."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = json.loads((folder / "data.json").read_text())
+    for row in rows:
+        name = row.get("image")
+        if name:
+            stored = (folder / name).read_bytes() if packed else None
+            row["image"] = {"bytes": stored, "path": name}
+    parquet.write_table(pyarrow.Table.from_pylist(rows), target, row_group_size=group)
+    return target
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_parquet_holds_what_json_does(packed, processor_56, conversations, tmp_path):
+    """Pictures inside the file, read out of order, or named by it."""
+    path = parquet_of(conversations, tmp_path / "data.parquet", packed)
+    listed = read_llava(conversations / "data.json", conversations)
+    rows = read_llava(path, conversations)
+    assert [row.turns for row in rows] == [example.turns for example in listed]
+    assert any(isinstance(i, PackedImage) for row in rows for i in row.images) == packed
+    assert data_digest(rows) == data_digest(listed)
+    layout = processor_56.tokenizer.convert_tokens_to_ids("<image>"), 16, 2048
+    ours, theirs = (Conversations(e, processor_56, *layout) for e in (rows, listed))
+    for index in (10, 0, 5, 11, 1):
+        assert ours[index].keys() == theirs[index].keys()
+        assert all(torch.equal(ours[index][name], theirs[index][name]) for name in ours[index])
+
+
+def test_parquet_of_several_pictures_and_of_none(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    png = BytesIO()
+    Image.new("RGB", (4, 4)).save(png, "PNG")
+    shown = [{"bytes": png.getvalue(), "path": None}] * 2
+    rows = [
+        {"id": 7, "images": shown, **entry("<image><image>\na", "b")},
+        {"id": 8, "images": [], **entry("c", "d")},
+        {"id": 9, "images": shown, **entry("<image>\na", "b")},
+    ]
+    path = tmp_path / "several.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    left_out = []
+    two, none = read_llava(path, left_out=left_out)
+    assert [image.size for image in two.opened()] == [(4, 4)] * 2
+    assert none.images == () and "(id 9): 1 <image> placeholders for 2 images" in left_out[0]
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"cannot read .*moved\.parquet again"):
+        PackedImage(tmp_path / "moved.parquet", "images", 0, 0).open()
+    with pytest.raises(InputError, match=r"cannot read .*several\.parquet"):
+        read_llava(path)

@@ -102,13 +102,13 @@ def test_an_attach_that_fails_leaves_nothing(plain, monkeypatch, fails_at):
     tiny, *_ = plain
     if refused(tiny):
         pytest.skip("refused")
-    made, layer = [], wings.WingsLayer
+    attached, layer = [], wings.WingsLayer
 
     def failing(*arguments):
-        made.append(layer(*arguments))
-        if len(made) == fails_at:
+        attached.append(layer(*arguments))
+        if len(attached) == fails_at:
             raise MemoryError
-        return made[-1]
+        return attached[-1]
 
     monkeypatch.setattr(wings, "WingsLayer", failing)
     with pytest.raises(MemoryError):

@@ -34,7 +34,7 @@ def vision(llava, images, make_inputs):
 
 
 @pytest.fixture(scope="session")
-def asked(llava, images, make_inputs):
+def question_maps(llava, images, make_inputs):
     """A question about one image, and what each place of the unpruned decoder pays each image token
     in each layer, (layers, heads, places, 576)."""
     inputs = make_inputs([(1, "Is there a 7?")], images)

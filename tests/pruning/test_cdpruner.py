@@ -64,9 +64,9 @@ def test_the_question_decides(llava, vision, images, make_inputs):
 
 def test_negated_relevance_prefers_the_least_similar(vision):
     text = vision.projected[:, 7]
-    asked = replace(vision, question=lambda: tuple(text[:, None]))
+    with_question = replace(vision, question=lambda: tuple(text[:, None]))
     straight, negated = (
-        CDPruner(budget=1, negated=flag).reduce(asked).indices for flag in (False, True)
+        CDPruner(budget=1, negated=flag).reduce(with_question).indices for flag in (False, True)
     )
     assert [int(p) for p in straight] == [7, 7]
     toward = relevance(vision.projected, text[:, None])

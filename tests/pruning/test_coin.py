@@ -56,8 +56,8 @@ def test_informativeness_equals_the_papers_loop(beta, vision):
 
 def test_the_question_decides(vision):
     """The token that equals the question is kept; without a question norms and volume decide."""
-    asked = replace(vision, question=lambda: tuple(vision.projected[:, 7:8]))
-    kept = CoIn(budget=1, beta=0.0, alpha=0.1).reduce(asked).indices
+    with_question = replace(vision, question=lambda: tuple(vision.projected[:, 7:8]))
+    kept = CoIn(budget=1, beta=0.0, alpha=0.1).reduce(with_question).indices
     assert [int(p) for p in kept] == [7, 7]
     alone = CoIn(budget=5, beta=0.0).reduce(vision).indices[0].tolist()
     assert alone == CoIn(budget=5, alpha=1.0).reduce(vision).indices[0].tolist()

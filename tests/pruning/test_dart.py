@@ -16,16 +16,19 @@ def test_reduce_equals_the_papers_loop(keep):
     torch.manual_seed(0)
     features, question = torch.randn(2, 30, 8), torch.randn(2, 6, 8)
     keys, text_keys = torch.randn(2, 30, 8), torch.randn(2, 6, 8)
-    asked = torch.tensor([[True] * 6, [False] * 5 + [True]])
+    question_mask = torch.tensor([[True] * 6, [False] * 5 + [True]])
     tokens = SimpleNamespace(
-        features=features, question=question, question_mask=asked, keys=lambda: (keys, text_keys)
+        features=features,
+        question=question,
+        question_mask=question_mask,
+        keys=lambda: (keys, text_keys),
     )
     kept = Dart(image_pivots=4, text_pivots=2).reduce(tokens, keep)
     for image in range(2):
         by_norm = sorted(range(30), key=lambda i: -float(keys[image, i].norm()))
         chosen = set(by_norm[: min(4, keep)])
         pivots = [features[image, i] for i in sorted(chosen)]
-        words = [j for j in range(6) if asked[image, j]]
+        words = [j for j in range(6) if question_mask[image, j]]
         longest = sorted(words, key=lambda j: -float(text_keys[image, j].norm()))[:2]
         pivots += [question[image, j] for j in sorted(longest)]
         left = keep - len(chosen)

@@ -8,9 +8,9 @@ from vlm_prune.vlm.common.errors import InputError
 
 
 @pytest.mark.parametrize("queries", ["all", "last"])
-def test_it_keeps_what_the_models_own_map_ranks_highest(llava, asked, queries):
+def test_it_keeps_what_the_models_own_map_ranks_highest(llava, question_maps, queries):
     """16 of 32 layers are 3 of 6: the third layer's map decides, its mean by a loop."""
-    inputs, maps = asked
+    inputs, maps = question_maps
     with FastV(budget=400, layer=16, queries=queries)(llava) as trace, torch.no_grad():
         llava(**inputs)
     scores = [0.0] * 576

@@ -29,9 +29,9 @@ def by_maps(model, inputs):
         model.set_attn_implementation("sdpa")
     shown, found = inputs["input_ids"] == model.config.image_token_index, []
     for row, own in enumerate(shown):
-        asked = inputs["attention_mask"][row].bool()
-        asked[: int(own.nonzero()[-1]) + 1] = False
-        paid = maps[row, :, asked][:, :, own].mean((0, 1))
+        question_rows = inputs["attention_mask"][row].bool()
+        question_rows[: int(own.nonzero()[-1]) + 1] = False
+        paid = maps[row, :, question_rows][:, :, own].mean((0, 1))
         found += paid.split(25)
     return found
 
@@ -39,10 +39,10 @@ def by_maps(model, inputs):
 def test_relevance_is_calibrated_attention(llava):
     inputs, empty = prompts(llava, *QUESTIONS), prompts(llava, "N/A", "N/A")
     ours = image_relevance(llava.model, inputs, empty)
-    for score, asked, unasked in zip(
+    for score, question_rows, unasked in zip(
         ours, *(by_maps(llava.model, g) for g in (inputs, empty)), strict=True
     ):
-        calibrated = (asked - unasked).tolist()
+        calibrated = (question_rows - unasked).tolist()
         mean = sum(calibrated) / 25
         spread = (sum((value - mean) ** 2 for value in calibrated) / 24) ** 0.5
         right = sum(value for value in calibrated if value > mean - 2 * spread)

@@ -7,9 +7,9 @@ from vlm_prune.pruning.pyramiddrop import PyramidDrop
 from vlm_prune.vlm.common.errors import InputError
 
 
-def test_the_first_cut_keeps_what_the_next_layers_map_ranks_highest(llava, asked):
+def test_the_first_cut_keeps_what_the_next_layers_map_ranks_highest(llava, question_maps):
     """Every layer before the cut sees all tokens, so the unpruned map of layer 3 is its score."""
-    inputs, maps = asked
+    inputs, maps = question_maps
     with PyramidDrop(budget=400)(llava) as trace, torch.no_grad():
         llava(**inputs)
     first = trace.cuts[0][0]

@@ -123,11 +123,11 @@ def test_a_schedule_replaces_the_pattern_at_any_depth(name, layers, places):
 
 def test_a_schedule_may_be_its_fields():
     fields = {"layers": 8, "places": [4], "shares": [1]}
-    given, made = (
+    given, expected = (
         METHODS["adaptinfer"](budget=400, schedule=schedule).cuts(576, 8)
         for schedule in (fields, Schedule(**fields))
     )
-    assert given == made
+    assert given == expected
 
 
 @pytest.mark.parametrize(

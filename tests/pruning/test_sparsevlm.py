@@ -15,10 +15,10 @@ from vlm_prune.vlm.tokens import AttentionRows
 def test_raters_equal_the_papers_loop():
     torch.manual_seed(0)
     image, text = torch.randn(2, 9, 4), torch.randn(2, 5, 4)
-    asked = torch.tensor([[True] * 5, [False, False, True, True, True]])
-    found = raters(image, text, asked)
+    question_mask = torch.tensor([[True] * 5, [False, False, True, True, True]])
+    found = raters(image, text, question_mask)
     for row in range(2):
-        words = [j for j in range(5) if asked[row, j]]
+        words = [j for j in range(5) if question_mask[row, j]]
         relevance = dict.fromkeys(words, 0.0)
         for v in image[row]:
             weights = {j: math.exp(float(v @ text[row, j])) for j in words}

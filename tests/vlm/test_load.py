@@ -133,7 +133,7 @@ def trapped(folder, tmp_path, monkeypatch):
         place.mkdir(exist_ok=True)
         for name in ("evil.py", "generate.py", "__init__.py"):
             (place / name).write_text(code)
-    monkeypatch.setattr("builtins.input", lambda *_: marker.write_text("asked") and "y")
+    monkeypatch.setattr("builtins.input", lambda *_: marker.write_text("prompts") and "y")
     monkeypatch.setattr(
         "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "code")
     )
@@ -510,11 +510,11 @@ def test_prunedvlm_spreads_a_model(name, saved, shown):
     pytest.importorskip("accelerate")
     tiny, _ = shown
     whole = PrunedVLM.from_pretrained(str(saved), name, 4, device="cpu")
-    asked = (tiny.pictures[:2], ["red?", "Is there a 7?"])
-    expected = whole.replies(*asked, max_new_tokens=4)
+    prompts = (tiny.pictures[:2], ["red?", "Is there a 7?"])
+    expected = whole.replies(*prompts, max_new_tokens=4)
     for device_map in ("auto", ON_DISK):
         spread = PrunedVLM.from_pretrained(str(saved), name, 4, device_map=device_map)
-        assert spread.replies(*asked, max_new_tokens=4) == expected
+        assert spread.replies(*prompts, max_new_tokens=4) == expected
     assert any(p.is_meta for p in spread.model.parameters())
     with pytest.raises(InputError, match="unknown device map 'balanced'"):
         PrunedVLM.from_pretrained(str(saved), name, 4, device_map="balanced")

@@ -27,17 +27,17 @@ def test_every_layer_attends_as_its_own_maps_say(side, llava, images, make_input
     for received, weights in zip(ours, maps, strict=True):
         for row in range(2):
             last = int(is_image[row].nonzero()[-1])
-            asked = inputs["attention_mask"][row].bool()
-            asked[: last + 1] = False
-            expected = weights[row, :, asked][:, :, is_image[row]].mean((0, 1))
+            own_rows = inputs["attention_mask"][row].bool()
+            own_rows[: last + 1] = False
+            expected = weights[row, :, own_rows][:, :, is_image[row]].mean((0, 1))
             torch.testing.assert_close(received[row], expected, atol=1e-6, rtol=1e-4)
 
 
 @torch.no_grad()
 def test_images_of_several_sizes_on_every_family(tiny):
     """From pixels and from images encoded beforehand; maps are those of the model's own forward."""
-    asked = [[([0], "Is there a 7?")], [([1, 2], "What color is the star?")]]
-    inputs, family = tiny.inputs(asked), family_of(tiny.model)
+    prompts = [[([0], "Is there a 7?")], [([1, 2], "What color is the star?")]]
+    inputs, family = tiny.inputs(prompts), family_of(tiny.model)
     if (OF_THEIR_OWN | {"softmax attention in every decoder layer"}) & family.lacks:
         with pytest.raises(InputError, match="layer 0 has linear_attention|of their own, which"):
             next(question_rows(tiny.model, inputs))

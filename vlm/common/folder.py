@@ -31,7 +31,7 @@ class OutputFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         target = output_folder(path)
-        self._made = make_folders(target)
+        self._created = make_folders(target)
         self._lock = _Lock(target / LOCK)
         try:
             self._lock.acquire(timeout=0)
@@ -48,7 +48,7 @@ class OutputFolder:
 
     @contextmanager
     def releasing(self) -> Iterator[None]:
-        """Lets others write if the block fails."""
+        """Unlocks the folder if the block fails."""
         try:
             yield
         except BaseException:
@@ -56,13 +56,13 @@ class OutputFolder:
             raise
 
     def release(self) -> None:
-        """Lets others write."""
+        """Unlocks the folder, so that other processes can write into it."""
         if not self._lock.is_locked:
             return
         lock = Path(self._lock.lock_file)
         if lock.exists() and [path.name for path in lock.parent.iterdir()] == [LOCK]:
             lock.unlink()
-            for folder in reversed(self._made):
+            for folder in reversed(self._created):
                 if any(folder.iterdir()):
                     break
                 folder.rmdir()

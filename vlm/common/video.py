@@ -60,7 +60,9 @@ def is_video(source: Any) -> bool:
 
 
 def check_rate(frames: int, fps: float | None) -> None:
-    """Raises `InputError` unless so many frames, or frames for each second, can be read."""
+    """Raises `InputError` unless a video can be read in `frames` frames,
+    or in `fps` of them for each second.
+    """
     if frames < 1:
         raise InputError(f"frames {frames} is out of range; give 1 or more")
     if fps is not None and not 0 < fps < float("inf"):

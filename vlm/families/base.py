@@ -398,8 +398,8 @@ class Family(ABC):
         return self.run(partial(self.encoder_output, kind), pixels.to(self.device), **given)
 
     def tower_flops(self, views: Sequence[int]) -> float:
-        """Returns the matrix-product FLOPs of the tower on an image
-        whose views have so many patches.
+        """Returns the matrix-product FLOPs of the tower on an image, given the
+        number of patches of each of its views.
         """
         tokens = [patches + self.tower_prefix for patches in views]
         layers = [(matrices(layer), tokens) for layer in self.tower_layers]

@@ -126,8 +126,8 @@ class Gemma4(Family):
         return Images(groups, {"image_position_ids": positions})
 
     def padded_flops(self, patches: int) -> float:
-        """Returns the matrix-product FLOPs of the tower on an image padded to so
-        many patches, pooling included.
+        """Returns the matrix-product FLOPs of the tower on an image padded to
+        `patches`, pooling included.
         """
         vision, tower = self.model.config.vision_config, self.model.model.vision_tower
         width = vision.num_attention_heads * vision.head_dim

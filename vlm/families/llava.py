@@ -130,8 +130,8 @@ class Llava(Family):
     def query_key(
         self, output: Any, rows: slice | list[int] = slice(None)
     ) -> tuple[Tensor, Tensor]:
-        """Returns queries and keys of the layer whose output the projector
-        gets, given the output of `run`.
+        """Returns queries and keys (M, H, N, d) of the layer whose output the
+        projector gets, given the output of `run`.
         """
         layer = self.scored_layer
         return scored_query_key(self.tower_layers[layer], output, layer, rows)

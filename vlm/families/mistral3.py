@@ -49,7 +49,7 @@ class Mistral3(Family):
         return Projector(module.linear_1, module.act, module.linear_2)
 
     def grids(self, image_sizes: Any) -> list[tuple[int, int]]:
-        """Returns rows and columns of tokens of images of these heights and widths in pixels."""
+        """Returns rows and columns of tokens of each image, given heights and widths in pixels."""
         side = self.patch_size * self.merge
         return [(int(height) // side, int(width) // side) for height, width in image_sizes]
 

@@ -70,7 +70,7 @@ class Qwen25VL(Family):
         return Projector(*self.tower.merger.mlp)
 
     def normed(self, hidden_states: Tensor) -> Tensor:
-        """Returns what the projector reads of the last layer's output."""
+        """Returns what the projector reads of the last layer's output, (P, d_v) -> (P, d_v)."""
         normed: Tensor = self.tower.merger.ln_q(hidden_states)
         return normed
 
@@ -193,7 +193,9 @@ class Qwen25VL(Family):
         return tower_flops(width, time * rows * columns, self.patch_embedding, layers)
 
     def windows(self, grid: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the order of tokens in the tower's windows, and where among patches these end."""
+        """Returns the order of tokens in the tower's windows, (N,), and where
+        among patches the windows end.
+        """
         order, ends = get_vision_window_index(
             grid, self.tower.spatial_merge_size, self.tower.window_size, self.tower.patch_size
         )

@@ -52,8 +52,8 @@ class Qwen3VL(Qwen25VL):
     def frame_lines(
         self, input_ids: Tensor, ordinal: Tensor, frames: Sequence[int]
     ) -> Tensor | None:
-        """Returns for each token the frame that it goes with: a frame's tokens, the
-        markers around them, and the time stamp in front.
+        """Returns for each token the frame that it goes with, (B, L): a frame's tokens,
+        the markers around them, and the time stamp in front.
 
         Args:
             input_ids: (B, L).

@@ -102,7 +102,9 @@ class PrunedLlavaNext(ClipTower, llava_next.LlavaNextForConditionalGeneration):
         ]
 
     def with_newlines(self, order: Tensor, features: Tensor) -> Tensor:
-        """Returns rows of an image's placeholders: newlines are there if all other tokens are."""
+        """Returns rows (k, d_l) of an image's placeholders: newlines are
+        there if all other tokens are.
+        """
         if len(features) < int((order >= 0).sum()):
             return features
         rows: Tensor = self.image_newline.to(features).expand(len(order), -1).clone()

@@ -18,5 +18,5 @@ def _histogram() -> Any:
 
 
 def observe(tokens: int) -> None:
-    """Counts an image of which so many tokens are kept."""
+    """Counts an image, and the `tokens` that are kept of it, in vLLM's metrics."""
     _histogram().observe(tokens)

@@ -23,7 +23,7 @@ class PrunedModel:
     def reduced(
         self, images: Sequence[Image], has_cls: bool, pool: Any = None
     ) -> list[tuple[Tensor, Tensor]]:
-        """Returns the token indices and features of what is kept of each image.
+        """Returns token indices (k,) and features (k, d_l) of what is kept of each image.
 
         Args:
             images: their tokens.

@@ -86,7 +86,7 @@ def _hook(before: Any) -> Any:
     """Returns what vLLM calls with the configuration of an engine, after what it called anyway."""
     from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-    class Hook(before or VerifyAndUpdateConfig):  # type: ignore[misc]
+    class PruningHook(before or VerifyAndUpdateConfig):  # type: ignore[misc]
         prunes_images = True
 
         @staticmethod
@@ -95,7 +95,7 @@ def _hook(before: Any) -> Any:
                 before.verify_and_update_config(vllm_config)
             apply(vllm_config)
 
-    return Hook
+    return PruningHook
 
 
 def apply(vllm_config: Any) -> None:

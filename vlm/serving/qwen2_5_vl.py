@@ -59,7 +59,7 @@ class QwenTower(PrunedModel):
         return tokens
 
     def query_key(self, *tower: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns queries and keys of the last layer, after rotation."""
+        """Returns queries and keys (M, H, P, d) of the last layer, after rotation."""
         attention = self.visual.blocks[-1].attn
         normed, cos, sin = tower
         joint, _ = attention.qkv(normed)
@@ -89,6 +89,7 @@ class QwenTower(PrunedModel):
                 with_grid(rows, torch.arange(len(rows), device=rows.device), grid)
                 for rows, grid in zip(whole, in_tokens, strict=True)
             ]
+        # features by tokens, what the attention got by patches, image by image
         patches = [time * rows * columns for time, rows, columns in grids]
         width = self.config.vision_config.out_hidden_size
         names = ("rotary_pos_emb_cos", "rotary_pos_emb_sin")
@@ -124,7 +125,9 @@ class QwenTower(PrunedModel):
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[Any]
     ) -> tuple[Tensor, int]:
-        """Returns positions as in the unpruned prompt; which tokens are kept is not known yet."""
+        """Returns positions (3, L) as in the unpruned prompt; which
+        tokens are kept is not known yet.
+        """
         merge = self.config.vision_config.spatial_merge_size
         images, features, shift = [], [], 0
         for feature in sorted(mm_features, key=lambda f: f.mm_position.offset):
@@ -134,11 +137,13 @@ class QwenTower(PrunedModel):
                 grid = feature.data["image_grid_thw"].data
                 whole = int(grid.prod()) // merge**2
                 images.append((span.offset, span.length, whole))
+            # where the image would stand, and how long, if nothing had been dropped
             full = replace(span, offset=span.offset + shift, length=whole)
             features.append(replace(feature, mm_position=full))
             shift += whole - span.length
         ids, kept = expanded(input_tokens, images)
         positions, _ = super().get_mrope_input_positions(ids, features)  # type: ignore[misc]
+        # answers go on behind the unpruned prompt
         delta = int(positions.max()) + 1 - len(input_tokens)
         positions = positions[:, torch.tensor(kept)]
         for start, count, _ in images:
@@ -153,7 +158,7 @@ class QwenTower(PrunedModel):
         *,
         is_multimodal: Tensor | None = None,
     ) -> Tensor:
-        """Returns the embeddings of a step's tokens; notes where image tokens stand.
+        """Returns the embeddings (L, D) of a step's tokens, and notes where image tokens stand.
 
         Args:
             input_ids: of the step.

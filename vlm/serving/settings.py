@@ -108,7 +108,7 @@ class Settings:
         return json.dumps(self.as_dict(), sort_keys=True)
 
     def pruner(self) -> Any:
-        """Builds the method.
+        """Builds the method with its budget, seed and hyperparameters.
 
         Raises:
             InputError: if it is unknown, or its hyperparameters are.

@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_prune.benchmarks.stats.bootstrap import percentiles, resampled
+from vlm_prune.benchmarks.stats.bootstrap import Values, percentiles, resampled
 from vlm_prune.continual.clip import extra
 from vlm_prune.continual.metrics import AccuracyMatrix, summary
 
-Array = NDArray[np.float64]
 Runs = Mapping[int, AccuracyMatrix]  # by seed
 
 
@@ -46,7 +45,7 @@ def metric_differences(one: Runs, other: Runs) -> dict[str, dict[str, float]]:
     }
 
 
-def _drawn(methods: Sequence[Runs]) -> dict[str, Array]:
+def _drawn(methods: Sequence[Runs]) -> dict[str, Values]:
     """Returns bootstrap draws of each metric, mean over drawn seeds,
     (methods, DRAWS), in per cent.
     """
@@ -56,7 +55,7 @@ def _drawn(methods: Sequence[Runs]) -> dict[str, Array]:
     hits = [np.concatenate([one.hits[number] for one in matrices]) for number in range(tasks)]
     names = list(summary(matrices[0].values))
 
-    def means(chosen: NDArray[np.int64], *images: NDArray[np.int64]) -> Array:
+    def means(chosen: NDArray[np.int64], *images: NDArray[np.int64]) -> Values:
         # (draws, methods, seeds, tasks, tasks): row t after task t, column i of task i's images
         columns = [
             _means(rows, drawn).reshape(-1, len(methods), seeds, tasks)
@@ -73,17 +72,17 @@ def _drawn(methods: Sequence[Runs]) -> dict[str, Array]:
     return dict(zip(names, values, strict=True))
 
 
-def _means(rows: NDArray[np.uint8], drawn: NDArray[np.int64]) -> Array:
+def _means(rows: NDArray[np.uint8], drawn: NDArray[np.int64]) -> Values:
     """Returns means (D, R) of rows (R, n) over images that are drawn, (D, n)."""
     draws, images = drawn.shape
     # how often each image is drawn, with one run of numbers for each draw
     indices = drawn + images * np.arange(draws)[:, None]
     counts = np.bincount(indices.ravel(), minlength=draws * images).reshape(draws, images)
-    means: Array = counts @ rows.T.astype(np.float64) / images
+    means: Values = counts @ rows.T.astype(np.float64) / images
     return means
 
 
-def _figure(seeds: Array, drawn: Array) -> dict[str, float]:
+def _figure(seeds: Values, drawn: Values) -> dict[str, float]:
     low, high = percentiles(drawn)
     return {"value": float(seeds.mean()), "low": low, "high": high}
 

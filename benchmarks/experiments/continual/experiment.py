@@ -68,7 +68,7 @@ ARMS = {
     "o-lora": ContinualArm("o-lora", "lora"),
     "dora": ContinualArm("dora", "lora"),
     "randlora": ContinualArm("randlora", "randlora"),
-    "adalora": ContinualArm("adalora", "adalora", {"every": 2}),
+    "adalora": ContinualArm("adalora", "adalora", {"interval": 2}),
     "keeplora": ContinualArm("keeplora", "keeplora"),
     "condu": ContinualArm("condu", "condu"),
 }

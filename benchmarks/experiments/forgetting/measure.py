@@ -18,7 +18,7 @@ from vlm_prune.vlm.families import family_of
 ADVICE = "remove it, and it is measured again"
 FirstToken = Literal["with first token", "without first token"]
 Counts = Annotated[list[Count], msgspec.Meta(min_length=2, max_length=2)]
-Counted = dict[str, Annotated[list[Counts], msgspec.Meta(min_length=1)]]
+KindCounts = dict[str, Annotated[list[Counts], msgspec.Meta(min_length=1)]]
 
 
 class ArmCost(Record, frozen=True):
@@ -41,7 +41,7 @@ class ArmRecord(Record, frozen=True, omit_defaults=True):
         validation: what other distances had scored.
     """
 
-    hits: dict[str, Counted]
+    hits: dict[str, KindCounts]
     curves: dict[FirstToken, list[list[float | None]]]
     shift: dict[FirstToken, list[float]]
     cost: ArmCost

@@ -17,14 +17,14 @@ from transformers import PreTrainedTokenizerFast
 from vlm_prune.benchmarks.embedded_models.language import IGNORE, Row, pack, projected
 from vlm_prune.benchmarks.experiments.forgetting.arms import Arm, Plan
 from vlm_prune.benchmarks.experiments.forgetting.data import Shown, training_rows
-from vlm_prune.learners.recipe import Group, make_optimizer
+from vlm_prune.learners.recipe import GroupName, make_optimizer
 from vlm_prune.learners.store import adapter_state, load_adapter_state
 from vlm_prune.learners.train import WingsRun, prepare
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import atomic_path
 from vlm_prune.vlm.families import family_of
 
-Parameters = dict[Group, list[torch.nn.Parameter]]
+Parameters = dict[GroupName, list[torch.nn.Parameter]]
 
 
 @dataclass

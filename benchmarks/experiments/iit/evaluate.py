@@ -24,7 +24,7 @@ from vlm_prune.vlm.common.images import open_image
 from vlm_prune.vlm.common.paths import DataRoot
 from vlm_prune.vlm.common.records import from_json
 
-Context = Literal["own", "gold"]
+EarlierReplies = Literal["own", "gold"]
 ADVICE = "build it with 'vlm-prune iit build'"
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 
@@ -118,7 +118,7 @@ def evaluate_conversations(
     processor: Any,
     folder: Path | DataRoot,
     output: Path,
-    context: Context = "own",
+    context: EarlierReplies = "own",
     pruner: Any | None = None,
     limit: int | None = None,
 ) -> dict[str, Any]:

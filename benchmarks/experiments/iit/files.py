@@ -13,13 +13,13 @@ from typing import Any
 from vlm_prune.vlm.common.errors import InputError, first_line
 from vlm_prune.vlm.common.paths import DataRoot
 
-Row = dict[str, Any]
+FileRow = dict[str, Any]
 LONGEST_NAME = 250
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".zip")
 IMAGE_COLUMNS = tuple(f"image_{n}" for n in range(1, 8)) + ("image",)
 
 
-def read_source_rows(path: Path, images: bool) -> Iterator[Row]:
+def read_source_rows(path: Path, images: bool) -> Iterator[FileRow]:
     """Yields every row of a file; of parquet without the image columns unless `images`.
 
     Rows of CSVs have the file's name as `subject`, since CMMLU has one file for each.
@@ -50,7 +50,7 @@ def read_source_rows(path: Path, images: bool) -> Iterator[Row]:
         raise InputError(f"cannot read {path}: {first_line(error)}") from error
 
 
-def _parquet(path: Path, images: bool) -> Iterator[Row]:
+def _parquet(path: Path, images: bool) -> Iterator[FileRow]:
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
@@ -61,7 +61,7 @@ def _parquet(path: Path, images: bool) -> Iterator[Row]:
         yield from batch.to_pylist()
 
 
-def _table(file: Any, delimiter: str, subject: str) -> Iterator[Row]:
+def _table(file: Any, delimiter: str, subject: str) -> Iterator[FileRow]:
     csv.field_size_limit(2**31 - 1)  # images are base64 in cells
     for row in csv.DictReader(file, delimiter=delimiter):
         yield {"subject": subject} | row

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_prune.benchmarks.experiments.iit.files import SUFFIXES, Row, read_source_rows
+from vlm_prune.benchmarks.experiments.iit.files import SUFFIXES, FileRow, read_source_rows
 from vlm_prune.vlm.common.errors import InputError, first_line
 from vlm_prune.vlm.common.paths import DataRoot
 from vlm_prune.vlm.common.registry import Registry
@@ -47,19 +47,19 @@ class Source:
 
     hub: str
     files: tuple[str, ...]
-    parse: Callable[[Row], Parsed | None]
+    parse: Callable[[FileRow], Parsed | None]
     visual: bool = False
 
 
-def _mmlu(row: Row) -> Parsed | None:
+def _mmlu(row: FileRow) -> Parsed | None:
     return row["subject"], row["question"], list(row["choices"]), LETTERS[int(row["answer"])]
 
 
-def _cmmlu(row: Row) -> Parsed | None:
+def _cmmlu(row: FileRow) -> Parsed | None:
     return row["subject"], row["Question"], [row[c] for c in "ABCD"], row["Answer"].strip()
 
 
-def _openbookqa(row: Row) -> Parsed | None:
+def _openbookqa(row: FileRow) -> Parsed | None:
     question = row.get("question")
     if isinstance(question, dict):  # the authors' JSON lines
         labels = [choice["label"] for choice in question["choices"]]
@@ -70,14 +70,14 @@ def _openbookqa(row: Row) -> Parsed | None:
     return "elementary science", stem, options, LETTERS[labels.index(row["answerKey"].strip())]
 
 
-def _hellaswag(row: Row) -> Parsed | None:
+def _hellaswag(row: FileRow) -> Parsed | None:
     if row["label"] in ("", None):
         return None
     question = f"Which ending fits? {row['ctx']}"
     return row["activity_label"], question, list(row["endings"]), LETTERS[int(row["label"])]
 
 
-def _mmmu(row: Row) -> Parsed | None:
+def _mmmu(row: FileRow) -> Parsed | None:
     options = row["options"]
     options = ast.literal_eval(options) if isinstance(options, str) else list(options)
     whole = row["question"] + " ".join(options)
@@ -92,7 +92,7 @@ def _mmmu(row: Row) -> Parsed | None:
     return subject, question, options, row["answer"].strip()
 
 
-def _mmbench(row: Row) -> Parsed | None:
+def _mmbench(row: FileRow) -> Parsed | None:
     options = [str(row[c]) for c in "ABCD" if row.get(c) not in (None, "", "nan")]
     if row.get("answer") not in tuple(LETTERS[: len(options)]):
         return None
@@ -101,14 +101,14 @@ def _mmbench(row: Row) -> Parsed | None:
     return str(row.get("category") or ""), f"{lead}{row['question']}", options, row["answer"]
 
 
-def _seed(row: Row) -> Parsed | None:
+def _seed(row: FileRow) -> Parsed | None:
     if row["data_type"] != "image":
         return None
     options = [row[f"choice_{c}"] for c in "abcd"]
     return f"type {row['question_type_id']}", row["question"], options, row["answer"].strip()
 
 
-def _ai2d(row: Row) -> Parsed | None:
+def _ai2d(row: FileRow) -> Parsed | None:
     return "science diagrams", row["question"], list(row["options"]), LETTERS[int(row["answer"])]
 
 

@@ -32,8 +32,8 @@ def data(tmp_path):
 
 def test_an_image_token_in_a_question_is_text(run, checkpoint, tmp_path):
     Image.new("RGB", (60, 60)).save(tmp_path / "a.png")
-    asked = ["--model", checkpoint, "--budget", "16"]
-    code, _, err = run("ask", tmp_path / "a.png", "What <image> is this?</s>", *asked)
+    options = ["--model", checkpoint, "--budget", "16"]
+    code, _, err = run("ask", tmp_path / "a.png", "What <image> is this?</s>", *options)
     assert code == 0 and not err
 
 

@@ -28,10 +28,10 @@ def adapter(tmp_path_factory):
 
 def command(name, folder, tmp_path):
     """The command line of a short run."""
-    asked = [name, "--model", folder / "model"]
+    command = [name, "--model", folder / "model"]
     if name == "schedule":
         return [
-            *asked,
+            *command,
             "--data",
             "attribute",
             "--limit",
@@ -43,7 +43,7 @@ def command(name, folder, tmp_path):
         ]
     if name == "search":
         return [
-            *asked,
+            *command,
             "--budget",
             "26",
             "--tasks",
@@ -54,11 +54,11 @@ def command(name, folder, tmp_path):
             tmp_path / "out",
         ]
     if name == "demo":
-        return [*asked, "--port", "65000"]
+        return [*command, "--port", "65000"]
     (tmp_path / "images").mkdir(exist_ok=True)
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "images" / "a.png")
     return [
-        *asked,
+        *command,
         "--input",
         tmp_path / "images",
         "--prompt",
@@ -134,20 +134,22 @@ def test_options_reach_the_loader(run, adapter, tmp_path, monkeypatch, name):
     monkeypatch.setattr(
         pipeline, "map_images", lambda config, *_: pipeline.Answerer(config, "cpu") and (0, 0)
     )
-    asked = {
+    options = {
         "device_map": "auto",
         "quantization": "torchao-int8",
         "attn": "eager",
         "adapter": "lora",
     }
-    given = [part for key, value in asked.items() for part in (f"--{key.replace('_', '-')}", value)]
+    given = [
+        part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", value)
+    ]
     run(
         *command(name, adapter, tmp_path)[:-2]
         if name == "demo"
         else command(name, adapter, tmp_path),
         *given,
     )
-    assert seen == asked
+    assert seen == options
 
 
 def test_vllm_has_options_of_its_own(run, adapter, tmp_path):

@@ -64,10 +64,10 @@ def test_tasks_about_videos_are_evaluated(run, tmp_path, family, tokens):
 def test_a_video_is_answered(run, onevision, clip, tmp_path, capsys):
     capsys.readouterr()  # transformers shows how it writes
     sheet = tmp_path / "sheet.png"
-    asked = ["ask", clip, "What color?", "--model", onevision, "--method", "evs", "--frames", "4"]
-    code, answer, err = run(*asked, "--budget", "0.5")
+    command = ["ask", clip, "What color?", "--model", onevision, "--method", "evs", "--frames", "4"]
+    code, answer, err = run(*command, "--budget", "0.5")
     assert code == 0 and not err, err
-    other = run(*asked, "--budget", "1.0", "--sheet", sheet)[1]
+    other = run(*command, "--budget", "1.0", "--sheet", sheet)[1]
     assert answer != other
     assert Image.open(sheet).size == (2 * SMALL, 2 * (SMALL * 3 // 4 + CAPTION))
 

@@ -112,7 +112,17 @@ def test_unwritable_output(run, checkpoint, tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs /proc")
 def test_full_disk(run, checkpoint, tmp_path, monkeypatch):
-    asked = ["eval", "--model", checkpoint, "--limit", "2", "--tasks", "text", "--output", tmp_path]
+    command = [
+        "eval",
+        "--model",
+        checkpoint,
+        "--limit",
+        "2",
+        "--tasks",
+        "text",
+        "--output",
+        tmp_path,
+    ]
 
     flush = os.fsync
 
@@ -123,11 +133,11 @@ def test_full_disk(run, checkpoint, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        code, _, err = run(*asked)
+        code, _, err = run(*command)
     assert code == 2 and "No space left on device; free some space" in err
     assert len(err.strip().splitlines()) == 1
     assert {path.name for path in tmp_path.iterdir()} <= {"config.json", "samples.jsonl", ".lock"}
-    assert run(*asked)[0] == 0
+    assert run(*command)[0] == 0
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
@@ -153,7 +163,7 @@ def test_an_interrupted_run_leaves_a_folder_that_resumes(checkpoint, tmp_path, s
 
 
 def test_hostile_images(run, checkpoint, tmp_path):
-    asked = ["What is red?", "--model", checkpoint]
+    command = ["What is red?", "--model", checkpoint]
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "text.png").write_text("no image")
     Image.new("L", (10_000, 9_000)).save(tmp_path / "bomb.png")
@@ -161,7 +171,7 @@ def test_hostile_images(run, checkpoint, tmp_path):
     cut = (tmp_path / "cut.jpg").read_bytes()
     (tmp_path / "cut.jpg").write_bytes(cut[: len(cut) // 2])
     for name in ("empty.png", "text.png", "bomb.png", "cut.jpg", "missing.png"):
-        code, out, err = run("ask", tmp_path / name, *asked)
+        code, out, err = run("ask", tmp_path / name, *command)
         assert code == 2, name
         assert len(err.strip().splitlines()) == 1 and not out
 

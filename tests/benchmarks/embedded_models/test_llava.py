@@ -108,10 +108,10 @@ def test_the_first_layer_looks_back_and_adds_nothing_until_it_is_woken(processor
         assert (back[2:] == head + 1).all()
         assert (seen.max(-1).values[2:] > 0.9).all()
     star, red = (story[0].tolist().index(word) for word in words[:2])
-    heard = (awake.hidden_states[1] - awake.hidden_states[0])[0]
+    added = (awake.hidden_states[1] - awake.hidden_states[0])[0]
     said = awake.hidden_states[0][0, star]
     assert red == star + 2
-    torch.testing.assert_close(heard[red], 0.5 * said, atol=0.1 * float(said.std()), rtol=0.1)
+    torch.testing.assert_close(added[red], 0.5 * said, atol=0.1 * float(said.std()), rtol=0.1)
 
 
 def test_questions_about_a_story_have_their_answers_in_it():
@@ -143,8 +143,11 @@ def test_training_questions_without_a_kind_are_answered_by_one_thing_alone():
     for scene, _ in zip(scenes(7), range(30), strict=False):
         things = {thing.color: thing.name for thing in scene.things}
         both = things | {name: color for color, name in things.items()}
-        asked = what(rng, scene)
-        assert asked.text == f"What is {next(c for c in things if things[c] == asked.answer)}?"
+        drawn_question = what(rng, scene)
+        assert (
+            drawn_question.text
+            == f"What is {next(c for c in things if things[c] == drawn_question.answer)}?"
+        )
         short = pair(rng, scene)
         assert both[short.text] == short.answer
         assert (short.text in things) == (short.subset == "colored")

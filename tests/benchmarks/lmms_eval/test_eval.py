@@ -82,15 +82,15 @@ def test_real_schemas(run, data_root, tmp_path):
 
 @pytest.mark.parametrize("name", list(VISUAL)[:6])
 def test_a_json_copy_asks_what_the_parquet_copy_asks(data_root, json_root, name):
-    def asked(root):
+    def documents_of(root):
         task = load_task(name, root)
         for doc in task.eval_docs:
             (turn,) = task.doc_to_messages(doc)
             parts = [part.get("text") or part["url"].tobytes() for part in turn["content"]]
             yield parts, task.doc_to_target(doc)
 
-    rows = list(asked(json_root))
-    assert rows == list(asked(data_root))
+    rows = list(documents_of(json_root))
+    assert rows == list(documents_of(data_root))
     assert len({str(parts) for parts, _ in rows}) == VISUAL[name][1] > 2  # no two alike
 
 
@@ -120,15 +120,15 @@ def test_a_killed_run_resumes_and_the_baseline_is_cached(
         return answer(self, batch)
 
     monkeypatch.setattr(model.PrunedChat, "_answer", counted)
-    asked = [
+    command = [
         "eval", "--model", checkpoint, "--tasks", "pope,exist,hellaswag", "--data-root", data_root,
         "--limit", "12", *FAST,
     ]  # fmt: skip
-    assert run(*asked, "--output", tmp_path / "whole")[0] == 0
+    assert run(*command, "--output", tmp_path / "whole")[0] == 0
     assert len(answered) == 2 * (4 + 4 + 3 * 4)
     answered.clear()
     killed = tmp_path / "killed"
-    assert run(*asked, "--output", killed)[0] == 0
+    assert run(*command, "--output", killed)[0] == 0
     assert not any(unpruned for unpruned, _ in answered) and len(answered) == 4 + 4 + 3 * 4
     answered.clear()
     log = killed / "answers" / "pope" / "answers.jsonl"
@@ -136,7 +136,7 @@ def test_a_killed_run_resumes_and_the_baseline_is_cached(
     log.write_text("".join(lines[:2]) + lines[2][:30])
     for name in ("samples.jsonl", "results.json"):
         (killed / name).unlink()
-    assert run(*asked, "--output", killed)[0] == 0
+    assert run(*command, "--output", killed)[0] == 0
     assert answered == [(False, "pope/000002"), (False, "pope/000003")]
     (first, first_rows), (second, second_rows) = read(tmp_path / "whole"), read(killed)
     assert untimed(first_rows) == untimed(second_rows)
@@ -148,16 +148,16 @@ def test_an_adapter_changed_in_place_is_another_model(
 ):
     own = tmp_path / "wings"
     shutil.copytree(adapter, own)
-    asked = [
+    command = [
         "eval", "--model", checkpoint, "--wings", own, "--tasks", "pope", "--data-root", data_root,
         "--limit", "2", *FAST,
     ]  # fmt: skip
-    assert run(*asked, "--output", tmp_path / "before")[0] == 0
+    assert run(*command, "--output", tmp_path / "before")[0] == 0
     weights = load_file(own / WEIGHTS)
     save_file({name: -tensor for name, tensor in weights.items()}, own / WEIGHTS)
-    code, _, err = run(*asked, "--output", tmp_path / "before")
+    code, _, err = run(*command, "--output", tmp_path / "before")
     assert code == 2 and "a run with another adapter; give another --output" in err
-    assert run(*asked, "--output", tmp_path / "after")[0] == 0
+    assert run(*command, "--output", tmp_path / "after")[0] == 0
     assert len(list((cache / "unpruned").iterdir())) == 2
 
 

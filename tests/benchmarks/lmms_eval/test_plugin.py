@@ -79,8 +79,8 @@ CHOICES = [" red", " yes", " Is there a 7?", " What color is the star? yes"]
 
 def test_loglikelihood_is_that_of_a_full_forward(lm, boxes, images):
     lm.pruner, pruner = None, lm.pruner
-    asked = [simple(lm, "loglikelihood", "What?", choice, boxes) for choice in CHOICES]
-    scored = [result.text for result in lm.loglikelihood(asked)]
+    requests = [simple(lm, "loglikelihood", "What?", choice, boxes) for choice in CHOICES]
+    scored = [result.text for result in lm.loglikelihood(requests)]
     lm.pruner = pruner
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
     prompt = lm.processor.apply_chat_template([message], add_generation_prompt=True)
@@ -97,12 +97,12 @@ def test_loglikelihood_is_that_of_a_full_forward(lm, boxes, images):
 
 def test_what_is_scored_cannot_steer_the_pruning(lm, boxes):
     """Each choice's tokens are those of the prompt alone, in any batch."""
-    asked = [simple(lm, "loglikelihood", "What?", choice, boxes) for choice in CHOICES]
-    together = [result.text[0] for result in lm.loglikelihood(asked)]
-    alone = [lm.loglikelihood([one])[0].text[0] for one in asked]
+    requests = [simple(lm, "loglikelihood", "What?", choice, boxes) for choice in CHOICES]
+    together = [result.text[0] for result in lm.loglikelihood(requests)]
+    alone = [lm.loglikelihood([one])[0].text[0] for one in requests]
     assert together == pytest.approx(alone, rel=1e-4)
     longer = [simple(lm, "loglikelihood", "What?", " red" + choice, boxes) for choice in CHOICES]
-    first = lm.loglikelihood(asked[:1])[0].text[0]
+    first = lm.loglikelihood(requests[:1])[0].text[0]
     assert all(result.text[0] > first for result in lm.loglikelihood(longer))
 
 
@@ -171,10 +171,10 @@ def test_multi_round(lm, boxes):
 
 def test_a_task_s_own_image_marker_is_text(lm, boxes):
     options = {"max_new_tokens": 3}
-    asked = [
+    requests = [
         simple(lm, "generate_until", f"{mark}What?", options, boxes) for mark in ("<image>", "")
     ]
-    marked, plain = lm.generate_until(asked)
+    marked, plain = lm.generate_until(requests)
     characters = lm.processor.tokenizer("<image>", split_special_tokens=True)["input_ids"]
     more = marked.token_counts.input_tokens - plain.token_counts.input_tokens
     assert 0 < more <= len(characters)
@@ -217,8 +217,8 @@ def test_replies_are_those_of_lmms_eval_s_own_class(
     found = []
     for model in (lm, theirs):
         model.task_dict = lm.task_dict
-        asked = [simple(model, "generate_until", "How many?", messages, dict(options))]
-        found.append(model.generate_until(asked)[0].text)
+        requests = [simple(model, "generate_until", "How many?", messages, dict(options))]
+        found.append(model.generate_until(requests)[0].text)
     assert found == [PARAGRAPHS, PARAGRAPHS]
 
 
@@ -232,8 +232,8 @@ def test_in_simple_mode_a_named_stop_ends_a_reply_and_a_blank_line_does_not(
         (["\n\n", "ASSISTANT:"], PARAGRAPHS.split("ASSISTANT:")[0]),
     ):
         options = {"max_new_tokens": 3} | ({} if stops is None else {"until": stops})
-        asked = [simple(lm, "generate_until", "How many?", options, boxes)]
-        assert lm.generate_until(asked)[0].text == reply
+        requests = [simple(lm, "generate_until", "How many?", options, boxes)]
+        assert lm.generate_until(requests)[0].text == reply
 
 
 def test_generation_arguments(lm, boxes):

@@ -45,7 +45,7 @@ def read(folder):
     return results, [{key: row[key] for key in row if key != "time_ms"} for row in rows]
 
 
-def asked(checkpoint, data_root, output, tasks="pope,exist", limit=10):
+def eval_command(checkpoint, data_root, output, tasks="pope,exist", limit=10):
     return [
         "eval", "--model", checkpoint, "--tasks", tasks, "--data-root", data_root, "--limit",
         limit, "--budget", "16", "--batch-size", "2", "--output", output,
@@ -53,20 +53,20 @@ def asked(checkpoint, data_root, output, tasks="pope,exist", limit=10):
 
 
 def test_two_processes_give_the_result_of_one(run, checkpoint, data_root, tmp_path, environment):
-    process = launch(asked(checkpoint, data_root, tmp_path / "two"), environment)
+    process = launch(eval_command(checkpoint, data_root, tmp_path / "two"), environment)
     out, _ = process.communicate(timeout=600)
     assert process.returncode == 0, out
     assert out.count("speed-up") == 1
     assert (tmp_path / "two" / "answers").is_dir()
     environment["VLM_PRUNE_CACHE"] = str(tmp_path / "other")
-    assert run(*asked(checkpoint, data_root, tmp_path / "one"))[0] == 0
+    assert run(*eval_command(checkpoint, data_root, tmp_path / "one"))[0] == 0
     (one, one_rows), (two, two_rows) = read(tmp_path / "one"), read(tmp_path / "two")
     assert len(one_rows) == 9 and one_rows == two_rows
     assert one["tasks"] == two["tasks"] and one["overall"] == two["overall"]
 
 
 def test_a_killed_worker_loses_nothing(run, checkpoint, data_root, tmp_path, environment):
-    arguments = asked(checkpoint, data_root, tmp_path / "two", "exist", 40)
+    arguments = eval_command(checkpoint, data_root, tmp_path / "two", "exist", 40)
     process = launch(arguments, environment)
     log = tmp_path / "two" / "answers" / "vlm_prune_exist" / "answers.jsonl"
     for _ in range(3000):
@@ -86,5 +86,5 @@ def test_a_killed_worker_loses_nothing(run, checkpoint, data_root, tmp_path, env
     process = launch(arguments, environment)
     out, _ = process.communicate(timeout=600)
     assert process.returncode == 0, out
-    assert run(*asked(checkpoint, data_root, tmp_path / "one", "exist", 40))[0] == 0
+    assert run(*eval_command(checkpoint, data_root, tmp_path / "one", "exist", 40))[0] == 0
     assert read(tmp_path / "one")[1] == read(tmp_path / "two")[1]

@@ -80,7 +80,7 @@ def test_a_task_of_mixed_answers_is_asked_and_scored_by_them(run, checkpoint, tm
     Image.new("RGB", (60, 60)).save(root / "POPE" / "a.png")
     task = load_task("pope", root)
     assert [row["question_id"] for row in task.eval_docs] == [7, "007"]
-    asked = [
+    command = [
         "--model",
         checkpoint,
         "--tasks",
@@ -90,7 +90,7 @@ def test_a_task_of_mixed_answers_is_asked_and_scored_by_them(run, checkpoint, tm
         "--output",
         tmp_path / "out",
     ]
-    code, _, err = run("eval", *asked, "--limit", "2", "--budget", "16")
+    code, _, err = run("eval", *command, "--limit", "2", "--budget", "16")
     assert code == 0 and not err, err
     rows = [
         json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()
@@ -255,13 +255,23 @@ def mme(folder, order):
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [0, 2, 4, 1, 3, 5]])
 def test_a_limit_splits_no_pair_of_mme(run, checkpoint, tmp_path, order):
     root = mme(tmp_path, order)
-    asked = ["eval", "--model", checkpoint, "--tasks", "mme", "--data-root", root, "--budget", "16"]
-    code, _, err = run(*asked, "--limit", "3", "--output", tmp_path / "out")
+    command = [
+        "eval",
+        "--model",
+        checkpoint,
+        "--tasks",
+        "mme",
+        "--data-root",
+        root,
+        "--budget",
+        "16",
+    ]
+    code, _, err = run(*command, "--limit", "3", "--output", tmp_path / "out")
     assert code == 0 and "skipped" not in err, err
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["tasks"]["mme"]["n"] == 2
     assert "mme_perception_score,none" in results["tasks"]["mme"]["metrics"]
-    code, _, err = run(*asked, "--limit", "1")
+    code, _, err = run(*command, "--limit", "1")
     assert code == 2 and "needs 2 rows at once, and the limit leaves it 1; raise --limit" in err
 
 

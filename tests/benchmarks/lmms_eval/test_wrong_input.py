@@ -180,12 +180,12 @@ def test_gated_data(monkeypatch):
 
 
 def test_a_folder_of_another_version(run, checkpoint, copy, tmp_path):
-    asked = ["eval", "--model", checkpoint, "--tasks", "pope", "--data-root", copy, *FAST]
+    command = ["eval", "--model", checkpoint, "--tasks", "pope", "--data-root", copy, *FAST]
     out = tmp_path / "out"
     out.mkdir()
     for content, message in (('{"model": "tiny"}', "of another version"), ("{", "as JSON")):
         (out / "config.json").write_text(content)
-        code, _, err = run(*asked, "--output", out)
+        code, _, err = run(*command, "--output", out)
         assert code == 2 and message in err and len(err.strip().splitlines()) == 1
 
 
@@ -197,10 +197,10 @@ def test_two_runs_in_one_folder(run, checkpoint, copy, tmp_path):
         [sys.executable, "-c", code, out / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     holder.stdout.readline()
-    asked = ["eval", "--model", checkpoint, "--tasks", "pope", "--data-root", copy, *FAST]
-    code, _, err = run(*asked, "--output", out)
+    command = ["eval", "--model", checkpoint, "--tasks", "pope", "--data-root", copy, *FAST]
+    code, _, err = run(*command, "--output", out)
     assert code == 2 and f"another run writes to {out}" in err
     holder.communicate(b"\n")
     assert holder.returncode == 0
-    assert run(*asked, "--output", out)[0] == 0
+    assert run(*command, "--output", out)[0] == 0
     assert os.listdir(out / "answers") == ["pope"]

@@ -107,14 +107,14 @@ def test_all_is_every_method_that_fits_the_shape(run, tmp_path, monkeypatch):
     from vlm_prune.benchmarks.cli.support import every_method
     from vlm_prune.vlm.families import FAMILIES
 
-    asked = []
+    measured = []
     monkeypatch.setattr(
         "vlm_prune.benchmarks.speed.bench.bench",
-        lambda _, variants: asked.extend(variants) or 1 / 0,
+        lambda _, variants: measured.extend(variants) or 1 / 0,
     )
     with pytest.raises(ZeroDivisionError):
         run("bench", "--method", "all", "--model-shape", "llava-0.5b")
-    assert [v.method for v in asked] == every_method(FAMILIES["llava"])
+    assert [v.method for v in measured] == every_method(FAMILIES["llava"])
     code, _, err = run("bench", "--method", "all", "--model-shape", "llava-0.5")
     assert code == 2 and "did you mean 'llava-0.5b'" in err
     code, _, err = run("bench", "--method", ",")
@@ -294,8 +294,8 @@ def test_every_family(run, tiny, tmp_path, monkeypatch, method):
     results = json.loads((tmp_path / "bench.json").read_text())
     before, after = results["unpruned"], results["pruned"]
     assert before["tokens"]["kept"] > 8
-    spare = before["tokens"]["kept"] / 2 - after["tokens"]["layer_mean"]
-    assert -0.5 <= spare < 1 and results["speedup"]["promised"] > 1
+    surplus = before["tokens"]["kept"] / 2 - after["tokens"]["layer_mean"]
+    assert -0.5 <= surplus < 1 and results["speedup"]["promised"] > 1
     for run_ in (before, after):
         assert all(run_["floors_ms"][phase] > 0 for phase in ("vision", "prefill", "decode"))
 

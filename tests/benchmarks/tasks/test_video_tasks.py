@@ -75,8 +75,8 @@ def test_the_answers_are_what_happens():
         assert movie.question.answer == str(runs)
         assert f"the {actor.name} pass" in movie.question.text
     for movie in movies(direction):
-        asked = next(actor for actor in movie.actors if f"the {actor.name} " in movie.question.text)
-        across, down = np.subtract(asked.path[-1], asked.path[0])
+        mover = next(actor for actor in movie.actors if f"the {actor.name} " in movie.question.text)
+        across, down = np.subtract(mover.path[-1], mover.path[0])
         way = ("left", "right")[int(across > 0)] if across else ("up", "down")[int(down > 0)]
         assert movie.question.answer == way
     for movie in movies(middle):

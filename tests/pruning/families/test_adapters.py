@@ -143,20 +143,21 @@ def test_videos_are_refused_where_they_are_not_pruned(tiny):
 def test_the_wrapper_answers_as_the_unpruned_model(tiny):
     vlm = PrunedVLM(tiny.model, tiny.processor, NoPruning())
     unpruned = PrunedVLM(tiny.model, tiny.processor)
-    picture, asked = tiny.pictures[2], {"max_new_tokens": 5}
-    expected = unpruned.answer(picture, "red?", **asked)
-    assert vlm.answer(picture, "red?", **asked) == expected
-    assert vlm.answer(np.asarray(picture), "red?", **asked) == expected
+    picture, options = tiny.pictures[2], {"max_new_tokens": 5}
+    expected = unpruned.answer(picture, "red?", **options)
+    assert vlm.answer(picture, "red?", **options) == expected
+    assert vlm.answer(np.asarray(picture), "red?", **options) == expected
 
 
 @pytest.mark.parametrize("pruner", [None, DivPrune(budget=4), FastV(budget=0.5)])
 def test_replies_are_what_the_images_get_alone(tiny, pruner):
     skip_refused(tiny, pruner)
     vlm = PrunedVLM(tiny.model, tiny.processor, pruner)
-    asked = ["red?", "What color is the star and is there a 7?", "7?"]
-    together = vlm.replies(tiny.pictures[:3], asked, max_new_tokens=5)
+    questions = ["red?", "What color is the star and is there a 7?", "7?"]
+    together = vlm.replies(tiny.pictures[:3], questions, max_new_tokens=5)
     alone = [
-        vlm.replies([p], [q], max_new_tokens=5) for p, q in zip(tiny.pictures, asked, strict=False)
+        vlm.replies([p], [q], max_new_tokens=5)
+        for p, q in zip(tiny.pictures, questions, strict=False)
     ]
     assert together == [reply for (reply,) in alone]
     if pruner is not None:
@@ -167,13 +168,13 @@ def test_replies_are_what_the_images_get_alone(tiny, pruner):
 @pytest.mark.parametrize("pruner", [None, DivPrune(budget=4), FastV(budget=0.5)])
 def test_the_wrapper_serves_beams_and_outputs_and_refuses_several_replies(tiny, pruner):
     skip_refused(tiny, pruner)
-    vlm, asked = PrunedVLM(tiny.model, tiny.processor, pruner), ["red?", "7?"]
-    (one, two) = vlm.replies(tiny.pictures[:2], asked, max_new_tokens=3)
+    vlm, questions = PrunedVLM(tiny.model, tiny.processor, pruner), ["red?", "7?"]
+    (one, two) = vlm.replies(tiny.pictures[:2], questions, max_new_tokens=3)
     given = vlm.replies(
-        tiny.pictures[:2], asked, max_new_tokens=3, num_beams=1, return_dict_in_generate=True
+        tiny.pictures[:2], questions, max_new_tokens=3, num_beams=1, return_dict_in_generate=True
     )
     assert given == [one, two]
-    beams = vlm.replies(tiny.pictures[:2], asked, max_new_tokens=3, num_beams=3)
+    beams = vlm.replies(tiny.pictures[:2], questions, max_new_tokens=3, num_beams=3)
     assert [reply.kept_tokens for reply in beams] == [one.kept_tokens, two.kept_tokens]
     with pytest.raises(InputError, match="num_return_sequences"):
         vlm.answer(tiny.pictures[0], "red?", num_beams=2, num_return_sequences=2)

@@ -44,10 +44,10 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     """An exported random checkpoint of each family, made when it is first asked for."""
-    made = {}
+    exported = {}
 
     def folder(family):
-        if family not in made:
+        if family not in exported:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(tiny_families, "HEAD", HEAD)
                 patch.setattr(tiny_families, "WIDTH", 2 * HEAD)
@@ -57,9 +57,9 @@ def folders(tmp_path_factory):
             saved = tmp_path_factory.mktemp("saved") / family
             tiny.model.save_pretrained(saved)
             tiny.processor.save_pretrained(saved)
-            made[family] = saved.parent / "exported"
-            export(str(saved), made[family])
-        return made[family]
+            exported[family] = saved.parent / "exported"
+            export(str(saved), exported[family])
+        return exported[family]
 
     return folder
 

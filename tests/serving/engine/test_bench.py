@@ -35,11 +35,12 @@ def test_a_process_that_ends_is_named():
 def test_both_engines_answer_the_list_at_each_concurrency():
     results = bench_serving(CONFIG)
     for arm in ARMS:
-        assert [each["concurrency"] for each in results[arm]] == [1, 2]
-        for each in results[arm]:
-            (load,) = each["runs"]
-            assert load["requests"] == len(load["first_token_s"]) == 3
-            assert all(0 < seconds <= load["seconds"] for seconds in load["first_token_s"])
-    before, after = (results[arm][0]["prompt_tokens"] for arm in ARMS)
+        served = getattr(results, arm)
+        assert [each.concurrency for each in served] == [1, 2]
+        for each in served:
+            (load,) = each.runs
+            assert load.requests == len(load.first_token_s) == 3
+            assert all(0 < seconds <= load.seconds for seconds in load.first_token_s)
+    before, after = (getattr(results, arm)[0].prompt_tokens for arm in ARMS)
     assert before - after == 576 - 64
-    assert len(serving_rows(results)) == 1 + len(results["speedup"])
+    assert len(serving_rows(results)) == 1 + len(results.speedup)

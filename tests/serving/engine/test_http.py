@@ -104,7 +104,7 @@ def message(question, *images):
     return [{"role": "user", "content": [*images, {"type": "text", "text": question}]}]
 
 
-def asked(client, messages, **options):
+def completion(client, messages, **options):
     return client.chat.completions.create(
         model="tiny", messages=messages, temperature=0, max_tokens=16, **options
     )
@@ -131,10 +131,10 @@ def test_answers_are_those_of_the_hugging_face_route(server, loaded, shown):
     client, before = server.client(), kept_tokens(server)
     prompts = [message(q, as_url(p)) for p, q in zip(shown, QUESTIONS, strict=True)]
     for prompt, answer in zip(prompts, expected, strict=True):
-        reply = asked(client, prompt)
+        reply = completion(client, prompt)
         assert reply.choices[0].message.content.strip() == answer
         assert reply.usage.prompt_tokens < 2 * BUDGET
-        parts = asked(client, prompt, stream=True)
+        parts = completion(client, prompt, stream=True)
         whole = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
         assert whole.strip() == answer
     after = kept_tokens(server)
@@ -150,7 +150,7 @@ def test_embeddings_travel_over_http(server, loaded, shown):
     expected = PrunedVLM(model, processor, pruner).answer(
         shown[0], QUESTIONS[0], max_new_tokens=16, do_sample=False
     )
-    reply = asked(server.client(), message(QUESTIONS[0], *as_content(rows)))
+    reply = completion(server.client(), message(QUESTIONS[0], *as_content(rows)))
     assert reply.choices[0].message.content.strip() == expected
 
 
@@ -202,9 +202,9 @@ def test_an_image_that_is_not_taken_is_the_client_s_error_and_the_server_goes_on
         for size in ((900, 1), (112, 112), (168, 168))
     )
     with pytest.raises(openai.BadRequestError, match="aspect ratio|Failed to apply"):
-        asked(client, narrow)
-    assert asked(client, small).choices
+        completion(client, narrow)
+    assert completion(client, small).choices
     assert kept_tokens(server) == (1, 16)
-    assert asked(client, large).choices
+    assert completion(client, large).choices
     assert kept_tokens(server) == (2, 16 + 30)
     assert server.stop() in (0, -signal.SIGTERM)

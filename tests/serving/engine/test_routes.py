@@ -62,13 +62,13 @@ def test_a_text_guided_method_over_embeddings(family, folders, pictures, prompts
     """A server without the plug-in's settings, and rows that were chosen here."""
     engine = start(folders(family), None, enable_mm_embeds=True)
     pruner = build("cdpruner", budget=6)
-    asked = [prompts[0], prompts[2]]
+    chosen = [prompts[0], prompts[2]]
     rows = image_embeds(
-        engine.model, [[pictures[n] for n in numbers] for numbers, _ in asked],
-        [text for _, text in asked], pruner, engine.processor,
+        engine.model, [[pictures[n] for n in numbers] for numbers, _ in chosen],
+        [text for _, text in chosen], pruner, engine.processor,
     )  # fmt: skip
-    expected = [engine.reference(prompt, pictures, pruner)[0] for prompt in asked]
-    assert engine.embedded_answers(asked, rows) == expected
+    expected = [engine.reference(prompt, pictures, pruner)[0] for prompt in chosen]
+    assert engine.embedded_answers(chosen, rows) == expected
 
 
 @pytest.mark.parametrize("family", ["llava", "internvl", "qwen3_vl"])

@@ -74,7 +74,7 @@ def test_packed_answers_are_right_exactly_when_greedy_decoding_gives_them(embedd
     found = right_answers(model, processor, rows)
     flat = [counts for kinds in found.values() for entries in kinds.values() for counts in entries]
     assert sorted(flat) == sorted(counted.values())
-    assert 0 < sum(right for right, _ in flat) < sum(asked for _, asked in flat)
+    assert 0 < sum(right for right, _ in flat) < sum(total for _, total in flat)
 
 
 def test_images_are_shown_by_their_objects_first(embedded, tmp_path):

@@ -31,7 +31,7 @@ def png(shade):
     return stream.getvalue()
 
 
-def asked(n):
+def question_text(n):
     return f"Question {n}: why do {TOPICS[n % len(TOPICS)]}?"
 
 
@@ -45,35 +45,35 @@ def cell(n):
 
 ROWS = {
     "mmlu": lambda n: {
-        "question": asked(n), "subject": "sociology", "choices": answers(n), "answer": n % 4,
+        "question": question_text(n), "subject": "sociology", "choices": answers(n), "answer": n % 4,
     },
     "openbookqa": lambda n: {
-        "id": str(n), "question_stem": asked(n + 20),
+        "id": str(n), "question_stem": question_text(n + 20),
         "choices": {"text": answers(n), "label": ["A", "B", "C", "D"]}, "answerKey": "ABCD"[n % 4],
     },
     "hellaswag": lambda n: {
-        "ind": n, "activity_label": "Baking", "ctx_a": "", "ctx_b": "", "ctx": asked(n + 40),
+        "ind": n, "activity_label": "Baking", "ctx_a": "", "ctx_b": "", "ctx": question_text(n + 40),
         "endings": answers(n), "source_id": "", "split": "val", "split_type": "indomain",
         "label": str(n % 4),
     },
     "mmmu": lambda n: {
-        "id": f"validation_Sociology_{n}", "question": f"{asked(n + 60)} <image 1>",
+        "id": f"validation_Sociology_{n}", "question": f"{question_text(n + 60)} <image 1>",
         "options": str(answers(n)), "explanation": "", "image_1": cell(n), "image_2": None,
         "img_type": "['Tables']", "answer": "ABCD"[n % 4], "topic_difficulty": "Easy",
         "question_type": "multiple-choice", "subfield": "Theory",
     },
     "mmbench": lambda n: {
-        "index": n, "question": asked(n + 80), "hint": "nan", "answer": "AB"[n % 2], "A": "yes",
+        "index": n, "question": question_text(n + 80), "hint": "nan", "answer": "AB"[n % 2], "A": "yes",
         "B": "no", "C": "nan", "D": "nan", "category": "physical_property_reasoning",
         "image": cell(100 + n), "source": "x", "l2-category": "y", "comment": "nan", "split": "dev",
     },
     "seed": lambda n: {
         "answer": "ABCD"[n % 4], "choice_a": "p", "choice_b": "q", "choice_c": "r", "choice_d": "s",
-        "data_id": str(n), "data_type": "image" if n else "video", "question": asked(n + 100),
+        "data_id": str(n), "data_type": "image" if n else "video", "question": question_text(n + 100),
         "question_id": str(n), "question_type_id": 1, "image": [cell(150 + n)], "segment": None,
     },
     "ai2d": lambda n: {
-        "question": asked(n + 120), "options": answers(n), "answer": str(n % 4),
+        "question": question_text(n + 120), "options": answers(n), "answer": str(n % 4),
         "image": cell(200 + n),
     },
 }  # fmt: skip
