@@ -11,7 +11,7 @@ from vlm_prune.vlm.adapter import add_adapter, is_adapter
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import output_folder
 from vlm_prune.vlm.families import family_of
-from vlm_prune.vlm.load import DTYPES, config_of, load, load_language, save, sees_images
+from vlm_prune.vlm.load import DTYPES, config_of, has_vision, load, load_language, save, sees_images
 
 
 class LanguageModel(nn.Module):
@@ -23,8 +23,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        text_only = not hasattr(model.config, "vision_config")
-        self.model = model.get_decoder() if text_only else family_of(model).decoder
+        self.model = family_of(model).decoder if has_vision(model.config) else model.get_decoder()
         self.lm_head = model.get_output_embeddings()
         self.config = model.config.get_text_config()
 
@@ -174,13 +173,15 @@ def sweep(
     if not adapter:
         original, processor = (load if sees_images(base) else load_language)(base, "cpu", dtype)
         tokenizer = getattr(processor, "tokenizer", processor)
+    shared: Tensor | None = None
     folders = [output / f"alpha-{alpha:g}" for alpha in alphas]
     for alpha, folder in zip(alphas, folders, strict=True):
         model, processor = load(tuned, "cpu", dtype)
         if adapter:
             merge_adapter(base, model, alpha, first_layer)
         else:
-            shared = shared_tokens(tokenizer, processor.tokenizer)
+            if shared is None:
+                shared = shared_tokens(tokenizer, processor.tokenizer)
             merge(original, model, alpha, first_layer, shared)
         save(model, processor, folder)
     return folders

@@ -21,6 +21,7 @@ from vlm_prune.vlm.cache import CachedPrompt, CachedTokens, cache_of, hold, prom
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import Family, family_of
 from vlm_prune.vlm.families.base import KINDS, PIXELS, Kind
+from vlm_prune.vlm.forwards import Forwards
 from vlm_prune.vlm.layer_pruning import Forward, InsideModel, LayerPruning, position_deltas
 from vlm_prune.vlm.layout import (
     TokenLayout,
@@ -93,7 +94,7 @@ class Block:
         before: the method before the language model, if there is one.
         trace: what happened in the last prefill.
         video_frames: of each video of a prompt, 0 for images, where frames are images to the model.
-        running: threads inside a forward, with the prompt that each one's cache holds.
+        forwards: those under way, with the prompt that each one's cache holds.
     """
 
     family: Family
@@ -102,8 +103,7 @@ class Block:
     trace: Trace
     video_frames: Sequence[int] | None = None
     open: bool = True
-    running: dict[int, tuple[threading.Thread, CachedPrompt | None]] = field(default_factory=dict)
-    changed: threading.Condition = field(default_factory=threading.Condition)
+    forwards: Forwards[CachedPrompt | None] = field(default_factory=Forwards)
     last: threading.local = field(default_factory=threading.local)
 
     def __post_init__(self) -> None:
@@ -145,12 +145,8 @@ class Block:
 
     def close(self) -> None:
         """Lets no forward enter, and waits for those of other threads."""
-        me = threading.get_ident()
-        with self.changed:
-            self.open = False
-            self.running.pop(me, None)
-            while any(thread.is_alive() for thread, _ in self.running.values()):
-                self.changed.wait(0.1)
+        self.open = False
+        self.forwards.wait()
 
     def before_model(
         self, model: Any, args: Any, kwargs: dict[str, Any]
@@ -207,8 +203,7 @@ class Block:
             )
         # a cache of a pruned prompt may be used while the forward runs, by this thread
         prompt = prompt_in(cache_of(kwargs))
-        with self.changed:
-            self.running[threading.get_ident()] = (threading.current_thread(), prompt)
+        self.forwards.enter(prompt)
         if prompt is not None:
             prompt.open = True
             if prompt.deltas is not None:
@@ -390,9 +385,7 @@ class Block:
             args: of its forward.
             output: of its forward.
         """
-        with self.changed:
-            _, prompt = self.running.pop(threading.get_ident(), (None, None))
-            self.changed.notify_all()
+        prompt = self.forwards.leave()
         if prompt is not None:
             prompt.open = False
 

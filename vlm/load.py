@@ -139,7 +139,7 @@ def load_language(name: str, device: str = "auto", dtype: str = "auto") -> tuple
     with naming(f"cannot load model {name!r}"):
         view = view_of(locate(name, EMBEDDED))
         config = read_config(view)
-        if hasattr(config, "vision_config"):
+        if has_vision(config):
             raise InputError(f"{name!r} is a model that sees images; give a text-only one")
         model = load_weights(AutoModelForCausalLM, view, config, dtype=kind)
         with naming("its tokenizer cannot be used"):
@@ -190,6 +190,11 @@ def config_of(name: str) -> Any:
         return _config(view_of(locate(name, EMBEDDED, weights=False), weights=False))
 
 
+def has_vision(config: Any) -> bool:
+    """Returns whether a configuration is of a model with a vision tower."""
+    return hasattr(config, "vision_config")
+
+
 def sees_images(name: str) -> bool:
     """Returns whether a checkpoint is of a model with a vision tower.
 
@@ -201,7 +206,7 @@ def sees_images(name: str) -> bool:
     """
     with naming(f"cannot load model {name!r}"):
         view = view_of(locate(name, EMBEDDED, weights=False), weights=False)
-        return hasattr(read_config(view), "vision_config")
+        return has_vision(read_config(view))
 
 
 def check_loadable(

@@ -6,7 +6,6 @@ would get no mask at all, padded or not. What the other function does not comput
 the mask that SDPA would have got.
 """
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from vlm_prune.vlm.block import Hook, refuse_compiled
 from vlm_prune.vlm.cache import cache_of
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import Family, family_of
+from vlm_prune.vlm.forwards import Forwards
 from vlm_prune.vlm.layout import image_runs
 
 OTHER_SOFTMAX = ("softcap", "s_aux", "position_bias")
@@ -113,13 +113,12 @@ class AttentionBlock:
     Args:
         family: the model's adapter.
         function: computes attention.
-        running: threads inside a forward.
+        forwards: those under way, with what their layers are given.
     """
 
     family: Family
     function: AttentionFunction
-    running: dict[int, tuple[threading.Thread, Current]] = field(default_factory=dict)
-    changed: threading.Condition = field(default_factory=threading.Condition)
+    forwards: Forwards[Current] = field(default_factory=Forwards)
 
     def __post_init__(self) -> None:
         self.config = self.family.decoder.config
@@ -143,25 +142,17 @@ class AttentionBlock:
         try:
             yield
         finally:
-            self.wait()
+            # the masks of other threads are made for this block's function
+            self.forwards.wait()
             self.config._attn_implementation_internal = "sdpa"
             del _BLOCKS[id(self.config)]
             for handle in handles:
                 handle.remove()
 
-    def wait(self) -> None:
-        """Waits for the forwards of other threads, whose masks are
-        made for this block's function.
-        """
-        with self.changed:
-            self.running.pop(threading.get_ident(), None)
-            while any(thread.is_alive() for thread, _ in self.running.values()):
-                self.changed.wait(0.1)
-
     @property
     def current(self) -> Current:
         """Returns what this thread's forward was given."""
-        return self.running.get(threading.get_ident(), (None, Current()))[1]
+        return self.forwards.given or Current()
 
     def before_merge(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Notes where the prompts' last image tokens are.
@@ -180,8 +171,7 @@ class AttentionBlock:
         current = Current(tails, cache_of(given))
         if ids is not None and tails and self.function.reads_frames:
             current.frames = frame_numbers(self.family, ids, given.get("video_grid_thw"))
-        with self.changed:
-            self.running[threading.get_ident()] = (threading.current_thread(), current)
+        self.forwards.enter(current)
 
     def after_merge(self, module: Any, args: Any, output: Any) -> None:
         """Notes that the thread's forward is over, or failed.
@@ -191,9 +181,7 @@ class AttentionBlock:
             args: of its forward.
             output: of its forward.
         """
-        with self.changed:
-            self.running.pop(threading.get_ident(), None)
-            self.changed.notify_all()
+        self.forwards.leave()
 
     def before_layer(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Notes the rotation of a layer's tokens.

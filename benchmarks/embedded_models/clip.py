@@ -4,8 +4,6 @@ A run lives in one folder and goes on where it was killed. Batches and shifts de
 and the step alone, so that a killed run ends where one without a break ends.
 """
 
-import json
-import logging
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax, normalize, pad
 
 from vlm_prune.benchmarks.embedded_models.initial import waves, whitened
+from vlm_prune.benchmarks.embedded_models.log import append_figures
 from vlm_prune.continual import checkpoint
 from vlm_prune.continual.clip import extra
 from vlm_prune.continual.streams.packaged import DOMAINS, PER_CLASS, Drawn
@@ -33,7 +32,7 @@ from vlm_prune.vlm.common.state import (
     save_tensors,
 )
 
-logger = logging.getLogger(__name__)
+LOG = "log.jsonl"
 STATE = "state.safetensors"
 
 
@@ -154,7 +153,13 @@ class Pretraining:
             loss, accuracy = self._step(step)
             if step % 20 == 0 or step == recipe.stop - 1:
                 seconds = round(time.monotonic() - begin, 1)
-                self._log(step=step, seconds=seconds, loss=loss, batch_accuracy=accuracy)
+                append_figures(
+                    self.folder / LOG,
+                    step=step,
+                    seconds=seconds,
+                    loss=loss,
+                    batch_accuracy=accuracy,
+                )
             self.done = step + 1
             if self.done % recipe.save_every == 0:
                 self._save()
@@ -242,13 +247,7 @@ class Pretraining:
             self.done = int(state["step"])
             self.model.load_state_dict(parts["model"])
             restore_moments(path, self.optimizer, parts["optimizer"])
-        checkpoint.cut_log(self.folder / "log.jsonl", lambda line: line["step"] < self.done)
-
-    def _log(self, **figures: float) -> None:
-        line = {key: round(value, 4) for key, value in figures.items()}
-        logger.info(" ".join(f"{key} {value}" for key, value in line.items()))
-        with (self.folder / "log.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        checkpoint.cut_log(self.folder / LOG, lambda line: line["step"] < self.done)
 
 
 def contrastive(logits: Tensor, target: Tensor) -> Tensor:

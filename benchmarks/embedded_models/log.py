@@ -21,10 +21,16 @@ def recorder(log: Path, stage: str) -> Say:
 
     def write(step: int, **figures: float) -> None:
         seconds = round(time.monotonic() - begin, 1)
-        rounded = {key: round(value, 4) for key, value in figures.items()}
-        line = {"stage": stage, "step": step, "seconds": seconds, **rounded}
-        logger.info(" ".join(f"{key} {value}" for key, value in line.items()))
-        with log.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_figures(log, stage=stage, step=step, seconds=seconds, **figures)
 
     return write
+
+
+def append_figures(log: Path, **figures: float | str) -> None:
+    """Writes figures, of four digits: a line to the program's log, and one of JSON to the file `log`."""
+    line = {
+        key: value if isinstance(value, str) else round(value, 4) for key, value in figures.items()
+    }
+    logger.info(" ".join(f"{key} {value}" for key, value in line.items()))
+    with log.open("a") as file:
+        file.write(json.dumps(line) + "\n")

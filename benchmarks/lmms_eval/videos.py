@@ -8,7 +8,7 @@ from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.paths import DataRoot
 
 SUFFIXES = ("", ".mp4", ".MP4", ".mkv")
-Names = Callable[[dict[str, Any], Any], list[str]]
+FileNames = Callable[[dict[str, Any], Any], list[str]]
 
 
 def _mvbench(row: dict[str, Any], task: Any) -> list[str]:
@@ -19,7 +19,7 @@ def _mvbench(row: dict[str, Any], task: Any) -> list[str]:
     return [name, f"video/{name}", f"data0613/{name}", f"video/data0613/{name}"]
 
 
-FILES: dict[str, Names] = {
+FILES: dict[str, FileNames] = {
     "lmms-eval/Video-MME": lambda row, task: [f"data/{row['videoID']}"],
     "OpenGVLab/MVBench": _mvbench,
     "lmms-eval/egoschema": lambda row, task: [f"videos/{row['video_idx']}"],

@@ -15,7 +15,7 @@ from vlm_prune.benchmarks.report.load import Run
 from vlm_prune.benchmarks.report.numbers import BudgetFigures
 from vlm_prune.benchmarks.report.overlay import SMALL, spaced
 from vlm_prune.benchmarks.report.plot import series_of
-from vlm_prune.benchmarks.report.shown import Pictures, pictures_of
+from vlm_prune.benchmarks.report.shown import ShownImages, pictures_of
 from vlm_prune.benchmarks.tasks import TASKS
 from vlm_prune.vlm.common.paths import DataRoot
 from vlm_prune.vlm.common.video import VideoClip
@@ -94,7 +94,7 @@ def gallery(
     }
 
 
-def _views(media: Pictures, row: PairedRow) -> list[tuple[Image.Image, tuple[int, int] | None]]:
+def _views(media: ShownImages, row: PairedRow) -> list[tuple[Image.Image, tuple[int, int] | None]]:
     """Returns what is drawn of the images and videos of a question, frame by frame, each with rows
     and columns of its tokens.
 

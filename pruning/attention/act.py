@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vlm_prune.pruning.attention.base import SparseAttention
-from vlm_prune.pruning.attention.engine import MOST_PRODUCTS, MethodRun, prompt_of
+from vlm_prune.pruning.attention.engine import MOST_PRODUCTS, MethodRun, PromptRow, by_prompt
 from vlm_prune.pruning.attention.executors import attention_with_sums
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.sparse_attention import AttentionCall
@@ -59,20 +59,23 @@ class CalibratedRun(MethodRun):
     def prefill(self, call: AttentionCall) -> Tensor | None:
         """Returns calibrated attention (B, n, H, v), each prompt without its padding."""
         method = self.method
-        first, short = call.layer < method.dense_layers, call.query.shape[2] < method.minimum
-        if first or short:
-            self.left_dense("first layers" if first else "a short prompt")
+        if self.too_early(call, method.dense_layers, method.minimum):
             return None
-        batch, heads, length = call.query.shape[:3]
-        output = call.query.new_zeros(batch, length, heads, call.value.shape[3])
-        for row in range(batch):
-            prompt, where = prompt_of(call, row)
-            # keys and values for each query head
-            shared = heads // len(prompt.key)
-            key, value = (part.repeat_interleave(shared, 0) for part in (prompt.key, prompt.value))
-            found = calibrated(prompt.query, key, value, call.scaling, method.sink, method.keep)
-            output[row, where] = found.transpose(0, 1)
-        return output
+        return by_prompt(call, self.attend)
+
+    def attend(self, call: AttentionCall, prompt: PromptRow, row: int) -> list[Tensor]:
+        """Returns calibrated attention of one prompt, (H, n, v), in one part.
+
+        Args:
+            call: of the layer.
+            prompt: a row of it.
+            row: its number.
+        """
+        # keys and values for each query head
+        shared = len(prompt.query) // len(prompt.key)
+        key, value = (part.repeat_interleave(shared, 0) for part in (prompt.key, prompt.value))
+        sink, keep = self.method.sink, self.method.keep
+        return [calibrated(prompt.query, key, value, call.scaling, sink, keep)]
 
 
 def calibrated(

@@ -1,5 +1,6 @@
 """Running a method of sparse attention on the calls of a model's layers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -83,6 +84,35 @@ def prompt_of(call: AttentionCall, row: int) -> tuple[PromptRow, slice | Tensor]
     return PromptRow(query, key, value, rotary, call.tails[row], frames), where
 
 
+def by_prompt(
+    call: AttentionCall, attend: Callable[[AttentionCall, PromptRow, int], list[Tensor]]
+) -> Tensor:
+    """Returns the attention of all prompts of a call, (B, n, H, v).
+
+    Prompts run one after the other without their padding, so that none depends on the others.
+
+    Args:
+        call: of a layer.
+        attend: takes the call, a prompt and its row; returns its attention (H, n, v) in parts of its
+            tokens.
+    """
+    batch, heads, length = call.query.shape[:3]
+    shape = (batch, length, heads, call.value.shape[3])
+    # what padding attends to does not matter, but must be finite
+    output = call.query.new_empty(shape) if call.valid is None else call.query.new_zeros(shape)
+    for row in range(batch):
+        prompt, where = prompt_of(call, row)
+        parts = attend(call, prompt, row)
+        if isinstance(where, slice):
+            # a slice is written in place; indices, where padding has gaps, in one piece
+            targets = output[row, where].split([part.shape[1] for part in parts])
+            for target, part in zip(targets, parts, strict=True):
+                target.copy_(part.transpose(0, 1))
+        else:
+            output[row, where] = torch.cat(parts, 1).transpose(0, 1)
+    return output
+
+
 @dataclass
 class MethodRun:
     """What computes attention in one block; what a method does not compute is SDPA's.
@@ -109,6 +139,19 @@ class MethodRun:
         """Notes that a call of more than one query went to SDPA, and why."""
         self.trace.dense[reason] += 1
 
+    def too_early(self, call: AttentionCall, dense_layers: int, least: int) -> bool:
+        """Returns whether a whole call is left to SDPA, and notes why.
+
+        Args:
+            call: of a layer.
+            dense_layers: first layers that are left to it.
+            least: queries of a call that is not.
+        """
+        first, short = call.layer < dense_layers, call.query.shape[2] < least
+        if first or short:
+            self.left_dense("first layers" if first else "a short prompt")
+        return first or short
+
     def decode(self, call: AttentionCall) -> Tensor | None:
         """Returns None: SDPA computes the attention of one new token."""
         return None
@@ -122,31 +165,12 @@ class BlockRun(MethodRun):
 
     @torch.no_grad()
     def prefill(self, call: AttentionCall) -> Tensor | None:
-        """Returns sparse attention (B, n, H, v) of prompts; None where all of them are SDPA's.
-
-        Prompts run one after the other without their padding, so that none depends on the others.
-        """
+        """Returns sparse attention (B, n, H, v) of prompts; None where all of them are SDPA's."""
         method = self.method
         least = max(method.minimum, 2 * method.block + method.tail)
-        if call.layer < method.dense_layers or call.query.shape[2] < least:
-            first = call.layer < method.dense_layers
-            self.left_dense("first layers" if first else "a short prompt")
+        if self.too_early(call, method.dense_layers, least):
             return None
-        batch, heads, length = call.query.shape[:3]
-        shape = (batch, length, heads, call.value.shape[3])
-        # what padding attends to does not matter, but must be finite
-        output = call.query.new_empty(shape) if call.valid is None else call.query.new_zeros(shape)
-        for row in range(batch):
-            prompt, where = prompt_of(call, row)
-            parts = self.attend(call, prompt, row)
-            if isinstance(where, slice):
-                # a slice is written in place; indices, where padding has gaps, in one piece
-                targets = output[row, where].split([part.shape[1] for part in parts])
-                for target, part in zip(targets, parts, strict=True):
-                    target.copy_(part.transpose(0, 1))
-            else:
-                output[row, where] = torch.cat(parts, 1).transpose(0, 1)
-        return output
+        return by_prompt(call, self.attend)
 
     def attend(self, call: AttentionCall, prompt: PromptRow, row: int) -> list[Tensor]:
         """Returns attention of one prompt, (H, n, v) in parts of its tokens.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from vlm_prune.vlm.attention import scored_query_key
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.cost import tower_flops
 from vlm_prune.vlm.encoded import Images
@@ -327,18 +328,42 @@ class Family(ABC):
         return ()
 
     @property
-    def scored_states(self) -> tuple[int, ...]:
-        """Returns the number of the hidden state that the tower's scored layer gets,
-        whose attention methods read.
+    def scored_layer(self) -> int | None:
+        """Returns the number of the tower's layer whose attention methods read, -1 for the last; None
+        where a family finds queries and keys in its own way.
         """
-        return ()
+        return None
+
+    @property
+    def scored_states(self) -> tuple[int, ...]:
+        """Returns the number of the hidden state that the scored layer gets."""
+        layer = self.scored_layer
+        return () if layer is None else (layer % len(self.tower_layers),)
 
     @property
     def scored_projections(self) -> tuple[nn.Module, ...]:
         """Returns the modules that make queries and keys in the scored layer,
         to be seen as the tower runs.
         """
-        return ()
+        if self.scored_layer is None:
+            return ()
+        layer = self.tower_layers[self.scored_layer]
+        attention = layer.self_attn if hasattr(layer, "self_attn") else layer.attention
+        return attention.q_proj, attention.k_proj
+
+    @torch.no_grad()
+    def tower_query_key(
+        self, output: Any, rows: slice | list[int] = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        """Returns queries and keys (M, H, N, d) of the scored layer.
+
+        Args:
+            output: of `run`.
+            rows: which images or tiles.
+        """
+        assert self.scored_layer is not None
+        (state,) = self.scored_states
+        return scored_query_key(self.tower_layers[self.scored_layer], output, state, rows)
 
     @abstractmethod
     def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlm_prune.vlm.attention import scored_query_key
 from vlm_prune.vlm.encoded import Group, Images
 from vlm_prune.vlm.families.base import Family, Need, loaded, patched, seed_of
 from vlm_prune.vlm.tokens import VisionTokens
@@ -65,29 +64,19 @@ class Gemma3(Family):
         return pooled.flatten(2).transpose(1, 2)
 
     @property
-    def scored_states(self) -> tuple[int, ...]:
-        return (-2,)
-
-    @property
-    def scored_projections(self) -> tuple[nn.Module, ...]:
-        attention = self.tower_layers[-1].self_attn
-        return attention.q_proj, attention.k_proj
+    def scored_layer(self) -> int:
+        return -1
 
     def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
         """Returns the encoded images of (M, 3, H, W) pixels, all of one group."""
         side = round(self.tokens_per_image**0.5)
-
-        @torch.no_grad()
-        def query_key() -> tuple[Tensor, Tensor]:
-            return scored_query_key(self.tower_layers[-1], output, -2)
-
         tokens = VisionTokens(
             features=self.pool(output.last_hidden_state),
             projected=torch.stack(list(output.pooler_output)),
             grids=((side, side),),
             seeds=tuple(map(seed_of, pixel_values)),
             projector=self.projector,
-            query_key=query_key,
+            query_key=partial(self.tower_query_key, output),
             has_cls=False,
             pool=self.pool,
             patches=partial(patched, pixel_values, pixel_values.shape[-1] // side),

@@ -83,15 +83,6 @@ class InternVL(Tiled):
         layer = int(self.model.config.vision_feature_layer)
         return (layer if layer >= 0 else len(self.tower_layers) + 1 + layer) - 1
 
-    @property
-    def scored_states(self) -> tuple[int, ...]:
-        return (self.scored_layer,)
-
-    @property
-    def scored_projections(self) -> tuple[nn.Module, ...]:
-        attention = self.tower_layers[self.scored_layer].attention
-        return attention.q_proj, attention.k_proj
-
     def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
         """Returns the encoded images of (T, 3, H, W) tiles; needs `input_ids`."""
         config, model = self.model.config, self.model.model
@@ -101,11 +92,18 @@ class InternVL(Tiled):
         features = model.multi_modal_projector.layer_norm(self.patches(last[:, first:]))
         projected = output.pooler_output
         return self.grouped(
-            inputs, pixel_values, features, projected, partial(self.query_key, output), first > 0
+            inputs,
+            pixel_values,
+            features,
+            projected,
+            partial(self.tower_query_key, output),
+            first > 0,
         )
 
     @torch.no_grad()
-    def query_key(self, output: Any, rows: list[int]) -> tuple[Tensor, Tensor]:
+    def tower_query_key(
+        self, output: Any, rows: slice | list[int] = slice(None)
+    ) -> tuple[Tensor, Tensor]:
         """Returns queries and keys (T, H, S, d) of the scored layer for some
         tiles, given what `run` returned.
         """

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_prune.vlm.attention import scored_query_key
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import unknown
 from vlm_prune.vlm.encoded import Group, Images
@@ -80,15 +79,6 @@ class Llava(Family):
     def states_read(self) -> tuple[int, ...]:
         return self.feature_states
 
-    @property
-    def scored_states(self) -> tuple[int, ...]:
-        return (self.scored_layer,)
-
-    @property
-    def scored_projections(self) -> tuple[nn.Module, ...]:
-        attention = self.tower_layers[self.scored_layer].self_attn
-        return attention.q_proj, attention.k_proj
-
     def features(self, states: tuple[Tensor, ...]) -> Tensor:
         """Returns what the projector reads of the tower's hidden states, (M, N, d_v)."""
         read = [states[number][:, self.tower_prefix :] for number in self.feature_states]
@@ -118,23 +108,13 @@ class Llava(Family):
             grids=((pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch),),
             seeds=tuple(map(seed_of, pixel_values)),
             projector=self.projector,
-            query_key=partial(self.query_key, output),
+            query_key=partial(self.tower_query_key, output),
             has_cls=self.tower_prefix > 0,
             patches=partial(patched, pixel_values, patch),
         )
         rows, columns = tokens.grid
         flops = self.tower_flops([rows * columns])
         return Images([Group(list(range(len(pixel_values))), tokens, flops=flops)])
-
-    @torch.no_grad()
-    def query_key(
-        self, output: Any, rows: slice | list[int] = slice(None)
-    ) -> tuple[Tensor, Tensor]:
-        """Returns queries and keys (M, H, N, d) of the layer whose output the
-        projector gets, given the output of `run`.
-        """
-        layer = self.scored_layer
-        return scored_query_key(self.tower_layers[layer], output, layer, rows)
 
     @property
     def projector(self) -> Projector:

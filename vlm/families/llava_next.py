@@ -98,7 +98,7 @@ class LlavaNext(Llava):
                 grids=self.grids(newline, count),
                 seeds=tuple(seed_of(pixel_values[i, :count]) for i in members),
                 projector=self.projector,
-                query_key=partial(self.query_key, output, rows),
+                query_key=partial(self.tower_query_key, output, rows),
                 has_cls=self.tower_prefix > 0,
                 pool=pool,
                 available=len(newline),

@@ -38,12 +38,12 @@ class LlavaNextVideo(LlavaNext):
             grids=((rows, columns),) * frames,
             seeds=tuple(map(seed_of, pixel_values)),
             projector=self.projector,
-            query_key=partial(self.query_key, output),
+            query_key=partial(self.tower_query_key, output),
             has_cls=self.tower_prefix > 0,
             pool=pool,
             frames=frames,
             patches=lambda: pool(patched(pixel_values.flatten(0, 1), self.patch_size)),
-            frames_query_key=partial(self.query_key, output),
+            frames_query_key=partial(self.tower_query_key, output),
         )
         flops = self.tower_flops([self.tokens_per_image] * frames)
         return Images([Group(list(range(count)), tokens, flops=flops)])

@@ -64,13 +64,13 @@ class LlavaOneVision(LlavaNext):
             grids=((side, side),) * frames,
             seeds=tuple(map(seed_of, pixel_values)),
             projector=self.projector,
-            query_key=partial(self.query_key, output),
+            query_key=partial(self.tower_query_key, output),
             has_cls=False,
             pool=pool,
             available=whole.shape[1],
             frames=frames,
             patches=lambda: pool(patched(pixel_values.flatten(0, 1), self.patch_size)),
-            frames_query_key=partial(self.query_key, output),
+            frames_query_key=partial(self.tower_query_key, output),
         )
         # all placeholders but the last, which is a newline
         indices = torch.arange(tokens.projected.shape[1], device=whole.device)

@@ -10,6 +10,7 @@ Frames of a video are images of one tile, each behind its time as text.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,6 @@ import transformers
 from packaging.version import Version
 from torch import Tensor, nn
 
-from vlm_prune.vlm.attention import scored_query_key
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.families.base import Need
@@ -89,26 +89,18 @@ class SmolVLM(Tiled):
         return shuffled
 
     @property
-    def scored_states(self) -> tuple[int, ...]:
-        return (-2,)
-
-    @property
-    def scored_projections(self) -> tuple[nn.Module, ...]:
-        attention = self.tower_layers[-1].self_attn
-        return attention.q_proj, attention.k_proj
+    def scored_layer(self) -> int:
+        return -1
 
     def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
         """Returns the encoded images of (B, T, 3, H, W) tiles, rows padded
         with zeros; needs `input_ids`.
         """
-
-        def query_key(rows: list[int]) -> tuple[Tensor, Tensor]:
-            with torch.no_grad():
-                return scored_query_key(self.tower_layers[-1], output, -2, rows)
-
         features = self.patches(output.last_hidden_state)
         projected = torch.cat(list(output.pooler_output)).unflatten(0, (len(features), -1))
         pixels = pixel_values.flatten(0, 1)
         # tiles of zeros pad rows with fewer images
         pixels = pixels[pixels.flatten(1).any(1)]
-        return self.grouped(inputs, pixels, features, projected, query_key, has_cls=False)
+        return self.grouped(
+            inputs, pixels, features, projected, partial(self.tower_query_key, output), False
+        )
