@@ -79,6 +79,15 @@ def open_run_folders(
         ]
 
 
+def results_so_far(folders: "list[RunFolder[PairedRow]]") -> str:
+    """Returns how many questions the pruned and the unpruned model answered right, for one method."""
+    if len(folders) > 1:
+        return ""
+    rows = folders[0].rows.values()
+    pruned, unpruned = sum(row.score for row in rows), sum(row.baseline_score for row in rows)
+    return f"right: pruned {pruned:g}, unpruned {unpruned:g} of {len(rows)};"
+
+
 def execute(folders: "list[RunFolder[PairedRow]]", data_root: "DataRoot | None") -> "list[Results]":
     """Returns the results of runs that differ only in their variant, with a progress bar.
 
@@ -121,4 +130,6 @@ def execute(folders: "list[RunFolder[PairedRow]]", data_root: "DataRoot | None")
             from vlm_prune.benchmarks.evaluation.served import evaluate_served
 
             return evaluate_served(model, processor, folders[0], advance)
-        return evaluate(model, processor, folders, advance)
+        return evaluate(
+            model, processor, folders, lambda done: advance(done, results_so_far(folders))
+        )

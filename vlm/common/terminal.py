@@ -1,13 +1,20 @@
 """What a command shows on the terminal while it works."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 WIDE = 160
+
+
+class Advance(Protocol):
+    """Moves a progress bar on."""
+
+    def __call__(self, done: float, found: str = "") -> None:
+        """Counts `done` further questions, and shows what has been `found` so far."""
 
 
 def console(stderr: bool = False) -> "Console":
@@ -24,9 +31,9 @@ def console(stderr: bool = False) -> "Console":
 
 
 @contextmanager
-def progress(total: int, what: str = "questions") -> Iterator[Callable[[float], None]]:
-    """Shows a progress bar over questions, on terminals; gives what
-    to call with the number done.
+def progress(total: int, what: str = "questions") -> Iterator["Advance"]:
+    """Shows a progress bar over questions, on terminals; gives what to call with the number of
+    further ones done, and with a word on the results so far.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -36,7 +43,11 @@ def progress(total: int, what: str = "questions") -> Iterator[Callable[[float], 
     hidden = not where.is_terminal
     with Progress(*columns, transient=True, console=where, disable=hidden) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda done: bar.advance(task, done)
+
+        def advance(done: float, found: str = "") -> None:
+            bar.update(task, advance=done, description=f"{found} {what}".strip())
+
+        yield advance
 
 
 def quiet() -> None:
