@@ -133,9 +133,9 @@ def test_videos_of_a_local_copy_are_asked_about(run, onevision_model, root, tmp_
     results = json.loads((tmp_path / "results.json").read_text())
     lacking = {name: package for name, (*_, package) in TASKS.items() if not find_spec(package)}
     assert {*results["tasks"]} == {*tasks} - {*lacking}
-    command = [name for name in TASKS if name not in lacking]
-    assert {*results["skipped"]} == {*lacking, *(f"{name} row 2" for name in command)}
-    for name in command:
+    runnable = [name for name in TASKS if name not in lacking]
+    assert {*results["skipped"]} == {*lacking, *(f"{name} row 2" for name in runnable)}
+    for name in runnable:
         assert "is not there; download it again" in results["skipped"][f"{name} row 2"]
     for name, package in lacking.items():
         assert f"needs the package {package!r}" in results["skipped"][name]

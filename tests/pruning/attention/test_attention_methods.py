@@ -407,6 +407,20 @@ def test_kept_mass_is_the_fewest_weights():
     assert torch.equal(kept_mass(weights, 0.7), expected)
 
 
+def test_s2_s_strided_blocks_take_half_of_what_may_be_kept():
+    given = inputs(tokens=404)
+    method, blocks = short("s2", density=0.3, stride=1), blocks_of(given)
+    # without the first block, which all rows see, and a row's own
+    may = [(i, j) for i in range(blocks) for j in range(1, i)]
+    for part in (3, 5):
+        found = method.pattern(given, len(may) * BLOCK / part)
+        expected = torch.zeros(G, blocks, blocks, dtype=torch.bool)
+        for g in range(G):
+            for i, j in may:
+                expected[g, i, j] = (j + g * part) % (2 * part) == 0
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize(
     ("name", "wrong", "says"),
     [
@@ -420,6 +434,7 @@ def test_kept_mass_is_the_fewest_weights():
         ("local", {"executor": "flex", "block": 100}, "power of two, not 100"),
         ("local", {"windows": 3}, "did you mean 'window'"),
         ("anchor", {"theta": math.nan}, "theta nan is no finite number"),
+        ("anchor", {"theta": math.inf}, "theta inf is no finite number"),
         ("anchor", {"executor": "flex"}, "give executor gather"),
         ("xattention", {"stride": 3}, "stride 3 does not divide blocks of 128"),
         ("random-blocks", {"density": None}, "has no rule but a density"),
