@@ -15,11 +15,12 @@ BUDGET = "64"
 def pages() -> dict[str, str]:
     """Returns the pages that hold such tables, by path, with their tables as they should be."""
     overview = read_table("docs/results/compare.md").split("\n\n")[1]
-    retained = retained_at(BUDGET, "docs/results/newer_methods.md", "docs/results/compare.md")
+    on_tiny = retained_at(BUDGET, "docs/results/newer_methods.md", "docs/results/compare.md")
+    on_smol = retained_at(BUDGET, "docs/results/smol/compare.md")
     return {
-        "README.md": with_column(read_table("README.md"), retained),
+        "README.md": with_columns(read_table("README.md"), on_smol),
         "docs/methods.md": between(
-            with_column(read_table("docs/methods.md"), retained), "positions", positions()
+            with_columns(read_table("docs/methods.md"), on_tiny, on_smol), "positions", positions()
         ),
         "docs/families.md": between(read_table("docs/families.md"), "matrix", support_table()),
         "docs/serve.md": between(read_table("docs/serve.md"), "served", serving_table()),
@@ -46,16 +47,17 @@ def retained_at(budget: str, *results: str) -> dict[str, str]:
     return retained
 
 
-def with_column(page: str, values: dict[str, str]) -> str:
-    """Returns a page with `values` in the last of five columns, in
-    rows that begin with a method.
+def with_columns(page: str, *columns: dict[str, str]) -> str:
+    """Returns the page with these values behind the first four columns, in rows of tables that wide
+    which begin with a method.
     """
 
     def filled(row: re.Match[str]) -> str:
-        return f"{row[1]} {values.get(row[2], '')} |"
+        cells = (values.get(row[2], "") for values in columns)
+        return " ".join([row[1], *(f"{cell} |" for cell in cells)])
 
-    five = r"^(\| `([\w-]+)` \|(?:[^|\n]*\|){3})[^|\n]*\|$"
-    return re.sub(five, filled, page, flags=re.MULTILINE)
+    wide = rf"^(\| `([\w-]+)` \|(?:[^|\n]*\|){{3}})(?:[^|\n]*\|){{{len(columns)}}}$"
+    return re.sub(wide, filled, page, flags=re.MULTILINE)
 
 
 def positions() -> str:
