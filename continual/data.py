@@ -64,12 +64,12 @@ class Pictures(Dataset[tuple[Tensor, int] | InputError]):
 def _collate(
     rows: list[tuple[Tensor, int] | InputError],
 ) -> tuple[Tensor, Tensor] | InputError:
-    sound = list[tuple[Tensor, int]]()
+    readable = list[tuple[Tensor, int]]()
     for row in rows:
         if isinstance(row, InputError):
             return row
-        sound.append(row)
-    return torch.stack([p for p, _ in sound]), torch.tensor([label for _, label in sound])
+        readable.append(row)
+    return torch.stack([p for p, _ in readable]), torch.tensor([label for _, label in readable])
 
 
 def _load(
@@ -115,15 +115,15 @@ def train_batches(
     Raises:
         InputError: if an image cannot be read, or a label is none of the task's classes.
     """
-    mine: list[list[AugmentedIndex]] = []
+    of_this_process: list[list[AugmentedIndex]] = []
     for step, batch in enumerate(batches[first:], first):
         seeds = np.random.SeedSequence([*key, step]).generate_state(len(batch)).tolist()
         draws = list(zip(batch, seeds, strict=True))[rank::world]
         lacking = -(-len(batch) // world) - len(draws)
-        mine.append(draws + [(batch[0], PADDING)] * lacking)
-    sound = [[(index, max(seed, 0)) for index, seed in draws] for draws in mine]
-    loaded = _load(task.train, clip.train_transform, sound, workers)
-    for draws, (pixels, labels) in zip(mine, loaded, strict=True):
+        of_this_process.append(draws + [(batch[0], PADDING)] * lacking)
+    augmented = [[(index, max(seed, 0)) for index, seed in draws] for draws in of_this_process]
+    loaded = _load(task.train, clip.train_transform, augmented, workers)
+    for draws, (pixels, labels) in zip(of_this_process, loaded, strict=True):
         if not 0 <= int(labels.min()) <= int(labels.max()) < len(task.classes):
             known = f"0 to {len(task.classes) - 1}"
             raise InputError(f"{task.name!r} has a label outside its classes; give {known}")

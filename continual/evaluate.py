@@ -10,7 +10,7 @@ from vlm_prune.continual.clip import Clip
 from vlm_prune.continual.config import Recipe
 from vlm_prune.continual.data import eval_batches, prompts
 from vlm_prune.continual.methods import Method, Space
-from vlm_prune.continual.parallel import place, total
+from vlm_prune.continual.parallel import rank_and_world, total
 from vlm_prune.continual.streams.base import StreamTask
 
 
@@ -49,7 +49,7 @@ def evaluate_tasks(
         workers: processes that read images.
     """
     texts = texts or [class_features(clip, task, recipe.ensemble) for task in tasks]
-    rank, world = place()
+    rank, world = rank_and_world()
     # of each class the task that it is of, and its label there
     owner = [torch.full((len(t),), n, device=clip.device) for n, t in enumerate(texts)]
     label = [torch.arange(len(t), device=clip.device) for t in texts]

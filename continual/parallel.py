@@ -29,7 +29,7 @@ class _Gather(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def place() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """Returns this process's number, and how many there are."""
     together = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
@@ -37,7 +37,7 @@ def place() -> tuple[int, int]:
 
 def total(counts: Tensor) -> Tensor:
     """Returns the sum of a tensor over all processes."""
-    if place()[1] > 1:
+    if rank_and_world()[1] > 1:
         counts = counts.clone()
         dist.all_reduce(counts)
     return counts
@@ -47,7 +47,7 @@ def gather(rows: Tensor) -> Tensor:
     """Returns rows (m, ...) of all w processes, (w m, ...),
     differentiable; all must have m rows.
     """
-    if place()[1] == 1:
+    if rank_and_world()[1] == 1:
         return rows
     joined: Tensor = _Gather.apply(rows)
     return joined
@@ -56,11 +56,11 @@ def gather(rows: Tensor) -> Tensor:
 @torch.no_grad()
 def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Replaces every gradient by its mean over the processes, in place."""
-    if place()[1] == 1:
+    if rank_and_world()[1] == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
-    flat /= place()[1]
+    flat /= rank_and_world()[1]
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))

@@ -34,7 +34,7 @@ from vlm_prune.continual.evaluate import class_features, evaluate_tasks
 from vlm_prune.continual.methods import Context, Method
 from vlm_prune.continual.methods.base import ParameterGroup
 from vlm_prune.continual.metrics import drift
-from vlm_prune.continual.parallel import average_gradients, gather, place
+from vlm_prune.continual.parallel import average_gradients, gather, rank_and_world
 from vlm_prune.continual.results import ADVICE, StoredResults, StreamResults, read_results
 from vlm_prune.continual.streams.base import StreamTask
 from vlm_prune.vlm.common.errors import InputError, naming
@@ -111,7 +111,7 @@ class _Trainer:
         self.output, self.recipe = run.output, run.recipe
         self.method: Method = replace(run.method)
         self.accelerator = accelerator
-        self.rank, self.world = place()
+        self.rank, self.world = rank_and_world()
         self.main: bool = self.accelerator.is_main_process
         ours = {
             "method": self.method.name,

@@ -21,7 +21,7 @@ from vlm_prune.vlm.cache import CACHE, cache_of
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import Family, Need, family_of
 
-OF_THEIR_OWN: frozenset[Need] = frozenset(
+REQUIRED: frozenset[Need] = frozenset(
     {"decoder layers with keys and values, and no inputs but hidden states, of their own"}
 )
 
@@ -115,7 +115,7 @@ def attach(model: Any, config: WingsConfig | None = None, seed: int = 0) -> None
     kind = model.config.model_type
     if family.mrope:
         raise InputError(f"Wings needs one position for each token, and {kind} models have three")
-    if needed := sorted(OF_THEIR_OWN & family.lacks):
+    if needed := sorted(REQUIRED & family.lacks):
         raise InputError(f"Wings needs {needed[0]}, which {kind} models lack")
     if family.both_ways:
         raise InputError(

@@ -323,8 +323,13 @@ def _steps(
     for start in range(0, len(share), run.recipe.batch):
         batch = share[start : start + run.recipe.batch]
         # processes must take equally many samples, so a last batch may repeat some
-        mine = (batch * world)[: -(-len(batch) // world) * world][rank::world]
-        plan.append([mine[k : k + run.micro_batch] for k in range(0, len(mine), run.micro_batch)])
+        of_this_process = (batch * world)[: -(-len(batch) // world) * world][rank::world]
+        plan.append(
+            [
+                of_this_process[k : k + run.micro_batch]
+                for k in range(0, len(of_this_process), run.micro_batch)
+            ]
+        )
     flat = [micro for step in plan for micro in step]
     loader = iter(DataLoader(data, batch_sampler=flat, collate_fn=collate, num_workers=run.workers))
     for step in plan:

@@ -310,8 +310,12 @@ class BoundedSensitivity:
                 continue
             chosen.append(pick)
             taken[pick] = True
-            to_pick = similarity[pick]
-            nearest = to_pick if nearest is None else torch.maximum(nearest, to_pick)
+            similarity_to_pick = similarity[pick]
+            nearest = (
+                similarity_to_pick
+                if nearest is None
+                else torch.maximum(nearest, similarity_to_pick)
+            )
         return torch.tensor(chosen)
 
 

@@ -31,7 +31,7 @@ TYPED = (
 )
 INTERFACES = ("main", "ask")
 BRITISH = re.compile(
-    r"(?i)(col|neighb|fav|behavi|lab)our|grey|centre|licence|labell|modell|learnt|analys(e|ing)|"
+    r"(?i)(col|neighb|fav|behavi|lab)our|grey|centre|licence|labell|modell|learnt|analys(e|ing)|afterwards|"
     r"(normal|initial|optim|summar|orthogonal|minim|maxim|serial|organ|recogn|visual|quant|token|"
     r"general|regular|vector|parallel|synchron|penal)is(e|ing|ation)"
 )

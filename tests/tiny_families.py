@@ -512,7 +512,7 @@ QUICK = {
     "test_attention_received_is_that_of_the_towers_maps",
     "test_the_tower_s_flops_are_those_that_it_spends_on_each_picture",
     "test_keeping_all_equals_the_unpruned_model[cdpruner]",
-    "test_the_budget_is_met_and_the_model_is_untouched_afterwards[zoo]",
+    "test_the_budget_is_met_and_the_model_is_untouched_afterward[zoo]",
     "test_each_row_equals_its_solo_run[divprune+adaptinfer]",
     "test_each_row_equals_its_solo_run[visionzip]",
     "test_cached_decoding_equals_a_full_forward[divprune+adaptinfer]",

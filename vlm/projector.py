@@ -72,8 +72,14 @@ class Projector:
 
     @classmethod
     def of(cls, w1: Tensor, b1: Tensor | None, act: Map, w2: Tensor, b2: Tensor | None) -> Self:
-        """Returns the projector that two matrices, their biases and the
-        activation between them make.
+        """Returns the projector that two matrices and the activation between them make.
+
+        Args:
+            w1: first matrix, (D, d_v).
+            b1: its bias, (D,).
+            act: the activation.
+            w2: second matrix, (d_l, D).
+            b2: its bias, (d_l,).
         """
         return cls(Affine(w1, b1), act, Affine(w2, b2))
 

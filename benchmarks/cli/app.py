@@ -116,11 +116,11 @@ def _class(module: str, name: str) -> type[Exception]:
     """Returns an exception of a module, which cannot have been
     raised where that is not imported.
     """
-    found: type[Exception] = getattr(sys.modules.get(module), name, _Never)
+    found: type[Exception] = getattr(sys.modules.get(module), name, _NeverRaised)
     return found
 
 
-class _Never(Exception):
+class _NeverRaised(Exception):
     """Is not raised."""
 
 

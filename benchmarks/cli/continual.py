@@ -49,7 +49,7 @@ def train_continual(
         retention_line,
     )
     from vlm_prune.benchmarks.stats.table import show
-    from vlm_prune.continual.parallel import place
+    from vlm_prune.continual.parallel import rank_and_world
     from vlm_prune.continual.results import read_results
 
     folder = Path("runs") / f"{stream}-{method}-{seed}" if output is None else output
@@ -61,7 +61,7 @@ def train_continual(
         allow_outside=allow_outside,
     )  # fmt: skip
     report = learn(settings)
-    if place()[0]:
+    if rank_and_world()[0]:
         return
     show(accuracy_matrix(read_results(folder)).table())
     for name, left in report["retention"].items():

@@ -91,7 +91,7 @@ def listed(rng: np.random.Generator, scene: Scene) -> Question:
 
 
 # Each way to ask one of these is a skill of its own, and is reported apart.
-APART = ("attribute", "where", "pair")
+COUNTED_BY_SUBSET = ("attribute", "where", "pair")
 ONE_WORD = ("named", "colored")
 Maker = Callable[[np.random.Generator, Scene], Question | None]
 # The harder ones more often, but for a model that sees for the first time ("sight").
@@ -166,7 +166,7 @@ def visual_questions(
         kind = drawn[int(rng.integers(len(drawn)))]
         question = makers[kind][0](rng, scene)
         if question is not None:
-            questions.append((question.subset if kind in APART else kind, question))
+            questions.append((question.subset if kind in COUNTED_BY_SUBSET else kind, question))
     return questions
 
 

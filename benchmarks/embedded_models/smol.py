@@ -75,7 +75,15 @@ class LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """Returns the layer's output, (..., out), for inputs (..., in)."""
+        """Returns the layer's output, (..., out).
+
+        Args:
+            ctx: keeps what `backward` reads.
+            x: inputs, (..., in).
+            weight: the frozen matrix, (out, in).
+            a: trained, (rank, in).
+            b: trained, (out, rank).
+        """
         flat = x.flatten(0, -2)
         low = flat @ a.T
         ctx.save_for_backward(flat, low, weight, a, b)

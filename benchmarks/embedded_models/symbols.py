@@ -2,7 +2,7 @@
 
 An image token is the sum of the word embeddings of what its patch shows and of its place. The
 language model learns to answer from such tokens first; the projector then learns to produce them,
-and both are trained together from there. Symbols are thrown away afterwards.
+and both are trained together from there. Symbols are thrown away afterward.
 """
 
 from collections.abc import Sequence

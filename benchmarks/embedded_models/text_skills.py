@@ -132,7 +132,7 @@ def rounding_floor(model: Any, processor: Any, answers: Sequence[str]) -> dict[s
     says of a model whose weights have not changed.
 
     Args:
-        model: SmolLM2, which is bfloat16 afterwards.
+        model: SmolLM2, which is bfloat16 afterward.
         processor: of the LLaVA.
         answers: of the model, in batches of the usual size.
     """

@@ -28,7 +28,7 @@ from vlm_prune.vlm.common.records import from_json, to_json
 
 CONFIG, ROWS, RESULTS = "config.json", "samples.jsonl", "results.json"
 RERUN = "run it again"
-HOLDS = {
+CONTENT_OF_KIND = {
     "eval": "a run of eval",
     "compare": "the runs of compare",
     "suite": "a suite",
@@ -68,7 +68,7 @@ def check_kind(folder: Path, kind: FolderKind) -> None:
     """Raises `InputError` if another command wrote into a folder."""
     found = kind_of(folder)
     if found not in (None, kind):
-        raise InputError(f"{folder} holds {HOLDS[str(found)]}; give another --output")
+        raise InputError(f"{folder} holds {CONTENT_OF_KIND[str(found)]}; give another --output")
 
 
 def read_rows(path: Path, kind: type[RowT]) -> dict[str, RowT]:
@@ -256,7 +256,7 @@ class RunFolder(Generic[RowT]):
         self.rows |= new
 
     def finish(self, results: Results) -> None:
-        """Writes what the rows come to."""
+        """Writes the results of all rows as the folder's `results.json`."""
         write_text(self.path / RESULTS, to_json(results))
 
     def scores(self) -> dict[str, NDArray[np.float64]]:

@@ -10,7 +10,7 @@ from vlm_prune.benchmarks.stats.paired import TaskScores, difference, mcnemar
 from vlm_prune.benchmarks.stats.table import as_table, percent, percent_interval, points
 
 THREE_WAYS = "kept / per layer / paper's count"
-NOTHING = "–"
+MISSING_VALUE = "–"
 
 
 def with_interval(entry: Accuracy) -> str:
@@ -18,7 +18,7 @@ def with_interval(entry: Accuracy) -> str:
     with its interval, in per cent.
     """
     if entry.retained is None or entry.ci is None:
-        return NOTHING
+        return MISSING_VALUE
     return percent_interval(entry.retained, entry.ci)
 
 
@@ -33,7 +33,7 @@ def three_ways(tokens: TokenCounts | Mapping[str, Any]) -> str:
     """
     if not isinstance(tokens, TokenCounts):
         tokens = msgspec.convert(tokens, TokenCounts)
-    papers = NOTHING if tokens.papers is None else f"{tokens.papers:.1f}"
+    papers = MISSING_VALUE if tokens.papers is None else f"{tokens.papers:.1f}"
     return f"{count(tokens.kept)} / {tokens.layer_mean:.1f} / {papers}"
 
 
@@ -126,7 +126,10 @@ def overview_table(runs: list[Results]) -> list[list[str]]:
         (run.method, str(run.budget)): f"{with_interval(run.overall)} at {run.speedup.prefill:.1f}x"
         for run in runs
     }
-    rows = [[name, *(cells.get((name, budget), NOTHING) for budget in budgets)] for name in methods]
+    rows = [
+        [name, *(cells.get((name, budget), MISSING_VALUE) for budget in budgets)]
+        for name in methods
+    ]
     return [["% retained [95 %] at prefill speed-up", *budgets], *rows]
 
 

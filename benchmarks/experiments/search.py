@@ -70,7 +70,7 @@ class Round:
         return round(float(np.mean([v.mean() for v in self.scores[number].values()])), 9)
 
 
-class Rival(Record, frozen=True):
+class ComparedMethod(Record, frozen=True):
     """A single method beside the combination: `difference` is the combination's accuracy less its
     own, with a paired interval, and `p` that of McNemar's test.
     """
@@ -101,7 +101,7 @@ class Definition(Record, frozen=True):
     combination: str
     combination_accuracy: Share
     tokens: Tokens
-    against: list[Rival]
+    against: list[ComparedMethod]
 
 
 class SearchResults(Record, frozen=True):
@@ -242,7 +242,7 @@ class Search:
             return False
         return not variant.build(self.common.seed).needs & family.lacks
 
-    def winners(self, budgets: Sequence[int | float]) -> dict[int | float, Variant]:
+    def best_by_budget(self, budgets: Sequence[int | float]) -> dict[int | float, Variant]:
         """Returns the best combination at each budget."""
         seed, least = self.common.seed, len(self.common.tasks)
         left: dict[int | float, list[Variant]] = {
@@ -266,7 +266,7 @@ class Search:
             return self._run(budgets)
 
     def _run(self, budgets: Sequence[int | float]) -> SearchResults:
-        chosen, family = self.winners(budgets), family_of(self.model)
+        chosen, family = self.best_by_budget(budgets), family_of(self.model)
         plain = [name for name in singles() if self.works(Variant(name, budgets[0]))]
         candidates = [
             v for b in budgets for v in (chosen[b], *(Variant(name, b) for name in plain))
@@ -323,7 +323,7 @@ def _compared(candidates: list[Variant], measured: Round, first: int, count: int
     for number in range(first + 1, first + count):
         point, interval = difference(measured.scores[first], measured.scores[number])
         against.append(
-            Rival(
+            ComparedMethod(
                 method=candidates[number].method,
                 accuracy=measured.accuracy(number),
                 tokens=measured.tokens[number],

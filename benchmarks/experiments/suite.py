@@ -33,7 +33,7 @@ from vlm_prune.benchmarks.evaluation.records import (
     SuiteTask,
 )
 from vlm_prune.benchmarks.evaluation.store import RESULTS, GroupFolder, RunFolder, described
-from vlm_prune.benchmarks.evaluation.tables import NOTHING
+from vlm_prune.benchmarks.evaluation.tables import MISSING_VALUE
 from vlm_prune.benchmarks.stats.bootstrap import mean_interval
 from vlm_prune.benchmarks.stats.paired import difference
 from vlm_prune.benchmarks.stats.table import as_table, percent, points, show
@@ -327,7 +327,7 @@ def suite_table(results: SuiteResults) -> list[list[str]]:
             entries[f"mean, {'images' if images else 'text'}"] = mean
         for name, entry in entries.items():
             accuracies = [
-                percent(entry.accuracy[role]) if role in entry.accuracy else NOTHING
+                percent(entry.accuracy[role]) if role in entry.accuracy else MISSING_VALUE
                 for role in roles
             ]
             gains = [entry.differences.get(pair) for pair in pairs]
@@ -337,7 +337,7 @@ def suite_table(results: SuiteResults) -> list[list[str]]:
                     str(entry.n),
                     *accuracies,
                     *(
-                        NOTHING if gain is None else points(gain.accuracy, gain.ci)
+                        MISSING_VALUE if gain is None else points(gain.accuracy, gain.ci)
                         for gain in gains
                     ),
                 ]

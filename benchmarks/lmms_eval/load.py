@@ -186,7 +186,7 @@ class _DataTask(ConfigurableTask):  # type: ignore[misc]
         try:
             download(self, options)
         except Exception as error:  # the Hub, datasets, pyarrow and the network each have theirs
-            raise InputError(self._why(error)) from error
+            raise InputError(self._reason(error)) from error
         shared = self.dataset_no_image is self.dataset
         cache = DataRoot(Path(datasets.config.HF_CACHE_HOME), allow_outside=self.allow_outside)
         for split, rows in self.dataset.items():
@@ -229,7 +229,7 @@ class _DataTask(ConfigurableTask):  # type: ignore[misc]
                 {split: rows.remove_columns(image_fields(rows)) for split, rows in found.items()}
             )
 
-    def _why(self, error: Exception) -> str:
+    def _reason(self, error: Exception) -> str:
         """Says in one line what could not be loaded, why, and what to do."""
         chain, cause = [], error
         while cause is not None:

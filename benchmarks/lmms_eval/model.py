@@ -145,11 +145,11 @@ class PrunedChat(lmms):  # type: ignore[misc]
         talks = [rounds_of(request, self.task_dict) for request in requests]
         ids = [_name(request, names) for request in requests]
         answers: list[list[str]] = [[] for _ in requests]
-        open_talks = list(range(len(requests)))
+        unfinished = list(range(len(requests)))
         number = 0
-        while open_talks:
+        while unfinished:
             asks, indices = [], []
-            for index in open_talks:
+            for index in unfinished:
                 chat = talks[index].ask(number, answers[index])
                 if chat is not None:
                     options = talks[index].options
@@ -159,7 +159,7 @@ class PrunedChat(lmms):  # type: ignore[misc]
                     indices.append(index)
             for index, row in zip(indices, self._rows(asks), strict=True):
                 answers[index].append(row.reply)
-            open_talks, number = indices, number + 1
+            unfinished, number = indices, number + 1
         return answers
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:

@@ -20,7 +20,7 @@ from vlm_prune.benchmarks.stats.table import percent
 from vlm_prune.vlm.common.files import check_output, write_text
 from vlm_prune.vlm.common.paths import DataRoot
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 
 
 def write_report_page(
@@ -56,9 +56,9 @@ def render_page(runs: list[Run], most: int = 60, data_root: DataRoot | Path | No
         most: questions with pictures.
         data_root: folder of local data sets, for pictures of lmms-eval's tasks.
     """
-    groups, script = budgets(runs), (HERE / "page.js").read_text(encoding="utf-8")
+    groups, script = budgets(runs), (FOLDER / "page.js").read_text(encoding="utf-8")
     environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined,
+        loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {
@@ -75,7 +75,7 @@ def render_page(runs: list[Run], most: int = 60, data_root: DataRoot | Path | No
         controls={run.label for run in runs if run.method in CONTROLS},
         plots={"wide": draw(runs, 860, 400), "narrow": draw(runs, 360, 340)},
         gallery=gallery(runs, groups, most, data_root),
-        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        style=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )

@@ -272,7 +272,7 @@ def launch(blocks: Any, host: str, port: int) -> str:
 def serve_demo(
     name: str, host: str, port: int, device: str, dtype: str, **loading: str | None
 ) -> None:
-    """Loads the model and serves the page until Ctrl-C; uploads are gone afterwards.
+    """Loads the model and serves the page until Ctrl-C; uploads are gone afterward.
 
     Args:
         name: of the model: `tiny`, `smol`, a folder or a hub name.

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from vlm_prune.benchmarks.evaluation.records import PairedRow, Results
-from vlm_prune.benchmarks.evaluation.store import CONFIG, HOLDS, kind_of, read_run
+from vlm_prune.benchmarks.evaluation.store import CONFIG, CONTENT_OF_KIND, kind_of, read_run
 from vlm_prune.benchmarks.evaluation.tables import method_name
 from vlm_prune.vlm.budget import tokens_for
 from vlm_prune.vlm.common.errors import InputError
@@ -81,7 +81,9 @@ def run_folders(path: Path) -> list[Path]:
     if kind == "eval":
         return [path]
     if kind not in (None, "compare"):
-        raise InputError(f"{path} holds {HOLDS[str(kind)]}; give the --output of eval or compare")
+        raise InputError(
+            f"{path} holds {CONTENT_OF_KIND[str(kind)]}; give the --output of eval or compare"
+        )
     found = sorted(file.parent for file in path.glob(f"*/{CONFIG}"))
     found = [folder for folder in found if kind_of(folder) == "eval"]
     if not found:

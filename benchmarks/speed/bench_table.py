@@ -1,6 +1,11 @@
 """What `vlm-prune bench` prints of its measurements."""
 
-from vlm_prune.benchmarks.evaluation.tables import NOTHING, THREE_WAYS, method_name, three_ways
+from vlm_prune.benchmarks.evaluation.tables import (
+    MISSING_VALUE,
+    THREE_WAYS,
+    method_name,
+    three_ways,
+)
 from vlm_prune.benchmarks.speed.bench import PHASES, BenchConfig, BenchResults
 from vlm_prune.benchmarks.stats.table import percent
 
@@ -55,7 +60,7 @@ def _method_of(results: BenchResults) -> str:
 
 def _share(value: float | None) -> str:
     """Returns a share as per cent, where it was measured."""
-    return NOTHING if value is None else percent(value)
+    return MISSING_VALUE if value is None else percent(value)
 
 
 def shape_of(config: BenchConfig) -> str:

@@ -19,13 +19,13 @@ def greedy_select(
     nearest = torch.full_like(scores, -torch.inf)
     covered = similarity.new_zeros(len(scores), similarity.shape[2])
     if rule == "dpp":
-        # variance of each token that chosen ones do not explain yet; below `spent` it is rounding
+        # variance of each token that chosen ones do not explain yet; below `rounding` it is nothing else
         residual = scores.square() * similarity.diagonal(dim1=1, dim2=2)
-        spent = SPENT * torch.finfo(scores.dtype).eps * residual.amax(1, keepdim=True)
+        rounding = SPENT * torch.finfo(scores.dtype).eps * residual.amax(1, keepdim=True)
         factor = residual.new_empty(len(scores), k, scores.shape[1])
     for step in range(min(k, scores.shape[1])):
         if rule == "dpp":
-            residual = torch.where(residual > spent, residual, 0)
+            residual = torch.where(residual > rounding, residual, 0)
             gain = residual
         elif rule == "coverage":
             gain = scores * (similarity - covered[:, None]).clamp_(min=0).sum(-1)

@@ -89,7 +89,8 @@ def calibrated(
         key: (H, n, d).
         value: (H, n, v).
         scaling: factor of the products.
-        sink: how many times an even share, 1 / n, the rows that see a sink pay it on average.
+        sink: a key is a sink if the mean attention of the rows that see it exceeds sink / n; the
+            first token is never one.
         keep: share of a sink's attention that stays.
     """
     heads, length = query.shape[:2]
@@ -101,15 +102,15 @@ def calibrated(
     size = max(1, MOST_PRODUCTS["other"] // 64 // (heads * length))
     index = torch.arange(length, device=query.device)
 
-    def paid(rows: slice, columns: Tensor) -> Tensor:
-        """What rows pay keys at some columns, (H, rows, columns)."""
+    def attention_of(rows: slice, columns: Tensor) -> Tensor:
+        """Returns the attention of some rows to keys at some columns, (H, rows, columns)."""
         scores = (query[:, rows] @ key[:, columns].transpose(1, 2)).float() * scaling
         weights = (scores - sums[:, rows, None]).exp()
         return weights.masked_fill(columns > index[rows, None], 0)
 
     for first in range(0, length, size):
         rows = slice(first, min(first + size, length))
-        received[:, : rows.stop] += paid(rows, index[: rows.stop]).sum(1)
+        received[:, : rows.stop] += attention_of(rows, index[: rows.stop]).sum(1)
     # the mean over the rows that see a key
     sinks = received / (length - index) > sink / length
     sinks[:, 0] = False
@@ -120,7 +121,7 @@ def calibrated(
     result = torch.empty_like(output)
     for first in range(0, length, size):
         rows = slice(first, first + size)
-        weights = paid(rows, columns) * sinks[:, None, columns]
+        weights = attention_of(rows, columns) * sinks[:, None, columns]
         share = weights.sum(-1, keepdim=True)
         from_sinks = weights @ value[:, columns].float()
         # what sinks free is spread over the other keys in proportion; without others they keep it

@@ -169,9 +169,9 @@ def top_blocks(scores: Tensor, geometry: Geometry, blocks: float) -> Tensor:
     may choose, (R, query blocks, key blocks).
 
     Args:
-        scores: (R, query blocks, key blocks).
+        scores: (R, query blocks, key blocks); R masks, for all heads, each key head, or each head.
         geometry: their shapes.
-        blocks: how many may be kept in all, counted once for each query.
+        blocks: how many key blocks may be kept, summed over all queries, not over query blocks.
     """
     may, counts = row_budgets(geometry, scores.shape[-1] * geometry.columns, blocks)
     may, counts = may.to(scores.device), counts.to(scores.device)

@@ -169,7 +169,7 @@ def test_beam_search_and_streaming(case, llava, processor, images, make_inputs, 
     assert capsys.readouterr().out.strip() == processor.decode(streamed[0, prompt:]).strip()
 
 
-def test_the_model_is_untouched_afterwards(case, llava, images, make_inputs):
+def test_the_model_is_untouched_afterward(case, llava, images, make_inputs):
     inputs = make_inputs([(1, "Is there a 7?")], images)
     greedy(llava, inputs, output_hidden_states=True)  # transformers installs its own hooks lazily
     before = snapshot(llava)

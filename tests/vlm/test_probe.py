@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlm_prune.learners.model import OF_THEIR_OWN
+from vlm_prune.learners.model import REQUIRED
 from vlm_prune.pruning.received import from_rows
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import family_of
@@ -38,7 +38,7 @@ def test_images_of_several_sizes_on_every_family(tiny):
     """From pixels and from images encoded beforehand; maps are those of the model's own forward."""
     prompts = [[([0], "Is there a 7?")], [([1, 2], "What color is the star?")]]
     inputs, family = tiny.inputs(prompts), family_of(tiny.model)
-    if (OF_THEIR_OWN | {"softmax attention in every decoder layer"}) & family.lacks:
+    if (REQUIRED | {"softmax attention in every decoder layer"}) & family.lacks:
         with pytest.raises(InputError, match="layer 0 has linear_attention|of their own, which"):
             next(question_rows(tiny.model, inputs))
         return

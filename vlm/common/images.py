@@ -51,11 +51,11 @@ def open_image(source: ImageSource) -> Image.Image:
             if min(image.size) < 1:
                 raise InputError(f"the image {_name(source)}is empty")
             if image.width * image.height > MAX_PIXELS:
-                raise InputError(_bomb(source))
+                raise InputError(_too_many_pixels(source))
             image.load()
             return _as_rgb(_upright(image))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise InputError(_bomb(source)) from None
+        raise InputError(_too_many_pixels(source)) from None
     except UnidentifiedImageError:
         raise InputError(f"{_name(source) or 'it '}is no image that Pillow can read") from None
     except InputError:
@@ -149,5 +149,5 @@ def _name(source: object) -> str:
     return f"{source} " if isinstance(source, str | Path) else ""
 
 
-def _bomb(source: object) -> str:
+def _too_many_pixels(source: object) -> str:
     return f"the image {_name(source)}has more than {MAX_PIXELS // 10**6} million pixels; shrink it"

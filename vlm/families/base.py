@@ -453,7 +453,7 @@ class Family(ABC):
         """Refuses a picture that the processor would make too large on its way to the tower.
 
         Where images have a fixed size, the shorter edge is scaled to it and the rest cropped
-        afterwards. Other families' processors limit the pixels or tiles of any picture themselves.
+        afterward. Other families' processors limit the pixels or tiles of any picture themselves.
 
         Args:
             image_processor: of the model.

@@ -12,7 +12,7 @@ from vlm_prune.vlm.families.base import seed_of
 from vlm_prune.vlm.projector import Projector
 from vlm_prune.vlm.serving.model import PrunedModel
 from vlm_prune.vlm.serving.processing import PrunedProcessor
-from vlm_prune.vlm.serving.selection import Image, two_layers, watching
+from vlm_prune.vlm.serving.selection import Image, recorded_inputs, two_layers
 
 
 class PrunedInternVLProcessor(PrunedProcessor, interns1.InternS1MultiModalProcessor):
@@ -55,7 +55,7 @@ class PrunedInternVL(PrunedModel, interns1.InternS1ForConditionalGeneration):
         return pooled
 
     def _process_vision_input(self, image_input: Any) -> Sequence[Tensor]:
-        with watching(self.attention, self.multi_modal_projector.linear_1) as seen:
+        with recorded_inputs(self.attention, self.multi_modal_projector.linear_1) as seen:
             whole: Sequence[Tensor] = super()._process_vision_input(image_input)
         if image_input["type"] != "pixel_values":
             return whole

@@ -15,7 +15,7 @@ from vlm_prune.vlm.families.base import seed_of
 from vlm_prune.vlm.projector import Projector
 from vlm_prune.vlm.serving.model import PrunedModel
 from vlm_prune.vlm.serving.processing import PrunedProcessor
-from vlm_prune.vlm.serving.selection import Image, all_heads, two_layers, watching
+from vlm_prune.vlm.serving.selection import Image, all_heads, recorded_inputs, two_layers
 
 
 class PrunedLlavaProcessor(PrunedProcessor, llava.LlavaMultiModalProcessor):
@@ -66,7 +66,7 @@ class PrunedLlava(ClipTower, llava.LlavaForConditionalGeneration):
         pixels = image_input["pixel_values"]
         if self.pruner.stage == "input":
             return self.of_smaller(self.pruner.shrunk(pixels, self.config.vision_config.patch_size))
-        with watching(self.attention, self.multi_modal_projector.linear_1) as seen:
+        with recorded_inputs(self.attention, self.multi_modal_projector.linear_1) as seen:
             projected = super()._process_image_input(image_input)
         side = round(projected.shape[1] ** 0.5)
         images = [

@@ -19,7 +19,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vlm_prune.vlm.families.base import seed_of
 from vlm_prune.vlm.serving.llava import ClipTower
 from vlm_prune.vlm.serving.processing import PrunedProcessor
-from vlm_prune.vlm.serving.selection import Image, watching
+from vlm_prune.vlm.serving.selection import Image, recorded_inputs
 
 
 def packing(config: Any, size: tuple[int, int]) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
@@ -67,7 +67,7 @@ class PrunedLlavaNext(ClipTower, llava_next.LlavaNextForConditionalGeneration):
         if image_input["type"] == "image_embeds":
             rows: Sequence[Tensor] = super()._process_image_input(image_input)
             return rows
-        with watching(self.attention, self.multi_modal_projector.linear_1) as seen:
+        with recorded_inputs(self.attention, self.multi_modal_projector.linear_1) as seen:
             projected = self._process_image_pixels(image_input)
         orders, images, start = [], [], 0
         for picture, size, packed in zip(

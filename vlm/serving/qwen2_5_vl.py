@@ -21,7 +21,7 @@ from vlm_prune.vlm.projector import Projector
 from vlm_prune.vlm.serving.model import PrunedModel
 from vlm_prune.vlm.serving.positions import CHANNELS, expanded, split_grid, with_grid
 from vlm_prune.vlm.serving.processing import PrunedProcessor
-from vlm_prune.vlm.serving.selection import Image, all_heads, two_layers, watching
+from vlm_prune.vlm.serving.selection import Image, all_heads, recorded_inputs, two_layers
 
 
 class QwenTower(PrunedModel):
@@ -82,7 +82,7 @@ class QwenTower(PrunedModel):
         merge = self.visual.spatial_merge_size
         grids = [tuple(row) for row in image_input["image_grid_thw"].tolist()]
         in_tokens = [(time, rows // merge, columns // merge) for time, rows, columns in grids]
-        with watching(self.visual.blocks[-1].attn, self.linear) as seen:
+        with recorded_inputs(self.visual.blocks[-1].attn, self.linear) as seen:
             whole: Sequence[Tensor] = super()._process_image_input(image_input)  # type: ignore[misc]
         if image_input["type"] == "image_embeds":
             return [
@@ -192,7 +192,15 @@ class QwenTower(PrunedModel):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Runs a step, with image tokens where they stood in the unpruned prompt."""
+        """Runs a step, with image tokens where they stood in the unpruned prompt.
+
+        Args:
+            input_ids: of the step's tokens, (T,).
+            positions: of these tokens, (3, T), as vLLM numbers them.
+            intermediate_tensors: of the stage before, where stages are pipelined.
+            inputs_embeds: embeddings, (T, D), where the step has images.
+            kwargs: other arguments of vLLM's class.
+        """
         offsets = self.offsets[:, : positions.shape[-1]]
         if inputs_embeds is not None:
             positions = positions + offsets

@@ -17,7 +17,7 @@ from vlm_prune.vlm.tokens import VisionTokens, as_is
 
 
 @dataclass
-class Seen:
+class RecordedInputs:
     """What one pass through tower and projector has gone through.
 
     Args:
@@ -32,9 +32,9 @@ class Seen:
 
 
 @contextmanager
-def watching(attention: nn.Module, linear: nn.Module) -> Iterator[Seen]:
+def recorded_inputs(attention: nn.Module, linear: nn.Module) -> Iterator[RecordedInputs]:
     """Notes what goes into a tower layer's attention and a linear layer inside the block."""
-    seen = Seen()
+    seen = RecordedInputs()
 
     def before_attention(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         seen.normed = args[0] if args else kwargs["hidden_states"]

@@ -17,7 +17,7 @@ from vlm_prune.continual.diagnostics import draw_ranks
 from vlm_prune.continual.evaluate import evaluate_tasks
 from vlm_prune.continual.methods import Method, make_method
 from vlm_prune.continual.metrics import AccuracyMatrix, retention
-from vlm_prune.continual.parallel import place
+from vlm_prune.continual.parallel import rank_and_world
 from vlm_prune.continual.prox import total_shrinkage
 from vlm_prune.continual.results import StreamResults, read_results
 from vlm_prune.continual.streams import Stream, StreamTask, open_stream, write_indices
@@ -163,7 +163,7 @@ def learn(settings: Learning) -> dict[str, Any]:
     about = {"stream": stream.name, "model": settings.clip[0], "command": command_line()}
     report = about | report | {"versions": versions("open_clip_torch", "timm", "peft")}
     report["retention"] |= {name: {"missing": reason} for name, reason in missing.items()}
-    if place()[0] == 0:
+    if rank_and_world()[0] == 0:
         if any(isinstance(task.train, Subset) for task in stream.tasks):
             write_indices(stream, settings.output / "indices.json")
         write_json(settings.output / "report.json", report)

@@ -116,7 +116,7 @@ class Arm:
     merged: bool = False
 
     @property
-    def sees_in_stage_1(self) -> bool:
+    def trains_on_images_in_stage_1(self) -> bool:
         """Returns whether there is a visual learner to train beside the projector."""
         return self.method is not None and "visual" in METHODS[self.method].modalities
 

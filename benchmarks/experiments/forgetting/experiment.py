@@ -171,7 +171,7 @@ def aligned(folder: Path, base: Path, plan: Plan, shown: Shown, seed: int) -> No
     """Writes a checkpoint of the base language model behind a new projector, unless it is there.
 
     The projector starts random and is fitted to the word embeddings of what patches show, so that
-    few steps of training suffice afterwards.
+    few steps of training suffice afterward.
 
     Args:
         folder: of the checkpoint.

@@ -29,7 +29,7 @@ from vlm_prune.vlm.common.files import atomic_path, write_text
 from vlm_prune.vlm.common.records import to_json
 
 NAME = "forgetting"
-KEPT, BEHIND = 0.98, 1  # share of text-only accuracy, points of visual accuracy
+KEPT, MAX_POINTS_BEHIND = 0.98, 1  # share of text-only accuracy, points of visual accuracy
 COLORS = ("#4477aa", "#cc6677", "#228833")
 
 
@@ -103,9 +103,9 @@ def target_verdict(summary: dict[str, ArmSummary]) -> str:
     best = max(baselines, key=lambda name: summary[name].visual[0])
     ahead = summary[best].wings_minus_it.visual
     behind = -100 * ahead[0]
-    met = kept >= KEPT and behind <= BEHIND
+    met = kept >= KEPT and behind <= MAX_POINTS_BEHIND
     return (
-        f"Target: {percent(KEPT)} % of the base's text-only accuracy, at most {BEHIND} point behind "
+        f"Target: {percent(KEPT)} % of the base's text-only accuracy, at most {MAX_POINTS_BEHIND} point behind "
         f"the best baseline's visual accuracy. Wings keeps {percent(kept)} % and is {behind:.1f} points "
         f"behind {ARMS[best].title} (Wings minus it: {points(*ahead)}): {'met' if met else 'not met'}."
     )

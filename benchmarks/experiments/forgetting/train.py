@@ -175,11 +175,11 @@ def first_stage(folder: Path, arm: Arm, plan: Plan, shown: Shown, seed: int) -> 
     Returns:
         The file with the result, which arms that do the same here share.
     """
-    path = folder / f"stage1-{'visual' if arm.sees_in_stage_1 else 'plain'}.safetensors"
+    path = folder / f"stage1-{'visual' if arm.trains_on_images_in_stage_1 else 'plain'}.safetensors"
     if not path.is_file():
         model, processor, groups = prepared(folder, arm, plan, 1, seed)
         fit(model, processor, groups, shown, plan, arm, 1, seed)
-        learned = adapter_state(model) if arm.sees_in_stage_1 else {}
+        learned = adapter_state(model) if arm.trains_on_images_in_stage_1 else {}
         state = model.model.multi_modal_projector.state_dict()
         with atomic_path(path) as partial:
             save_file({f"projector.{n}": t for n, t in state.items()} | learned, partial)

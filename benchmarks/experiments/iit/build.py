@@ -204,14 +204,20 @@ def build_conversations(
         item for name, where in sources.items() for item in read_source(name, where, allow_outside)
     ]
     built = conversations(items, size, seed)
-    wanted = {i for talks in built.values() for talk in talks for i in talk if i.visual}
+    wanted = {
+        i
+        for several in built.values()
+        for conversation in several
+        for i in conversation
+        if i.visual
+    }
     pictures = _images(wanted, folder)
     lines = []
-    for setting, talks in built.items():
-        for number, talk in enumerate(talks):
-            turns = [_turn(item, pictures.get(item)) for item in talk]
+    for setting, several in built.items():
+        for number, conversation in enumerate(several):
+            turns = [_turn(item, pictures.get(item)) for item in conversation]
             lines.append(Conversation(id=f"{setting}/{number:04d}", setting=setting, turns=turns))
-    counts = {setting: len(talks) for setting, talks in built.items()}
+    counts = {setting: len(several) for setting, several in built.items()}
     write_text(folder / "iit.jsonl", "".join(to_json(line, indent=None) for line in lines))
     described = {name: where for name, where in sources.items()}
     write_json(

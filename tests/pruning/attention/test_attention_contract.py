@@ -130,7 +130,7 @@ def test_rows_before_a_change_stay(llava_case):
 
 
 @pytest.mark.parametrize(("family", "name"), [("llava", "recycled"), ("qwen2_5_vl", "pooled")])
-def test_the_model_is_untouched_afterwards(name, model_case):
+def test_the_model_is_untouched_afterward(name, model_case):
     model, inputs = model_case.model, model_case.inputs(RAGGED[:1])
     before, method = snapshot(model), build_attention(name, minimum=1)
     with method(model):

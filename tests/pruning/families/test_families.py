@@ -91,7 +91,7 @@ def test_keeping_all_equals_the_unpruned_model(name, tiny, unpruned):
 
 
 @named([name for name in EVERY if "@" not in name])
-def test_the_budget_is_met_and_the_model_is_untouched_afterwards(name, tiny):
+def test_the_budget_is_met_and_the_model_is_untouched_afterward(name, tiny):
     method = on(name, tiny)
     inputs = tiny.inputs(ALONE)
     greedy(tiny, inputs, output_hidden_states=True)  # transformers installs its own hooks lazily,
