@@ -274,7 +274,7 @@ class NotedImages(Protocol):
 
 def check_prompt(prompt: NotedImages) -> None:
     """Raises `ValueError` if what is noted of a prompt's images does not go together."""
-    videos = prompt.video_grids or [None] * prompt.images
+    videos = prompt.video_grids or [None] * len(prompt.grids)
     for part in (prompt.image_tokens, prompt.grids, prompt.kept or prompt.grids, videos):
         if len(part) != prompt.images:
             raise ValueError(f"{len(part)} entries for {prompt.images} images")
