@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
 
+
+@pytest.mark.slow
 def test_a_text_model_is_asked_what_shows_no_image(run, checkpoint, language, data_root, tmp_path):
     code, _, err = run(
         "eval", "--suite", "forgetting", "--model", checkpoint, "--base", language,

@@ -119,6 +119,7 @@ def few_arms(monkeypatch):
     monkeypatch.setattr(experiment, "ARMS", Registry("arm", {name: ARMS[name] for name in names}))
 
 
+@pytest.mark.slow
 def test_the_course_resumes_and_writes_its_results(few_arms, tmp_path, monkeypatch):
     honest, done = experiment.measure_arm, []
 
