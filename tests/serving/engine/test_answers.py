@@ -1,21 +1,10 @@
 """vLLM answers and keeps what the Hugging Face route does, for every method on every family."""
 
-from vlm_prune.pruning.registry import methods
-from vlm_prune.vlm.common.errors import InputError
+from served_methods import served
+
 from vlm_prune.vlm.families import FAMILIES
-from vlm_prune.vlm.serving.settings import Settings
 
 ARGUMENTS = {"vispruner": {"step": 64}}
-
-
-def served():
-    for name in methods():
-        try:
-            Settings.read({"method": name})
-        except InputError:
-            continue
-        if name != "none":
-            yield name
 
 
 def without_repeats(chosen):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from served_methods import served
 
 from vlm_prune.benchmarks.tasks import TASKS
 from vlm_prune.pruning.registry import build
@@ -24,15 +25,18 @@ def test_without_settings_it_is_the_class_of_vllm(method, folders, pictures, pro
     assert engine.answers(prompts, pictures) == expected
 
 
-@pytest.mark.parametrize("method", ["zoo", pytest.param("visionzip", marks=pytest.mark.slow)])
-def test_the_embedded_model_answers_the_same(method, start):
-    engine = start(checkpoint_path(), method, 64)
+@pytest.mark.parametrize("names", [["zoo"], pytest.param(None, marks=pytest.mark.slow)])
+def test_the_embedded_model_answers_the_same(names, start):
+    """With `zoo`, or with every method that is served."""
+    engine = start(checkpoint_path(), "zoo", 64)
     samples = [TASKS[name].sample(i) for name in ("attribute", "exist", "count") for i in range(4)]
     prompts = [([n], sample.turns[-1].text) for n, sample in enumerate(samples)]
     pictures = [sample.images[0] for sample in samples]
-    pruner = build(method, budget=64)
-    expected = [engine.reference(prompt, pictures, pruner)[0] for prompt in prompts]
-    assert engine.answers(prompts, pictures) == expected
+    for name in names or served():
+        engine.use(method=name, budget=64)
+        pruner = build(name, budget=64)
+        expected = [engine.reference(prompt, pictures, pruner)[0] for prompt in prompts]
+        assert engine.answers(prompts, pictures) == expected, name
 
 
 def test_settings_come_from_the_environment_too(folders, pictures, prompts, start, monkeypatch):
