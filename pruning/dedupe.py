@@ -43,7 +43,7 @@ class Dedupe(MethodWrapper):
             raise InputError(f"threshold {self.threshold} is negative; give 0 or more")
 
     def before_model(self, family: Family, vision: Images | None) -> BeforeModel:
-        return replace(super().before_model(family, vision), once=True)
+        return replace(super().before_model(family, vision), distinct_views=True)
 
     def reduce(self, vision: VisionTokens) -> Kept:
         tokens, k = vision.projected, self.count(vision)

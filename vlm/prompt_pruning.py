@@ -40,14 +40,14 @@ class BeforeModel:
         positions: what positions of kept tokens become.
         pixels: changes the images before they are encoded.
         vision: the prompt's images, and its videos behind them, where they were encoded beforehand.
-        once: whether the tower encodes views with equal pixels once.
+        distinct_views: whether the tower encodes views with equal pixels once.
     """
 
     reduce: Callable[[VisionTokens], Kept]
     positions: Positions
     pixels: Callable[[Tensor], Tensor] | None = None
     vision: Images | None = None
-    once: bool = False
+    distinct_views: bool = False
 
 
 @dataclass
@@ -118,7 +118,8 @@ class Encoder:
                     output["frames"] = [(count, grid[0]) for count, grid in videos]
                 return output
             seen = whole if self.before.pixels is None else self.before.pixels(whole)
-            with distinct_views(self.family.view_tower if self.before.once else None) as views:
+            tower = self.family.view_tower if self.before.distinct_views else None
+            with distinct_views(tower) as views:
                 output = self.family.run(self.original, seen, **inputs)
             if views.source is not None:
                 output.projections = views.expanded(output.projections)

@@ -99,7 +99,10 @@ def test_equal_views_pass_through_the_tower_once(name, tiny):
         with pruner(tiny.model) as once, torch.no_grad():
             logits = tiny.model(**inputs).logits
         before = pruner.before_model(family, None)
-        with pruned(tiny.model, before=replace(before, once=False)) as apart, torch.no_grad():
+        with (
+            pruned(tiny.model, before=replace(before, distinct_views=False)) as apart,
+            torch.no_grad(),
+        ):
             expected = tiny.model(**inputs).logits
     finally:
         hook.remove()

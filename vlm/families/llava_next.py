@@ -142,3 +142,48 @@ class LlavaNext(Llava):
             return ((side, side),)
         # each row of the tiles' grid ends with a newline
         return (side, side), (rows, (len(newline) - rows - side**2) // rows)
+
+    def video_tokens(
+        self, output: Any, pixel_values: Tensor, features: Tensor, projected: Tensor
+    ) -> VisionTokens:
+        """Returns the tokens of videos, whose frames are views of one tile each that the model shrinks.
+
+        Args:
+            output: of `run`.
+            pixel_values: frames, (M, T, 3, H, W).
+            features: what the projector reads of them, (M, N, d_v).
+            projected: what it makes of that, (M, N, d_l).
+        """
+        count, frames = pixel_values.shape[:2]
+        (_, rows, columns) = self.video_grids({"pixel_values_videos": pixel_values})[0]
+        pool = partial(self.shrunk, count)
+        return VisionTokens(
+            features=features,
+            projected=projected,
+            grids=((rows, columns),) * frames,
+            seeds=tuple(map(seed_of, pixel_values)),
+            projector=self.projector,
+            query_key=partial(self.tower_query_key, output),
+            has_cls=self.tower_prefix > 0,
+            pool=pool,
+            frames=frames,
+            patches=lambda: pool(patched(pixel_values.flatten(0, 1), self.patch_size)),
+            frames_query_key=partial(self.tower_query_key, output),
+        )
+
+    def shrunk(self, videos: int, values: Tensor) -> Tensor:
+        """Returns values of tokens, given those of frames, (M T, S, c) -> (M, N, c).
+
+        Args:
+            videos: their number, M.
+            values: of the frames' patches.
+
+        Raises:
+            NotImplementedError: in a family that takes no videos.
+        """
+        raise NotImplementedError
+
+    def video_output(self, output: Any) -> Any:
+        """Returns videos of equal length as one tensor."""
+        output.pooler_output = torch.stack(output.pooler_output)
+        return output

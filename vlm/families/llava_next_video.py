@@ -6,7 +6,6 @@ attention and pixels of a token are the means over what is pooled. No newline to
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,9 +13,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from vlm_prune.vlm.encoded import Group, Images
-from vlm_prune.vlm.families.base import KINDS, Kind, patched, seed_of
+from vlm_prune.vlm.families.base import KINDS, Kind
 from vlm_prune.vlm.families.llava_next import LlavaNext
-from vlm_prune.vlm.tokens import VisionTokens
 
 
 @dataclass(frozen=True)
@@ -28,30 +26,12 @@ class LlavaNextVideo(LlavaNext):
     def videos(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
         """Returns the encoded videos of (M, T, 3, H, W) frames, all of one group."""
         count, frames = pixel_values.shape[:2]
-        (_, rows, columns) = self.video_grids({"pixel_values_videos": pixel_values})[0]
         with torch.no_grad():
             pooled = self.model.model.vision_resampler(self.features(output.hidden_states))
-        pool = partial(self.shrunk, count)
-        tokens = VisionTokens(
-            features=pooled.unflatten(0, (count, frames)).flatten(1, 2),
-            projected=output.pooler_output,
-            grids=((rows, columns),) * frames,
-            seeds=tuple(map(seed_of, pixel_values)),
-            projector=self.projector,
-            query_key=partial(self.tower_query_key, output),
-            has_cls=self.tower_prefix > 0,
-            pool=pool,
-            frames=frames,
-            patches=lambda: pool(patched(pixel_values.flatten(0, 1), self.patch_size)),
-            frames_query_key=partial(self.tower_query_key, output),
-        )
+        features = pooled.unflatten(0, (count, frames)).flatten(1, 2)
+        tokens = self.video_tokens(output, pixel_values, features, output.pooler_output)
         flops = self.tower_flops([self.tokens_per_image] * frames)
         return Images([Group(list(range(count)), tokens, flops=flops)])
-
-    def video_output(self, output: Any) -> Any:
-        """Returns videos of equal length as one tensor."""
-        output.pooler_output = torch.stack(output.pooler_output)
-        return output
 
     def video_grids(self, inputs: Mapping[str, Any]) -> list[tuple[int, int, int]]:
         pixels, stride = inputs["pixel_values_videos"], self.model.config.spatial_pool_stride

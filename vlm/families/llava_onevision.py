@@ -9,17 +9,15 @@ the last.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vlm_prune.vlm.encoded import Group, Images
-from vlm_prune.vlm.families.base import KINDS, Kind, patched, seed_of
+from vlm_prune.vlm.families.base import KINDS, Kind
 from vlm_prune.vlm.families.llava_next import LlavaNext
-from vlm_prune.vlm.tokens import VisionTokens
 
 
 @dataclass(frozen=True)
@@ -56,31 +54,13 @@ class LlavaOneVision(LlavaNext):
         """
         count, frames = pixel_values.shape[:2]
         whole = output.pooler_output
-        (_, side, _) = self.video_grids({"pixel_values_videos": pixel_values})[0]
-        pool = partial(self.shrunk, count)
-        tokens = VisionTokens(
-            features=pool(self.features(output.hidden_states)),
-            projected=whole[:, :-1],
-            grids=((side, side),) * frames,
-            seeds=tuple(map(seed_of, pixel_values)),
-            projector=self.projector,
-            query_key=partial(self.tower_query_key, output),
-            has_cls=False,
-            pool=pool,
-            available=whole.shape[1],
-            frames=frames,
-            patches=lambda: pool(patched(pixel_values.flatten(0, 1), self.patch_size)),
-            frames_query_key=partial(self.tower_query_key, output),
-        )
+        features = self.shrunk(count, self.features(output.hidden_states))
+        tokens = self.video_tokens(output, pixel_values, features, whole[:, :-1])
+        tokens = replace(tokens, available=whole.shape[1])
         # all placeholders but the last, which is a newline
         indices = torch.arange(tokens.projected.shape[1], device=whole.device)
         flops = self.tower_flops([self.tokens_per_image] * frames)
         return Images([Group(list(range(count)), tokens, indices, whole[:, -1:], flops=flops)])
-
-    def video_output(self, output: Any) -> Any:
-        """Returns videos of equal length as one tensor."""
-        output.pooler_output = torch.stack(output.pooler_output)
-        return output
 
     def video_grids(self, inputs: Mapping[str, Any]) -> list[tuple[int, int, int]]:
         pixels = inputs["pixel_values_videos"]
