@@ -16,11 +16,12 @@ from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.projector import Projector
 
 GroupName = Literal["projector", "learners", "language"]
-LanguageTraining = Literal["full", "attn-proj", "mlp-gate-up", "lora", "frozen"]
+LanguageTraining = Literal["full", "attn-proj", "mlp-gate-up", "model-dowser", "lora", "frozen"]
 OPENED: dict[LanguageTraining, str] = {
     "full": "",
     "attn-proj": r"\.[qkvo]_proj\.",
     "mlp-gate-up": r"\.(gate|up|gate_up)_proj\b",
+    "model-dowser": r"\.parametrizations\.weight\.0\.values$",
     "lora": "lora_",
 }
 
@@ -93,7 +94,7 @@ class TrainingMethod:
     Args:
         language: how the language model is tuned: `full`; `attn-proj`, its attention's projections
             alone, or `mlp-gate-up`, its MLPs' first layers alone, https://arxiv.org/abs/2510.08564;
-            `lora`; or `frozen`.
+            `model-dowser`, the least important weights of each linear map; `lora`; or `frozen`.
         modalities: the learners.
         routed: whether a router weighs them.
         text_ratio: default share of text-only samples; None takes the data as they are.
@@ -122,6 +123,7 @@ METHODS: Registry[TrainingMethod] = Registry(
         "full": TrainingMethod("full"),
         "attn-proj": TrainingMethod("attn-proj"),
         "mlp-gate-up": TrainingMethod("mlp-gate-up"),
+        "model-dowser": TrainingMethod("model-dowser"),
         "lora": TrainingMethod("lora"),
         "frozen-llm": TrainingMethod("frozen", ("visual",)),
         "replay": TrainingMethod("full", text_ratio=0.1),
@@ -139,7 +141,8 @@ def open_parameters(
     """Freezes all but what a stage trains, and returns that by learning-rate group.
 
     With `full` the language model opens as a whole: layers, embeddings, norms and head. LoRA
-    weights must be in place already, learners too. The vision tower never trains.
+    weights must be in place already, Model-Dowser's entries and learners too. The vision tower never
+    trains.
 
     Args:
         model: with its LoRA weights or learners in place.

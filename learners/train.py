@@ -32,6 +32,12 @@ from vlm_prune.learners.data import (
     order,
 )
 from vlm_prune.learners.model import attach, detach
+from vlm_prune.learners.model_dowser import (
+    ModelDowser,
+    chosen_indices,
+    close,
+    open_least_important,
+)
 from vlm_prune.learners.recipe import (
     METHODS,
     GroupName,
@@ -79,6 +85,7 @@ class WingsRun:
             how many, where otherwise the first of them is refused.
         bf16: compute in bfloat16; weights and optimizer stay in float32.
         cpu: stay off the GPU.
+        dowser: options of `model-dowser`.
     """
 
     model: str
@@ -93,6 +100,7 @@ class WingsRun:
     skip_bad: bool = False
     bf16: bool = True
     cpu: bool = False
+    dowser: ModelDowser = field(default_factory=ModelDowser)
 
 
 def _extra(name: str) -> Any:
@@ -110,8 +118,13 @@ def checkpoint_activations(model: Any) -> None:
     (enable or model.gradient_checkpointing_enable)()
 
 
-def prepare(run: WingsRun) -> tuple[Any, Any, dict[GroupName, list[torch.nn.Parameter]], Any]:
-    """Returns model, processor, trainable parameters by group, and peft's wrapper for `lora`."""
+def prepare(
+    run: WingsRun, device: Any = "cpu"
+) -> tuple[Any, Any, dict[GroupName, list[torch.nn.Parameter]], Any]:
+    """Returns model, processor, trainable parameters by group, and peft's wrapper for `lora`.
+
+    Weights are chosen on `device` where a method chooses some, and the model stays there.
+    """
     method, stage = METHODS[run.method], run.recipe.stage
     before = Path(run.model)
     finished = (before / "model").is_dir()
@@ -121,6 +134,8 @@ def prepare(run: WingsRun) -> tuple[Any, Any, dict[GroupName, list[torch.nn.Para
         peft, rank = _extra("peft"), run.recipe.lora_rank
         config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS)
         lora = peft.get_peft_model(model, config)
+    if stage == 2 and method.language == "model-dowser":
+        open_least_important(model.to(device), processor.tokenizer, run.dowser, run.recipe.seed)
     learners = method.config(run.wings, stage)
     if learners is not None:
         attach(model, learners, seed=run.recipe.seed)
@@ -182,7 +197,7 @@ def _train(run: WingsRun, examples: list[Example], accelerate: Any, accelerator:
             _remove_checkpoints(output)
         return
     accelerate.utils.set_seed(recipe.seed)
-    model, processor, groups, lora = prepare(run)
+    model, processor, groups, lora = prepare(run, accelerator.device)
     checkpoint_activations(model)
     family, method = family_of(model), METHODS[run.method]
     if not family.fixed_size:
@@ -200,6 +215,7 @@ def _train(run: WingsRun, examples: list[Example], accelerate: Any, accelerator:
     done, saved = newest(output, "checkpoint-N")
     optimizer, schedule = make_optimizer(groups, recipe, steps, done)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    named |= chosen_indices(model)
     wrapped, optimizer = accelerator.prepare(model.train(), optimizer)
     if saved is not None:
         refuse_pickles(saved)
@@ -399,6 +415,7 @@ def _finish(model: Any, processor: Any, lora: Any, output: Path) -> None:
         detach(model)
     if lora is not None:
         model = lora.merge_and_unload()
+    close(model)
     save(model, processor, output / "model")
     _remove_checkpoints(output)
 

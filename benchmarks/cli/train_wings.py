@@ -12,8 +12,8 @@ from vlm_prune.vlm.common.terminal import quiet
 
 EXPERIMENTS = ("forgetting",)
 METHODS = (
-    "full", "attn-proj", "mlp-gate-up", "lora", "frozen-llm", "replay", "wings", "wings-visual", "wings-textual",
-    "wings-no-router",
+    "full", "attn-proj", "mlp-gate-up", "model-dowser", "lora", "frozen-llm", "replay", "wings", "wings-visual",
+    "wings-textual", "wings-no-router",
 )  # fmt: skip
 PRESETS = (
     "paper-1", "paper-2", "scripts-1-qwen", "scripts-1-llama", "scripts-2", "scripts-2-llava",

@@ -57,6 +57,7 @@ OPEN = {
     ("full", 1): {PROJECTOR},
     ("attn-proj", 1): {PROJECTOR},
     ("mlp-gate-up", 1): {PROJECTOR},
+    ("model-dowser", 1): {PROJECTOR},
     ("lora", 1): {PROJECTOR},
     ("replay", 1): {PROJECTOR},
     ("frozen-llm", 1): {PROJECTOR, "visual"},
@@ -67,6 +68,7 @@ OPEN = {
     ("full", 2): {PROJECTOR, LANGUAGE},
     ("attn-proj", 2): {PROJECTOR, LANGUAGE},
     ("mlp-gate-up", 2): {PROJECTOR, LANGUAGE},
+    ("model-dowser", 2): {PROJECTOR, LANGUAGE},
     ("lora", 2): {PROJECTOR, "lora"},
     ("replay", 2): {PROJECTOR, LANGUAGE},
     ("frozen-llm", 2): {PROJECTOR, "visual"},
@@ -80,6 +82,7 @@ OPEN = {
 PARTLY = {
     "attn-proj": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mlp-gate-up": ("gate_proj", "up_proj"),
+    "model-dowser": (".parametrizations.weight.0.values",),
 }
 
 
@@ -153,7 +156,7 @@ def dropping(checkpoint, tmp_path_factory):
     return folder
 
 
-QUICKLY = ("wings", "lora")
+QUICKLY = ("wings", "lora", "model-dowser")
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,7 @@ ARMS: Registry[Arm] = Registry(
         "full-low": Arm("full tuning, Wings' LR", "full", lr="wings"),
         "attn-proj": Arm("attention projections only", "attn-proj"),
         "mlp-gate-up": Arm("MLP gate and up only", "mlp-gate-up"),
+        "model-dowser": Arm("Model-Dowser, 10 % of the weights", "model-dowser"),
         "lora": Arm("LoRA, matched parameters", "lora", lr="new"),
         "replay": Arm("10 % text replay", "full", replay=True),
         "frozen-llm": Arm("frozen LLM + visual learner", "frozen-llm"),

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from vlm_prune.benchmarks.embedded_models.language import IGNORE, Row, pack, projected
 from vlm_prune.benchmarks.experiments.forgetting.arms import Arm, Plan
 from vlm_prune.benchmarks.experiments.forgetting.data import Shown, training_rows
+from vlm_prune.learners.model_dowser import close
 from vlm_prune.learners.recipe import GroupName, make_optimizer
 from vlm_prune.learners.store import adapter_state, load_adapter_state
 from vlm_prune.learners.train import WingsRun, prepare
@@ -206,4 +207,5 @@ def trained(folder: Path, arm: Arm, plan: Plan, shown: Shown, seed: int) -> tupl
     if learned := {n: t for n, t in first.items() if n.startswith("layers.")}:
         load_adapter_state(model, learned, strict=False)
     cost = fit(model, processor, groups, shown, plan, arm, 2, seed)
+    close(model)
     return model, processor, cost

@@ -115,7 +115,7 @@ def test_a_difference_is_paired_so_what_arms_share_does_not_widen_it():
 
 @pytest.fixture
 def few_arms(monkeypatch):
-    names = ("base", "full", "merge", "wings")
+    names = ("base", "full", "model-dowser", "merge", "wings")
     monkeypatch.setattr(experiment, "ARMS", Registry("arm", {name: ARMS[name] for name in names}))
 
 
@@ -137,13 +137,15 @@ def test_the_course_resumes_and_writes_its_results(few_arms, tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         experiment.run(SMALL, *places)
     experiment.run(SMALL, *places)
-    assert done == ["base", "full", "wings", "merge", "merge"]
+    assert done == ["base", "full", "model-dowser", "wings", "merge", "merge"]
     content = json.loads((tmp_path / "results" / "forgetting.json").read_text())
     assert content["schema_version"] == 1
     summary = content["summary"]
     assert summary["base"]["trainable"] == 0 < summary["full"]["trainable"]
     learners = 7 * (16 * 256 * SMALL.rank + 2 * 2048)
     assert summary["wings"]["trainable"] - summary["full"]["trainable"] == learners
+    sparse, projector = summary["model-dowser"], 2 * 192 * 256
+    assert projector < sparse["trainable"] < 0.2 * summary["full"]["trainable"]
     assert summary["merge"]["alpha"] == [0.5]
     table = (tmp_path / "results" / "forgetting.md").read_text()
     assert "| Wings | 5e-05 |" in table and "Target: 98" in table
