@@ -50,7 +50,7 @@ VERBS = set(
     accepts acts adds answers appends applies asks attaches attends averages brings builds checks
     chooses classifies closes clusters compares computes copies counts crops cuts draws drops
     empties encodes ends fills finds fine-tunes fits formats frees freezes gathers generates gives
-    groups imports interpolates joins keeps lays leaves lets loads logs makes maps measures merges
+    groups imports interpolates joins keeps lays leaves lets loads logs lowers makes maps measures merges
     moves notes numbers opens pads pre-trains prepares prints projects proposes prunes puts raises
     reads records refuses registers removes renames renders reorders repeats replaces returns
     rewrites runs samples saves says scales scores searches seeds selects sends serves sets shows

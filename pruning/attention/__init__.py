@@ -10,6 +10,7 @@ from typing import Any
 from vlm_prune.pruning.attention.act import ACT
 from vlm_prune.pruning.attention.anchor import AnchorAttention
 from vlm_prune.pruning.attention.base import BlockAttention, SparseAttention
+from vlm_prune.pruning.attention.calibration import HeadCalibration
 from vlm_prune.pruning.attention.compose import with_attention
 from vlm_prune.pruning.attention.dhsa import DHSA
 from vlm_prune.pruning.attention.hip import HiP
@@ -21,7 +22,7 @@ from vlm_prune.pruning.attention.prism import Prism
 from vlm_prune.pruning.attention.random_blocks import RandomBlocks
 from vlm_prune.pruning.attention.recycled import Recycled
 from vlm_prune.pruning.attention.s2 import S2Attention
-from vlm_prune.pruning.attention.sale import Sale
+from vlm_prune.pruning.attention.sale import Sale, calibrate_sale
 from vlm_prune.pruning.attention.trace import SparseTrace
 from vlm_prune.pruning.attention.xattention import XAttention
 from vlm_prune.vlm.common.errors import InputError
@@ -72,6 +73,7 @@ __all__ = [
     "DHSA",
     "AnchorAttention",
     "BlockAttention",
+    "HeadCalibration",
     "HiP",
     "Local",
     "OwnFrame",
@@ -86,5 +88,6 @@ __all__ = [
     "SparseTrace",
     "XAttention",
     "build_attention",
+    "calibrate_sale",
     "with_attention",
 ]

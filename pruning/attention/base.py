@@ -7,12 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from vlm_prune.pruning.attention.blocks import Geometry, KeptBlocks, top_blocks
+from vlm_prune.pruning.attention.calibration import HeadCalibration
 from vlm_prune.pruning.attention.engine import BlockRun
 from vlm_prune.pruning.attention.executors import Executor
 from vlm_prune.pruning.attention.inputs import AttentionInputs
@@ -94,6 +96,39 @@ class SparseAttention(ABC):
     @abstractmethod
     def run(self) -> AttentionRun:
         """Returns the run that computes attention in one `with` block."""
+
+
+@dataclass(kw_only=True)
+class Calibrated(SparseAttention):
+    """Compute attention with what was found for the heads of one model.
+
+    Args:
+        calibration: safetensors file with it; none where it is empty.
+    """
+
+    calibration: str = ""
+
+    registered: ClassVar[str]
+    """The method's registered name."""
+
+    @cached_property
+    def found(self) -> HeadCalibration | None:
+        """Returns what the file holds; None without one.
+
+        Raises:
+            InputError: if it cannot be read, or is for another method.
+        """
+        if not self.calibration:
+            return None
+        return HeadCalibration.read(self.calibration, self.registered)
+
+    def admit(self, model: Any) -> None:
+        """Raises `InputError` when this method does not go with the model, or the file is for another
+        model.
+        """
+        super().admit(model)
+        if self.found is not None:
+            self.found.check(model, self.calibration)
 
 
 @dataclass(kw_only=True)

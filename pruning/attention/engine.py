@@ -172,6 +172,25 @@ class BlockRun(MethodRun):
             return None
         return by_prompt(call, self.attend)
 
+    def inputs_of(self, call: AttentionCall, prompt: PromptRow) -> AttentionInputs | None:
+        """Returns what the method chooses from in one prompt, the tokens before its tail; None, and a
+        note why, where it is too short.
+        """
+        method, tokens = self.method, prompt.key.shape[1]
+        length = body_length(tokens, max(method.tail, prompt.tail), method.block)
+        if tokens < method.minimum or length < 2 * method.block:
+            self.left_dense("a short prompt")
+            return None
+        # whole blocks before the tail are the method's, the rest sees everything
+        rotary = None if prompt.rotary is None else prompt.rotary[:, :length]
+        frames = None if prompt.frames is None else prompt.frames[:length]
+        # what an estimate holds stays in a CPU's cache
+        most = MOST_PRODUCTS["cpu" if prompt.query.device.type == "cpu" else "other"]
+        return AttentionInputs(
+            prompt.query[:, :length], prompt.key[:, :length], call.scaling, call.layer, tokens,
+            rotary, most, frames,
+        )  # fmt: skip
+
     def attend(self, call: AttentionCall, prompt: PromptRow, row: int) -> list[Tensor]:
         """Returns attention of one prompt, (H, n, v) in parts of its tokens.
 
@@ -182,19 +201,11 @@ class BlockRun(MethodRun):
         """
         method, tokens, scaling = self.method, prompt.key.shape[1], call.scaling
         query, key, value = prompt.query, prompt.key, prompt.value
-        length = body_length(tokens, max(method.tail, prompt.tail), method.block)
-        if tokens < method.minimum or length < 2 * method.block:
-            self.left_dense("a short prompt")
+        inputs = self.inputs_of(call, prompt)
+        if inputs is None:
             return [attend_dense(query, key, value, scaling)]
-        # whole blocks before the tail are the method's, the rest sees everything
+        length = inputs.length
         body = [tensor[:, :length] for tensor in (query, key, value)]
-        rotary = None if prompt.rotary is None else prompt.rotary[:, :length]
-        frames = None if prompt.frames is None else prompt.frames[:length]
-        # what an estimate holds stays in a CPU's cache
-        most = MOST_PRODUCTS["cpu" if query.device.type == "cpu" else "other"]
-        inputs = AttentionInputs(
-            body[0], body[1], scaling, call.layer, tokens, rotary, most, frames
-        )
         kept = method.select(inputs).forced(length)
         executor = method.executor
         if executor == "auto":

@@ -13,6 +13,7 @@ from vlm_prune.pruning.attention import build_attention
 from vlm_prune.pruning.attention.base import kept_mass
 from vlm_prune.pruning.attention.blocks import body_length
 from vlm_prune.pruning.attention.inputs import AttentionInputs
+from vlm_prune.pruning.attention.sale import ThresholdSearch
 from vlm_prune.vlm.common.errors import InputError
 
 H, G, D, TOKENS = 4, 2, 16, 6 * BLOCK + 7
@@ -139,10 +140,10 @@ def four_bits(vector):
     return torch.tensor([round(float(x) / scale) * scale for x in vector])
 
 
-def sale_loop(given, threshold=0.05):
+def sale_loop(given, threshold=0.05, heads=range(H)):
     rows, columns = BLOCK // 2, BLOCK // 4
     keep = torch.zeros(H, given.length // rows, given.length // columns, dtype=torch.bool)
-    for h in range(H):
+    for h in heads:
         key = given.key[h * G // H]
         key = key - key.mean(0)
         query = given.query[h] * SCALE
@@ -354,6 +355,39 @@ def test_xattention_with_a_stride_of_one_sums_attention_itself():
         attention = scores.masked_fill(~mask, -torch.inf).softmax(-1)
         sums = attention.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).sum((1, 3)) / BLOCK
         torch.testing.assert_close(ours[h], sums, atol=1e-5, rtol=1e-5)
+
+
+def test_sale_s_thresholds_are_halved_until_a_head_is_near_dense_attention():
+    draw = torch.Generator().manual_seed(5)
+    prompts = [inputs(seed=3), inputs(3 * BLOCK + TAIL, seed=4)]
+    start, bound, least = 0.3, 0.9, 0.08
+    method = short("sale", density=None, share="head", threshold=1.0)
+    search = ThresholdSearch(method, bound=bound, start=start, least=least)
+    right, sizes = [start] * H, torch.tensor([1.5, 6.0])[:, None, None]
+    for given in prompts:
+        value = torch.randn(G, given.tokens, D, generator=draw) * sizes
+        causal = torch.ones(given.length, given.length).tril().bool()
+        dense = torch.zeros(H, given.tokens, D)
+        for h in range(H):
+            scores = given.query[h] @ given.key[h * G // H].T * SCALE
+            own = value[h * G // H, : given.length]
+            dense[h, : given.length] = scores.masked_fill(~causal, -torch.inf).softmax(-1) @ own
+            while right[h]:
+                blocks = sale_loop(given, right[h], [h])[h]
+                seen = torch.zeros_like(causal)
+                for row in range(given.length):
+                    region = row // BLOCK * BLOCK
+                    for column in range(row + 1):
+                        kept = bool(blocks[row // (BLOCK // 2), column // (BLOCK // 4)])
+                        seen[row, column] = column >= region or column < BLOCK or kept
+                sparse = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ own
+                off = float((sparse - dense[h, : given.length]).abs().sum())
+                if off < bound * given.tokens:
+                    break
+                right[h] = right[h] / 2 if right[h] / 2 > least else 0.0
+        search.lower(given, value, dense)
+    assert search.thresholds[0].tolist() == pytest.approx(right)
+    assert 0 in right and start in right and len({*right}) > 2
 
 
 def test_dhsa_s_chunks_of_a_block_are_mean_pooling():
