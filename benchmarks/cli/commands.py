@@ -10,6 +10,7 @@ from vlm_prune.benchmarks.cli import (
     bench,
     bench_against,
     bench_kernels,
+    calibrate,
     compare,
     continual,
     demo,
@@ -69,6 +70,7 @@ for name, panel, command in (
     ("models", CHOOSE, models.models),
     ("schedule", CHOOSE, schedule.schedule_command),
     ("search", CHOOSE, search.search_command),
+    ("calibrate", CHOOSE, calibrate.calibrate_command),
 ):
     app.command(name, rich_help_panel=panel)(command)
 app.command("serve", rich_help_panel=USE, context_settings=serve.PASSED_ON)(serve.serve_command)

@@ -7,7 +7,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
-from vlm_prune.pruning.attention.act import ACT
+from vlm_prune.pruning.attention.act import ACT, calibrate_act
 from vlm_prune.pruning.attention.anchor import AnchorAttention
 from vlm_prune.pruning.attention.base import BlockAttention, SparseAttention
 from vlm_prune.pruning.attention.calibration import HeadCalibration
@@ -88,6 +88,7 @@ __all__ = [
     "SparseTrace",
     "XAttention",
     "build_attention",
+    "calibrate_act",
     "calibrate_sale",
     "with_attention",
 ]

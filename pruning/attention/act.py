@@ -1,31 +1,35 @@
 """ACT: attention sinks that say little get less, and what they free goes to the other keys."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from vlm_prune.pruning.attention.base import SparseAttention
+from vlm_prune.pruning.attention.base import Calibrated
+from vlm_prune.pruning.attention.calibration import HeadCalibration
 from vlm_prune.pruning.attention.engine import MOST_PRODUCTS, MethodRun, PromptRow, by_prompt
-from vlm_prune.pruning.attention.executors import attention_with_sums
+from vlm_prune.pruning.attention.executors import attend_dense, attention_with_sums
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.sparse_attention import AttentionCall
+from vlm_prune.vlm.sparse_attention import AttentionCall, replaced_attention
 
 
 @dataclass
-class ACT(SparseAttention):
+class ACT(Calibrated):
     """Calibrate the attention of a prefill: for accuracy, at more than the cost of dense attention.
 
     https://arxiv.org/abs/2406.15765
 
     A key but the first is a sink of a head where the rows that see it pay it more than `sink` times
     an even share of the prompt, on average. Its attention is multiplied by `keep`, and what is freed goes
-    to the other keys in proportion. The authors choose heads on labeled questions; here it is
-    all heads, of the layers from `dense_layers` on. Nothing but the sinks' columns of attention is held.
+    to the other keys in proportion. Nothing but the sinks' columns of attention is held. The
+    authors choose heads on labeled questions, as `calibrate_act` does.
 
     Args:
         density: not used; all products are computed.
+        calibration: file of `calibrate_act`, whose heads are calibrated; all heads of the layers from
+            `dense_layers` on where it is empty.
         sink: times an even share, 1 / n.
         keep: share of a sink's attention that stays.
         dense_layers: first decoder layers that are left as they are.
@@ -36,6 +40,7 @@ class ACT(SparseAttention):
     keep: float = 0.4
     dense_layers: int = 2
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.15765"
+    registered: ClassVar[str] = "act"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,20 +51,33 @@ class ACT(SparseAttention):
 
     def run(self) -> "CalibratedRun":
         """Returns the run that computes attention in one `with` block."""
-        return CalibratedRun(self)
+        heads = None if self.found is None else self.found.of_layers("heads")
+        return CalibratedRun(self, heads=heads)
 
 
 @dataclass
 class CalibratedRun(MethodRun):
-    """Computes all attention, with sinks that are calibrated."""
+    """Computes all attention, with sinks that are calibrated.
+
+    Args:
+        method: its hyperparameters.
+        trace: what was computed.
+        heads: which heads of each layer are calibrated, (H,) of booleans; None for all of them.
+    """
 
     method: ACT
+    heads: Mapping[int, Tensor] | None = None
 
     @torch.no_grad()
     def prefill(self, call: AttentionCall) -> Tensor | None:
         """Returns calibrated attention (B, n, H, v), each prompt without its padding."""
         method = self.method
         if self.too_early(call, method.dense_layers, method.minimum):
+            return None
+        if self.heads is not None and not (
+            call.layer in self.heads and bool(self.heads[call.layer].any())
+        ):
+            self.left_dense("no heads to calibrate")
             return None
         return by_prompt(call, self.attend)
 
@@ -75,7 +93,84 @@ class CalibratedRun(MethodRun):
         shared = len(prompt.query) // len(prompt.key)
         key, value = (part.repeat_interleave(shared, 0) for part in (prompt.key, prompt.value))
         sink, keep = self.method.sink, self.method.keep
-        return [calibrated(prompt.query, key, value, call.scaling, sink, keep)]
+        if self.heads is None:
+            return [calibrated(prompt.query, key, value, call.scaling, sink, keep)]
+        chosen = self.heads[call.layer].to(key.device)
+        output = attend_dense(prompt.query, prompt.key, prompt.value, call.scaling)
+        output[chosen] = calibrated(
+            prompt.query[chosen], key[chosen], value[chosen], call.scaling, sink, keep
+        )
+        return [output]
+
+
+@dataclass
+class HeadCount(MethodRun):
+    """Leaves all attention to SDPA, and notes how many heads the layers have that could be calibrated.
+
+    Args:
+        method: its hyperparameters.
+        trace: what was computed.
+        heads: of each layer.
+    """
+
+    method: ACT
+    heads: dict[int, int] = field(default_factory=dict)
+
+    def prefill(self, call: AttentionCall) -> Tensor | None:
+        """Returns None, and notes the heads of a layer."""
+        method = self.method
+        if not self.too_early(call, method.dense_layers, method.minimum):
+            self.heads[call.layer] = call.query.shape[1]
+        return None
+
+
+def calibrate_act(
+    model: Any,
+    accuracy: Callable[[], float],
+    method: ACT | None = None,
+    progress: Callable[[int, int], None] = lambda done, passes: None,
+) -> HeadCalibration:
+    """Returns which heads to calibrate, found on labeled questions, for `ACT(calibration=...)`.
+
+    https://arxiv.org/abs/2406.15765
+
+    Heads are calibrated one at a time, and those are chosen with which alone the model answers more
+    questions right than without. The questions should be none that the model is measured on later; the
+    authors take 900. On few of them chance chooses many heads.
+
+    Args:
+        model: of a supported family.
+        accuracy: answers the questions with the model, and returns the share that is right; called
+            once for the model as it is, and once for each head.
+        method: hyperparameters; its `dense_layers` first layers are left out. `ACT` as it is unless
+            given.
+        progress: called after each pass over the questions, with the passes done and all of them.
+
+    Raises:
+        InputError: if the model's attention cannot be replaced, or no prompt is long enough.
+    """
+    method = ACT() if method is None else method
+    count = HeadCount(method)
+    with replaced_attention(model, count):
+        before = accuracy()
+    if not count.heads:
+        raise InputError(
+            f"no prompt has the {method.minimum} tokens of those that ACT is used on; give longer "
+            "ones, or minimum=1 for shorter ones"
+        )
+    tensors, passes, done = dict[str, Tensor](), 1 + sum(count.heads.values()), 1
+    progress(done, passes)
+    for layer, heads in sorted(count.heads.items()):
+        after = torch.zeros(heads)
+        for head in range(heads):
+            alone = {layer: torch.arange(heads) == head}
+            with replaced_attention(model, CalibratedRun(method, heads=alone)):
+                after[head] = accuracy()
+            progress(done := done + 1, passes)
+        tensors[f"layers.{layer}.heads"] = after > before
+        tensors[f"layers.{layer}.accuracy"] = after
+    about = {"accuracy": before, "method_options": asdict(method)}
+    return HeadCalibration.of("act", tensors, model, **about)
 
 
 def calibrated(

@@ -103,7 +103,7 @@ class Calibrated(SparseAttention):
     """Compute attention with what was found for the heads of one model.
 
     Args:
-        calibration: safetensors file with it; none where it is empty.
+        calibration: file that `vlm-prune calibrate` wrote for the model; none where it is empty.
     """
 
     calibration: str = ""

@@ -95,7 +95,7 @@ class HeadCalibration:
                 raise ValueError("its tensors are named otherwise")
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise InputError(
-                f"{path} holds nothing that was calibrated here ({first_line(error)})"
+                f"{path} holds nothing that vlm-prune calibrate wrote ({first_line(error)})"
             ) from error
         if found != method:
             raise InputError(f"{path} is for {found}, not for {method}; give one for {method}")
@@ -112,5 +112,5 @@ class HeadCalibration:
         if not same_samples(self.samples, weight_samples(family_of(model))):
             raise InputError(
                 f"{source} is of another model, as its weights tell; "
-                f"calibrate {self.method} on this one"
+                f"make one for this model with vlm-prune calibrate {self.method}"
             )

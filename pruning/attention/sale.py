@@ -276,7 +276,7 @@ def calibrate_sale(
     with replaced_attention(model, search):
         for inputs in prompts:
             model(**inputs, use_cache=False, logits_to_keep=1)
-            count += 1
+            count += len(inputs["input_ids"])
     if not search.thresholds:
         raise InputError(
             f"no prompt has the {method.minimum} tokens of those that SALE is used on; give longer "

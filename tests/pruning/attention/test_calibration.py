@@ -77,5 +77,5 @@ def test_files_of_other_models_methods_and_kinds_are_refused(llava, tmp_path):
     (tmp_path / "text").write_text("[]")
     for wrong in (tmp_path / "text", tmp_path / "nothing", tmp_path):
         given = build_attention("sale", density=None, calibration=str(wrong))
-        with pytest.raises(InputError, match="cannot read|holds nothing that was calibrated"):
+        with pytest.raises(InputError, match="cannot read|holds nothing that vlm-prune calibrate"):
             given.admit(llava.model)
