@@ -135,6 +135,8 @@ class Recipe:
         prompts: most class prompts per step that text gradients are computed for, those of the
             batch first; None is all of them. Others are left out of the step's softmax.
         joint: test over the classes of all tasks together (X-TAIL) and not over the task's own.
+        seen_only: with `joint`, test over the classes of the tasks up to the last one learned, or up to
+            the image's own where that comes later (class-incremental learning).
         ensemble: test with the mean over all of a task's templates; training uses the first.
         eval_batch: images per forward when testing.
         seed: for batches, augmentation and initial weights.
@@ -153,6 +155,7 @@ class Recipe:
     text_term: TextTerm = "all"
     prompts: int | None = None
     joint: bool = True
+    seen_only: bool = False
     ensemble: bool = False
     eval_batch: int = 64
     seed: int = 8

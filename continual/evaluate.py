@@ -31,14 +31,15 @@ def class_features(clip: Clip, task: StreamTask, ensemble: bool) -> Tensor:
 @torch.no_grad()
 def evaluate_tasks(
     clip: Clip, tasks: Sequence[StreamTask], recipe: Recipe, method: Method | None = None,
-    texts: Sequence[Tensor] | None = None, workers: int = 0,
+    texts: Sequence[Tensor] | None = None, workers: int = 0, learned: int = 0,
 ) -> list[Tensor]:  # fmt: skip
     """Returns for each task which of its test images are classified right, (n,) of 0 and 1.
 
     The images are shared out among all processes; every process gets the whole answer.
 
     With `recipe.joint` an image is scored against the classes of all tasks, seen or not, and
-    otherwise against its own task's. A method that adds something to zero-shot scores does so.
+    otherwise against its own task's; with `recipe.seen_only`, too, against those of the tasks
+    learned and of all up to its own. A method that adds something to zero-shot scores does so.
 
     Args:
         clip: the model.
@@ -47,6 +48,7 @@ def evaluate_tasks(
         method: that may change zero-shot scores; none for the model alone.
         texts: `class_features` of each task, if they are known.
         workers: processes that read images.
+        learned: number of tasks learned so far.
     """
     texts = texts or [class_features(clip, task, recipe.ensemble) for task in tasks]
     rank, world = rank_and_world()
@@ -55,7 +57,8 @@ def evaluate_tasks(
     label = [torch.arange(len(t), device=clip.device) for t in texts]
     right = []
     for number, task in enumerate(tasks):
-        columns = range(len(tasks)) if recipe.joint else [number]
+        scored = max(learned, number + 1) if recipe.seen_only else len(tasks)
+        columns = range(scored) if recipe.joint else [number]
         bank = torch.cat([texts[n] for n in columns])
         space = Space(*(torch.cat([part[n] for n in columns]) for part in (owner, label)))
         hits = []

@@ -20,7 +20,7 @@ from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import atomic_path, write_json
 
 Array = NDArray[np.float64]
-METRICS = ("transfer", "average", "last", "forgetting", "forgetting_from_best")
+METRICS = ("transfer", "average", "last", "forgetting", "forgetting_from_best", "incremental")
 
 
 def transfer(matrix: ArrayLike) -> Array:
@@ -64,14 +64,24 @@ def forgetting_from_best(matrix: ArrayLike) -> Array:
     return lost
 
 
+def incremental(matrix: ArrayLike) -> Array:
+    """Returns after each task the mean accuracy on the tasks learned so far, (..., T).
+
+    Its mean is the average incremental accuracy of class-incremental learning, where tasks have
+    equally many test images.
+    """
+    a = _square(matrix)
+    return np.stack([a[..., t, : t + 1].mean(-1) for t in range(a.shape[-1])], -1)
+
+
 def summary(matrix: ArrayLike) -> dict[str, Array]:
     """Returns each of `METRICS` as the mean over its tasks, (...,); with
     one task only Average and Last.
     """
     a = _square(matrix)
     kinds = {"transfer": transfer, "average": average, "last": last, "forgetting": forgetting,
-             "forgetting_from_best": forgetting_from_best}  # fmt: skip
-    alone = ("average", "last")
+             "forgetting_from_best": forgetting_from_best, "incremental": incremental}  # fmt: skip
+    alone = ("average", "last", "incremental")
     return {
         name: np.asarray(kinds[name](a).mean(-1))
         for name in METRICS

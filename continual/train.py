@@ -138,7 +138,7 @@ class _Trainer:
         if (self.output / "model").is_dir():
             return
         if self.record.zero_shot is None:
-            self.record.zero_shot = self._row("zero-shot", None)
+            self.record.zero_shot = self._row("zero-shot", None, 0)
             self._write()
         done, state = checkpoint.load_state(self.output, self.clip.model.state_dict())
         if done:
@@ -259,16 +259,24 @@ class _Trainer:
         self.accelerator.wait_for_everyone()
 
     def _finish_row(self, number: int) -> None:
-        row = self._row(f"task-{number}", self.method)
+        row = self._row(f"task-{number}", self.method, number + 1)
         self.record.matrix[number:] = [row]
         self._write()
 
-    def _row(self, name: str, method: Method | None) -> list[float]:
-        """Returns the accuracy on every task, and writes which images were right."""
+    def _row(self, name: str, method: Method | None, learned: int) -> list[float]:
+        """Returns the accuracy on every task, and writes which images were right.
+
+        Args:
+            name: of the row.
+            method: what learned; none for the model alone.
+            learned: number of tasks learned.
+        """
         clip, recipe = self.clip, self.recipe
         if self.texts is None:
             self.texts = [class_features(clip, task, recipe.ensemble) for task in self.tasks]
-        right = evaluate_tasks(clip, self.tasks, recipe, method, self.texts, self.run.workers)
+        right = evaluate_tasks(
+            clip, self.tasks, recipe, method, self.texts, self.run.workers, learned
+        )
         if self.main:
             folder = self.output / "correct"
             folder.mkdir(exist_ok=True)

@@ -85,6 +85,31 @@ def cifar100(root, monkeypatch):
     monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": sums["meta"]})
 
 
+CIFAR100_NAMES = [name.replace(" ", "_") for name in names("cifar100")]
+PER_CLASS = {"train": 2, "test": 1}
+
+
+def cifar100_pixels(part):
+    """Images (n, 32, 32, 3) and labels of a split, in an order that is not that of the labels."""
+    rng = np.random.default_rng(len(part))
+    labels = rng.permutation(np.repeat(np.arange(100), PER_CLASS[part]))
+    return rng.integers(0, 256, (len(labels), 32, 32, 3), np.uint8), labels
+
+
+def cifar100_binary(folder):
+    """The binary version, with two training images and one test image of each class."""
+    below = folder / "cifar-100-binary"
+    below.mkdir()
+    (below / "fine_label_names.txt").write_text("\n".join(CIFAR100_NAMES) + "\n")
+    for part in PER_CLASS:
+        rows = (
+            bytes([0, label]) + image.transpose(2, 0, 1).tobytes()
+            for image, label in zip(*cifar100_pixels(part), strict=True)
+        )
+        (below / f"{part}.bin").write_bytes(b"".join(rows))
+    return folder
+
+
 def places365(root, monkeypatch):
     """365 categories of which two share their last part, and one picture of each."""
     from torchvision.datasets import Places365

@@ -254,6 +254,7 @@ OTHER: dict[tuple[str, str], tuple[str, ...]] = {
     ("train-wings train", "--method"): ("wing", "", "zoo"),
     ("train-wings train", "--layers"): ("99", "-1", "x"),
     ("train-wings train", "--rank"): ("0", "-1", "x", "99999"),
+    ("continual train", "--workers"): ("-1", "x"),
     ("continual train", "--method"): ("codyr", "", "zoo"),
     ("continual train", "--model"): ("nonsense", "/nowhere/model", "{image}", "{empty}"),
     ("continual bench", "--model"): ("nonsense", "ViT-B-33", ""),

@@ -8,7 +8,7 @@ import typer
 from vlm_prune.benchmarks.cli.options import AllowOutside, Device, Seed, parse_arguments
 from vlm_prune.vlm.common.errors import InputError
 
-STREAMS = ("packaged", "mtil-1", "mtil-2", "mtil-5shot", "x-tail")
+STREAMS = ("packaged", "mtil-1", "mtil-2", "mtil-5shot", "x-tail", "cifar100-10")
 METHODS = (
     "zero-shot", "codyra", "codyra-plus", "random-rank", "lora", "o-lora", "dora", "randlora",
     "adalora", "keeplora", "full", "condu", "wise-ft", "lwf", "zscl", "rail",
@@ -39,6 +39,7 @@ def train_continual(
     retention: Annotated[
         str | None, typer.Option(help="Data sets outside of the stream, comma-separated.")
     ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 0,
     seed: Seed = 8,
 ) -> None:
     """Train, or finish training, and print the accuracy matrix; the folder also has it as JSON."""
@@ -58,7 +59,7 @@ def train_continual(
         folder, stream, data_root, model, pretrained, method, *given, seed,
         test_per_class=test_per_class, shots=shots, skip_bad=skip_bad,
         retention=None if retention is None else tuple(retention.split(",")),
-        allow_outside=allow_outside,
+        allow_outside=allow_outside, workers=workers,
     )  # fmt: skip
     report = learn(settings)
     if rank_and_world()[0]:
@@ -115,10 +116,12 @@ def bench_continual(
     rounds: Annotated[int, typer.Option(min=1)] = 20,
     device: Device = "cpu",
 ) -> None:
-    """Time a training step of CoDyRA against plain LoRA of the same rank, on random weights."""
+    """Time a training step of CoDyRA against plain LoRA of the same rank, on random weights, and
+    count what an image and a class prompt add to it.
+    """
     import torch
 
-    from vlm_prune.benchmarks.experiments.continual.timing import step_times
+    from vlm_prune.benchmarks.experiments.continual.timing import step_times, unit_costs
     from vlm_prune.continual.clip import Clip, load_clip
     from vlm_prune.continual.methods import make_method
 
@@ -136,3 +139,7 @@ def bench_continual(
     for name, median in medians.items():
         typer.echo(f"{name}: {median:.1f} ms per step (rank {rank}, {model}, batch {batch})")
     typer.echo(f"codyra / lora: {medians['codyra'] / medians['lora']:.3f}")
+    costs = unit_costs(lambda: make_method("codyra", rank=rank), make_clip, prompts[0], pixels[:1])
+    for name, cost in costs.items():
+        saved = f", {cost.saved_bytes / 1e6:.0f} MB" if cost.saved_bytes else ""
+        typer.echo(f"each {name}: {cost.flops / 1e9:.1f} GFLOP{saved}")

@@ -7,6 +7,7 @@ from vlm_prune.continual.streams.base import StreamTask
 from vlm_prune.continual.streams.benchmarks import mtil, x_tail
 from vlm_prune.continual.streams.coop import read_coop_split
 from vlm_prune.continual.streams.files import csv_manifest, image_folder
+from vlm_prune.continual.streams.increments import cifar100_increments, class_increments
 from vlm_prune.continual.streams.packaged import packaged
 from vlm_prune.continual.streams.stream import Stream, few_shot, write_indices
 from vlm_prune.vlm.common.errors import InputError
@@ -24,6 +25,7 @@ STREAMS: Registry[Make] = Registry(
         "mtil-2": lambda root, seed, shots, skip: mtil(root, 2, shots, seed, skip),
         "mtil-5shot": lambda root, seed, shots, skip: mtil(root, 1, _or(shots, 5), seed, skip),
         "x-tail": lambda root, seed, shots, skip: x_tail(root, _or(shots, 16), seed, False, skip),
+        "cifar100-10": lambda root, seed, shots, skip: cifar100_increments(root, shots, seed, skip),
     },
 )
 
@@ -69,6 +71,8 @@ __all__ = [
     "STREAMS",
     "Stream",
     "StreamTask",
+    "cifar100_increments",
+    "class_increments",
     "csv_manifest",
     "few_shot",
     "image_folder",

@@ -22,6 +22,8 @@ class Stream:
         joint: whether a test image is scored against the classes of all tasks, seen or not
             (X-TAIL), or against those of its own task alone (MTIL).
         ensemble: whether class texts are means over all templates at evaluation, or the first.
+        seen_only: with `joint`, leave out the classes of tasks that are not learned yet, but for those
+            before the image's own task (class-incremental learning).
 
     Raises:
         InputError: if there is no task or two have one name.
@@ -31,6 +33,7 @@ class Stream:
     tasks: tuple[StreamTask, ...]
     joint: bool
     ensemble: bool
+    seen_only: bool = False
 
     def __post_init__(self) -> None:
         check_task_names(self.tasks)

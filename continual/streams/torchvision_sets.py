@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vlm_prune.continual.streams.base import Labeled, LabeledImages, StreamTask, readable_indices
+from vlm_prune.continual.streams.cifar import LAYOUTS, cifar100_copy
 from vlm_prune.continual.streams.names import in_own_order, table
 from vlm_prune.continual.streams.stream import Subset
 from vlm_prune.vlm.common.errors import InputError
@@ -154,7 +155,8 @@ def torchvision_task(key: str, root: Path | DataRoot, skip_bad: bool = False) ->
 
     Official splits where there are any; `train` without `val` for aircraft, dtd and flowers, and
     `trainval` for pets. Caltech101, EuroSAT and SUN397 have none and are cut 80 : 20 by a
-    generator of seed 42. `val` is empty where there is no official one. CIFAR-100's own files are
+    generator of seed 42. `val` is empty where there is no official one. CIFAR-100 may also be the binary
+    version, the Hub's Parquet files or folders of images; the files of its Python version are
     pickles, which torchvision reads after checking their sums.
 
     Args:
@@ -167,11 +169,15 @@ def torchvision_task(key: str, root: Path | DataRoot, skip_bad: bool = False) ->
             the packaged table.
     """
     names, root = table()[key], DataRoot.of(root)
-    splits = {
-        part: TorchvisionSplit(data, key, root) for part, data in _open(key, root.folder).items()
-    }
-    some = next(iter(splits.values())).data
-    given = getattr(some, "categories", None) or getattr(some, "classes", None) or names.classes
+    copy = cifar100_copy(root) if key == "cifar100" else None
+    splits: dict[str, Sequence[Labeled]]
+    if copy is not None:
+        splits, given = {"train": copy.train, "test": copy.test}, copy.names or names.classes
+    else:
+        opened = _open(key, root.folder)
+        splits = {part: TorchvisionSplit(data, key, root) for part, data in opened.items()}
+        some = next(iter(opened.values()))
+        given = getattr(some, "categories", None) or getattr(some, "classes", None) or names.classes
     classes = in_own_order(key, given)
     parts: dict[str, Sequence[Labeled]] = {"val": (), **splits}
     if "all" in splits:
@@ -200,7 +206,7 @@ def _open(key: str, root: Path) -> dict[str, Any]:
     if lost is not None:
         raise InputError(
             f"{key} is not under {root}: {root / lost} is missing; put torchvision's {kind} "
-            "layout there (nothing is downloaded)"
+            f"layout{f', {LAYOUTS}' if key == 'cifar100' else ''} there (nothing is downloaded)"
         )
     cls = torchvision_class(kind)
     try:

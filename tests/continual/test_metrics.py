@@ -23,10 +23,11 @@ def test_by_hand_and_zero_is_not_skipped():
     # the best before the last step may come before the task is learned
     early = np.array([[0.8, 0.95, 0.3], [0.6, 0.9, 0.5], [0.7, 0.4, 1.0]])
     assert metrics.forgetting_from_best(early).tolist() == pytest.approx([0.1, 0.55])
+    assert metrics.incremental(HAND).tolist() == pytest.approx([0.8, 0.75, 0.7])
     means = {name: float(value) for name, value in summary(HAND).items()}
     assert means == pytest.approx(
         {"transfer": 0.2, "average": 5.2 / 9, "last": 0.7, "forgetting": 0.3,
-         "forgetting_from_best": 0.3}
+         "forgetting_from_best": 0.3, "incremental": 0.75}
     )  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def test_published_zero_shot_row():
 
 
 def test_one_task_has_no_transfer():
-    assert list(summary([[0.5]])) == ["average", "last"]
+    assert list(summary([[0.5]])) == ["average", "last", "incremental"]
 
 
 @pytest.mark.parametrize("bad", [[0.5], [[0.5, 0.6]], [[np.nan]], [[]]])

@@ -17,7 +17,7 @@ from vlm_prune.continual import checkpoint, losses
 from vlm_prune.continual.clip import load_clip
 from vlm_prune.continual.config import Placement, Recipe
 from vlm_prune.continual.data import plan
-from vlm_prune.continual.evaluate import class_features
+from vlm_prune.continual.evaluate import class_features, evaluate_tasks
 from vlm_prune.continual.methods import Context, make_method
 from vlm_prune.continual.methods.codyra import CoDyRA
 from vlm_prune.continual.metrics import drift
@@ -352,6 +352,24 @@ def test_a_corrupt_image_is_named_in_one_line(workers, clip, tasks, tmp_path):
     with pytest.raises(InputError, match=str(bad)) as error:
         train_tasks(run, clip, [task])
     assert "\n" not in str(error.value)
+
+
+@torch.no_grad()
+def test_class_incremental_tests_score_the_classes_seen_so_far(clip, tasks):
+    """A loop over images, columns and rows of the matrix."""
+    three = [replace(tasks[n % 2], name=f"t{n}") for n in range(3)]
+    texts = [class_features(clip, task, ensemble=False) for task in three]
+    for learned in range(4):
+        found = evaluate_tasks(
+            clip, three, replace(RECIPE, seen_only=True), None, texts, learned=learned
+        )
+        for number, task in enumerate(three):
+            bank = [(n, k, t) for n, part in enumerate(texts) for k, t in enumerate(part)]
+            bank = [entry for entry in bank if entry[0] < learned or entry[0] <= number]
+            for (image, label), hit in zip(task.test, found[number], strict=True):
+                feature = clip.encode_image(clip.eval_transform(image)[None])[0]
+                best = max(bank, key=lambda entry: float(feature @ entry[2]))
+                assert bool(hit) == (best[:2] == (number, label))
 
 
 def test_scoring_within_the_task_is_easier_and_templates_are_averaged(make_clip, tasks, tmp_path):

@@ -38,6 +38,7 @@ OUTSIDE = {
     "mtil-1": ("places365", "imagenet"),
     "mtil-2": ("places365", "imagenet"),
     "mtil-5shot": ("places365", "imagenet"),
+    "cifar100-10": ("places365", "imagenet"),
 }
 
 
@@ -61,6 +62,7 @@ class Learning:
         retention: data sets in `UNSEEN` that show what is forgotten outside of the stream; None for
             all that are no task of the stream, as far as their files are there.
         allow_outside: whether data may name files outside of `data_root`.
+        workers: processes that load images.
 
     Raises:
         InputError: if open_clip's model has no weights named, or no test image is left.
@@ -81,6 +83,7 @@ class Learning:
     skip_bad: bool = False
     retention: tuple[str, ...] | None = None
     allow_outside: bool = False
+    workers: int = 0
 
     def __post_init__(self) -> None:
         name, weights = self.clip
@@ -112,7 +115,9 @@ def recipe_of(stream: Stream, changes: dict[str, Any], seed: int) -> Recipe:
     """
     check_options(Recipe, "the recipe", changes)
     base = PACKAGED if stream.name == "packaged" else Recipe()
-    base = replace(base, joint=stream.joint, ensemble=stream.ensemble, seed=seed)
+    base = replace(
+        base, joint=stream.joint, seen_only=stream.seen_only, ensemble=stream.ensemble, seed=seed
+    )
     return replace(base, **changes)
 
 
@@ -157,7 +162,7 @@ def learn(settings: Learning) -> dict[str, Any]:
     outside, missing = outside_of(settings, stream)
     clip = load_clip(*settings.clip)
     run = ContinualRun(
-        settings.output, method, recipe, save_every=settings.save_every, progress=True
+        settings.output, method, recipe, settings.save_every, settings.workers, progress=True
     )
     report = learn_tasks(run, clip, tasks, outside)
     about = {"stream": stream.name, "model": settings.clip[0], "command": command_line()}

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
 from vlm_prune.benchmarks.embedded_models.language import IGNORE, Row, pack, projected
+from vlm_prune.benchmarks.evaluation.saved_activations import SavedActivations
 from vlm_prune.benchmarks.experiments.forgetting.arms import Arm, Plan
 from vlm_prune.benchmarks.experiments.forgetting.data import Shown, training_rows
 from vlm_prune.learners.model_dowser import close
@@ -122,7 +123,7 @@ def fit(
     for step in range(steps):
         rows = training_rows(shown, plan, arm.replay and stage == 2, rng)
         begin = time.perf_counter()
-        saved = _Saved()
+        saved = SavedActivations()
         with saved if step < 5 else nullcontext():  # counting takes time, too
             logits, labels = answer_logits(model, rows, processor.tokenizer)
             loss = cross_entropy(logits, labels)
@@ -143,24 +144,6 @@ def fit(
     # beside all weights: gradients and two Adam moments of what trains, and saved activations
     memory = weights + 3 * 4 * trainable + optimizer_bytes
     return Cost(trainable, statistics.median(times) if times else 0.0, memory)
-
-
-class _Saved(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes that a forward pass keeps for its backward pass, shared storage once."""
-
-    def __init__(self) -> None:
-        self.sizes: dict[int, int] = {}
-        super().__init__(self._note, lambda tensor: tensor)
-
-    def _note(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if not isinstance(tensor, torch.nn.Parameter):
-            self.sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    @property
-    def bytes(self) -> int:
-        return sum(self.sizes.values())
 
 
 def first_stage(folder: Path, arm: Arm, plan: Plan, shown: Shown, seed: int) -> Path:

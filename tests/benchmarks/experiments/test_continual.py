@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ from vlm_prune.benchmarks.experiments.continual.results import (
     verdicts,
     write,
 )
-from vlm_prune.benchmarks.experiments.continual.timing import step_times
+from vlm_prune.benchmarks.experiments.continual.timing import step_cost, step_times, unit_costs
 from vlm_prune.continual.clip import Clip, load_clip
 from vlm_prune.continual.delta import Delta
 from vlm_prune.continual.methods import METHODS, make_method
@@ -286,6 +287,22 @@ def test_a_step_of_each_method_is_timed():
     pixels, labels = torch.randn(2, 3, 48, 48), torch.tensor([0, 1])
     times = step_times(methods, lambda: load_clip("tiny"), ["a red.", "a blue."], pixels, labels, 2)
     assert times.keys() == {"codyra", "full"} and min(times.values()) > 0
+
+
+def test_the_cost_of_a_step_is_that_of_its_images_and_prompts():
+    makers = partial(make_method, "codyra"), partial(load_clip, "tiny")
+    pixels = torch.randn(7, 3, 48, 48)
+    units = unit_costs(*makers, "a red.", pixels[:1])
+    whole, base = (
+        step_cost(*makers, ["a red."] * prompts, pixels[:images])
+        for images, prompts in ((7, 5), (2, 2))
+    )
+    for name in ("flops", "saved_bytes"):
+        image, prompt = (getattr(units[unit], name) for unit in ("image", "prompt"))
+        grown = getattr(whole, name) - getattr(base, name)
+        assert 0 < prompt and grown == pytest.approx(5 * image + 3 * prompt, rel=0.01)
+    # with frozen weights the backward pass is less than twice the forward
+    assert 2 < units["image"].flops / units["test image"].flops < 3
 
 
 def test_norms_are_matched_to_a_run_alone():

@@ -10,7 +10,15 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from dataset_layouts import Root, cifar100, imagenet, mtil_root, places365, x_tail_root
+from dataset_layouts import (
+    Root,
+    cifar100,
+    cifar100_binary,
+    imagenet,
+    mtil_root,
+    places365,
+    x_tail_root,
+)
 from open_clip.model import CLIP
 
 from vlm_prune.continual.clip import from_open_clip, load_clip
@@ -94,6 +102,21 @@ def test_mtil_end_to_end(stream, order, method, options, run, model, tmp_path, m
     assert report["tasks"] == list(order) and np.array(report["accuracy"]).shape == (11, 11)
     assert (report["drift"][-1] > 0) == (method == "full")
     assert "missing" in report["retention"]["places365"]
+
+
+@pytest.mark.slow
+def test_the_class_incremental_stream_end_to_end(run, model, tmp_path):
+    root = cifar100_binary(tmp_path)
+    arguments = ("--stream", "cifar100-10", "--data-root", root, "--method", "rail")
+    code, out, err = run(*arguments, "--options", "width=8")
+    assert code == 0, err
+    report = report_of(tmp_path, model)
+    assert report["tasks"] == [f"step-{n}" for n in range(1, 11)]
+    accuracy = np.array(report["accuracy"])
+    assert accuracy.shape == (10, 10) and report["recipe"]["seen_only"]
+    seen = np.mean([accuracy[t, : t + 1].mean() for t in range(10)])
+    assert report["metrics"]["incremental"]["value"] == pytest.approx(seen)
+    assert "incremental " in out
 
 
 @pytest.mark.slow
