@@ -24,6 +24,7 @@ from vlm_prune.pruning.flashvid import FlashVID
 from vlm_prune.pruning.fopru import FoPru
 from vlm_prune.pruning.frames import Frames
 from vlm_prune.pruning.holitom import HoliTom
+from vlm_prune.pruning.icr import ICR
 from vlm_prune.pruning.mmtok import MMTok
 from vlm_prune.pruning.none import NoPruning
 from vlm_prune.pruning.pool import Pool
@@ -74,12 +75,14 @@ METHODS: Registry[type[Pruner]] = Registry(
         "merge": Merge,
         "restore": Restore,
         "dedupe": Dedupe,
+        "icr": ICR,
         "best": Best,
     },
 )
 
 __all__ = [
     "EVS",
+    "ICR",
     "METHODS",
     "AdaptInfer",
     "Apet",

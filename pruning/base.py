@@ -92,6 +92,27 @@ class Pruner(ABC):
                 for models to which frames are images, which are each by themselves unless given.
         """
 
+    def parts(
+        self, family: Family, vision: Images | None
+    ) -> tuple[BeforeModel | None, InsideModel | None]:
+        """Returns what the engine runs of this method before and inside the language model of `family`.
+
+        Args:
+            family: the model's adapter.
+            vision: as for a call.
+
+        Raises:
+            InputError: if that cannot be told, as the method does more than this.
+        """
+        raise InputError(
+            f"{type(self).__name__} is more than a choice of tokens before or inside the language "
+            "model; give one that is not, such as divprune or fastv"
+        )
+
+    def prepared(self, model: Any, processor: Any) -> "Pruner":
+        """Returns the method with what it needs of a model's processor; here the method itself."""
+        return self
+
     def frames_on(
         self, family: Family, vision: Images | None, video_frames: Sequence[int] | None
     ) -> Sequence[int] | None:
@@ -251,7 +272,12 @@ class VisionPruner(Pruner):
     ) -> AbstractContextManager[Trace]:
         family = self.admit(model)
         frames = self.frames_on(family, vision, video_frames)
-        return pruned(model, self.before_model(family, vision), video_frames=frames)
+        return pruned(model, *self.parts(family, vision), video_frames=frames)
+
+    def parts(
+        self, family: Family, vision: Images | None
+    ) -> tuple[BeforeModel | None, InsideModel | None]:
+        return self.before_model(family, vision), None
 
     def before_model(self, family: Family, vision: Images | None) -> BeforeModel:
         """Returns what the engine runs of this method before the language model of `family`."""
@@ -386,7 +412,12 @@ class DecoderPruner(Pruner):
     ) -> AbstractContextManager[Trace]:
         family = self.admit(model)
         frames = self.frames_on(family, vision, video_frames)
-        return pruned(model, inside=self.inside_model(family), video_frames=frames)
+        return pruned(model, *self.parts(family, vision), video_frames=frames)
+
+    def parts(
+        self, family: Family, vision: Images | None
+    ) -> tuple[BeforeModel | None, InsideModel | None]:
+        return None, self.inside_model(family)
 
     def inside_model(self, family: Family) -> InsideModel:
         """Returns what the engine runs of this method inside the language model of `family`."""

@@ -21,7 +21,7 @@ from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.families import Family, Need
 from vlm_prune.vlm.layer_pruning import Cut, InsideModel
-from vlm_prune.vlm.prompt_pruning import Positions
+from vlm_prune.vlm.prompt_pruning import BeforeModel, Positions
 from vlm_prune.vlm.tokens import DecoderTokens, Kept, VisionTokens, take
 from vlm_prune.vlm.trace import Trace
 
@@ -113,6 +113,12 @@ class Cascade(Pruner):
         self, model: Any, vision: Images | None = None, video_frames: Sequence[int] | None = None
     ) -> AbstractContextManager[Trace]:
         family = self.admit(model)
+        frames = self.frames_on(family, vision, video_frames)
+        return pruned(model, *self.parts(family, vision), video_frames=frames)
+
+    def parts(
+        self, family: Family, vision: Images | None
+    ) -> tuple[BeforeModel | None, InsideModel | None]:
         layers, allowed = len(family.decoder.layers), self.inside.depths_on(family)
         cuts = partial(self.cuts, layers=layers, allowed=allowed)
         # a count where all images have one size, so that checks see it
@@ -122,8 +128,7 @@ class Cascade(Pruner):
         pre = replace(self.pre, budget=entering, positions=self.positions, seed=self.seed)
         inside = replace(self.inside, positions=self.positions, seed=self.seed)
         within = InsideModel(cuts, inside, inside.positions_on(family))
-        frames = self.frames_on(family, vision, video_frames)
-        return pruned(model, pre.before_model(family, vision), within, frames)
+        return pre.before_model(family, vision), within
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm_prune.pruning.base import Pruner
 from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.chat import encode_prompts, render, video_frames_of
 from vlm_prune.vlm.common.errors import InputError
@@ -28,7 +29,10 @@ class PrunedVLM:
     """
 
     def __init__(self, model: Any, processor: Any, pruner: Any | None = None) -> None:
-        self.model, self.processor, self.pruner = model, processor, pruner
+        self.model, self.processor = model, processor
+        self.pruner: Any = pruner
+        if isinstance(pruner, Pruner):
+            self.pruner = pruner.prepared(model, processor)
         self.lock = Lock()
 
     @classmethod

@@ -55,10 +55,11 @@ def build(name: str, **hyperparameters: Any) -> Any:
     `a+b` is the cascade of a, before the language model, and b, inside it; `+merge` averages what
     the method in front of it drops into what that keeps, `+restore` into anchors beside it. `b@16`
     is b as one cut after 16 of 32 decoder layers; in a cascade it leaves a third of the tokens that
-    enter. `+xattention`, or another method of sparse attention, comes last. Hyperparameters are
+    enter. `icr+` in front of all of them leaves the images that matter to the question. `+xattention`, or another
+    method of sparse attention, comes last. Hyperparameters are
     those of the whole; those of a part are named after it, `inside.layer` (parts of a cascade are
-    `pre` and `inside`, that of a merge before the language model is `method`, sparse attention is
-    `attention`).
+    `pre` and `inside`, that of a merge before the language model and of `icr` is `method`, sparse attention
+    is `attention`).
 
     Raises:
         InputError: if a name is unknown or two methods do not go together.
@@ -68,16 +69,26 @@ def build(name: str, **hyperparameters: Any) -> Any:
     if first in table and not more and not any("." in key for key in hyperparameters):
         _check_names(table[first], hyperparameters)
         return table[first](**hyperparameters)
+    sparse = more.pop() if more and more[-1] not in table and more[-1] in ATTENTION else ""
+    if more and first in table and hasattr(table[first], "in_front_of"):
+        # chooses images for all parts behind it
+        pruner = table[first].in_front_of(_joined(table, *more))
+    else:
+        pruner = _joined(table, first, *more)
+    if sparse:
+        pruner = with_attention(pruner, ATTENTION[sparse]())
+    return _replaced(pruner, hyperparameters)
+
+
+def _joined(table: Registry[Any], first: str, *more: str) -> Any:
     pruner = _part(table, first)
-    for number, part in enumerate(more):
-        if number == len(more) - 1 and part not in table and part in ATTENTION:
-            pruner = with_attention(pruner, ATTENTION[part]())
-        elif part in table and hasattr(table[part], "around"):
+    for part in more:
+        if part in table and hasattr(table[part], "around"):
             pruner = table[part].around(pruner)
         else:
             late = {"widening": entering(_layer(part))} if "@" in part else {}
             pruner = table["cascade"](pruner, _part(table, part), **late)
-    return _replaced(pruner, hyperparameters)
+    return pruner
 
 
 def _part(table: Registry[Any], name: str) -> Any:

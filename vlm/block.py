@@ -31,7 +31,7 @@ from vlm_prune.vlm.layout import (
     merged_ordinals,
     repeated,
 )
-from vlm_prune.vlm.prompt_pruning import BeforeModel, Choice, Encoder, Positions
+from vlm_prune.vlm.prompt_pruning import BeforeModel, Choice, Encoder, Positions, PromptItems
 from vlm_prune.vlm.tokens import is_right_padded
 from vlm_prune.vlm.trace import Trace
 
@@ -184,6 +184,9 @@ class Block:
         call = kwargs.pop(CALL, None) or Call()
         if not self.open:
             return args, kwargs
+        if getattr(self.last, "probing", False):
+            self.forwards.enter(None)
+            return args, kwargs
         self.refuse_compiled()
         # positional arguments by name, so that what follows finds them
         names = list(signature(type(module).forward).parameters)[1:]
@@ -321,6 +324,13 @@ class Block:
             # placeholders of each image that the attention mask does not hide
             rows = zip(layout.rows, image_columns(ordinal, counts), strict=True)
             visible = [valid[row, columns] for row, columns in rows]
+            if self.before is not None and self.before.shown is not None:
+                end = length - drafts
+                items = choice.items(ids[:, :end], valid[:, :end], kwargs)
+                for image, shown in enumerate(self.shown(self.before.shown, items)):
+                    # of the copies that beam search makes the first decides
+                    at = choice.images.index(choice.images[image])
+                    visible[at] = visible[at] & shown
 
             def embed(row: int, chosen: Tensor) -> Tensor:
                 if embeds is not None:
@@ -339,6 +349,22 @@ class Block:
                 for cut in cuts:
                     forward.due.setdefault(cut.layer, {})[number] = cut.keep
         return forward
+
+    def shown(
+        self, choose: Callable[[PromptItems], list[Tensor]], items: PromptItems
+    ) -> list[Tensor]:
+        """Returns which placeholders of each image or video are left to the method, on the host; the model
+        may be run meanwhile as if there was no block.
+
+        Args:
+            choose: finds them.
+            items: the images and videos.
+        """
+        self.last.probing = True
+        try:
+            return [mask.cpu() for mask in choose(items)]
+        finally:
+            self.last.probing = False
 
     def input_ids(self, kwargs: dict[str, Any]) -> Tensor:
         """Returns token ids (B, L) on the host; where embeddings are given,

@@ -14,7 +14,9 @@ from vlm_prune.vlm.tokens import AttentionRows, compact
 
 
 @torch.inference_mode()
-def question_rows(model: Any, inputs: Mapping[str, Any]) -> Iterator[list[AttentionRows]]:
+def question_rows(
+    model: Any, inputs: Mapping[str, Any], items: tuple[Tensor, list[int]] | None = None
+) -> Iterator[list[AttentionRows]]:
     """Yields queries of each image's question and all keys of the unpruned model, layer by layer.
 
     Each layer gives one `AttentionRows` for the images of each number of tokens, in order of first
@@ -24,6 +26,8 @@ def question_rows(model: Any, inputs: Mapping[str, Any]) -> Iterator[list[Attent
         model: of a supported family, unpruned.
         inputs: what the processor gives for prompts, `input_ids` (B, L), or images encoded
             beforehand as `mm_encoder_outputs`, with `position_ids` where these have rows.
+        items: for each token the image or video that it belongs to, -1 for text, (B, L), and how many
+            tokens each has; the images' unless given.
 
     Raises:
         InputError: if a layer has no attention that could be scored.
@@ -36,7 +40,6 @@ def question_rows(model: Any, inputs: Mapping[str, Any]) -> Iterator[list[Attent
         raise InputError(
             f"scores of attention need {needed[0]}, which {model.config.model_type} models lack"
         )
-    counts = family.counts(ids, inputs)
     valid = inputs["attention_mask"].bool()
     positions = inputs.get("position_ids")
     if positions is None:
@@ -55,8 +58,11 @@ def question_rows(model: Any, inputs: Mapping[str, Any]) -> Iterator[list[Attent
     finally:
         for hook in hooks:
             hook.remove()
-    is_image = ids == family.image_token
-    ordinal = image_ordinals(is_image, counts)
+    if items is None:
+        counts = family.counts(ids, inputs)
+        items = image_ordinals(ids == family.image_token, counts), counts
+    ordinal, counts = items
+    is_image = ordinal >= 0
     # where each image stands, and the questions of all rows, padded to the longest
     rows, columns_of = image_rows(ordinal, len(counts)), image_columns(ordinal, counts)
     index, real = compact(question_mask(is_image, valid))

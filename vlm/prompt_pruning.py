@@ -32,6 +32,27 @@ Positions = Literal["auto", "contiguous", "original"]
 
 
 @dataclass(frozen=True)
+class PromptItems:
+    """The images and videos of prompts, before any of their tokens go.
+
+    Args:
+        inputs: of a forward of the unpruned model: `input_ids` and `attention_mask` (B, L), images and
+            videos as `mm_encoder_outputs`, and what the family needs beside.
+        ordinal: for each token the image or video that it belongs to, -1 for text, (B, L).
+        counts: placeholders of each image or video, in the prompts' order.
+        frames: of each, 0 for images.
+        arguments: returns what the family needs beside ids (B, L) and a mask (B, L) of prompts with the
+            same images and videos.
+    """
+
+    inputs: dict[str, Any]
+    ordinal: Tensor
+    counts: list[int]
+    frames: list[int]
+    arguments: Callable[[Tensor, Tensor], dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class BeforeModel:
     """A method before the language model.
 
@@ -41,6 +62,8 @@ class BeforeModel:
         pixels: changes the images before they are encoded.
         vision: the prompt's images, and its videos behind them, where they were encoded beforehand.
         distinct_views: whether the tower encodes views with equal pixels once.
+        shown: which placeholders of each image or video are left to the method, (n_i,) each, before it
+            chooses; all unless given.
     """
 
     reduce: Callable[[VisionTokens], Kept]
@@ -48,6 +71,7 @@ class BeforeModel:
     pixels: Callable[[Tensor], Tensor] | None = None
     vision: Images | None = None
     distinct_views: bool = False
+    shown: Callable[[PromptItems], list[Tensor]] | None = None
 
 
 @dataclass
@@ -245,6 +269,39 @@ class Choice:
         images = [orders[kind][index] for kind, index in items]
         encoded = encoded if method.vision is None else method.vision
         return cls(family, method, encoded, images, [flat[image] for image in images], ordinal)
+
+    def items(self, ids: Tensor, valid: Tensor, given: dict[str, Any]) -> PromptItems:
+        """Returns the images and videos of prompts as the unpruned model gets them; of rows that beam search
+        repeats the first.
+
+        Args:
+            ids: of the prompts, (B, L), without answers.
+            valid: which tokens are no padding, (B, L).
+            given: arguments of the forward.
+        """
+        family, device = self.family, self.family.device
+        copies = max(1, len(self.images) // max(1, max(self.images, default=0) + 1))
+        ids, valid = ids[::copies], valid[::copies]
+        # items of the rows that are left, numbered anew in the order of the prompts
+        ordinal = self.ordinal[::copies, : ids.shape[1]].contiguous()
+        first = ordinal.unique()
+        first = first[first >= 0]
+        ordinal = torch.where(ordinal < 0, -1, torch.searchsorted(first, ordinal))
+        members, described = first.tolist(), given | self.encoded.inputs
+
+        def arguments(ids: Tensor, valid: Tensor) -> dict[str, Any]:
+            return family.arguments(ids, valid, described)
+
+        tensors = {"input_ids": ids.to(device), "attention_mask": valid.long().to(device)}
+        return PromptItems(
+            tensors
+            | {"mm_encoder_outputs": family.outputs(self.encoded)}
+            | arguments(tensors["input_ids"], tensors["attention_mask"]),
+            ordinal.to(device),
+            [self.counts[item] for item in members],
+            [self.encoded.frames[self.images[item]] for item in members],
+            arguments,
+        )
 
     def reduce(
         self,

@@ -113,7 +113,9 @@ def evaluate(
     """
     config = folders[0].config
     samples = samples_of(config.tasks, config.limit, config.seed, config.split)
-    pruners = [folder.config.variant.build(config.seed) for folder in folders]
+    pruners = [
+        folder.config.variant.build(config.seed).prepared(model, processor) for folder in folders
+    ]
     answered = samples.answered(folders)
     for folder, pruner in zip(folders, pruners, strict=True):
         pruner.admit(model)

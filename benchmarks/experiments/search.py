@@ -43,8 +43,8 @@ FILES = ("search.md", "best.json")
 WIDENINGS = (1.5, 2.0, 3.0, 4.0)
 MERGED = {"merge", "visionzip", "apet"}
 # zoo chooses as zoo-exact does
-NO_PART = {"none", "random", "pool", "downsample", "merge", "restore", "dedupe", "zoo"}
-COMBINED = {"cascade", "merge", "restore", "dedupe", "best"}
+NO_PART = {"none", "random", "pool", "downsample", "merge", "restore", "dedupe", "icr", "zoo"}
+COMBINED = {"cascade", "merge", "restore", "dedupe", "icr", "best"}
 VARIATIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "fopru": {"queries": ("all", "cls")},
     "visionzip": {"contextual": (0.05, 0.15625, 0.3)},

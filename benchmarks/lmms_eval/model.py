@@ -94,6 +94,7 @@ class PrunedChat(lmms):  # type: ignore[misc]
         if wings is not None:
             from_pretrained(self.model, wings)
         self.pruner.admit(self.model)
+        self.pruner = self.pruner.prepared(self.model, self.processor)
         self.journal: Answers | None = None
         self.keep_loaded = False
         self.tick: Callable[[int], None] = lambda answered: None

@@ -89,6 +89,7 @@ def evaluate_lmms(
     pruners = [folder.config.variant.build(config.seed) for folder in folders]
     for pruner in pruners:
         pruner.admit(model.model)
+    pruners = [pruner.prepared(model.model, model.processor) for pruner in pruners]
     model.tick = lambda answered: progress(answered / (1 + len(folders)))
     skipped: dict[str, str] = {}
     metrics: list[Metrics] = [{} for _ in folders]

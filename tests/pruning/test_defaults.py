@@ -54,7 +54,10 @@ DEFAULTS = {
     "v-cast": {"temperature": 0.7},
     "holitom": {"threshold": 0.8, "neighbors": 7},
 }  # fmt: skip
-WRAPPERS = {"cascade": {"widening": 2.0}, "restore": {"anchors": 0.5}, "dedupe": {"threshold": 0.0}}
+WRAPPERS = {
+    "cascade": {"widening": 2.0}, "restore": {"anchors": 0.5}, "dedupe": {"threshold": 0.0},
+    "icr": {"keep": 8, "empty": ()},
+}  # fmt: skip
 
 PRESETS = {
     "fastv": {"r50": (0.5,), "r75": (0.25,)},
