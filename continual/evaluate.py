@@ -1,6 +1,7 @@
 """Accuracy of a CLIP on every task of a stream."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,10 @@ def class_features(clip: Clip, task: StreamTask, ensemble: bool) -> Tensor:
     used = range(len(task.templates) if ensemble else 1)
     features = [clip.encode_texts(prompts(task, number)) for number in used]
     return F.normalize(torch.stack(features).mean(0), dim=-1)
+
+
+def _encoded(clip: Clip, tasks: Sequence[StreamTask], ensemble: bool) -> Tensor:
+    return torch.cat([class_features(clip, task, ensemble) for task in tasks])
 
 
 @torch.no_grad()
@@ -60,14 +65,16 @@ def evaluate_tasks(
         scored = max(learned, number + 1) if recipe.seen_only else len(tasks)
         columns = range(scored) if recipe.joint else [number]
         bank = torch.cat([texts[n] for n in columns])
-        space = Space(*(torch.cat([part[n] for n in columns]) for part in (owner, label)))
+        of_task, of_class = (torch.cat([part[n] for n in columns]) for part in (owner, label))
+        space = Space(of_task, of_class, told=not recipe.joint)
+        encode = partial(_encoded, clip, [tasks[n] for n in columns], recipe.ensemble)
         hits = []
         batches = eval_batches(task.test, clip, recipe.eval_batch, rank, world, workers)
         for pixels, labels in batches:
-            features = clip.encode_image(pixels)
-            scores = clip.scale * features @ bank.T
-            if method is not None:
-                scores = method.scores(features, scores, space)
+            if method is None:
+                scores = clip.encode_image(pixels) @ bank.T
+            else:
+                scores = method.answer(clip, pixels, bank, space, encode)
             best = scores.argmax(1)
             hits.append((space.task[best] == number) & (space.label[best] == labels))
         whole = torch.zeros(len(task.test), dtype=torch.uint8, device=clip.device)

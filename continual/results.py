@@ -1,6 +1,6 @@
 """What a finished run says: accuracies, hits, and what each task cost and changed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -25,6 +25,7 @@ class StoredResults(msgspec.Struct, kw_only=True):
     matrix: list[list[float]] = []
     trainable: list[int] = []
     added: list[int] = []
+    added_bytes: list[int] = []
     norms: list[float | None] = []
     drift: list[float] = []
 
@@ -43,6 +44,7 @@ class StreamResults:
         added: parameters that answering needs beside the model's own, after each task.
         norms: Frobenius norm of each task's change; None for methods without factors.
         drift: Frobenius distance of the weights from the initial ones, after each task.
+        added_bytes: that answering needs beside the model's own, after each task; none of older runs.
     """
 
     tasks: list[str]
@@ -54,6 +56,7 @@ class StreamResults:
     added: list[int]
     norms: list[float | None]
     drift: list[float]
+    added_bytes: list[int] = field(default_factory=list)
 
 
 def read_results(output: Path) -> StreamResults:
@@ -75,7 +78,8 @@ def read_results(output: Path) -> StreamResults:
     before, *after = [_hits(output / "correct" / f"{name}.safetensors", names) for name in files]
     hits = [np.stack([row[name] for row in after]) for name in names]
     zero_shot, matrix = np.array(rows[0]), np.array(rows[1:], dtype=np.float64)
-    return StreamResults(names, zero_shot, matrix, [before[name] for name in names], hits, *lists)
+    correct = [before[name] for name in names]
+    return StreamResults(names, zero_shot, matrix, correct, hits, *lists, record.added_bytes)
 
 
 def _hits(path: Path, names: list[str]) -> dict[str, NDArray[np.uint8]]:

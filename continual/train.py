@@ -175,6 +175,7 @@ class _Trainer:
         delta = self.method.end_task()
         self.record.trainable[number:] = [sum(p.numel() for p in trained.values())]
         self.record.added[number:] = [self.method.added_parameters()]
+        self.record.added_bytes[number:] = [self.method.added_bytes()]
         self.record.norms[number:] = [None if delta is None else delta.norm()]
         state = {name: t.cpu() for name, t in self.clip.model.state_dict().items()}
         self.record.drift[number:] = [drift(self.initial, state)]

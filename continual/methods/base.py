@@ -55,10 +55,13 @@ class Context:
 
 @dataclass
 class Space:
-    """The classes that a test image is scored against: of each column its task and its class."""
+    """The classes that a test image is scored against: of each column its task and its class, and
+    whether all are of the image's own task, which is thereby told.
+    """
 
     task: Tensor
     label: Tensor
+    told: bool = False
 
 
 @dataclass
@@ -130,6 +133,10 @@ class Method(ABC):
         """
         return 0
 
+    def added_bytes(self) -> int:
+        """Returns how many bytes answering needs beside the model's own weights."""
+        return 4 * self.added_parameters()
+
     def state(self) -> dict[str, Tensor]:
         """Returns what a run needs to go on, beside the model and the trained parameters."""
         return {}
@@ -147,6 +154,21 @@ class Method(ABC):
             space: task and label of each of the C classes.
         """
         return logits
+
+    def answer(
+        self, clip: Clip, pixels: Tensor, bank: Tensor, space: Space, encode: Callable[[], Tensor]
+    ) -> Tensor:
+        """Returns the scores of test images over the columns of `space`, (M, C).
+
+        Args:
+            clip: the model.
+            pixels: of the images, (M, 3, H, W).
+            bank: unit features of the columns' class prompts, (C, d).
+            space: task and label of each column.
+            encode: gives the bank anew, for methods that answer with other weights.
+        """
+        features = clip.encode_image(pixels)
+        return self.scores(features, clip.scale * features @ bank.T, space)
 
     def features(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Returns unit features (M, d) and labels (M,) of the batch over all processes."""

@@ -81,6 +81,10 @@ class RAIL(Method):
         inputs = self.context.encode(self.context.ids[:1]).shape[1]
         return self.width * (inputs + sum(cross.shape[1] for cross in self._cross))
 
+    def added_bytes(self) -> int:
+        """Returns the bytes of the random map, in float32, and of the regression, in float64."""
+        return 4 * self.added_parameters() + 4 * self.width * sum(c.shape[1] for c in self._cross)
+
     def expand(self, features: Tensor) -> Tensor:
         """Returns relu of a fixed random map: (M, d) to (M, width), float64."""
         generator = torch.Generator().manual_seed(self._seed)

@@ -255,6 +255,7 @@ def learn_tasks(
         **accuracy_matrix(results).to_json(),
         "trainable_parameters": results.trainable,
         "added_parameters": results.added,
+        "added_bytes": results.added_bytes,
         "update_norms": results.norms,
         "drift": results.drift,
         "retention": {
