@@ -147,7 +147,7 @@ class ICR(Pruner):
         scores = [
             float(without_outliers(frame[None]))
             for own, part in zip(tokens, parts, strict=True)
-            for frame in own.tensor_split(part)
+            for frame in own.split(frame_sizes(len(own), part))
         ]
         starts = [0, *accumulate(parts)]
         stay = set[int]()
@@ -163,12 +163,18 @@ class ICR(Pruner):
         return [
             torch.cat(
                 [
-                    torch.full((len(frame),), starts[item] + number in stay)
-                    for number, frame in enumerate(torch.arange(count).tensor_split(parts[item]))
+                    torch.full((size,), starts[item] + number in stay)
+                    for number, size in enumerate(frame_sizes(count, parts[item]))
                 ]
             )
             for item, count in enumerate(items.counts)
         ]
+
+
+def frame_sizes(count: int, frames: int) -> list[int]:
+    """Returns how many placeholders of a video are of each frame; those behind the last one go with it."""
+    size = count // frames
+    return [size] * (frames - 1) + [count - size * (frames - 1)]
 
 
 def empty_question(model: Any, processor: Any) -> tuple[int, ...]:

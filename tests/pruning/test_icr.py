@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_families import Tiny, snapshot
 
-from vlm_prune.pruning.icr import image_relevance
+from vlm_prune.pruning.icr import frame_sizes, image_relevance
 from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.common.errors import InputError
 
@@ -137,6 +137,8 @@ def test_frames_of_a_video_are_ranked():
     assert len(kept[video]) == 9 * len(frames)
     assert len(frames) + (len(kept[image]) > 0) == 2 and len(kept[image]) in (0, available[image])
     assert kept[2] == list(range(12))
+    # a newline behind the last frame goes with it
+    assert frame_sizes(25, 6) == [4, 4, 4, 4, 4, 5] and frame_sizes(9, 1) == [9]
     with torch.no_grad(), pruner(case.model) as trace:
         case.model(**case.inputs(rows[:1]))
     assert [indices.tolist() for indices in trace.kept] == kept[:2]
