@@ -23,6 +23,7 @@ from vlm_prune.pruning.attention.random_blocks import RandomBlocks
 from vlm_prune.pruning.attention.recycled import Recycled
 from vlm_prune.pruning.attention.s2 import S2Attention
 from vlm_prune.pruning.attention.sale import Sale, calibrate_sale
+from vlm_prune.pruning.attention.seer import Seer, train_gates
 from vlm_prune.pruning.attention.trace import SparseTrace
 from vlm_prune.pruning.attention.xattention import XAttention
 from vlm_prune.vlm.common.errors import InputError
@@ -43,6 +44,7 @@ ATTENTION: Registry[type[SparseAttention]] = Registry(
         "sale": Sale,
         "hip": HiP,
         "dhsa": DHSA,
+        "seer": Seer,
         "recycled": Recycled,
         "act": ACT,
     },
@@ -84,11 +86,13 @@ __all__ = [
     "Recycled",
     "S2Attention",
     "Sale",
+    "Seer",
     "SparseAttention",
     "SparseTrace",
     "XAttention",
     "build_attention",
     "calibrate_act",
     "calibrate_sale",
+    "train_gates",
     "with_attention",
 ]

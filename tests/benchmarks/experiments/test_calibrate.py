@@ -28,6 +28,8 @@ def test_sale_s_thresholds_go_from_one_command_to_the_other(run, checkpoint, tmp
         (("sale", path, "--attention-args", "blok=3"), "did you mean 'block'"),
         (("sale", tmp_path), "is a folder; give the name of a file"),
         (("act", path, "--tasks", "exist,count", "--limit", "1"), "below one question for 2 tasks"),
+        (("sale", path, "--steps", "3"), "leave them out with sale"),
+        (("seer", path, "--attention-args", f"calibration={path}"), "is what this finds"),
         (("act", path, *FEW), "no prompt has the 2048 tokens"),
     ):
         code, _, err = run("calibrate", *arguments, "--model", checkpoint)

@@ -260,7 +260,39 @@ def own_frame_loop(given):
     return keep
 
 
+def seer_loop(given, threshold=0.25):
+    """Gates of a layer on queries and keys that are turned back, token by token."""
+    query_map, key_map = short("seer").gates(given)
+    turns = torch.complex(*given.rotary[..., : D // 2])
+
+    def turned(vector, turn):
+        pairs = torch.complex(vector[: D // 2], vector[D // 2 :]) * turn
+        return torch.cat([pairs.real, pairs.imag])
+
+    keep = torch.zeros(G, blocks_of(given), blocks_of(given), dtype=torch.bool)
+    for g in range(G):
+        reads, tells = [], []
+        for i in range(blocks_of(given)):
+            tokens = range(i * BLOCK, (i + 1) * BLOCK)
+            own = [
+                turned(given.query[h, token], turns[token].conj())
+                for h in range(H) if h * G // H == g for token in tokens
+            ]  # fmt: skip
+            keys = torch.stack(
+                [turned(given.key[g, token], turns[token].conj()) for token in tokens]
+            )
+            pooled = torch.cat([keys.max(0).values, keys.min(0).values, keys.mean(0)])
+            middle = turns[i * BLOCK + BLOCK // 2]
+            reads.append(turned(torch.stack(own).mean(0) @ query_map[g], middle))
+            tells.append(turned(pooled @ key_map[g], middle))
+        for i in range(blocks_of(given)):
+            logits = torch.tensor([float(reads[i] @ tells[j]) / D**0.5 for j in range(i + 1)])
+            keep[g, i, : i + 1] = logits.softmax(0) > threshold
+    return keep
+
+
 LOOPS = {
+    "seer": seer_loop,
     "own-frame": own_frame_loop,
     "dhsa": dhsa_loop,
     "prism": prism_loop,
