@@ -35,6 +35,12 @@ from vlm_prune.vlm.common.files import read_object, write_json
 from vlm_prune.vlm.common.state import save_tensors, writing
 
 OPEN_CLIP, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+HUGGING_FACE = {
+    "clip": ("CLIPModel", "CLIPProcessor"),
+    "siglip": ("SiglipModel", "SiglipProcessor"),  # of SigLIP 2, too, at one resolution
+    "siglip2": ("Siglip2Model", "Siglip2Processor"),
+}
+INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # by Pillow's number of the filter
 TOKENIZER_OPTIONS = ("clean", "strip_sep_token")
 DEFAULT = ("ViT-B-16-quickgelu", "openai")
 Transform = Callable[[Image.Image], Tensor]
@@ -57,8 +63,8 @@ class Clip:
     """A CLIP, its tokenizer and its image transforms.
 
     Args:
-        model: an open_clip `CLIP` or `CustomTextCLIP` (timm vision towers included), or a Hugging
-            Face `CLIPModel`.
+        model: an open_clip `CLIP` or `CustomTextCLIP` (timm vision towers included), or a `CLIPModel`,
+            `SiglipModel` or `Siglip2Model` of Hugging Face.
         tokenize: texts to token ids (n, length).
         train_transform: an image to pixels (3, H, W), with augmentation drawn from torch's
             global generator.
@@ -93,8 +99,11 @@ class Clip:
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Returns unit features (n, d) in float32 of pixels (n, 3, H, W)."""
-        encode = self.model.get_image_features if self.hugging_face else self.model.encode_image
-        return _unit(encode(pixels))
+        if not self.hugging_face:
+            return _unit(self.model.encode_image(pixels))
+        if self.model.config.model_type == "siglip2":
+            return _unit(self.model.get_image_features(**patch_inputs(self.model, pixels)))
+        return _unit(self.model.get_image_features(pixels))
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """Returns unit features (n, d) in float32 of token ids (n, length)."""
@@ -133,7 +142,7 @@ class Clip:
     def save(self, folder: Path) -> None:
         """Writes a plain checkpoint of the model's own library, safetensors only.
 
-        A Hugging Face model is read with `CLIPModel.from_pretrained(folder)`, an open_clip one
+        A Hugging Face model is read with its class's `from_pretrained(folder)`, an open_clip one
         with `open_clip.create_model(f"local-dir:{folder}")` if `config` is known. A tokenizer that
         is not open_clip's built-in one is stored beside it.
         """
@@ -158,6 +167,25 @@ def _unit(output: Any) -> Tensor:
     return F.normalize(features.float(), dim=-1)
 
 
+def patch_inputs(model: Any, pixels: Tensor) -> dict[str, Tensor]:
+    """Returns what the vision tower of a `Siglip2Model` reads of images of one size, all patches shown.
+
+    Args:
+        model: a `Siglip2Model`.
+        pixels: (n, 3, H, W), whose sides are multiples of a patch's.
+    """
+    side = model.config.vision_config.patch_size
+    rows, columns = (length // side for length in pixels.shape[-2:])
+    # (n, 3, rows, side, columns, side) -> (n, rows columns, side side 3)
+    patches = pixels.unflatten(3, (columns, side)).unflatten(2, (rows, side))
+    patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    return {
+        "pixel_values": patches,
+        "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.int32).to(pixels.device),
+        "spatial_shapes": torch.tensor([[rows, columns]] * len(pixels)).to(pixels.device),
+    }
+
+
 def from_open_clip(model: Any, tokenize: Any, config: dict[str, Any] | None = None) -> Clip:
     """Returns an open_clip model as a `Clip`; its transforms follow its `preprocess_cfg`.
 
@@ -177,19 +205,31 @@ def from_open_clip(model: Any, tokenize: Any, config: dict[str, Any] | None = No
 
 
 def from_hugging_face(model: Any, processor: Any) -> Clip:
-    """Wraps a `CLIPModel` and its processor."""
+    """Wraps a `CLIPModel`, `SiglipModel` or `Siglip2Model` and its processor.
+
+    SigLIP's images are squeezed into a square, as its processor does. SigLIP 2 takes images of many
+    shapes; here all are squeezed into the largest square that its patches fill.
+    """
     transform, pictures = extra("open_clip.transform"), processor.image_processor
-    size, mean, std = model.config.vision_config.image_size, pictures.image_mean, pictures.image_std
+    vision, mean, std = model.config.vision_config, pictures.image_mean, pictures.image_std
     check_pixels(image_mean=mean, image_std=std)
-    train, test = (
-        transform.image_transform(size, is_train=t, mean=tuple(mean), std=tuple(std))
-        for t in (True, False)
-    )
+    options: dict[str, Any] = {"mean": tuple(mean), "std": tuple(std)}
+    if model.config.model_type != "clip":
+        options |= {
+            "resize_mode": "squash",
+            "interpolation": INTERPOLATIONS[int(pictures.resample)],
+        }
+    # SigLIP 2's position embeddings are a square grid of so many patches
+    grid = getattr(vision, "num_patches", None)
+    size = math.isqrt(grid) * vision.patch_size if grid else vision.image_size
+    train, test = (transform.image_transform(size, is_train=t, **options) for t in (True, False))
     length = model.config.text_config.max_position_embeddings
 
     def tokenize(texts: list[str]) -> Tensor:
+        # SigLIP pools the last position, and Gemma's tokenizer, which SigLIP 2 has, pads on the left
         kind = {"padding": "max_length", "truncation": True, "max_length": length}
-        ids: Tensor = processor.tokenizer(texts, return_tensors="pt", **kind)["input_ids"]
+        encoded = processor.tokenizer(texts, return_tensors="pt", padding_side="right", **kind)
+        ids: Tensor = encoded["input_ids"]
         return ids
 
     return Clip(model.eval(), tokenize, train, test, processor=processor)
@@ -221,8 +261,7 @@ def load_clip(name: str = DEFAULT[0], pretrained: str | None = DEFAULT[1]) -> Cl
 
     Args:
         name: `tiny` for the embedded CLIP, a model of open_clip, a hub name "owner/model" of a
-            Hugging Face CLIP, or a folder
-            with `open_clip_config.json` or `config.json`.
+            Hugging Face CLIP or SigLIP, or a folder with `open_clip_config.json` or `config.json`.
         pretrained: open_clip's tag or a safetensors file; None for random weights; only for a
             model of open_clip.
 
@@ -244,11 +283,14 @@ def _load_hugging_face(name: str) -> Clip:
     transformers = extra("transformers")
     view = view_of(locate(name, {}))
     kind = read_object(view / "config.json").get("model_type")
-    if kind != "clip":
-        raise InputError(f"its model type is {kind!r}; give a CLIP of Hugging Face or open_clip")
-    model = load_weights(transformers.CLIPModel, view, read_config(view), dtype="float32")
+    if kind not in HUGGING_FACE:
+        raise InputError(
+            f"its model type is {kind!r}; give a CLIP or SigLIP of Hugging Face or open_clip"
+        )
+    model_class, processor_class = (getattr(transformers, name) for name in HUGGING_FACE[kind])
+    model = load_weights(model_class, view, read_config(view), dtype="float32")
     model.name_or_path = model.config.name_or_path = name
-    processor = transformers.CLIPProcessor.from_pretrained(view, trust_remote_code=False)
+    processor = processor_class.from_pretrained(view, trust_remote_code=False)
     return from_hugging_face(model, processor)
 
 

@@ -1,8 +1,9 @@
 """Continual learners by name: CoDyRA, its controls, and its rivals."""
 
+from dataclasses import fields, replace
 from typing import Any
 
-from vlm_prune.continual.config import check_options
+from vlm_prune.continual.config import Placement, check_options
 from vlm_prune.continual.methods.adalora import AdaLoRA
 from vlm_prune.continual.methods.base import Context, Method, Space
 from vlm_prune.continual.methods.codyra import CoDyRA
@@ -33,10 +34,17 @@ for _method in (
 def make_method(name: str, **options: Any) -> Method:
     """Builds a method by its name.
 
+    Methods with a `placement` also take `encoder`, which changes their placement's towers alone.
+
     Raises:
         InputError: for an unknown name or option, or a value of another kind or out of range.
     """
     kind = METHODS[name]
+    placements: list[Any] = [f for f in fields(kind) if f.name == "placement"]
+    if placements and "encoder" in options:
+        default: Placement = options.get("placement", placements[0].default_factory())
+        check_options(Placement, name, {"encoder": options["encoder"]})
+        options["placement"] = replace(default, encoder=options.pop("encoder"))
     check_options(kind, name, options)
     return kind(**options)
 

@@ -1,6 +1,7 @@
 """Tiny CLIPs of each supported make with random weights, and two synthetic tasks."""
 
 import copy
+from string import ascii_lowercase
 
 import numpy as np
 import open_clip
@@ -15,6 +16,15 @@ from transformers import (
     CLIPModel,
     CLIPProcessor,
     PreTrainedTokenizerFast,
+    Siglip2Config,
+    Siglip2ImageProcessor,
+    Siglip2Model,
+    Siglip2Processor,
+    Siglip2Tokenizer,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+    SiglipProcessor,
 )
 
 from vlm_prune.continual.clip import from_hugging_face, from_open_clip
@@ -86,11 +96,60 @@ def make_hugging_face():
     return from_hugging_face(shake(model), CLIPProcessor(pictures, fast))
 
 
+def make_open_clip_siglip():
+    """The settings of open_clip's SigLIP 2 models, at small widths."""
+    torch.manual_seed(0)
+    vision = {
+        "timm_model_name": "test_vit",
+        "timm_model_pretrained": False,
+        "timm_pool": "map",
+        "timm_proj": "none",
+        "image_size": 160,
+    }
+    text = TEXT | {
+        "no_causal_mask": True,
+        "proj_bias": True,
+        "pool_type": "last",
+        "norm_kwargs": {"eps": 1e-6},
+        "act_kwargs": {"approximate": "tanh"},
+    }
+    config = {"embed_dim": 64, "init_logit_bias": -10, "vision_cfg": vision, "text_cfg": text}
+    model = shake(CustomTextCLIP(**copy.deepcopy(config)))
+    return from_open_clip(model, TOKENIZE, config | {"custom_text": True})
+
+
+def make_siglip(kind):
+    """Hugging Face's SigLIP, or the SigLIP 2 that takes images of many shapes."""
+    torch.manual_seed(0)
+    letters = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", ".", *ascii_lowercase]
+    numbered = {letter: n for n, letter in enumerate(letters)}
+    fast = make_word_tokenizer() if kind == "siglip" else Siglip2Tokenizer(numbered, [])
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    size |= {"num_attention_heads": 2}
+    text = size | {"vocab_size": len(fast), "max_position_embeddings": 24, "projection_size": 32}
+    vision = size | {"patch_size": 8}
+    if kind == "siglip":
+        config = SiglipConfig(text_config=text, vision_config=vision | {"image_size": 32})
+        pictures = SiglipImageProcessor(size={"height": 32, "width": 32})
+        model, processor = SiglipModel(config), SiglipProcessor(pictures, fast)
+    else:
+        config = Siglip2Config(text_config=text, vision_config=vision | {"num_patches": 16})
+        pictures = Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
+        model, processor = Siglip2Model(config), Siglip2Processor(pictures, fast)
+    with torch.no_grad():
+        model.logit_scale.fill_(4.7)
+        model.logit_bias.fill_(-12.0)
+    return from_hugging_face(shake(model), processor)
+
+
 MAKES = {
     "open_clip": make_open_clip,
     "custom attention": lambda: make_open_clip(block_type="custom", qk_norm=True, scale_heads=True),
     "timm": make_timm,
     "hugging face": make_hugging_face,
+    "open_clip siglip": make_open_clip_siglip,
+    "siglip": lambda: make_siglip("siglip"),
+    "siglip 2": lambda: make_siglip("siglip2"),
 }
 
 

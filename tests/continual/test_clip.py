@@ -177,8 +177,8 @@ def test_settings_that_are_no_object_are_refused(content, folder):
 def test_a_hugging_face_clip_of_another_kind_is_refused(any_clip, tmp_path):
     folder = tmp_path / "clip"
     any_clip.save(folder)
-    change(folder, "config.json", lambda c: c.update(model_type="siglip"))
-    assert "its model type is 'siglip'; give a CLIP" in refused(folder)
+    change(folder, "config.json", lambda c: c.update(model_type="align"))
+    assert "its model type is 'align'; give a CLIP" in refused(folder)
     change(folder, "config.json", lambda c: c.update(model_type="clip"))
     change(
         folder, "processor_config.json", lambda c: c["image_processor"].update(image_std=[0, 0, 0])
