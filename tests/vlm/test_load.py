@@ -478,7 +478,7 @@ def shown():
         ({}, 0),
         ({"device": "auto", "attn": "sdpa"}, 0),
         ({"attn": "eager"}, 1e-4),
-        ({"attn": "flex_attention"}, 1e-4),
+        pytest.param({"attn": "flex_attention"}, 1e-4, marks=pytest.mark.slow),  # compiles
         ({"device_map": "auto"}, 1e-5),
         ({"device_map": ON_DISK}, 1e-5),
         ({"quantization": "torchao-int8"}, 1.0),

@@ -140,7 +140,9 @@ def test_full_disk(run, checkpoint, tmp_path, monkeypatch):
     assert run(*command)[0] == 0
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_run_leaves_a_folder_that_resumes(checkpoint, tmp_path, sent):
     command = [
         sys.executable, "-m", "vlm_prune.benchmarks.cli", "eval", "--model", checkpoint, "--tasks",

@@ -177,6 +177,7 @@ def test_prose_is_every_kind_of_text_and_says_what_it_asks_for():
     assert kinds == {"recite", "told", "letter", "option"} | told | plain
 
 
+@pytest.mark.slow
 def test_a_language_model_learns_text_alone_and_its_file_is_a_base(processor, tmp_path):
     torch.manual_seed(0)
     model = make_model(processor)
