@@ -176,12 +176,15 @@ def answer_or_refuse(tiny, size):
     try:
         inputs = encode_prompts(tiny.model, tiny.processor, [text], [[image]])
     except InputError as error:
-        assert max(size) / min(size) > 140 and "\n" not in str(error)
+        lonely = tiny.name == "mistral3" and max(size) <= 28
+        assert (max(size) / min(size) > 140 or lonely) and "\n" not in str(error)
         return False
+    # where the first layers attend linearly, a cut comes too late for a few tokens
+    budget = 16 if tiny.name.startswith("qwen3_5") else 4
     for method in ("none", "divprune", "fastv"):
-        with torch.inference_mode(), build(method, budget=4)(tiny.model) as trace:
+        with torch.inference_mode(), build(method, budget=budget)(tiny.model) as trace:
             output = tiny.model.generate(**inputs, max_new_tokens=2)
-        assert len(output) == 1 and (method == "none" or len(trace.kept[0]) <= 4)
+        assert len(output) == 1 and (method == "none" or len(trace.kept[0]) <= budget)
     return True
 
 

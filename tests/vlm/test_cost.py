@@ -83,7 +83,8 @@ def test_pruned_costs_are_those_of_the_pruned_forward(name, tiny):
         module.partition(".")[2]: sum(ops.values())
         for module, ops in counter.get_flop_counts().items()
     }
-    text, spent, uncounted = model.config.get_text_config(), counts["lm_head"], 0
+    text, spent = model.config.get_text_config(), counts["lm_head"]
+    question = int((inputs["input_ids"] != family.image_token).sum())
     for number, layer in enumerate(family.decoder.layers):
         own = f"{decoder}.layers.{number}"
         parts = ["self_attn", "mlp"]
@@ -92,16 +93,15 @@ def test_pruned_costs_are_those_of_the_pruned_forward(name, tiny):
             names = [n for n, part in linear.named_modules() if isinstance(part, torch.nn.Linear)]
             parts = ["mlp", *(f"linear_attn.{n}" for n in names)]
             weights = sum(linear.get_submodule(n).weight.numel() for n in names)
-            uncounted += 2 * (linear_attention_weights(text) - weights)
+            uncounted = 2 * (linear_attention_weights(text) - weights)
+            spent += uncounted * (question + trace.layer_tokens[number])
             assert weights < linear_attention_weights(text) < 1.5 * weights
         spent += sum(counts[f"{own}.{part}"] for part in parts)
-    question = int((inputs["input_ids"] != family.image_token).sum())
     assert 5 < sum(trace.layer_tokens) / len(trace.layer_tokens) <= 6 < trace.available[0]
     if family.row_breaks:  # the costs of ends of rows are counted whether they stay or not
         lengths = [layer.keys.shape[2] for layer in cache.layers]
         assert lengths[-1] - trace.layer_tokens[-1] < question
         return
-    spent += uncounted * (question + trace.layer_tokens[0])
     assert prefill_flops(text, question, trace.layer_tokens) == pytest.approx(spent, rel=0.01)
     held = sum(
         t.nbytes for layer in cache.layers if getattr(layer, "keys", None) is not None

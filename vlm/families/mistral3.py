@@ -48,6 +48,26 @@ class Mistral3(Family):
         module = self.model.model.multi_modal_projector
         return Projector(module.linear_1, module.act, module.linear_2)
 
+    def check_size(self, image_processor: Any, width: int, height: int) -> None:
+        """Refuses a picture of a single token, beside others too.
+
+        transformers 5.24 drops the axis of the tokens where a forward's images have one token in all.
+
+        Args:
+            image_processor: of the model; it never enlarges a picture.
+            width: of the picture in pixels.
+            height: of the picture in pixels.
+
+        Raises:
+            InputError: if neither side is longer than a token's.
+        """
+        side = self.patch_size * self.merge
+        if max(width, height) <= side:
+            raise InputError(
+                f"an image of {width} x {height} is a single token of this model, which transformers "
+                f"cannot encode alone; scale it beyond {side} pixels"
+            )
+
     def grids(self, image_sizes: Any) -> list[tuple[int, int]]:
         """Returns rows and columns of tokens of each image, given heights and widths in pixels."""
         side = self.patch_size * self.merge
