@@ -18,7 +18,8 @@ from vlm_prune.benchmarks.evaluation.prompts import Prompts, make_prompts
 from vlm_prune.benchmarks.evaluation.records import Variant
 from vlm_prune.benchmarks.evaluation.tables import THREE_WAYS, three_ways
 from vlm_prune.benchmarks.evaluation.timing import timed_generate
-from vlm_prune.benchmarks.report.overlay import kept_overlay
+from vlm_prune.benchmarks.report.gallery import whole_picture
+from vlm_prune.benchmarks.report.overlay import contact_sheet, frame_sheet, kept_overlay
 from vlm_prune.benchmarks.speed.bench import PHASES
 from vlm_prune.benchmarks.stats.table import as_markdown
 from vlm_prune.benchmarks.tasks import TASKS
@@ -28,6 +29,7 @@ from vlm_prune.vlm.chat import render
 from vlm_prune.vlm.common.address import check_address
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.images import open_image
+from vlm_prune.vlm.common.video import VideoClip, is_video, open_video
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.load import load
 from vlm_prune.vlm.trace import Trace
@@ -36,12 +38,16 @@ INSTALL = "pip install 'vlm-prune[demo]'"
 EXAMPLES = (("attribute", 1), ("ocr", 4), ("count", 2), ("relation", 3))
 NEW_TOKENS = 128
 LONGEST = 2000
+FRAMES = 32
+"""Of a video, at most."""
 CaptionedImages = list[tuple[Image.Image, str]]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both answers, the kept tokens on the picture with a caption each, and a table in Markdown."""
+    """Both answers, the kept tokens on the picture, or on a video's frames, with a caption each, and a
+    table in Markdown.
+    """
 
     unpruned: str
     pruned: str
@@ -50,73 +56,87 @@ class Comparison:
 
 
 class Comparer:
-    """Answers a question about an image with the unpruned and with a pruned model.
+    """Answers a question about an image or a video with the unpruned and with a pruned model.
 
     Args:
-        model: of a family whose images have one size.
+        model: of a supported family.
         processor: the model's.
 
     Raises:
-        InputError: if the model is of another family.
+        InputError: if the model is of no supported family.
     """
 
     def __init__(self, model: Any, processor: Any) -> None:
-        if not family_of(model).fixed_size:
-            raise InputError(
-                f"the demo draws on images of one size, which {model.config.model_type} models do "
-                "not have; give a llava"
-            )
-        self.model, self.processor = model, processor
-        self._warm: set[str] = set()
+        self.model, self.processor, self.family = model, processor, family_of(model)
+        self._warm: set[tuple[str, str]] = set()
+
+    @property
+    def methods(self) -> list[str]:
+        """Returns the names of the methods that go with the model's images or videos."""
+        lacks = self.family.lacks
+        return [name for name, method in methods().items() if not method().needs & lacks]
 
     @torch.inference_mode()
     def __call__(
         self, image: str | Path | None, question: str, method: str, budget: str
     ) -> Comparison:
         """Returns the answer with and without pruning; times are those of this one question, after
-        one warm-up of each method.
+        one warm-up of each method on images, and on videos.
 
         Args:
-            image: a file.
+            image: an image file, or a video file, of which 32 frames are read.
             question: about it.
             method: name of a method.
-            budget: tokens per image or a fraction, as text.
+            budget: tokens per image or video or a fraction, as text.
 
         Raises:
             InputError: if one of the arguments is missing or cannot be used with the model.
         """
         if not image:
-            raise InputError("there is no image; upload one or pick an example")
+            raise InputError("there is no image; upload one, or a video, or pick an example")
         if not question.strip():
             raise InputError("there is no question; ask one about the image")
         if len(question) > LONGEST:
             raise InputError(f"the question has {len(question)} characters; at most {LONGEST}")
         pruner = Variant(method.strip(), parse_budget(budget.strip())).build(0)
         pruner.admit(self.model)
-        picture = open_image(image)
-        content = [{"type": "image"}, {"type": "text", "text": question.strip()}]
+        kind = "video" if is_video(image) else "image"
+        medium = open_video(image, FRAMES) if is_video(image) else open_image(image)
+        content = [{"type": kind}, {"type": "text", "text": question.strip()}]
         text = render(
             self.processor, [{"role": "user", "content": content}], add_generation_prompt=True
         )
-        if method not in self._warm:  # allocations, lazy hooks and kernels are not what is timed
-            self._both(make_prompts(self.model, self.processor, [text], [[picture]]), pruner, 1)
-            self._warm.add(method)
-        prompts = make_prompts(self.model, self.processor, [text], [[picture]])
+        if (method, kind) not in self._warm:
+            # allocations, lazy hooks and kernels are not what is timed
+            self._both(self._prompts(text, medium), pruner, 1)
+            self._warm.add((method, kind))
+        prompts = self._prompts(text, medium)
         (unpruned, before, _), (pruned, after, trace) = self._both(prompts, pruner, NEW_TOKENS)
+        assert prompts.vision is not None
+        (available, *_) = prompts.vision.counts
         return Comparison(
             self._text(unpruned),
             self._text(pruned),
-            self._pictures(prompts, trace),
+            self._pictures(medium, prompts, trace),
             as_markdown(
                 [
                     ["ms", "unpruned", "pruned"],
                     *([p, f"{before[p]:.1f}", f"{after[p]:.1f}"] for p in PHASES),
                     ["all", *(f"{sum(times.values()):.1f}" for times in (before, after))],
                     ["answered tokens", str(len(unpruned)), str(len(pruned))],
-                    ["image tokens", *self._tokens(pruner, trace)],
+                    [
+                        f"{kind} tokens",
+                        str(available),
+                        three_ways(pruner.counts(available, trace.layer_tokens)),
+                    ],
                 ]
             ),
         )
+
+    def _prompts(self, text: str, medium: Image.Image | VideoClip) -> Prompts:
+        if isinstance(medium, VideoClip):
+            return make_prompts(self.model, self.processor, [text], [[]], [[medium]])
+        return make_prompts(self.model, self.processor, [text], [[medium]])
 
     def _both(
         self, prompts: Prompts, pruner: Any, most: int
@@ -139,23 +159,41 @@ class Comparer:
     def _text(self, tokens: Tensor) -> str:
         return str(self.processor.decode(tokens, skip_special_tokens=True)).strip()
 
-    def _tokens(self, pruner: Any, trace: Trace) -> tuple[str, str]:
-        full = family_of(self.model).tokens_per_image
-        return str(full), three_ways(pruner.counts(full, trace.layer_tokens))
+    def _pictures(
+        self, medium: Image.Image | VideoClip, prompts: Prompts, trace: Trace
+    ) -> CaptionedImages:
+        """Returns what is kept on the picture or the frames: what enters the language model, then every
+        cut.
 
-    def _pictures(self, prompts: Prompts, trace: Trace) -> CaptionedImages:
-        """Returns the picture as the tower sees it: what enters the
-        language model, then every cut.
+        Where a picture's tokens are no single grid over it, it is shown as it is.
+
+        Args:
+            medium: the picture or video.
+            prompts: about it.
+            trace: of the pruned run.
         """
-        assert prompts.vision is not None and prompts.pixel_values is not None
-        grid = prompts.vision.groups[0].tokens.grid
-        seen = as_seen(prompts.pixel_values[0], self.processor.image_processor)
+        vision = prompts.vision
+        assert vision is not None
+        available, grid, video_grid = vision.counts[0], vision.grids[0], vision.video_grids[0]
         steps = [("before the language model", trace.entered)] if trace.entered else []
         steps += [(f"cut {number}", kept) for number, kept in enumerate(trace.cuts, 1)]
-        return [
-            (kept_overlay(seen, kept[0], grid), f"{name}: {len(kept[0])} of {grid[0] * grid[1]}")
-            for name, kept in steps
-        ]
+        captions = [f"{name}: {len(kept[0])} of {available}" for name, kept in steps]
+        drawn: list[Image.Image] = []
+        for _, (indices, *_) in steps:
+            if isinstance(medium, VideoClip):
+                assert video_grid is not None
+                drawn.append(contact_sheet(medium, indices, video_grid))
+            elif grid is None:
+                drawn.append(medium)
+            else:
+                drawn.append(kept_overlay(self._seen(medium, prompts, grid), indices, grid))
+        return list(zip(drawn, captions, strict=True))
+
+    def _seen(self, picture: Image.Image, prompts: Prompts, grid: tuple[int, int]) -> Image.Image:
+        """Returns what the tower sees of a picture; where its size is the picture's own, the picture."""
+        if self.family.fixed_size and prompts.pixel_values is not None:
+            return as_seen(prompts.pixel_values[0], self.processor.image_processor)
+        return whole_picture(picture, prompts.cropped, grid)
 
 
 def as_seen(pixels: Tensor, image_processor: Any) -> Image.Image:
@@ -180,17 +218,21 @@ def demo_page(compare: Comparer, name: str) -> Any:
         # the page reads the message as HTML, and it repeats what was typed
         return gr.Error(escape(line), print_exception=False)
 
-    def show(path: str) -> Image.Image:
+    def show(path: str) -> tuple[Image.Image, str | None]:
         try:
-            return open_image(path)
+            if not is_video(path):
+                return open_image(path), None
+            return frame_sheet(open_video(path, FRAMES)), path
         except InputError as error:
             raise refused(error, path) from None
 
-    def answer(path: str | None, question: str, method: str | None, budget: str) -> Any:
+    def answer(
+        path: str | None, video: str | None, question: str, method: str | None, budget: str
+    ) -> Any:
         try:
-            found = compare(path, question, method or "", budget)
+            found = compare(video or path, question, method or "", budget)
         except (InputError, torch.OutOfMemoryError) as error:
-            raise refused(error, path) from None
+            raise refused(error, video or path) from None
         return found.unpruned, found.pruned, found.kept, found.times
 
     with gr.Blocks(title="vlm-prune", analytics_enabled=False) as blocks:
@@ -202,22 +244,32 @@ def demo_page(compare: Comparer, name: str) -> Any:
                     label="Image", type="filepath", image_mode=None, format="png",
                     interactive=False, buttons=["fullscreen"], elem_id="image",
                 )  # fmt: skip
-                upload = gr.UploadButton("Upload an image", file_types=["image"])
+                # the file of the video whose frames are shown; a page cannot name another one
+                video = gr.State(None)
+                upload = gr.UploadButton(
+                    "Upload an image or a video", file_types=["image", "video"]
+                )
                 question = gr.Textbox(label="Question", max_length=LONGEST, elem_id="question")
                 with gr.Row():
                     method = gr.Dropdown(
-                        list(methods()), value="zoo", label="Method", allow_custom_value=True,
-                        info="Two joined by + cascade.",
+                        compare.methods, value="zoo" if "zoo" in compare.methods else "divprune",
+                        label="Method", allow_custom_value=True, info="Two joined by + cascade.",
                     )  # fmt: skip
                     budget = gr.Textbox(
-                        "64", label="Budget", info="Tokens per image (64), or a fraction (0.11)."
-                    )
+                        "64" if compare.family.fixed_size else "0.11", label="Budget",
+                        info="Tokens per image or video (64), or a fraction (0.11).",
+                    )  # fmt: skip
                 ask = gr.Button("Ask", variant="primary")
                 samples = [TASKS[task].sample(index) for task, index in EXAMPLES]
                 gr.Examples(
                     [[sample.images[0], sample.turns[-1].text] for sample in samples],
                     [image, question],
                     label="Test scenes",
+                    fn=lambda *_: None,
+                    outputs=[video],
+                    run_on_click=True,
+                    cache_examples=False,
+                    api_visibility="private",
                 )
             with gr.Column():
                 with gr.Row():
@@ -230,11 +282,11 @@ def demo_page(compare: Comparer, name: str) -> Any:
                 gr.Markdown(
                     f"Tokens are {THREE_WAYS}; one that averages others is drawn at one place."
                 )
-        upload.upload(show, upload, image, api_visibility="private")
+        upload.upload(show, upload, [image, video], api_visibility="private")
         gr.on(
             [ask.click, question.submit],
             answer,
-            [image, question, method, budget],
+            [image, video, question, method, budget],
             [unpruned, pruned, kept, times],
             concurrency_limit=1,  # a pruner changes the model while it acts
             api_visibility="private",
@@ -283,7 +335,7 @@ def serve_demo(
         loading: other arguments of `load`.
 
     Raises:
-        InputError: if gradio is not installed, the model is of no use here, or the port is taken.
+        InputError: if gradio is not installed, the model is of no supported family, or the port is taken.
     """
     if find_spec("gradio") is None:
         raise InputError(f"the demo needs gradio: {INSTALL}")

@@ -108,7 +108,7 @@ def _views(media: ShownImages, row: PairedRow) -> list[tuple[Image.Image, tuple[
     each = zip(chain(row.grids, repeat(None)), chain(row.video_grids, repeat(None)), strict=False)
     for medium, (grid, video) in zip(media, each, strict=False):
         if not isinstance(medium, VideoClip):
-            views.append((_seen(medium, row, grid), grid))
+            views.append((whole_picture(medium, row.cropped, grid), grid))
         elif video is not None:
             frames, *sides = video
             for number in spaced(len(medium.frames), frames):
@@ -144,9 +144,15 @@ def _bits(indices: list[int], tokens: int) -> str:
     return base64.b64encode(np.packbits(mask).tobytes()).decode()
 
 
-def _seen(picture: Image.Image, row: PairedRow, grid: tuple[int, int] | None) -> Image.Image:
-    """Returns what the grid covers of a picture, no larger than needed."""
-    if row.cropped and grid is not None:
+def whole_picture(picture: Image.Image, cropped: bool, grid: tuple[int, int] | None) -> Image.Image:
+    """Returns what the grid covers of a picture, no larger than needed.
+
+    Args:
+        picture: as it was given.
+        cropped: whether the model sees only its middle.
+        grid: rows and columns of its tokens; None where they are no single grid.
+    """
+    if cropped and grid is not None:
         picture = ImageOps.fit(picture, (min(picture.size),) * 2)
     return ImageOps.contain(picture, (LARGEST, LARGEST)) if max(picture.size) > LARGEST else picture
 

@@ -56,16 +56,38 @@ def contact_sheet(clip: VideoClip, indices: Tensor, grid: tuple[int, int, int]) 
     kept = indices[indices < frames * size].cpu()
     tiles = []
     for frame, shown in enumerate(spaced(len(clip.frames), frames)):
-        picture = ImageOps.contain(Image.fromarray(clip.frames[shown]), (SMALL, SMALL))
         chosen = kept[kept // size == frame] % size
-        tile = Image.new("RGB", (picture.width, picture.height + CAPTION), "white")
-        tile.paste(kept_overlay(picture, chosen, (rows, columns)), (0, CAPTION))
-        text = f"{clip.times[shown]:.1f} s: {len(chosen)} of {size}"
-        ImageDraw.Draw(tile).text((2, 2), text, "black", ImageFont.load_default(12))
-        tiles.append(tile)
+        picture = kept_overlay(_small(clip, shown), chosen, (rows, columns))
+        tiles.append(_captioned(picture, f"{clip.times[shown]:.1f} s: {len(chosen)} of {size}"))
+    return _side_by_side(tiles)
+
+
+def frame_sheet(clip: VideoClip) -> Image.Image:
+    """Returns the frames of a video side by side, each with its time."""
+    return _side_by_side(
+        [
+            _captioned(_small(clip, number), f"{seconds:.1f} s")
+            for number, seconds in enumerate(clip.times)
+        ]
+    )
+
+
+def _small(clip: VideoClip, number: int) -> Image.Image:
+    return ImageOps.contain(Image.fromarray(clip.frames[number]), (SMALL, SMALL))
+
+
+def _captioned(picture: Image.Image, text: str) -> Image.Image:
+    tile = Image.new("RGB", (picture.width, picture.height + CAPTION), "white")
+    tile.paste(picture, (0, CAPTION))
+    ImageDraw.Draw(tile).text((2, 2), text, "black", ImageFont.load_default(12))
+    return tile
+
+
+def _side_by_side(tiles: list[Image.Image]) -> Image.Image:
+    """Returns pictures of one size as one that is about as wide as high."""
     width, height = tiles[0].size
-    across = ceil(sqrt(frames * height / width))
-    sheet = Image.new("RGB", (across * width, ceil(frames / across) * height), "white")
+    across = ceil(sqrt(len(tiles) * height / width))
+    sheet = Image.new("RGB", (across * width, ceil(len(tiles) / across) * height), "white")
     for number, tile in enumerate(tiles):
         sheet.paste(tile, (number % across * width, number // across * height))
     return sheet

@@ -2,13 +2,14 @@
 
 import socket
 import sys
-from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_families import Tiny
+from video_files import write_clip
 
 from vlm_prune.benchmarks.report.demo import Comparer, as_seen, demo_page, launch
 from vlm_prune.benchmarks.report.overlay import kept_overlay
@@ -80,10 +81,44 @@ def test_what_cannot_be_asked(compare, scene, change, message):
         compare(**given)
 
 
-def test_images_of_several_sizes_are_refused():
-    of_any_size = SimpleNamespace(config=SimpleNamespace(model_type="qwen2_5_vl"))
-    with pytest.raises(InputError, match="which qwen2_5_vl models do not have"):
-        Comparer(of_any_size, None)
+@pytest.mark.parametrize(
+    ("family", "tiles"), [("qwen2_5_vl", False), ("llava_next", True), ("gemma3", False)]
+)
+def test_models_with_images_of_any_size(family, tiles, tmp_path):
+    """Where tokens are one grid over the image they are drawn, else the picture is as it was."""
+    tiny = Tiny(family)
+    compare = Comparer(tiny.model, tiny.processor)
+    assert "downsample" not in compare.methods and "divprune" in compare.methods
+    Image.effect_noise((112, 84), 90).convert("RGB").save(tmp_path / "noise.png")
+    found = compare(tmp_path / "noise.png", "Is it red?", "divprune", "0.5")
+    ((picture, caption),) = found.kept
+    tokens = int(caption.rsplit(" ", 1)[1])
+    assert caption == f"before the language model: {round(tokens / 2)} of {tokens}"
+    pale = np.asarray(picture).min() >= 190 and not tiles
+    assert not pale and found.times.splitlines()[-1].startswith(f"| image tokens | {tokens} |")
+    with Image.open(tmp_path / "noise.png") as noise:
+        unchanged = picture.size == noise.size and np.array_equal(picture, noise.convert("RGB"))
+    assert unchanged == tiles
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl"])
+def test_frames_of_a_video_are_drawn_side_by_side(family, tmp_path):
+    pytest.importorskip("av")
+    write_clip(tmp_path / "clip.mp4", range(0, 800, 100))
+    tiny = Tiny(family)
+    found = Comparer(tiny.model, tiny.processor)(tmp_path / "clip.mp4", "Is it red?", "evs", "0.5")
+    ((sheet, caption),) = found.kept
+    assert caption.startswith("before the language model: ") and sheet.width > 400
+    assert "| video tokens |" in found.times
+    with pytest.raises(InputError, match="needs a fixed image size"):
+        Comparer(tiny.model, tiny.processor)(tmp_path / "clip.mp4", "x", "downsample", "0.5")
+
+
+def test_a_video_for_a_model_of_images_is_refused(compare, tmp_path):
+    pytest.importorskip("av")
+    write_clip(tmp_path / "clip.mp4", range(0, 800, 100))
+    with pytest.raises(InputError, match="take no videos"):
+        compare(tmp_path / "clip.mp4", "Is it red?", "zoo", "64")
 
 
 def test_an_overlay_follows_its_grid():
@@ -195,6 +230,28 @@ def test_the_page_takes_an_upload(tab, errors, tmp_path):
     tab.wait_for_function("old => document.querySelector('#image img').src !== old", arg=before)
     tab.get_by_label("Budget").fill("16")
     ask(tab, tab.get_by_role("cell", name="/ 16.0 /"))
+    assert errors == []
+
+
+def test_the_page_takes_a_video_and_an_example_after_it(tab, errors, tmp_path):
+    """The embedded model takes images alone: its refusal shows which of the two was asked about."""
+    pytest.importorskip("av")
+    write_clip(tmp_path / "clip.mp4", range(0, 800, 100))
+    shown = "document.querySelector('#image img')?.src"
+    before = tab.evaluate(shown)
+    tab.locator("input[type=file]").set_input_files(tmp_path / "clip.mp4")
+    tab.wait_for_function(f"old => {shown} && {shown} !== old", arg=before)
+    tab.get_by_label("Question").fill("Is it red?")
+    ask(tab, tab.get_by_text("take no videos").first)
+    question = TASKS["ocr"].sample(4).turns[-1].text
+    tab.get_by_text(question).first.click()
+    tab.wait_for_function(
+        "text => document.querySelector('#question textarea').value === text", arg=question
+    )
+    tab.get_by_label("Method").fill("divprune")
+    tab.get_by_label("Method").press("Enter")
+    tab.get_by_label("Budget").fill("48")
+    ask(tab, tab.get_by_role("cell", name="/ 48.0 /"))
     assert errors == []
 
 
