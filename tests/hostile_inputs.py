@@ -246,7 +246,7 @@ OTHER: dict[tuple[str, str], tuple[str, ...]] = {
     ("compare", "--method"): ("zo", ",", "zoo,zoo", "zoo+zoo", "[red]zoo[/red]"),
     ("bench", "--method"): ("zo", ",", "zoo+zoo", "[red]zoo[/red]"),
     ("bench", "--wings"): ("0", "x", "-1"),
-    ("bench", "--attention"): ("zo", "", ",", "recycled", "pooled,zo", "[red]local[/red]"),
+    ("bench", "--attention"): ("zo", "", ",", "act", "pooled,zo", "[red]local[/red]"),
     ("bench", "--attention-tokens"): ("0", "-1", "", ",", "4k", "600,x"),
     ("train-wings train", "--data"): (
         "{missing.json}", "{nested.json}", "{null.json}", "{empty.json}", "{rows.json}", "{pipe}", "{empty}",

@@ -55,8 +55,8 @@ def test_bench_reports_every_phase_of_both_models(run, tmp_path, method):
 def test_sparse_attention_is_timed_beside_sdpa(run, tmp_path):
     lengths = ["--attention-tokens", "500,900", "--layers", "2", "--repeats", "1"]
     code, out, err = run(
-        "bench", "--attention", "prism,random-blocks", *lengths, "--density", "0.4",
-        "--method-args", "block=16", "--output", tmp_path,
+        "bench", "--attention", "prism,random-blocks,dhsa,seer,recycled", *lengths, "--density", "0.4",
+        "--method-args", "block=16,refresh=4", "--output", tmp_path,
     )  # fmt: skip
     assert code == 0, err
     results = json.loads((tmp_path / "bench.json").read_text())
@@ -72,11 +72,18 @@ def test_sparse_attention_is_timed_beside_sdpa(run, tmp_path):
             assert 1 < speed["promised"] < 2.5
             # what the tower takes brings it nearer to 1
             assert abs(speed["first_token"] - 1) < abs(speed["layer"] - 1)
-    assert set(results["crossover"]) == {"prism", "random-blocks"}
+        # a full step and three of two fifths of the keys
+        step = length["steps"]["recycled"]
+        assert step["density"] == pytest.approx((3 * 0.4 + 1) / 4, abs=0.02)
+        base = length["dense_step"]["attention_ms"]["median"]
+        assert step["attention_speedup"] == pytest.approx(base / step["attention_ms"]["median"])
+    assert set(results["crossover"]) == {"prism", "random-blocks", "dhsa", "seer", "recycled"}
+    assert results["image_tokens"] == 576
     assert "| 900 | prism | 0.4" in (tmp_path / "bench.md").read_text() and "SDPA" in out
     for wrong, says in (
         (["--attention", "poled"], "did you mean 'pooled'"),
-        (["--attention", "recycled"], "chooses no blocks of a prefill"),
+        (["--attention", "act"], "leaves nothing out of a prefill or a decoding step"),
+        (["--attention", "local,local"], "is named twice: local"),
         (["--attention", "local", "--wings", "2"], "leave out --engine, --wings"),
         (["--attention", "local", "--attention-tokens", "4k"], "attention-tokens '4k' is no list"),
         (["--attention", "local", "--density", "2"], "density 2.0 is no share"),
