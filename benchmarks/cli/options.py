@@ -35,7 +35,7 @@ MethodArgs = Annotated[str, typer.Option(help="Hyperparameters, name=value,...")
 Tasks = Annotated[
     str,
     typer.Option(
-        help="Names, comma-separated, lmms-eval's included, or 'visual', 'video' or 'all'."
+        help="Names, comma-separated, lmms-eval's included, or 'visual', 'video', 'album' or 'all'."
     ),
 ]
 Limit = Annotated[int, typer.Option(min=1, help="Questions in all, spread evenly over the tasks.")]
@@ -208,12 +208,13 @@ def parse_tasks(text: str) -> tuple[str, ...]:
     `InputError` for unknown ones.
     """
     from vlm_prune.benchmarks.lmms_eval import check_tasks
-    from vlm_prune.benchmarks.tasks import TASKS, VIDEO, VISUAL
+    from vlm_prune.benchmarks.tasks import ALBUM, TASKS, VIDEO, VISUAL
 
     groups = {
         "visual": VISUAL,
         "video": VIDEO,
-        "all": tuple(name for name in TASKS if name not in VIDEO),
+        "album": ALBUM,
+        "all": tuple(name for name in TASKS if name not in VIDEO + ALBUM),
     }
     names = groups.get(text) or tuple(name for name in text.split(",") if name)
     if not names:

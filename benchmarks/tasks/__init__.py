@@ -1,6 +1,7 @@
 """The embedded tasks: offline, deterministic, small enough for a CPU."""
 
 from vlm_prune.benchmarks.tasks import (
+    anywhere,
     appears,
     attribute,
     choice,
@@ -11,10 +12,12 @@ from vlm_prune.benchmarks.tasks import (
     hallucination,
     iit,
     middle,
+    needle,
     ocr,
     order,
     passes,
     relation,
+    tally,
     text,
 )
 from vlm_prune.benchmarks.tasks.base import Question, Sample, Split, Task, Turn
@@ -40,11 +43,16 @@ TASKS: Registry[Task] = Registry(
             middle,
             event,
             order,
+            needle,
+            anywhere,
+            tally,
         )
     },
 )
 VISUAL = ("exist", "attribute", "ocr", "count", "relation", "choice")
 VIDEO = ("appears", "passes", "direction", "middle", "event", "order")
 """Tasks about videos, for models that take them."""
+ALBUM = ("needle", "anywhere", "tally")
+"""Tasks about six images in one prompt: in one of them, in any, and in all."""
 
-__all__ = ["TASKS", "VIDEO", "VISUAL", "Question", "Sample", "Split", "Task", "Turn"]
+__all__ = ["ALBUM", "TASKS", "VIDEO", "VISUAL", "Question", "Sample", "Split", "Task", "Turn"]

@@ -15,6 +15,7 @@ from vlm_prune.pruning.attention.compose import with_attention
 from vlm_prune.pruning.attention.dhsa import DHSA
 from vlm_prune.pruning.attention.hip import HiP
 from vlm_prune.pruning.attention.local import Local
+from vlm_prune.pruning.attention.oracle import OracleBlocks
 from vlm_prune.pruning.attention.own_frame import OwnFrame
 from vlm_prune.pruning.attention.pooled import Pooled
 from vlm_prune.pruning.attention.power import PowerAttention
@@ -34,6 +35,7 @@ ATTENTION: Registry[type[SparseAttention]] = Registry(
     {
         "local": Local,
         "random-blocks": RandomBlocks,
+        "oracle": OracleBlocks,
         "power": PowerAttention,
         "s2": S2Attention,
         "own-frame": OwnFrame,
@@ -78,6 +80,7 @@ __all__ = [
     "HeadCalibration",
     "HiP",
     "Local",
+    "OracleBlocks",
     "OwnFrame",
     "Pooled",
     "PowerAttention",

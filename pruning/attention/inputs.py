@@ -1,5 +1,6 @@
 """Queries and keys of one prompt in one layer, as methods of sparse attention see them."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -56,6 +57,18 @@ class AttentionInputs:
         """Returns the means of queries (G, H / G, n / block, d) and keys (G, n / block, d), in fp32."""
         query = self.grouped.unflatten(2, (-1, block)).mean(3, dtype=torch.float32)
         return query, self.key.unflatten(1, (-1, block)).mean(2, dtype=torch.float32)
+
+    def block_rows(self, block: int) -> Iterator[Tensor]:
+        """Yields the causal attention of each block of queries to the keys up to its end,
+        (G, H / G, block, keys), in fp32.
+        """
+        index = torch.arange(self.length, device=self.key.device)
+        key = self.key[:, None].float().transpose(-1, -2)
+        for end in range(block, self.length + 1, block):
+            rows = slice(end - block, end)
+            scores = self.grouped[:, :, rows].float() @ key[..., :end] * self.scaling
+            later = index[:end] > index[rows, None]
+            yield scores.masked_fill(later, -torch.inf).softmax(-1)
 
 
 def blocks_before(blocks: int, device: torch.device) -> Tensor:

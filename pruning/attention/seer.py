@@ -174,16 +174,10 @@ def pooled_attention(inputs: AttentionInputs, block: int) -> Tensor:
         inputs: queries and keys.
         block: tokens of a block.
     """
-    blocks, length = inputs.length // block, inputs.length
+    blocks = inputs.length // block
     found = torch.zeros(inputs.groups, blocks, blocks, device=inputs.key.device)
-    index = torch.arange(length, device=inputs.key.device)
-    key = inputs.key[:, None].float().transpose(-1, -2)
-    for number in range(blocks):
-        # rows of one query block with the keys up to its end
-        rows, end = slice(number * block, (number + 1) * block), (number + 1) * block
-        scores = inputs.grouped[:, :, rows].float() @ key[..., :end] * inputs.scaling
-        scores = scores.masked_fill(index[:end] > index[rows, None], -torch.inf).softmax(-1)
-        largest = scores.amax((1, 2)).unflatten(1, (-1, block)).amax(2)
+    for number, weights in enumerate(inputs.block_rows(block)):
+        largest = weights.amax((1, 2)).unflatten(1, (-1, block)).amax(2)
         found[:, number, : number + 1] = largest / largest.sum(-1, keepdim=True)
     return found
 

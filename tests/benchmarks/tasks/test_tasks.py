@@ -9,13 +9,17 @@ import pytest
 
 from vlm_prune.benchmarks.evaluation.engine import most_new_tokens
 from vlm_prune.benchmarks.tasks import (
+    ALBUM,
     TASKS,
     VISUAL,
+    anywhere,
     choice,
     count,
     exist,
     hallucination,
+    needle,
     relation,
+    tally,
 )
 from vlm_prune.benchmarks.tasks.base import SPLITS
 from vlm_prune.benchmarks.tasks.scenes import (
@@ -214,3 +218,29 @@ def test_conversations_have_the_turns_of_their_setting() -> None:
 
 def _answers(name: str, number: int) -> list[str]:
     return [TASKS[name].sample(index, split="val").answer for index in range(number)]
+
+
+def test_questions_about_an_album_have_one_answer() -> None:
+    subsets = Counter[str]()
+    for index in range(14):
+        rng = np.random.default_rng(index)
+        scenes = [make_scene(rng, "val", 2) for _ in range(6)]
+        things = [(number, thing) for number, s in enumerate(scenes) for thing in s.things]
+        question = needle.ask(rng, scenes)
+        assert question is not None
+        (found,) = [(n, t) for n, t in things if question.text == f"What color is the {t.noun}?"]
+        assert (f"image {found[0] + 1}", found[1].color) == (question.subset, question.answer)
+        subsets[question.subset] += 1
+        there = anywhere.ask(rng, scenes)
+        shown = any(there.text == f"Is there a {thing.noun}?" for _, thing in things)
+        assert there.answer == ("yes" if shown else "no")
+        subsets[there.answer] += 1
+        count = tally.ask(rng, scenes)
+        assert count.answer == str(sum(thing.kind == count.subset for _, thing in things))
+    # the needle is in several images, and some answers are no
+    assert len(subsets) > 5 and min(subsets["yes"], subsets["no"]) > 3
+    for name in ALBUM:
+        first, second = (TASKS[name].sample(3, seed=1, split="val") for _ in range(2))
+        assert len(first.images) == 6 and first.answer == second.answer
+        assert all(map(np.array_equal, first.images, second.images))
+        assert TASKS[name].score(first.answer, first.answer) == 1.0

@@ -389,6 +389,28 @@ def test_xattention_with_a_stride_of_one_sums_attention_itself():
         torch.testing.assert_close(ours[h], sums, atol=1e-5, rtol=1e-5)
 
 
+def test_the_oracle_keeps_the_blocks_that_attention_pays_most():
+    given = inputs()
+    blocks, causal = blocks_of(given), torch.ones(given.length, given.length).tril().bool()
+    sums = torch.zeros(H, blocks, blocks)
+    for h in range(H):
+        scores = given.query[h] @ given.key[h * G // H].T * SCALE
+        attention = scores.masked_fill(~causal, -torch.inf).softmax(-1)
+        for i, j in itertools.product(range(blocks), range(blocks)):
+            tile = attention[i * BLOCK : (i + 1) * BLOCK, j * BLOCK : (j + 1) * BLOCK]
+            sums[h, i, j] = tile.sum() / BLOCK
+    oracle = short("oracle", density=0.7, share="head")
+    torch.testing.assert_close(oracle.scores(given), sums, atol=1e-6, rtol=1e-4)
+    shared = short("oracle", density=0.7).scores(given)
+    torch.testing.assert_close(shared, sums.unflatten(0, (G, -1)).mean(1), atol=1e-6, rtol=1e-4)
+    # no other choice of as many blocks gets more
+    kept = {
+        name: float((sums * short(name, density=0.7, share="head").select(given).keep).sum())
+        for name in ("oracle", "pooled", "random-blocks")
+    }
+    assert kept["oracle"] > kept["pooled"] > kept["random-blocks"] > 0
+
+
 def test_sale_s_thresholds_are_halved_until_a_head_is_near_dense_attention():
     draw = torch.Generator().manual_seed(5)
     prompts = [inputs(seed=3), inputs(3 * BLOCK + TAIL, seed=4)]
