@@ -303,11 +303,19 @@ def test_a_manifest_names_paths_and_prompts(tmp_path, kind):
         find_images(file, "blue?")
 
 
-def test_videos_are_rows_where_the_model_takes_them(tmp_path):
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llava_onevision",
+        "internvl",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("smolvlm", "qwen3_vl")),
+    ],
+)
+def test_videos_are_rows_where_the_model_takes_them(family, tmp_path):
     """Decoded as `answer` reads them; models for images alone do not list them in a folder."""
     pytest.importorskip("av")
     pytest.importorskip("torchvision")
-    tiny, folder, checkpoint = Tiny("llava_onevision"), tmp_path / "in", tmp_path / "model"
+    tiny, folder, checkpoint = Tiny(family), tmp_path / "in", tmp_path / "model"
     tiny.model.save_pretrained(checkpoint)
     tiny.processor.save_pretrained(checkpoint)
     folder.mkdir()
