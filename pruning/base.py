@@ -78,7 +78,6 @@ class Pruner(ABC):
         if getattr(self, name) not in allowed:
             raise InputError(unknown(name, str(getattr(self, name)), allowed))
 
-    @abstractmethod
     def __call__(
         self, model: Any, vision: Images | None = None, video_frames: Sequence[int] | None = None
     ) -> AbstractContextManager[Trace]:
@@ -91,6 +90,9 @@ class Pruner(ABC):
             video_frames: the number of frames of each video of the prompt in its order, 0 for an image;
                 for models to which frames are images, which are each by themselves unless given.
         """
+        family = self.admit(model)
+        frames = self.frames_on(family, vision, video_frames)
+        return pruned(model, *self.parts(family, vision), video_frames=frames)
 
     def parts(
         self, family: Family, vision: Images | None
@@ -102,7 +104,8 @@ class Pruner(ABC):
             vision: as for a call.
 
         Raises:
-            InputError: if that cannot be told, as the method does more than this.
+            InputError: if that cannot be told, as the method does more than this and has a `__call__` of its
+                own.
         """
         raise InputError(
             f"{type(self).__name__} is more than a choice of tokens before or inside the language "
@@ -267,13 +270,6 @@ class VisionPruner(Pruner):
             return tokens
         return min(wanted, tokens - (vision.available > tokens))
 
-    def __call__(
-        self, model: Any, vision: Images | None = None, video_frames: Sequence[int] | None = None
-    ) -> AbstractContextManager[Trace]:
-        family = self.admit(model)
-        frames = self.frames_on(family, vision, video_frames)
-        return pruned(model, *self.parts(family, vision), video_frames=frames)
-
     def parts(
         self, family: Family, vision: Images | None
     ) -> tuple[BeforeModel | None, InsideModel | None]:
@@ -406,13 +402,6 @@ class DecoderPruner(Pruner):
         if self.counted == "at the cut":
             layer_tokens = [*layer_tokens[1:], layer_tokens[-1]]
         return sum(layer_tokens) / len(layer_tokens)
-
-    def __call__(
-        self, model: Any, vision: Images | None = None, video_frames: Sequence[int] | None = None
-    ) -> AbstractContextManager[Trace]:
-        family = self.admit(model)
-        frames = self.frames_on(family, vision, video_frames)
-        return pruned(model, *self.parts(family, vision), video_frames=frames)
 
     def parts(
         self, family: Family, vision: Images | None

@@ -1,10 +1,9 @@
 """Methods made of other methods: one before and one inside the language model, or with merging."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ from vlm_prune.pruning.base import DecoderPruner, PositionRule, Pruner, Stage, V
 from vlm_prune.pruning.divprune import DivPrune
 from vlm_prune.pruning.select import averaged, others
 from vlm_prune.pruning.zoo import ZooExact
-from vlm_prune.vlm.block import pruned
 from vlm_prune.vlm.budget import Budget, tokens_for, widened
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.encoded import Images
@@ -23,7 +21,6 @@ from vlm_prune.vlm.families import Family, Need
 from vlm_prune.vlm.layer_pruning import Cut, InsideModel
 from vlm_prune.vlm.prompt_pruning import BeforeModel, Positions
 from vlm_prune.vlm.tokens import DecoderTokens, Kept, VisionTokens, take
-from vlm_prune.vlm.trace import Trace
 
 
 def check_before_model(method: object) -> None:
@@ -108,13 +105,6 @@ class Cascade(Pruner):
     @property
     def needs(self) -> frozenset[Need]:
         return self.pre.needs | self.inside.needs
-
-    def __call__(
-        self, model: Any, vision: Images | None = None, video_frames: Sequence[int] | None = None
-    ) -> AbstractContextManager[Trace]:
-        family = self.admit(model)
-        frames = self.frames_on(family, vision, video_frames)
-        return pruned(model, *self.parts(family, vision), video_frames=frames)
 
     def parts(
         self, family: Family, vision: Images | None

@@ -1,7 +1,6 @@
 """In-context re-ranking: images by the attention of a question less that of an empty one."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
@@ -15,7 +14,6 @@ from vlm_prune.pruning.base import PositionRule, Pruner, Stage
 from vlm_prune.pruning.divprune import DivPrune
 from vlm_prune.pruning.none import NoPruning
 from vlm_prune.pruning.received import from_rows
-from vlm_prune.vlm.block import pruned
 from vlm_prune.vlm.chat import encode_prompts, render
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.encoded import Images
@@ -24,7 +22,6 @@ from vlm_prune.vlm.layer_pruning import InsideModel
 from vlm_prune.vlm.layout import alike, image_rows
 from vlm_prune.vlm.probe import question_rows
 from vlm_prune.vlm.prompt_pruning import BeforeModel, PromptItems
-from vlm_prune.vlm.trace import Trace
 
 OUTLIER = 2.0
 NO_QUESTION = "N/A"
@@ -118,13 +115,6 @@ class ICR(Pruner):
         if before is None:
             before = NoPruning(positions=self.positions).before_model(family, vision)
         return replace(before, shown=partial(self.shown, family.model)), inside
-
-    def __call__(
-        self, model: Any, vision: Images | None = None, video_frames: Sequence[int] | None = None
-    ) -> AbstractContextManager[Trace]:
-        family = self.admit(model)
-        frames = self.frames_on(family, vision, video_frames)
-        return pruned(model, *self.parts(family, vision), video_frames=frames)
 
     def shown(self, model: Any, items: PromptItems) -> list[Tensor]:
         """Returns which placeholders of each image or video belong to the images and frames that stay,
