@@ -19,6 +19,8 @@ from vlm_prune.kernels.token_sensitivity import (
 )
 from vlm_prune.kernels.token_sensitivity.reference import (
     mean_lengths,
+    mean_lengths_in_bf16,
+    multiplies_bf16,
     pre_activation,
     quadratic,
     slopes,
@@ -36,6 +38,8 @@ Estimator = Literal["auto", "difference", "derivative"]
 Result = TypeVar("Result")
 FEW = 8  # tokens that are computed together
 MARGIN = 4.0
+SCREENED = 64  # tokens that are computed before all are looked at in low precision
+TOLERANCE = 2**-9  # of a length, around what low precision gives
 ROUNDING = 1e-5  # of the largest quadratic form: more than single precision loses
 
 
@@ -199,6 +203,10 @@ class BoundedSensitivity:
     bound says nothing from below, all tokens are computed that would be smaller if their mean fell
     short of its bound `MARGIN` times as far as any token's so far.
 
+    Where these bounds do not decide, and the processor has matrix units for bfloat16, the lengths of all
+    tokens are computed in it once. From then on those unknown lie within a tolerance of these, which is
+    `MARGIN` times the largest deviation of a token that is known, and `TOLERANCE` at least.
+
     Args:
         slope: d of each token, (N, h).
         shifts: S, (m, h).
@@ -206,6 +214,8 @@ class BoundedSensitivity:
         values: bounds, and sensitivities where these are `known`, (N,).
         known: which tokens' sensitivity is computed, (N,).
         shortfall: the largest share by which one fell short of its bound.
+        rough: lengths in bfloat16, (N,); None until they are computed.
+        tolerance: around these, a share.
     """
 
     slope: Tensor
@@ -214,6 +224,11 @@ class BoundedSensitivity:
     values: Tensor
     known: Tensor
     shortfall: float = 0.0
+    rough: Tensor | None = None
+    tolerance: float = TOLERANCE
+
+    def __post_init__(self) -> None:
+        self.bounds = self.values.clone()
 
     @classmethod
     def of(cls, features: Tensor, weights: Weights, act: Map, bank: Tensor) -> list[Self]:
@@ -248,6 +263,31 @@ class BoundedSensitivity:
         )
         self.shortfall = max(self.shortfall, float((1 - lengths / bounds).nan_to_num(0).max()))
         self.values[tokens], self.known[tokens] = lengths, True
+        if self.rough is None and self.is_screened:
+            self.rough = mean_lengths_in_bf16(self.slope, self.shifts, self.root).to(self.values)
+        if self.rough is not None:
+            self.narrow(self.rough)
+
+    @property
+    def is_screened(self) -> bool:
+        """Returns whether it is time to look at all tokens in low precision, and quick."""
+        return int(self.known.sum()) >= SCREENED and multiplies_bf16(self.slope.device)
+
+    def narrow(self, rough: Tensor) -> None:
+        """Sets the tolerance around lengths in low precision (N,), and the bounds of tokens that are not
+        known to its upper end.
+        """
+        away = torch.where(self.known, (self.values / rough - 1).abs(), 0).nan_to_num(0)
+        self.tolerance = max(self.tolerance, MARGIN * float(away.max()))
+        upper = torch.minimum(self.bounds, rough * (1 + self.tolerance))
+        self.values = torch.where(self.known, self.values, upper)
+
+    def reach(self) -> Tensor:
+        """Returns how low the sensitivity of each token may be, (N,)."""
+        if self.rough is not None:
+            return self.rough * (1 - self.tolerance)
+        # if it falls short of its bound as far as `MARGIN` allows
+        return self.values * max(0.0, 1 - MARGIN * self.shortfall)
 
     def largest(self) -> Tensor:
         """Returns the largest sensitivity, ()."""
@@ -259,11 +299,10 @@ class BoundedSensitivity:
         """Returns the smallest sensitivity, ()."""
         while True:
             least = self.values.masked_fill(~self.known, torch.inf).min()
-            # how low a sensitivity may be if it falls short of its bound as far as `MARGIN` allows
-            reach = self.values * max(0.0, 1 - MARGIN * self.shortfall)
+            reach = self.reach()
             if self.known.any() and not (~self.known & (reach <= least)).any():
                 return least
-            self.compute(-self.values)
+            self.compute(-reach)
 
     def diverse(self, similarity: Tensor, k: int) -> Tensor:
         """Returns what `select.diverse` chooses of sensitivities scaled to [0, 1], (k,) in that order.

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.functional import cosine_similarity, gelu
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
+from vlm_prune.kernels.token_sensitivity.reference import mean_lengths, mean_lengths_in_bf16
 from vlm_prune.pruning.select import diverse, min_max
 from vlm_prune.pruning.zoo import BoundedSensitivity, Zoo, ZooExact
 from vlm_prune.vlm.common.errors import InputError
@@ -115,6 +116,39 @@ def test_tokens_that_are_not_computed_would_not_be_chosen(widths, arguments, mon
         tokens += 2 * 200
     # lengths that differ much between directions leave little to bound
     assert sum(computed) < (1.01 if "rank" in arguments else 0.6) * tokens
+
+
+@pytest.mark.parametrize("widths", [(24, 150, 140), (40, 30, 200)], ids=str)
+@pytest.mark.parametrize("directions", [3, 64])
+def test_tokens_that_low_precision_rules_out_would_not_be_chosen(widths, directions, monkeypatch):
+    """On any processor, as if it had matrix units for bfloat16; fewer are computed than by bounds alone."""
+    known = {True: 0, False: 0}
+    diverse_of = BoundedSensitivity.diverse
+    for quick in (False, True):
+
+        def counted(self, *arguments, quick=quick):
+            chosen = diverse_of(self, *arguments)
+            known[quick] += int(self.known.sum())
+            assert (self.rough is not None) == quick
+            return chosen
+
+        monkeypatch.setattr(BoundedSensitivity, "diverse", counted)
+        monkeypatch.setattr("vlm_prune.pruning.zoo.multiplies_bf16", lambda device, q=quick: q)
+        torch.manual_seed(sum(widths))
+        for budget in (64, 90):
+            vision = random_tokens(300, widths)
+            pruner = Zoo(budget=budget, directions=directions)
+            full = diverse(min_max(pruner.sensitivity(vision)), vision.projected, budget)
+            assert pruner.product(vision, budget).tolist() == full.tolist()
+    assert known[True] < known[False]
+
+
+@torch.no_grad()
+def test_lengths_in_low_precision_are_near_the_exact_ones():
+    torch.manual_seed(5)
+    slope, shifts, root = torch.rand(50, 96), torch.randn(64, 96), torch.randn(80, 96).triu()
+    exact, rough = mean_lengths(slope, shifts, root), mean_lengths_in_bf16(slope, shifts, root)
+    assert rough.dtype == torch.float32 and 0 < (rough / exact - 1).abs().max() < 2**-10
 
 
 @torch.no_grad()
