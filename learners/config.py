@@ -42,6 +42,8 @@ class WingsConfig:
             with a bias and a SiLU (the code); `none` adds both learners with weight 1.
         max_positions: sequence length the router has weights for.
         scale: what the learners' sum is multiplied by; the code in effect uses 2.
+        stride: learners in every `stride`-th decoder layer, the last of each group; 1 is all of
+            `layers`' default.
 
     Raises:
         InputError: for a value out of range.
@@ -58,9 +60,10 @@ class WingsConfig:
     router: RouterKind = "mean"
     max_positions: int = 4096
     scale: float = 1.0
+    stride: int = 1
 
     def __post_init__(self) -> None:
-        for field in ("rank", "max_positions"):
+        for field in ("rank", "max_positions", "stride"):
             if getattr(self, field) < 1:
                 raise InputError(f"{field} {getattr(self, field)} is out of range; give 1 or more")
         if self.skip_text < 0:
@@ -81,6 +84,8 @@ class WingsConfig:
             raise InputError(f"scale {self.scale} is not finite")
         if self.layers is not None and len(set(self.layers)) < len(self.layers):
             raise InputError(f"layers {self.layers} must name each layer once")
+        if self.layers is not None and self.stride > 1:
+            raise InputError(f"give layers or a stride, not layers {self.layers} and a stride")
         if not self.modalities or len(set(self.modalities)) < len(self.modalities):
             raise InputError(f"modalities {self.modalities} must name each learner once")
 
@@ -95,10 +100,15 @@ class WingsConfig:
         Raises:
             InputError: when one lies outside a stack of `depth` layers.
         """
-        layers = tuple(range(depth)) if self.layers is None else self.layers
+        every = tuple(range(self.stride - 1, depth, self.stride))
+        layers = every if self.layers is None else self.layers
         wrong = [layer for layer in layers if not 0 <= layer < depth]
         if wrong:
             raise InputError(f"layers {wrong} are outside the stack; give 0 to {depth - 1}")
+        if not layers:
+            raise InputError(
+                f"a stride of {self.stride} leaves none of {depth} layers with learners"
+            )
         return layers
 
     @classmethod

@@ -141,10 +141,12 @@ def prepare(
         attach(model, learners, seed=run.recipe.seed)
         if finished and (before / "wings").is_dir():
             earlier, weights = read_adapter(model, before / "wings")
-            if (earlier.rank, earlier.layers) != (learners.rank, learners.layers):
+            depth = len(family_of(model).decoder.layers)
+            found, wanted = ((c.rank, c.layers_of(depth)) for c in (earlier, learners))
+            if found != wanted:
                 raise InputError(
-                    f"{before} has learners of rank {earlier.rank} in layers "
-                    f"{earlier.layers or 'all'}; give the same"
+                    f"{before} has learners of rank {found[0]} in layers "
+                    f"{', '.join(map(str, found[1]))}; give the same"
                 )
             load_adapter_state(model, weights, strict=False)
     return model, processor, open_parameters(model, method, stage), lora

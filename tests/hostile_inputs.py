@@ -235,6 +235,8 @@ ODD: dict[str, tuple[str, ...]] = {
     "--text-ratio": ("-1", "2", "nan", "x"),
     "--threads": COUNTS,
     "--wings": ("/nowhere", "", "{empty}", "{image}", "{run}", "{adapter}"),
+    "--stride": COUNTS,
+    "--wings-stride": COUNTS,
     "--workers": COUNTS,
 }  # fmt: skip
 
@@ -290,6 +292,7 @@ ALSO: dict[tuple[str, str], tuple[str, ...]] = {
     ("train-wings", "--base"): ("--experiment", "forgetting", "--quick", "--output", "{new}/forgetting"),
     ("train-wings", "--jobs"): ("--experiment", "forgetting", "--quick", "--output", "{new}/forgetting"),
     ("bench", "--layers"): ("--model-shape", "tiny"),
+    ("bench", "--wings-stride"): ("--model-shape", "tiny", "--wings", "8"),
     ("continual train", "--retention"): ("--stream", "packaged"),
     ("continual train", "--pretrained"): ("--model", "ViT-B-32"),
 }  # fmt: skip

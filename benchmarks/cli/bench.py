@@ -51,6 +51,9 @@ def bench_command(
     wings: Annotated[
         int | None, typer.Option(min=1, help="Time Wings' learners of this rank, not a method.")
     ] = None,
+    wings_stride: Annotated[
+        int, typer.Option(min=1, help="With --wings: learners in every so many layers.")
+    ] = 1,
     engine: Annotated[
         str, typer.Option(help="hf, or vllm: requests per second and time to the first token.")
     ] = "hf",
@@ -158,7 +161,7 @@ def bench_command(
         )  # fmt: skip
         lines, table = serving_summary(results), serving_rows(results)
     elif wings is not None:
-        results = bench_wings(config, wings)
+        results = bench_wings(config, wings, wings_stride)
         lines, table = about_wings(results), wings_rows(results)
     elif len(variants) == 1:
         (results,) = measure(config, variants)

@@ -71,6 +71,9 @@ def train_wings_command(
     micro_batch: Annotated[int, typer.Option(min=1, help="Samples per forward and device.")] = 1,
     rank: Annotated[int, typer.Option(help="Of the learners.")] = 64,
     layers: Annotated[list[int] | None, typer.Option(help="Decoder layers with learners.")] = None,
+    stride: Annotated[
+        int, typer.Option(min=1, help="Learners in every so many decoder layers.")
+    ] = 1,
     seed: Seed = 42,
 ) -> None:
     """Run one stage of one method; start it with `accelerate launch` for several processes."""
@@ -84,7 +87,7 @@ def train_wings_command(
 
     quiet()
     recipe = replace(presets[preset], seed=seed)
-    wings = WingsConfig(rank=rank, layers=tuple(layers) if layers else None)
+    wings = WingsConfig(rank=rank, layers=tuple(layers) if layers else None, stride=stride)
     root, left_out = DataRoot(images, allow_outside), list[str]()
     bad = left_out if skip_bad else None
     examples = [example for file in data for example in read_llava(file, root, bad)]

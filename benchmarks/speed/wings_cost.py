@@ -27,9 +27,10 @@ PHASES = ("prefill", "decode")
 
 @dataclass(frozen=True)
 class WingsBenchConfig(BenchConfig):
-    """What is measured, and the `rank` of the learners."""
+    """What is measured, and the `rank` and `stride` of the learners."""
 
     rank: int = 8
+    stride: int = 1
 
 
 class ExtraFlops(Record, frozen=True):
@@ -79,14 +80,14 @@ class WingsResults(Record, tag_field="schema_version", tag=SCHEMA_VERSION, froze
     overhead: Overhead
 
 
-def extra_flops(shape: str, rank: int) -> ExtraFlops:
+def extra_flops(shape: str, config: WingsConfig) -> ExtraFlops:
     """Returns the share of the prefill's FLOPs at 1,000 tokens, 729 of them of
     an image, that each part adds.
     """
     text = SHAPES[shape]().get_text_config()
     layers = [float(IMAGE)] * text.num_hidden_layers
     counted = TOKENS - IMAGE, layers
-    whole, config = prefill_flops(text, *counted), WingsConfig(rank)
+    whole = prefill_flops(text, *counted)
     return ExtraFlops(
         learners=learner_flops(text, config, *counted) / whole,
         router=router_flops(text, config, *counted, fused=True) / whole,
@@ -110,17 +111,25 @@ def shape_with_tokens(shape: str) -> Any:
 
 
 @torch.inference_mode()
-def bench_wings(config: BenchConfig, rank: int) -> WingsResults:
+def bench_wings(config: BenchConfig, rank: int, stride: int = 1) -> WingsResults:
     """Times a model with and without learners in turn, after one warm-up each.
 
     The prompt has 1,000 tokens, 729 of them of one image; images are encoded beforehand. Weights
     are random, those of learners too. Times are milliseconds per call, `decode` per token.
+
+    Args:
+        config: what is measured.
+        rank: of the learners.
+        stride: of the layers that have some.
     """
+    wings = WingsConfig(rank, stride=stride)
     flops = {
-        name: extra_flops(name, rank) for name in dict.fromkeys((config.shape, "llava-1.5-7b"))
+        name: extra_flops(name, wings) for name in dict.fromkeys((config.shape, "llava-1.5-7b"))
     }
-    wings, model = WingsConfig(rank), random_model(config, shape_with_tokens(config.shape))
-    config = WingsBenchConfig(**vars(replace(config, text=TOKENS - IMAGE)), rank=rank)
+    model = random_model(config, shape_with_tokens(config.shape))
+    config = WingsBenchConfig(
+        **vars(replace(config, text=TOKENS - IMAGE)), rank=rank, stride=stride
+    )
     prompts = encoded(model, random_prompt(config, model), [1] * config.batch)
     samples: dict[str, list[dict[str, float]]] = {"plain": [], "wings": []}
     turns = product(range(config.repeats + 1), samples.items())
@@ -168,6 +177,10 @@ def wings_rows(results: WingsResults) -> list[list[str]]:
     return lines
 
 
+def _layers_in_words(stride: int) -> str:
+    return "every layer" if stride == 1 else f"one of {stride} layers"
+
+
 def about_wings(results: WingsResults) -> list[str]:
     """Returns lines that say what was measured, and the computed FLOPs."""
     config = results.config
@@ -175,7 +188,7 @@ def about_wings(results: WingsResults) -> list[str]:
     return [
         (
             f"{shape_of(config)}, batch {config.batch}, {config.dtype}: learners of rank "
-            f"{config.rank} in every layer, a prompt of {TOKENS} tokens, {IMAGE} of an image"
+            f"{config.rank} in {_layers_in_words(config.stride)}, a prompt of {TOKENS} tokens, {IMAGE} of an image"
         ),
         machine,
         *(

@@ -15,7 +15,7 @@ from vlm_prune.vlm.load import load
 ROWS = [(1, 5), (0, 9)]
 
 
-@pytest.mark.parametrize("options", [{}, {"router": "sum", "layers": (1,)}], ids=str)
+@pytest.mark.parametrize("options", [{"stride": 2}, {"router": "sum", "layers": (1,)}], ids=str)
 def test_a_saved_adapter_gives_the_same_logits_on_a_fresh_model(options, winged, prompts, tmp_path):
     model, inputs = winged(**options), prompts(ROWS)
     with torch.no_grad():
@@ -178,6 +178,9 @@ def test_a_misspelled_adapter_is_not_looked_up_in_the_network(llava, monkeypatch
         ({"rank": 33}, "rank 33 is above the model's width; give 1 to 32"),
         ({"layers": (0, 3)}, r"layers \[3\] are outside the stack; give 0 to 2"),
         ({"layers": (-1,)}, "outside the stack"),
+        ({"stride": 0}, "stride 0 is out of range; give 1 or more"),
+        ({"stride": 4}, "a stride of 4 leaves none of 3 layers with learners"),
+        ({"stride": 2, "layers": (1,)}, "give layers or a stride"),
         ({"router": "maen"}, "did you mean 'mean'"),
         ({"modalities": ("visaul",)}, "did you mean 'visual'"),
         ({"modalities": ()}, "each learner once"),

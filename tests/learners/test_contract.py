@@ -24,7 +24,7 @@ CAUSAL = [
     {"router": "none"},
     {"rope": False, "images": "first", "skip_text": 2},
     {"modalities": ("visual",), "layers": (0, 2)},
-    {"modalities": ("textual",)},
+    {"modalities": ("textual",), "stride": 2},
 ]
 OPTIONS = [*CAUSAL, {"visual_mask": "all"}]
 

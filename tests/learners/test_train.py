@@ -435,7 +435,7 @@ def test_learners_of_another_model_or_rank_are_refused(make_run, examples):
     one = make_run("wings", 1, "one")
     train_wings(one, examples)
     other = WingsConfig(rank=2, max_positions=128)
-    with pytest.raises(InputError, match="has learners of rank 4 in layers all; give the same"):
+    with pytest.raises(InputError, match="has learners of rank 4 in layers 0, 1, 2; give the same"):
         prepare(make_run("wings", 2, "two", model=one.output, wings=other))
     described = one.output / "wings" / "adapter_config.json"
     described.write_text(described.read_text().replace('"hidden_size": 32', '"hidden_size": 64'))

@@ -18,6 +18,7 @@ from vlm_prune.benchmarks.speed.bench import (
 )
 from vlm_prune.benchmarks.speed.roofline import Ceilings, Timing
 from vlm_prune.benchmarks.speed.shapes import SHAPES
+from vlm_prune.learners import WingsConfig
 from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.families import family_of
 
@@ -273,7 +274,7 @@ def test_bench_measures_what_learners_cost(run, tmp_path):
 def test_learners_of_a_7b_model_cost_what_the_paper_s_equations_say():
     from vlm_prune.benchmarks.speed.wings_cost import extra_flops
 
-    shares = extra_flops("llava-1.5-7b", 64)
+    shares = extra_flops("llava-1.5-7b", WingsConfig(64))
     width, inner, tokens, rank = 4096, 11008, 1000, 64
     layer = 4 * width**2 + 3 * width * inner + 2 * tokens * width
     # per token: maps of queries and outputs of two learners, of keys and values of one; products
