@@ -130,6 +130,17 @@ class Clip:
         """Returns whether some parameter of a tower takes gradients."""
         return any(parameter.requires_grad for parameter in self.parameters(tower).values())
 
+    def recompute_activations(self, on: bool) -> None:
+        """Makes training recompute the activations of each block in the backward pass, or keep them."""
+        if not self.hugging_face:
+            self.model.set_grad_checkpointing(on)
+            return
+        switch = "enable" if on else "disable"
+        # transformers renamed it
+        found = getattr(self.model, f"activation_checkpointing_{switch}", None)
+        found = found or getattr(self.model, f"gradient_checkpointing_{switch}")
+        found(*([{"use_reentrant": False}] if on else []))
+
     def fingerprint(self) -> str:
         """Returns a short digest of all weights and their names."""
         digest = hashlib.sha256()

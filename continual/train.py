@@ -57,6 +57,8 @@ class ContinualRun:
         bf16: compute in bfloat16; weights, gates and optimizer stay in float32.
         cpu: stay off the GPU.
         progress: show a bar for each task on the error stream.
+        recompute: save memory by computing activations again in the backward pass, a third more work
+            with the same result.
 
     Raises:
         InputError: for a value out of range.
@@ -70,6 +72,7 @@ class ContinualRun:
     bf16: bool = False
     cpu: bool = False
     progress: bool = False
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         above("save_every", self.save_every, 0)
@@ -170,7 +173,9 @@ class _Trainer:
             self.texts = None
         if groups:
             self.clip.model.train()
+            self.clip.recompute_activations(self.run.recompute)
             self._fit(number, groups, trained)
+            self.clip.recompute_activations(False)
             self.clip.model.eval()
         delta = self.method.end_task()
         self.record.trainable[number:] = [sum(p.numel() for p in trained.values())]

@@ -18,7 +18,15 @@ def rotated(heads: Tensor, rotary: Rotary) -> Tensor:
     """Applies rotary position embedding to (B, N, H, d), with cos and sin tables (B or 1, N, d)."""
     cos, sin = (table[:, :, None].to(heads.dtype) for table in rotary)
     first, second = heads.chunk(2, -1)
-    return torch.addcmul(heads * cos, torch.cat([-second, first], -1), sin)
+    turned = heads * cos
+    if turned.requires_grad:
+        return torch.addcmul(turned, torch.cat([-second, first], -1), sin)
+    # in place, half by half: at small widths the passes over wide tensors are what rotation costs
+    upper, lower = turned.chunk(2, -1)
+    sin_upper, sin_lower = sin.chunk(2, -1)
+    upper.addcmul_(second, sin_upper, value=-1)
+    lower.addcmul_(first, sin_lower)
+    return turned
 
 
 def attend_visible(

@@ -40,6 +40,9 @@ def train_continual(
         str | None, typer.Option(help="Data sets outside of the stream, comma-separated.")
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 0,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Activations again in the backward pass.")
+    ] = False,
     seed: Seed = 8,
 ) -> None:
     """Train, or finish training, and print the accuracy matrix; the folder also has it as JSON."""
@@ -59,7 +62,7 @@ def train_continual(
         folder, stream, data_root, model, pretrained, method, *given, seed,
         test_per_class=test_per_class, shots=shots, skip_bad=skip_bad,
         retention=None if retention is None else tuple(retention.split(",")),
-        allow_outside=allow_outside, workers=workers,
+        allow_outside=allow_outside, workers=workers, recompute=recompute,
     )  # fmt: skip
     report = learn(settings)
     if rank_and_world()[0]:
@@ -116,14 +119,18 @@ def bench_continual(
     rounds: Annotated[int, typer.Option(min=1)] = 20,
     device: Device = "cpu",
 ) -> None:
-    """Time a training step of CoDyRA against plain LoRA of the same rank, on random weights, and
+    """Time a training step of CoDyRA against plain LoRA, ours and peft's, on random weights, and
     count what an image and a class prompt add to it.
     """
     import torch
 
-    from vlm_prune.benchmarks.experiments.continual.timing import step_times, unit_costs
+    from vlm_prune.benchmarks.experiments.continual.timing import (
+        PeftLoRA,
+        step_times,
+        unit_costs,
+    )
     from vlm_prune.continual.clip import Clip, load_clip
-    from vlm_prune.continual.methods import make_method
+    from vlm_prune.continual.methods import Method, make_method
 
     def make_clip() -> Clip:
         torch.manual_seed(0)
@@ -131,14 +138,16 @@ def bench_continual(
         clip.model.to(device)
         return clip
 
-    methods = {name: make_method(name, rank=rank) for name in ("lora", "codyra")}
+    methods: dict[str, Method] = {"peft lora": PeftLoRA(rank)}
+    methods |= {name: make_method(name, rank=rank) for name in ("lora", "codyra")}
     prompts = [f"a photo of a {n}." for n in range(classes)]
     pixels = torch.randn(batch, 3, *make_clip().model.visual.image_size, device=device)
     labels = torch.arange(batch, device=device) % classes
     medians = step_times(methods, make_clip, prompts, pixels, labels, rounds)
     for name, median in medians.items():
         typer.echo(f"{name}: {median:.1f} ms per step (rank {rank}, {model}, batch {batch})")
-    typer.echo(f"codyra / lora: {medians['codyra'] / medians['lora']:.3f}")
+    for one, other in (("codyra", "lora"), ("codyra", "peft lora"), ("lora", "peft lora")):
+        typer.echo(f"{one} / {other}: {medians[one] / medians[other]:.3f}")
     costs = unit_costs(lambda: make_method("codyra", rank=rank), make_clip, prompts[0], pixels[:1])
     for name, cost in costs.items():
         saved = f", {cost.saved_bytes / 1e6:.0f} MB" if cost.saved_bytes else ""

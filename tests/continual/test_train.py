@@ -354,6 +354,36 @@ def test_a_corrupt_image_is_named_in_one_line(workers, clip, tasks, tmp_path):
     assert "\n" not in str(error.value)
 
 
+class Bytes(torch.autograd.graph.saved_tensors_hooks):
+    """Counts what forward passes keep."""
+
+    def __init__(self):
+        self.kept = 0
+        super().__init__(self.count, lambda tensor: tensor)
+
+    def count(self, tensor):
+        self.kept += tensor.numel()
+        return tensor
+
+
+@pytest.mark.parametrize("any_clip", ["open_clip", "timm", "hugging face"], indirect=True)
+def test_recomputed_activations_take_less_memory_and_give_the_same(any_clip, tasks, tmp_path):
+    initial = {n: t.clone() for n, t in any_clip.model.state_dict().items()}
+    kept, weights = [], []
+    for recompute in (False, True):
+        any_clip.model.load_state_dict(initial)
+        method = make_method("lora", rank=2)
+        recipe = Recipe(steps=2, batch=9, lr=1e-2)
+        run = ContinualRun(tmp_path / str(recompute), method, recipe, cpu=True, recompute=recompute)
+        with (counted := Bytes()):
+            train_tasks(run, any_clip, tasks[:1])
+        kept.append(counted.kept)
+        weights.append({n: t.clone() for n, t in any_clip.model.state_dict().items()})
+    assert kept[1] < 0.7 * kept[0]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor)
+
+
 @torch.no_grad()
 def test_class_incremental_tests_score_the_classes_seen_so_far(clip, tasks):
     """A loop over images, columns and rows of the matrix."""

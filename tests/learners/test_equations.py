@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from vlm_prune.learners.lorra import rotated
 from vlm_prune.learners.model import wings_layers
 
 
@@ -45,6 +46,16 @@ def learner(module, hidden_states, features, positions, keys, frequencies):
             for k, weight in zip(visible, weights, strict=True):
                 out[token, part] += weight / sum(weights) * value[k, part]
     return out @ low_rank(module.output)
+
+
+def test_rotation_in_place_has_the_same_bits_as_the_one_that_takes_gradients():
+    generator = torch.Generator().manual_seed(0)
+    heads = torch.randn(2, 5, 3, 8, generator=generator)
+    angles = torch.randn(2, 5, 4, generator=generator).repeat(1, 1, 2)
+    tables, kept = (angles.cos(), angles.sin()), heads.clone()
+    taken = rotated(heads.clone().requires_grad_(), tables)
+    assert taken.requires_grad and torch.equal(rotated(heads, tables), taken)
+    assert torch.equal(heads, kept)
 
 
 @torch.no_grad()

@@ -63,6 +63,7 @@ class Learning:
             all that are no task of the stream, as far as their files are there.
         allow_outside: whether data may name files outside of `data_root`.
         workers: processes that load images.
+        recompute: compute activations again in the backward pass, to save memory.
 
     Raises:
         InputError: if open_clip's model has no weights named, or no test image is left.
@@ -84,6 +85,7 @@ class Learning:
     retention: tuple[str, ...] | None = None
     allow_outside: bool = False
     workers: int = 0
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         name, weights = self.clip
@@ -162,8 +164,9 @@ def learn(settings: Learning) -> dict[str, Any]:
     outside, missing = outside_of(settings, stream)
     clip = load_clip(*settings.clip)
     run = ContinualRun(
-        settings.output, method, recipe, settings.save_every, settings.workers, progress=True
-    )
+        settings.output, method, recipe, settings.save_every, settings.workers,
+        progress=True, recompute=settings.recompute,
+    )  # fmt: skip
     report = learn_tasks(run, clip, tasks, outside)
     about = {"stream": stream.name, "model": settings.clip[0], "command": command_line()}
     report = about | report | {"versions": versions("open_clip_torch", "timm", "peft")}

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,16 @@ from vlm_prune.benchmarks.evaluation.saved_activations import SavedActivations
 from vlm_prune.continual.clip import Clip
 from vlm_prune.continual.config import Recipe
 from vlm_prune.continual.methods import Context, Method
+from vlm_prune.continual.methods.peft_adapter import PeftAdapter
+
+
+class PeftLoRA(PeftAdapter):
+    """peft's plain LoRA at the sites of a placement, with scale 1; to compare with."""
+
+    name = "peft-lora"
+
+    def config(self, peft: Any, targets: str, names: list[str]) -> Any:
+        return peft.LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=targets)
 
 
 def step_times(

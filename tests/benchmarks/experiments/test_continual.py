@@ -38,7 +38,12 @@ from vlm_prune.benchmarks.experiments.continual.results import (
     verdicts,
     write,
 )
-from vlm_prune.benchmarks.experiments.continual.timing import step_cost, step_times, unit_costs
+from vlm_prune.benchmarks.experiments.continual.timing import (
+    PeftLoRA,
+    step_cost,
+    step_times,
+    unit_costs,
+)
 from vlm_prune.continual.clip import Clip, load_clip
 from vlm_prune.continual.delta import Delta
 from vlm_prune.continual.methods import METHODS, make_method
@@ -284,9 +289,10 @@ def test_every_method_is_compared_and_can_be_built():
 
 def test_a_step_of_each_method_is_timed():
     methods = {name: make_method(name) for name in ("codyra", "full", "zero-shot")}
+    methods["peft"] = PeftLoRA(4)
     pixels, labels = torch.randn(2, 3, 48, 48), torch.tensor([0, 1])
     times = step_times(methods, lambda: load_clip("tiny"), ["a red.", "a blue."], pixels, labels, 2)
-    assert times.keys() == {"codyra", "full"} and min(times.values()) > 0
+    assert times.keys() == {"codyra", "full", "peft"} and min(times.values()) > 0
 
 
 def test_the_cost_of_a_step_is_that_of_its_images_and_prompts():
