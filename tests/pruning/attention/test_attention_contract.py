@@ -327,8 +327,12 @@ def test_learners_read_the_attention_that_was_computed(llava_case):
         detach(model)
 
 
-def test_what_cannot_work_is_said_in_one_line(llava_case):
+def test_what_cannot_work_is_said_in_one_line(llava_case, monkeypatch):
     model = llava_case.model
+    with monkeypatch.context() as patch:
+        patch.setattr(type(family_of(model).decoder), "_supports_sdpa", False)
+        with pytest.raises(InputError, match="stands in for SDPA, which llama models lack"):
+            Pooled().admit(model)
     with Pooled()(model), pytest.raises(InputError, match="already"), Local()(model):
         pass
     model.set_attn_implementation("eager")
