@@ -42,7 +42,7 @@ if kill:
                 sys.exit(3)
             return super().loss(pixels, labels, step)
     method = Killed()
-recipe = Recipe(batch=batch, steps=steps)
+recipe = Recipe(batch=batch, steps=steps, prompts=24)
 run = ContinualRun(folder, method, recipe, save_every=1, cpu=True, recompute=True)
 results = train_tasks(run, clip, [task])
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -53,7 +53,7 @@ print(json.dumps({"peak": peak, "drift": results.drift, "keys": keys == set(load
 
 @pytest.mark.slow
 def test_one_task_of_x_tails_shape_ends_resumes_and_merges_within_8_gb(tmp_path):
-    """100 classes, 16 images of each, rank 16 in both towers; fewer and smaller steps than X-TAIL's."""
+    """100 classes, 16 images of each, rank 16 in both towers; steps that are fewer and smaller than X-TAIL's."""
 
     def run(kill):
         command = [sys.executable, "-c", SCRIPT, str(tmp_path / "run"), str(kill), "8", "2"]
