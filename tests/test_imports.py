@@ -118,3 +118,16 @@ def test_importing_every_module_changes_nothing():
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["changed"] == []
     assert found["imported"] > 150
+
+
+def test_pruning_and_evaluation_load_nothing_that_only_training_needs():
+    """peft imports bitsandbytes where that is installed, which takes seconds and prints lines."""
+    program = (
+        "import sys; import vlm_prune.pruning, vlm_prune.pruning.attention, vlm_prune.vlm; "
+        "import vlm_prune.benchmarks.evaluation.engine, vlm_prune.benchmarks.cli.commands; "
+        "print(*sorted({'peft', 'bitsandbytes', 'sklearn', 'skimage', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == ""

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import get_cosine_schedule_with_warmup
 
 from vlm_prune.pruning.attention.base import BlockAttention, Calibrated
 from vlm_prune.pruning.attention.calibration import HeadCalibration
@@ -273,6 +272,9 @@ def train_gates(
     Raises:
         InputError: if the model's attention cannot be replaced, or no prompt is long enough.
     """
+    # it imports peft, and with it libraries that only training needs
+    from transformers import get_cosine_schedule_with_warmup
+
     method = Seer() if method is None else method
     check_pairs(model)
     run, count = GateInputs(method), 0
