@@ -127,6 +127,7 @@ def stop(command, output, number):
     return process.returncode, sorted(parts_of(output).glob("part-*.parquet"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_and_another_prompt_is_refused(run, shelves, tmp_path, cluster):
     """Its table is the one of the run that the test before this one has left."""
     pictures, _, whole = shelves

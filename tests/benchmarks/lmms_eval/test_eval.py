@@ -143,6 +143,7 @@ def test_a_killed_run_resumes_and_the_baseline_is_cached(
     assert first["tasks"] == second["tasks"] and first["overall"] == second["overall"]
 
 
+@pytest.mark.slow
 def test_an_adapter_changed_in_place_is_another_model(
     run, checkpoint, adapter, data_root, cache, tmp_path
 ):
