@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlm_prune.pruning.attention.base import Calibrated
-from vlm_prune.pruning.attention.calibration import HeadCalibration
+from vlm_prune.pruning.attention.calibration import HeadCalibration, check_found
 from vlm_prune.pruning.attention.engine import MOST_PRODUCTS, MethodRun, PromptRow, by_prompt
 from vlm_prune.pruning.attention.executors import attend_dense, attention_with_sums
 from vlm_prune.vlm.common.errors import InputError
@@ -153,11 +153,7 @@ def calibrate_act(
     count = HeadCount(method)
     with replaced_attention(model, count):
         before = accuracy()
-    if not count.heads:
-        raise InputError(
-            f"no prompt has the {method.minimum} tokens of those that ACT is used on; give longer "
-            "ones, or minimum=1 for shorter ones"
-        )
+    check_found(count.heads, "ACT", method.minimum)
     tensors, passes, done = dict[str, Tensor](), 1 + sum(count.heads.values()), 1
     progress(done, passes)
     for layer, heads in sorted(count.heads.items()):

@@ -1,11 +1,12 @@
 """What was found for the heads of one model, on disk: thresholds, heads to change, gates."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import msgspec
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,6 +16,7 @@ from vlm_prune.vlm.common.errors import InputError, first_line
 from vlm_prune.vlm.common.files import atomic_path, open_regular
 from vlm_prune.vlm.common.state import writing
 from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.sparse_attention import replaced_attention
 from vlm_prune.vlm.weight_samples import same_samples, weight_samples
 
 SAMPLES, ABOUT = "model.samples", "about"
@@ -114,3 +116,38 @@ class HeadCalibration:
                 f"{source} is of another model, as its weights tell; "
                 f"make one for this model with vlm-prune calibrate {self.method}"
             )
+
+
+@torch.no_grad()
+def read_prompts(model: Any, run: Any, prompts: Iterable[Mapping[str, Any]]) -> int:
+    """Runs prompts through a model whose attention `run` computes; returns how many rows they had.
+
+    Args:
+        model: of a supported family.
+        run: as for `replaced_attention`.
+        prompts: what the model's processor gives for them.
+
+    Raises:
+        InputError: if the model's attention cannot be replaced.
+    """
+    count = 0
+    with replaced_attention(model, run):
+        for inputs in prompts:
+            model(**inputs, use_cache=False, logits_to_keep=1)
+            count += len(inputs["input_ids"])
+    return count
+
+
+def check_found(found: Sized, name: str, minimum: int) -> None:
+    """Raises `InputError` if nothing was found, as every prompt was too short.
+
+    Args:
+        found: by layer.
+        name: of the method, for the message.
+        minimum: tokens of the shortest prompt that the method is used on.
+    """
+    if not found:
+        raise InputError(
+            f"no prompt has the {minimum} tokens of those that {name} is used on; give longer "
+            "ones, or minimum=1 for shorter ones"
+        )

@@ -10,12 +10,12 @@ from torch.nn.functional import pad
 
 from vlm_prune.pruning.attention.base import BlockAttention, Calibrated
 from vlm_prune.pruning.attention.blocks import Geometry, KeptBlocks
-from vlm_prune.pruning.attention.calibration import HeadCalibration
+from vlm_prune.pruning.attention.calibration import HeadCalibration, check_found, read_prompts
 from vlm_prune.pruning.attention.engine import BlockRun, PromptRow
 from vlm_prune.pruning.attention.executors import attend_dense, attend_gather
 from vlm_prune.pruning.attention.inputs import AttentionInputs
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.sparse_attention import AttentionCall, replaced_attention
+from vlm_prune.vlm.sparse_attention import AttentionCall
 
 
 @dataclass
@@ -242,7 +242,6 @@ class ThresholdSearch(BlockRun):
             heads = heads[found[heads] > 0]
 
 
-@torch.no_grad()
 def calibrate_sale(
     model: Any,
     prompts: Iterable[Mapping[str, Any]],
@@ -272,16 +271,9 @@ def calibrate_sale(
     """
     method = Sale(density=None) if method is None else method
     plain = replace(method, density=None, calibration="", share="head", threshold=1.0)
-    search, count = ThresholdSearch(plain, bound=bound, start=method.threshold, least=least), 0
-    with replaced_attention(model, search):
-        for inputs in prompts:
-            model(**inputs, use_cache=False, logits_to_keep=1)
-            count += len(inputs["input_ids"])
-    if not search.thresholds:
-        raise InputError(
-            f"no prompt has the {method.minimum} tokens of those that SALE is used on; give longer "
-            "ones, or minimum=1 for shorter ones"
-        )
+    search = ThresholdSearch(plain, bound=bound, start=method.threshold, least=least)
+    count = read_prompts(model, search, prompts)
+    check_found(search.thresholds, "SALE", method.minimum)
     tensors = {f"layers.{layer}.thresholds": own for layer, own in search.thresholds.items()}
     about = {"prompts": count, "bound": bound, "least": least, "method_options": asdict(method)}
     return HeadCalibration.of("sale", tensors, model, **about)

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from vlm_prune.pruning.attention.base import BlockAttention, Calibrated
-from vlm_prune.pruning.attention.calibration import HeadCalibration
+from vlm_prune.pruning.attention.calibration import HeadCalibration, check_found, read_prompts
 from vlm_prune.pruning.attention.engine import BlockRun, PromptRow
 from vlm_prune.pruning.attention.executors import attend_dense
 from vlm_prune.pruning.attention.inputs import AttentionInputs, blocks_before
 from vlm_prune.vlm.attention import turns_neighbors
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import family_of
-from vlm_prune.vlm.sparse_attention import AttentionCall, replaced_attention
+from vlm_prune.vlm.sparse_attention import AttentionCall
 
 WARM_UP, BATCH = 20, 16
 
@@ -277,16 +277,9 @@ def train_gates(
 
     method = Seer() if method is None else method
     check_pairs(model)
-    run, count = GateInputs(method), 0
-    with torch.no_grad(), replaced_attention(model, run):
-        for inputs in prompts:
-            model(**inputs, use_cache=False, logits_to_keep=1)
-            count += len(inputs["input_ids"])
-    if not run.examples:
-        raise InputError(
-            f"no prompt has the {method.minimum} tokens of those that seer is used on; give longer "
-            "ones, or minimum=1 for shorter ones"
-        )
+    run = GateInputs(method)
+    count = read_prompts(model, run, prompts)
+    check_found(run.examples, "seer", method.minimum)
     maps = {layer: starting_maps(examples[0]) for layer, examples in run.examples.items()}
     before = mean_divergence(maps, run.examples)
     parameters = [part.requires_grad_() for pair in maps.values() for part in pair]
