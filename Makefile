@@ -10,6 +10,8 @@ VLLM := .venv-vllm
 RUN := $(VENV)/bin
 # Modules are compiled when they are first imported: compiling all of them takes longer than `eval`.
 PIP := $(RUN)/python -m pip --disable-pip-version-check install --no-compile
+# So they have to be kept: otherwise each process compiles torch and transformers anew, for 20 seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: eval test test-vllm docs gpu style tables
 
