@@ -14,7 +14,7 @@ from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.chat import encode_prompts, render, video_frames_of
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.images import ImageSource
-from vlm_prune.vlm.common.video import VideoClip, is_video, open_video
+from vlm_prune.vlm.common.video import VideoClip, is_video, open_video, open_visual
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.load import load
 
@@ -93,8 +93,7 @@ class PrunedVLM:
         Raises:
             InputError: if image, video or question cannot be used.
         """
-        shown = open_video(image, frames, fps) if is_video(image) else image  # type: ignore[arg-type]
-        return self.replies([shown], [question], **generation)[0].text
+        return self.replies([open_visual(image, frames, fps)], [question], **generation)[0].text
 
     def replies(
         self,

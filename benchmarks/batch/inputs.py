@@ -11,10 +11,9 @@ from PIL import Image
 from pyarrow import csv, parquet
 
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.images import open_image
 from vlm_prune.vlm.common.paths import DataRoot
 from vlm_prune.vlm.common.video import SUFFIXES as VIDEOS
-from vlm_prune.vlm.common.video import VideoClip, is_video, open_video
+from vlm_prune.vlm.common.video import VideoClip, open_visual
 
 SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MANIFESTS = (".csv", ".parquet")
@@ -131,7 +130,7 @@ def open_below(
     file = root.path(path)
     if not file.is_file():
         raise InputError(f"{path} is no file")
-    return open_video(file, frames, fps) if is_video(file) else open_image(file)
+    return open_visual(file, frames, fps)
 
 
 PIXELS = pa.schema(

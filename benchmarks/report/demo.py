@@ -28,8 +28,7 @@ from vlm_prune.vlm.budget import parse_budget
 from vlm_prune.vlm.chat import render
 from vlm_prune.vlm.common.address import check_address
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.images import open_image
-from vlm_prune.vlm.common.video import VideoClip, is_video, open_video
+from vlm_prune.vlm.common.video import VideoClip, open_visual
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.load import load
 from vlm_prune.vlm.trace import Trace
@@ -100,8 +99,8 @@ class Comparer:
             raise InputError(f"the question has {len(question)} characters; at most {LONGEST}")
         pruner = Variant(method.strip(), parse_budget(budget.strip())).build(0)
         pruner.admit(self.model)
-        kind = "video" if is_video(image) else "image"
-        medium = open_video(image, FRAMES) if is_video(image) else open_image(image)
+        medium = open_visual(image, FRAMES)
+        kind = "video" if isinstance(medium, VideoClip) else "image"
         content = [{"type": kind}, {"type": "text", "text": question.strip()}]
         text = render(
             self.processor, [{"role": "user", "content": content}], add_generation_prompt=True
@@ -220,11 +219,12 @@ def demo_page(compare: Comparer, name: str) -> Any:
 
     def show(path: str) -> tuple[Image.Image, str | None]:
         try:
-            if not is_video(path):
-                return open_image(path), None
-            return frame_sheet(open_video(path, FRAMES)), path
+            medium = open_visual(path, FRAMES)
         except InputError as error:
             raise refused(error, path) from None
+        if isinstance(medium, VideoClip):
+            return frame_sheet(medium), path
+        return medium, None
 
     def answer(
         path: str | None, video: str | None, question: str, method: str | None, budget: str

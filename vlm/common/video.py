@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from vlm_prune.vlm.common.errors import InputError, first_line
-from vlm_prune.vlm.common.images import MAX_PIXELS
+from vlm_prune.vlm.common.images import MAX_PIXELS, ImageSource, open_image
 
 SUFFIXES = (
     ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv",
@@ -104,6 +105,26 @@ def open_video(
         targets = [(2 * n + 1) * duration / (2 * wanted) for n in range(wanted)]
         kept, times = _shown(path, container, stream, start, targets, advance)
     return VideoClip(np.stack(kept), tuple(times), float(duration))
+
+
+def open_visual(
+    source: ImageSource | VideoClip, frames: int = 32, fps: float | None = None
+) -> Image.Image | VideoClip:
+    """Returns a video's frames where `source` is one, else an image in RGB.
+
+    Args:
+        source: a file, a Pillow image, an array or a clip.
+        frames: of a video file, at most.
+        fps: frames for each second of a video file instead, `frames` at most.
+
+    Raises:
+        InputError: if it is no sound image or video.
+    """
+    if isinstance(source, VideoClip):
+        return source
+    if isinstance(source, str | Path) and is_video(source):
+        return open_video(source, frames, fps)
+    return open_image(source)
 
 
 @contextmanager
