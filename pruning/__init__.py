@@ -5,6 +5,7 @@ from vlm_prune.pruning.apet import Apet, ApetInside
 from vlm_prune.pruning.base import (
     DecoderPruner,
     DecoderScorePruner,
+    OrderPruner,
     Pruner,
     ScorePruner,
     VisionPruner,
@@ -106,6 +107,7 @@ __all__ = [
     "MMTok",
     "Merge",
     "NoPruning",
+    "OrderPruner",
     "Pool",
     "Pruner",
     "PyramidDrop",

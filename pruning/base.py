@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -21,7 +21,7 @@ from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.families import Family, Need, family_of
 from vlm_prune.vlm.layer_pruning import Cut, InsideModel, Side, cut_depths
 from vlm_prune.vlm.prompt_pruning import BeforeModel, Positions
-from vlm_prune.vlm.tokens import DecoderTokens, Kept, VisionTokens, top
+from vlm_prune.vlm.tokens import DecoderTokens, Kept, VisionTokens, ranked, top
 from vlm_prune.vlm.trace import Trace
 
 Stage = Literal["input", "encoder", "projector", "decoder"]
@@ -114,6 +114,12 @@ class Pruner(ABC):
 
     def prepared(self, model: Any, processor: Any) -> "Pruner":
         """Returns the method with what it needs of a model's processor; here the method itself."""
+        return self
+
+    def resolved(self, family: Family) -> "Pruner":
+        """Returns the method that this one stands for on images of `family`; methods that stand for the
+        same one do the same. Here it is the method itself.
+        """
         return self
 
     def frames_on(
@@ -281,15 +287,46 @@ class VisionPruner(Pruner):
 
 
 @dataclass
-class ScorePruner(VisionPruner):
+class OrderPruner(VisionPruner):
+    """Takes tokens in one order, whatever the budget: a smaller one keeps the first of those that a
+    larger one keeps. Where several budgets are measured, one order serves them all.
+    """
+
+    @abstractmethod
+    def order(self, vision: VisionTokens, count: int) -> Tensor:
+        """Returns the first `count` tokens of each image, in the order in which they are taken, (M, count)."""
+
+    def order_kind(self, vision: VisionTokens, count: int) -> Hashable:
+        """Returns what two orders of the same method have in common when the shorter one is the beginning
+        of the longer; here all do.
+
+        Args:
+            vision: the tokens.
+            count: how many are taken.
+        """
+        return None
+
+    def reduce(self, vision: VisionTokens) -> Kept:
+        count, find = self.count(vision), partial(self.order, vision)
+        if vision.orders is None:
+            order = find(count)
+        else:
+            method = replace(self, budget=1.0, positions="auto")
+            key = (method, self.order_kind(vision, count))
+            order = vision.orders.first(count, key, find)
+        return Kept.at(vision.projected, order.sort(1).values)
+
+
+@dataclass
+class ScorePruner(OrderPruner):
     """Keeps the tokens with the highest scores, in their original order."""
 
     @abstractmethod
     def score(self, vision: VisionTokens) -> Tensor:
         """Scores the tokens of each image, (M, N); higher is kept."""
 
-    def reduce(self, vision: VisionTokens) -> Kept:
-        return Kept.at(vision.projected, top(self.score(vision), self.count(vision)))
+    def order(self, vision: VisionTokens, count: int) -> Tensor:
+        return ranked(self.score(vision), count)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from vlm_prune.vlm.budget import per_frame, tokens_for
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.records import read_record
 from vlm_prune.vlm.encoded import Images
-from vlm_prune.vlm.families import Need
+from vlm_prune.vlm.families import Family, Need
 from vlm_prune.vlm.prompt_pruning import Positions
 from vlm_prune.vlm.trace import Trace
 
@@ -65,6 +65,9 @@ class Best(Pruner):
         )
         return built
 
+    def resolved(self, family: Family) -> Pruner:
+        return self.chosen(family.tokens_per_image if family.fixed_size else None)
+
     @property
     def needs(self) -> frozenset[Need]:
         """Returns what a model must have for all methods that it may stand for."""
@@ -83,9 +86,7 @@ class Best(Pruner):
     def __call__(
         self, model: Any, vision: Images | None = None, video_frames: Sequence[int] | None = None
     ) -> AbstractContextManager[Trace]:
-        family = self.admit(model)
-        chosen = self.chosen(family.tokens_per_image if family.fixed_size else None)
-        return chosen(model, vision, video_frames)
+        return self.resolved(self.admit(model))(model, vision, video_frames)
 
 
 class Entry(msgspec.Struct, frozen=True):

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
-from vlm_prune.pruning.base import Stage, VisionPruner
+from vlm_prune.pruning.base import OrderPruner, Stage
 from vlm_prune.pruning.select import dpp, min_max
-from vlm_prune.vlm.tokens import Kept, VisionTokens
+from vlm_prune.vlm.tokens import VisionTokens
 
 
 @dataclass
-class CDPruner(VisionPruner):
+class CDPruner(OrderPruner):
     """Keep the set with the largest determinant of diag(r) S diag(r): S holds the cosines of the
     projected tokens, r their relevance to the question.
 
@@ -34,7 +34,7 @@ class CDPruner(VisionPruner):
     stage: ClassVar[Stage] = "projector"
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.10967"
 
-    def reduce(self, vision: VisionTokens) -> Kept:
+    def order(self, vision: VisionTokens, count: int) -> Tensor:
         has_fp64 = vision.projected.device.type != "mps"
         projected = vision.projected.to(torch.float64 if has_fp64 else torch.float32)
         questions = vision.question() or projected[:, :0]
@@ -42,7 +42,7 @@ class CDPruner(VisionPruner):
             [relevance(i[None], q[None]) for i, q in zip(projected, questions, strict=True)]
         )
         kernel = conditioned(min_max(-scores if self.negated else scores), projected)
-        return Kept.at(vision.projected, dpp(kernel, self.count(vision)).sort(1).values)
+        return dpp(kernel, count)
 
 
 def relevance(image: Tensor, text: Tensor) -> Tensor:

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from vlm_prune.pruning.base import Stage, VisionPruner
+from vlm_prune.pruning.base import OrderPruner, Stage
 from vlm_prune.pruning.select import dpp, min_max
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.tokens import Kept, VisionTokens
+from vlm_prune.vlm.tokens import VisionTokens
 
 RIDGE = 1e-6
 
 
 @dataclass
-class CoIn(VisionPruner):
+class CoIn(OrderPruner):
     """Maximize (1 - alpha) x the sum of the tokens' informativeness + alpha x the log-determinant
     of their Gram matrix, greedily.
 
@@ -46,13 +46,13 @@ class CoIn(VisionPruner):
         if not (0 < self.alpha <= 1 and 0 <= self.beta <= 1):
             raise InputError("alpha must be a weight in (0, 1] and beta one in [0, 1]")
 
-    def reduce(self, vision: VisionTokens) -> Kept:
+    def order(self, vision: VisionTokens, count: int) -> Tensor:
         has_fp64 = vision.projected.device.type != "mps"
         tokens = vision.projected.to(torch.float64 if has_fp64 else torch.float32)
         questions = vision.question() or tokens[:, :0]
         means = torch.stack([q.sum(0).to(tokens) / max(1, len(q)) for q in questions])
         kernel = volume(tokens, self.informativeness(tokens, means), self.alpha)
-        return Kept.at(vision.projected, dpp(kernel, self.count(vision)).sort(1).values)
+        return dpp(kernel, count)
 
     def informativeness(self, tokens: Tensor, questions: Tensor) -> Tensor:
         """Returns informativeness in [0, 1], (M, N), of tokens (M, N, d) and mean

@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vlm_prune.pruning.base import Stage, VisionPruner
+from torch import Tensor
+
+from vlm_prune.pruning.base import OrderPruner, Stage
 from vlm_prune.pruning.select import max_min
-from vlm_prune.vlm.tokens import Kept, VisionTokens
+from vlm_prune.vlm.tokens import VisionTokens
 
 
 @dataclass
-class DivPrune(VisionPruner):
+class DivPrune(OrderPruner):
     """Maximize the smallest cosine distance between kept projected tokens, greedily.
 
     https://arxiv.org/abs/2503.02175
@@ -18,6 +20,5 @@ class DivPrune(VisionPruner):
     stage: ClassVar[Stage] = "projector"
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.02175"
 
-    def reduce(self, vision: VisionTokens) -> Kept:
-        chosen = max_min(vision.projected, self.count(vision))
-        return Kept.at(vision.projected, chosen.sort(1).values)
+    def order(self, vision: VisionTokens, count: int) -> Tensor:
+        return max_min(vision.projected, count)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vlm_prune.pruning.base import ScorePruner, Stage
 from vlm_prune.pruning.received import Queries, in_tower
-from vlm_prune.vlm.tokens import Kept, VisionTokens, top
+from vlm_prune.vlm.tokens import VisionTokens
 
 Strategy = Literal["rank", "row"]
 
@@ -40,13 +40,8 @@ class FoPru(ScorePruner):
         self._choice("queries", get_args(Queries))
 
     def score(self, vision: VisionTokens) -> Tensor:
-        return in_tower(vision, self.queries)
-
-    def reduce(self, vision: VisionTokens) -> Kept:
-        scores, k = self.score(vision), self.count(vision)
-        if self.strategy == "row":
-            scores = row_scores(scores, vision.grids)
-        return Kept.at(vision.projected, top(scores, k))
+        received = in_tower(vision, self.queries)
+        return row_scores(received, vision.grids) if self.strategy == "row" else received
 
 
 def row_scores(scores: Tensor, grids: tuple[tuple[int, int], ...]) -> Tensor:

@@ -9,13 +9,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vlm_prune.kernels.greedy_select import greedy_select
 from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
-from vlm_prune.pruning.base import Stage, VisionPruner
+from vlm_prune.pruning.base import OrderPruner, Stage
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.tokens import Kept, VisionTokens
+from vlm_prune.vlm.tokens import VisionTokens
 
 
 @dataclass
-class MMTok(VisionPruner):
+class MMTok(OrderPruner):
     """Keep the set that covers the question's tokens and all image tokens best, found greedily.
 
     https://arxiv.org/abs/2508.18264
@@ -45,7 +45,7 @@ class MMTok(VisionPruner):
         if min(self.text_temperature, self.image_temperature) <= 0 or self.image_weight < 0:
             raise InputError("temperatures must be above 0 and image_weight at least 0")
 
-    def reduce(self, vision: VisionTokens) -> Kept:
+    def order(self, vision: VisionTokens, count: int) -> Tensor:
         projected = vision.projected
         image = cover(vision.features, vision.features, self.image_temperature)
         questions = vision.question() or projected[:, :0]
@@ -58,8 +58,7 @@ class MMTok(VisionPruner):
         )
         # tokens cover image tokens and question tokens, (M, N, N + T)
         both = torch.cat([self.image_weight * image, text.transpose(1, 2)], -1)
-        chosen = greedy_select(both, torch.ones_like(both[..., 0]), self.count(vision), "coverage")
-        return Kept.at(projected, chosen.sort(1).values)
+        return greedy_select(both, torch.ones_like(both[..., 0]), count, "coverage")
 
 
 def cover(tokens: Tensor, targets: Tensor, temperature: float) -> Tensor:

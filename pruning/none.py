@@ -1,11 +1,12 @@
 """No pruning: the unpruned model on the pruners' own road."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
-from vlm_prune.pruning.base import Stage, VisionPruner
+from vlm_prune.pruning.base import Pruner, Stage, VisionPruner
+from vlm_prune.vlm.families import Family
 from vlm_prune.vlm.tokens import Kept, VisionTokens
 
 
@@ -17,6 +18,9 @@ class NoPruning(VisionPruner):
 
     def check(self, tokens: int, layers: int) -> None:
         """Accepts everything: the budget is not used."""
+
+    def resolved(self, family: Family) -> Pruner:
+        return replace(self, budget=1.0)
 
     def reduce(self, vision: VisionTokens) -> Kept:
         count, tokens = vision.projected.shape[:2]

@@ -3,16 +3,18 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from vlm_prune.kernels.greedy_select import greedy_select
 from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
-from vlm_prune.pruning.base import Stage, VisionPruner
+from vlm_prune.pruning.base import OrderPruner, Stage
 from vlm_prune.pruning.received import in_tower
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.tokens import Kept, VisionTokens
+from vlm_prune.vlm.tokens import VisionTokens
 
 
 @dataclass
-class Scope(VisionPruner):
+class Scope(OrderPruner):
     """Add, one after the other, the token whose saliency times gain in coverage is the largest.
 
     https://arxiv.org/abs/2510.24214
@@ -33,8 +35,7 @@ class Scope(VisionPruner):
         if self.alpha < 0:
             raise InputError(f"alpha {self.alpha} is negative; give 0 or more")
 
-    def reduce(self, vision: VisionTokens) -> Kept:
+    def order(self, vision: VisionTokens, count: int) -> Tensor:
         saliency = in_tower(vision, "cls").float() ** self.alpha
         similarity = pairwise_cosine(vision.features, vision.features)
-        chosen = greedy_select(similarity, saliency, self.count(vision), "coverage")
-        return Kept.at(vision.projected, chosen.sort(1).values)
+        return greedy_select(similarity, saliency, count, "coverage")

@@ -26,12 +26,12 @@ from vlm_prune.kernels.token_sensitivity.reference import (
     slopes,
 )
 from vlm_prune.kernels.visible import at_least_fp32
-from vlm_prune.pruning.base import Stage, VisionPruner
+from vlm_prune.pruning.base import OrderPruner, Stage
 from vlm_prune.pruning.select import diverse, min_max
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import Need
 from vlm_prune.vlm.projector import Map, Projector, Weights
-from vlm_prune.vlm.tokens import Kept, VisionTokens, top
+from vlm_prune.vlm.tokens import VisionTokens, ranked
 
 Combine = Literal["product", "sensitivity", "diversity"]
 Estimator = Literal["auto", "difference", "derivative"]
@@ -44,7 +44,7 @@ ROUNDING = 1e-5  # of the largest quadratic form: more than single precision los
 
 
 @dataclass
-class Zoo(VisionPruner):
+class Zoo(OrderPruner):
     """Zeroth-order sensitivity of the projector times diversity of its outputs.
 
     https://arxiv.org/abs/2509.24837
@@ -134,21 +134,29 @@ class Zoo(VisionPruner):
         weights = two_layer_projector(vision).weights(vision.features)
         return truncation(self.rank)(weights) if self.rank else weights
 
-    def reduce(self, vision: VisionTokens) -> Kept:
-        k, features = self.count(vision), vision.projected
+    def order(self, vision: VisionTokens, count: int) -> Tensor:
+        features = vision.projected
         if self.combine == "diversity":
             scores = torch.ones(features.shape[:2], device=features.device)
-            return Kept.at(features, diverse(scores, features, k).sort(1).values)
+            return diverse(scores, features, count)
         if self.combine == "sensitivity":
-            return Kept.at(features, top(min_max(self.sensitivity(vision)), k))
-        return Kept.at(features, self.product(vision, k).sort(1).values)
+            return ranked(min_max(self.sensitivity(vision)), count)
+        return self.product(vision, count)
+
+    def order_kind(self, vision: VisionTokens, count: int) -> bool:
+        """Returns whether sensitivities are bounded: rounding may order them otherwise than all do."""
+        return self.is_bounded(vision, count)
+
+    def is_bounded(self, vision: VisionTokens, k: int) -> bool:
+        """Returns whether only the sensitivities on which a choice of k tokens depends are computed."""
+        # where most tokens are kept, most sensitivities are needed anyway
+        few = 2 * k < vision.features.shape[1] and vision.features.device.type == "cpu"
+        return few and self.combine == "product" and self.derives(vision)
 
     @torch.no_grad()
     def product(self, vision: VisionTokens, k: int) -> Tensor:
         """Returns the chosen tokens (M, k), in order: greedily by sensitivity x diversity."""
-        # where most tokens are kept, most sensitivities are needed anyway
-        few = 2 * k < vision.features.shape[1] and vision.features.device.type == "cpu"
-        if not (few and self.derives(vision)):
+        if not self.is_bounded(vision, k):
             return diverse(min_max(self.sensitivity(vision)), vision.projected, k)
         bank, act, weights = (
             self.bank(vision),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.orders import SharedOrders
 from vlm_prune.vlm.projector import Projector
 
 
@@ -49,6 +50,7 @@ class VisionTokens:
             that encode several frames together count them as one.
         patches: the pixels behind each token as the tower reads them, (M, N, p).
         frames_query_key: `query_key` of some of the M T frames alone, where they need not all be computed.
+        orders: those found so far of just these tokens, where several budgets of a method are measured.
     """
 
     features: Tensor
@@ -66,6 +68,7 @@ class VisionTokens:
     frames_query_key: Callable[[list[int]], tuple[Tensor, Tensor]] | None = field(
         default=None, repr=False
     )
+    orders: SharedOrders | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.available < 0:
@@ -93,6 +96,7 @@ class VisionTokens:
             pool=lambda values: self.pool(values)[:, chosen],
             patches=lambda: self.patches()[image : image + 1, chosen.to(self.patches().device)],
             frames_query_key=None,
+            orders=None,
         )
 
     def in_frames(self, chosen: Sequence[int] | None = None) -> "VisionTokens":
@@ -135,6 +139,7 @@ class VisionTokens:
             frames=0,
             patches=lambda: split(self.patches()),
             frames_query_key=None,
+            orders=None,
         )
 
     def query_key_of(self, frames: list[int]) -> tuple[Tensor, Tensor]:
@@ -249,15 +254,23 @@ def take(tokens: Tensor, indices: Tensor) -> Tensor:
     return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
+def ranked(scores: Tensor, k: int) -> Tensor:
+    """Returns the indices of the `k` largest scores of each row, the largest first;
+    ties go to the lowest index.
+
+    Shapes: scores (..., N) -> (..., k).
+    """
+    # a stable sort gives ties to the lowest index
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
 def top(scores: Tensor, k: int) -> Tensor:
     """Returns the indices of the `k` largest scores of each row, ascending;
     ties go to the lowest index.
 
     Shapes: scores (..., N) -> (..., k).
     """
-    # a stable sort gives ties to the lowest index
-    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    return order.sort(dim=-1).values
+    return ranked(scores, k).sort(dim=-1).values
 
 
 def compact(keep: Tensor, right_padded: bool = False) -> tuple[Tensor, Tensor]:

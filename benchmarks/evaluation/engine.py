@@ -1,8 +1,9 @@
 """Run methods against the unpruned model over tasks; killed at any moment, it resumes."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import msgspec
 import torch
@@ -21,9 +22,12 @@ from vlm_prune.benchmarks.evaluation.summarize import summarize
 from vlm_prune.benchmarks.evaluation.timing import Phases, timed_generate
 from vlm_prune.benchmarks.tasks import TASKS, Sample, Split
 from vlm_prune.benchmarks.tasks.base import question_id, shares
+from vlm_prune.vlm.budget import tokens_for
 from vlm_prune.vlm.chat import render
+from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.trace import Trace
 
+T = TypeVar("T")
 # from a batch and pruners to the rows of each pruner
 Answer = Callable[[list[Sample], list[Any]], Iterable[list[PairedRow]]]
 
@@ -97,8 +101,9 @@ def evaluate(
 ) -> list[Results]:
     """Fills the folders, which differ only in their variant, and returns their results.
 
-    Images are encoded once and the unpruned answers made once for all folders. Batches are fixed
-    slices of the sample list, so a resumed run computes the very batches that are missing.
+    Images are encoded once and the unpruned answers made once for all folders; methods that stand for the
+    same one answer once, and a method whose budgets share an order of tokens finds it once. Batches are
+    fixed slices of the sample list, so a resumed run computes the very batches that are missing.
 
     Args:
         model: of a supported family.
@@ -120,13 +125,19 @@ def evaluate(
     for folder, pruner in zip(folders, pruners, strict=True):
         pruner.admit(model)
         folder.check(answered)
+    # the largest budget first: its order of tokens serves the smaller ones
+    tokens = family_of(model).tokens_per_image
+    runs = sorted(
+        zip(folders, pruners, strict=True),
+        key=lambda run: -tokens_for(run[0].config.variant.budget, tokens),
+    )
     answer, warm = answer or partial(_answer, model, processor), False
     for start in range(0, len(samples), config.batch_size):
         questions = slice(start, start + config.batch_size)
         names = samples.ids[questions]
         missing = [
             (folder, pruner)
-            for folder, pruner in zip(folders, pruners, strict=True)
+            for folder, pruner in runs
             if any(name not in folder.rows for name in names)
         ]
         if missing:
@@ -150,7 +161,7 @@ def evaluate(
 def _answer(
     model: Any, processor: Any, batch: list[Sample], pruners: list[Any]
 ) -> Iterator[list[PairedRow]]:
-    """Yields the rows of one batch for each pruner.
+    """Yields the rows of one batch for each pruner; those that do the same share them.
 
     Args:
         model: that answers.
@@ -162,22 +173,39 @@ def _answer(
     encoding = prompts.vision_s
     most = most_new_tokens(batch)
     baseline, before, _ = replies_to(model, processor, prompts, most)
-    for pruner in pruners:
-        ours, after, trace = replies_to(model, processor, prompts, most, pruner)
-        share = 1e3 / len(batch)
+    family, share = family_of(model), 1e3 / len(batch)
+    answered: list[tuple[Any, list[PairedRow]]] = []
+    prompts_of_method: list[tuple[Any, Prompts]] = []
+    for pruner in (pruner.resolved(family) for pruner in pruners):
+        if (rows := found(answered, pruner)) is not None:
+            yield rows
+            continue
+        method = replace(pruner, budget=1.0)
+        if (own := found(prompts_of_method, method)) is None:
+            own = prompts.sharing_orders()
+            prompts_of_method.append((method, own))
+        reused = own.reused_s
+        ours, after, trace = replies_to(model, processor, own, most, pruner)
         times = PairedTimes(
             vision=share * (after.vision or encoding),
-            selection=share * after.selection,
+            selection=share * (after.selection + own.reused_s - reused),
             prefill=share * after.prefill,
             decode=share * after.decode,
             baseline_vision=share * encoding,
             baseline_prefill=share * before.prefill,
             baseline_decode=share * before.decode,
         )
-        yield [
+        rows = [
             paired_row(model, sample, prompts.record(number, trace), one, other, times)
             for number, (sample, one, other) in enumerate(zip(batch, baseline, ours, strict=True))
         ]
+        answered.append((pruner, rows))
+        yield rows
+
+
+def found(values: list[tuple[Any, T]], key: Any) -> T | None:
+    """Returns the value of a key that need not be hashable, or None."""
+    return next((value for known, value in values if known == key), None)
 
 
 def paired_row(

@@ -15,6 +15,7 @@ from vlm_prune.vlm.common.video import VideoClip
 from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.families.base import PIXELS
+from vlm_prune.vlm.orders import SharedOrders
 from vlm_prune.vlm.trace import Trace
 
 
@@ -39,6 +40,23 @@ class Prompts:
     vision_s: float
     cropped: bool = False
     videos: tuple[int, ...] = ()
+
+    def sharing_orders(self) -> "Prompts":
+        """Returns the prompts, in whose images one order of tokens serves several budgets."""
+        if self.vision is None:
+            return self
+        groups = [
+            replace(group, tokens=replace(group.tokens, orders=SharedOrders(tokens.device)))
+            for group in self.vision.groups
+            for tokens in [group.tokens.projected]
+        ]
+        return replace(self, vision=replace(self.vision, groups=groups))
+
+    @property
+    def reused_s(self) -> float:
+        """Returns the seconds that finding orders took which were used again."""
+        groups = [] if self.vision is None else self.vision.groups
+        return sum(group.tokens.orders.reused_s for group in groups if group.tokens.orders)
 
     def encoded_numbers(self, number: int) -> list[int]:
         """Returns where in `vision` the images of one prompt are, and behind them its videos."""

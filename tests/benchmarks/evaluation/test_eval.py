@@ -4,13 +4,16 @@ import json
 import weakref
 from importlib.util import find_spec
 
+import msgspec
 import pytest
 
 from vlm_prune.benchmarks.evaluation import engine
-from vlm_prune.benchmarks.evaluation.records import Results
+from vlm_prune.benchmarks.evaluation.records import PairedTimes, Results
 from vlm_prune.benchmarks.evaluation.store import read_run, read_versioned
 from vlm_prune.benchmarks.evaluation.tables import with_interval
+from vlm_prune.pruning import METHODS, divprune
 
+UNTIMED = PairedTimes(*[0.0] * len(PairedTimes.__struct_fields__))
 FAST = ["--limit", "6", "--batch-size", "3", "--tasks", "exist,text"]
 
 
@@ -168,6 +171,53 @@ def test_the_tower_runs_once_for_baseline_and_all_methods(run, checkpoint, tmp_p
     assert [line.split(" | ")[:2] for line in pairs.splitlines()[2:]] == [
         ["| 64", "random"], ["| 64", "adaptinfer"], ["| 32", "random"], ["| 32", "adaptinfer"],
     ]  # fmt: skip
+
+
+def untimed_rows(pruners, llava, processor, batch):
+    return [
+        [msgspec.structs.replace(row, time_ms=UNTIMED) for row in rows]
+        for rows in engine._answer(llava, processor, batch, pruners)
+    ]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["divprune", "merge"],
+        pytest.param(list(METHODS), marks=pytest.mark.slow),
+    ],
+    ids=["some", "all"],
+)
+def test_rows_of_methods_side_by_side_are_those_of_each_alone(names, llava, processor):
+    batch = engine.samples_of(("exist", "text"), 4, 0, "test")[1:3]
+    names = [name for name in names if "videos" not in METHODS[name]().needs]
+    pruners = [
+        METHODS[name](budget=budget).prepared(llava, processor)
+        for budget in (64, 32)
+        for name in names
+    ]
+    together = untimed_rows(pruners, llava, processor, batch)
+    for pruner, rows in zip(pruners, together, strict=True):
+        assert [rows] == untimed_rows([pruner], llava, processor, batch), pruner
+
+
+def test_what_is_the_same_is_done_once(llava, processor, monkeypatch):
+    batch, calls, found = engine.samples_of(("exist",), 2, 0, "test")[:], [], []
+    replies, choose = engine.replies_to, divprune.max_min
+
+    def counted(*given):
+        calls.append(given[4:])
+        return replies(*given)
+
+    monkeypatch.setattr(engine, "replies_to", counted)
+    monkeypatch.setattr(divprune, "max_min", lambda *given: found.append(1) or choose(*given))
+    methods = [("none", 64), ("divprune", 64), ("none", 32), ("divprune", 32), ("best", 32)]
+    pruners = [METHODS[name](budget=budget) for name, budget in methods]
+    rows = list(engine._answer(llava, processor, batch, pruners))
+    # the unpruned model, none, and divprune at two budgets, of which best is one here
+    assert len(calls) == 4 and found == [1]
+    assert rows[0] == rows[2] and rows[3] == rows[4] != rows[1]
+    assert rows[3][0].time_ms.selection > 0
 
 
 def test_limit_is_spread_evenly():
