@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain, groupby
 from typing import Any, TypeVar, overload
 
 import msgspec
@@ -157,16 +158,34 @@ def evaluate(
     return results
 
 
-@torch.inference_mode()
 def _answer(
     model: Any, processor: Any, batch: list[Sample], pruners: list[Any]
 ) -> Iterator[list[PairedRow]]:
     """Yields the rows of one batch for each pruner; those that do the same share them.
 
+    Questions are answered together as long as their videos have one length, which LLaVA needs.
+
     Args:
         model: that answers.
         processor: the model's.
         batch: its questions.
+        pruners: of the variants.
+    """
+    runs = [list(run) for _, run in groupby(batch, lambda s: {len(v.frames) for v in s.videos})]
+    for rows in zip(*(_answer_run(model, processor, run, pruners) for run in runs), strict=True):
+        yield list(chain.from_iterable(rows))
+
+
+@torch.inference_mode()
+def _answer_run(
+    model: Any, processor: Any, batch: list[Sample], pruners: list[Any]
+) -> Iterator[list[PairedRow]]:
+    """Yields the rows of questions that are answered together for each pruner.
+
+    Args:
+        model: that answers.
+        processor: the model's.
+        batch: the questions.
         pruners: of the variants.
     """
     prompts = prompts_of(model, processor, batch)

@@ -7,10 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_prune.benchmarks.tasks.base import Question, Sample, Split, Turn
-from vlm_prune.benchmarks.tasks.scenes import COLORS, SHAPES, SIDE, WORDS, background, sprite
+from vlm_prune.benchmarks.tasks.scenes import COLORS, SHAPES, WORDS, background, sprite
 from vlm_prune.vlm.common.video import VideoClip
 
 FRAMES = 16
+FRAME_SIDE = 168  # pixels: half a scene's, so that a video costs no more than some images
+LARGE = (28, 42)  # sides of shapes: at least what a token shows that is pooled over 2 x 2 patches
 FPS = 2.0
 CELLS = 3  # along a side: still things stand in different cells of a grid
 NOISE = 3  # levels by which every pixel of a frame may change
@@ -65,8 +67,8 @@ def spots(rng: np.random.Generator, count: int) -> list[tuple[float, float]]:
     cells = rng.permutation(CELLS * CELLS)[:count]
     return [
         (
-            (cell % CELLS + rng.uniform(0.2, 0.6)) / CELLS,
-            (cell // CELLS + rng.uniform(0.2, 0.6)) / CELLS,
+            (cell % CELLS + rng.uniform(0.4, 0.6)) / CELLS,
+            (cell // CELLS + rng.uniform(0.4, 0.6)) / CELLS,
         )
         for cell in cells
     ]
@@ -116,21 +118,41 @@ def clip_of(rng: np.random.Generator, split: Split, actors: tuple[Actor, ...]) -
         actors: what it shows, later ones in front.
     """
     frames = len(actors[0].path)
-    still = background(rng, split)
-    shown = np.repeat(still[None], frames, 0)
+    shown = np.repeat(background(rng, split, FRAME_SIDE)[None], frames, 0)
     for actor in actors:
-        alpha = sprite(rng, actor.kind, actor.name, split)[..., None]
-        ink = np.array(COLORS[actor.color], np.float32)
-        height, width = alpha.shape[:2]
+        drawing = sprite(rng, actor.kind, actor.name, split, LARGE)
         for frame in actor.seen:
-            across, down = actor.path[frame] or (0.0, 0.0)
-            # shares of the way that the drawing has inside the picture
-            left, top = round(across * (SIDE - width)), round(down * (SIDE - height))
-            region = shown[frame, top : top + height, left : left + width]
-            region[:] = (region * (1 - alpha) + ink * alpha).astype(np.uint8)
-    noise = rng.integers(-NOISE, NOISE + 1, shown.shape, np.int8)
-    pixels: NDArray[np.uint8] = np.clip(shown.astype(np.int16) + noise, 0, 255).astype(np.uint8)
+            paste(shown[frame], drawing, actor.color, actor.path[frame] or (0.0, 0.0))
+    pixels = noisy(rng, shown)
     return VideoClip(pixels, tuple(frame / FPS for frame in range(frames)), frames / FPS)
+
+
+def paste(
+    picture: NDArray[np.uint8], drawing: NDArray[np.float32], color: str, at: tuple[float, float]
+) -> tuple[slice, slice]:
+    """Draws a thing on a picture (FRAME_SIDE, FRAME_SIDE, 3) in place, and returns rows and columns.
+
+    Args:
+        picture: what it is drawn on.
+        drawing: opacity of the thing, (height, width).
+        color: a key of `COLORS`.
+        at: left and top, as shares of the way that the drawing has inside the picture.
+    """
+    height, width = drawing.shape
+    left, top = round(at[0] * (FRAME_SIDE - width)), round(at[1] * (FRAME_SIDE - height))
+    covered = (slice(top, top + height), slice(left, left + width))
+    region, alpha = picture[covered], drawing[..., None]
+    region[:] = (region * (1 - alpha) + np.array(COLORS[color], np.float32) * alpha).astype(
+        np.uint8
+    )
+    return covered
+
+
+def noisy(rng: np.random.Generator, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Returns pixels of which each has changed by up to `NOISE` levels."""
+    noise = rng.integers(-NOISE, NOISE + 1, pixels.shape, np.int8)
+    changed: NDArray[np.uint8] = np.clip(pixels.astype(np.int16) + noise, 0, 255).astype(np.uint8)
+    return changed
 
 
 def about_movie(

@@ -20,6 +20,7 @@ SIDE = 336
 PATCH = 14
 GRID = SIDE // PATCH
 
+SHAPE_SIZES = (14, 28, 42)
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 DIGITS = tuple("0123456789")
 WORDS = ("cat", "dog", "sun", "key", "hat", "box", "pen", "map")
@@ -186,14 +187,20 @@ def _digits(split: Split) -> dict[str, NDArray[np.float32]]:
     return {digit: images[(part == split) & (digits == int(digit))] for digit in DIGITS}
 
 
-def background(rng: np.random.Generator, split: Split) -> NDArray[np.uint8]:
-    """Returns a muted crop of a photograph of the split, (SIDE, SIDE, 3)."""
+def background(rng: np.random.Generator, split: Split, side: int = SIDE) -> NDArray[np.uint8]:
+    """Returns a muted crop of a photograph of the split, (side, side, 3).
+
+    Args:
+        rng: draws photograph, crop and brightness.
+        split: decides which photographs it may use.
+        side: of the result, in pixels.
+    """
     picture = _photograph(str(rng.choice(PHOTOGRAPHS[split])))
-    side = int(rng.integers(200, min(picture.size) + 1))
-    left = int(rng.integers(0, picture.width - side + 1))
-    top = int(rng.integers(0, picture.height - side + 1))
-    box = (left, top, left + side, top + side)
-    crop = picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box)
+    size = int(rng.integers(200, min(picture.size) + 1))
+    left = int(rng.integers(0, picture.width - size + 1))
+    top = int(rng.integers(0, picture.height - size + 1))
+    box = (left, top, left + size, top + size)
+    crop = picture.resize((side, side), Image.Resampling.BILINEAR, box)
     if rng.random() < 0.5:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     muted = ImageEnhance.Color(crop).enhance(0.5)
@@ -238,7 +245,13 @@ def _free_corner(
     return None
 
 
-def sprite(rng: np.random.Generator, kind: str, name: str, split: Split) -> NDArray[np.float32]:
+def sprite(
+    rng: np.random.Generator,
+    kind: str,
+    name: str,
+    split: Split,
+    sizes: tuple[int, ...] = SHAPE_SIZES,
+) -> NDArray[np.float32]:
     """Returns the opacity in [0, 1] of a drawing, (height, width).
 
     Args:
@@ -246,6 +259,7 @@ def sprite(rng: np.random.Generator, kind: str, name: str, split: Split) -> NDAr
         kind: `shape`, `digit` or `word`.
         name: what it shows.
         split: decides which handwritten digits it may use.
+        sizes: of shapes, in pixels.
     """
     if kind == "digit":
         size = int(rng.choice([28, 42]))
@@ -261,7 +275,7 @@ def sprite(rng: np.random.Generator, kind: str, name: str, split: Split) -> NDAr
         font = ImageFont.load_default(size)
         ImageDraw.Draw(canvas).text(middle, name, 255, font, anchor="mm", stroke_width=0.5)
         return _opacity(canvas)
-    size = int(rng.choice([14, 28, 42]))
+    size = int(rng.choice(sizes))
     canvas = Image.new("L", (size * _SUPERSAMPLE, size * _SUPERSAMPLE))
     _draw_shape(ImageDraw.Draw(canvas), name, size * _SUPERSAMPLE)
     return _opacity(canvas.resize((size, size), Image.Resampling.BOX))

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import msgspec
 import pytest
+from tiny_families import Tiny
 
 from vlm_prune.benchmarks.evaluation import engine
 from vlm_prune.benchmarks.evaluation.records import PairedTimes, Results
@@ -288,3 +289,21 @@ def test_questions_are_drawn_batch_by_batch_and_only_those_without_a_row(
     # rows that are there are checked, and the last batch is made
     assert drawn == [json.loads(row)["id"] for row in rows]
     assert len(log.read_text().splitlines()) == 11
+
+
+def test_videos_of_unlike_length_are_answered_beside_each_other(run, tmp_path):
+    """LLaVA-OneVision encodes videos of one length at a time."""
+    tiny = Tiny("llava_onevision")
+    tiny.model.save_pretrained(tmp_path / "model")
+    tiny.processor.save_pretrained(tmp_path / "model")
+    options = ["--method", "frames", "--budget", "0.1", "--tasks", "event,order", "--limit", "4"]
+    rows = []
+    for size in ("4", "1"):
+        folder = tmp_path / size
+        code, _, err = run(
+            "eval", "--model", tmp_path / "model", *options, "--batch-size", size,
+            "--output", folder,
+        )  # fmt: skip
+        assert code == 0, err
+        rows.append([(row["id"], row["kept"]) for row in results(folder)[1]])
+    assert rows[0] == rows[1] and len(rows[0]) == 4

@@ -18,8 +18,7 @@ from vlm_prune.benchmarks.tasks import (
     order,
     passes,
 )
-from vlm_prune.benchmarks.tasks.moving import FRAMES, NOISE, clip_of
-from vlm_prune.benchmarks.tasks.scenes import SIDE
+from vlm_prune.benchmarks.tasks.moving import FRAME_SIDE, FRAMES, NOISE, clip_of
 from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.tokens import VisionTokens
 
@@ -32,7 +31,12 @@ def movies(module, count=40):
 def test_the_same_arguments_give_the_same_video_and_others_another(name):
     first, second, other = (TASKS[name].sample(3, seed=seed, split="val") for seed in (1, 1, 2))
     (clip,), (again,), (another,) = first.videos, second.videos, other.videos
-    assert clip.frames.shape == (event.LONG if name == "event" else FRAMES, SIDE, SIDE, 3)
+    assert clip.frames.shape == (
+        event.LONG if name == "event" else FRAMES,
+        FRAME_SIDE,
+        FRAME_SIDE,
+        3,
+    )
     assert clip.times[:3] == (0.0, 0.5, 1.0) and clip.duration == len(clip.frames) / 2
     np.testing.assert_array_equal(clip.frames, again.frames)
     assert first.answer == second.answer and not first.images
@@ -92,7 +96,7 @@ def test_the_answers_are_what_happens():
 
 def tokens_of(clip):
     """Blocks of 28 x 28 pixels as tokens: colors of their 4 x 4 parts, less gray."""
-    side = SIDE // 28
+    side = FRAME_SIDE // 28
     parts = clip.frames.reshape(len(clip.frames), side, 4, 7, side, 4, 7, 3).mean((3, 6)) - 128
     features = torch.tensor(parts.transpose(0, 1, 3, 2, 4, 5).reshape(1, -1, 48)).float()
     return VisionTokens(
