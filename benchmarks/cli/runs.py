@@ -3,6 +3,8 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -79,13 +81,28 @@ def open_run_folders(
         ]
 
 
-def results_so_far(folders: "list[RunFolder[PairedRow]]") -> str:
-    """Returns how many questions the pruned and the unpruned model answered right, for one method."""
-    if len(folders) > 1:
-        return ""
-    rows = folders[0].rows.values()
-    pruned, unpruned = sum(row.score for row in rows), sum(row.baseline_score for row in rows)
-    return f"right: pruned {pruned:g}, unpruned {unpruned:g} of {len(rows)};"
+@dataclass
+class ResultsSoFar:
+    """How many questions the pruned and the unpruned model answered right, for one method.
+
+    Args:
+        folders: of the runs.
+    """
+
+    folders: "list[RunFolder[PairedRow]]"
+    pruned: float = 0.0
+    unpruned: float = 0.0
+    counted: int = 0
+
+    def __str__(self) -> str:
+        if len(self.folders) > 1:
+            return ""
+        rows = self.folders[0].rows
+        for name in islice(rows, self.counted, None):
+            row = rows[name]
+            self.pruned, self.unpruned = self.pruned + row.score, self.unpruned + row.baseline_score
+        self.counted = len(rows)
+        return f"right: pruned {self.pruned:g}, unpruned {self.unpruned:g} of {self.counted};"
 
 
 def execute(folders: "list[RunFolder[PairedRow]]", data_root: "DataRoot | None") -> "list[Results]":
@@ -130,6 +147,5 @@ def execute(folders: "list[RunFolder[PairedRow]]", data_root: "DataRoot | None")
             from vlm_prune.benchmarks.evaluation.served import evaluate_served
 
             return evaluate_served(model, processor, folders[0], advance)
-        return evaluate(
-            model, processor, folders, lambda done: advance(done, results_so_far(folders))
-        )
+        so_far = ResultsSoFar(folders)
+        return evaluate(model, processor, folders, lambda done: advance(done, str(so_far)))

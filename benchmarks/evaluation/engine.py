@@ -12,6 +12,7 @@ import torch
 from vlm_prune.benchmarks.evaluation.costs import machine_of, paired_costs
 from vlm_prune.benchmarks.evaluation.prompts import Prompts, make_prompts
 from vlm_prune.benchmarks.evaluation.records import (
+    MeasuredRow,
     PairedRow,
     PairedTimes,
     PromptRecord,
@@ -152,8 +153,8 @@ def evaluate(
         progress(len(names))
     results = []
     for folder in folders:
-        rows = [folder.rows[name] for name in samples.ids]
-        results.append(summarize(folder.config, rows, machine_of(model)))
+        measured = [folder.rows.read(name, MeasuredRow) for name in samples.ids]
+        results.append(summarize(folder.config, measured, machine_of(model)))
         folder.finish(results[-1])
     return results
 

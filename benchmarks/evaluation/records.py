@@ -248,6 +248,21 @@ class PairedRow(AnswerRow, frozen=True):
         return self.right and not self.baseline_right
 
 
+class MeasuredRow(msgspec.Struct, frozen=True):
+    """The part of a `PairedRow` that results are made of."""
+
+    task: str
+    score: Share
+    images: Count
+    baseline_score: Share
+    image_tokens: list[Count]
+    layer_tokens: list[Amount]
+    flops: Costs
+    kv_bytes: Costs
+    time_ms: PairedTimes
+    densities: list[Share] = []
+
+
 class NotedImages(Protocol):
     """What a record notes of the images of a prompt, as `PromptRecord` does."""
 

@@ -1,7 +1,7 @@
 """Folders of results: what stands in them, read and written as records."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Generic, Self, TypedDict, TypeVar
 
@@ -37,6 +37,7 @@ CONTENT_OF_KIND = {
 }
 RecordT = TypeVar("RecordT", FolderRecord, Results, SuiteResults)
 RowT = TypeVar("RowT", bound=AnswerRow)
+PartT = TypeVar("PartT", bound=msgspec.Struct)
 
 
 def read_versioned(path: Path, kind: type[RecordT]) -> RecordT:
@@ -77,11 +78,14 @@ def read_rows(path: Path, kind: type[RowT]) -> dict[str, RowT]:
     Raises:
         InputError: if the file cannot be read, a line is damaged, or two rows of a question differ.
     """
-    return _rows(read_bytes(path), path, kind)
+    rows: dict[str, RowT] = {}
+    for _, row in _lines(read_bytes(path), path, kind):
+        _check_same(rows.setdefault(row.id, row), row, path)
+    return rows
 
 
-def _rows(content: bytes, path: Path, kind: type[RowT]) -> dict[str, RowT]:
-    """Reads the rows of a log by the question's id.
+def _lines(content: bytes, path: Path, kind: type[RowT]) -> Iterator[tuple[int, RowT]]:
+    """Yields the rows of a log, and where in the file each begins.
 
     Args:
         content: of the file.
@@ -89,18 +93,83 @@ def _rows(content: bytes, path: Path, kind: type[RowT]) -> dict[str, RowT]:
         kind: of the rows.
 
     Raises:
-        InputError: if a line is damaged, or two rows of a question differ.
+        InputError: if a line is damaged.
     """
-    rows: dict[str, RowT] = {}
-    for number, line in enumerate(content.splitlines(), 1):
-        row = from_json(
-            line, kind, f"line {number} of {path}", f"remove {path.parent}, and {RERUN}"
+    start = 0
+    for number, line in enumerate(content.splitlines(keepends=True), 1):
+        remedy = f"remove {path.parent}, and {RERUN}"
+        yield start, from_json(line, kind, f"line {number} of {path}", remedy)
+        start += len(line)
+
+
+def _check_same(first: AnswerRow, second: AnswerRow, path: Path) -> None:
+    """Raises `InputError` if two rows of a question differ."""
+    if first != second:
+        raise InputError(
+            f"{path} has two rows of question {first.id}; remove {path.parent}, and {RERUN}"
         )
-        if rows.setdefault(row.id, row) != row:
-            raise InputError(
-                f"{path} has two rows of question {row.id}; remove {path.parent}, and {RERUN}"
-            )
-    return rows
+
+
+class LoggedRows(Mapping[str, RowT]):
+    """The rows of a log by the question's id; each is read where it is looked up, so that none is held.
+
+    Args:
+        path: of the log.
+        kind: of the rows.
+    """
+
+    def __init__(self, path: Path, kind: type[RowT]) -> None:
+        self.path, self.kind = path, kind
+        self.starts: dict[str, int] = {}
+
+    def __getitem__(self, name: str) -> RowT:
+        return self.read(name, self.kind)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.starts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.starts)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def read(self, name: str, kind: type[PartT]) -> PartT:
+        """Reads the row of a question, or the part of it that a record of fewer fields has.
+
+        Raises:
+            InputError: if the file was changed meanwhile.
+        """
+        with self.path.open("rb") as file:
+            file.seek(self.starts[name])
+            line = file.readline()
+        where, remedy = (
+            f"the row of {name} in {self.path}",
+            f"remove {self.path.parent}, and {RERUN}",
+        )
+        return from_json(line, kind, where, remedy)
+
+    def find(self, content: bytes) -> None:
+        """Notes where rows are in a file of this content.
+
+        Raises:
+            InputError: if a line is damaged, or two rows of a question differ.
+        """
+        for start, row in _lines(content, self.path, self.kind):
+            if self.starts.setdefault(row.id, start) != start:
+                _check_same(self[row.id], row, self.path)
+
+    def append(self, rows: Sequence[RowT]) -> None:
+        """Writes the rows of questions that have none."""
+        with self.path.open("ab") as file:
+            new = {row.id: to_json(row, indent=None).encode() for row in rows if row.id not in self}
+            start = file.tell()
+            file.write(b"".join(new.values()))
+            file.flush()
+            os.fsync(file.fileno())
+        for name, line in new.items():
+            self.starts[name] = start
+            start += len(line)
 
 
 def read_run(folder: Path) -> tuple[Results, list[PairedRow]]:
@@ -187,7 +256,7 @@ class RunFolder(Generic[RowT]):
         self.settings = FolderRecord(
             kind=kind, config=config, adapter=digests[0], peft_digest=digests[1]
         )
-        self.rows: dict[str, RowT] = {}
+        self.rows = LoggedRows(self.log, row_type)
         self.folder: OutputFolder | None = None
         if int(os.environ.get("RANK", "0")) > 0:
             return
@@ -199,7 +268,7 @@ class RunFolder(Generic[RowT]):
                 and self.log.exists()
             ):
                 raise InputError(f"{path} holds results without {CONFIG}; remove the folder")
-            self.rows = self._read()
+            self._read()
 
     def __enter__(self) -> Self:
         return self
@@ -219,16 +288,15 @@ class RunFolder(Generic[RowT]):
             self.group.record()
         record_settings(self.path / CONFIG, msgspec.to_builtins(self.settings))
 
-    def _read(self) -> dict[str, RowT]:
-        """Reads the rows written so far; a line that a kill cut off is removed."""
+    def _read(self) -> None:
+        """Finds the rows written so far; a line that a kill cut off is removed."""
         if not self.log.exists():
-            return {}
+            return
         content = read_bytes(self.log)
         end = content.rfind(b"\n") + 1
-        rows = _rows(content[:end], self.log, self.row_type)
+        self.rows.find(content[:end])
         if end < len(content):
             os.truncate(self.log, end)
-        return rows
 
     def check(self, questions: "Mapping[str, QuestionFields]") -> None:
         """Raises `InputError` unless every row is of one of `questions`, by id,
@@ -247,13 +315,7 @@ class RunFolder(Generic[RowT]):
     def append(self, rows: list[RowT]) -> None:
         """Adds rows of questions that have none."""
         self.record()
-        new = {row.id: row for row in rows if row.id not in self.rows}
-        lines = [to_json(row, indent=None) for row in new.values()]
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write("".join(lines))
-            file.flush()
-            os.fsync(file.fileno())
-        self.rows |= new
+        self.rows.append(rows)
 
     def finish(self, results: Results) -> None:
         """Writes the results of all rows as the folder's `results.json`."""
@@ -261,11 +323,11 @@ class RunFolder(Generic[RowT]):
 
     def scores(self) -> dict[str, NDArray[np.float64]]:
         """Returns the scores of the pruned model by task, in the order of the questions."""
-        rows = [self.rows[name] for name in sorted(self.rows)]
-        return {
-            task: np.array([row.score for row in rows if row.task == task], float)
-            for task in dict.fromkeys(row.task for row in rows)
-        }
+        scores: dict[str, list[float]] = {}
+        for name in sorted(self.rows):
+            row = self.rows[name]
+            scores.setdefault(row.task, []).append(row.score)
+        return {task: np.array(of_task, float) for task, of_task in scores.items()}
 
 
 def _scored(row: AnswerRow) -> bool:

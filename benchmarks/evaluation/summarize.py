@@ -10,6 +10,7 @@ from vlm_prune.benchmarks.evaluation.records import (
     Accuracy,
     Costs,
     Machine,
+    MeasuredRow,
     PairedRow,
     PairedTimes,
     Results,
@@ -21,7 +22,9 @@ from vlm_prune.benchmarks.evaluation.records import (
 from vlm_prune.benchmarks.stats.bootstrap import PairedScores, mean_interval, retained
 
 
-def summarize(config: RunConfig, rows: Sequence[PairedRow], machine: Machine) -> Results:
+def summarize(
+    config: RunConfig, rows: Sequence[MeasuredRow | PairedRow], machine: Machine
+) -> Results:
     """Returns the results of a run.
 
     Args:
@@ -85,7 +88,7 @@ def summarize(config: RunConfig, rows: Sequence[PairedRow], machine: Machine) ->
     )
 
 
-def _task_result(rows: Sequence[PairedRow], scores: PairedScores) -> TaskResult:
+def _task_result(rows: Sequence[MeasuredRow | PairedRow], scores: PairedScores) -> TaskResult:
     """Returns the results of one task, whose scores come under its name alone."""
     ((unpruned, pruned),) = scores.values()
     point, interval = retained(scores)
@@ -100,7 +103,7 @@ def _task_result(rows: Sequence[PairedRow], scores: PairedScores) -> TaskResult:
     )
 
 
-def _tokens(config: RunConfig, rows: Sequence[PairedRow], machine: Machine) -> Tokens:
+def _tokens(config: RunConfig, rows: Sequence[MeasuredRow | PairedRow], machine: Machine) -> Tokens:
     """Returns the image tokens, unpruned and in three ways.
 
     Args:
@@ -123,7 +126,9 @@ def _tokens(config: RunConfig, rows: Sequence[PairedRow], machine: Machine) -> T
     )
 
 
-def _per_image(rows: Sequence[PairedRow], values: list[float], without: float = 0.0) -> float:
+def _per_image(
+    rows: Sequence[MeasuredRow | PairedRow], values: list[float], without: float = 0.0
+) -> float:
     """Returns the mean over all images of what rows say about theirs.
 
     Args:

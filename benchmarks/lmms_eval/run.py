@@ -19,6 +19,7 @@ from tenacity import RetryError
 from vlm_prune.benchmarks.evaluation.costs import machine_of, paired_costs
 from vlm_prune.benchmarks.evaluation.environment import versions
 from vlm_prune.benchmarks.evaluation.records import (
+    MeasuredRow,
     PairedRow,
     PairedTimes,
     Results,
@@ -352,9 +353,8 @@ def _finish(
         skipped: why other tasks were not run.
         model: that answered.
     """
-    rows = sorted(
-        (row for row in folder.rows.values() if row.task in metrics), key=lambda row: row.id
-    )
+    names = sorted(name for name in folder.rows if name.rpartition("/")[0] in metrics)
+    rows = [folder.rows.read(name, MeasuredRow) for name in names]
     config = replace(folder.config, tasks=tuple(metrics))
     results = summarize(config, rows, machine_of(model.model))
     tasks = {

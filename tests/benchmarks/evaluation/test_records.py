@@ -3,6 +3,7 @@
 import ast
 import copy
 import json
+import tracemalloc
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,7 @@ from vlm_prune.benchmarks.evaluation import records
 from vlm_prune.benchmarks.evaluation.records import (
     FolderRecord,
     Machine,
+    MeasuredRow,
     PairedRow,
     Results,
     RunConfig,
@@ -266,3 +268,28 @@ def test_evaluation_records_have_no_untyped_parts():
         msgspec.json.schema(kind)  # fails on a type that cannot be checked
     for path in (ROOT / "benchmarks" / "evaluation").glob("*.py"):
         assert "list[dict[str, Any]]" not in path.read_text().replace("messages: list", ""), path
+
+
+def test_rows_are_read_where_they_are_looked_up(tmp_path):
+    """However many questions there are, no row is held."""
+    source = read_rows(write_run(tmp_path / "source") / "samples.jsonl", PairedRow)
+    wanted, first = config(tmp_path / "source"), next(iter(source.values()))
+    with RunFolder(tmp_path / "run", wanted, PairedRow) as folder:
+        for number in range(6):
+            rows = [msgspec.structs.replace(first, id=f"exist/{number:06}", subset=str(number))]
+            folder.append(rows)
+            folder.append(rows)  # counts once
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        for number in range(6, 406):
+            folder.append([msgspec.structs.replace(first, id=f"exist/{number:06}")])
+        alive = tracemalloc.get_traced_memory()[0] - before
+        tracemalloc.stop()
+        # the name and the place of a row, not what stands in it
+        assert alive < 400 * 300 < 400 * len(folder.log.read_bytes()) / len(folder.rows)
+        assert list(folder.rows) == [f"exist/{number:06}" for number in range(406)]
+        assert folder.rows["exist/000004"].subset == "4"
+        part = folder.rows.read("exist/000004", MeasuredRow)
+        assert (part.score, part.time_ms) == (first.score, first.time_ms)
+    with RunFolder(tmp_path / "run", wanted, PairedRow) as folder:
+        assert len(folder.rows) == 406 and folder.rows["exist/000405"].id == "exist/000405"
