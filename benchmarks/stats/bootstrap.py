@@ -11,7 +11,7 @@ from scipy.stats import DegenerateDataWarning, bootstrap
 Values = NDArray[np.float64]
 PairedScores = Mapping[str, tuple[Values, Values]]
 DRAWS = 2000
-MOST_INDICES = 2**24  # held at once
+MOST_INDICES = 2**22  # held at once
 
 
 def resampled(
