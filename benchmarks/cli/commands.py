@@ -18,6 +18,7 @@ from vlm_prune.benchmarks.cli import (
     evaluate,
     export,
     iit,
+    left_to_see,
     map,
     merge,
     methods,
@@ -83,4 +84,5 @@ for name, group in (
 app.command("merge", rich_help_panel=TRAIN)(merge.merge_command)
 app.command("bench-against", hidden=True)(bench_against.bench_against)
 app.command("draw-kept-tokens", hidden=True)(draw_kept_tokens.draw_kept_tokens)
+app.command("left-to-see", rich_help_panel=MEASURE)(left_to_see.left_to_see_command)
 app.add_typer(train_tiny.app, name="train-tiny", hidden=True)

@@ -110,7 +110,20 @@ def still_things(
 
 
 def clip_of(rng: np.random.Generator, split: Split, actors: tuple[Actor, ...]) -> VideoClip:
-    """Returns the frames of a video, two a second.
+    """Returns the frames of a video, as `film` makes them.
+
+    Args:
+        rng: draws them.
+        split: decides which photographs they may use.
+        actors: what they show.
+    """
+    return film(rng, split, actors)[0]
+
+
+def film(
+    rng: np.random.Generator, split: Split, actors: tuple[Actor, ...]
+) -> tuple[VideoClip, list[NDArray[np.float32]]]:
+    """Returns the frames of a video, two a second, and the opacity of each actor's drawing.
 
     Args:
         rng: draws the picture behind, the drawings and the noise.
@@ -119,12 +132,15 @@ def clip_of(rng: np.random.Generator, split: Split, actors: tuple[Actor, ...]) -
     """
     frames = len(actors[0].path)
     shown = np.repeat(background(rng, split, FRAME_SIDE)[None], frames, 0)
+    drawings = []
     for actor in actors:
         drawing = sprite(rng, actor.kind, actor.name, split, LARGE)
+        drawings.append(drawing)
         for frame in actor.seen:
             paste(shown[frame], drawing, actor.color, actor.path[frame] or (0.0, 0.0))
     pixels = noisy(rng, shown)
-    return VideoClip(pixels, tuple(frame / FPS for frame in range(frames)), frames / FPS)
+    times = tuple(frame / FPS for frame in range(frames))
+    return VideoClip(pixels, times, frames / FPS), drawings
 
 
 def paste(
