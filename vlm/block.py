@@ -327,10 +327,9 @@ class Block:
             if self.before is not None and self.before.shown is not None:
                 end = length - drafts
                 items = choice.items(ids[:, :end], valid[:, :end], kwargs)
-                for image, shown in enumerate(self.shown(self.before.shown, items)):
-                    # of the copies that beam search makes the first decides
-                    at = choice.images.index(choice.images[image])
-                    visible[at] = visible[at] & shown
+                left = self.shown(self.before.shown, items)
+                for number, stays in zip(items.numbers, left, strict=True):
+                    visible[number] = visible[number] & stays
 
             def embed(row: int, chosen: Tensor) -> Tensor:
                 if embeds is not None:

@@ -43,6 +43,8 @@ class PromptItems:
         frames: of each, 0 for images.
         arguments: returns what the family needs beside ids (B, L) and a mask (B, L) of prompts with the
             same images and videos.
+        numbers: of each, among the images and videos of all rows, those that beam search repeats
+            included.
     """
 
     inputs: dict[str, Any]
@@ -50,6 +52,7 @@ class PromptItems:
     counts: list[int]
     frames: list[int]
     arguments: Callable[[Tensor, Tensor], dict[str, Any]]
+    numbers: list[int]
 
 
 @dataclass(frozen=True)
@@ -301,6 +304,7 @@ class Choice:
             [self.counts[item] for item in members],
             [self.encoded.frames[self.images[item]] for item in members],
             arguments,
+            members,
         )
 
     def reduce(

@@ -121,6 +121,20 @@ def test_all_images_stay_where_there_are_no_more(llava):
             torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
 
 
+def test_beam_search_of_two_prompts_equals_that_of_each(llava):
+    both = [([0, 1, 2], QUESTIONS[0]), ([3, 0], QUESTIONS[1])]
+    steps = {"num_beams": 3, "max_new_tokens": 4, "min_new_tokens": 4}
+    method = build("icr+divprune", budget=4, keep=1)
+    with method(llava.model) as trace, torch.inference_mode():
+        pair = llava.model.generate(**llava.inputs([[turn] for turn in both]), **steps)
+        kept = [len(own) for own in trace.kept]
+        for row, turn in enumerate(both):
+            alone = llava.model.generate(**llava.inputs([[turn]]), **steps)
+            assert torch.equal(pair[row, -4:], alone[0, -4:])
+    # three copies of the first prompt before those of the second
+    assert sorted(kept[:3]) == [0, 0, 4] and sorted(kept[9:11]) == [0, 4]
+
+
 def test_frames_of_a_video_are_ranked():
     pytest.importorskip("torchvision")
     case = Tiny("qwen2_5_vl")
