@@ -67,7 +67,8 @@ def test_every_block_has_six_sites_in_each_tower(any_clip):
 
 def test_fresh_adapters_give_the_base_bit_for_bit(any_clip, batch):
     split(any_clip.model)
-    any_clip.model.requires_grad_(False)  # torch's attention rounds otherwise where weights are frozen
+    # frozen as it will be: torch's attention rounds otherwise where weights are not
+    any_clip.model.requires_grad_(False)
     before = outputs(any_clip, batch)
     insert(any_clip, Placement(), make_layer)
     assert same(outputs(any_clip, batch), before)
