@@ -624,6 +624,14 @@ def refused_on_images(method, model):
     return bool(lacking) or ("videos" in method.needs and family.frames_as_images)
 
 
+def rounding(tiny):
+    """How far logits may differ where padding, or a state, moves the chunks that linear attention adds up."""
+    linear = "linear_attention" in (
+        getattr(tiny.model.config.get_text_config(), "layer_types", None) or ()
+    )
+    return 1e-4 if linear else 2e-5
+
+
 def snapshot(model):
     """What a block must leave as it was: hooks, attributes (functions by identity), configurations.
 

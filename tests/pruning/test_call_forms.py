@@ -13,7 +13,7 @@ import pytest
 import tiny_families
 import torch
 import transformers as hf
-from tiny_families import Tiny, failing, refused_on_images, snapshot
+from tiny_families import Tiny, failing, refused_on_images, rounding, snapshot
 
 from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.cache import CACHE, cache_of
@@ -172,7 +172,7 @@ def test_decoding_without_a_cache(name, positions, family):
         anew = greedy(family, inputs, use_cache=False)
     assert [indices.tolist() for indices in trace.kept] == kept
     for ours, theirs in zip(anew.logits, cached.logits, strict=True):
-        close(ours, theirs)
+        close(ours, theirs, rounding(family))
 
 
 @form(

@@ -4,7 +4,7 @@ from inspect import signature
 
 import pytest
 import torch
-from tiny_families import failing, refused_on_images, restored, same_choices, snapshot
+from tiny_families import failing, refused_on_images, restored, rounding, same_choices, snapshot
 from transformers import TextStreamer
 
 from vlm_prune.benchmarks.cli.support import support
@@ -55,14 +55,6 @@ def greedy(tiny, inputs, steps=3, **more):
         **inputs, max_new_tokens=steps, min_new_tokens=steps, return_dict_in_generate=True,
         output_logits=True, **more,
     )  # fmt: skip
-
-
-def rounding(tiny):
-    """How far logits may differ where padding moves the chunks that linear attention adds up."""
-    linear = "linear_attention" in (
-        getattr(tiny.model.config.get_text_config(), "layer_types", None) or ()
-    )
-    return 1e-4 if linear else 2e-5
 
 
 def assert_close(ours, theirs, atol=2e-5):

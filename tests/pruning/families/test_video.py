@@ -22,8 +22,10 @@ EQUAL_LENGTHS = ("internvl", "llava_next_video", "llava_onevision", "smolvlm")
 """Families whose processor stacks the videos of a batch."""
 VIDEOS_ALONE = ("smolvlm",)
 """Families whose processor takes no images beside videos."""
+STAMPED = r"<[0-9.]+.?seconds><\|vision_start\|>((?:<\|video_pad\|>)+)<\|vision_end\|>"
 FRAMES = {
-    "qwen3_vl": r"<[0-9.]+.?seconds><\|vision_start\|>((?:<\|video_pad\|>)+)<\|vision_end\|>",
+    "qwen3_vl": STAMPED,
+    "qwen3_vl_moe": STAMPED,
     "internvl": r"Frame[0-9]:.<img>((?:<IMG_CONTEXT>)+)</img>(?:Ċ(?=Frame[2-9]))?",
     "smolvlm": "ĊFrame.from.[0-9:]+<fake_token_around_image><global-img>((?:<image>)+)"
     "<fake_token_around_image>",
