@@ -30,6 +30,8 @@ from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.trace import Trace
 
 T = TypeVar("T")
+ANY_SIZE = 4096
+"""Tokens of an image by which counts and shares are compared where images have any number."""
 # from a batch and pruners to the rows of each pruner
 Answer = Callable[[list[Sample], list[Any]], Iterable[list[PairedRow]]]
 
@@ -128,7 +130,8 @@ def evaluate(
         pruner.admit(model)
         folder.check(answered)
     # the largest budget first: its order of tokens serves the smaller ones
-    tokens = family_of(model).tokens_per_image
+    family = family_of(model)
+    tokens = family.tokens_per_image if family.fixed_size else ANY_SIZE
     runs = sorted(
         zip(folders, pruners, strict=True),
         key=lambda run: -tokens_for(run[0].config.variant.budget, tokens),

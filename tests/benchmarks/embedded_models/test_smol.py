@@ -67,6 +67,7 @@ def small(monkeypatch):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @installed
 def test_a_stopped_training_goes_on_as_if_it_had_not_been(small, tmp_path):
     (tmp_path / "once").mkdir()
@@ -87,6 +88,7 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(small, tmp_path):
     assert any(wanted[name].abs().max() > 0 for name in wanted if "lora_B" in name)
 
 
+@pytest.mark.slow
 @installed
 def test_a_new_training_may_start_from_what_another_wrote(small, tmp_path):
     for folder in ("first", "second", "adapter"):
