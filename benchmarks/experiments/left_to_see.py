@@ -15,8 +15,8 @@ from torch import Tensor
 from vlm_prune.benchmarks.stats.paired import TaskScores, difference
 from vlm_prune.benchmarks.stats.table import percent, points
 from vlm_prune.benchmarks.tasks import appears, direction, event, middle, order, passes
-from vlm_prune.benchmarks.tasks.base import SPLITS, Split, Task, shares
-from vlm_prune.benchmarks.tasks.moving import FRAME_SIDE, Actor, Movie, film
+from vlm_prune.benchmarks.tasks.base import Split, shares
+from vlm_prune.benchmarks.tasks.moving import FRAME_SIDE, Actor, Movie, covered_by, film
 from vlm_prune.pruning.base import VisionPruner
 from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.budget import Budget
@@ -48,13 +48,10 @@ def tokens_showing(actor: Actor, drawing: NDArray[np.float32]) -> Tensor:
         actor: the thing.
         drawing: its opacity, (height, width).
     """
-    height, width = drawing.shape
     shown = torch.zeros(len(actor.path), ACROSS * ACROSS, dtype=torch.bool)
     for frame in actor.seen:
-        across, down = actor.path[frame] or (0.0, 0.0)
-        left, top = round(across * (FRAME_SIDE - width)), round(down * (FRAME_SIDE - height))
         canvas = np.zeros((FRAME_SIDE, FRAME_SIDE), np.float32)
-        canvas[top : top + height, left : left + width] = drawing
+        canvas[covered_by(drawing, actor.path[frame] or (0.0, 0.0))] = drawing
         # opacity summed over the square of each token
         ink = torch.from_numpy(canvas).unflatten(1, (ACROSS, CELL)).unflatten(0, (ACROSS, CELL))
         covered = ink.sum((1, 3)).flatten()
@@ -132,16 +129,13 @@ def questions(limit: int, seed: int = 0, split: Split = "test") -> Iterator[Movi
     """
     model, processor = video_model()
     family = family_of(model.eval())
-    tasks: dict[str, tuple[Task, Callable[[np.random.Generator], Movie]]] = {
-        module.TASK.name: (module.TASK, module.ask) for module in MODULES
-    }
-    if limit < len(tasks):
-        raise InputError(f"limit {limit} is below one question for {len(tasks)} tasks")
-    for name, number in shares(list(tasks), limit).items():
-        _, ask = tasks[name]
+    modules = {module.TASK.name: module for module in MODULES}
+    if limit < len(modules):
+        raise InputError(f"limit {limit} is below one question for {len(modules)} tasks")
+    for name, number in shares(list(modules), limit).items():
         for index in range(number):
-            rng = np.random.default_rng([SPLITS.index(split), seed, index, *name.encode()])
-            movie = ask(rng)
+            rng = modules[name].TASK.generator(index, seed, split)
+            movie = modules[name].ask(rng)
             clip, drawings = film(rng, split, movie.actors)
             pixels = processor.video_processor([clip.frames], return_tensors="pt")
             with torch.inference_mode():

@@ -95,10 +95,18 @@ class Task:
             seed: of the stream.
             split: train, val or test; they share no photograph and no handwritten digit.
         """
-        key = [SPLITS.index(split), seed, index, *self.name.encode()]
-        return replace(
-            self.make(np.random.default_rng(key), split), id=question_id(self.name, index)
-        )
+        rng = self.generator(index, seed, split)
+        return replace(self.make(rng, split), id=question_id(self.name, index))
+
+    def generator(self, index: int, seed: int, split: Split) -> np.random.Generator:
+        """Returns what draws a sample.
+
+        Args:
+            index: of the sample.
+            seed: of the stream.
+            split: train, val or test.
+        """
+        return np.random.default_rng([SPLITS.index(split), seed, index, *self.name.encode()])
 
 
 def question_id(task: str, index: int) -> str:

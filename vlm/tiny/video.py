@@ -6,17 +6,12 @@ Its language model has seen no video and answers nothing about one: the model is
 from typing import Any
 
 from vlm_prune.vlm.tiny import checkpoint_path
+from vlm_prune.vlm.tiny.config import CHAT_TEMPLATE
 
 SIDE_TOKENS = 12  # patches along a side of a frame, of 14 pixels
 VIDEO_TOKEN = "<video>"
-CHAT = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'user' %}USER: {% else %} ASSISTANT: {% endif %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>\n{% elif part['type'] == 'video' %}<video>\n"
-    "{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+CHAT = CHAT_TEMPLATE.replace(
+    "<image>\n{% else %}", "<image>\n{% elif part['type'] == 'video' %}<video>\n{% else %}"
 )
 
 
