@@ -11,7 +11,6 @@ from vlm_prune.benchmarks.evaluation.records import (
     Costs,
     Machine,
     MeasuredRow,
-    PairedRow,
     PairedTimes,
     Results,
     RunConfig,
@@ -22,9 +21,7 @@ from vlm_prune.benchmarks.evaluation.records import (
 from vlm_prune.benchmarks.stats.bootstrap import PairedScores, mean_interval, retained
 
 
-def summarize(
-    config: RunConfig, rows: Sequence[MeasuredRow | PairedRow], machine: Machine
-) -> Results:
+def summarize(config: RunConfig, rows: Sequence[MeasuredRow], machine: Machine) -> Results:
     """Returns the results of a run.
 
     Args:
@@ -88,7 +85,7 @@ def summarize(
     )
 
 
-def _task_result(rows: Sequence[MeasuredRow | PairedRow], scores: PairedScores) -> TaskResult:
+def _task_result(rows: Sequence[MeasuredRow], scores: PairedScores) -> TaskResult:
     """Returns the results of one task, whose scores come under its name alone."""
     ((unpruned, pruned),) = scores.values()
     point, interval = retained(scores)
@@ -103,7 +100,7 @@ def _task_result(rows: Sequence[MeasuredRow | PairedRow], scores: PairedScores) 
     )
 
 
-def _tokens(config: RunConfig, rows: Sequence[MeasuredRow | PairedRow], machine: Machine) -> Tokens:
+def _tokens(config: RunConfig, rows: Sequence[MeasuredRow], machine: Machine) -> Tokens:
     """Returns the image tokens, unpruned and in three ways.
 
     Args:
@@ -126,9 +123,7 @@ def _tokens(config: RunConfig, rows: Sequence[MeasuredRow | PairedRow], machine:
     )
 
 
-def _per_image(
-    rows: Sequence[MeasuredRow | PairedRow], values: list[float], without: float = 0.0
-) -> float:
+def _per_image(rows: Sequence[MeasuredRow], values: list[float], without: float = 0.0) -> float:
     """Returns the mean over all images of what rows say about theirs.
 
     Args:
