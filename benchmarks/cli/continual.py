@@ -8,7 +8,7 @@ import typer
 from vlm_prune.benchmarks.cli.options import AllowOutside, Device, Seed, parse_arguments
 from vlm_prune.vlm.common.errors import InputError
 
-STREAMS = ("packaged", "mtil-1", "mtil-2", "mtil-5shot", "x-tail", "cifar100-10")
+STREAMS = ("packaged", "redrawn", "mtil-1", "mtil-2", "mtil-5shot", "x-tail", "cifar100-10")
 METHODS = (
     "zero-shot", "codyra", "codyra-plus", "random-rank", "lora", "o-lora", "dora", "randlora",
     "adalora", "keeplora", "full", "condu", "wise-ft", "lwf", "zscl", "rail",

@@ -1,4 +1,4 @@
-"""Pictures of the packaged stream: drawn from a seed, or cut from what PyPI packages bring along.
+"""Pictures of the embedded streams: drawn from a seed, or cut from what PyPI packages bring along.
 
 Fonts are matplotlib's, photographs scikit-image's and scikit-learn's, handwritten digits
 scikit-learn's. Every function takes the class, a generator and a `Style` and returns a
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from vlm_prune.continual.streams.patterns import SIDE, SUPERSAMPLE, TEXTURES, shape_mask
+from vlm_prune.continual.streams.patterns import SIDE, SUPERSAMPLE, TEXTURES, Tone, shape_mask
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.package_data import photograph
 
@@ -75,7 +75,7 @@ def shape(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
     outline = style == "varied" and rng.random() < 0.5
     turn = float(rng.uniform(-180, 180)) if style == "varied" else 0.0
     mask = shape_mask(name, round(SIDE * SUPERSAMPLE * rng.uniform(0.45, 0.75)), outline)
-    return _on_paper(mask.rotate(turn, Image.Resampling.BILINEAR), rng, style)
+    return on_paper(mask.rotate(turn, Image.Resampling.BILINEAR), rng, style)
 
 
 def scene(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
@@ -89,7 +89,7 @@ def scene(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
     color, kind = name.split(" ")
     mask = shape_mask(kind, round(SIDE * SUPERSAMPLE * rng.uniform(0.45, 0.75)), False)
     ink = np.array(COLORS[color]) + rng.normal(0, 10, 3)
-    return _on_paper(mask, rng, style, ink=ink, light=True)
+    return on_paper(mask, rng, style, ink=ink, light=True)
 
 
 def color(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
@@ -118,7 +118,7 @@ def letter(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
         rng: draws face, place, size and colors.
         style: plain or varied.
     """
-    return _printed(name, FACES[style], 0.55, 0.85, rng, style)
+    return printed(name, FACES[style], 0.55, 0.85, rng, style)
 
 
 def word(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
@@ -129,7 +129,7 @@ def word(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
         rng: draws face, place, size and colors.
         style: plain or varied.
     """
-    return _printed(name, FACES[style], 0.34, 0.44, rng, style)
+    return printed(name, FACES[style], 0.34, 0.44, rng, style)
 
 
 def symbol(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
@@ -140,7 +140,7 @@ def symbol(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
         rng: draws face, place, size and colors.
         style: plain or varied.
     """
-    return _printed(SYMBOLS[name], SYMBOL_FACES[style], 0.6, 0.9, rng, style)
+    return printed(SYMBOLS[name], SYMBOL_FACES[style], 0.6, 0.9, rng, style)
 
 
 def texture(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
@@ -151,6 +151,20 @@ def texture(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
         rng: draws tones, phase and scale.
         style: plain or varied.
     """
+    return pattern(TEXTURES[name], rng, style)
+
+
+def pattern(
+    tone: Tone, rng: np.random.Generator, style: Style, colored: bool = False
+) -> Image.Image:
+    """Returns a pattern of two tones, or of a color and a darker one.
+
+    Args:
+        tone: the pattern.
+        rng: draws tones, phase and scale.
+        style: plain or varied, which is turned by up to 25 degrees and warped.
+        colored: whether it has colors.
+    """
     rows, columns = np.mgrid[0:SIDE, 0:SIDE].astype(np.float64)
     if style == "varied":
         turn = np.radians(rng.uniform(-25, 25))
@@ -159,9 +173,13 @@ def texture(name: str, rng: np.random.Generator, style: Style) -> Image.Image:
             rows * np.sin(turn) + columns * np.cos(turn) + 3 * _smooth(rng, -1, 1),
         )
     rows, columns = rows + rng.uniform(0, 40), columns + rng.uniform(0, 40)
-    tone = TEXTURES[name](rows, columns, rng.uniform(7, 13), rng)
-    ink, paper = _two_tones(rng, style)
-    return _finish(paper + (ink - paper) * tone[..., None], rng, 6)
+    share = tone(rows, columns, rng.uniform(7, 13), rng)
+    if colored:
+        paper = list(COLORS.values())[int(rng.integers(len(COLORS)))] + rng.normal(0, 16, 3)
+        ink = paper * rng.uniform(0.1, 0.4)
+    else:
+        ink, paper = _two_tones(rng, style)
+    return _finish(paper + (ink - paper) * share[..., None], rng, 6)
 
 
 def digit_image(
@@ -178,8 +196,8 @@ def digit_image(
     mask = Image.fromarray((drawing * (255 / 16)).astype(np.uint8)).resize((size, size), 3)
     if style == "varied":
         mask = mask.rotate(float(rng.uniform(-15, 15)), Image.Resampling.BILINEAR)
-        return _on_paper(mask, rng, style)
-    return _on_paper(mask, rng, style, ink=np.full(3, 240.0), light=False)
+        return on_paper(mask, rng, style)
+    return on_paper(mask, rng, style, ink=np.full(3, 240.0), light=False)
 
 
 def crop(name: str, cell: tuple[int, int], rng: np.random.Generator, grid: int = 4) -> Image.Image:
@@ -204,15 +222,20 @@ def crop(name: str, cell: tuple[int, int], rng: np.random.Generator, grid: int =
 
 
 @lru_cache(maxsize=256)
-def _font(face: str, size: int) -> ImageFont.FreeTypeFont:
+def font(face: str, size: int) -> ImageFont.FreeTypeFont:
+    """Returns one of matplotlib's fonts, `size` pixels high.
+
+    Raises:
+        InputError: if matplotlib is not installed.
+    """
     try:
         folder = files("matplotlib").joinpath("mpl-data/fonts/ttf")
     except ModuleNotFoundError:
-        raise InputError("the packaged stream needs fonts: pip install 'vlm-prune[clip]'") from None
+        raise InputError("the embedded streams need fonts: pip install 'vlm-prune[clip]'") from None
     return ImageFont.truetype(BytesIO(folder.joinpath(f"{face}.ttf").read_bytes()), size)
 
 
-def _printed(
+def printed(
     text: str,
     faces: tuple[str, ...],
     smallest: float,
@@ -235,18 +258,19 @@ def _printed(
     size = round(SIDE * SUPERSAMPLE / 2 * (smallest + (largest - smallest) * rng.integers(5) / 4))
     canvas = Image.new("L", (SIDE * SUPERSAMPLE // 2,) * 2)
     middle = (canvas.width / 2, canvas.height / 2)
-    ImageDraw.Draw(canvas).text(middle, text, 255, _font(face, size), anchor="mm")
+    ImageDraw.Draw(canvas).text(middle, text, 255, font(face, size), anchor="mm")
     if style == "varied":
         canvas = canvas.rotate(float(rng.uniform(-15, 15)), Image.Resampling.BILINEAR)
-    return _on_paper(canvas, rng, style)
+    return on_paper(canvas, rng, style)
 
 
-def _on_paper(
+def on_paper(
     mask: Image.Image,
     rng: np.random.Generator,
     style: Style,
     ink: NDArray[np.float64] | None = None,
     light: bool | None = None,
+    paper: NDArray[np.float64] | None = None,
 ) -> Image.Image:
     """Draws ink through a mask, shifted a little, on paper that is dark or light.
 
@@ -256,6 +280,7 @@ def _on_paper(
         style: plain or varied.
         ink: color (3,); drawn unless given.
         light: whether the paper is light; drawn unless given.
+        paper: color (3,); drawn unless given.
     """
     scale = SUPERSAMPLE if mask.width > 2 * SIDE else 2 if mask.width > SIDE else 1
     side = SIDE * scale
@@ -265,8 +290,9 @@ def _on_paper(
     corner = ((side - mask.width) / 2 + shift[0], (side - mask.height) / 2 + shift[1])
     canvas.paste(mask, (round(corner[0]), round(corner[1])))
     alpha = np.asarray(canvas, np.float64).reshape(SIDE, scale, SIDE, scale).mean((1, 3)) / 255
-    chosen, paper = _two_tones(rng, style, light)
-    ink = chosen if ink is None else ink
+    tones = _two_tones(rng, style, light)
+    ink = tones[0] if ink is None else ink
+    paper = tones[1] if paper is None else paper
     return _finish(paper + (ink - paper) * alpha[..., None], rng, 4 if style == "plain" else 10)
 
 

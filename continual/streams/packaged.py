@@ -8,7 +8,7 @@ photographs, which have one style. Another version of Pillow may draw the edges 
 differently.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Literal
@@ -23,6 +23,7 @@ from vlm_prune.vlm.common.package_data import handwritten_digits
 from vlm_prune.vlm.common.registry import Registry
 
 PackagedSplit = Literal["pretraining", "train", "val", "test"]
+DrawSplit = Callable[[str, PackagedSplit, int, np.random.Generator, Style], Image.Image]
 SEED = 20260
 PER_CLASS: dict[PackagedSplit, int] = {"pretraining": 200, "train": 32, "val": 8, "test": 24}
 SPLITS: tuple[PackagedSplit, ...] = ("pretraining", "train", "val", "test")
@@ -56,13 +57,17 @@ _DRAWINGS: dict[PackagedSplit, int] = {"pretraining": 0, "train": 110, "val": 14
 
 @dataclass(frozen=True)
 class Domain:
-    """One domain: how a class is drawn, and which classes the embedded CLIP has seen."""
+    """One domain: how a class is drawn, and which classes the embedded CLIP has seen.
 
+    `number` goes into the seeds of its pictures; no two domains have the same.
+    """
+
+    number: int
     name: str
     classes: tuple[str, ...]
     known: tuple[str, ...]
     templates: tuple[str, ...]
-    draw: Callable[[str, PackagedSplit, int, np.random.Generator, Style], Image.Image]
+    draw: DrawSplit
 
 
 class Drawn(LabeledImages):
@@ -79,7 +84,6 @@ class Drawn(LabeledImages):
         self, domain: Domain, split: PackagedSplit, classes: tuple[str, ...], style: Style
     ) -> None:
         self.domain, self.split, self.classes, self.style = domain, split, classes, style
-        self.number = list(DOMAINS).index(domain.name)
         self._drawn: dict[int, Labeled] = {}
 
     @property
@@ -100,8 +104,8 @@ class Drawn(LabeledImages):
     def _draw(self, index: int) -> Labeled:
         count, label = divmod(index, len(self.classes))
         name = self.classes[label]
-        key = (self.number, self.domain.classes.index(name), SPLITS.index(self.split), count)
-        rng = np.random.default_rng((SEED, *key))
+        labels = self.domain.classes.index(name), SPLITS.index(self.split)
+        rng = np.random.default_rng((SEED, self.domain.number, *labels, count))
         return self.domain.draw(name, self.split, count, rng, self.style), label
 
 
@@ -119,16 +123,19 @@ def task(name: str) -> StreamTask:
     Raises:
         InputError: if there is no such domain.
     """
-    domain = DOMAINS[name]
+    return drawn_task(DOMAINS[name])
+
+
+def drawn_task(domain: Domain) -> StreamTask:
+    """Returns a domain as a task, its splits in the varied style."""
     train, val, test = (
         Drawn(domain, split, domain.classes, "varied") for split in SPLITS if split != "pretraining"
     )
-    return StreamTask(name, domain.classes, domain.templates, train, val, test)
+    return StreamTask(domain.name, domain.classes, domain.templates, train, val, test)
 
 
-def _drawn(
-    draw: drawing.Draw,
-) -> Callable[[str, PackagedSplit, int, np.random.Generator, Style], Image.Image]:
+def by_seed(draw: drawing.Draw) -> DrawSplit:
+    """Returns a domain's `draw` of pictures whose splits differ by their seeds alone."""
     return lambda name, _, __, rng, style: draw(name, rng, style)
 
 
@@ -150,22 +157,26 @@ def _digit(
     return drawing.digit_image(drawings[_DRAWINGS[split] + count % size], rng, style)
 
 
-def _photograph(
-    name: str, split: PackagedSplit, count: int, rng: np.random.Generator, style: Style
-) -> Image.Image:
-    """Draws a crop of one cell of a photograph, other cells in each split.
+def cropped(pictures: Mapping[str, str], first: int = 0) -> DrawSplit:
+    """Returns a domain's `draw` of crops of one cell of a picture, other cells in each split.
+
+    Crops have one style: photographs are what they are.
 
     Args:
-        name: of the photograph.
-        split: decides which cells are used.
-        count: number of the picture among those of its class.
-        rng: draws the crop.
-        style: is not used: photographs are what they are.
+        pictures: file of each class.
+        first: number of the first picture; numbers decide which cells each split has.
     """
-    order = np.random.default_rng((SEED, list(PHOTOGRAPHS).index(name))).permutation(_GRID**2)
-    cells = order[_CELLS[split]]
-    row, column = divmod(int(cells[count % len(cells)]), _GRID)
-    return drawing.crop(PHOTOGRAPHS[name], (column, row), rng, _GRID)
+
+    def draw(
+        name: str, split: PackagedSplit, count: int, rng: np.random.Generator, style: Style
+    ) -> Image.Image:
+        number = first + list(pictures).index(name)
+        order = np.random.default_rng((SEED, number)).permutation(_GRID**2)
+        cells = order[_CELLS[split]]
+        row, column = divmod(int(cells[count % len(cells)]), _GRID)
+        return drawing.crop(pictures[name], (column, row), rng, _GRID)
+
+    return draw
 
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -179,40 +190,40 @@ DOMAINS: Registry[Domain] = Registry(
         domain.name: domain
         for domain in (
             Domain(
-                "digits", DIGITS, DIGITS[:6],
+                0, "digits", DIGITS, DIGITS[:6],
                 ("a handwritten {}.", "the digit {}, written by hand."), _digit,
             ),
             Domain(
-                "letters", tuple(ascii_uppercase), tuple("ABDEGHJKMNPRSTUXYZ"),
-                ("the letter {}.", "a printed capital {}."), _drawn(drawing.letter),
+                1, "letters", tuple(ascii_uppercase), tuple("ABDEGHJKMNPRSTUXYZ"),
+                ("the letter {}.", "a printed capital {}."), by_seed(drawing.letter),
             ),
             Domain(
-                "words", WORDS, WORDS[:5],
-                ('the word "{}".', 'a printed word that says "{}".'), _drawn(drawing.word),
+                2, "words", WORDS, WORDS[:5],
+                ('the word "{}".', 'a printed word that says "{}".'), by_seed(drawing.word),
             ),
             Domain(
-                "symbols", tuple(drawing.SYMBOLS), tuple(drawing.SYMBOLS)[:8],
-                ("the mathematical symbol {}.", "a printed {} sign."), _drawn(drawing.symbol),
+                3, "symbols", tuple(drawing.SYMBOLS), tuple(drawing.SYMBOLS)[:8],
+                ("the mathematical symbol {}.", "a printed {} sign."), by_seed(drawing.symbol),
             ),
             Domain(
-                "shapes", patterns.SHAPES, patterns.SHAPES[:6],
-                ("a drawing of a {}.", "the shape of a {}."), _drawn(drawing.shape),
+                4, "shapes", patterns.SHAPES, patterns.SHAPES[:6],
+                ("a drawing of a {}.", "the shape of a {}."), by_seed(drawing.shape),
             ),
             Domain(
-                "colours", tuple(drawing.COLORS), tuple(drawing.COLORS)[:6],
-                ("a {} surface.", "the colour {}."), _drawn(drawing.color),
+                5, "colours", tuple(drawing.COLORS), tuple(drawing.COLORS)[:6],
+                ("a {} surface.", "the colour {}."), by_seed(drawing.color),
             ),
             Domain(
-                "textures", tuple(patterns.TEXTURES), tuple(patterns.TEXTURES)[:6],
-                ("a pattern of {}.", "a surface with {}."), _drawn(drawing.texture),
+                6, "textures", tuple(patterns.TEXTURES), tuple(patterns.TEXTURES)[:6],
+                ("a pattern of {}.", "a surface with {}."), by_seed(drawing.texture),
             ),
             Domain(
-                "photographs", tuple(PHOTOGRAPHS), tuple(PHOTOGRAPHS)[:8],
-                ("a photo of {}.", "a close-up photo of {}."), _photograph,
+                7, "photographs", tuple(PHOTOGRAPHS), tuple(PHOTOGRAPHS)[:8],
+                ("a photo of {}.", "a close-up photo of {}."), cropped(PHOTOGRAPHS),
             ),
             Domain(
-                "scenes", SCENES, SCENES,
-                ("a {}.", "a picture of a {}."), _drawn(drawing.scene),
+                8, "scenes", SCENES, SCENES,
+                ("a {}.", "a picture of a {}."), by_seed(drawing.scene),
             ),
         )
     },

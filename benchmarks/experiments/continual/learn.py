@@ -20,7 +20,7 @@ from vlm_prune.continual.metrics import AccuracyMatrix, retention
 from vlm_prune.continual.parallel import rank_and_world
 from vlm_prune.continual.prox import total_shrinkage
 from vlm_prune.continual.results import StreamResults, read_results
-from vlm_prune.continual.streams import Stream, StreamTask, open_stream, write_indices
+from vlm_prune.continual.streams import EMBEDDED, Stream, StreamTask, open_stream, write_indices
 from vlm_prune.continual.streams.base import readable_indices
 from vlm_prune.continual.streams.packaged import DOMAINS, Drawn
 from vlm_prune.continual.streams.stream import Subset, labels_of
@@ -30,10 +30,11 @@ from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import write_json
 from vlm_prune.vlm.common.paths import DataRoot
 
-PACKAGED = Recipe(steps=60, batch=32, lr=3e-3)
+EMBEDDED_RECIPE = Recipe(steps=60, batch=32, lr=3e-3)
 # data sets that are in none of the stream's tasks
 OUTSIDE = {
     "packaged": ("scenes",),
+    "redrawn": ("scenes",),
     "x-tail": ("cifar100", "places365", "imagenet"),
     "mtil-1": ("places365", "imagenet"),
     "mtil-2": ("places365", "imagenet"),
@@ -49,9 +50,9 @@ class Learning:
     Args:
         output: folder of the run; a killed run goes on there.
         stream: name of a stream.
-        data_root: folder of its data sets; the packaged stream needs none.
-        model: what `load_clip` reads, with `pretrained`; None is the embedded CLIP for the packaged
-            stream, and OpenAI's ViT-B/16 for the others.
+        data_root: folder of its data sets; embedded streams need none.
+        model: what `load_clip` reads, with `pretrained`; None is the embedded CLIP for embedded
+            streams, and OpenAI's ViT-B/16 for the others.
         method: name of a continual learner, with its `options`.
         recipe: fields of `Recipe` that differ from the stream's default.
         seed: of the shots, batches and initial weights.
@@ -99,7 +100,7 @@ class Learning:
         """Returns the names of the model and of its weights."""
         if self.model is not None:
             return self.model, self.pretrained
-        return ("tiny", None) if self.stream == "packaged" else DEFAULT
+        return ("tiny", None) if self.stream in EMBEDDED else DEFAULT
 
 
 def recipe_of(stream: Stream, changes: dict[str, Any], seed: int) -> Recipe:
@@ -116,7 +117,7 @@ def recipe_of(stream: Stream, changes: dict[str, Any], seed: int) -> Recipe:
         InputError: for an unknown field, or a value of another kind or out of range.
     """
     check_options(Recipe, "the recipe", changes)
-    base = PACKAGED if stream.name == "packaged" else Recipe()
+    base = EMBEDDED_RECIPE if stream.name in EMBEDDED else Recipe()
     base = replace(
         base, joint=stream.joint, seen_only=stream.seen_only, ensemble=stream.ensemble, seed=seed
     )
@@ -124,7 +125,7 @@ def recipe_of(stream: Stream, changes: dict[str, Any], seed: int) -> Recipe:
 
 
 def method_of(stream: Stream, name: str, options: dict[str, Any]) -> Method:
-    """Makes a method with what the packaged stream needs by default.
+    """Makes a method with what embedded streams need by default.
 
     Short tasks keep the strength of CoDyRA's published schedule, and ZSCL's reference images are
     pre-training drawings of `scenes`, which belong to no task.
@@ -138,9 +139,9 @@ def method_of(stream: Stream, name: str, options: dict[str, Any]) -> Method:
         InputError: for an unknown method or option.
     """
     defaults: dict[str, Any] = {}
-    if stream.name == "packaged" and name == "codyra" and "kappa" not in options:
+    if stream.name in EMBEDDED and name == "codyra" and "kappa" not in options:
         defaults["total"] = total_shrinkage(500, 0.5, 0.005)
-    if stream.name == "packaged" and name == "zscl":
+    if stream.name in EMBEDDED and name == "zscl":
         domain = DOMAINS["scenes"]
         drawn = Drawn(domain, "pretraining", domain.known, "plain")
         defaults["images"] = [drawn[k][0] for k in range(256)]

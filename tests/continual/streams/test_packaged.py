@@ -76,7 +76,7 @@ def test_the_two_styles_share_no_typeface():
 def test_every_symbol_is_in_every_face():
     for faces in drawing.SYMBOL_FACES.values():
         for face in faces:
-            font = drawing._font(face, 40)
+            font = drawing.font(face, 40)
             missing = font.getmask(chr(0x10FFFE)).getbbox(), bytes(font.getmask(chr(0x10FFFE)))
             for symbol in drawing.SYMBOLS.values():
                 assert (font.getmask(symbol).getbbox(), bytes(font.getmask(symbol))) != missing

@@ -125,7 +125,8 @@ def test_torchvision_images_open_as_every_picture_does(layouts):
 
 
 def test_streams_by_name(tmp_path):
-    assert list(STREAMS) == ["packaged", "mtil-1", "mtil-2", "mtil-5shot", "x-tail", "cifar100-10"]
+    published = ["mtil-1", "mtil-2", "mtil-5shot", "x-tail", "cifar100-10"]
+    assert list(STREAMS) == ["packaged", "redrawn", *published]
     with pytest.raises(InputError, match="did you mean 'x-tail'"):
         open_stream("xtail")
     with pytest.raises(InputError, match="data root"):
