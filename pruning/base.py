@@ -269,12 +269,19 @@ class VisionPruner(Pruner):
         """Returns how many tokens to keep of each image; newlines come with all
         N of them, never with fewer.
         """
-        tokens = vision.projected.shape[1]
-        wanted = tokens_for(self.budget, vision.available, vision.frames)
+        return self.count_of(vision.projected.shape[1], vision.available, vision.frames)
+
+    def count_of(self, tokens: int, available: int, frames: int) -> int:
+        """Returns the same of an image or video.
+
+        Args:
+            tokens: of it.
+            available: its placeholders, newlines included.
+            frames: of a video, 0 for an image.
+        """
+        wanted = tokens_for(self.budget, available, frames)
         # where everything stays newlines do; otherwise at least one token goes with them
-        if wanted == vision.available:
-            return tokens
-        return min(wanted, tokens - (vision.available > tokens))
+        return tokens if wanted == available else min(wanted, tokens - (available > tokens))
 
     def parts(
         self, family: Family, vision: Images | None

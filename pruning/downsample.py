@@ -1,17 +1,17 @@
-"""Control: a smaller image."""
+"""Control: a smaller image, or a video of smaller frames."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from vlm_prune.pruning.base import Stage, VisionPruner
-from vlm_prune.vlm.budget import tokens_for
+from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.families import Family, Need
 from vlm_prune.vlm.prompt_pruning import BeforeModel
+from vlm_prune.vlm.smaller import places_of, resized
 from vlm_prune.vlm.tokens import Kept, VisionTokens
 
 
@@ -43,30 +43,47 @@ class Downsample(VisionPruner):
     """Shrink the image until the tower itself emits no more tokens than the budget.
 
     Sides are whole patches, so a budget such as 128 gives 121 tokens (11 x 11); the count really
-    used is reported. Position embeddings are interpolated.
+    used is reported. Position embeddings are interpolated. All frames of a video are shrunk alike, and
+    none is left out. Images of LLaVA-OneVision, whose tiles the processor decides on, stay whole.
     """
 
     stage: ClassVar[Stage] = "input"
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({"a fixed image size", "a tower that takes smaller images"})
+        return frozenset({"a tower that takes smaller images"})
 
     def before_model(self, family: Family, vision: Images | None) -> BeforeModel:
-        patch, full = family.patch_size, [(1, 1)]
+        if vision is not None:
+            raise InputError(
+                "downsample shrinks what is not encoded yet; give the model pixels, not what was encoded"
+            )
+        return BeforeModel(_as_it_is, self.positions_on(family), self.smaller_grid)
 
-        def shrink(pixel_values: Tensor) -> Tensor:
-            full[0] = pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
-            return self.shrunk(pixel_values, patch)
+    def smaller_grid(self, rows: int, columns: int, frames: int, available: int) -> tuple[int, int]:
+        """Returns the rows and columns of tokens that are left of an image or of each frame.
 
-        def reduce(vision: VisionTokens) -> Kept:
-            return self.within(vision, full[0])
+        Args:
+            rows: of its tokens.
+            columns: of its tokens.
+            frames: of the video, 0 for an image.
+            available: placeholders of the image or video.
 
-        return BeforeModel(reduce, self.positions_on(family), shrink, vision)
+        Raises:
+            InputError: if frames would have less than a token.
+        """
+        parts = max(1, frames)
+        count = self.count_of(parts * rows * columns, available, frames)
+        if count < parts:
+            raise InputError(
+                f"budget {self.budget} is below one token for each of the {frames} frames of a video, "
+                "and downsample leaves none out; give 1/frame or more"
+            )
+        return grid_for(count // parts, rows, columns)
 
     def shrunk_grid(self, rows: int, columns: int) -> tuple[int, int]:
         """Returns the rows and columns of patches that are left of an image."""
-        return grid_for(tokens_for(self.budget, rows * columns), rows, columns)
+        return self.smaller_grid(rows, columns, 0, rows * columns)
 
     def shrunk(self, pixel_values: Tensor, patch: int) -> Tensor:
         """Returns images (M, 3, H, W) of fewer patches, each of `patch` x `patch` pixels."""
@@ -74,19 +91,25 @@ class Downsample(VisionPruner):
         small = self.shrunk_grid(rows, columns)
         if small == (rows, columns):
             return pixel_values
-        size = [side * patch for side in small]
-        # torch shrinks no bfloat16 with antialiasing on a CPU
-        shrunk = interpolate(pixel_values.float(), size, mode="bicubic", antialias=True)
-        return shrunk.to(pixel_values.dtype)
-
-    def within(self, vision: VisionTokens, full: tuple[int, int]) -> Kept:
-        """Returns all tokens of the small image, each at its middle in the `full` grid."""
-        (rows, columns), (full_rows, full_columns) = vision.grid, full
-        down = torch.arange(rows) * full_rows // rows + full_rows // rows // 2
-        across = torch.arange(columns) * full_columns // columns + full_columns // columns // 2
-        indices = (down[:, None] * full_columns + across).flatten().to(vision.projected.device)
-        return Kept([indices] * len(vision.projected), list(vision.projected))
+        return resized(pixel_values, small[0] * patch, small[1] * patch)
 
     def reduce(self, vision: VisionTokens) -> Kept:
-        """Returns the tokens as they are: they are those of an image that was not shrunk."""
-        return self.within(vision, vision.grid)
+        """Returns the tokens of whole images in the middle of what those of smaller ones show."""
+        return self._in_the_middle(vision, 1)
+
+    def reduce_video(self, vision: VisionTokens) -> Kept:
+        """Returns the tokens of whole videos in the middle of what those of smaller ones show."""
+        return self._in_the_middle(vision, vision.frames)
+
+    def _in_the_middle(self, vision: VisionTokens, parts: int) -> Kept:
+        whole = vision.grids[0]
+        small = self.smaller_grid(*whole, vision.frames, vision.available)
+        places = places_of(small, whole, parts).to(vision.projected.device)
+        return Kept.at(vision.projected, places.expand(len(vision.projected), -1))
+
+
+def _as_it_is(vision: VisionTokens) -> Kept:
+    """Returns all tokens."""
+    count = vision.projected.shape[1]
+    every = torch.arange(count, device=vision.projected.device)
+    return Kept([every] * len(vision.projected), list(vision.projected))

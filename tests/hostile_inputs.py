@@ -270,7 +270,7 @@ OTHER: dict[tuple[str, str], tuple[str, ...]] = {
     ("map", "--limit"): ("0", "-1", "x"),
     ("map", "--output"): ("", ".", "/", "/dev/null", "{image}", "{image}/below", "{pipe}", "{loop}"),
     ("left-to-see", "--budget"): ("0", "-3", "1.5", "nan", "many", "", "0.0001", "8,", "8/image"),
-    ("left-to-see", "--method"): ("zo", "", "random,random", "fastv", "downsample"),
+    ("left-to-see", "--method"): ("zo", "", "random,random", "fastv"),
     ("left-to-see", "--limit"): ("0", "-1", "x", "5"),
     ("demo", "--model"): ("tinny", "", "/nowhere/model", "{empty}"),
     ("bench-kernels", "--dtype"): ("float31", "", "int8"),

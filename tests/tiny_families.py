@@ -624,6 +624,12 @@ def refused_on_images(method, model):
     return bool(lacking) or ("videos" in method.needs and family.frames_as_images)
 
 
+def leaves_images(method, model):
+    """Whether images stay whole: the method compares frames, or shrinks no tiles."""
+    tiles = method.stage == "input" and model.config.model_type == "llava_onevision"
+    return tiles or "videos" in method.needs
+
+
 def rounding(tiny):
     """How far logits may differ where padding, or a state, moves the chunks that linear attention adds up."""
     linear = "linear_attention" in (

@@ -25,6 +25,7 @@ from vlm_prune.vlm.encoded import Images
 from vlm_prune.vlm.families import Family
 from vlm_prune.vlm.families.base import KINDS, PIXELS, Kind, loaded
 from vlm_prune.vlm.layout import TokenLayout, merged_ordinals, repeated
+from vlm_prune.vlm.smaller import GridOf
 from vlm_prune.vlm.tokens import Kept, VisionTokens
 from vlm_prune.vlm.trace import SELECTION, VISION, Trace, phase_timer
 
@@ -62,7 +63,8 @@ class BeforeModel:
     Args:
         reduce: what it keeps of images, or videos, of equal shape.
         positions: what positions of kept tokens become.
-        pixels: changes the images before they are encoded.
+        grid_of: says how many tokens images and videos are to have that are shrunk before they are
+            encoded; what is kept of these stands in the middle of what it shows.
         vision: the prompt's images, and its videos behind them, where they were encoded beforehand.
         distinct_views: whether the tower encodes views with equal pixels once.
         shown: which placeholders of each image or video are left to the method, (n_i,) each, before it
@@ -71,7 +73,7 @@ class BeforeModel:
 
     reduce: Callable[[VisionTokens], Kept]
     positions: Positions
-    pixels: Callable[[Tensor], Tensor] | None = None
+    grid_of: GridOf | None = None
     vision: Images | None = None
     distinct_views: bool = False
     shown: Callable[[PromptItems], list[Tensor]] | None = None
@@ -81,13 +83,15 @@ class BeforeModel:
 class Encoded:
     """How images were encoded: the model's output as it was, and what it was made from.
 
-    `counts` says how many placeholders the model counts for each part of its output.
+    `counts` says how many placeholders the model counts for each part of its output, `places` where
+    the tokens of images that were shrunk stand among these.
     """
 
     output: Any
     pixel_values: Tensor
     inputs: dict[str, Any]
     counts: list[int]
+    places: list[Tensor] | None = None
 
 
 @dataclass
@@ -133,7 +137,7 @@ class Encoder:
             return self.original(*args, **kwargs)
         given = self.__signature__.bind(*args, **kwargs).arguments
         inputs = given | given.pop("kwargs", {})
-        # the pixels apart: a method may shrink them first
+        # the pixels apart: they may be shrunk first
         whole = inputs.pop(PIXELS[self.kind])
         with phase_timer(VISION, whole.device, self.trace), loaded(self.module), self.alone():
             if self.before is None:
@@ -144,7 +148,11 @@ class Encoder:
                     videos = zip(map(len, output["pooler_output"]), grids, strict=True)
                     output["frames"] = [(count, grid[0]) for count, grid in videos]
                 return output
-            seen = whole if self.before.pixels is None else self.before.pixels(whole)
+            seen, smaller = whole, None
+            if self.before.grid_of is not None:
+                smaller = self.family.smaller(self.kind, whole, inputs, self.before.grid_of)
+            if smaller is not None:
+                seen, inputs = smaller.pixel_values, inputs | smaller.inputs
             tower = self.family.view_tower if self.before.distinct_views else None
             with distinct_views(tower) as views:
                 output = self.family.run(self.original, seen, **inputs)
@@ -152,17 +160,20 @@ class Encoder:
                 output.projections = views.expanded(output.projections)
         kept = copy.copy(output)
         vars(kept).update(vars(output))
-        if seen.shape != whole.shape:
+        if smaller is not None:
             # the model counts features against placeholders, and reads none of those that are dropped
-            count = self.family.tokens_per_image
-            output.pooler_output = [
-                features.new_zeros(count, features.shape[-1]) for features in output.pooler_output
-            ]
+            spread = partial(spread_out, smaller.places, smaller.counts)
+            output.pooler_output = spread(output.pooler_output)
+            if getattr(output, "deepstack_features", None):
+                output.deepstack_features = [spread(layer) for layer in output.deepstack_features]
+            if self.kind == "video":
+                output = self.family.video_output(output)
         if "hidden_states" in output and not inputs.get("output_hidden_states"):
             output.hidden_states = None
         counts = [rows.numel() // rows.shape[-1] for rows in output.pooler_output]
         # a key, since accelerate makes a mapping anew and drops attributes
-        output["encoded"] = Encoded(kept, seen, inputs, counts)
+        places = None if smaller is None else smaller.places
+        output["encoded"] = Encoded(kept, seen, inputs, counts, places)
         return output
 
     @contextmanager
@@ -182,6 +193,22 @@ class Encoder:
         return MethodType(getattr(type(module), self.name), module)
 
 
+def spread_out(places: list[Tensor], counts: list[int], features: Sequence[Tensor]) -> list[Tensor]:
+    """Returns features of whole images or videos, those of smaller ones in their places and zeros beside.
+
+    Args:
+        places: of the features of each, (n_i,).
+        counts: of the placeholders of each.
+        features: of each, (n_i, d), perhaps with others behind.
+    """
+    found = []
+    for own, count, rows in zip(places, counts, features, strict=True):
+        whole = rows.new_zeros(count, rows.shape[-1])
+        whole[own] = rows[: len(own)]
+        found.append(whole)
+    return found
+
+
 @dataclass
 class Choice:
     """What a method keeps of the images and videos of a prompt, each once.
@@ -194,6 +221,8 @@ class Choice:
             search repeats rows.
         counts: placeholders of each image or video of the prompt.
         ordinal: for each token of the prompt the image or video that it belongs to, -1 for text.
+        places: of each of these where its tokens stand among its placeholders; None for those that
+            were not shrunk.
     """
 
     family: Family
@@ -202,6 +231,7 @@ class Choice:
     images: list[int]
     counts: list[int]
     ordinal: Tensor
+    places: list[Tensor | None]
 
     @classmethod
     def of(
@@ -227,6 +257,7 @@ class Choice:
         encoded, masks = Images([]), []
         counts: list[list[int]] = []
         orders: list[list[int]] = []
+        places: list[Tensor | None] = []
         for kind in KINDS:
             if (output := outputs.get(kind)) is None:
                 continue
@@ -255,7 +286,8 @@ class Choice:
                 if video_frames is not None:
                     inputs["video_frames"] = video_frames
                 given = read(noted.output, noted.pixel_values, **inputs)
-                each = each if method.pixels is not None else given.counts
+                each = given.counts if noted.places is None else each
+                places += noted.places or [None] * len(each)
             found = int(is_kind.sum())
             if found != copies * sum(each):
                 raise InputError(f"{found} {kind} placeholders do not fit {len(each)} {kind}s")
@@ -271,7 +303,9 @@ class Choice:
         ordinal, items = merged_ordinals(masks, in_prompt)
         images = [orders[kind][index] for kind, index in items]
         encoded = encoded if method.vision is None else method.vision
-        return cls(family, method, encoded, images, [flat[image] for image in images], ordinal)
+        places = places or [None] * len(flat)
+        in_order = [flat[image] for image in images]
+        return cls(family, method, encoded, images, in_order, ordinal, places)
 
     def items(self, ids: Tensor, valid: Tensor, given: dict[str, Any]) -> PromptItems:
         """Returns the images and videos of prompts as the unpruned model gets them; of rows that beam search
@@ -333,7 +367,7 @@ class Choice:
             rows = [int(layout.rows[first[image]]) for image in members]
             return tuple(embed(row, layout.question_mask[row]) for row in rows)
 
-        changed = self.method.pixels is not None
+        changed = self.method.grid_of is not None
         chosen: list[tuple[int, Tensor, Tensor]] = []
         sizes: dict[int, Tensor] = {}
         with phase_timer(SELECTION, self.family.device, trace):
@@ -341,8 +375,11 @@ class Choice:
                 question = partial(questions, group.members)
                 kept = self.method.reduce(replace(group.tokens, question=question))
                 for member, image in enumerate(group.members):
+                    rows, own = kept.features[member], self.places[image]
+                    if own is not None:
+                        chosen.append((image, own[kept.indices[member]], rows))
+                        continue
                     # where nothing is dropped, newlines between the tokens have features, too
-                    rows = kept.features[member]
                     if len(rows) == group.size:
                         rows = group.filled(member, rows)
                     chosen.append((image, group.placeholders(kept.indices[member]), rows))

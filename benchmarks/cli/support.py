@@ -11,7 +11,7 @@ from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import FAMILIES, Family
 from vlm_prune.vlm.serving.embeds import check_sendable
 from vlm_prune.vlm.serving.plugin import CLASSES
-from vlm_prune.vlm.serving.settings import Settings
+from vlm_prune.vlm.serving.settings import Settings, check_lacks
 
 
 def support() -> dict[str, dict[str, bool]]:
@@ -84,12 +84,20 @@ def serving_support() -> dict[str, dict[str, str]]:
 
 
 def _route(method: str, family: str) -> str:
-    for route, check in (
-        ("plug-in", lambda: Settings.read({"method": method})),
-        ("embeddings", lambda: check_sendable(methods()[method](), family)),
+    pruner = methods()[method]()
+    for route, checks in (
+        (
+            "plug-in",
+            (
+                lambda: Settings.read({"method": method}),
+                lambda: check_lacks(method, pruner, family),
+            ),
+        ),
+        ("embeddings", (lambda: check_sendable(pruner, family),)),
     ):
         try:
-            check()
+            for check in checks:
+                check()
         except InputError:
             continue
         return route

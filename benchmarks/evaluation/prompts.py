@@ -26,7 +26,7 @@ class Prompts:
     Args:
         tensors: `input_ids` and `attention_mask` (B, L), and the family's `arguments`.
         vision: the tokens of all images, in order; None where there is no image.
-        pixel_values: the same images before the tower.
+        pixels: the same images and videos before the tower, and what says how they lie.
         images: how many images and videos each prompt has.
         vision_s: seconds that encoding took.
         cropped: whether the model sees only the middle of images that are not square.
@@ -35,7 +35,7 @@ class Prompts:
 
     tensors: dict[str, Tensor]
     vision: Images | None
-    pixel_values: Tensor | None
+    pixels: dict[str, Tensor]
     images: list[int]
     vision_s: float
     cropped: bool = False
@@ -142,15 +142,15 @@ def encoded(
     """
     family, device = family_of(model), model.device
     tensors = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-    vision, seconds = None, 0.0
+    vision, seconds, pixels = None, 0.0, dict[str, Tensor]()
     if any(images):
-        names = ("input_ids", *PIXELS.values(), *family.image_inputs, *family.video_inputs)
+        names = (*PIXELS.values(), *family.image_inputs, *family.video_inputs)
+        pixels = {name: inputs[name] for name in names if name in inputs}
         start = now(device)
         with torch.no_grad():
             own: Any = {} if video_frames is None else {"video_frames": video_frames}
-            given = {name: inputs[name] for name in names if name in inputs}
-            vision = family.encode(**given, **own)
+            vision = family.encode(input_ids=tensors["input_ids"], **pixels, **own)
         seconds = now(device) - start
         ids, mask = tensors["input_ids"], tensors["attention_mask"]
         tensors |= family.arguments(ids, mask, dict(inputs) | vision.inputs)
-    return Prompts(tensors, vision, inputs.get("pixel_values"), images, seconds)
+    return Prompts(tensors, vision, pixels, images, seconds)

@@ -72,9 +72,7 @@ def timed_generate(
     block: Any = nullcontext(Trace(computed=[counts] * len(family.decoder.layers)))
     if vision is not None:
         generation |= (
-            {"pixel_values": prompts.pixel_values}
-            if changes_pixels
-            else {"mm_encoder_outputs": family.outputs(vision)}
+            prompts.pixels if changes_pixels else {"mm_encoder_outputs": family.outputs(vision)}
         )
         if pruner is not None:
             block = pruner(model, None if changes_pixels else vision)

@@ -166,7 +166,7 @@ def answers(
     for budget in budgets:
         for method in methods:
             pruner = replace(build(method), budget=budget)
-            if not isinstance(pruner, VisionPruner) or pruner.stage == "input":
+            if not isinstance(pruner, VisionPruner):
                 raise InputError(f"{method} does not choose before the language model; give evs")
             pruners[method, budget] = pruner
     right: dict[tuple[str, Budget], dict[str, list[float]]] = {key: {} for key in pruners}

@@ -190,8 +190,8 @@ class Comparer:
 
     def _seen(self, picture: Image.Image, prompts: Prompts, grid: tuple[int, int]) -> Image.Image:
         """Returns what the tower sees of a picture; where its size is the picture's own, the picture."""
-        if self.family.fixed_size and prompts.pixel_values is not None:
-            return as_seen(prompts.pixel_values[0], self.processor.image_processor)
+        if self.family.fixed_size and prompts.pixels:
+            return as_seen(prompts.pixels["pixel_values"][0], self.processor.image_processor)
         return whole_picture(picture, prompts.cropped, grid)
 
 

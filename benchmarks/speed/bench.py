@@ -256,7 +256,7 @@ def random_text(config: BenchConfig, length: int, model: Any) -> Prompts:
     generator = torch.Generator().manual_seed(config.seed)
     ids = torch.randint(12, 200, (config.batch, length), generator=generator).to(model.device)
     tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return Prompts(tensors, None, None, [0] * config.batch, 0.0)
+    return Prompts(tensors, None, {}, [0] * config.batch, 0.0)
 
 
 def random_prompt(config: BenchConfig, model: Any) -> dict[str, Tensor]:

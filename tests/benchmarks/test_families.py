@@ -7,6 +7,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
+from tiny_families import leaves_images
 
 from vlm_prune.benchmarks.cli.support import every_method, support
 from vlm_prune.benchmarks.evaluation import engine
@@ -200,8 +201,7 @@ def test_every_method_with_all_tokens_and_with_few(run, tiny, folder, mixed, tmp
         assert all(row["prediction"] == row["baseline"] for row in rows), name
         _, rows = results(tmp_path / f"{name}-12")
         for row in rows:
-            # methods for videos leave images whole
-            whole = "videos" in METHODS[name]().needs
+            whole = leaves_images(METHODS[name](), tiny.model)
             wanted = [n if whole else min(12, n) for n in row["image_tokens"]]
             assert np.mean(row["layer_tokens"]) <= np.mean(wanted or [0]) + 1e-9
 

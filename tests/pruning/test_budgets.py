@@ -3,7 +3,7 @@
 import pytest
 import tiny_families
 import torch
-from tiny_families import Tiny, refused_on_images
+from tiny_families import Tiny, leaves_images, refused_on_images
 
 from vlm_prune.pruning import METHODS, Cascade, DecoderPruner
 from vlm_prune.pruning.downsample import grid_for
@@ -67,7 +67,7 @@ def assert_met(tiny, name, budget):
     sizes = {image: g.size for g in tiny.encode(inputs).groups for image in g.members}
     for image, available in enumerate(trace.available):
         mean = sum(counts[image] for counts in trace.computed) / len(trace.computed)
-        whole = name == "none" or "videos" in method.needs  # which leaves images as they are
+        whole = name == "none" or leaves_images(method, tiny.model)
         wanted = available if whole else min(budget, available)
         assert mean <= wanted
         if sizes[image] <= wanted < available:

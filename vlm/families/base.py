@@ -17,6 +17,7 @@ from vlm_prune.vlm.attention import scored_query_key
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.cost import tower_flops
 from vlm_prune.vlm.encoded import Images
+from vlm_prune.vlm.smaller import GridOf, Smaller
 
 Need = Literal[
     "a two-layer projector",
@@ -384,6 +385,20 @@ class Family(ABC):
             inputs: those of `video_inputs`, and `input_ids`.
         """
         raise InputError(f"videos of {self.model.config.model_type} models are not pruned")
+
+    def smaller(
+        self, kind: Kind, pixel_values: Tensor, inputs: Mapping[str, Any], grid_of: GridOf
+    ) -> Smaller | None:
+        """Returns images or videos that are shrunk before the tower; None where they stay whole, as
+        here.
+
+        Args:
+            kind: what they are.
+            pixel_values: as the processor gives them.
+            inputs: those of `image_inputs` or `video_inputs`.
+            grid_of: says how many tokens each is to have.
+        """
+        return None
 
     def encode(
         self,

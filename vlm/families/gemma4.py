@@ -30,6 +30,7 @@ class Gemma4(Family):
     lacks: ClassVar[frozenset[Need]] = frozenset(
         {
             "a fixed image size",
+            "a tower that takes smaller images",
             "a two-layer projector",
             "decoder layers with keys and values, and no inputs but hidden states, of their own",
         }

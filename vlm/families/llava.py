@@ -4,7 +4,7 @@ The tower's attention is that of the layer whose output the projector gets, the 
 it gets those of several, side by side, that of the last of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import unknown
 from vlm_prune.vlm.encoded import Group, Images
-from vlm_prune.vlm.families.base import Family, check_strategy, loaded, patched, seed_of
+from vlm_prune.vlm.families.base import Family, Kind, check_strategy, loaded, patched, seed_of
 from vlm_prune.vlm.projector import Projector
+from vlm_prune.vlm.smaller import GridOf, Smaller, places_of, resized
 from vlm_prune.vlm.tokens import VisionTokens
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -96,6 +97,26 @@ class Llava(Family):
         # a table that is interpolated is read, not called
         with loaded(getattr(tower, "vision_model", tower).embeddings.position_embedding):
             return super().run(encoder, pixels, **inputs | {"interpolate_pos_encoding": True})
+
+    def smaller(
+        self, kind: Kind, pixel_values: Tensor, inputs: Mapping[str, Any], grid_of: GridOf
+    ) -> Smaller | None:
+        """Returns smaller images, given (M, 3, H, W) pixels, whose position embeddings are interpolated.
+
+        Args:
+            kind: image.
+            pixel_values: of the images.
+            inputs: none.
+            grid_of: says how many tokens each is to have.
+        """
+        patch, images = self.patch_size, len(pixel_values)
+        rows, columns = (side // patch for side in pixel_values.shape[-2:])
+        small = grid_of(rows, columns, 0, rows * columns)
+        if small == (rows, columns):
+            return None
+        pixels = resized(pixel_values, small[0] * patch, small[1] * patch)
+        places = places_of(small, (rows, columns)).to(self.device)
+        return Smaller(pixels, {}, [places] * images, [rows * columns] * images)
 
     def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
         """Returns the encoded images of (M, 3, H, W) pixels, all of one group."""

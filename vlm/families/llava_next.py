@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from vlm_prune.vlm.encoded import Group, Images
-from vlm_prune.vlm.families.base import Need, patched, seed_of
+from vlm_prune.vlm.families.base import Kind, Need, patched, seed_of
 from vlm_prune.vlm.families.llava import Llava
 from vlm_prune.vlm.layout import alike
+from vlm_prune.vlm.smaller import GridOf, Smaller
 from vlm_prune.vlm.tokens import VisionTokens
 
 Packing = Callable[[Tensor, Tensor | None], Tensor]
@@ -29,7 +30,9 @@ Packing = Callable[[Tensor, Tensor | None], Tensor]
 class LlavaNext(Llava):
     """Paths into a `LlavaNextForConditionalGeneration`."""
 
-    lacks: ClassVar[frozenset[Need]] = frozenset({"a fixed image size"})
+    lacks: ClassVar[frozenset[Need]] = frozenset(
+        {"a fixed image size", "a tower that takes smaller images"}
+    )
     image_inputs: ClassVar[tuple[str, ...]] = ("image_sizes",)
 
     def tiles(self, inputs: Mapping[str, Any]) -> list[int]:
@@ -73,6 +76,19 @@ class LlavaNext(Llava):
         return [
             len(self.is_newline(p, t)) for p, t in zip(packings, self.tiles(inputs), strict=True)
         ]
+
+    def smaller(
+        self, kind: Kind, pixel_values: Tensor, inputs: Mapping[str, Any], grid_of: GridOf
+    ) -> Smaller | None:
+        """Returns None: how many tiles there are is decided by the processor.
+
+        Args:
+            kind: image.
+            pixel_values: of the tiles.
+            inputs: of the images.
+            grid_of: says how many tokens each is to have.
+        """
+        return None
 
     def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
         """Returns the encoded images of (M, T, 3, H, W) tiles, padded to the longest image.
@@ -156,7 +172,7 @@ class LlavaNext(Llava):
         """
         count, frames = pixel_values.shape[:2]
         (_, rows, columns) = self.video_grids({"pixel_values_videos": pixel_values})[0]
-        pool = partial(self.shrunk, count)
+        pool = partial(self.shrunk, count, self.patches_of(pixel_values))
         return VisionTokens(
             features=features,
             projected=projected,
@@ -171,11 +187,17 @@ class LlavaNext(Llava):
             frames_query_key=partial(self.tower_query_key, output),
         )
 
-    def shrunk(self, videos: int, values: Tensor) -> Tensor:
+    def patches_of(self, pixel_values: Tensor) -> tuple[int, int]:
+        """Returns rows and columns of patches of views (..., H, W)."""
+        rows, columns = (edge // self.patch_size for edge in pixel_values.shape[-2:])
+        return rows, columns
+
+    def shrunk(self, videos: int, patches: tuple[int, int], values: Tensor) -> Tensor:
         """Returns values of tokens, given those of frames, (M T, S, c) -> (M, N, c).
 
         Args:
             videos: their number, M.
+            patches: rows and columns of a frame's patches.
             values: of the frames' patches.
 
         Raises:

@@ -35,15 +35,20 @@ class LlavaNextVideo(LlavaNext):
 
     def video_grids(self, inputs: Mapping[str, Any]) -> list[tuple[int, int, int]]:
         pixels, stride = inputs["pixel_values_videos"], self.model.config.spatial_pool_stride
-        rows, columns = (edge // self.patch_size // stride for edge in pixels.shape[-2:])
+        rows, columns = (side // stride for side in self.patches_of(pixels))
         return [(pixels.shape[1], rows, columns)] * len(pixels)
 
-    def shrunk(self, videos: int, values: Tensor) -> Tensor:
-        """Returns means over what is pooled into each token, (M T, S, c) -> (M, N, c)."""
+    def shrunk(self, videos: int, patches: tuple[int, int], values: Tensor) -> Tensor:
+        """Returns means over what is pooled into each token, (M T, S, c) -> (M, N, c).
+
+        Args:
+            videos: their number, M.
+            patches: rows and columns of a frame's patches.
+            values: of the frames' patches.
+        """
         stride = self.model.config.spatial_pool_stride
-        side = round(values.shape[1] ** 0.5)
-        # (M T, S, c) -> (M T, c, side, side), pooled, and back
-        grid = values.transpose(1, 2).unflatten(2, (side, side))
+        # (M T, S, c) -> (M T, c, rows, columns), pooled, and back
+        grid = values.transpose(1, 2).unflatten(2, patches)
         pooled = avg_pool2d(grid, stride).flatten(2).transpose(1, 2)
         tokens: Tensor = pooled.unflatten(0, (videos, -1)).flatten(1, 2)
         return tokens

@@ -8,22 +8,25 @@ A video's frames are views of one tile each, shrunk to half the sides, with one 
 the last.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from vlm_prune.vlm.encoded import Group, Images
-from vlm_prune.vlm.families.base import KINDS, Kind
+from vlm_prune.vlm.families.base import KINDS, Kind, Need
 from vlm_prune.vlm.families.llava_next import LlavaNext
+from vlm_prune.vlm.smaller import GridOf, Smaller, places_of, resized
 
 
 @dataclass(frozen=True)
 class LlavaOneVision(LlavaNext):
     """Paths into a `LlavaOnevisionForConditionalGeneration`."""
 
+    lacks: ClassVar[frozenset[Need]] = frozenset({"a fixed image size"})
     image_inputs: ClassVar[tuple[str, ...]] = (
         "image_sizes", "batch_num_images", "vision_aspect_ratio",
     )  # fmt: skip
@@ -47,6 +50,48 @@ class LlavaOneVision(LlavaNext):
         tokens: Tensor = packed[0]
         return tokens
 
+    def smaller(
+        self, kind: Kind, pixel_values: Tensor, inputs: Mapping[str, Any], grid_of: GridOf
+    ) -> Smaller | None:
+        """Returns videos of smaller frames, given (M, T, 3, H, W) pixels, whose position embeddings are
+        interpolated; None for images, whose tiles stay whole.
+
+        Args:
+            kind: what they are.
+            pixel_values: of the videos.
+            inputs: none.
+            grid_of: says how many tokens each is to have.
+        """
+        if kind == "image":
+            return None
+        videos = len(pixel_values)
+        frames, rows, columns = self.video_grids({"pixel_values_videos": pixel_values})[0]
+        # a newline stands behind the frames
+        placeholders = frames * rows * columns + 1
+        small = grid_of(rows, columns, frames, placeholders)
+        if small == (rows, columns):
+            return None
+        # two patches become one token on each side
+        height, width = (2 * side * self.patch_size for side in small)
+        pixels = resized(pixel_values.flatten(0, 1), height, width).unflatten(0, (videos, frames))
+        places = places_of(small, (rows, columns), frames).to(self.device)
+        return Smaller(pixels, {}, [places] * videos, [placeholders] * videos)
+
+    def run(self, encoder: Callable[..., Any], pixel_values: Tensor, **inputs: Any) -> Any:
+        """Runs tower and projector as `Family.run`; the model's own method takes no smaller frames, which
+        are encoded here.
+        """
+        size = self.model.config.vision_config.image_size
+        if tuple(pixel_values.shape[-2:]) == (size, size):
+            return super().run(encoder, pixel_values, **inputs)
+        output = super().run(self.model.model.vision_tower, pixel_values.flatten(0, 1))
+        projected = self.model.model.multi_modal_projector(self.features(output.hidden_states))
+        videos = len(pixel_values)
+        tokens = self.shrunk(videos, self.patches_of(pixel_values), projected)
+        newline = self.model.model.image_newline.to(tokens).expand(videos, 1, -1)
+        output.pooler_output = torch.cat([tokens, newline], 1)
+        return output
+
     def videos(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
         """Returns the encoded videos of (M, T, 3, H, W) frames, all of one group.
 
@@ -54,7 +99,8 @@ class LlavaOneVision(LlavaNext):
         """
         count, frames = pixel_values.shape[:2]
         whole = output.pooler_output
-        features = self.shrunk(count, self.features(output.hidden_states))
+        patches = self.patches_of(pixel_values)
+        features = self.shrunk(count, patches, self.features(output.hidden_states))
         tokens = self.video_tokens(output, pixel_values, features, whole[:, :-1])
         tokens = replace(tokens, available=whole.shape[1])
         # all placeholders but the last, which is a newline
@@ -65,10 +111,19 @@ class LlavaOneVision(LlavaNext):
     def video_grids(self, inputs: Mapping[str, Any]) -> list[tuple[int, int, int]]:
         pixels = inputs["pixel_values_videos"]
         # shrinking rounds up
-        side = -(-(pixels.shape[-1] // self.patch_size) // 2)
-        return [(pixels.shape[1], side, side)] * len(pixels)
+        rows, columns = (-(-side // 2) for side in self.patches_of(pixels))
+        return [(pixels.shape[1], rows, columns)] * len(pixels)
 
-    def shrunk(self, videos: int, values: Tensor) -> Tensor:
-        """Shrinks frames (M T, S, c) as the model does, in the order of their videos, (M, N, c)."""
-        pooled: Tensor = self.model.model.apply_pooling(values).unflatten(0, (videos, -1))
-        return pooled.flatten(1, 2)
+    def shrunk(self, videos: int, patches: tuple[int, int], values: Tensor) -> Tensor:
+        """Shrinks frames (M T, S, c) as the model does, in the order of their videos, (M, N, c).
+
+        Args:
+            videos: their number, M.
+            patches: rows and columns of a frame's patches.
+            values: of the frames' patches.
+        """
+        # (M T, S, c) -> (M T, c, rows, columns), half of each, and back
+        grid = values.transpose(1, 2).unflatten(2, patches)
+        half = interpolate(grid, [-(-side // 2) for side in patches], mode="bilinear")
+        tokens: Tensor = half.flatten(2).transpose(1, 2).unflatten(0, (videos, -1))
+        return tokens.flatten(1, 2)

@@ -26,7 +26,9 @@ from vlm_prune.vlm.tokens import VisionTokens
 class Mistral3(Family):
     """Paths into a `Mistral3ForConditionalGeneration`."""
 
-    lacks: ClassVar[frozenset[Need]] = frozenset({"a fixed image size"})
+    lacks: ClassVar[frozenset[Need]] = frozenset(
+        {"a fixed image size", "a tower that takes smaller images"}
+    )
     image_inputs: ClassVar[tuple[str, ...]] = ("image_sizes",)
     row_breaks: ClassVar[bool] = True
 

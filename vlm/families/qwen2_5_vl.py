@@ -10,6 +10,7 @@ config makes it windowed, attention is read as if it were not. There is no CLS t
 read its attention read the mean over all patches.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,7 @@ from vlm_prune.vlm.families.base import (
 )
 from vlm_prune.vlm.layout import alike
 from vlm_prune.vlm.projector import Projector
+from vlm_prune.vlm.smaller import GridOf, Smaller, places_of, resized
 from vlm_prune.vlm.tokens import VisionTokens
 
 
@@ -105,6 +107,54 @@ class Qwen25VL(Family):
         # (P, 3 H d): queries, keys and values side by side
         output.query_key, output.rotary = joint[:, : joint.shape[1] // 3 * 2], seen["rotary"]
         return output
+
+    def smaller(
+        self, kind: Kind, pixel_values: Tensor, inputs: Mapping[str, Any], grid_of: GridOf
+    ) -> Smaller | None:
+        """Returns smaller images or videos, given flattened patches (P, c).
+
+        Args:
+            kind: what they are.
+            pixel_values: of all of them.
+            inputs: with their grids.
+            grid_of: says how many tokens each is to have.
+        """
+        name, side = f"{kind}_grid_thw", int(self.tower.spatial_merge_size)
+        wholes = inputs[name].tolist()
+        grids, pixels, places, counts = [], [], [], []
+        patches = pixel_values.split([math.prod(grid) for grid in wholes])
+        for whole, own in zip(wholes, patches, strict=True):
+            frames, rows, columns = whole[0], whole[1] // side, whole[2] // side
+            counts.append(frames * rows * columns)
+            small = grid_of(rows, columns, frames if kind == "video" else 0, counts[-1])
+            grids.append([frames, small[0] * side, small[1] * side])
+            pixels.append(own if grids[-1] == whole else self.resampled(own, whole, grids[-1]))
+            places.append(places_of(small, (rows, columns), frames).to(self.device))
+        if grids == wholes:
+            return None
+        return Smaller(torch.cat(pixels), {name: inputs[name].new_tensor(grids)}, places, counts)
+
+    def resampled(self, patches: Tensor, whole: list[int], small: list[int]) -> Tensor:
+        """Returns flattened patches (P, c) of an image or video of another size.
+
+        Args:
+            patches: as the processor gives them.
+            whole: its frames, rows and columns of patches.
+            small: those that it is to have.
+        """
+        side, edge, (frames, rows, columns) = (
+            int(self.tower.spatial_merge_size), self.patch_size, whole
+        )  # fmt: skip
+        # patches lie token by token: (T, rows, columns, side, side, channels, edge, edge)
+        tokens = patches.reshape(frames, rows // side, columns // side, side, side, -1, edge, edge)
+        views = tokens.permute(0, 5, 1, 3, 6, 2, 4, 7).flatten(5).flatten(2, 4)
+        _, rows, columns = small
+        shrunk = resized(views, rows * edge, columns * edge)
+        # and back
+        split = shrunk.unflatten(3, (columns // side, side, edge))
+        split = split.unflatten(2, (rows // side, side, edge))
+        flat: Tensor = split.permute(0, 2, 5, 3, 6, 1, 4, 7).flatten(5).flatten(0, 4)
+        return flat
 
     def images(self, output: Any, pixel_values: Tensor, **inputs: Tensor) -> Images:
         """Returns the encoded images of flattened patches (P, c), of

@@ -30,7 +30,9 @@ class Tiled(Family):
     its patches within their tile.
     """
 
-    lacks: ClassVar[frozenset[Need]] = frozenset({"a fixed image size"})
+    lacks: ClassVar[frozenset[Need]] = frozenset(
+        {"a fixed image size", "a tower that takes smaller images"}
+    )
     frame_markers: ClassVar[tuple[int, int]] = (1, 1)
     separators: ClassVar[int] = 0
 

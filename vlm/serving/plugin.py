@@ -171,11 +171,11 @@ def check_model(config: Any, settings: Any) -> None:
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from vlm_prune.vlm.families import FAMILIES, family_of
+    from vlm_prune.vlm.families import family_of
+    from vlm_prune.vlm.serving.settings import check_lacks
 
     kind, pruner = config.model_type, settings.pruner()
-    for need in sorted(pruner.needs & FAMILIES[kind].lacks):
-        raise InputError(f"{settings.method} needs {need}, which {kind} models lack")
+    check_lacks(settings.method, pruner, kind)
     if not isinstance(getattr(config, "vision_feature_layer", -1), int):
         raise InputError("models that join several layers of the tower are not covered")
     with torch.device("meta"):

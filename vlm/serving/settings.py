@@ -14,6 +14,7 @@ from vlm_prune.pruning.downsample import Downsample
 from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.registry import unknown
+from vlm_prune.vlm.families import FAMILIES, Need
 from vlm_prune.vlm.projector import Projector
 from vlm_prune.vlm.tokens import VisionTokens
 
@@ -151,6 +152,21 @@ def check(name: str, pruner: Any) -> None:
             f"{name} reads the question, which vLLM does not show to the vision tower; "
             "choose tokens with vlm_prune.vlm.serving.image_embeds and send those"
         )
+
+
+def check_lacks(name: str, pruner: VisionPruner, kind: str) -> None:
+    """Raises `InputError` where a method needs what models of a family lack, for images in vLLM.
+
+    Args:
+        name: of the method.
+        pruner: the method.
+        kind: the `model_type` of the family.
+    """
+    needs: set[Need] = {*pruner.needs}
+    if pruner.stage == "input":  # the number of tokens of an image is told beforehand
+        needs.add("a fixed image size")
+    for need in sorted(needs & FAMILIES[kind].lacks):
+        raise InputError(f"{name} needs {need}, which {kind} models lack")
 
 
 def reads_question(pruner: VisionPruner) -> bool:

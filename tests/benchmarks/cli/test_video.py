@@ -65,6 +65,23 @@ def test_tasks_about_videos_are_evaluated(run, tmp_path, family, tokens):
             )
 
 
+def test_all_controls_are_compared_on_videos(run, tmp_path):
+    """At two tokens of each of the 8 pairs of frames; smaller frames are 1 x 2 or 1 x 1."""
+    tiny = Tiny("qwen2_5_vl")
+    tiny.model.save_pretrained(tmp_path)
+    tiny.processor.save_pretrained(tmp_path)
+    controls = "random,frames,pool,downsample"
+    code, _, err = run(
+        "compare", "--model", tmp_path, "--method", controls, "--budget", "2/frame", "--tasks",
+        "appears", "--limit", "1", "--output", tmp_path / "runs",
+    )  # fmt: skip
+    assert code == 0, err
+    for name in controls.split(","):
+        line = (tmp_path / f"runs/{name}-2-per-frame/samples.jsonl").read_text()
+        (kept,) = json.loads(line)["kept"]
+        assert len(kept) in ((8, 16) if name == "downsample" else (16,))
+
+
 def test_a_video_is_answered(run, of_videos, clip, tmp_path, capsys):
     capsys.readouterr()  # transformers shows how it writes
     sheet = tmp_path / "sheet.png"

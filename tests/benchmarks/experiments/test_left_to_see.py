@@ -15,6 +15,7 @@ from vlm_prune.benchmarks.experiments.left_to_see import (
 )
 from vlm_prune.benchmarks.tasks import VIDEO, appears, direction, event, middle, order, passes
 from vlm_prune.benchmarks.tasks.moving import film
+from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.common.errors import InputError
 
 
@@ -88,7 +89,17 @@ def test_changes_keep_events_that_even_frames_lose():
     assert [row[0] for row in rows] == ["method", "frames", "evs", "none"] and rows[1][-1] == ""
 
 
-@pytest.mark.parametrize("method", ["fastv", "downsample"])
-def test_methods_that_choose_elsewhere_are_refused(method):
+def test_methods_that_choose_elsewhere_are_refused():
     with pytest.raises(InputError, match="does not choose before the language model"):
-        answers([method], [0.1], [])
+        answers(["fastv"], [0.1], [])
+
+
+def test_all_controls_keep_no_more_than_the_budget():
+    """Frames of 6 x 6 tokens become 2 x 2, those in the middle of what they show."""
+    (question, *_) = questions(6, split="val")
+    counts = {}
+    for name in ("random", "frames", "pool", "downsample"):
+        (indices,) = build(name, budget=64).select(question.tokens).indices
+        counts[name] = len(indices)
+    assert counts == {"random": 64, "frames": 64, "pool": 64, "downsample": 64}
+    assert indices[:5].tolist() == [7, 10, 25, 28, 43]

@@ -7,9 +7,9 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from tiny_families import FPS, NEEDS, Tiny, failing, snapshot
+from tiny_families import FPS, NEEDS, Tiny, failing, leaves_images, snapshot
 
-from vlm_prune.pruning import METHODS, VideoPruner
+from vlm_prune.pruning import METHODS
 from vlm_prune.pruning.pipeline import PrunedVLM
 from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.chat import render, video_frames_of
@@ -38,7 +38,7 @@ RAGGED = [
 ]
 BUDGET = 5
 EVERY = [*METHODS, "divprune+adaptinfer", "vidcom2+fastv", "fastv+merge"]
-STAGES = ["divprune", "visionzip", "fastvid", "vidcom2+fastv"]
+STAGES = ["divprune", "visionzip", "fastvid", "vidcom2+fastv", "downsample"]
 
 
 @pytest.fixture(
@@ -79,6 +79,8 @@ def unpruned(tiny):
 def on(name, tiny, budget=BUDGET, **more):
     if name == "icr":  # what it drops is tested beside it
         more = {"keep": 99} | more
+    if name == "downsample" and budget == BUDGET:  # no frame is left out
+        budget = "1/frame"
     method = build(name, budget=budget, **more)
     if method.needs & family_of(tiny.model).lacks:
         with pytest.raises(InputError, match="give one of none, random"):
@@ -127,10 +129,23 @@ def test_keeping_all_equals_the_unpruned_model_and_the_budget_is_met(name, tiny)
         computed = [counts[item] for counts in trace.computed]
         mean = sum(computed) / len(computed)
         # methods that compare frames leave the image, the second item, whole
-        whole = name == "none" or (item == image_item(tiny) and isinstance(method, VideoPruner))
+        image = item == image_item(tiny)
+        whole = name == "none" or (image and leaves_images(method, tiny.model))
         enough = trace.available[item] if whole else BUDGET
+        if name == "downsample":
+            assert mean == (frames_in_order(tiny, inputs)[item] or (enough if whole else 1))
+            continue
         assert enough * 0.9 < mean <= enough
         assert places.tolist() == sorted(set(places.tolist()))
+
+
+def frames_in_order(tiny, inputs, **frames):
+    """Frames of each item in the prompt's order, 0 for the image, which is the second one."""
+    shown = tiny.encode(inputs, **frames).frames
+    if frames:
+        return shown
+    image, *videos = shown
+    return [videos[0], image, *videos[1:]]
 
 
 @named(STAGES)
@@ -140,18 +155,16 @@ def test_a_budget_per_frame_is_met(name, tiny):
     method, frames = on(name, tiny, budget="2/frame"), tiny.frames(rows_of(tiny))
     with method(tiny.model, **frames) as trace, torch.inference_mode():
         tiny.model(**inputs)
-    # items in the prompt's order: the image is the second one
-    shown = tiny.encode(inputs, **frames).frames
-    if not frames:
-        image, *videos = shown
-        shown = [videos[0], image, *videos[1:]]
-    for item, frames in enumerate(shown):
+    for item, count in enumerate(frames_in_order(tiny, inputs, **frames)):
         computed = [counts[item] for counts in trace.computed]
-        mean, wanted = sum(computed) / len(computed), 2 * max(1, frames)
-        if name == "none" or (item == image_item(tiny) and isinstance(method, VideoPruner)):
+        mean, wanted = sum(computed) / len(computed), 2 * max(1, count)
+        image = item == image_item(tiny)
+        if name == "none" or (image and leaves_images(method, tiny.model)):
             wanted = trace.available[item]
-        # a mean over layers is met up to a tenth, and up to a token where these are few
-        assert wanted - max(1, wanted / 10) < mean <= wanted
+        # a mean over layers is met up to a tenth, and up to a token where these are few; frames are
+        # shrunk to what has two tokens at most
+        fewer = max(1, wanted / 10) if name != "downsample" else wanted / 2 + 1
+        assert wanted - fewer < mean <= wanted
 
 
 @pytest.mark.parametrize("name", ["scope", "pool", "flashvid", "fastv", "vidcom2+fastv"])
