@@ -14,7 +14,7 @@ from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.chat import encode_prompts, render, video_frames_of
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.images import ImageSource
-from vlm_prune.vlm.common.video import VideoClip, is_video, open_video, open_visual
+from vlm_prune.vlm.common.video import VideoClip, open_visual
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.load import load
 
@@ -114,7 +114,9 @@ class PrunedVLM:
         """
         if generation.get("num_return_sequences", 1) != 1:
             raise InputError("there is one reply to each question; leave out num_return_sequences")
-        kinds = ["video" if is_video(medium) else "image" for medium in images]
+        visuals = [open_visual(medium) for medium in images]
+        clips = [visual for visual in visuals if isinstance(visual, VideoClip)]
+        kinds = ["video" if isinstance(visual, VideoClip) else "image" for visual in visuals]
         prompts = [
             render(
                 self.processor,
@@ -123,11 +125,8 @@ class PrunedVLM:
             )
             for kind, text in zip(kinds, questions, strict=True)
         ]
-        rows = [
-            [] if kind == "video" else [medium] for kind, medium in zip(kinds, images, strict=True)
-        ]
-        clips = [open_video(medium) for medium in images if is_video(medium)]  # type: ignore[arg-type]
-        inputs = encode_prompts(self.model, self.processor, prompts, rows, clips)  # type: ignore[arg-type]
+        rows = [[] if isinstance(visual, VideoClip) else [visual] for visual in visuals]
+        inputs = encode_prompts(self.model, self.processor, prompts, rows, clips)
         config, tokens = family_of(self.model).decoder.config, inputs["input_ids"].shape[1]
         if tokens > (most := getattr(config, "max_position_embeddings", tokens)):
             raise InputError(

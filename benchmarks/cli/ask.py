@@ -1,7 +1,8 @@
 """`vlm-prune ask`."""
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -44,23 +45,17 @@ def ask_command(
     from vlm_prune.pruning.pipeline import PrunedVLM
     from vlm_prune.pruning.registry import build
     from vlm_prune.vlm.common.files import atomic_path, check_output
-    from vlm_prune.vlm.common.images import open_image
-    from vlm_prune.vlm.common.video import is_video, open_video
+    from vlm_prune.vlm.common.video import VideoClip, open_visual
     from vlm_prune.vlm.load import load
 
     quiet()
     if not question.strip():
         raise InputError("the question is empty; give one about the image")
     if sheet is not None:
-        if not is_video(image):
-            raise InputError("--sheet draws the frames of a video; give a video file")
         check_output(sheet)
-    picture: Any
-    if is_video(image):
-        with progress(frames, "frames") as advance:
-            picture = open_video(image, frames, fps, advance)
-    else:
-        picture = open_image(image)
+    picture = open_visual(image, frames, fps, partial(progress, what="frames"))
+    if sheet is not None and not isinstance(picture, VideoClip):
+        raise InputError("--sheet draws the frames of a video; give a video file")
     pruner = build(method, budget=parse_budget(budget))
     loaded = load(
         model, device, dtype, device_map=device_map, quantization=quantization, attn=attn,
@@ -69,6 +64,7 @@ def ask_command(
     vlm = PrunedVLM(*loaded, pruner)
     (reply,) = vlm.replies([picture], [question])
     print(reply.text)
-    if sheet is not None and reply.kept is not None and reply.grid is not None:
-        with atomic_path(sheet) as partial:
-            contact_sheet(picture, reply.kept, reply.grid).save(partial, "PNG")
+    clip = picture if isinstance(picture, VideoClip) else None
+    if sheet is not None and clip and reply.kept is not None and reply.grid is not None:
+        with atomic_path(sheet) as file:
+            contact_sheet(clip, reply.kept, reply.grid).save(file, "PNG")

@@ -15,6 +15,7 @@ from vlm_prune.benchmarks.cli.options import (
     Device,
     DeviceMap,
     Dtype,
+    Frames,
     Limit,
     Model,
     Output,
@@ -46,6 +47,7 @@ def compare_command(
     budget: Budgets = "192,128,64,32",
     tasks: Tasks = "visual",
     limit: Limit = 200,
+    frames: Frames = None,
     batch_size: BatchSize = 8,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -108,7 +110,7 @@ def compare_command(
     configs = run_configs(
         variants, split, tasks, limit, model=model, batch_size=batch_size, device=device,
         dtype=dtype, seed=seed, device_map=device_map, quantization=quantization, attn=attn,
-        peft=adapter,
+        peft=adapter, frames=frames,
     )  # fmt: skip
     names = [folder_name(variant) for variant in variants]
     with open_run_folders(configs, output, names) as folders:

@@ -14,6 +14,7 @@ from vlm_prune.benchmarks.cli.options import (
     Device,
     DeviceMap,
     Dtype,
+    Frames,
     Limit,
     Method,
     MethodArgs,
@@ -57,6 +58,7 @@ def evaluate_command(
     budget: OneBudget = "64",
     tasks: Tasks = "visual",
     limit: Limit = 200,
+    frames: Frames = None,
     batch_size: BatchSize = 8,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -97,6 +99,7 @@ def evaluate_command(
         "model": model, "limit": limit, "batch_size": batch_size, "device": device,
         "dtype": dtype, "seed": seed, "wings": wings, "device_map": device_map,
         "quantization": quantization, "attn": attn, "peft": adapter, "engine": engine,
+        "frames": frames,
     }  # fmt: skip
     check_engine(engine)
     if engine == "vllm" and any((device_map, quantization, attn, adapter, schedule, wings, suite)):

@@ -39,6 +39,13 @@ Tasks = Annotated[
     ),
 ]
 Limit = Annotated[int, typer.Option(min=1, help="Questions in all, spread evenly over the tasks.")]
+Frames = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Frames of a video, at most; all of an embedded task's and 32 of a file's unless given.",
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Questions answered together.")]
 
 

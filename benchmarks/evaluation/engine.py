@@ -48,10 +48,11 @@ class Samples(Sequence[Sample]):
         ids: of the questions, `exist/000012`.
         seed: of the questions.
         split: train, val or test.
+        frames: of a video, at most; all unless given.
     """
 
-    def __init__(self, ids: list[str], seed: int, split: Split) -> None:
-        self.ids, self.seed, self.split = ids, seed, split
+    def __init__(self, ids: list[str], seed: int, split: Split, frames: int | None = None) -> None:
+        self.ids, self.seed, self.split, self.frames = ids, seed, split, frames
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -69,12 +70,20 @@ class Samples(Sequence[Sample]):
 
     def _drawn(self, name: str) -> Sample:
         task = name.split("/")[0]
-        return TASKS[task].sample(number_of(name, task), self.seed, self.split)
+        return drawn_sample(task, number_of(name, task), self.seed, self.split, self.frames)
+
+    def batches(self, size: int) -> "Iterator[Samples]":
+        """Yields the questions in batches, which draw none of them yet."""
+        for start in range(0, len(self), size):
+            yield self._of(self.ids[start : start + size])
+
+    def _of(self, ids: list[str]) -> "Samples":
+        return Samples(ids, self.seed, self.split, self.frames)
 
     def text_alone(self) -> "Samples":
         """Returns the questions of the tasks that do not ask about an image."""
         ids = [name for name in self.ids if not TASKS[name.split("/")[0]].visual]
-        return Samples(ids, self.seed, self.split)
+        return self._of(ids)
 
     def answered(self, folders: Iterable[RunFolder[Any]]) -> dict[str, QuestionFields]:
         """Returns what was asked in the questions of which any folder has a row."""
@@ -82,7 +91,31 @@ class Samples(Sequence[Sample]):
         return {name: described(self._drawn(name)) for name in self.ids if name in done}
 
 
-def samples_of(tasks: tuple[str, ...], limit: int, seed: int, split: Split) -> Samples:
+def drawn_sample(
+    task: str, number: int, seed: int, split: Split, frames: int | None = None
+) -> Sample:
+    """Returns a question of an embedded task.
+
+    Args:
+        task: its name.
+        number: of the question.
+        seed: of the questions.
+        split: train, val or test.
+        frames: of a video, at most; all unless given.
+    """
+    sample = TASKS[task].sample(number, seed, split)
+    if frames is None:
+        return sample
+    turns = (
+        turn if turn.video is None else replace(turn, video=turn.video.thinned(frames))
+        for turn in sample.turns
+    )
+    return replace(sample, turns=tuple(turns))
+
+
+def samples_of(
+    tasks: tuple[str, ...], limit: int, seed: int, split: Split, frames: int | None = None
+) -> Samples:
     """Returns `limit` questions in all, spread evenly over the tasks.
 
     Args:
@@ -90,10 +123,11 @@ def samples_of(tasks: tuple[str, ...], limit: int, seed: int, split: Split) -> S
         limit: how many.
         seed: of the questions.
         split: train, val or test.
+        frames: of a video, at most; all unless given.
     """
     counts = shares(tasks, limit).items()
     ids = [question_id(name, index) for name, share in counts for index in range(share)]
-    return Samples(ids, seed, split)
+    return Samples(ids, seed, split, frames)
 
 
 def evaluate(
@@ -121,7 +155,7 @@ def evaluate(
             these questions.
     """
     config = folders[0].config
-    samples = samples_of(config.tasks, config.limit, config.seed, config.split)
+    samples = samples_of(config.tasks, config.limit, config.seed, config.split, config.frames)
     pruners = [
         folder.config.variant.build(config.seed).prepared(model, processor) for folder in folders
     ]
@@ -137,16 +171,15 @@ def evaluate(
         key=lambda run: -tokens_for(run[0].config.variant.budget, tokens),
     )
     answer, warm = answer or partial(_answer, model, processor), False
-    for start in range(0, len(samples), config.batch_size):
-        questions = slice(start, start + config.batch_size)
-        names = samples.ids[questions]
+    for questions in samples.batches(config.batch_size):
+        names = questions.ids
         missing = [
             (folder, pruner)
             for folder, pruner in runs
             if any(name not in folder.rows for name in names)
         ]
         if missing:
-            batch = samples[questions]
+            batch = questions[:]
             if not warm:  # the first pass pays for allocations and lazy hooks
                 for _ in answer(batch[:1], [pruner for _, pruner in missing]):
                     warm = True

@@ -68,7 +68,8 @@ class RunConfig:
     """What decides a run's results; a folder holds the results of one.
 
     `wings` and `peft` are adapters that the pruned and the unpruned model both have; `device_map`,
-    `quantization` and `attn` are those of `load`. `engine` is what answers: `hf` or `vllm`.
+    `quantization` and `attn` are those of `load`. `engine` is what answers: `hf` or `vllm`. `frames` are
+    those of a video, at most; None for all of an embedded task's and 32 of a file's.
     """
 
     model: str
@@ -86,6 +87,7 @@ class RunConfig:
     attn: str | None = None
     peft: str | None = None
     engine: Literal["hf", "vllm"] = "hf"
+    frames: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

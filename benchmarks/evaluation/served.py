@@ -248,7 +248,7 @@ class ServedPair:
     def images(self) -> int:
         """Returns the most images that a question has."""
         config = self.config
-        samples = samples_of(config.tasks, config.limit, config.seed, config.split)
+        samples = samples_of(config.tasks, config.limit, config.seed, config.split, config.frames)
         return max([1, *(len(sample.images) for sample in samples)])
 
     def close(self) -> None:

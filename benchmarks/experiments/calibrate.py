@@ -15,12 +15,6 @@ from vlm_prune.benchmarks.tasks import TASKS
 from vlm_prune.vlm.chat import encode_prompts, render
 
 
-def batches_of(samples: Samples, size: int) -> Iterator[list[Any]]:
-    """Yields questions in batches."""
-    for start in range(0, len(samples), size):
-        yield samples[start : start + size]
-
-
 def encoded_batches(
     model: Any,
     processor: Any,
@@ -37,7 +31,8 @@ def encoded_batches(
         batch_size: how many go together.
         progress: called with the number of questions that have been used.
     """
-    for batch in batches_of(samples, batch_size):
+    for questions in samples.batches(batch_size):
+        batch = questions[:]
         texts = [render(processor, s.messages(), add_generation_prompt=True) for s in batch]
         clips = [clip for sample in batch for clip in sample.videos]
         yield encode_prompts(model, processor, texts, [s.images for s in batch], clips)
@@ -57,7 +52,7 @@ def accuracy_on(
         samples: the questions.
         batch_size: how many are answered together.
     """
-    batches = list(batches_of(samples, batch_size))
+    batches = [questions[:] for questions in samples.batches(batch_size)]
     prompts = [prompts_of(model, processor, batch) for batch in batches]
 
     @torch.inference_mode()

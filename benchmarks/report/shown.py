@@ -5,6 +5,7 @@ from pathlib import Path
 from PIL import Image
 
 from vlm_prune.benchmarks import lmms_eval
+from vlm_prune.benchmarks.evaluation.engine import drawn_sample
 from vlm_prune.benchmarks.evaluation.records import PairedRow
 from vlm_prune.benchmarks.report.load import Run
 from vlm_prune.benchmarks.tasks import TASKS
@@ -33,7 +34,7 @@ def pictures_of(
     for task in sorted({row.task for row in rows} - set(TASKS)):
         questions = {row.number: row.question for row in rows if row.task == task}
         try:
-            pictures = _read(task, questions, data_root)
+            pictures = _read(task, questions, data_root, run.results.config.frames)
         except InputError as error:
             missing[task] = str(error)
         else:
@@ -42,18 +43,18 @@ def pictures_of(
 
 
 def _read(
-    task: str, questions: dict[int, str], data_root: DataRoot | Path | None
+    task: str, questions: dict[int, str], data_root: DataRoot | Path | None, frames: int | None
 ) -> dict[int, ShownImages]:
     if not lmms_eval.installed():
         raise InputError(f"its images are read by lmms-eval: {lmms_eval.INSTALL}")
     from vlm_prune.benchmarks.lmms_eval.shown import images_of
 
-    return images_of(task, questions, data_root)
+    return images_of(task, questions, data_root, frames)
 
 
 def _task_images(run: Run, row: PairedRow) -> ShownImages:
     config = run.results.config
-    sample = TASKS[row.task].sample(row.number, config.seed, config.split)
+    sample = drawn_sample(row.task, row.number, config.seed, config.split, config.frames)
     if (sample.turns[-1].text, sample.answer) == (row.question, row.answer):
         return [*sample.images, *sample.videos]
     raise InputError(

@@ -1,7 +1,7 @@
 """Frames of video files, at times of their own; no more of a file is held than the frames kept."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +19,13 @@ SUFFIXES = (
     ".ts", ".webm", ".wmv",
 )  # fmt: skip
 MAX_BYTES = 4_000_000_000
+FRAMES = 32  # of a video file, unless given
 SEEK_SECONDS = 10.0
+
+
+def no_bar(frames: int) -> AbstractContextManager[Callable[[int], None]]:
+    """Returns what stands for a progress bar over frames where there is none."""
+    return nullcontext(lambda done: None)
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,15 @@ class VideoClip:
     frames: NDArray[np.uint8]
     times: tuple[float, ...]
     duration: float
+
+    def thinned(self, frames: int) -> "VideoClip":
+        """Returns as many of these frames at most: those in the middle of equal spans, as of a file."""
+        total = len(self.frames)
+        if frames >= total:
+            return self
+        chosen = [(2 * n + 1) * total // (2 * frames) for n in range(frames)]
+        times = tuple(self.times[at] for at in chosen)
+        return VideoClip(self.frames[chosen], times, self.duration)
 
     def metadata(self) -> Any:
         """Returns what processors are told of these frames: their numbers in a video
@@ -72,7 +87,7 @@ def check_rate(frames: int, fps: float | None) -> None:
 
 def open_video(
     source: str | Path | VideoClip,
-    frames: int = 32,
+    frames: int = FRAMES,
     fps: float | None = None,
     advance: Callable[[int], None] = lambda done: None,
 ) -> VideoClip:
@@ -108,7 +123,10 @@ def open_video(
 
 
 def open_visual(
-    source: ImageSource | VideoClip, frames: int = 32, fps: float | None = None
+    source: ImageSource | VideoClip,
+    frames: int = FRAMES,
+    fps: float | None = None,
+    bar: Callable[[int], AbstractContextManager[Callable[[int], None]]] = no_bar,
 ) -> Image.Image | VideoClip:
     """Returns a video's frames where `source` is one, else an image in RGB.
 
@@ -116,6 +134,7 @@ def open_visual(
         source: a file, a Pillow image, an array or a clip.
         frames: of a video file, at most.
         fps: frames for each second of a video file instead, `frames` at most.
+        bar: shows how far reading that many frames has come; gives what to call with further ones.
 
     Raises:
         InputError: if it is no sound image or video.
@@ -123,7 +142,8 @@ def open_visual(
     if isinstance(source, VideoClip):
         return source
     if isinstance(source, str | Path) and is_video(source):
-        return open_video(source, frames, fps)
+        with bar(frames) as advance:
+            return open_video(source, frames, fps, advance)
     return open_image(source)
 
 

@@ -65,6 +65,33 @@ def test_tasks_about_videos_are_evaluated(run, tmp_path, family, tokens):
             )
 
 
+def test_fewer_frames_of_a_task_are_read(run, tmp_path):
+    """Four of 16; a run with another number of frames is another one, and the report draws these."""
+    tiny = Tiny("llava_onevision")
+    tiny.model.save_pretrained(tmp_path)
+    tiny.processor.save_pretrained(tmp_path)
+    command = [
+        "eval",
+        "--model",
+        tmp_path,
+        "--method",
+        "evs",
+        "--budget",
+        "8",
+        "--tasks",
+        "appears",
+    ]
+    command += ["--limit", "1", "--output", tmp_path / "run"]
+    assert run(*command, "--frames", "4")[0] == 0
+    row = json.loads((tmp_path / "run/samples.jsonl").read_text())
+    # 2 x 2 tokens of each and a newline
+    assert row["image_tokens"] == [17] and row["video_grids"] == [[4, 2, 2]]
+    assert run("report", tmp_path / "run")[0] == 0
+    code, _, err = run(*command, "--frames", "8")
+    assert code == 2 and "frames" in err
+    assert run(*command, "--frames", "0")[0] == 2
+
+
 def test_all_controls_are_compared_on_videos(run, tmp_path):
     """At two tokens of each of the 8 pairs of frames; smaller frames are 1 x 2 or 1 x 1."""
     tiny = Tiny("qwen2_5_vl")

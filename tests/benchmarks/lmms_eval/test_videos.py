@@ -128,6 +128,7 @@ def evaluated(run, model, root, tasks, output, *more):
 def test_videos_of_a_local_copy_are_asked_about(run, onevision_model, root, tmp_path):
     """What a task's own code lacks is named; a row whose video is missing is left out."""
     tasks, method = [*TASKS, "mvbench_action_sequence"], ["--method", "evs", "--budget", "2/frame"]
+    method += ["--frames", "3"]
     code, _, err = evaluated(run, onevision_model, root, tasks, tmp_path, *method)
     assert code == 0, err
     results = json.loads((tmp_path / "results.json").read_text())
@@ -142,8 +143,8 @@ def test_videos_of_a_local_copy_are_asked_about(run, onevision_model, root, tmp_
     for found in results["tasks"].values():
         assert found["n"] == 2 and 0 <= found["accuracy"] <= 1
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    # four frames of 2 x 2 tokens and a newline
-    assert all(row["image_tokens"] == [17] and len(row["kept"][0]) == 8 for row in rows)
+    # three of four frames, of 2 x 2 tokens, and a newline
+    assert all(row["image_tokens"] == [13] and len(row["kept"][0]) == 6 for row in rows)
     assert results["time_ms"]["baseline_prefill"] > 0
 
 

@@ -115,5 +115,8 @@ def test_without_a_decoder_the_extra_is_named(tmp_path, monkeypatch):
 
 
 def test_what_is_a_video():
+    clip = VideoClip(np.arange(8, dtype=np.uint8)[:, None, None, None], tuple(range(8)), 8.0)
+    assert clip.thinned(3).times == (1, 4, 6) and clip.thinned(8) is clip.thinned(9) is clip
+    assert clip.thinned(1).frames.flatten().tolist() == [4]
     assert is_video("a.MP4") and is_video(VideoClip(np.zeros((1, 2, 2, 3), np.uint8), (0.0,), 1.0))
     assert not is_video("a.png") and not is_video(np.zeros((2, 2, 3), np.uint8))
