@@ -1,6 +1,7 @@
-"""Compare all continual learners on the packaged stream: `vlm-prune continual compare`.
+"""Compare all continual learners on an embedded stream: `vlm-prune continual compare`.
 
 python scripts/compare_continual.py runs/continual --seeds 3
+python scripts/compare_continual.py runs/redrawn --stream redrawn --search-from runs/continual
 """
 
 from vlm_prune.benchmarks.cli.app import run_script

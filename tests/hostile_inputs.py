@@ -279,6 +279,8 @@ OTHER: dict[tuple[str, str], tuple[str, ...]] = {
     ("serve", "--method"): ("zo", "", "zoo+zoo"),
     ("train-wings train", "--seed"): ("-1", "x"),
     ("continual compare", "--test-per-class"): COUNTS,
+    ("continual compare", "--stream"): ("redrawm", "", "x-tail"),
+    ("continual compare", "--search-from"): ("{missing}", "{empty}", "{image}", ""),
     # several processes or long runs would follow
     ("train-tiny llava", "--keep"): ("none",),
 }  # fmt: skip

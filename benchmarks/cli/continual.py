@@ -82,13 +82,19 @@ def compare_continual(
     arms: Annotated[
         str | None, typer.Option(help="Separated by semicolons; all unless given.")
     ] = None,
-    results: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
+    stream: Annotated[str, typer.Option(help="packaged, redrawn")] = "packaged",
+    search_from: Annotated[
+        Path | None, typer.Option(help="Folder of a comparison whose search is taken over.")
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option(help=f"Of the results; {RESULTS} of the packaged stream.")
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
     only_write: Annotated[
         bool, typer.Option("--only-write", help="Of the runs that are finished.")
     ] = False,
 ) -> None:
-    """Search on validation images, run every method with every seed, write what came out."""
+    """Search on validation images of the packaged stream, run every method with every seed, write what came out."""
     import torch
 
     from vlm_prune.benchmarks.experiments.continual.experiment import ARMS, Experiment, run_all
@@ -100,11 +106,15 @@ def compare_continual(
     for name in chosen:
         if name not in ARMS:
             raise InputError(f"there is no arm {name!r}; give some of: {'; '.join(ARMS)}")
+    experiment = Experiment(
+        output, seeds, steps, test_per_class=test_per_class, arms=chosen, stream=stream
+    )
+    if results is None:
+        results = RESULTS if stream == "packaged" else RESULTS.with_name(f"continual-{stream}")
     check_outputs(results, FILES)
     torch.set_num_threads(threads)
-    experiment = Experiment(output, seeds, steps, test_per_class=test_per_class, arms=chosen)
     if not only_write:
-        run_all(experiment, console(stderr=True).print)
+        run_all(experiment, console(stderr=True).print, search_from)
         time_steps(experiment)
     write(experiment, results)
     typer.echo(f"{results}: {', '.join(FILES)}")

@@ -1,7 +1,8 @@
-"""All continual learners over seeds on the packaged stream; killed at any moment, it resumes.
+"""All continual learners over seeds on an embedded stream; killed at any moment, it resumes.
 
-Learning rates, and CoDyRA-plus's importance, are chosen on validation images of the first tasks at
-seed 0; test images are first seen by the runs that are reported. Some methods take over another's
+Learning rates, and CoDyRA-plus's importance, are chosen on validation images of the first tasks of
+`packaged` at seed 0, whichever stream is compared; test images are first seen by the runs that are
+reported. Some methods take over another's
 rate: a control that of what it is a control for, a relative of full fine-tuning or LoRA theirs.
 """
 
@@ -21,7 +22,7 @@ from vlm_prune.benchmarks.experiments.continual.learn import (
 )
 from vlm_prune.continual.clip import load_clip
 from vlm_prune.continual.methods import Method
-from vlm_prune.continual.streams import Stream, StreamTask, open_stream
+from vlm_prune.continual.streams import EMBEDDED, Stream, StreamTask, open_stream
 from vlm_prune.continual.streams.unseen import unseen_scenes
 from vlm_prune.continual.train import ContinualRun
 from vlm_prune.vlm.common.errors import InputError
@@ -30,6 +31,7 @@ from vlm_prune.vlm.common.folder import OutputFolder, record_settings
 from vlm_prune.vlm.common.records import read_record
 
 OUTSIDE = "scenes"
+SEARCHED = "packaged"
 ADAPTER_RATES, FULL_RATES = (3e-4, 1e-3, 3e-3, 1e-2), (3e-5, 1e-4, 3e-4)
 
 
@@ -183,9 +185,13 @@ class Experiment:
         steps: per task; fixed beforehand by the time that the whole may take.
         batch: images per step.
         test_per_class: test images of each class, of the tasks and of the outside set.
-        search_tasks: tasks of the stream that the search trains on.
+        search_tasks: tasks of `packaged` that the search trains on.
         tasks: tasks of the stream; None for all.
         arms: names in `ARMS`; `codyra` first, since some follow it.
+        stream: whose tasks are learned, `packaged` or `redrawn`.
+
+    Raises:
+        InputError: if the stream is not an embedded one.
     """
 
     output: Path
@@ -196,6 +202,12 @@ class Experiment:
     search_tasks: int = 3
     tasks: int | None = None
     arms: tuple[str, ...] = tuple(ARMS)
+    stream: str = SEARCHED
+
+    def __post_init__(self) -> None:
+        if self.stream not in EMBEDDED:
+            known = " or ".join(EMBEDDED)
+            raise InputError(f"learners are not compared on {self.stream!r}; give {known}")
 
     @property
     def file(self) -> Path:
@@ -206,6 +218,8 @@ class Experiment:
         """Returns what decides its runs; seeds and arms may grow."""
         names = ("steps", "batch", "test_per_class", "search_tasks", "tasks")
         found = {name: getattr(self, name) for name in names}
+        if self.stream != SEARCHED:  # settings of `packaged` do not name it
+            found["stream"] = self.stream
         return found | {"weights": load_clip("tiny").fingerprint()}
 
     def folder(self, label: str, seed: int) -> Path:
@@ -213,27 +227,67 @@ class Experiment:
         return self.output / label.replace(", ", "-").replace("'", "").replace(" ", "-") / f"{seed}"
 
 
-def run_all(experiment: Experiment, tell: Callable[[str], None] = print) -> None:
-    """Searches, then runs every arm, seed by seed; `tell` hears which one begins.
+def run_all(
+    experiment: Experiment,
+    tell: Callable[[str], None] = print,
+    search_from: Path | None = None,
+) -> None:
+    """Searches, then runs every arm, seed by seed.
+
+    Args:
+        experiment: what is compared.
+        tell: hears which run begins.
+        search_from: folder of another comparison, whose search is taken over.
 
     Raises:
-        InputError: if the folder belongs to other settings or to another CLIP.
+        InputError: if the folder belongs to other settings or to another CLIP, or the search of
+            `search_from` does.
     """
     with OutputFolder(experiment.output):
+        if search_from is not None:
+            take_search(experiment, search_from)
         record_settings(experiment.file, experiment.settings())
         _run_all(experiment, tell)
 
 
 def _run_all(experiment: Experiment, tell: Callable[[str], None]) -> None:
-    stream = open_stream("packaged")
+    stream, searched = open_stream(experiment.stream), open_stream(SEARCHED)
     used = stream.tasks[: experiment.tasks]
     tasks = tuple(fewer(task, experiment.test_per_class) for task in used)
     outside = fewer(unseen_scenes(), experiment.test_per_class)
-    chosen = search_rates(experiment, stream, tasks)
+    chosen = search_rates(experiment, searched, searched.tasks[: experiment.tasks])
     for seed in range(experiment.seeds):
         for label in experiment.arms:
             tell(f"seed {seed}: {label}")
             run_one(experiment, stream, label, seed, chosen, tasks, outside)
+
+
+def take_search(experiment: Experiment, folder: Path) -> None:
+    """Copies what another comparison's search has found to `search.json`, but for unfinished arms.
+
+    Raises:
+        InputError: if `folder` has no search, one with other settings, or another one than that
+            which the experiment already has.
+    """
+    if not (folder / "search.json").exists():
+        raise InputError(f"{folder} has no search.json; give the folder of a comparison")
+    theirs = read_record(folder / experiment.file.name, dict[str, Any], "give another folder")
+    names = ("steps", "batch", "search_tasks", "weights")
+    wanted = experiment.settings()
+    if changed := [name for name in names if theirs.get(name) != wanted[name]]:
+        raise InputError(
+            f"{folder} has searched with another {', '.join(changed)}; "
+            "give the folder of a comparison with the same"
+        )
+    taken = {
+        label: tried
+        for label, tried in read_search(folder).items()
+        if len(tried) == len(CANDIDATES[label])
+    }
+    own = read_search(experiment.output)
+    if any(own.get(label, tried) != tried for label, tried in taken.items()):
+        raise InputError(f"{experiment.output} has its own search; leave out --search-from")
+    write_json(experiment.output / "search.json", own | taken)
 
 
 def search_rates(
@@ -245,7 +299,7 @@ def search_rates(
 
     Args:
         experiment: names the arms.
-        stream: of the tasks.
+        stream: `packaged`.
         tasks: the stream's; the first `search_tasks` of them are learned.
     """
     record = read_search(experiment.output)

@@ -22,6 +22,7 @@ from vlm_prune.benchmarks.experiments.continual.compare import (
 from vlm_prune.benchmarks.experiments.continual.experiment import (
     ARMS,
     OUTSIDE,
+    SEARCHED,
     Experiment,
     read_report,
     read_search,
@@ -172,7 +173,7 @@ def time_steps(experiment: Experiment, rounds: int = 10) -> None:
     """
     if read_step_ms(experiment.output):
         return
-    stream, clip = open_stream("packaged"), load_clip("tiny")
+    stream, clip = open_stream(experiment.stream), load_clip("tiny")
     task = stream.tasks[0]
     items = [task.train[k] for k in range(min(experiment.batch, len(task.train)))]
     pixels = torch.stack([clip.eval_transform(image) for image, _ in items])
@@ -191,7 +192,7 @@ def results_page(found: Mapping[str, Any]) -> str:
     """Returns the results in Markdown."""
     settings, rows = found["settings"], found["methods"]
     head = (
-        "# Continual learners on the packaged stream\n\n"
+        f"# Continual learners on the {settings['stream']} stream\n\n"
         f"{found['finished']} of {found['planned']} runs; {settings['steps']} steps per task of "
         f"{settings['batch']} images; {settings['test_per_class']} test images per class, scored "
         "against the classes of all tasks. Per cent; 95 % bootstrap intervals over seeds and test "
@@ -256,7 +257,7 @@ def results_page(found: Mapping[str, Any]) -> str:
     tried = as_markdown([["arm", "candidate", "Average % on val"], *candidates])
     return (
         f"{head}{table}\n## Paired differences\n\n{pairs}\n{about}\n## Search\n\n"
-        f"Validation images of the first {settings['search_tasks']} tasks, seed 0.\n\n{tried}"
+        f"Validation images of the first {settings['search_tasks']} tasks of `{SEARCHED}`, seed 0.\n\n{tried}"
     )
 
 

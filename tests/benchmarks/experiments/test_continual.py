@@ -234,6 +234,43 @@ def test_an_experiments_folder_belongs_to_its_settings_and_its_clip(experiment, 
         run_all(experiment)
 
 
+def test_another_stream_takes_over_the_search(experiment, tmp_path):
+    arms = ("lora", "zero-shot")
+    other = replace(experiment, output=tmp_path, arms=arms, stream="redrawn")
+    for _ in range(2):  # the second run finds everything
+        run_all(other, search_from=experiment.output)
+    names = sorted(path.name for path in tmp_path.iterdir() if path.name != ".lock")
+    assert names == ["experiment.json", "lora", "search.json", "zero-shot"]
+    assert json.loads((tmp_path / "experiment.json").read_text())["stream"] == "redrawn"
+    taken, searched = ((e.output / "search.json").read_text() for e in (other, experiment))
+    assert json.loads(taken) == json.loads(searched)
+    best = max(json.loads(taken)["lora"], key=lambda tried: tried["average"])
+    report = json.loads((other.folder("lora", 0) / "report.json").read_text())
+    assert report["recipe"]["lr"] == best["lr"]
+    run = json.loads((other.folder("lora", 0) / "run.json").read_text())
+    assert [task["name"] for task in run["tasks"]] == ["arrows", "numerals"]
+    with pytest.raises(InputError, match="another version"):
+        run_all(replace(other, stream="packaged"))
+
+
+def test_searches_that_cannot_be_taken_over(experiment, tmp_path):
+    other = replace(experiment, output=tmp_path / "other", stream="redrawn")
+    with pytest.raises(InputError, match=r"nowhere has no search\.json"):
+        run_all(other, search_from=tmp_path / "nowhere")
+    with pytest.raises(InputError, match="another steps; give the folder"):
+        run_all(replace(other, steps=5), search_from=experiment.output)
+    assert not other.output.exists()
+    shutil.copytree(experiment.output, tmp_path / "changed")
+    path = tmp_path / "changed" / "search.json"
+    record = json.loads(path.read_text())
+    record["lora"][0]["average"] = 0.125
+    path.write_text(json.dumps(record))
+    with pytest.raises(InputError, match="has its own search; leave out --search-from"):
+        run_all(experiment, search_from=tmp_path / "changed")
+    with pytest.raises(InputError, match="'x-tail'; give packaged or redrawn"):
+        replace(experiment, stream="x-tail")
+
+
 def figure(value, reach=1.0):
     return {"value": value, "low": value - reach, "high": value + reach}
 
@@ -270,6 +307,7 @@ def test_results_are_written(experiment, tmp_path):
     assert found["methods"]["lora"]["kept_rank"] == 16
     page = (tmp_path / "README.md").read_text()
     assert all(f"| {label} |" in page for label in experiment.arms)
+    assert "on the packaged stream" in page and "first 1 tasks of `packaged`, seed 0" in page
     assert (tmp_path / "methods.png").read_bytes().startswith(b"\x89PNG")
     partial = collect(replace(experiment, seeds=2))
     assert (partial["finished"], partial["planned"]) == (6, 12)
