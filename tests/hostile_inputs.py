@@ -137,6 +137,7 @@ SOUND: dict[str, tuple[str, ...]] = {
     "train-tiny llava": ("train-tiny", "llava", "{new}/tiny"),
     "train-tiny text": ("train-tiny", "text", "{new}/tiny"),
     "train-tiny clip": ("train-tiny", "clip", "{new}/tiny"),
+    "train-tiny video": ("train-tiny", "video", "{new}/tiny"),
 }  # fmt: skip
 
 # --- wrong values of options, for every command that has the option
@@ -326,6 +327,7 @@ POSITIONAL: dict[str, dict[int, tuple[str, ...]]] = {
     "train-tiny llava": {2: ("", ".", "/", "/dev/null", "{image}")},
     "train-tiny text": {2: ("", ".", "/", "/dev/null", "{image}")},
     "train-tiny clip": {2: ("", ".", "/", "/dev/null", "{image}")},
+    "train-tiny video": {2: ("", ".", "/", "/dev/null", "{image}")},
 }  # fmt: skip
 
 CALLED = {
@@ -341,7 +343,7 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "compare_continual": ("/",), "draw_kept_tokens": ("{images}",), "left_to_see": ("{images}",), "iit": ("evaluate", "{missing}"),
     "train_continual": ("--method", "codyr"), "train_tiny_clip": ("/dev/null",),
     "train_tiny_llava": (".",), "train_tiny_text": ("",), "train_wings": ("--experiment", "forgeting"),
-    "train_smol_llava": (".",), "measure_smol_llava": (".",),
+    "train_smol_llava": (".",), "train_tiny_video": (".",), "measure_smol_llava": (".",),
 }  # fmt: skip
 
 # --- damaged files of folders that commands go on with

@@ -19,6 +19,7 @@ from vlm_prune.vlm.common.files import read_object, write_folder
 from vlm_prune.vlm.common.registry import unknown
 from vlm_prune.vlm.smol import smol_path
 from vlm_prune.vlm.tiny import checkpoint_path
+from vlm_prune.vlm.tiny.video import tiny_video_path
 
 
 class EmbeddedModels(Mapping[str, Path]):
@@ -44,7 +45,9 @@ class EmbeddedModels(Mapping[str, Path]):
         return len(self._folders)
 
 
-EMBEDDED = EmbeddedModels({"tiny": checkpoint_path, "smol": smol_path})
+EMBEDDED = EmbeddedModels(
+    {"tiny": checkpoint_path, "smol": smol_path, "tiny-video": tiny_video_path}
+)
 PROMPT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
 QUANTIZATIONS = {
     "bnb-4bit": "bitsandbytes",
@@ -72,7 +75,7 @@ def load(
     adapter alone is loaded with the base model that it names.
 
     Args:
-        name: `tiny`, `smol`, the folder of a checkpoint or of an adapter, or `owner/model`.
+        name: `tiny`, `smol`, `tiny-video`, the folder of a checkpoint or of an adapter, or `owner/model`.
         device: where to put the model; `auto` is a GPU if there is one, else the CPU.
         dtype: one of `DTYPES`; `auto` is fp32 on a CPU and the checkpoint's own type elsewhere.
         device_map: `auto` spreads the model over GPUs, CPU memory and disk, as accelerate does; or

@@ -33,7 +33,7 @@ def calibrate_command(
     method: Annotated[str, typer.Argument(help="Of sparse attention: sale, act or seer.")],
     output: Annotated[Path, typer.Argument(help="File to write, such as sale.safetensors.")],
     model: Model = "tiny",
-    tasks: Tasks = "visual",
+    tasks: Tasks = "auto",
     limit: Limit = 100,
     batch_size: BatchSize = 8,
     attention_args: AttentionArgs = "",
@@ -68,7 +68,7 @@ def calibrate_command(
     if steps is not None and method != "seer":
         raise InputError(f"--steps are those of seer's training; leave them out with {method}")
     built: Any = build_attention(method, **{"density": None} | parse_arguments(attention_args))
-    names = parse_tasks(tasks)
+    names = parse_tasks(tasks, model)
     if others := [name for name in names if name not in TASKS]:
         raise InputError(
             f"{others[0]} has no validation questions here; give embedded tasks, such as exist,count"

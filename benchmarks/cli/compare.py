@@ -45,7 +45,7 @@ def compare_command(
     model: Model = "tiny",
     method: Annotated[str, typer.Option(help="Names, comma-separated, or 'all'.")] = "all",
     budget: Budgets = "192,128,64,32",
-    tasks: Tasks = "visual",
+    tasks: Tasks = "auto",
     limit: Limit = 200,
     frames: Frames = None,
     batch_size: BatchSize = 8,

@@ -56,7 +56,7 @@ def evaluate_command(
     model: Model = "tiny",
     method: Method = "zoo",
     budget: OneBudget = "64",
-    tasks: Tasks = "visual",
+    tasks: Tasks = "auto",
     limit: Limit = 200,
     frames: Frames = None,
     batch_size: BatchSize = 8,

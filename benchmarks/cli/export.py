@@ -10,7 +10,10 @@ from vlm_prune.vlm.common.terminal import quiet
 
 def export_command(
     model: Annotated[
-        str, typer.Argument(help="'tiny' or 'smol' (embedded), a checkpoint folder, or a hub name.")
+        str,
+        typer.Argument(
+            help="'tiny', 'smol' or 'tiny-video' (embedded), a checkpoint folder, or a hub name."
+        ),
     ],
     folder: Annotated[Path, typer.Argument(help="A new folder.")],
 ) -> None:

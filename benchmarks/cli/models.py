@@ -13,6 +13,7 @@ def models() -> None:
     rows = [["model", "what", "methods"]]
     rows.append(["tiny", "the embedded LLaVA; needs no download", "as llava"])
     rows.append(["smol", "the embedded LLaVA over SmolLM2-135M-Instruct", "as llava"])
+    rows.append(["tiny-video", "the embedded LLaVA-OneVision, for videos", "as llava_onevision"])
     for name, family in FAMILIES.items():
         what = (sys.modules[family.__module__].__doc__ or "").strip().split("\n\n")[0]
         without = [method for method, works in matrix.items() if not works[name]]

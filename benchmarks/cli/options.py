@@ -20,7 +20,7 @@ ENGINES = ("hf", "vllm")
 Model = Annotated[
     str,
     typer.Option(
-        help="'tiny' or 'smol' (embedded), or a checkpoint of a family in 'vlm-prune models': folder or hub name."
+        help="'tiny', 'smol' or 'tiny-video' (embedded), or a checkpoint of a family in 'vlm-prune models': folder or hub name."
     ),
 ]
 Method = Annotated[str, typer.Option(help="See 'vlm-prune methods'; two joined by + cascade.")]
@@ -35,7 +35,8 @@ MethodArgs = Annotated[str, typer.Option(help="Hyperparameters, name=value,...")
 Tasks = Annotated[
     str,
     typer.Option(
-        help="Names, comma-separated, lmms-eval's included, or 'visual', 'video', 'album' or 'all'."
+        help="Names, comma-separated, lmms-eval's included, or 'visual', 'video', 'album' or 'all'; "
+        "auto is 'video' for tiny-video, else 'visual'."
     ),
 ]
 Limit = Annotated[int, typer.Option(min=1, help="Questions in all, spread evenly over the tasks.")]
@@ -210,14 +211,15 @@ def with_sparse_attention(
     ]
 
 
-def parse_tasks(text: str) -> tuple[str, ...]:
-    """Reads names of tasks, comma-separated, or those of a group; raises
-    `InputError` for unknown ones.
+def parse_tasks(text: str, model: str = "tiny") -> tuple[str, ...]:
+    """Reads names of tasks, comma-separated, or those of a group, or what a model was trained on
+    for `auto`; raises `InputError` for unknown ones.
     """
     from vlm_prune.benchmarks.lmms_eval import check_tasks
     from vlm_prune.benchmarks.tasks import ALBUM, TASKS, VIDEO, VISUAL
 
     groups = {
+        "auto": VIDEO if model == "tiny-video" else VISUAL,
         "visual": VISUAL,
         "video": VIDEO,
         "album": ALBUM,

@@ -36,7 +36,7 @@ def run_configs(
     """
     from vlm_prune.benchmarks.evaluation.records import RunConfig
 
-    chosen, names = parse_split(split), parse_tasks(tasks)
+    chosen, names = parse_split(split), parse_tasks(tasks, common["model"])
     if limit < len(names):
         raise InputError(f"limit {limit} is below one question for {len(names)} tasks")
     for variant in variants:

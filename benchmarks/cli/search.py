@@ -28,7 +28,7 @@ from vlm_prune.vlm.common.terminal import progress, quiet
 def search_command(
     model: Model = "tiny",
     budget: Budgets = "32,64,128",
-    tasks: Tasks = "visual",
+    tasks: Tasks = "auto",
     limit: Annotated[
         int, typer.Option(min=1, help="Questions of the last round, and of the comparison.")
     ] = 360,
@@ -72,7 +72,7 @@ def search_command(
     check_output(target)
     if target.exists():
         read_definitions(str(target))  # another file would be lost
-    names = parse_tasks(tasks)
+    names = parse_tasks(tasks, model)
     if limit < len(names):
         raise InputError(f"limit {limit} is below one question for {len(names)} tasks")
     given = [parse_budget(text) for text in budget.split(",")]

@@ -21,7 +21,10 @@ PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 def serve_command(
     context: typer.Context,
     model: Annotated[
-        str, typer.Argument(help="'tiny' or 'smol' (embedded), a checkpoint folder, or a hub name.")
+        str,
+        typer.Argument(
+            help="'tiny', 'smol' or 'tiny-video' (embedded), a checkpoint folder, or a hub name."
+        ),
     ],
     method: Method = "zoo",
     budget: OneBudget = "64",

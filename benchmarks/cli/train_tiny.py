@@ -105,6 +105,27 @@ def smol(
     train_smol(folder, steps, minutes, seed, keep, install)
 
 
+@app.command()
+def video(
+    folder: Folder,
+    minutes: Annotated[
+        float, typer.Option(min=0.01, help="Of training; curriculum and rate follow them.")
+    ] = 80,
+    seed: Seed = 0,
+    threads: Threads = 1,
+    keep: Annotated[bool, typer.Option("--keep", help="Start from the packaged weights.")] = False,
+    install: Install = False,
+) -> None:
+    """Train the LLaVA-OneVision for videos from the weights of the LLaVA, in an hour and a half.
+
+    A training that was killed goes on from its last state, a few minutes back.
+    """
+    _begin(folder, threads)
+    from vlm_prune.benchmarks.embedded_models.packaged import train_video
+
+    train_video(folder, minutes, seed, keep, install)
+
+
 @app.command("measure-smol")
 def measure_smol(
     output: Annotated[Path, typer.Argument(help="JSON file for the figures.")],

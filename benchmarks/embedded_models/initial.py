@@ -110,3 +110,30 @@ def add_look_back(decoder: Any, words: Tensor) -> None:
     basis = torch.linalg.qr(torch.cat([spanned.T, others], 1)).Q
     attention.v_proj.weight[second] = basis.T
     attention.o_proj.weight[:, second] = OUTPUT_SCALE * table.square().mean().sqrt() * basis
+
+
+@torch.no_grad()
+def prefer_times(
+    decoder: Any, layers: tuple[int, ...] = (2, 3, 4, 5), strength: float = 1.0
+) -> None:
+    """Makes the third head of some layers attend to early tokens rather than late ones, and the
+    fourth to late ones, in place, beside what they attend to by content.
+
+    Queries and keys get biases in the slowly turning channels, so that logits grow by about 2 over
+    100 tokens, and by 3 over 576.
+
+    Args:
+        decoder: a Llama decoder with biases of queries and keys.
+        layers: in which.
+        strength: of each channel, in logits.
+    """
+    half = len(decoder.rotary_emb.inv_freq)
+    channels = torch.arange(3 * half // 8, 5 * half // 8)
+    for number in layers:
+        attention = decoder.layers[number].self_attn
+        size = attention.head_dim
+        length = (strength * size**0.5) ** 0.5
+        for head, sign in ((2, -1), (3, 1)):
+            # the logit of a distance d is the sum of -sign * sin(rate d)
+            attention.k_proj.bias[head * size + channels] += length
+            attention.q_proj.bias[head * size + half + channels] += sign * length

@@ -17,6 +17,7 @@ from vlm_prune.benchmarks.embedded_models.log import recorder
 from vlm_prune.benchmarks.embedded_models.source import SceneSource, tokenizer_texts
 from vlm_prune.benchmarks.embedded_models.store import save_checkpoint, save_language_model
 from vlm_prune.benchmarks.embedded_models.text import train_text
+from vlm_prune.benchmarks.embedded_models.video import VideoRecipe, VideoTrainer
 from vlm_prune.continual.tiny import clip_checkpoint_path as clip_path
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import write_folder, write_text
@@ -26,6 +27,7 @@ from vlm_prune.vlm.load import load
 from vlm_prune.vlm.smol import adapter_path
 from vlm_prune.vlm.tiny import checkpoint_path, text_language_model
 from vlm_prune.vlm.tiny.config import make_model, make_processor
+from vlm_prune.vlm.tiny.video import WEIGHTS, video_weights
 
 
 def train_llava(
@@ -157,3 +159,32 @@ def train_smol(
         for file in (folder / "checkpoint").iterdir():
             shutil.copyfile(file, adapter_path() / file.name)
         shutil.copyfile(folder / "log.jsonl", adapter_path() / "training_log.jsonl")
+
+
+def train_video(
+    folder: Path,
+    minutes: float,
+    seed: int = 0,
+    keep: bool = False,
+    install: bool = False,
+) -> None:
+    """Trains projector and language model of the embedded video model, from the folder's last state on.
+
+    Args:
+        folder: where state, log and the result, `weights`, go.
+        minutes: that training takes.
+        seed: of the data.
+        keep: whether a new training starts from the packaged weights, not from those of `tiny`.
+        install: whether the result replaces the packaged weights.
+
+    Raises:
+        InputError: if another training writes to the folder, or it holds one of another recipe.
+    """
+    with OutputFolder(folder):
+        start = video_weights() / WEIGHTS if keep else None
+        trainer = VideoTrainer(folder, VideoRecipe(minutes=minutes, seed=seed), start)
+        trainer.run()
+        write_folder(folder / "weights", trainer.write_weights)
+    if install:
+        shutil.copyfile(folder / "weights" / WEIGHTS, video_weights() / WEIGHTS)
+        shutil.copyfile(folder / "log.jsonl", video_weights() / "training_log.jsonl")

@@ -136,14 +136,10 @@ def film(
     for actor in actors:
         drawing = sprite(rng, actor.kind, actor.name, split, LARGE)
         drawings.append(drawing)
-        alpha, ink = drawing[..., None], np.array(COLORS[actor.color], np.float32)
         for frame in actor.seen:
-            region = shown[frame][covered_by(drawing, actor.path[frame] or (0.0, 0.0))]
-            region[:] = (region * (1 - alpha) + ink * alpha).astype(np.uint8)
-    noise = rng.integers(-NOISE, NOISE + 1, shown.shape, np.int8)
-    pixels: NDArray[np.uint8] = np.clip(shown.astype(np.int16) + noise, 0, 255).astype(np.uint8)
+            paste(shown[frame], drawing, actor.color, actor.path[frame] or (0.0, 0.0))
     times = tuple(frame / FPS for frame in range(frames))
-    return VideoClip(pixels, times, frames / FPS), drawings
+    return VideoClip(noisy(rng, shown), times, frames / FPS), drawings
 
 
 def covered_by(drawing: NDArray[np.float32], at: tuple[float, float]) -> tuple[slice, slice]:
@@ -153,6 +149,31 @@ def covered_by(drawing: NDArray[np.float32], at: tuple[float, float]) -> tuple[s
     height, width = drawing.shape
     left, top = round(at[0] * (FRAME_SIDE - width)), round(at[1] * (FRAME_SIDE - height))
     return slice(top, top + height), slice(left, left + width)
+
+
+def paste(
+    picture: NDArray[np.uint8], drawing: NDArray[np.float32], color: str, at: tuple[float, float]
+) -> tuple[slice, slice]:
+    """Draws a thing on a picture (FRAME_SIDE, FRAME_SIDE, 3) in place; returns rows and columns.
+
+    Args:
+        picture: what it is drawn on.
+        drawing: opacity of the thing, (height, width).
+        color: a key of `COLORS`.
+        at: left and top, as for `covered_by`.
+    """
+    covered = covered_by(drawing, at)
+    region, alpha = picture[covered], drawing[..., None]
+    ink = np.array(COLORS[color], np.float32)
+    region[:] = (region * (1 - alpha) + ink * alpha).astype(np.uint8)
+    return covered
+
+
+def noisy(rng: np.random.Generator, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Returns pixels of which each has changed by up to `NOISE` levels."""
+    noise = rng.integers(-NOISE, NOISE + 1, pixels.shape, np.int8)
+    changed: NDArray[np.uint8] = np.clip(pixels.astype(np.int16) + noise, 0, 255).astype(np.uint8)
+    return changed
 
 
 def about_movie(

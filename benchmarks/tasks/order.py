@@ -10,14 +10,14 @@ from vlm_prune.benchmarks.tasks.moving import FRAMES, Actor, Movie, about_movie,
 
 def ask(rng: np.random.Generator) -> Movie:
     """Returns two shapes that are seen for two frames each, and whether one is the earlier."""
-    actors = still_things(rng, sightings(rng))
+    actors = still_things(rng, sightings(rng, 2))
     one, other = rng.permutation(2).tolist()
     return Movie(actors, about_order(actors, one, other))
 
 
-def sightings(rng: np.random.Generator) -> list[tuple[int, int]]:
-    """Returns for two frames each when two shapes are seen, the earliest first."""
-    times = sorted(rng.permutation(range(1, FRAMES - 2, 3))[:2].tolist())
+def sightings(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
+    """Returns for two frames each when `count` shapes are seen, the earliest first."""
+    times = sorted(rng.permutation(range(1, FRAMES - 2, 3))[:count].tolist())
     return [(time, time + 2) for time in times]
 
 

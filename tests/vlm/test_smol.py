@@ -54,7 +54,8 @@ def test_the_cache_is_the_users(monkeypatch, tmp_path):
 
 
 def test_embedded_models_are_known_by_name_without_being_put_together():
-    assert list(EMBEDDED) == ["tiny", "smol"] and "smol" in EMBEDDED and len(EMBEDDED) == 2
+    assert list(EMBEDDED) == ["tiny", "smol", "tiny-video"]
+    assert "smol" in EMBEDDED and len(EMBEDDED) == 3
 
 
 def test_what_is_packaged_is_small_safetensors():

@@ -1,18 +1,61 @@
-"""A LLaVA-OneVision of the weights of `tiny`: its tower and projector encode videos.
+"""The embedded LLaVA-OneVision, which takes videos: its parts are real Hugging Face classes.
 
-Its language model has seen no video and answers nothing about one: the model is for what methods choose.
+The package has its projector and language model; the vision tower is that of `tiny`, cut to half the
+sides. What is put together is kept in a cache folder.
 """
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
+from vlm_prune.vlm.smol.base import cached, digest
 from vlm_prune.vlm.tiny import checkpoint_path
 from vlm_prune.vlm.tiny.config import CHAT_TEMPLATE
 
+WEIGHTS = "model.safetensors"
 SIDE_TOKENS = 12  # patches along a side of a frame, of 14 pixels
 VIDEO_TOKEN = "<video>"
 CHAT = CHAT_TEMPLATE.replace(
     "<image>\n{% else %}", "<image>\n{% elif part['type'] == 'video' %}<video>\n{% else %}"
 )
+
+
+def video_weights() -> Path:
+    """Returns the folder of the packaged projector and language model."""
+    return Path(__file__).parent / "video_weights"
+
+
+def tiny_video_path() -> Path:
+    """Returns the folder of the whole model, for `from_pretrained`; it is made on first use."""
+    parts = (video_weights() / WEIGHTS, checkpoint_path() / "model.safetensors")
+    key = hashlib.sha256("".join(map(digest, parts)).encode()).hexdigest()[:16]
+    return cached(f"tiny-video-{key}", assemble_video)
+
+
+def assemble_video(folder: Path) -> None:
+    """Writes the packaged weights and `tiny`'s tower as one plain checkpoint.
+
+    Args:
+        folder: where to.
+    """
+    from vlm_prune.vlm.common.state import restore
+    from vlm_prune.vlm.stored_weights import halve_weights, rename_weights
+
+    model, processor = video_model()
+    restore(video_weights() / WEIGHTS, trained_tensors(model))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    halve_weights(folder / "model.safetensors")
+    rename_weights(folder)
+
+
+def trained_tensors(model: Any) -> dict[str, Any]:
+    """Returns what is trained of the model by name: all but the tower."""
+    return {
+        name: tensor
+        for name, tensor in model.model.named_parameters()
+        if not name.startswith("vision_tower.")
+    }
 
 
 def video_processor() -> Any:
