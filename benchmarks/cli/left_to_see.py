@@ -8,7 +8,8 @@ import typer
 from vlm_prune.benchmarks.cli.options import Limit
 
 METHODS_SHOWN = (
-    "random,frames,evs,vidcom2,fastvid,flashvid,holitom,v-cast,divprune,zoo-exact,fopru,visionzip"
+    "random,frames,pool,downsample,evs,vidcom2,fastvid,flashvid,holitom,v-cast,divprune,zoo-exact,"
+    "fopru,visionzip"
 )
 
 
