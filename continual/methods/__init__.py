@@ -12,6 +12,7 @@ from vlm_prune.continual.methods.condu import ConDU
 from vlm_prune.continual.methods.dora import DoRA
 from vlm_prune.continual.methods.full import FullFineTune
 from vlm_prune.continual.methods.keeplora import KeepLoRA
+from vlm_prune.continual.methods.lda_text import LDAText
 from vlm_prune.continual.methods.lora import LoRA
 from vlm_prune.continual.methods.lwf import LwF
 from vlm_prune.continual.methods.olora import OLoRA
@@ -26,7 +27,7 @@ from vlm_prune.vlm.common.registry import Registry
 METHODS: Registry[type[Method]] = Registry("continual method")
 for _method in (
     ZeroShot, CoDyRA, CoDyRAPlus, RandomRank, LoRA, OLoRA, DoRA, RandLoRA, AdaLoRA,
-    KeepLoRA, FullFineTune, ConDU, WiseFT, LwF, ZSCL, RAIL,
+    KeepLoRA, FullFineTune, ConDU, WiseFT, LwF, ZSCL, RAIL, LDAText,
 ):  # fmt: skip
     METHODS.register(_method.name, _method)
 

@@ -29,6 +29,7 @@ OPTIONS = {
     "adalora": {"rank": 4, "target_rank": 2, "interval": 2},
     "keeplora": {"rank": 2, "placement": Placement(), "feature_energy": 0.5},
     "rail": {"width": 64},
+    "lda-text": {"references": 32},
     "zscl": {"captions": ["a disc", "a bar", "a ring"], "average_every": 3, "reference_batch": 2},
 }
 FROZEN = {"zero-shot", "rail"}

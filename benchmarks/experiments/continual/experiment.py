@@ -73,6 +73,7 @@ ARMS = {
     "adalora": ContinualArm("adalora", "adalora", {"interval": 2}),
     "keeplora": ContinualArm("keeplora", "keeplora"),
     "condu": ContinualArm("condu", "condu"),
+    "lda-text": ContinualArm("lda-text", ""),
 }
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
     **{name: [{"lr": lr} for lr in ADAPTER_RATES] for name in ("codyra", "lora", "randlora")},

@@ -53,6 +53,8 @@ QUESTIONS = (
     ("Is a smaller update enough? LoRA with CoDyRA's norms against LoRA", *SMALLER),
     ("What is left of the gain at equal norms?", "codyra", "lora, codyra's norms"),
     ("Is the budgeted variant better than CoDyRA?", *BUDGETED),
+    ("Is our closed-form text tower better than KeepLoRA?", "lda-text", "keeplora"),
+    ("Does it cost what CLIP knew?", "lda-text", "zero-shot"),
 )  # fmt: skip
 FILES = ("README.md", "results.json", "methods.png")
 SHOWN = ("transfer", "average", "last", "forgetting")
