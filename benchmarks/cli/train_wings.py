@@ -37,6 +37,12 @@ def choose_experiment(
         "docs/results/forgetting"
     ),
     jobs: Annotated[int, typer.Option(min=1, help="Processes; each does one arm at a time.")] = 1,
+    arms: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the experiment, comma-separated, such as full,model-dowser; all else."
+        ),
+    ] = None,
     quick: Annotated[bool, typer.Option(help="A few steps, to see that it runs.")] = False,
 ) -> None:
     """Train Wings learners, or run an experiment."""
@@ -50,7 +56,8 @@ def choose_experiment(
     from vlm_prune.benchmarks.experiments.forgetting.experiment import run
 
     quiet()
-    run(QUICK if quick else Plan(), output, results, base, jobs)
+    names = None if arms is None else [name.strip() for name in arms.split(",")]
+    run(QUICK if quick else Plan(), output, results, base, jobs, names)
 
 
 @app.command("train")

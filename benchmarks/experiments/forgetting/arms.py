@@ -1,5 +1,6 @@
 """What the experiment compares, and with which settings."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -107,6 +108,7 @@ class Arm:
         lr: which of the plan's rates the language model has.
         replay: whether text-only questions are mixed in.
         merged: made from the trained weights of `full` and the base, without training.
+        stride: learners are in every so many decoder layers.
     """
 
     title: str
@@ -114,6 +116,7 @@ class Arm:
     lr: Literal["stock", "wings", "new"] = "stock"
     replay: bool = False
     merged: bool = False
+    stride: int = 1
 
     @property
     def trains_on_images_in_stage_1(self) -> bool:
@@ -135,11 +138,27 @@ ARMS: Registry[Arm] = Registry(
         "frozen-llm": Arm("frozen LLM + visual learner", "frozen-llm"),
         "merge": Arm("post-hoc merge", None, merged=True),
         "wings": Arm("Wings", "wings", lr="wings"),
+        "wings-stride-2": Arm("Wings in every second layer", "wings", lr="wings", stride=2),
         "wings-visual": Arm("Wings without textual learner", "wings-visual", lr="wings"),
         "wings-textual": Arm("Wings without visual learner", "wings-textual", lr="wings"),
         "wings-no-router": Arm("Wings without router", "wings-no-router", lr="wings"),
     },
 )
+
+NEEDED = ("base", "wings")  # what the others are compared with
+
+
+def chosen_arms(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the arms of an experiment in their order: those named, and what they need.
+
+    Raises:
+        InputError: if there is no such arm.
+    """
+    found = {*NEEDED, *(name for name in names if ARMS[name])}
+    if any(ARMS[name].merged for name in found):
+        found.add("full")
+    return tuple(name for name in ARMS if name in found)
+
 
 QUICK = replace(
     Plan(), seeds=(0, 1), train_scenes=6, val_scenes=1, test_scenes=2, align_steps=20, stage1_steps=1,

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
 from importlib.util import find_spec
@@ -19,7 +20,7 @@ from transformers import set_seed
 
 from vlm_prune.benchmarks.embedded_models.symbols import Symbols, align_projector, word_ids
 from vlm_prune.benchmarks.evaluation.environment import command_line, device_name, versions
-from vlm_prune.benchmarks.experiments.forgetting.arms import ARMS, Arm, Plan
+from vlm_prune.benchmarks.experiments.forgetting.arms import ARMS, Arm, Plan, chosen_arms
 from vlm_prune.benchmarks.experiments.forgetting.data import (
     Shown,
     encode_scenes,
@@ -55,7 +56,12 @@ LANGUAGE, PROJECTOR = "model.language_model.", "model.multi_modal_projector."
 
 
 def run(
-    plan: Plan, output: Path, results: Path, base: Path | None = None, jobs: int = 1
+    plan: Plan,
+    output: Path,
+    results: Path,
+    base: Path | None = None,
+    jobs: int = 1,
+    names: Sequence[str] | None = None,
 ) -> ForgettingResults:
     """Runs what is missing in `output`, then writes JSON, table and plot to `results`.
 
@@ -66,22 +72,24 @@ def run(
         base: safetensors with a language model that has seen text alone; the packaged one by
             default.
         jobs: processes; each does one arm at a time.
+        names: of the arms, all by default; `base` and `wings` are always among them.
 
     Raises:
-        InputError: if `output` holds an experiment with other settings, `base` does not fit, or a
+        InputError: if there is no such arm, `output` holds an experiment with other settings, `base` does not fit, or a
             package is missing.
     """
     for package in ("matplotlib", "peft"):
         if find_spec(package) is None:  # not only after all the training
             raise InputError(f"this needs {package}: pip install 'vlm-prune[plot,train]'")
+    chosen = chosen_arms(tuple(ARMS) if names is None else names)
     base = base or text_language_model()
     load_language_model(load()[0], base)  # a wrong file must not claim the folder
     digest = hashlib.sha256(base.read_bytes()).hexdigest()[:16]
     about = f"{base.name} (sha256 {digest})"
     with OutputFolder(output):
         record_settings(output / "experiment.json", {"plan": asdict(plan), "base": about})
-        found = _run_arms(plan, output, base, jobs)
-    arms = {name: [found[seed, name] for seed in plan.seeds] for name in ARMS}
+        found = _run_arms(plan, output, base, jobs, chosen)
+    arms = {name: [found[seed, name] for seed in plan.seeds] for name in chosen}
     measured = ForgettingResults(
         plan=plan,
         base=about,
@@ -95,7 +103,9 @@ def run(
     return measured
 
 
-def _run_arms(plan: Plan, output: Path, base: Path, jobs: int) -> dict[tuple[int, str], ArmRecord]:
+def _run_arms(
+    plan: Plan, output: Path, base: Path, jobs: int, names: tuple[str, ...]
+) -> dict[tuple[int, str], ArmRecord]:
     """Returns what is measured of each arm with each seed; what is missing is run.
 
     Args:
@@ -103,12 +113,13 @@ def _run_arms(plan: Plan, output: Path, base: Path, jobs: int) -> dict[tuple[int
         output: the experiment's folder.
         base: weights of the text-only language model.
         jobs: processes.
+        names: of the arms.
     """
     _shown(plan, output)  # here, so that not each process computes features
     spread = Parallel(n_jobs=jobs, return_as="generator")
-    list(spread(delayed(_begun)(plan, output, base, seed) for seed in plan.seeds))
+    list(spread(delayed(_begun)(plan, output, base, seed, names) for seed in plan.seeds))
     found, lines = {}, console()
-    pairs = list(product(plan.seeds, ARMS))
+    pairs = list(product(plan.seeds, names))
     for after in (False, True):  # merging takes the weights of full tuning
         wave = [(seed, name) for seed, name in pairs if ARMS[name].merged is after]
         runs = spread(delayed(_finished)(plan, output, seed, name) for seed, name in wave)
@@ -133,7 +144,7 @@ def _shown(plan: Plan, output: Path) -> dict[str, Shown]:
     return {split: encode_scenes(model, split, sizes[split], output) for split in SPLITS}
 
 
-def _begun(plan: Plan, output: Path, base: Path, seed: int) -> None:
+def _begun(plan: Plan, output: Path, base: Path, seed: int, names: tuple[str, ...]) -> None:
     """Makes what the arms of a seed share.
 
     Args:
@@ -141,10 +152,11 @@ def _begun(plan: Plan, output: Path, base: Path, seed: int) -> None:
         output: the experiment's folder.
         base: weights of the text-only language model.
         seed: of the arms.
+        names: of the arms.
     """
     folder, shown = output / f"seed-{seed}" / "aligned", _shown(plan, output)["train"]
     aligned(folder, base, plan, shown, seed)
-    for arm in ARMS.values():
+    for arm in (ARMS[name] for name in names):
         if arm.method is not None:
             first_stage(folder, arm, plan, shown, seed)
 

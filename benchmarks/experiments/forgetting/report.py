@@ -6,7 +6,7 @@ from typing import get_args
 
 import numpy as np
 
-from vlm_prune.benchmarks.experiments.forgetting.arms import ARMS
+from vlm_prune.benchmarks.experiments.forgetting.arms import ARMS, NEEDED
 from vlm_prune.benchmarks.experiments.forgetting.measure import (
     ArmRecord,
     FirstToken,
@@ -152,7 +152,10 @@ def report_markdown(results: ForgettingResults) -> str:
                 f"{entry.memory_bytes / 1e6:.0f}",
             ]
         costs.append([title, *shifts, *cost])
-    alphas = ", ".join(map(str, summary["merge"].alpha))
+    merged = ""
+    if "merge" in summary:
+        alphas = ", ".join(map(str, summary["merge"].alpha))
+        merged = f"Merging chose alpha {alphas} on validation scenes.\n"
     return f"""# Text skills before and after learning to see
 
 `{results.command}`, {results.device}; base: {results.base}; seeds {", ".join(map(str, plan.seeds))}.
@@ -162,10 +165,9 @@ poorly known; a difference's is paired by question. All arms share tower, data, 
 {plan.stage2_steps} of stage 2 on visual questions alone. The language model's rate is
 {plan.stock_lr} (stock) or {plan.wings_lr} (Wings'); projector, learners and LoRA have {plan.new_lr}.
 An image is shown by {plan.patches} of its 576 tokens, those of all objects among them.
-Merging chose alpha {alphas} on validation scenes.
-
+{merged}
 {as_markdown(skills)}
-{target_verdict(summary)}
+{target_verdict(summary) if len(summary) > len(NEEDED) else ""}
 
 Interleaved conversations, last turn, right answers % (T text, V image, earlier replies given):
 

@@ -3,7 +3,7 @@
 import statistics
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,7 +79,8 @@ def prepared(
     """
     assert arm.method is not None
     recipe = plan.recipe(arm, stage, seed, _matched_rank(plan, folder))
-    run = WingsRun(str(folder), folder, arm.method, recipe, plan.wings)
+    wings = replace(plan.wings, stride=arm.stride)
+    run = WingsRun(str(folder), folder, arm.method, recipe, wings)
     model, processor, groups, _ = prepare(run)
     return model, processor, groups
 
@@ -159,7 +160,9 @@ def first_stage(folder: Path, arm: Arm, plan: Plan, shown: Shown, seed: int) -> 
     Returns:
         The file with the result, which arms that do the same here share.
     """
-    path = folder / f"stage1-{'visual' if arm.trains_on_images_in_stage_1 else 'plain'}.safetensors"
+    kind = "visual" if arm.trains_on_images_in_stage_1 else "plain"
+    stride = f"-stride-{arm.stride}" if arm.stride > 1 else ""
+    path = folder / f"stage1-{kind}{stride}.safetensors"
     if not path.is_file():
         model, processor, groups = prepared(folder, arm, plan, 1, seed)
         fit(model, processor, groups, shown, plan, arm, 1, seed)

@@ -11,7 +11,7 @@ from shaken import shake
 
 from vlm_prune.benchmarks.cli.train_wings import choose_experiment
 from vlm_prune.benchmarks.experiments.forgetting import experiment
-from vlm_prune.benchmarks.experiments.forgetting.arms import ARMS, QUICK, Plan
+from vlm_prune.benchmarks.experiments.forgetting.arms import ARMS, QUICK, Plan, chosen_arms
 from vlm_prune.benchmarks.experiments.forgetting.data import encode_scenes, held_out_rows, some
 from vlm_prune.benchmarks.experiments.forgetting.measure import (
     accuracy_difference,
@@ -28,13 +28,13 @@ from vlm_prune.benchmarks.experiments.forgetting.report import target_verdict
 from vlm_prune.benchmarks.experiments.forgetting.train import prepared
 from vlm_prune.learners import WingsConfig, attach
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.registry import Registry
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.load import load
 from vlm_prune.vlm.tiny import text_language_model
 
 # peft asks for a name that transformers has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+FEW = ("model-dowser", "merge", "wings-stride-2")
 SMALL = replace(QUICK, seeds=(0,), test_scenes=1, shift_rows=1, train_scenes=3, patches=24)
 
 
@@ -113,14 +113,21 @@ def test_a_difference_is_paired_so_what_arms_share_does_not_widen_it():
     assert high - low > 0.1
 
 
-@pytest.fixture
-def few_arms(monkeypatch):
-    names = ("base", "full", "model-dowser", "merge", "wings")
-    monkeypatch.setattr(experiment, "ARMS", Registry("arm", {name: ARMS[name] for name in names}))
+def test_the_arms_named_bring_what_they_are_compared_with():
+    assert chosen_arms(["merge", "model-dowser"]) == (
+        "base",
+        "full",
+        "model-dowser",
+        "merge",
+        "wings",
+    )
+    assert chosen_arms(tuple(ARMS)) == tuple(ARMS)
+    with pytest.raises(InputError, match="unknown arm 'mergd'; did you mean 'merge'"):
+        chosen_arms(["mergd"])
 
 
 @pytest.mark.slow
-def test_the_course_resumes_and_writes_its_results(few_arms, tmp_path, monkeypatch):
+def test_the_course_resumes_and_writes_its_results(tmp_path, monkeypatch):
     honest, done = experiment.measure_arm, []
 
     def killed(folder, name, *rest):
@@ -135,9 +142,9 @@ def test_the_course_resumes_and_writes_its_results(few_arms, tmp_path, monkeypat
     with pytest.raises(InputError, match="cannot take a language model"):
         experiment.run(SMALL, *places, base=tmp_path / "missing.safetensors")
     with pytest.raises(KeyboardInterrupt):
-        experiment.run(SMALL, *places)
-    experiment.run(SMALL, *places)
-    assert done == ["base", "full", "model-dowser", "wings", "merge", "merge"]
+        experiment.run(SMALL, *places, names=FEW)
+    experiment.run(SMALL, *places, names=FEW)
+    assert done == ["base", "full", "model-dowser", "wings", "wings-stride-2", "merge", "merge"]
     content = json.loads((tmp_path / "results" / "forgetting.json").read_text())
     assert content["schema_version"] == 1
     summary = content["summary"]
@@ -153,7 +160,7 @@ def test_the_course_resumes_and_writes_its_results(few_arms, tmp_path, monkeypat
     assert (tmp_path / "results" / "forgetting.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="holds a run with another rank"):
         experiment.run(replace(SMALL, rank=5), *places)
-    experiment.run(SMALL, tmp_path / "two", tmp_path / "results", jobs=2)
+    experiment.run(SMALL, tmp_path / "two", tmp_path / "results", jobs=2, names=FEW)
     shared = json.loads((tmp_path / "results" / "forgetting.json").read_text())
     assert shared["summary"].keys() == summary.keys()
     for name in ("base", "full"):  # a process's threads round in another order
