@@ -15,6 +15,7 @@ from vlm_prune.vlm.chat import encode_prompts, render, video_frames_of
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.images import ImageSource
 from vlm_prune.vlm.common.video import VideoClip, open_visual
+from vlm_prune.vlm.compiled import compiled_prefill
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.load import load
 
@@ -26,10 +27,13 @@ class PrunedVLM:
         model: an unmodified Hugging Face model of a supported family.
         processor: its processor.
         pruner: a pruner; None leaves the model as it is.
+        compile: whether the language model's layers run prompts compiled; answers stay the same.
     """
 
-    def __init__(self, model: Any, processor: Any, pruner: Any | None = None) -> None:
-        self.model, self.processor = model, processor
+    def __init__(
+        self, model: Any, processor: Any, pruner: Any | None = None, compile: bool = False
+    ) -> None:
+        self.model, self.processor, self.compile = model, processor, compile
         self.pruner: Any = pruner
         if isinstance(pruner, Pruner):
             self.pruner = pruner.prepared(model, processor)
@@ -47,6 +51,7 @@ class PrunedVLM:
         quantization: str | None = None,
         attn: str | None = None,
         adapter: str | None = None,
+        compile: bool = False,
         **hyperparameters: Any,
     ) -> "PrunedVLM":
         """Loads a checkpoint and builds a pruner by its registered name.
@@ -61,6 +66,7 @@ class PrunedVLM:
             quantization: `bnb-4bit`, `bnb-8bit`, `torchao-int8` or `torchao-int4`.
             attn: the attention kernel, as in `load`.
             adapter: the folder or hub name of a PEFT adapter (LoRA) on the model.
+            compile: whether the language model's layers run prompts compiled.
             hyperparameters: of the pruner.
 
         Raises:
@@ -71,7 +77,7 @@ class PrunedVLM:
             name, device, dtype, device_map=device_map, quantization=quantization, attn=attn,
             adapter=adapter,
         )  # fmt: skip
-        return cls(*loaded, built)
+        return cls(*loaded, built, compile)
 
     def answer(
         self,
@@ -135,8 +141,9 @@ class PrunedVLM:
         frames = video_frames_of(self.model, self.processor, prompts, clips)
         own = {} if frames is None else {"video_frames": frames}
         block = nullcontext() if self.pruner is None else self.pruner(self.model, **own)
+        whole = compiled_prefill(self.model) if self.compile else nullcontext()
         # a model is inside one block at a time
-        with self.lock, torch.inference_mode(), block as trace:
+        with self.lock, torch.inference_mode(), whole, block as trace:
             output = self.model.generate(**inputs, **generation)
         output = output if isinstance(output, torch.Tensor) else output.sequences
         texts = self.processor.batch_decode(

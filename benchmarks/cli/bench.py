@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from vlm_prune.benchmarks.cli.options import (
+    Compile,
     Device,
     MethodArgs,
     OneBudget,
@@ -45,6 +46,7 @@ def bench_command(
     tower_layers: Annotated[
         int | None, typer.Option(help="Layers of the vision tower, likewise.")
     ] = None,
+    compile: Compile = False,
     positions: Positions = "auto",
     method_args: MethodArgs = "",
     schedule: ScheduleFile = None,
@@ -125,6 +127,10 @@ def bench_command(
             "--attention times sparse attention alone; leave out --engine, --wings, --video-frames and "
             "--schedule"
         )
+    if compile and (engine == "vllm" or wings is not None or attention is not None):
+        raise InputError(
+            "--compile compiles decoder layers as they are; leave out --engine, --wings and --attention"
+        )
     if not 0 < density <= 1:
         raise InputError(f"density {density} is no share; give one above 0, at most 1")
     counts = _counts(concurrency, "concurrency", "1,4,16")
@@ -136,7 +142,7 @@ def bench_command(
     config = BenchConfig(
         model_shape, variants[0], batch=batch, repeats=repeats or 10, new_tokens=new_tokens,
         device=device, dtype=dtype, layers=layers, video_frames=video_frames,
-        tower_layers=tower_layers,
+        tower_layers=tower_layers, compile=compile,
     )  # fmt: skip
     results: Any
     if attention is not None:

@@ -10,6 +10,7 @@ from vlm_prune.benchmarks.cli.options import (
     AttentionArgs,
     Attn,
     BatchSize,
+    Compile,
     DataRoot,
     Device,
     DeviceMap,
@@ -66,6 +67,7 @@ def evaluate_command(
     quantization: Quantization = None,
     attn: Attn = None,
     adapter: Adapter = None,
+    compile: Compile = False,
     seed: Seed = 0,
     positions: Positions = "auto",
     method_args: MethodArgs = "",
@@ -100,12 +102,19 @@ def evaluate_command(
         "dtype": dtype, "seed": seed, "wings": wings, "device_map": device_map,
         "quantization": quantization, "attn": attn, "peft": adapter, "engine": engine,
         "frames": frames,
+        "compile": compile,
     }  # fmt: skip
     check_engine(engine)
-    if engine == "vllm" and any((device_map, quantization, attn, adapter, schedule, wings, suite)):
+    others = (device_map, quantization, attn, adapter, compile, schedule, wings, suite)
+    if engine == "vllm" and any(others):
         raise InputError(
             "--engine vllm runs one method on the model alone, without --device-map, --quantization, "
-            "--attn, --adapter, --schedule, --wings and --suite"
+            "--attn, --adapter, --compile, --schedule, --wings and --suite"
+        )
+    if compile and any((device_map, quantization, wings, attention, suite)):
+        raise InputError(
+            "--compile compiles decoder layers as they are, without --device-map, --quantization, "
+            "--wings, --attention and --suite"
         )
     given = {name for name in context.params if _is_given(context, name)}
     if suite is not None:

@@ -68,6 +68,9 @@ Quantization = Annotated[
 ]
 Attn = Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2 or flex_attention.")]
 Adapter = Annotated[str | None, typer.Option(help="Folder or hub name of a PEFT LoRA.")]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Compile the language model's layers for prompts.")
+]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")]
 Seed = Annotated[int, typer.Option(min=0, help="Decides questions and random draws.")]
 Positions = Annotated[

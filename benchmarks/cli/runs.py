@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -117,6 +117,7 @@ def execute(folders: "list[RunFolder[PairedRow]]", data_root: "DataRoot | None")
     """
     from vlm_prune.benchmarks import lmms_eval
     from vlm_prune.benchmarks.evaluation.engine import evaluate
+    from vlm_prune.vlm.compiled import compiled_prefill
     from vlm_prune.vlm.load import load
 
     quiet()
@@ -131,9 +132,10 @@ def execute(folders: "list[RunFolder[PairedRow]]", data_root: "DataRoot | None")
 
             settings_of(first.model, first.variant, first.seed)
         if lmms_eval.needed(first.tasks):
-            if any(loading.values()):
+            if any(loading.values()) or first.compile:
                 raise InputError(
-                    "--device-map, --quantization, --attn and --adapter are for the embedded tasks"
+                    "--device-map, --quantization, --attn, --adapter and --compile are for the embedded "
+                    "tasks"
                 )
             from vlm_prune.benchmarks.lmms_eval.run import evaluate_lmms
 
@@ -148,4 +150,5 @@ def execute(folders: "list[RunFolder[PairedRow]]", data_root: "DataRoot | None")
 
             return evaluate_served(model, processor, folders[0], advance)
         so_far = ResultsSoFar(folders)
-        return evaluate(model, processor, folders, lambda done: advance(done, str(so_far)))
+        with compiled_prefill(model) if first.compile else nullcontext():
+            return evaluate(model, processor, folders, lambda done: advance(done, str(so_far)))

@@ -21,7 +21,7 @@ from vlm_prune.benchmarks.evaluation.records import (
 )
 from vlm_prune.benchmarks.evaluation.store import QuestionFields, RunFolder, described
 from vlm_prune.benchmarks.evaluation.summarize import summarize
-from vlm_prune.benchmarks.evaluation.timing import Phases, timed_generate
+from vlm_prune.benchmarks.evaluation.timing import Phases, settled, timed_generate
 from vlm_prune.benchmarks.tasks import TASKS, Sample, Split
 from vlm_prune.benchmarks.tasks.base import question_id, shares
 from vlm_prune.vlm.budget import tokens_for
@@ -181,7 +181,8 @@ def evaluate(
         if missing:
             batch = questions[:]
             if not warm:  # the first pass pays for allocations and lazy hooks
-                for _ in answer(batch[:1], [pruner for _, pruner in missing]):
+                count = len(batch) if config.compile else 1
+                for _ in answer(batch[:count], [pruner for _, pruner in missing]):
                     warm = True
             answers = answer(batch, [pruner for _, pruner in missing])
             for (folder, _), rows in zip(missing, answers, strict=True):
@@ -228,7 +229,8 @@ def _answer_run(
     prompts = prompts_of(model, processor, batch)
     encoding = prompts.vision_s
     most = most_new_tokens(batch)
-    baseline, before, _ = replies_to(model, processor, prompts, most)
+    answer = partial(replies_to, model, processor, prompts, most)
+    baseline, before, _ = settled(answer, model.device)
     family, share = family_of(model), 1e3 / len(batch)
     answered: list[tuple[Any, list[PairedRow]]] = []
     prompts_of_method: list[tuple[Any, Prompts]] = []
@@ -240,11 +242,11 @@ def _answer_run(
         if (own := found(prompts_of_method, method)) is None:
             own = prompts.sharing_orders()
             prompts_of_method.append((method, own))
-        reused = own.reused_s
-        ours, after, trace = replies_to(model, processor, own, most, pruner)
+        answer = partial(replies_to, model, processor, own, most, pruner)
+        ours, after, trace = settled(answer, model.device)
         times = PairedTimes(
             vision=share * (after.vision or encoding),
-            selection=share * (after.selection + own.reused_s - reused),
+            selection=share * after.selection,
             prefill=share * after.prefill,
             decode=share * after.decode,
             baseline_vision=share * encoding,
@@ -316,6 +318,8 @@ def replies_to(
 ) -> tuple[list[str], Phases, Trace]:
     """Returns greedy answers to prompts, the seconds of their phases, and what was pruned.
 
+    Selection counts orders of tokens that were found before as if they were found again.
+
     Args:
         model: of a supported family.
         processor: the model's.
@@ -323,6 +327,8 @@ def replies_to(
         most: tokens of an answer.
         pruner: prunes them; None for the unpruned model.
     """
+    reused = prompts.reused_s
     new, phases, trace = timed_generate(model, prompts, pruner, max_new_tokens=most)
+    phases = replace(phases, selection=phases.selection + prompts.reused_s - reused)
     replies = processor.batch_decode(new, skip_special_tokens=True)
     return [reply.strip() for reply in replies], phases, trace

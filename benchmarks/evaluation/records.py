@@ -70,6 +70,8 @@ class RunConfig:
     `wings` and `peft` are adapters that the pruned and the unpruned model both have; `device_map`,
     `quantization` and `attn` are those of `load`. `engine` is what answers: `hf` or `vllm`. `frames` are
     those of a video, at most; None for all of an embedded task's and 32 of a file's.
+    `quantization` and `attn` are those of `load`. `engine` is what answers: `hf` or `vllm`. `compile` is
+    whether decoder layers run prompts compiled, of the pruned and of the unpruned model.
     """
 
     model: str
@@ -88,6 +90,7 @@ class RunConfig:
     peft: str | None = None
     engine: Literal["hf", "vllm"] = "hf"
     frames: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    compile: bool = False
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,8 +1,9 @@
 """Time of the phases of one `generate` call."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,8 +11,11 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from vlm_prune.benchmarks.evaluation.prompts import Prompts
 from vlm_prune.vlm.common.timing import now
+from vlm_prune.vlm.compiled import compilations
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.trace import Trace
+
+T = TypeVar("T")
 
 
 class PhaseClock(StoppingCriteria):  # type: ignore[misc]
@@ -87,3 +91,19 @@ def timed_generate(
     prefill = first - trace.selection_s - trace.vision_s
     new = output[:, prompts.tensors["input_ids"].shape[1] :]
     return new, Phases(trace.vision_s, trace.selection_s, prefill, rest), trace
+
+
+def settled(call: Callable[[], T], device: torch.device) -> T:
+    """Returns what a timed call returns; it is called anew if it has compiled anything, so that the time of
+    compiling is in none of its phases.
+
+    Args:
+        call: to be timed.
+        device: where it computes; on a GPU the call after the compiling one still records CUDA graphs.
+    """
+    before = compilations()
+    result = call()
+    if compilations() > before:
+        for _ in range(2 if device.type == "cuda" else 1):
+            result = call()
+    return result

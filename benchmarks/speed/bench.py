@@ -1,7 +1,9 @@
 """Phase times of a pruned and the unpruned model on random weights, next to the roofline."""
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from statistics import mean, median
 from typing import Any
 
@@ -22,7 +24,7 @@ from vlm_prune.benchmarks.evaluation.records import (
     TokenCounts,
     Variant,
 )
-from vlm_prune.benchmarks.evaluation.timing import timed_generate
+from vlm_prune.benchmarks.evaluation.timing import settled, timed_generate
 from vlm_prune.benchmarks.speed.pictures import random_pictures, random_videos
 from vlm_prune.benchmarks.speed.roofline import Ceilings, Timing, kept_memory, measured_ceilings
 from vlm_prune.benchmarks.speed.selection_memory import selection_memory
@@ -30,6 +32,7 @@ from vlm_prune.benchmarks.speed.shapes import SHAPES
 from vlm_prune.vlm.common.errors import InputError, first_line
 from vlm_prune.vlm.common.registry import unknown
 from vlm_prune.vlm.common.timing import now, peak_bytes
+from vlm_prune.vlm.compiled import compiled_prefill
 from vlm_prune.vlm.cost import key_value_bytes, prefill_flops
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.trace import SELECTION, VISION
@@ -44,7 +47,7 @@ class BenchConfig:
     `new_tokens` answered.
 
     With `layers` the decoder has so many only, and with `tower_layers` the tower; ratios per layer
-    stay those of the whole shape.
+    stay those of the whole shape. With `compile` decoder layers run prompts compiled, of both models.
     """
 
     shape: str
@@ -59,6 +62,7 @@ class BenchConfig:
     seed: int = 0
     video_frames: int = 0
     tower_layers: int | None = None
+    compile: bool = False
 
 
 class PhaseTimings(Record, frozen=True):
@@ -292,7 +296,7 @@ def bench(config: BenchConfig, variants: list[Variant]) -> list[BenchResults]:
     side = 8192 if model.device.type == "cuda" else 512
     ceilings = measured_ceilings(model.device, model.dtype, side)
     video = None
-    with kept_memory():
+    with kept_memory(), compiled_prefill(model) if config.compile else nullcontext():
         if config.video_frames:
             # encoded once for all methods, none of which changes it
             frames = [config.video_frames] * config.batch
@@ -349,16 +353,18 @@ def _measured(
                 continue
             if model.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(model.device)
-            _, phases, trace = timed_generate(
-                model, prompts, method,
+            generate = partial(
+                timed_generate, model, prompts, method,
                 max_new_tokens=config.new_tokens, min_new_tokens=config.new_tokens,
             )  # fmt: skip
+            _, phases, trace = settled(generate, model.device)
             times = asdict(phases) | {"vision": phases.vision or prompts.vision_s}
             times["decode"] /= max(1, config.new_tokens - 1)
             samples[name].append({phase: 1e3 * times[phase] for phase in PHASES})
             layer_tokens[name], peak[name] = trace.layer_tokens, peak_bytes(model.device)
         text = random_text(config, config.text + round(mean(layer_tokens["pruned"])), model)
-        _, phases, _ = timed_generate(model, text, max_new_tokens=1, min_new_tokens=1)
+        generate = partial(timed_generate, model, text, max_new_tokens=1, min_new_tokens=1)
+        _, phases, _ = settled(generate, model.device)
         short_text_ms.append(1e3 * phases.prefill)
     busy = {}
     if model.device.type == "cuda":

@@ -96,7 +96,8 @@ def about_setting(results: BenchResults) -> list[str]:
     config, ceilings = results.config, results.ceilings
     return [
         (
-            f"{shape_of(config)}, batch {config.batch}, {config.dtype}: "
+            f"{shape_of(config)}, batch {config.batch}, {config.dtype}"
+            f"{', compiled prefill' if config.compile else ''}: "
             f"{results.unpruned.tokens.kept:.0f} {tokens_of(config)} and {config.text} others "
             f"per prompt, budget {config.variant.budget}"
         ),

@@ -6,9 +6,10 @@ from importlib.util import find_spec
 
 import msgspec
 import pytest
+import torch
 from tiny_families import Tiny
 
-from vlm_prune.benchmarks.evaluation import engine
+from vlm_prune.benchmarks.evaluation import engine, timing
 from vlm_prune.benchmarks.evaluation.records import PairedTimes, Results
 from vlm_prune.benchmarks.evaluation.store import read_run, read_versioned
 from vlm_prune.benchmarks.evaluation.tables import with_interval
@@ -260,6 +261,50 @@ def test_what_vllm_cannot_run_is_refused_in_one_line(run, tmp_path, options, mes
     code, _, err = run("eval", "--output", tmp_path / "out", *FAST, *options)
     assert code == 2 and message in err and len(err.strip().splitlines()) == 1
     assert not list(tmp_path.glob("out/*.json"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--engine", "vllm"],
+            "without --device-map, --quantization, --attn, --adapter, --compile",
+        ),
+        (["--attention", "pooled"], "compiles decoder layers as they are, without"),
+        (["--wings", "folder"], "compiles decoder layers as they are, without"),
+        (["--attn", "flex_attention"], "only sdpa and eager attention are compiled"),
+    ],
+)
+def test_what_is_not_compiled_is_refused_in_one_line(run, checkpoint, options, message):
+    code, _, err = run("eval", "--compile", "--model", checkpoint, *FAST, *options)
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_compiling_changes_times_alone(run, checkpoint, tmp_path):
+    common = ["eval", "--method", "divprune", "--model", checkpoint, *FAST]
+    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
+    assert run(*common, "--output", plain)[0] == 0
+    code, _, err = run(*common, "--output", compiled, "--compile")
+    assert code == 0, err
+    (_, before), (content, after) = results(plain), results(compiled)
+    assert content["config"]["compile"] and untimed(before) == untimed(after)
+    # what compiling took is in no phase
+    for phase in ("prefill", "baseline_prefill"):
+        assert max(row["time_ms"][phase] for row in after) < 5e3
+
+
+def test_a_call_that_compiles_is_timed_anew(monkeypatch):
+    compiled, calls = iter([0, 1, 1, 1, 1, 2]), []
+    monkeypatch.setattr(timing, "compilations", lambda: next(compiled))
+
+    def call():
+        calls.append(len(calls))
+        return calls[-1]
+
+    assert timing.settled(call, torch.device("cpu")) == 1
+    assert timing.settled(call, torch.device("cpu")) == 2
+    assert timing.settled(call, torch.device("cuda")) == 5
 
 
 def test_questions_are_drawn_batch_by_batch_and_only_those_without_a_row(

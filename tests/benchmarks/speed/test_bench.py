@@ -53,6 +53,17 @@ def test_bench_reports_every_phase_of_both_models(run, tmp_path, method):
     )
 
 
+@pytest.mark.slow
+def test_compiled_prefill_is_timed(run, tmp_path):
+    code, out, err = run(
+        "bench", "--method", "divprune", *FAST, "--layers", "2", "--compile", "--output", tmp_path
+    )
+    assert code == 0, err
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert results["config"]["compile"] and "compiled prefill" in out
+    assert results["pruned"]["times_ms"]["prefill"]["median"] < 5e3
+
+
 def test_sparse_attention_is_timed_beside_sdpa(run, tmp_path):
     lengths = ["--attention-tokens", "500,900", "--layers", "2", "--repeats", "1"]
     code, out, err = run(
@@ -86,6 +97,7 @@ def test_sparse_attention_is_timed_beside_sdpa(run, tmp_path):
         (["--attention", "act"], "leaves nothing out of a prefill or a decoding step"),
         (["--attention", "local,local"], "is named twice: local"),
         (["--attention", "local", "--wings", "2"], "leave out --engine, --wings"),
+        (["--attention", "local", "--compile"], "decoder layers as they are; leave out"),
         (["--attention", "local", "--attention-tokens", "4k"], "attention-tokens '4k' is no list"),
         (["--attention", "local", "--density", "2"], "density 2.0 is no share"),
     ):
