@@ -12,6 +12,7 @@ import transformers as hf
 from PIL import Image
 from transformers.video_utils import VideoMetadata
 
+from vlm_prune.pruning import VideoPruner
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.tiny.config import CHAT_TEMPLATE, SPECIAL, make_processor
 
@@ -627,7 +628,7 @@ def refused_on_images(method, model):
 def leaves_images(method, model):
     """Whether images stay whole: the method compares frames, or shrinks no tiles."""
     tiles = method.stage == "input" and model.config.model_type == "llava_onevision"
-    return tiles or "videos" in method.needs
+    return tiles or isinstance(method, VideoPruner)
 
 
 def rounding(tiny):

@@ -404,7 +404,7 @@ def test_a_language_model_is_checked_as_well(folder, tmp_path):
         ("tinny", "there is no such model; did you mean 'tiny'?"),
         (
             "nonsense",
-            "there is no such model; give 'tiny', 'smol', a checkpoint folder, or owner/model",
+            "there is no such model; give 'tiny', 'smol', 'tiny-video', a checkpoint folder, or owner/model",
         ),
         ("/nowhere/a/model", "there is no such model; give"),
         ("owner/model/more", "there is no such model; give"),
