@@ -12,6 +12,7 @@ STREAMS = ("packaged", "redrawn", "mtil-1", "mtil-2", "mtil-5shot", "x-tail", "c
 METHODS = (
     "zero-shot", "codyra", "codyra-plus", "random-rank", "lora", "o-lora", "dora", "randlora",
     "adalora", "keeplora", "full", "condu", "wise-ft", "lwf", "zscl", "rail",
+    "lda-text",
 )  # fmt: skip
 RESULTS = Path("docs/results/continual")
 
