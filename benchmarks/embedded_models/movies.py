@@ -17,21 +17,22 @@ from vlm_prune.benchmarks.embedded_models.language import IGNORE, QuestionBlock,
 from vlm_prune.benchmarks.tasks import appears, direction, event, middle, order, passes
 from vlm_prune.benchmarks.tasks.base import Question, Split
 from vlm_prune.benchmarks.tasks.moving import (
+    ACROSS,
     FRAME_SIDE,
     FRAMES,
     LARGE,
+    TOKEN_SIDE,
     Actor,
     at_rest,
     cast,
+    ink_by_token,
     noisy,
     paste,
     spots,
 )
 from vlm_prune.benchmarks.tasks.scenes import background, noun, sprite
 
-CELL = 28  # pixels along a side of what a pooled token shows
-CELLS_ACROSS = FRAME_SIDE // CELL
-LEAST = 0.03  # share of a cell from which on a token shows a thing
+LEAST = 0.03  # share of its pixels from which on a token shows a thing
 # What a token tells of its thing: how many came before it, whether it is seen for the first time, how
 # often it has passed, and where it moves; each with its number of classes.
 TIMES = {"rank": 3, "new": 2, "turn": 4, "way": 4}
@@ -84,17 +85,14 @@ class Set:
         """Returns the frame in which things are at the places of `state`, which is kept."""
         if state not in self.shots:
             picture = self.still.copy()
-            shown = torch.zeros(len(state), CELLS_ACROSS, CELLS_ACROSS)
+            shown = torch.zeros(len(state), ACROSS, ACROSS)
             for number, (thing, drawing, at) in enumerate(
                 zip(self.things, self.drawings, state, strict=True)
             ):
                 if at is None:
                     continue
-                covered = paste(picture, drawing, thing[2], at)
-                canvas = np.zeros((FRAME_SIDE, FRAME_SIDE), np.float32)
-                canvas[covered] = drawing
-                cells = canvas.reshape(CELLS_ACROSS, CELL, CELLS_ACROSS, CELL).mean((1, 3))
-                shown[number] = torch.from_numpy(cells)
+                paste(picture, drawing, thing[2], at)
+                shown[number] = torch.from_numpy(ink_by_token(drawing, at) / TOKEN_SIDE**2)
             rng = np.random.default_rng([self.seed, len(self.shots)])
             self.shots[state] = Shot(encode(noisy(rng, picture)), shown.flatten(1) >= LEAST)
         return self.shots[state]

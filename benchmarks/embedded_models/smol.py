@@ -5,7 +5,7 @@ on from its last state draws what an undisturbed one does.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -63,6 +63,7 @@ from vlm_prune.vlm.common.state import (
     optimizer_tensors,
     restore_moments,
     save_tensors,
+    tensors_below,
 )
 from vlm_prune.vlm.load import load
 from vlm_prune.vlm.smol import PROJECTOR
@@ -444,12 +445,14 @@ class SmolTrainer:
             with atomic_path(kept) as partial:
                 save_tensors(partial, texts)
         self.adapters(True)
-        starts = below("start.", texts)
-        pairs = [(ids, int(starts[name])) for name, ids in below("conversation.", texts).items()]
+        starts = tensors_below("start.", texts)
+        pairs = [
+            (ids, int(starts[name])) for name, ids in tensors_below("conversation.", texts).items()
+        ]
         pairs.sort(key=lambda pair: len(pair[0]))
         size = self.recipe.text_rows
         groups = [pairs[k : k + size] for k in range(0, len(pairs), size)]
-        return groups, list(below("plain.", texts).values())
+        return groups, list(tensors_below("plain.", texts).values())
 
     def _plain(self) -> dict[str, Tensor]:
         ids = self.tokenizer(package_text("train"), verbose=False).input_ids
@@ -653,14 +656,11 @@ class SmolTrainer:
         self.step, self.spent = int(state["step"]), float(state["spent"])
         for name, parameter in self._trained():
             parameter.copy_(state[name])
-        restore_moments(path, self.optimizer, below("moments.", state))
+        restore_moments(path, self.optimizer, tensors_below("moments.", state))
         self._copy_master()
-        self.running = {name: float(value) for name, value in below("running.", state).items()}
-
-
-def below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors whose names begin with a prefix, by the rest of their names."""
-    return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+        self.running = {
+            name: float(value) for name, value in tensors_below("running.", state).items()
+        }
 
 
 def peft_name(name: str) -> str:

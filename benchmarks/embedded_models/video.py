@@ -27,7 +27,6 @@ from vlm_prune.benchmarks.embedded_models.language import (
 )
 from vlm_prune.benchmarks.embedded_models.log import recorder
 from vlm_prune.benchmarks.embedded_models.movies import (
-    CELLS_ACROSS,
     TIMES,
     MovieRow,
     PlotName,
@@ -40,6 +39,7 @@ from vlm_prune.benchmarks.embedded_models.movies import (
 from vlm_prune.benchmarks.embedded_models.source import TRAIN_SEED, normalized
 from vlm_prune.benchmarks.embedded_models.tower import optimizers, set_rate, tower_features
 from vlm_prune.benchmarks.tasks import TASKS, VIDEO
+from vlm_prune.benchmarks.tasks.moving import ACROSS
 from vlm_prune.vlm.common.files import atomic_path
 from vlm_prune.vlm.common.folder import record_settings
 from vlm_prune.vlm.common.state import (
@@ -47,6 +47,7 @@ from vlm_prune.vlm.common.state import (
     optimizer_tensors,
     restore_moments,
     save_tensors,
+    tensors_below,
 )
 from vlm_prune.vlm.tiny.video import WEIGHTS, trained_tensors, video_model
 
@@ -153,10 +154,9 @@ class VideoTrainer:
 
     def _encode(self, frames: NDArray[np.uint8]) -> Tensor:
         features = tower_features(vision_transformer(self.model), normalized(frames))
-        side = CELLS_ACROSS
         # 2 x 2 patches are pooled into one token
-        blocks = features.unflatten(1, (side, 2, side, 2)).transpose(2, 3)
-        pooled: Tensor = blocks.reshape(len(frames), side * side, 4, -1).half()
+        blocks = features.unflatten(1, (ACROSS, 2, ACROSS, 2)).transpose(2, 3)
+        pooled: Tensor = blocks.reshape(len(frames), ACROSS * ACROSS, 4, -1).half()
         return pooled
 
     def _note(self, _: nn.Module, __: object, output: Tensor) -> None:
@@ -354,11 +354,13 @@ class VideoTrainer:
     def _restore(self) -> None:
         path = self.folder / "state.safetensors"
         state = load_tensors(path)
-        self._load(_part(state, "weights."))
-        self.heads.load_state_dict(_part(state, "heads."))
+        self._load(tensors_below("weights.", state))
+        self.heads.load_state_dict(tensors_below("heads.", state))
         for number, stepper in enumerate(self.steppers):
-            restore_moments(path, stepper, _part(state, f"moments{number}."))
-        self.running = {name: float(value) for name, value in _part(state, "running.").items()}
+            restore_moments(path, stepper, tensors_below(f"moments{number}.", state))
+        self.running = {
+            name: float(value) for name, value in tensors_below("running.", state).items()
+        }
         self.step, self.spent = int(state["step"]), float(state["spent"])
 
     @torch.no_grad()
@@ -369,7 +371,3 @@ class VideoTrainer:
     def write_weights(self, folder: Path) -> None:
         """Writes projector and language model in fp16; the folder must exist."""
         save_tensors(folder / WEIGHTS, {name: t.half() for name, t in self.weights.items()})
-
-
-def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}

@@ -16,7 +16,7 @@ from vlm_prune.benchmarks.stats.paired import TaskScores, difference
 from vlm_prune.benchmarks.stats.table import percent, points
 from vlm_prune.benchmarks.tasks import appears, direction, event, middle, order, passes
 from vlm_prune.benchmarks.tasks.base import Split, shares
-from vlm_prune.benchmarks.tasks.moving import FRAME_SIDE, Actor, Movie, covered_by, film
+from vlm_prune.benchmarks.tasks.moving import ACROSS, Actor, Movie, film, ink_by_token
 from vlm_prune.pruning.base import VisionPruner
 from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.budget import Budget
@@ -25,8 +25,6 @@ from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.tiny.video import video_model
 from vlm_prune.vlm.tokens import VisionTokens
 
-CELL = 28  # pixels along a side of what a token shows
-ACROSS = FRAME_SIDE // CELL
 MODULES = (appears, passes, direction, middle, event, order)
 
 
@@ -50,11 +48,8 @@ def tokens_showing(actor: Actor, drawing: NDArray[np.float32]) -> Tensor:
     """
     shown = torch.zeros(len(actor.path), ACROSS * ACROSS, dtype=torch.bool)
     for frame in actor.seen:
-        canvas = np.zeros((FRAME_SIDE, FRAME_SIDE), np.float32)
-        canvas[covered_by(drawing, actor.path[frame] or (0.0, 0.0))] = drawing
-        # opacity summed over the square of each token
-        ink = torch.from_numpy(canvas).unflatten(1, (ACROSS, CELL)).unflatten(0, (ACROSS, CELL))
-        covered = ink.sum((1, 3)).flatten()
+        ink = ink_by_token(drawing, actor.path[frame] or (0.0, 0.0))
+        covered = torch.from_numpy(ink).flatten()
         shown[frame] = covered >= covered.max() / 2
     return shown
 

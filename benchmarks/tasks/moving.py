@@ -14,6 +14,8 @@ FRAMES = 16
 FRAME_SIDE = 168  # pixels: half a scene's, so that a video costs no more than some images
 LARGE = (28, 42)  # sides of shapes: at least what a token shows that is pooled over 2 x 2 patches
 FPS = 2.0
+TOKEN_SIDE = 28  # pixels along a side of what a token shows that is pooled over 2 x 2 patches
+ACROSS = FRAME_SIDE // TOKEN_SIDE
 CELLS = 3  # along a side: still things stand in different cells of a grid
 NOISE = 3  # levels by which every pixel of a frame may change
 
@@ -153,8 +155,8 @@ def covered_by(drawing: NDArray[np.float32], at: tuple[float, float]) -> tuple[s
 
 def paste(
     picture: NDArray[np.uint8], drawing: NDArray[np.float32], color: str, at: tuple[float, float]
-) -> tuple[slice, slice]:
-    """Draws a thing on a picture (FRAME_SIDE, FRAME_SIDE, 3) in place; returns rows and columns.
+) -> None:
+    """Draws a thing on a picture (FRAME_SIDE, FRAME_SIDE, 3), in place.
 
     Args:
         picture: what it is drawn on.
@@ -162,11 +164,20 @@ def paste(
         color: a key of `COLORS`.
         at: left and top, as for `covered_by`.
     """
-    covered = covered_by(drawing, at)
-    region, alpha = picture[covered], drawing[..., None]
+    region, alpha = picture[covered_by(drawing, at)], drawing[..., None]
     ink = np.array(COLORS[color], np.float32)
     region[:] = (region * (1 - alpha) + ink * alpha).astype(np.uint8)
-    return covered
+
+
+def ink_by_token(drawing: NDArray[np.float32], at: tuple[float, float]) -> NDArray[np.float32]:
+    """Returns how much of a drawing (height, width) each token of a frame shows, (ACROSS, ACROSS): its
+    opacity, summed over the token's pixels. `at` is as for `covered_by`.
+    """
+    canvas = np.zeros((FRAME_SIDE, FRAME_SIDE), np.float32)
+    canvas[covered_by(drawing, at)] = drawing
+    # (rows, pixels, columns, pixels)
+    ink: NDArray[np.float32] = canvas.reshape(ACROSS, TOKEN_SIDE, ACROSS, TOKEN_SIDE).sum((1, 3))
+    return ink
 
 
 def noisy(rng: np.random.Generator, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -154,13 +154,8 @@ class LDAText(Method):
         return inputs.T @ inputs / len(inputs)
 
     def _learn_images(self) -> None:
-        features, labels = map(
-            torch.cat,
-            zip(
-                *((self.context.clip.encode_image(x).double(), y) for x, y in self.context.train()),
-                strict=True,
-            ),
-        )
+        parts = [(self.context.clip.encode_image(x).double(), y) for x, y in self.context.train()]
+        features, labels = (torch.cat(column) for column in zip(*parts, strict=True))
         classes = len(self.context.ids)
         counts = torch.bincount(labels, minlength=classes).clamp(min=1)
         sums = features.new_zeros(classes, features.shape[1]).index_add(0, labels, features)

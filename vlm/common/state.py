@@ -176,3 +176,8 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(
         int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
     )
+
+
+def tensors_below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors whose names begin with a prefix, by the rest of their names."""
+    return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}

@@ -199,6 +199,14 @@ class LlavaNext(Llava):
             videos: their number, M.
             patches: rows and columns of a frame's patches.
             values: of the frames' patches.
+        """
+        # (M T, S, c) -> (M T, c, rows, columns), pooled, and back
+        pooled = self.pooled(values.transpose(1, 2).unflatten(2, patches))
+        tokens: Tensor = pooled.flatten(2).transpose(1, 2).unflatten(0, (videos, -1))
+        return tokens.flatten(1, 2)
+
+    def pooled(self, grid: Tensor) -> Tensor:
+        """Shrinks the grids of frames (M T, c, rows, columns) as the model does.
 
         Raises:
             NotImplementedError: in a family that takes no videos.

@@ -38,17 +38,5 @@ class LlavaNextVideo(LlavaNext):
         rows, columns = (side // stride for side in self.patches_of(pixels))
         return [(pixels.shape[1], rows, columns)] * len(pixels)
 
-    def shrunk(self, videos: int, patches: tuple[int, int], values: Tensor) -> Tensor:
-        """Returns means over what is pooled into each token, (M T, S, c) -> (M, N, c).
-
-        Args:
-            videos: their number, M.
-            patches: rows and columns of a frame's patches.
-            values: of the frames' patches.
-        """
-        stride = self.model.config.spatial_pool_stride
-        # (M T, S, c) -> (M T, c, rows, columns), pooled, and back
-        grid = values.transpose(1, 2).unflatten(2, patches)
-        pooled = avg_pool2d(grid, stride).flatten(2).transpose(1, 2)
-        tokens: Tensor = pooled.unflatten(0, (videos, -1)).flatten(1, 2)
-        return tokens
+    def pooled(self, grid: Tensor) -> Tensor:
+        return avg_pool2d(grid, self.model.config.spatial_pool_stride)

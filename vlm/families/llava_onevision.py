@@ -114,16 +114,8 @@ class LlavaOneVision(LlavaNext):
         rows, columns = (-(-side // 2) for side in self.patches_of(pixels))
         return [(pixels.shape[1], rows, columns)] * len(pixels)
 
-    def shrunk(self, videos: int, patches: tuple[int, int], values: Tensor) -> Tensor:
-        """Shrinks frames (M T, S, c) as the model does, in the order of their videos, (M, N, c).
-
-        Args:
-            videos: their number, M.
-            patches: rows and columns of a frame's patches.
-            values: of the frames' patches.
-        """
-        # (M T, S, c) -> (M T, c, rows, columns), half of each, and back
-        grid = values.transpose(1, 2).unflatten(2, patches)
-        half = interpolate(grid, [-(-side // 2) for side in patches], mode="bilinear")
-        tokens: Tensor = half.flatten(2).transpose(1, 2).unflatten(0, (videos, -1))
-        return tokens.flatten(1, 2)
+    def pooled(self, grid: Tensor) -> Tensor:
+        half: Tensor = interpolate(
+            grid, [-(-side // 2) for side in grid.shape[2:]], mode="bilinear"
+        )
+        return half
