@@ -2,8 +2,8 @@
 
 Learning rates, and CoDyRA-plus's importance, are chosen on validation images of the first tasks of
 `packaged` at seed 0, whichever stream is compared; test images are first seen by the runs that are
-reported. Some methods take over another's
-rate: a control that of what it is a control for, a relative of full fine-tuning or LoRA theirs.
+reported. Some methods take over another's rate: a control that of what it is a control for, a
+relative of full fine-tuning or LoRA theirs.
 """
 
 from collections.abc import Callable, Mapping

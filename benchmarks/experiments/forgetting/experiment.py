@@ -75,8 +75,8 @@ def run(
         names: of the arms, all by default; `base` and `wings` are always among them.
 
     Raises:
-        InputError: if there is no such arm, `output` holds an experiment with other settings, `base` does not fit, or a
-            package is missing.
+        InputError: if there is no such arm, `output` holds an experiment with other settings,
+            `base` does not fit, or a package is missing.
     """
     for package in ("matplotlib", "peft"):
         if find_spec(package) is None:  # not only after all the training
