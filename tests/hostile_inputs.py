@@ -297,6 +297,7 @@ ALSO: dict[tuple[str, str], tuple[str, ...]] = {
     ("eval", "--density"): ("--attention", "pooled"),
     ("compare", "--density"): ("--attention", "pooled"),
     ("train-wings", "--base"): ("--experiment", "forgetting", "--quick", "--output", "{new}/forgetting"),
+    ("train-wings", "--arms"): ("--experiment", "forgetting", "--quick", "--output", "{new}/forgetting"),
     ("train-wings", "--jobs"): ("--experiment", "forgetting", "--quick", "--output", "{new}/forgetting"),
     ("bench", "--layers"): ("--model-shape", "tiny"),
     ("bench", "--wings-stride"): ("--model-shape", "tiny", "--wings", "8"),
