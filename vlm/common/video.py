@@ -20,7 +20,9 @@ SUFFIXES = (
 )  # fmt: skip
 MAX_BYTES = 4_000_000_000
 FRAMES = 32  # of a video file, unless given
-SEEK_SECONDS = 10.0
+SEEK_SECONDS = 10.0  # gaps that are skipped in files without an index
+HEAD = 32  # packets among which the first frame is: frames are stored up to 16 places early
+MOST_BETWEEN = 128_000_000  # bytes without a packet, after which a file is taken to have ended
 
 
 def no_bar(frames: int) -> AbstractContextManager[Callable[[int], None]]:
@@ -113,12 +115,12 @@ def open_video(
     if not path.is_file():
         missing = "is no regular file" if path.exists() else "does not exist"
         raise InputError(f"{path} {missing}; give a video file")
-    with _opened(path) as (container, stream):
-        start, duration = _span(path, container, stream)
+    with _opened(path) as (data, container, stream):
+        start, duration = _span(path, data, container, stream)
         wanted = frames if fps is None else min(frames, max(1, int(float(duration) * fps)))
         _check_size(path, wanted, stream)
         targets = [(2 * n + 1) * duration / (2 * wanted) for n in range(wanted)]
-        kept, times = _shown(path, container, stream, start, targets, advance)
+        kept, times = _shown(path, data, container, stream, start, targets, advance)
     return VideoClip(np.stack(kept), tuple(times), float(duration))
 
 
@@ -147,61 +149,140 @@ def open_visual(
     return open_image(source)
 
 
+class _Bytes:
+    """A file that ends where FFmpeg has read `MOST_BETWEEN` bytes since `between` was last set to 0.
+
+    FFmpeg looks for a packet in a damaged or empty file up to its end, byte by byte.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file, self.between, self.name = path.open("rb"), 0, str(path)
+        self.seek, self.tell = self.file.seek, self.file.tell
+
+    def read(self, count: int) -> bytes:
+        self.between += count
+        return self.file.read(count) if self.between <= MOST_BETWEEN else b""
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+def _opened(path: Path) -> Iterator[tuple[_Bytes, Any, Any]]:
     try:
         import av
     except ImportError:
         raise InputError("videos need a decoder: pip install 'vlm-prune[video]'") from None
     try:
-        with av.open(str(path)) as container:
+        data = _Bytes(path)
+        with data.file, av.open(data) as container:
             if not container.streams.video:
                 raise InputError(f"{path} has no video stream; give a video file")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            yield container, stream
-    except (av.FFmpegError, ValueError, MemoryError) as error:
+            yield data, container, stream
+    except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"cannot read video {path}: {first_line(error)}") from error
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"cannot read video {path}: {reason}; give a whole video file") from error
 
 
-def _span(path: Path, container: Any, stream: Any) -> tuple[int, Fraction]:
+def _span(path: Path, data: _Bytes, container: Any, stream: Any) -> tuple[int, Fraction]:
     """Returns the time stamp of the first frame, and the seconds from
     there to the end of the last one.
 
-    Stamps are read and nothing is decoded.
-
-    The last frame is taken to be shown as long as the mean one.
+    Stamps are read and nothing is decoded: those of the first packets and, where the file says how
+    long it is, those from the last key frame on. Where these end early, or it does not say, all are.
 
     Args:
         path: of the file, for messages.
+        data: of it.
         container: of PyAV.
         stream: whose stamps are read.
 
     Raises:
         InputError: if there is no frame, or less than the file says.
     """
-    first = last = count = length = 0
-    for packet in container.demux(stream):
-        if packet.pts is not None:
-            first = min(first, packet.pts) if count else packet.pts
-            last = max(last, packet.pts) if count else packet.pts
-            length, count = packet.duration or 1, count + 1
-    if not count:
+    own = Fraction(max(0, stream.duration or 0)) * stream.time_base
+    whole = Fraction(max(0, container.duration or 0), 10**6)
+    stated = own or whole
+    length = int(stated / stream.time_base)
+    first, end = _stamps(data, container, stream, HEAD, length)
+    if first is None:
         raise InputError(f"{path} has a video stream without frames; give another file")
-    mean = Fraction(last - first, count - 1) if count > 1 else Fraction(length)
-    duration = (last + mean - first) * stream.time_base
-    stated = stream.duration * stream.time_base if stream.duration else duration
-    if not stream.duration and container.duration and len(container.streams) == 1:
-        stated = Fraction(container.duration, 10**6)
-    if duration < Fraction(9, 10) * stated - 1:
+    if stated and end < first + length:
+        end = max(end, _end_from(first + length, data, container, stream))
+    duration = (end - first) * stream.time_base
+    if not stated or _is_short(duration, stated):
+        _seek(data, container, stream, first)
+        duration = (_stamps(data, container, stream)[1] - first) * stream.time_base
+    # the length of a file of several streams may be that of another one
+    due = own or (whole if len(container.streams) == 1 else Fraction(0))
+    if _is_short(duration, due):
         raise InputError(
-            f"{path} is cut short: it says {float(stated):.1f} seconds and holds {float(duration):.1f}; "
+            f"{path} is cut short: it says {float(due):.1f} seconds and holds {float(duration):.1f}; "
             "give the whole file"
         )
-    container.seek(first, stream=stream)
+    _seek(data, container, stream, first)
     return first, duration
+
+
+def _seek(data: _Bytes, container: Any, stream: Any, at: int) -> None:
+    """Goes to the key frame before time stamp `at`.
+
+    Args:
+        data: of the file.
+        container: of PyAV.
+        stream: of it.
+        at: in ticks of the stream.
+    """
+    data.between = 0
+    container.seek(at, stream=stream)
+
+
+def _is_short(duration: Fraction, stated: Fraction) -> bool:
+    """Returns whether seconds that were found are less than those stated, but for rounding."""
+    return duration < Fraction(9, 10) * stated - 1
+
+
+def _stamps(
+    data: _Bytes, container: Any, stream: Any, packets: int | None = None, last: int = 0
+) -> tuple[int | None, int]:
+    """Returns when the first frame is shown, None where there is none, and when the last one ends, in
+    ticks of the stream.
+
+    Args:
+        data: of the file.
+        container: of PyAV, where reading begins.
+        stream: whose packets are read.
+        packets: how many at most; all unless given.
+        last: a time at which reading ends, if it is above 0.
+    """
+    usual = 1
+    if stream.average_rate:
+        usual = max(1, round(1 / (stream.average_rate * stream.time_base)))
+    first, end, count = None, 0, 0
+    for packet in container.demux(stream):
+        if packet.pts is None:
+            continue
+        data.between, count = 0, count + 1
+        until = packet.pts + (packet.duration or usual)
+        first = packet.pts if first is None else min(first, packet.pts)
+        end = max(end, until) if count > 1 else until
+        if count == packets or (last and end >= last):
+            break
+    return first, end
+
+
+def _end_from(last: int, data: _Bytes, container: Any, stream: Any) -> int:
+    """Returns when the last frame ends, reading from the key frame before `last`; 0 where there is
+    none.
+    """
+    import av
+
+    try:
+        _seek(data, container, stream, last)
+        return _stamps(data, container, stream, last=last)[1]
+    except av.FFmpegError:
+        return 0
 
 
 def _check_size(path: Path, frames: int, stream: Any) -> None:
@@ -221,8 +302,26 @@ def _check_size(path: Path, frames: int, stream: Any) -> None:
         )
 
 
+def _skips(stream: Any, at: int, due: Fraction) -> bool:
+    """Returns whether seeking leads from the frame at `at` to a later key frame that is not behind
+    `due`, as the index says; in a file without one, whether `SEEK_SECONDS` lie between them.
+    """
+    entries: Any = getattr(stream, "index_entries", ())
+    if len(entries) and entries[len(entries) - 1].timestamp >= due:
+        found = entries.search_timestamp(int(due))
+        return found >= 0 and bool(entries[found].timestamp > at)
+    return float((due - at) * stream.time_base) > SEEK_SECONDS
+
+
+def _following(data: _Bytes, frames: Iterator[Any]) -> Any:
+    """Returns the next frame with a time stamp, None behind the last one."""
+    data.between = 0
+    return next((frame for frame in frames if frame.pts is not None), None)
+
+
 def _shown(
     path: Path,
+    data: _Bytes,
     container: Any,
     stream: Any,
     start: int,
@@ -233,6 +332,7 @@ def _shown(
 
     Args:
         path: of the file.
+        data: of it.
         container: open, before the first frame.
         stream: of it.
         start: time stamp of the first frame.
@@ -245,14 +345,19 @@ def _shown(
     for target in targets:
         due = start + target / stream.time_base
         at = start if current is None else current.pts
-        if float((due - at) * stream.time_base) > SEEK_SECONDS:
-            # frames between are neither kept nor needed to decode others
-            container.seek(int(due), stream=stream)
-            frames, following = container.decode(stream), None
+        if _skips(stream, at, due):
+            # frames between are neither kept nor needed to decode others; some files' key frames are
+            # shown later than where seeking finds them
+            for place in (int(due), at):
+                _seek(data, container, stream, place)
+                frames = container.decode(stream)
+                following = _following(data, frames)
+                if following is not None and following.pts <= due:
+                    break
         while following is None or following.pts <= due:
             if following is not None:
                 current = following
-            following = next((frame for frame in frames if frame.pts is not None), None)
+            following = _following(data, frames)
             if following is None:
                 break
             current = following if current is None else current

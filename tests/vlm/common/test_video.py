@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from video_files import write_clip
 
+from vlm_prune.vlm.common import video
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.video import VideoClip, is_video, open_video
+from vlm_prune.vlm.common.video import VideoClip, _Bytes, is_video, open_video
 
 av = pytest.importorskip("av")
 
@@ -34,12 +35,13 @@ def test_frames_at_even_distances(tmp_path):
 
 def test_a_variable_rate_gives_the_times_that_frames_are_shown_at(tmp_path):
     """Five frames in the first half second, and one for each second after it."""
-    path = write_clip(tmp_path / "a.mkv", [0, 100, 200, 300, 400, 1000, 2000, 3000])  # 3.4 s
-    clip = open_video(path, frames=4)
-    assert shown(clip) == [4, 5, 6, 7]
+    path = write_clip(tmp_path / "a.mkv", [0, 100, 200, 300, 400, 1000, 2000, 3000])  # 3.1 s
+    clip = open_video(path, frames=8)
+    assert shown(clip) == [1, 4, 5, 6]
+    assert clip.duration == pytest.approx(3.1, abs=0.002)
     metadata = clip.metadata()
     assert metadata.timestamps == pytest.approx(clip.times, abs=0.002)
-    assert metadata.timestamps[0] == pytest.approx(0.4, abs=0.002)
+    assert metadata.timestamps == pytest.approx([0.1, 0.4, 1, 2], abs=0.002)
 
 
 def test_long_gaps_are_skipped_and_give_the_same_frames(tmp_path, monkeypatch):
@@ -48,6 +50,66 @@ def test_long_gaps_are_skipped_and_give_the_same_frames(tmp_path, monkeypatch):
     monkeypatch.setattr("vlm_prune.vlm.common.video.SEEK_SECONDS", 0.5)
     again = open_video(path, frames=3)
     assert again.times == expected.times and shown(again) == shown(expected) == [1, 5, 9]
+
+
+class Reads:
+    """What is read of a file."""
+
+    def __init__(self, monkeypatch):
+        self.bytes, own = 0, _Bytes.read
+
+        def read(file, count):
+            data = own(file, count)
+            self.bytes += len(data)
+            return data
+
+        monkeypatch.setattr(_Bytes, "read", read)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi"])
+def test_little_of_a_long_file_is_read_and_decoded(suffix, tmp_path, monkeypatch):
+    """Noise of 40 seconds, with a key frame each second; four frames are kept."""
+    path, draw = tmp_path / f"a.{suffix}", np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
+        stream.bit_rate, stream.gop_size = 8_000_000, 10
+        for _ in range(400):
+            frame = draw.integers(0, 256, (120, 160, 3), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    reads, seen, following = Reads(monkeypatch), [], video._following
+    monkeypatch.setattr(
+        video, "_following", lambda *given: seen.append(following(*given)) or seen[-1]
+    )
+    clip = open_video(path, frames=4)
+    assert clip.times == pytest.approx((5, 15, 25, 35), abs=0.002)
+    assert clip.duration == pytest.approx(40, abs=0.002)
+    assert len(seen) <= 12
+    assert 0 < reads.bytes < path.stat().st_size / 2
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_what_is_behind_a_video_in_its_file_is_not_read(suffix, tmp_path, monkeypatch):
+    """Zeros, as in a file that was made larger than it is."""
+    monkeypatch.setattr(video, "MOST_BETWEEN", 2_000_000)
+    path = write_clip(tmp_path / f"a.{suffix}", range(0, 1000, 100))
+    with path.open("ab") as file:
+        file.truncate(4_000_000_000)
+    reads = Reads(monkeypatch)
+    assert shown(open_video(path, frames=2)) == [2, 7]
+    assert reads.bytes < 10_000_000
+
+
+def test_a_large_file_without_frames_is_refused_soon(tmp_path, monkeypatch):
+    monkeypatch.setattr(video, "MOST_BETWEEN", 2_000_000)
+    path = empty(tmp_path / "a.mkv")
+    with path.open("ab") as file:
+        file.truncate(4_000_000_000)
+    reads = Reads(monkeypatch)
+    with pytest.raises(InputError, match="; give (another|a whole video) file"):
+        open_video(path)
+    assert reads.bytes < 10_000_000
 
 
 def test_one_frame_is_a_clip(tmp_path):
@@ -92,7 +154,7 @@ def noise(path):
         (audio, {}, "has no video stream"),
         (empty, {}, "cannot read video|without frames|has no video stream"),
         (cut_short, {}, "cannot read video|has no video stream"),
-        (lambda path: cut_short(path.with_suffix(".mkv")), {}, "is cut short: it says 9.9 seconds and"),
+        (lambda path: cut_short(path.with_suffix(".mkv")), {}, "is cut short: it says 10.0 seconds and"),
         (noise, {}, "cannot read video"),
         (lambda path: path, {}, "does not exist; give a video file"),
         (lambda path: path.mkdir() or path, {}, "is no regular file"),
