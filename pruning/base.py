@@ -25,6 +25,7 @@ from vlm_prune.vlm.tokens import DecoderTokens, Kept, VisionTokens, ranked, top
 from vlm_prune.vlm.trace import Trace
 
 Stage = Literal["input", "encoder", "projector", "decoder"]
+PARTS = 32  # of a video, to methods for images
 CountedTokens = Literal["computed", "at the cut", "kept"]
 PositionRule = Literal["contiguous", "original", "as its parts"]
 
@@ -238,13 +239,22 @@ class VisionPruner(Pruner):
     def reduce_video(self, vision: VisionTokens) -> Kept:
         """Chooses or merges tokens of videos: each frame is an image
         with its share of the budget.
+
+        One of `PARTS` of the frames is seen at a time, so that little is held beside the tokens.
         """
         videos, tokens, frames = len(vision.projected), vision.projected.shape[1], vision.frames
         # frames with equal shares are reduced together, as images
-        shares = even_shares(self.count(vision), frames)
+        shares, most = even_shares(self.count(vision), frames), max(1, frames // PARTS)
         found: dict[tuple[int, int], tuple[Tensor, ...]] = {}
-        for share in sorted({*shares} - {0}):
-            members = [frame for frame in range(frames) if shares[frame] == share]
+        alike = [
+            (share, [frame for frame in range(frames) if shares[frame] == share])
+            for share in sorted({*shares} - {0})
+        ]
+        for share, members in (
+            (share, equal[first : first + most])
+            for share, equal in alike
+            for first in range(0, len(equal), most)
+        ):
             kept = replace(self, budget=share).reduce(vision.in_frames(members))
             parts = [kept.indices, kept.features, *([kept.sizes] if kept.sizes else [])]
             at = [(video, frame) for video in range(videos) for frame in members]

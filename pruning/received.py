@@ -31,7 +31,7 @@ def in_tower(vision: VisionTokens, queries: Queries) -> Tensor:
         parts = [vision.query_key()]
     received = torch.cat([attention_received(query[:, :, rows], key) for query, key in parts])
     received = received[:, first:]
-    return vision.pool(received[..., None])[..., 0]
+    return vision.pooled(received[..., None])[..., 0]
 
 
 def in_decoder(tokens: DecoderTokens, query_mask: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ class VisionZip(VisionPruner):
 def mean_keys(vision: VisionTokens) -> Tensor:
     """Returns the tower's keys of the N tokens, averaged over heads, (M, N, d)."""
     keys = vision.query_key()[1].mean(1)
-    return vision.pool(keys[:, int(vision.has_cls) :])
+    return vision.pooled(keys[:, int(vision.has_cls) :])
 
 
 def with_mean_added(kept: Tensor, dropped: Tensor, nearest: Tensor) -> Tensor:

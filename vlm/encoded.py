@@ -89,7 +89,7 @@ class Group:
         tokens = self.tokens.of(image, chosen)
         if not bool(visible.all()):
             grids = ((1, int(chosen.sum())),)
-            tokens = replace(tokens, grids=grids, available=int(visible.sum()), frames=0)
+            tokens = replace(tokens, grids=grids, available=int(visible.sum()))
         return Group(
             [self.members[image]],
             tokens,

@@ -44,7 +44,8 @@ class VisionTokens:
             of its prompt; empty before a prompt is known.
         has_cls: whether the first of the S tokens is a CLS token.
         pool: what the tower says about its patches, (M T, S, c) without the CLS token, for image
-            tokens, (M, N, c): the average where a token is made of several patches.
+            tokens, (M, N, c): the average where a token is made of several patches. Of videos it takes any
+            number of frames and leaves them apart, (F, S, c) -> (F, N / T, c); `pooled` joins them.
         available: placeholders of each image in the prompt: N, and newlines where there are some.
         frames: T where these are videos, each of T frames of N / T tokens; 0 for images. Families
             that encode several frames together count them as one.
@@ -86,6 +87,8 @@ class VisionTokens:
             rows = slice(image * tiles, (image + 1) * tiles)
             return query[rows], key[rows]
 
+        # part of a video has no frames of equal size
+        whole = bool(self.frames and chosen.all())
         return replace(
             self,
             features=self.features[image : image + 1, chosen],
@@ -93,7 +96,8 @@ class VisionTokens:
             seeds=self.seeds[image : image + 1],
             query_key=query_key,
             question=lambda: self.question()[image : image + 1],
-            pool=lambda values: self.pool(values)[:, chosen],
+            pool=self.pool if whole else lambda values: self.pooled(values)[:, chosen],
+            frames=self.frames if whole else 0,
             patches=lambda: self.patches()[image : image + 1, chosen.to(self.patches().device)],
             frames_query_key=None,
             orders=None,
@@ -111,18 +115,16 @@ class VisionTokens:
         at = [video * frames + frame for video in range(videos) for frame in frame_numbers]
 
         def split(values: Tensor) -> Tensor:
-            # (M, N, ...) -> (M, T, N / T, ...) -> (M F, N / T, ...)
+            # (M, N, ...) -> (M, T, N / T, ...) -> (M F, N / T, ...); no copy of frames in a row
             parts: Tensor = values.unflatten(1, (frames, -1))
-            return parts[:, frame_numbers].flatten(0, 1)
+            first, count = frame_numbers[0], len(frame_numbers)
+            in_a_row = frame_numbers == [*range(first, first + count)]
+            return parts[:, slice(first, first + count) if in_a_row else frame_numbers].flatten(
+                0, 1
+            )
 
         def query_key() -> tuple[Tensor, Tensor]:
             return self.query_key_of(at)
-
-        def pool(values: Tensor) -> Tensor:
-            # the video's pool takes all frames: those that were not chosen are zeros
-            whole = values.new_zeros(videos * frames, *values.shape[1:])
-            whole[at] = values
-            return split(self.pool(whole))
 
         return replace(
             self,
@@ -134,7 +136,6 @@ class VisionTokens:
             ),
             query_key=query_key,
             question=lambda: tuple(text for text in self.question() for _ in frame_numbers),
-            pool=pool,
             available=self.projected.shape[1] // frames,
             frames=0,
             patches=lambda: split(self.patches()),
@@ -151,10 +152,21 @@ class VisionTokens:
         query, key = self.query_key()
         return query[frames], key[frames]
 
+    def pooled(self, values: Tensor) -> Tensor:
+        """Returns what the tower says about patches, (M T, S, c), for the tokens of M images or
+        videos, (M, N, c).
+        """
+        parts = self.pool(values)
+        if not self.frames:
+            return parts
+        # (M T, N / T, c) -> (M, T, N / T, c) -> (M, N, c)
+        videos: Tensor = parts.unflatten(0, (-1, self.frames))
+        return videos.flatten(1, 2)
+
     def keys(self) -> Tensor:
         """Returns the tower's keys of the N tokens, heads side by side, (M, N, H d)."""
         # (M T, H, S, d) -> (M T, S, H d), without the CLS token
-        return self.pool(self.query_key()[1].transpose(1, 2).flatten(2)[:, int(self.has_cls) :])
+        return self.pooled(self.query_key()[1].transpose(1, 2).flatten(2)[:, int(self.has_cls) :])
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -8,5 +8,6 @@ from vlm_prune.kernels.visible import at_least_fp32
 
 def pairwise_cosine(one: Tensor, other: Tensor) -> Tensor:
     """Returns what `op.pairwise_cosine` describes."""
-    one, other = normalize(at_least_fp32(one), dim=-1), normalize(at_least_fp32(other), dim=-1)
-    return one @ other.transpose(-1, -2)
+    left = normalize(at_least_fp32(one), dim=-1)
+    right = left if other is one else normalize(at_least_fp32(other), dim=-1)
+    return left @ right.transpose(-1, -2)

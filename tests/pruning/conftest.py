@@ -64,5 +64,4 @@ def clips():
     return VisionTokens(
         features=tokens, projected=tokens, grids=((3, 4),) * 10, seeds=(1, 2), projector=torch.nn.Identity(),
         query_key=lambda: (query, key), has_cls=False, frames=10,
-        pool=lambda values: values.unflatten(0, (2, 10)).flatten(1, 2),
     )  # fmt: skip

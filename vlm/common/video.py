@@ -226,7 +226,7 @@ def _span(path: Path, data: _Bytes, container: Any, stream: Any) -> tuple[int, F
 
 
 def _seek(data: _Bytes, container: Any, stream: Any, at: int) -> None:
-    """Goes to the key frame before time stamp `at`.
+    """Moves to the key frame before time stamp `at`.
 
     Args:
         data: of the file.

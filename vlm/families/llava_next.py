@@ -172,7 +172,7 @@ class LlavaNext(Llava):
         """
         count, frames = pixel_values.shape[:2]
         (_, rows, columns) = self.video_grids({"pixel_values_videos": pixel_values})[0]
-        pool = partial(self.shrunk, count, self.patches_of(pixel_values))
+        patches = self.patches_of(pixel_values)
         return VisionTokens(
             features=features,
             projected=projected,
@@ -181,9 +181,11 @@ class LlavaNext(Llava):
             projector=self.projector,
             query_key=partial(self.tower_query_key, output),
             has_cls=self.tower_prefix > 0,
-            pool=pool,
+            pool=partial(self.shrunk_frames, patches),
             frames=frames,
-            patches=lambda: pool(patched(pixel_values.flatten(0, 1), self.patch_size)),
+            patches=lambda: self.shrunk(
+                count, patches, patched(pixel_values.flatten(0, 1), self.patch_size)
+            ),
             frames_query_key=partial(self.tower_query_key, output),
         )
 
@@ -200,10 +202,15 @@ class LlavaNext(Llava):
             patches: rows and columns of a frame's patches.
             values: of the frames' patches.
         """
-        # (M T, S, c) -> (M T, c, rows, columns), pooled, and back
-        pooled = self.pooled(values.transpose(1, 2).unflatten(2, patches))
-        tokens: Tensor = pooled.flatten(2).transpose(1, 2).unflatten(0, (videos, -1))
+        tokens: Tensor = self.shrunk_frames(patches, values).unflatten(0, (videos, -1))
         return tokens.flatten(1, 2)
+
+    def shrunk_frames(self, patches: tuple[int, int], values: Tensor) -> Tensor:
+        """Returns the same frame by frame, (F, S, c) -> (F, n, c)."""
+        # (F, S, c) -> (F, c, rows, columns), pooled, and back
+        pooled = self.pooled(values.transpose(1, 2).unflatten(2, patches))
+        tokens: Tensor = pooled.flatten(2).transpose(1, 2)
+        return tokens
 
     def pooled(self, grid: Tensor) -> Tensor:
         """Shrinks the grids of frames (M T, c, rows, columns) as the model does.

@@ -209,7 +209,7 @@ class Qwen25VL(Family):
                 projector=self.projector,
                 query_key=partial(self.query_key, before, *rotary),
                 has_cls=False,
-                pool=partial(self.pool, time),
+                pool=partial(self.pool, 1 if kind == "video" else time),
                 frames=time if kind == "video" else 0,
                 patches=partial(self.token_pixels, [pixels[i] for i in members]),
                 frames_query_key=partial(self.frames_query_key, before, *rotary),

@@ -191,7 +191,7 @@ class Tiled(Family):
                 projector=self.projector,
                 query_key=partial(query_key, rows),
                 has_cls=has_cls,
-                pool=partial(self.pool, count),
+                pool=partial(self.pool, 1 if frames[members[0]] else count),
                 patches=partial(
                     self.tile_patches,
                     [pixels[starts[i] : starts[i] + count] for i in members],
