@@ -294,6 +294,9 @@ class Block:
                 choice = Choice.of(family, self.before, outputs, ids, self.video_frames)
                 ordinal, counts = choice.ordinal, choice.counts
                 frames = [choice.encoded.frames[image] for image in choice.images]
+                if self.before.vision is None:
+                    spent = choice.encoded.flops
+                    self.trace.tower_flops = [spent[image] for image in choice.images]
             else:
                 # or as their processor says, where no method needs the encoded images
                 given = kwargs | {"video_frames": self.video_frames}

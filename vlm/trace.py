@@ -22,7 +22,8 @@ class Trace:
     the language model), `entered` those that entered a language model whose prompt was shortened,
     `available` how many tokens each image had before, `computed` for each decoder layer how many
     tokens of each image it computes, `cuts` the token indices kept at each cut, and `selection_s` /
-    `vision_s` seconds spent selecting and encoding. `attention` says what sparse attention computed,
+    `vision_s` seconds spent selecting and encoding. `tower_flops` is what the tower spends on each image
+    where the block encodes them. `attention` says what sparse attention computed,
     where it goes with the pruner.
     """
 
@@ -31,6 +32,7 @@ class Trace:
     available: list[int] = field(default_factory=list)
     cuts: list[list[Tensor]] = field(default_factory=list)
     computed: list[list[int]] = field(default_factory=list)
+    tower_flops: list[float] = field(default_factory=list)
     selection_s: float = 0.0
     vision_s: float = 0.0
     attention: Any = None

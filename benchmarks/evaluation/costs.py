@@ -25,24 +25,22 @@ def paired_costs(model: Any, prompt: PromptRecord) -> tuple[Costs, Costs]:
     pruned = [prompt.images * tokens for tokens in prompt.layer_tokens]
     learners = getattr(model, "wings", None)
 
-    def flops(per_layer: list[float], densities: list[float]) -> float:
-        pruned_flops = prompt.vision_flops + prefill_flops(
-            text, prompt.text_tokens, per_layer, densities or None
-        )
+    def flops(tower: float, per_layer: list[float], densities: list[float]) -> float:
+        total = tower + prefill_flops(text, prompt.text_tokens, per_layer, densities or None)
         if learners is not None:
             added = text, learners.config, prompt.text_tokens, per_layer
-            pruned_flops += learner_flops(*added) + router_flops(
-                *added, fused=model.device.type == "cpu"
-            )
-        return pruned_flops
+            total += learner_flops(*added) + router_flops(*added, fused=model.device.type == "cpu")
+        return total
 
     def held(per_layer: list[float]) -> float:
         return key_value_bytes(text, prompt.text_tokens, per_layer, model.dtype.itemsize)
 
+    tower = prompt.vision_flops
+    smaller = tower if prompt.pruned_vision_flops is None else prompt.pruned_vision_flops
     return (
         Costs(
-            baseline=flops(unpruned, [1.0] * len(prompt.densities)),
-            pruned=flops(pruned, prompt.densities),
+            baseline=flops(tower, unpruned, [1.0] * len(prompt.densities)),
+            pruned=flops(smaller, pruned, prompt.densities),
         ),
         Costs(baseline=held(unpruned), pruned=held(pruned)),
     )

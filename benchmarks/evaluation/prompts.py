@@ -90,6 +90,7 @@ class Prompts:
             layer_tokens=[sum(layer[pruned]) / max(1, count) for layer in trace.computed],
             kept=[indices.tolist() for indices in trace.kept[pruned]],
             video_grids=videos if any(videos) else [],
+            pruned_vision_flops=sum(trace.tower_flops[pruned]) if trace.tower_flops else None,
             densities=[]
             if trace.attention is None
             else trace.attention.of_row(number * copies, len(trace.computed)),

@@ -122,6 +122,7 @@ class PromptRecord(Record, frozen=True):
         grids: rows and columns of each image's tokens; None where they are no grid over it.
         text_tokens: tokens of the prompt that are not of images.
         vision_flops: what the tower spends on all its images.
+        pruned_vision_flops: the same where the method changes what the tower sees; None where it does not.
         layer_tokens: tokens of an image that each decoder layer computes, the mean over images.
         kept: indices of each image's tokens that are left after the last cut; empty where nothing
             prunes.
@@ -141,6 +142,7 @@ class PromptRecord(Record, frozen=True):
     kept: list[list[Count]]
     densities: list[Share] = []
     video_grids: list[tuple[Count, Count, Count] | None] = []
+    pruned_vision_flops: Amount | None = None
 
     def __post_init__(self) -> None:
         check_prompt(self)
@@ -227,6 +229,7 @@ class PairedRow(AnswerRow, frozen=True):
     time_ms: PairedTimes
     densities: list[Share] = []
     video_grids: list[tuple[Count, Count, Count] | None] = []
+    pruned_vision_flops: Amount | None = None
 
     def __post_init__(self) -> None:
         number_of(self.id, self.task)

@@ -125,6 +125,7 @@ class StoredAnswer(Record, frozen=True, omit_defaults=True):
     kept: list[list[Count]] = msgspec.field(default_factory=list)
     densities: list[Share] = msgspec.field(default_factory=list)
     video_grids: list[tuple[Count, Count, Count] | None] = msgspec.field(default_factory=list)
+    pruned_vision_flops: Amount | None = None
     nll: float | None = None
     greedy: bool | None = None
 

@@ -375,11 +375,14 @@ def _measured(
                 )
             )
     assert prompts.vision is not None
-    tokens, tower = prompts.vision.counts[0], prompts.vision.flops[0]
+    tokens = prompts.vision.counts[0]
+    tower = {"unpruned": prompts.vision.flops[0]}
+    # a method that shrinks images spares the tower work
+    tower["pruned"] = trace.tower_flops[0] if trace.tower_flops else tower["unpruned"]
     runs = {
         name: ModelTimes(
             times_ms=PhaseTimings(**{p: Timing.of([row[p] for row in rows[1:]]) for p in PHASES}),
-            floors_ms=floors(model, config, layer_tokens[name], tower, ceilings),
+            floors_ms=floors(model, config, layer_tokens[name], tower[name], ceilings),
             tokens=TokenCounts(**pruner.counts(tokens, layer_tokens[name])),
             prefill_flops=prefill_flops(
                 model.config.get_text_config(), config.text, layer_tokens[name]

@@ -66,6 +66,7 @@ def test_the_language_model_gets_what_the_tower_makes_of_smaller_frames(name):
     features, deep = of_smaller_frames(tiny, inputs)
     frames, rows, columns = tiny.encode(inputs).video_grids[0]
     middle = rows // 2 * columns + columns // 2
+    assert trace.tower_flops[0] < tiny.encode(inputs).flops[0]
     assert trace.kept[0].tolist() == [rows * columns * f + middle for f in range(frames)]
     ids = inputs["input_ids"][0]
     shown = (ids == family.video_token).nonzero()[:, 0]

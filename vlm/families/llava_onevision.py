@@ -8,6 +8,7 @@ A video's frames are views of one tile each, shrunk to half the sides, with one 
 the last.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -105,7 +106,7 @@ class LlavaOneVision(LlavaNext):
         tokens = replace(tokens, available=whole.shape[1])
         # all placeholders but the last, which is a newline
         indices = torch.arange(tokens.projected.shape[1], device=whole.device)
-        flops = self.tower_flops([self.tokens_per_image] * frames)
+        flops = self.tower_flops([math.prod(patches)] * frames)
         return Images([Group(list(range(count)), tokens, indices, whole[:, -1:], flops=flops)])
 
     def video_grids(self, inputs: Mapping[str, Any]) -> list[tuple[int, int, int]]:

@@ -105,7 +105,13 @@ def test_all_controls_are_compared_on_videos(run, tmp_path):
     assert code == 0, err
     for name in controls.split(","):
         line = (tmp_path / f"runs/{name}-2-per-frame/samples.jsonl").read_text()
-        (kept,) = json.loads(line)["kept"]
+        row = json.loads(line)
+        (kept,) = row["kept"]
+        # smaller frames spare the tower work, and nothing else does
+        spent = row["pruned_vision_flops"] or row["vision_flops"]
+        assert (spent < row["vision_flops"] / 3) == (name == "downsample")
+        spared = row["vision_flops"] - spent
+        assert row["flops"]["baseline"] - row["flops"]["pruned"] > spared >= 0
         assert len(kept) in ((8, 16) if name == "downsample" else (16,))
 
 

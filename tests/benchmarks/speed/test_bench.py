@@ -40,6 +40,8 @@ def test_bench_reports_every_phase_of_both_models(run, tmp_path, method):
     assert results["unpruned"]["times_ms"]["selection"]["median"] == 0
     assert results["pruned"]["times_ms"]["selection"]["median"] > 0
     assert results["pruned"]["floors_ms"]["prefill"] < results["unpruned"]["floors_ms"]["prefill"]
+    tower = [results[name]["floors_ms"]["vision"] for name in ("unpruned", "pruned")]
+    assert (tower[1] < tower[0]) == (method == "downsample")
     speed, flops = results["speedup"], [results[n]["prefill_flops"] for n in ("unpruned", "pruned")]
     assert speed["promised"] == flops[0] / flops[1] > 5
     assert speed["prefill_alone"] > speed["prefill"]
