@@ -80,7 +80,12 @@ def compare_command(
     """Compare methods and budgets side by side; images and unpruned answers are computed once."""
     from vlm_prune.benchmarks.cli.support import named_methods
     from vlm_prune.benchmarks.evaluation.records import Variant
-    from vlm_prune.benchmarks.evaluation.tables import against, comparison_table, overview_table
+    from vlm_prune.benchmarks.evaluation.tables import (
+        against,
+        comparison_table,
+        first_token,
+        overview_table,
+    )
     from vlm_prune.benchmarks.stats.table import as_markdown, as_table, show
     from vlm_prune.vlm.common.files import check_output, write_text
     from vlm_prune.vlm.load import family_type
@@ -126,6 +131,8 @@ def compare_command(
             write_text(output / TABLES, "\n".join(map(as_markdown, tables)))
     for rows in tables:
         show(as_table(rows))
+    for run in runs:
+        show(f"{run.method}, budget {run.budget}: first token {first_token(run)}")
 
 
 def folder_name(variant: "Variant") -> str:

@@ -87,6 +87,7 @@ def cost_lines(results: Results) -> list[str]:
             f"prefill {time.prefill:.1f} (unpruned {time.baseline_prefill:.1f})  "
             f"decode {time.decode:.1f} (unpruned {time.baseline_decode:.1f})"
         ),
+        f"first token        {first_token(results)}",
         f"vision + prefill   {flops.baseline / 1e9:.2f} -> {flops.pruned / 1e9:.2f} GFLOP",
         (
             f"KV cache           {kv.baseline / 1e6:.2f} -> {kv.pruned / 1e6:.2f} MB,  "
@@ -97,6 +98,18 @@ def cost_lines(results: Results) -> list[str]:
             f"end to end {speed.end_to_end:.2f}x"
         ),
     ]
+
+
+def first_token(results: Results) -> str:
+    """Says how long the first token takes, and the most that a cut behind the tower makes of it."""
+    time = results.time_ms
+    before = time.baseline_vision + time.baseline_prefill
+    line = f"{before:.1f} -> {time.vision + time.selection + time.prefill:.1f} ms"
+    if not time.baseline_vision:
+        return line
+    share = percent(time.baseline_vision / before)
+    most = f"{before / time.baseline_vision:.2f}x"
+    return f"{line}; the tower is {share} % of the former: a cut behind it gives {most} at most"
 
 
 def comparison_table(runs: list[Results]) -> list[list[str]]:

@@ -62,7 +62,9 @@ class PrunedChat(lmms):  # type: ignore[misc]
     `throughput` of the results then holds `avg_kept_visual_tokens`, `avg_layer_visual_tokens` (the
     mean over decoder layers), `avg_papers_visual_tokens` (as the method's paper counts, where there
     is one), `avg_visual_tokens` (unpruned), per image, and `avg_vision_ms`, `avg_selection_ms`,
-    `avg_prefill_ms`, `avg_decode_ms`, per question.
+    `avg_prefill_ms`, `avg_decode_ms`, `avg_first_token_ms` (of the first three), per question, and
+    `avg_tower_share`, that of vision in the latter: one over the share of `method=none` is the most that a
+    cut behind the tower can make of the first token.
 
     `loglikelihood` returns the negative log-likelihood, a sum over tokens, because lmms-eval takes
     the smallest value for the best choice.

@@ -26,6 +26,11 @@ def log_throughput(rows: list[StoredAnswer], pruner: Any, device: torch.device) 
         f"{phase}_ms": float(np.mean([row.time_ms[phase] for row in rows]))
         for phase in rows[0].time_ms
     }
+    if "prefill" in rows[0].time_ms:
+        extra["first_token_ms"] = sum(
+            extra[f"{phase}_ms"] for phase in ("vision", "selection", "prefill")
+        )
+        extra["tower_share"] = extra["vision_ms"] / extra["first_token_ms"]
     extra["text_tokens"] = float(np.mean([row.text_tokens for row in rows]))
     extra |= image_tokens([row for row in rows if row.images], pruner)
     extra |= {"peak_memory_mb": peak_bytes(device) / 2**20, "total_requests": len(rows)}

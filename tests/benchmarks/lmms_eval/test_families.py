@@ -44,6 +44,7 @@ def test_both_roads_give_the_same_accuracy(run, tiny, folder, tmp_path):
     assert throughput["avg_visual_tokens"] == full > 6
     for counted in ("kept", "layer", "papers"):
         assert throughput[f"avg_{counted}_visual_tokens"] == 6
+    assert 0 < throughput["avg_tower_share"] < 1
     assert throughput["avg_prefill_ms"] > 0 and throughput["avg_selection_ms"] > 0
     assert found["efficiency"]["overall"]["docs_with_token_counts"] == len(rows) == 12
 

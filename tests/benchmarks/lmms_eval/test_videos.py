@@ -1,6 +1,7 @@
 """lmms-eval's tasks about videos: real schemas, with clips that are made here."""
 
 import json
+import re
 from importlib.util import find_spec
 
 import datasets
@@ -129,8 +130,10 @@ def test_videos_of_a_local_copy_are_asked_about(run, onevision_model, root, tmp_
     """What a task's own code lacks is named; a row whose video is missing is left out."""
     tasks, method = [*TASKS, "mvbench_action_sequence"], ["--method", "evs", "--budget", "2/frame"]
     method += ["--frames", "3"]
-    code, _, err = evaluated(run, onevision_model, root, tasks, tmp_path, *method)
+    code, out, err = evaluated(run, onevision_model, root, tasks, tmp_path, *method)
     assert code == 0, err
+    assert re.search(r"first token +[0-9.]+ -> [0-9.]+ ms; the tower is [0-9.]+ % of the", out)
+    assert "(kept / per layer / paper's count)" in out
     results = json.loads((tmp_path / "results.json").read_text())
     lacking = {name: package for name, (*_, package) in TASKS.items() if not find_spec(package)}
     assert {*results["tasks"]} == {*tasks} - {*lacking}
