@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.tokens import take
+from vlm_prune.vlm.tokens import rows_at, take
 
 SPARSE = "vlm_prune_sparse"
 """Name of the attention that `sparse_attention` puts in SDPA's place."""
@@ -36,9 +36,10 @@ def scored_query_key(
         state: number of the hidden state that the layer got.
         rows: which images or tiles.
     """
+    at = rows if isinstance(rows, slice) else rows_at(rows)
     if output.projections is None:
-        return encoder_query_key(layer, output.hidden_states[state][rows])
-    query, key = (in_heads(seen[rows], layer.self_attn.head_dim) for seen in output.projections)
+        return encoder_query_key(layer, output.hidden_states[state][at])
+    query, key = (in_heads(seen[at], layer.self_attn.head_dim) for seen in output.projections)
     return query, key
 
 

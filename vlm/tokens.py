@@ -117,11 +117,7 @@ class VisionTokens:
         def split(values: Tensor) -> Tensor:
             # (M, N, ...) -> (M, T, N / T, ...) -> (M F, N / T, ...); no copy of frames in a row
             parts: Tensor = values.unflatten(1, (frames, -1))
-            first, count = frame_numbers[0], len(frame_numbers)
-            in_a_row = frame_numbers == [*range(first, first + count)]
-            return parts[:, slice(first, first + count) if in_a_row else frame_numbers].flatten(
-                0, 1
-            )
+            return parts[:, rows_at(frame_numbers)].flatten(0, 1)
 
         def query_key() -> tuple[Tensor, Tensor]:
             return self.query_key_of(at)
@@ -150,7 +146,8 @@ class VisionTokens:
         if self.frames_query_key is not None:
             return self.frames_query_key(frames)
         query, key = self.query_key()
-        return query[frames], key[frames]
+        rows = rows_at(frames)
+        return query[rows], key[rows]
 
     def pooled(self, values: Tensor) -> Tensor:
         """Returns what the tower says about patches, (M T, S, c), for the tokens of M images or
@@ -180,6 +177,14 @@ class VisionTokens:
                 f"this method needs images of one grid of tokens, and these have {len(self.grids)}"
             )
         return self.grids[0]
+
+
+def rows_at(numbers: Sequence[int]) -> slice | list[int]:
+    """Returns what takes rows of a tensor, without a copy where they follow one another."""
+    first, count = min(numbers, default=0), len(numbers)
+    if [*numbers] == [*range(first, first + count)]:
+        return slice(first, first + count)
+    return [*numbers]
 
 
 @dataclass(frozen=True)

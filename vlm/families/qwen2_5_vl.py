@@ -36,7 +36,7 @@ from vlm_prune.vlm.families.base import (
 from vlm_prune.vlm.layout import alike
 from vlm_prune.vlm.projector import Projector
 from vlm_prune.vlm.smaller import GridOf, Smaller, places_of, resized
-from vlm_prune.vlm.tokens import VisionTokens
+from vlm_prune.vlm.tokens import VisionTokens, rows_at
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ class Qwen25VL(Family):
             sin: of the rotation.
             frames: which of the M T.
         """
-        return self.query_key(joint[list(frames)], cos, sin)
+        return self.query_key(joint[rows_at(frames)], cos, sin)
 
     def sizes(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> list[int]:
         return [int(count) // self.merged for count in inputs["image_grid_thw"].prod(1)]
