@@ -89,21 +89,21 @@ TASKS = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Three rows of each, the last one without its video."""
+    """Four rows of each, the last one without its video."""
     root = tmp_path_factory.mktemp("videos")
     for make, name, folder, _ in TASKS.values():
         (root / name).parent.mkdir(parents=True)
         (root / folder).mkdir(parents=True, exist_ok=True)
-        table = datasets.Dataset.from_list([make(number) for number in range(3)])
+        table = datasets.Dataset.from_list([make(number) for number in range(4)])
         table.to_parquet(f"{root / name}-00000-of-00001.parquet")
-        for number in range(2):
+        for number in range(3):
             write_clip(root / folder / f"clip{number}.mp4", range(0, 1000, 250))
     for folder in ("MVBench/json", "MVBench/video/star/Charades_segment"):
         (root / folder).mkdir(parents=True)
     rows = [
         {"video": f"ZS9XR{n}.mp4", "question": "What happened?", "candidates": OPTIONS,
          "answer": "blue", "start": 11.1, "end": 19.6}
-        for n in range(2)
+        for n in range(3)
     ]  # fmt: skip
     (root / "MVBench/json/action_sequence.json").write_text(json.dumps(rows))
     for row in rows:
@@ -138,13 +138,13 @@ def test_videos_of_a_local_copy_are_asked_about(run, onevision_model, root, tmp_
     lacking = {name: package for name, (*_, package) in TASKS.items() if not find_spec(package)}
     assert {*results["tasks"]} == {*tasks} - {*lacking}
     runnable = [name for name in TASKS if name not in lacking]
-    assert {*results["skipped"]} == {*lacking, *(f"{name} row 2" for name in runnable)}
+    assert {*results["skipped"]} == {*lacking, *(f"{name} row 3" for name in runnable)}
     for name in runnable:
-        assert "is not there; download it again" in results["skipped"][f"{name} row 2"]
+        assert "is not there; download it again" in results["skipped"][f"{name} row 3"]
     for name, package in lacking.items():
         assert f"needs the package {package!r}" in results["skipped"][name]
     for found in results["tasks"].values():
-        assert found["n"] == 2 and 0 <= found["accuracy"] <= 1
+        assert found["n"] == 3 and 0 <= found["accuracy"] <= 1
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     # three of four frames, of 2 x 2 tokens, and a newline
     assert all(row["image_tokens"] == [13] and len(row["kept"][0]) == 6 for row in rows)

@@ -1,6 +1,7 @@
 """Reading frames of video files that PyAV makes."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,6 +88,34 @@ def test_little_of_a_long_file_is_read_and_decoded(suffix, tmp_path, monkeypatch
     assert clip.duration == pytest.approx(40, abs=0.002)
     assert len(seen) <= 12
     assert 0 < reads.bytes < path.stat().st_size / 2
+
+
+def peak_bytes(call):
+    """The most memory of this process during a call, beyond what it has before it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pytest.skip("the peak of memory cannot be set back here")
+
+    def read(name):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+    before = read("VmRSS:")
+    call()
+    return read("VmHWM:") - before
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "ts"])
+def test_memory_does_not_grow_with_the_file(suffix, tmp_path):
+    """Eight frames of 0.9 MB; all of the longer file are 360 MB."""
+    paths = [
+        write_clip(tmp_path / f"{count}.{suffix}", range(0, 40 * count, 40), (640, 480))
+        for count in (25, 400)
+    ]
+    open_video(paths[0], frames=8)
+    short, long = (peak_bytes(lambda own=own: open_video(own, frames=8)) for own in paths)
+    assert long < short + 40_000_000
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
