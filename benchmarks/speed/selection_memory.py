@@ -6,13 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vlm_prune.vlm.encoded import Images
 
 
 class PeakBytes(TorchDispatchMode):
-    """Bytes of the tensors made inside that live at a time, at most; those of `given` do not count."""
+    """Bytes of the tensors made inside that live at a time, at most; those of `given` do not count, nor
+    do views of tensors from outside.
+    """
 
     def __init__(self, given: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -30,6 +33,9 @@ class PeakBytes(TorchDispatchMode):
             args: of it.
             kwargs: of it.
         """
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor) and tensor not in self.alive:
+                self.given.add(tensor.untyped_storage().data_ptr())
         output = func(*args, **kwargs or {})
         for tensor in output if isinstance(output, tuple | list) else [output]:
             if isinstance(tensor, Tensor):
