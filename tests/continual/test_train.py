@@ -12,11 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torchvision.transforms import Compose, RandomResizedCrop, ToTensor
 
 from vlm_prune.continual import checkpoint, losses
 from vlm_prune.continual.clip import load_clip
 from vlm_prune.continual.config import Placement, Recipe
-from vlm_prune.continual.data import plan
+from vlm_prune.continual.data import Pictures, plan
 from vlm_prune.continual.evaluate import class_features, evaluate_tasks
 from vlm_prune.continual.methods import Context, make_method
 from vlm_prune.continual.methods.codyra import CoDyRA
@@ -127,6 +128,20 @@ RESUMED = {
     "rail": {"width": 32},
     "zscl": {"captions": ["a bar"], "average_every": 2},
 }
+
+
+def test_an_image_is_augmented_by_its_seed_without_seeding_all_devices(tasks, monkeypatch):
+    transform = Compose([RandomResizedCrop(16), ToTensor()])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        expected = transform(tasks[0].train[0][0])
+    state = torch.get_rng_state()
+    # it writes a stack trace for each kind of device
+    monkeypatch.setattr(torch, "manual_seed", None)
+    pictures = Pictures(tasks[0].train, transform)
+    assert torch.equal(pictures[0, 5][0], expected)
+    assert not torch.equal(pictures[0, 6][0], expected)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("name", RESUMED)
