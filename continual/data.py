@@ -153,6 +153,41 @@ def eval_batches(
         yield pixels.to(clip.device), labels.to(clip.device)
 
 
+class KeptBatches:
+    """Test images that are transformed once for all evaluations of a run, as far as they fit.
+
+    Args:
+        limit: bytes of pixels that are kept in all; a task that does not fit is read anew each time.
+    """
+
+    def __init__(self, limit: int = 256 * 2**20) -> None:
+        self.left = limit
+        self.kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def of(
+        self, number: int, images: int, batches: Iterator[tuple[Tensor, Tensor]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields the batches of a task, kept ones where there are any.
+
+        Args:
+            number: of the task.
+            images: how many this process reads of it.
+            batches: what reads them.
+        """
+        if number in self.kept:
+            yield from self.kept[number]
+            return
+        read, size = list[tuple[Tensor, Tensor]](), 0
+        for pixels, labels in batches:
+            size = size or images * pixels[0].nbytes
+            if size <= self.left:
+                read.append((pixels, labels))
+            yield pixels, labels
+        if read:
+            self.kept[number] = read
+            self.left -= size
+
+
 def check_stream_tasks(tasks: Sequence[StreamTask]) -> None:
     """Refuses tasks that cannot be trained and tested.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlm_prune.continual.clip import Clip
 from vlm_prune.continual.config import Recipe
-from vlm_prune.continual.data import eval_batches, prompts
+from vlm_prune.continual.data import KeptBatches, eval_batches, prompts
 from vlm_prune.continual.methods import Method, Space
 from vlm_prune.continual.parallel import rank_and_world, total
 from vlm_prune.continual.streams.base import StreamTask
@@ -37,6 +37,7 @@ def _encoded(clip: Clip, tasks: Sequence[StreamTask], ensemble: bool) -> Tensor:
 def evaluate_tasks(
     clip: Clip, tasks: Sequence[StreamTask], recipe: Recipe, method: Method | None = None,
     texts: Sequence[Tensor] | None = None, workers: int = 0, learned: int = 0,
+    kept: KeptBatches | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Returns for each task which of its test images are classified right, (n,) of 0 and 1.
 
@@ -54,6 +55,7 @@ def evaluate_tasks(
         texts: `class_features` of each task, if they are known.
         workers: processes that read images.
         learned: number of tasks learned so far.
+        kept: test images of the same tasks, transformed before, which gets these.
     """
     texts = texts or [class_features(clip, task, recipe.ensemble) for task in tasks]
     rank, world = rank_and_world()
@@ -70,6 +72,8 @@ def evaluate_tasks(
         encode = partial(_encoded, clip, [tasks[n] for n in columns], recipe.ensemble)
         hits = []
         batches = eval_batches(task.test, clip, recipe.eval_batch, rank, world, workers)
+        if kept is not None:
+            batches = kept.of(number, len(range(rank, len(task.test), world)), batches)
         for pixels, labels in batches:
             if method is None:
                 scores = clip.encode_image(pixels) @ bank.T

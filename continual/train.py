@@ -23,6 +23,7 @@ from vlm_prune.continual import checkpoint
 from vlm_prune.continual.clip import Clip, extra
 from vlm_prune.continual.config import Recipe, above
 from vlm_prune.continual.data import (
+    KeptBatches,
     check_stream_tasks,
     eval_batches,
     plan,
@@ -131,6 +132,7 @@ class _Trainer:
             self.record = read_record(path, StoredResults, ADVICE)
         state = clip.model.state_dict()
         self.initial = {name: t.detach().cpu().clone() for name, t in state.items()}
+        self.kept = KeptBatches()
         self.texts: list[Tensor] | None = None  # class features, until the text tower changes
         # torch multiplies by weights that take gradients in another order, with other rounding: a
         # run that goes on must not begin with weights that do where a whole run has none
@@ -281,7 +283,7 @@ class _Trainer:
         if self.texts is None:
             self.texts = [class_features(clip, task, recipe.ensemble) for task in self.tasks]
         right = evaluate_tasks(
-            clip, self.tasks, recipe, method, self.texts, self.run.workers, learned
+            clip, self.tasks, recipe, method, self.texts, self.run.workers, learned, self.kept
         )
         if self.main:
             folder = self.output / "correct"

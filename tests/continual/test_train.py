@@ -17,7 +17,7 @@ from torchvision.transforms import Compose, RandomResizedCrop, ToTensor
 from vlm_prune.continual import checkpoint, losses
 from vlm_prune.continual.clip import load_clip
 from vlm_prune.continual.config import Placement, Recipe
-from vlm_prune.continual.data import Pictures, plan
+from vlm_prune.continual.data import KeptBatches, Pictures, plan
 from vlm_prune.continual.evaluate import class_features, evaluate_tasks
 from vlm_prune.continual.methods import Context, make_method
 from vlm_prune.continual.methods.codyra import CoDyRA
@@ -142,6 +142,20 @@ def test_an_image_is_augmented_by_its_seed_without_seeding_all_devices(tasks, mo
     assert torch.equal(pictures[0, 5][0], expected)
     assert not torch.equal(pictures[0, 6][0], expected)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("limit, read", [(2**20, 1), (0, 2)])
+def test_test_images_that_fit_are_transformed_once(limit, read, clip, tasks, monkeypatch):
+    calls = []
+    transform = clip.eval_transform
+    monkeypatch.setattr(clip, "eval_transform", lambda image: calls.append(1) or transform(image))
+    expected = evaluate_tasks(clip, tasks, RECIPE)
+    images, kept = len(calls), KeptBatches(limit)
+    for _ in range(2):
+        right = evaluate_tasks(clip, tasks, RECIPE, kept=kept)
+        assert all(map(torch.equal, right, expected))
+    assert len(calls) == (1 + read) * images
+    assert kept.left >= 0
 
 
 @pytest.mark.parametrize("name", RESUMED)
