@@ -246,15 +246,16 @@ class VisionPruner(Pruner):
         # frames with equal shares are reduced together, as images
         shares, most = even_shares(self.count(vision), frames), max(1, frames // PARTS)
         found: dict[tuple[int, int], tuple[Tensor, ...]] = {}
-        alike = [
-            (share, [frame for frame in range(frames) if shares[frame] == share])
-            for share in sorted({*shares} - {0})
+        equal: dict[int, list[int]] = {}
+        for frame, share in enumerate(shares):
+            equal.setdefault(share, []).append(frame)
+        runs = [
+            (share, alike[first : first + most])
+            for share, alike in sorted(equal.items())
+            if share
+            for first in range(0, len(alike), most)
         ]
-        for share, members in (
-            (share, equal[first : first + most])
-            for share, equal in alike
-            for first in range(0, len(equal), most)
-        ):
+        for share, members in runs:
             kept = replace(self, budget=share).reduce(vision.in_frames(members))
             parts = [kept.indices, kept.features, *([kept.sizes] if kept.sizes else [])]
             at = [(video, frame) for video in range(videos) for frame in members]

@@ -115,12 +115,12 @@ def open_video(
     if not path.is_file():
         missing = "is no regular file" if path.exists() else "does not exist"
         raise InputError(f"{path} {missing}; give a video file")
-    with _opened(path) as (data, container, stream):
-        start, duration = _span(path, data, container, stream)
+    with _opened(path) as video:
+        start, duration = _span(video)
         wanted = frames if fps is None else min(frames, max(1, int(float(duration) * fps)))
-        _check_size(path, wanted, stream)
+        _check_size(path, wanted, video.stream)
         targets = [(2 * n + 1) * duration / (2 * wanted) for n in range(wanted)]
-        kept, times = _shown(path, data, container, stream, start, targets, advance)
+        kept, times = _shown(video, start, targets, advance)
     return VideoClip(np.stack(kept), tuple(times), float(duration))
 
 
@@ -164,8 +164,30 @@ class _Bytes:
         return self.file.read(count) if self.between <= MOST_BETWEEN else b""
 
 
+@dataclass
+class _OpenVideo:
+    """A video file that is read.
+
+    Args:
+        path: of the file, for messages.
+        data: of it.
+        container: of PyAV.
+        stream: of frames, of the container.
+    """
+
+    path: Path
+    data: _Bytes
+    container: Any
+    stream: Any
+
+    def seek(self, at: int) -> None:
+        """Moves to the key frame before time stamp `at`, in ticks of the stream."""
+        self.data.between = 0
+        self.container.seek(at, stream=self.stream)
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[_Bytes, Any, Any]]:
+def _opened(path: Path) -> Iterator[_OpenVideo]:
     try:
         import av
     except ImportError:
@@ -177,7 +199,7 @@ def _opened(path: Path) -> Iterator[tuple[_Bytes, Any, Any]]:
                 raise InputError(f"{path} has no video stream; give a video file")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            yield data, container, stream
+            yield _OpenVideo(path, data, container, stream)
     except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
         if isinstance(error, InputError):
             raise
@@ -185,35 +207,30 @@ def _opened(path: Path) -> Iterator[tuple[_Bytes, Any, Any]]:
         raise InputError(f"cannot read video {path}: {reason}; give a whole video file") from error
 
 
-def _span(path: Path, data: _Bytes, container: Any, stream: Any) -> tuple[int, Fraction]:
+def _span(video: _OpenVideo) -> tuple[int, Fraction]:
     """Returns the time stamp of the first frame, and the seconds from
     there to the end of the last one.
 
     Stamps are read and nothing is decoded: those of the first packets and, where the file says how
     long it is, those from the last key frame on. Where these end early, or it does not say, all are.
 
-    Args:
-        path: of the file, for messages.
-        data: of it.
-        container: of PyAV.
-        stream: whose stamps are read.
-
     Raises:
         InputError: if there is no frame, or less than the file says.
     """
+    path, container, stream = video.path, video.container, video.stream
     own = Fraction(max(0, stream.duration or 0)) * stream.time_base
     whole = Fraction(max(0, container.duration or 0), 10**6)
     stated = own or whole
     length = int(stated / stream.time_base)
-    first, end = _stamps(data, container, stream, HEAD, length)
+    first, end = _stamps(video, HEAD, length)
     if first is None:
         raise InputError(f"{path} has a video stream without frames; give another file")
     if stated and end < first + length:
-        end = max(end, _end_from(first + length, data, container, stream))
+        end = max(end, _end_from(first + length, video))
     duration = (end - first) * stream.time_base
     if not stated or _is_short(duration, stated):
-        _seek(data, container, stream, first)
-        duration = (_stamps(data, container, stream)[1] - first) * stream.time_base
+        video.seek(first)
+        duration = (_stamps(video)[1] - first) * stream.time_base
     # the length of a file of several streams may be that of another one
     due = own or (whole if len(container.streams) == 1 else Fraction(0))
     if _is_short(duration, due):
@@ -221,21 +238,8 @@ def _span(path: Path, data: _Bytes, container: Any, stream: Any) -> tuple[int, F
             f"{path} is cut short: it says {float(due):.1f} seconds and holds {float(duration):.1f}; "
             "give the whole file"
         )
-    _seek(data, container, stream, first)
+    video.seek(first)
     return first, duration
-
-
-def _seek(data: _Bytes, container: Any, stream: Any, at: int) -> None:
-    """Moves to the key frame before time stamp `at`.
-
-    Args:
-        data: of the file.
-        container: of PyAV.
-        stream: of it.
-        at: in ticks of the stream.
-    """
-    data.between = 0
-    container.seek(at, stream=stream)
 
 
 def _is_short(duration: Fraction, stated: Fraction) -> bool:
@@ -243,27 +247,23 @@ def _is_short(duration: Fraction, stated: Fraction) -> bool:
     return duration < Fraction(9, 10) * stated - 1
 
 
-def _stamps(
-    data: _Bytes, container: Any, stream: Any, packets: int | None = None, last: int = 0
-) -> tuple[int | None, int]:
+def _stamps(video: _OpenVideo, packets: int | None = None, last: int = 0) -> tuple[int | None, int]:
     """Returns when the first frame is shown, None where there is none, and when the last one ends, in
     ticks of the stream.
 
     Args:
-        data: of the file.
-        container: of PyAV, where reading begins.
-        stream: whose packets are read.
+        video: is read from where it is.
         packets: how many at most; all unless given.
         last: a time at which reading ends, if it is above 0.
     """
-    usual = 1
+    stream, usual = video.stream, 1
     if stream.average_rate:
         usual = max(1, round(1 / (stream.average_rate * stream.time_base)))
     first, end, count = None, 0, 0
-    for packet in container.demux(stream):
+    for packet in video.container.demux(stream):
         if packet.pts is None:
             continue
-        data.between, count = 0, count + 1
+        video.data.between, count = 0, count + 1
         until = packet.pts + (packet.duration or usual)
         first = packet.pts if first is None else min(first, packet.pts)
         end = max(end, until) if count > 1 else until
@@ -272,15 +272,15 @@ def _stamps(
     return first, end
 
 
-def _end_from(last: int, data: _Bytes, container: Any, stream: Any) -> int:
+def _end_from(last: int, video: _OpenVideo) -> int:
     """Returns when the last frame ends, reading from the key frame before `last`; 0 where there is
     none.
     """
     import av
 
     try:
-        _seek(data, container, stream, last)
-        return _stamps(data, container, stream, last=last)[1]
+        video.seek(last)
+        return _stamps(video, last=last)[1]
     except av.FFmpegError:
         return 0
 
@@ -313,17 +313,14 @@ def _skips(stream: Any, at: int, due: Fraction) -> bool:
     return float((due - at) * stream.time_base) > SEEK_SECONDS
 
 
-def _following(data: _Bytes, frames: Iterator[Any]) -> Any:
+def _following(video: _OpenVideo, frames: Iterator[Any]) -> Any:
     """Returns the next frame with a time stamp, None behind the last one."""
-    data.between = 0
+    video.data.between = 0
     return next((frame for frame in frames if frame.pts is not None), None)
 
 
 def _shown(
-    path: Path,
-    data: _Bytes,
-    container: Any,
-    stream: Any,
+    video: _OpenVideo,
     start: int,
     targets: list[Fraction],
     advance: Callable[[int], None],
@@ -331,17 +328,15 @@ def _shown(
     """Returns the frames that are shown at `targets`, each once, and when they begin, in seconds.
 
     Args:
-        path: of the file.
-        data: of it.
-        container: open, before the first frame.
-        stream: of it.
+        video: before the first frame.
         start: time stamp of the first frame.
         targets: seconds, ascending.
         advance: called with 1 for each of them.
     """
     kept: list[NDArray[np.uint8]] = []
     times: list[float] = []
-    frames, current, following = container.decode(stream), None, None
+    stream = video.stream
+    frames, current, following = video.container.decode(stream), None, None
     for target in targets:
         due = start + target / stream.time_base
         at = start if current is None else current.pts
@@ -349,20 +344,20 @@ def _shown(
             # frames between are neither kept nor needed to decode others; some files' key frames are
             # shown later than where seeking finds them
             for place in (int(due), at):
-                _seek(data, container, stream, place)
-                frames = container.decode(stream)
-                following = _following(data, frames)
+                video.seek(place)
+                frames = video.container.decode(stream)
+                following = _following(video, frames)
                 if following is not None and following.pts <= due:
                     break
         while following is None or following.pts <= due:
             if following is not None:
                 current = following
-            following = _following(data, frames)
+            following = _following(video, frames)
             if following is None:
                 break
             current = following if current is None else current
         if current is None:
-            raise InputError(f"{path} has a video stream without frames; give another file")
+            raise InputError(f"{video.path} has a video stream without frames; give another file")
         second = float((current.pts - start) * stream.time_base)
         if not times or second > times[-1]:
             image = current.to_ndarray(format="rgb24")
