@@ -522,12 +522,22 @@ QUICK = {
 """What the others run by default, with the method's name; `-m slow` runs the rest."""
 
 
-def is_quick(test, params):
-    """Whether a test with these parameters may run by default, as far as its family decides."""
+COMMANDS = ("llava", "llava_onevision", "qwen3_vl", "internvl")
+"""Families that whole commands run on by default."""
+
+
+def is_quick(test, params, commands=False):
+    """Whether a test with these parameters may run by default, as far as its family decides.
+
+    Args:
+        test: its name.
+        params: its parameters.
+        commands: whether it runs whole commands.
+    """
     family, method = params.get("tiny"), params.get("name")
     return (
         not isinstance(family, str)
-        or family in CORE
+        or family in (COMMANDS if commands else CORE)
         or (test if method is None else f"{test}[{method}]") in QUICK
     )
 

@@ -97,7 +97,8 @@ def smol(
 ) -> None:
     """Train projector and LoRA of the LLaVA over SmolLM2, in about an hour on a CPU with AMX.
 
-    A training that was killed goes on from its last state, a few minutes back.
+    Other CPUs compute in fp32 and take several times as long. A training that was killed goes on
+    from its last state, a few minutes back.
     """
     _begin(folder, threads)
     from vlm_prune.benchmarks.embedded_models.packaged import train_smol

@@ -57,6 +57,7 @@ from vlm_prune.benchmarks.tasks import (
 from vlm_prune.benchmarks.tasks import text as text_task
 from vlm_prune.benchmarks.tasks.base import Question, Split
 from vlm_prune.benchmarks.tasks.scenes import COLORS, GRID, NAMES, Scene, make_scene
+from vlm_prune.kernels.token_sensitivity.reference import multiplies_bf16
 from vlm_prune.vlm.common.files import atomic_path
 from vlm_prune.vlm.common.state import (
     load_tensors,
@@ -259,7 +260,11 @@ class SmolTrainer:
         self.model.requires_grad_(False).eval()
         self.decoder = self.model.model.language_model
         self.projector = self.model.model.multi_modal_projector.requires_grad_(True)
-        self.decoder.set_attn_implementation("eager")
+        # A CPU without matrix units for bfloat16 takes many times as long for it as for fp32,
+        # where the fused attention is the faster one.
+        amx = multiplies_bf16(torch.device("cpu"))
+        self.dtype = torch.bfloat16 if amx else torch.float32
+        self.decoder.set_attn_implementation("eager" if amx else "sdpa")
         self._inject()
         self.optimizer = torch.optim.AdamW(
             [
@@ -269,7 +274,7 @@ class SmolTrainer:
             weight_decay=0.0,
             betas=(0.9, 0.98),
         )
-        self.head = self.model.lm_head.weight.detach().to(torch.bfloat16)
+        self.head = self.model.lm_head.weight.detach().to(self.dtype)
         before, after = self._chat("\0").split("\0")
         self.before, self.asking, self.after = before, "\n", after
         self.encoded: dict[tuple[Any, ...], EncodedScene] = {}
@@ -290,8 +295,8 @@ class SmolTrainer:
         self.words = nn.Embedding.from_pretrained(self.model.get_input_embeddings().weight.detach())
         self.live = {n: p for n, p in self.decoder.named_parameters() if "lora_" in n}
         self.lora = {n: nn.Parameter(p.detach().float()) for n, p in self.live.items()}
-        self.decoder.layers.to(torch.bfloat16)
-        self.decoder.norm.to(torch.bfloat16)
+        self.decoder.layers.to(self.dtype)
+        self.decoder.norm.to(self.dtype)
         for module in self.decoder.modules():
             if isinstance(module, BaseTunerLayer):
                 fuse_lora(module)
@@ -307,7 +312,7 @@ class SmolTrainer:
 
     @torch.no_grad()
     def _copy_master(self) -> None:
-        """Gives the decoder its LoRA weights in bf16; the optimizer has those in fp32."""
+        """Gives the decoder its LoRA weights in its own type; the optimizer has those in fp32."""
         for name, parameter in self.live.items():
             parameter.copy_(self.lora[name])
 
@@ -431,7 +436,7 @@ class SmolTrainer:
         self.adapters(False)
         while (batch := int(texts.get("batches", 0))) * 24 < number:
             chosen = prompts[24 * batch : 24 * batch + 24]
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 if not chosen:
                     chosen = write_instructions(
                         self.model, self.tokenizer, self.before, 32, TRAIN_SEED + batch
@@ -471,7 +476,7 @@ class SmolTrainer:
             shown = (batch.ids == self.model.config.image_token_id).unsqueeze(-1)
             embeds = embeds.masked_scatter(shown, self.projector(torch.cat(images)))
         hidden_states = self.decoder(
-            inputs_embeds=embeds.bfloat16(), attention_mask=batch.mask.bfloat16(),
+            inputs_embeds=embeds.to(self.dtype), attention_mask=batch.mask.to(self.dtype),
             position_ids=batch.positions, use_cache=False,
         ).last_hidden_state  # fmt: skip
         is_answer = batch.labels != IGNORE
@@ -518,7 +523,7 @@ class SmolTrainer:
         tokens = torch.stack([nn.functional.pad(ids, (0, length - len(ids))) for ids in texts])
         index = torch.arange(length)
         read = torch.stack([(index >= start) & (index < stop) for start, stop in spans])
-        embeds = self.words(tokens).bfloat16()
+        embeds = self.words(tokens).to(self.dtype)
 
         def states() -> Tensor:
             hidden_states: Tensor = self.decoder(

@@ -158,7 +158,14 @@ def test_test_images_that_fit_are_transformed_once(limit, read, clip, tasks, mon
     assert kept.left >= 0
 
 
-@pytest.mark.parametrize("name", RESUMED)
+# The others keep no other state than one of these.
+QUICKLY = {"codyra", "condu", "keeplora", "rail", "zscl"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in QUICKLY else pytest.mark.slow) for n in RESUMED],
+)
 def test_a_killed_run_ends_in_the_same_matrix(
     name, make_clip, tasks, references, tmp_path, monkeypatch
 ):

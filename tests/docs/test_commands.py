@@ -37,6 +37,11 @@ FENCE = re.compile(
 )
 # What a person waits for, tests need not: few questions, unless the page says otherwise.
 SMALL = {"eval": ["--limit", "9"], "compare": ["--limit", "6", "--batch-size", "6"]}
+# Pages whose commands other tests run in other words; by default these must exist.
+LONG = {
+    "docs/commands.md", "docs/continual.md", "docs/lmms-eval.md", "docs/models/tiny-video.md",
+    "docs/sparse_attention.md", "docs/video.md", "docs/wings.md",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,13 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def named(page):
+    """A page's path in the project; a test of a long page is slow."""
+    name = str(page.relative_to(ROOT))
+    return pytest.param(page, id=name, marks=pytest.mark.slow if name in LONG else ())
+
+
+@pytest.mark.parametrize("page", [named(page) for page in PAGES])
 def test_every_block_of_a_page_runs(page, folder, monkeypatch):
     names: dict = {"__name__": "__main__"}
     printed = ""
@@ -104,6 +115,18 @@ def test_every_block_of_a_page_runs(page, folder, monkeypatch):
                 check(shlex.split(command, comments=True), command, block, where, monkeypatch)
         else:
             assert block.language in ("toml", "json", "mermaid"), f"{where}: name the language"
+
+
+@pytest.mark.parametrize("name", sorted(LONG))
+def test_every_command_of_a_long_page_exists(name, monkeypatch):
+    page = ROOT / name
+    monkeypatch.chdir(ROOT)
+    shell = [block for block in blocks(page) if block.language == "sh"]
+    assert shell
+    for block in shell:
+        for command in block.commands():
+            words = shlex.split(command, comments=True)
+            exists(words, command, block, f"{name}:{block.line}", monkeypatch)
 
 
 def test_every_name_in_the_python_of_a_page_is_defined():

@@ -25,7 +25,8 @@ RATES = {"projector_lr": 1e-2, "learner_lr": 1e-2, "language_lr": 1e-2}
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
-@pytest.mark.parametrize("ratio", [0.7, pytest.param(0.2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ratio", [0.7, 0.2])
 def test_two_processes_lose_as_one_does_on_the_same_batches(
     ratio, checkpoint, conversations, tmp_path
 ):

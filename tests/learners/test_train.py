@@ -86,6 +86,10 @@ PARTLY = {
 }
 
 
+# What is trained by default; the slow tests train all.
+QUICKLY = ("wings", "lora", "model-dowser")
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("method", METHODS)
 def test_each_stage_opens_what_it_should_and_nothing_else(method, stage, make_run):
@@ -102,7 +106,9 @@ def test_each_stage_opens_what_it_should_and_nothing_else(method, stage, make_ru
     assert sorted(grouped) == sorted(id(named[name]) for name in opened)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=[] if m in QUICKLY else pytest.mark.slow) for m in METHODS]
+)
 def test_two_stages_change_what_they_opened_and_leave_plain_checkpoints(
     method, make_run, examples, checkpoint
 ):
@@ -154,9 +160,6 @@ def dropping(checkpoint, tmp_path_factory):
     config["text_config"]["attention_dropout"] = 0.2
     (folder / "config.json").write_text(json.dumps(config))
     return folder
-
-
-QUICKLY = ("wings", "lora", "model-dowser")
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,26 @@ def common(checkpoint, language, adapter):
     ]  # fmt: skip
 
 
-def test_three_models_on_the_same_questions(run, common, tmp_path):
-    code, out, err = run(*common, "--output", tmp_path)
-    assert code == 0 and not err, err
-    base, plain, wings = (rows(tmp_path, role) for role in ("base", "vlm", "wings"))
+@pytest.fixture(scope="module")
+def finished():
+    """What `whole` found, for all tests."""
+    return []
+
+
+@pytest.fixture
+def whole(run, common, finished, tmp_path_factory):
+    """An undisturbed run's folder, and what it printed."""
+    if not finished:
+        folder = tmp_path_factory.mktemp("whole")
+        code, out, err = run(*common, "--output", folder)
+        assert code == 0 and not err, err
+        finished.extend((folder, out))
+    return finished
+
+
+def test_three_models_on_the_same_questions(whole):
+    folder, out = whole
+    base, plain, wings = (rows(folder, role) for role in ("base", "vlm", "wings"))
     text = {name for name in plain if name.startswith("text/")}
     assert len(text) == 5 and set(base) == text and set(wings) == set(plain) and len(plain) == 16
     # the same weights and words: the base is the VLM's own language model
@@ -35,7 +51,7 @@ def test_three_models_on_the_same_questions(run, common, tmp_path):
     for part in ("text/", "exist/", "iit/"):
         own = [name for name in plain if name.startswith(part)]
         assert any(plain[n]["prediction"] != wings[n]["prediction"] for n in own), part
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((folder / "results.json").read_text())
     assert results["suite"] == "forgetting" and list(results["models"]) == ["base", "vlm", "wings"]
     assert list(results["tasks"]) == ["text", "iit", "exist"]
     assert results["text"]["differences"]["vlm - base"] == {"accuracy": 0.0, "ci": [0.0, 0.0]}
@@ -61,9 +77,8 @@ def test_differences_and_intervals_follow_from_the_rows():
     assert whole.accuracy == {"vlm": 0.5} and not whole.differences
 
 
-def test_a_killed_suite_resumes_and_a_later_model_joins(run, common, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run(*common, "--output", whole)[0] == 0
+def test_a_killed_suite_resumes_and_a_later_model_joins(run, common, whole, tmp_path):
+    parts = tmp_path / "parts"
     without = [word for word in common if word not in ("--wings", common[8])]
     assert run(*without, "--output", parts)[0] == 0
     log = parts / "vlm" / "samples.jsonl"
@@ -73,7 +88,7 @@ def test_a_killed_suite_resumes_and_a_later_model_joins(run, common, tmp_path):
     untouched = (parts / "base" / "samples.jsonl").stat().st_mtime_ns
     assert run(*common, "--output", parts)[0] == 0
     assert (parts / "base" / "samples.jsonl").stat().st_mtime_ns == untouched
-    first, second = (json.loads((f / "results.json").read_text()) for f in (whole, parts))
+    first, second = (json.loads((f / "results.json").read_text()) for f in (whole[0], parts))
     assert all(first[key] == second[key] for key in ("tasks", "text", "images", "models"))
     code, _, err = run(*common, "--output", parts, "--seed", "1")
     assert code == 2 and "another seed" in err

@@ -13,7 +13,7 @@ from vlm_prune.benchmarks.lmms_eval.model import Ask, PrunedChat
 from vlm_prune.vlm.families import FAMILIES
 
 NAMES = ["exist", "text", "iit"]
-FEW = ["llava", "qwen3_vl", "smolvlm"]
+FEW = ["llava", "qwen3_vl"]
 EVERY = [*FEW, *(pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES if n not in FEW)]
 
 
