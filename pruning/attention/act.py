@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlm_prune.pruning.attention.base import Calibrated
 from vlm_prune.pruning.attention.calibration import HeadCalibration, check_found
-from vlm_prune.pruning.attention.engine import MOST_PRODUCTS, MethodRun, PromptRow, by_prompt
+from vlm_prune.pruning.attention.engine import MethodRun, PromptRow, by_prompt, most_products
 from vlm_prune.pruning.attention.executors import attend_dense, attention_with_sums
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.sparse_attention import AttentionCall, replaced_attention
@@ -190,7 +190,7 @@ def calibrated(
     ))  # fmt: skip
     received = torch.zeros(heads, length, device=query.device)
     # few rows at a time, twice: to find sinks, then to calibrate
-    size = max(1, MOST_PRODUCTS["other"] // 64 // (heads * length))
+    size = max(1, most_products(query.device) // (heads * length))
     index = torch.arange(length, device=query.device)
 
     def attention_of(rows: slice, columns: Tensor) -> Tensor:

@@ -18,8 +18,12 @@ from vlm_prune.pruning.attention.inputs import AttentionInputs
 from vlm_prune.pruning.attention.trace import Computed, SparseTrace
 from vlm_prune.vlm.sparse_attention import AttentionCall
 
-MOST_PRODUCTS = {"cpu": 1 << 19, "other": 1 << 26}
-"""Products of queries and keys that an estimate holds at a time."""
+
+def most_products(device: torch.device) -> int:
+    """Returns how many products of queries and keys are held at a time: as many as stay in a CPU's cache,
+    or keep a GPU busy.
+    """
+    return 1 << 19 if device.type == "cpu" else 1 << 26
 
 
 class ReadsInputs(Protocol):
@@ -184,11 +188,9 @@ class BlockRun(MethodRun):
         # whole blocks before the tail are the method's, the rest sees everything
         rotary = None if prompt.rotary is None else prompt.rotary[:, :length]
         frames = None if prompt.frames is None else prompt.frames[:length]
-        # what an estimate holds stays in a CPU's cache
-        most = MOST_PRODUCTS["cpu" if prompt.query.device.type == "cpu" else "other"]
         return AttentionInputs(
             prompt.query[:, :length], prompt.key[:, :length], call.scaling, call.layer, tokens,
-            rotary, most, frames,
+            rotary, most_products(prompt.query.device), frames,
         )  # fmt: skip
 
     def attend(self, call: AttentionCall, prompt: PromptRow, row: int) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from vlm_prune.pruning.attention.base import BlockAttention
@@ -31,7 +32,7 @@ class Local(BlockAttention):
         negative behind it; (query blocks, key blocks).
         """
         query, key = self.geometry(inputs).shape(inputs.length)
-        index = inputs.key.new_ones(max(query, key)).cumsum(0).long() - 1
+        index = torch.arange(max(query, key), device=inputs.key.device)
         return index[:query, None] - index[:key]
 
     def choose(self, inputs: AttentionInputs) -> Tensor:

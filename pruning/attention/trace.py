@@ -81,12 +81,3 @@ class SparseTrace:
         """
         found = {c.layer: float(c.kept) / c.total for c in self.computed if c.row == row}
         return [found.get(layer, 1.0) for layer in range(layers)]
-
-    def layer_densities(self) -> dict[int, float]:
-        """Returns the computed share of each decoder layer that was sparse, by its number."""
-        layers = sorted({c.layer for c in self.computed})
-        return {
-            layer: sum(float(c.kept) / c.total for c in own) / len(own)
-            for layer in layers
-            for own in [[c for c in self.computed if c.layer == layer]]
-        }

@@ -541,6 +541,14 @@ def test_wrong_hyperparameters_are_said_in_one_line(name, wrong, says):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["local", "power", "s2"])
+def test_patterns_do_not_depend_on_precision(name):
+    """Numbers of blocks above 256 are none of bfloat16."""
+    given, method = inputs(tokens=300 * BLOCK + TAIL), short(name, density=0.1)
+    half = replace(given, query=given.query.bfloat16(), key=given.key.bfloat16())
+    assert torch.equal(method.select(half).keep, method.select(given).keep)
+
+
 @pytest.mark.parametrize("name", PREFILL)
 def test_half_precision_chooses_nearly_the_same(name):
     given = inputs(tokens=404)
