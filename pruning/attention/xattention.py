@@ -38,28 +38,34 @@ class XAttention(BlockAttention):
     def weights(self, inputs: AttentionInputs) -> Tensor:
         """Returns the estimated attention between blocks, (H, blocks, blocks)."""
         stride, per_block = self.stride, self.block // self.stride
-        blocks = inputs.length // self.block
-        # (G, H / G, squares, stride x d), queries from the last token of each square to its first
-        query = inputs.grouped.unflatten(2, (-1, stride)).flip(3).flatten(3)
-        key = inputs.key.unflatten(1, (-1, stride)).flatten(2)
-        squares = query.shape[2]
-        index = torch.arange(squares, device=key.device)
-        found = torch.zeros(inputs.heads, blocks, blocks, device=key.device)
-        # as many query blocks at a time as may be held, and the keys before their end
-        step = max(1, inputs.most // (inputs.heads * per_block * squares))
-        for first in range(0, blocks, step):
-            rows = slice(first * per_block, min(first + step, blocks) * per_block)
-            seen = index[: rows.stop]
-            scores = query[:, :, rows].flatten(1, 2) @ key[:, : rows.stop].transpose(1, 2)
-            # (G, H / G x rows, squares) -> (G, H / G, rows, squares)
-            scores = scores.float().unflatten(1, (-1, rows.stop - rows.start))
-            scores = scores * (inputs.scaling / stride)
-            scores = scores.masked_fill(seen > index[rows, None], -torch.inf).softmax(-1)
-            # attention between squares, summed over those of each block of keys, then of queries
-            tiles = scores.flatten(0, 1).unflatten(2, (-1, per_block)).sum(3)
-            tiles = tiles.unflatten(1, (-1, per_block)).sum(2)
-            found[:, first : first + step, : tiles.shape[2]] = tiles
-        return found / per_block
+        heads, blocks = inputs.grouped.shape[1], inputs.length // self.block
+        keys = inputs.key.unflatten(1, (-1, stride)).flatten(2)
+        squares = keys.shape[1]
+        found = torch.zeros(len(keys), heads, blocks, blocks, device=keys.device)
+        # query blocks at a time: an eighth, so that with the keys before their end little more than the
+        # causal half is computed, and key heads at a time, as many as may be held
+        step = max(1, min(-(-blocks // 8), inputs.most // (heads * per_block * squares)))
+        size = max(1, inputs.most // (heads * step * per_block * squares))
+        later = torch.ones(
+            step * per_block, step * per_block, dtype=torch.bool, device=keys.device
+        ).triu(1)
+        for group in range(0, len(keys), size):
+            part = slice(group, group + size)
+            # (G, H / G, squares, stride x d), from the last token of each square to its first
+            query = inputs.grouped[part].unflatten(2, (-1, stride)).flip(3).flatten(3)
+            key = keys[part].transpose(1, 2)
+            for first in range(0, blocks, step):
+                rows = slice(first * per_block, min(first + step, blocks) * per_block)
+                scores = (query[:, :, rows].flatten(1, 2) @ key[..., : rows.stop]).float()
+                # (G, H / G x rows, squares) -> (G, H / G, rows, squares)
+                scores = scores.mul_(inputs.scaling / stride).unflatten(1, (heads, -1))
+                own = scores[..., rows.start :]
+                own.masked_fill_(later[: own.shape[2], : own.shape[2]], -torch.inf)
+                # the mean over squares of a query block, summed over squares of a key block
+                tiles = scores.softmax(-1).unflatten(2, (-1, per_block)).mean(3)
+                tiles = tiles.unflatten(3, (-1, per_block)).sum(4)
+                found[part, :, first : first + step, : tiles.shape[3]] = tiles
+        return found.flatten(0, 1)
 
     def scores(self, inputs: AttentionInputs) -> Tensor:
         return self.shared(self.weights(inputs), inputs)
