@@ -94,6 +94,9 @@ class Prompts:
             densities=[]
             if trace.attention is None
             else trace.attention.of_row(number * copies, len(trace.computed)),
+            chosen_density=None
+            if trace.attention is None
+            else trace.attention.chosen_of_row(number * copies),
         )
 
 

@@ -128,6 +128,8 @@ class PromptRecord(Record, frozen=True):
             prunes.
         densities: share of the causal half of its attention that each decoder layer computes; empty
             without sparse attention.
+        chosen_density: the same without what all methods compute, the mean over layers; None where a
+            method had no choice.
         video_grids: frames, rows and columns of each video's tokens, None for images; empty where the
             prompt has no video.
     """
@@ -141,6 +143,7 @@ class PromptRecord(Record, frozen=True):
     layer_tokens: Annotated[list[Amount], msgspec.Meta(min_length=1)]
     kept: list[list[Count]]
     densities: list[Share] = []
+    chosen_density: Share | None = None
     video_grids: list[tuple[Count, Count, Count] | None] = []
     pruned_vision_flops: Amount | None = None
 
@@ -228,6 +231,7 @@ class PairedRow(AnswerRow, frozen=True):
     kv_bytes: Costs
     time_ms: PairedTimes
     densities: list[Share] = []
+    chosen_density: Share | None = None
     video_grids: list[tuple[Count, Count, Count] | None] = []
     pruned_vision_flops: Amount | None = None
 
@@ -269,6 +273,7 @@ class MeasuredRow(msgspec.Struct, frozen=True):
     kv_bytes: Costs
     time_ms: PairedTimes
     densities: list[Share] = []
+    chosen_density: Share | None = None
 
 
 class NotedImages(Protocol):
@@ -404,6 +409,7 @@ class Results(Record, tag_field="schema_version", tag=SCHEMA_VERSION, frozen=Tru
         kv_bytes: means over questions.
         density: share of the causal half of attention that is computed, the mean over questions and
             layers; None without sparse attention.
+        chosen_density: the same without what all methods compute.
         skipped: tasks and rows that could not be used, each with the reason.
     """
 
@@ -426,6 +432,7 @@ class Results(Record, tag_field="schema_version", tag=SCHEMA_VERSION, frozen=Tru
     kv_bytes: Costs
     peak_memory_bytes: Count
     density: Share | None = None
+    chosen_density: Share | None = None
     skipped: dict[str, str] = {}
 
     def __post_init__(self) -> None:

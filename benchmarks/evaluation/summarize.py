@@ -55,6 +55,7 @@ def summarize(config: RunConfig, rows: Sequence[MeasuredRow], machine: Machine) 
     whole = times.baseline_vision + before + times.baseline_decode
     tokens = _tokens(config, rows, machine)
     densities = [_mean(row.densities) for row in rows if row.densities]
+    chosen = [row.chosen_density for row in rows if row.chosen_density is not None]
     return Results(
         model=config.model,
         method=config.variant.method,
@@ -82,6 +83,7 @@ def summarize(config: RunConfig, rows: Sequence[MeasuredRow], machine: Machine) 
         kv_bytes=_mean_costs([row.kv_bytes for row in rows]),
         peak_memory_bytes=machine.peak_memory_bytes,
         density=_mean(densities) if densities else None,
+        chosen_density=_mean(chosen) if chosen else None,
     )
 
 

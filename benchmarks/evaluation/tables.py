@@ -79,6 +79,8 @@ def cost_lines(results: Results) -> list[str]:
     flops, kv, sparse = results.flops, results.kv_bytes, []
     if results.density is not None:
         sparse = [f"attention          {results.density:.3f} of the causal half"]
+        if results.chosen_density is not None:
+            sparse[0] += f", {results.chosen_density:.3f} of what methods choose"
     return [
         *sparse,
         f"tokens per image   {count(tokens.full)} -> {three_ways(tokens)} ({THREE_WAYS})",

@@ -124,6 +124,7 @@ class StoredAnswer(Record, frozen=True, omit_defaults=True):
     layer_tokens: list[Amount] = msgspec.field(default_factory=list)
     kept: list[list[Count]] = msgspec.field(default_factory=list)
     densities: list[Share] = msgspec.field(default_factory=list)
+    chosen_density: Share | None = None
     video_grids: list[tuple[Count, Count, Count] | None] = msgspec.field(default_factory=list)
     pruned_vision_flops: Amount | None = None
     nll: float | None = None

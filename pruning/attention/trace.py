@@ -1,6 +1,7 @@
 """What sparse attention computed inside a block."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -29,6 +30,17 @@ class Computed:
         """Returns the products of each query with the keys up to its own."""
         return self.tokens * (self.tokens + 1) // 2
 
+    @property
+    def density(self) -> float:
+        """Returns the computed share of the causal half."""
+        return float(self.kept) / self.total
+
+    @property
+    def chosen_density(self) -> float | None:
+        """Returns the same without what all methods compute; None where that is everything."""
+        open_products = self.total - self.forced
+        return (float(self.kept) - self.forced) / open_products if open_products else None
+
 
 @dataclass
 class SparseTrace:
@@ -54,17 +66,13 @@ class SparseTrace:
         """
         if not self.computed:
             return 1.0
-        return sum(float(c.kept) / c.total for c in self.computed) / len(self.computed)
+        return sum(c.density for c in self.computed) / len(self.computed)
 
     @property
     def chosen_density(self) -> float:
         """Returns the same without what all methods compute, of which the method had the choice."""
-        shares = [
-            (float(c.kept) - c.forced) / (c.total - c.forced)
-            for c in self.computed
-            if c.total > c.forced
-        ]
-        return sum(shares) / len(shares) if shares else 1.0
+        chosen = mean_chosen(self.computed)
+        return 1.0 if chosen is None else chosen
 
     @property
     def decode_density(self) -> float:
@@ -79,5 +87,18 @@ class SparseTrace:
             row: of the batch.
             layers: of the decoder.
         """
-        found = {c.layer: float(c.kept) / c.total for c in self.computed if c.row == row}
+        found = {c.layer: c.density for c in self.computed if c.row == row}
         return [found.get(layer, 1.0) for layer in range(layers)]
+
+    def chosen_of_row(self, row: int) -> float | None:
+        """Returns the share of what methods choose from that was computed of one row of the last batch, the
+        mean over layers; None where they had no choice.
+        """
+        return mean_chosen({c.layer: c for c in self.computed if c.row == row}.values())
+
+
+def mean_chosen(computed: Iterable[Computed]) -> float | None:
+    """Returns the mean share of what methods choose from; None where they had no choice."""
+    shares = [own.chosen_density for own in computed]
+    known = [share for share in shares if share is not None]
+    return sum(known) / len(known) if known else None

@@ -71,7 +71,12 @@ def test_sparse_attention_is_evaluated_beside_a_pruner(run, checkpoint, tmp_path
     assert content["density"] == pytest.approx(
         sum(sum(row["densities"]) / len(row["densities"]) for row in shown) / len(shown)
     )
-    assert f"attention          {content['density']:.3f} of the causal half" in out
+    # what all methods compute is not counted by the other share
+    alone = [row["chosen_density"] for row in shown]
+    assert all(0 < share < 0.4 for share in alone)
+    assert content["chosen_density"] == pytest.approx(sum(alone) / len(alone))
+    both = f"{content['density']:.3f} of the causal half, {content['chosen_density']:.3f} of what"
+    assert f"attention          {both} methods choose" in out
     folder = tmp_path / "compare"
     code, out, err = run(
         "compare", "--model", checkpoint, "--limit", "2", "--tasks", "exist", "--method", "divprune",
