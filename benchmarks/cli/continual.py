@@ -11,7 +11,7 @@ from vlm_prune.vlm.common.errors import InputError
 STREAMS = ("packaged", "redrawn", "mtil-1", "mtil-2", "mtil-5shot", "x-tail", "cifar100-10")
 METHODS = (
     "zero-shot", "codyra", "codyra-plus", "random-rank", "lora", "o-lora", "dora", "randlora",
-    "adalora", "keeplora", "full", "condu", "wise-ft", "lwf", "zscl", "rail",
+    "adalora", "keeplora", "moram", "full", "condu", "wise-ft", "lwf", "zscl", "rail",
     "lda-text",
 )  # fmt: skip
 RESULTS = Path("docs/results/continual")

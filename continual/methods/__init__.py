@@ -15,6 +15,7 @@ from vlm_prune.continual.methods.keeplora import KeepLoRA
 from vlm_prune.continual.methods.lda_text import LDAText
 from vlm_prune.continual.methods.lora import LoRA
 from vlm_prune.continual.methods.lwf import LwF
+from vlm_prune.continual.methods.moram import MoRAM
 from vlm_prune.continual.methods.olora import OLoRA
 from vlm_prune.continual.methods.rail import RAIL
 from vlm_prune.continual.methods.randlora import RandLoRA
@@ -27,7 +28,7 @@ from vlm_prune.vlm.common.registry import Registry
 METHODS: Registry[type[Method]] = Registry("continual method")
 for _method in (
     ZeroShot, CoDyRA, CoDyRAPlus, RandomRank, LoRA, OLoRA, DoRA, RandLoRA, AdaLoRA,
-    KeepLoRA, FullFineTune, ConDU, WiseFT, LwF, ZSCL, RAIL, LDAText,
+    KeepLoRA, MoRAM, FullFineTune, ConDU, WiseFT, LwF, ZSCL, RAIL, LDAText,
 ):  # fmt: skip
     METHODS.register(_method.name, _method)
 

@@ -125,6 +125,7 @@ RESUMED = {
     "condu": {},
     "lwf": {},
     "keeplora": {"rank": 2, "feature_energy": 0.5},
+    "moram": {"rank": 2, "top_k": 3},
     "rail": {"width": 32},
     "zscl": {"captions": ["a bar"], "average_every": 2},
 }

@@ -72,12 +72,14 @@ ARMS = {
     "randlora": ContinualArm("randlora", "randlora"),
     "adalora": ContinualArm("adalora", "adalora", {"interval": 2}),
     "keeplora": ContinualArm("keeplora", "keeplora"),
+    "moram": ContinualArm("moram", "moram"),
     "condu": ContinualArm("condu", "condu"),
+    "condu, prototypes": ContinualArm("condu", "condu", {"inference": "prototypes"}),
     "lda-text": ContinualArm("lda-text", ""),
 }
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
     **{name: [{"lr": lr} for lr in ADAPTER_RATES] for name in ("codyra", "lora", "randlora")},
-    **{name: [{"lr": lr} for lr in ADAPTER_RATES] for name in ("adalora", "keeplora")},
+    **{name: [{"lr": lr} for lr in ADAPTER_RATES] for name in ("adalora", "keeplora", "moram")},
     **{name: [{"lr": lr} for lr in FULL_RATES] for name in ("full", "condu")},
     "codyra-plus": [
         {"lr": lr, "importance": kind} for kind in ("product", "taylor") for lr in ADAPTER_RATES[:3]
