@@ -128,7 +128,8 @@ def _read(
         column_sums: to fill.
         kwargs: of the call.
     """
-    columns = torch.cat([column_sum.columns for column_sum in column_sums], -1).to(value.dtype)
+    brought = [column_sum.columns for column_sum in column_sums]
+    columns = (brought[0] if len(brought) == 1 else torch.cat(brought, -1)).to(value.dtype)
     count, width = columns.shape[-1], value.shape[-1]
     maps = None
     if key.device.type != "cpu" or kwargs.get("dropout") or not columns.any():
@@ -141,7 +142,7 @@ def _read(
         # one query: its weights (B, G, H / G, N) serve values and columns alike
         weights = weights_of_one(query, key, attention_mask, kwargs["scaling"])
         output = (weights @ value).flatten(1, 2)[:, None]
-        read = weights.mean((1, 2))[:, None] @ columns
+        read = (weights.flatten(1, 2) @ columns).mean(1, keepdim=True)
     else:
         # kernels want queries, keys and values of one width
         more = padded_columns(count)
@@ -171,8 +172,11 @@ def weights_of_one(query: Tensor, key: Tensor, mask: Tensor | None, scaling: flo
         mask: (B, 1, 1, N), bool or additive; None sees all.
         scaling: factor of the products.
     """
+    batch, groups = key.shape[:2]
     # heads that share keys are rows of one product
-    scores = query.unflatten(1, (key.shape[1], -1)).squeeze(3) @ key.transpose(-1, -2) * scaling
+    rows = query.reshape(batch * groups, -1, query.shape[-1]), key.flatten(0, 1).transpose(1, 2)
+    scores = torch.baddbmm(query.new_zeros(()), *rows, beta=0, alpha=scaling)
+    scores = scores.unflatten(0, (batch, groups))
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:

@@ -3,30 +3,16 @@
 https://arxiv.org/abs/2406.03496, equation 4
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_prune.learners.columns import weights_of_one
+from vlm_prune.learners.rotary import Rotary, rotated
 from vlm_prune.learners.tokens import Keys, QueryRun
 from vlm_prune.vlm.common.errors import InputError
-
-Rotary = tuple[Tensor, Tensor]
-
-
-def rotated(heads: Tensor, rotary: Rotary) -> Tensor:
-    """Applies rotary position embedding to (B, N, H, d), with cos and sin tables (B or 1, N, d)."""
-    cos, sin = (table[:, :, None].to(heads.dtype) for table in rotary)
-    first, second = heads.chunk(2, -1)
-    turned = heads * cos
-    if turned.requires_grad:
-        return torch.addcmul(turned, torch.cat([-second, first], -1), sin)
-    # in place, half by half: at small widths the passes over wide tensors are what rotation costs
-    upper, lower = turned.chunk(2, -1)
-    sin_upper, sin_lower = sin.chunk(2, -1)
-    upper.addcmul_(second, sin_upper, value=-1)
-    lower.addcmul_(first, sin_lower)
-    return turned
 
 
 def attend_visible(
@@ -52,8 +38,10 @@ def attend_visible(
 
 def attend_runs(
     query: Tensor, key: Tensor, value: Tensor, runs: tuple[QueryRun, ...], dropout: float = 0.0
-) -> Tensor:
-    """Returns what `attend` does, run by run without the keys that a run does not see.
+) -> Iterator[Tensor | int]:
+    """Yields the attention of neighboring queries, (B, S', H d), or where they see no key their number S'.
+
+    Together they are what `attend_visible` returns, without the keys that a run does not see.
 
     Args:
         query: (B, H, S, d).
@@ -62,24 +50,26 @@ def attend_runs(
         runs: what each run of queries sees; together they are all S queries.
         dropout: of attention weights.
     """
-    outputs = []
-    for start, stop, before, includes_itself in runs:
+    left = list(runs)
+    while left:
+        start, stop, before, includes_itself = left.pop(0)
         # a run sees the keys before it, and its own causally if it is of the modality
-        part, seen = query[:, :, start:stop], before + (stop - start if includes_itself else 0)
+        seen = before + (stop - start if includes_itself else 0)
         if not seen:
-            outputs.append(torch.zeros_like(part))
+            yield stop - start
             continue
         square = includes_itself and not before
+        if square and left and left[0].before == seen and not left[0].includes_itself:
+            # the next run sees all of these keys: a causal mask that goes on below the square
+            stop = left.pop(0).stop
         mask = None
         if includes_itself and before and stop - start > 1:
             shape = stop - start, seen
-            mask = torch.ones(shape, dtype=torch.bool, device=part.device).tril(before)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                part, key[:, :, :seen], value[:, :, :seen], mask, dropout, is_causal=square
-            )
+            mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(before)
+        part = F.scaled_dot_product_attention(
+            query[:, :, start:stop], key[:, :, :seen], value[:, :, :seen], mask, dropout, square
         )
-    return torch.cat([output.transpose(1, 2) for output in outputs], 1).flatten(2)
+        yield part.transpose(1, 2).flatten(2)
 
 
 def attend_one(
@@ -99,14 +89,18 @@ def attend_one(
         up: W_b^T, (H d, rank).
         visible: which keys the query sees, (B, 1, M); None for all.
     """
+    batch, heads, _, width = query.shape
     mask = None if visible is None else visible[:, None]
-    weights = weights_of_one(query, key, mask, query.shape[-1] ** -0.5)
+    weights = weights_of_one(query, key, mask, width**-0.5)
     if mask is not None:
         weights = weights * mask
+    # rows and heads are one dimension of products; (B, H, d) and (B, H, rank)
+    means = torch.bmm(weights.flatten(0, 1), features.flatten(0, 1))
+    attended, narrow = means.view(batch, heads, width), torch.bmm(weights[:, :, 0], inner)
     # W_b by heads, (H, rank, d)
-    maps = up.unflatten(0, (query.shape[1], -1)).transpose(1, 2)
-    attended: Tensor = weights @ features + (weights @ inner[:, None]) @ maps
-    return attended.flatten(1)[:, None]
+    maps = up.view(heads, width, -1).transpose(1, 2)
+    summed = torch.baddbmm(attended.transpose(0, 1), narrow.transpose(0, 1), maps)
+    return summed.transpose(0, 1).flatten(1)[:, None]
 
 
 class LowRankMap(nn.Module):
@@ -186,11 +180,11 @@ class LoRRA(nn.Module):
             weight: of the learner, (B, S, 1) or one for all.
             total: what the learner is added to, (B, S, D).
         """
-        attended = self._attended(hidden_states, keys, rotary)
-        return self.output.onto(total, self.output.down(attended) * weight)
+        narrow = self._narrow(hidden_states, keys, rotary)
+        return self.output.onto(total, narrow * weight)
 
-    def _attended(self, hidden_states: Tensor, keys: Keys, rotary: Rotary | None) -> Tensor:
-        """Returns the attention of the learner's heads, (B, S, D), before its output map.
+    def _narrow(self, hidden_states: Tensor, keys: Keys, rotary: Rotary | None) -> Tensor:
+        """Returns the attention of the learner's heads times W^O_a, (B, S, rank).
 
         Args:
             hidden_states: input of the layer, (B, S, D).
@@ -203,14 +197,32 @@ class LoRRA(nn.Module):
         if hidden_states.shape[1] == 1 and not dropout:
             # a single run sees all keys, but for the hidden one that stands where there is none
             visible = None if runs and keys.visible.shape[2] == sum(runs[0][2:]) else keys.visible
-            return attend_one(query, key, keys.features, inner, self.value.up.weight, visible)
+            up = self.value.up.weight
+            return self._down(attend_one(query, key, keys.features, inner, up, visible))
         # values are the features and a low-rank part of them
         none_cached = keys.new.shape[1] == key.shape[2]
         features = keys.new if none_cached else keys.features.transpose(1, 2).flatten(2)
         value = self._heads(self.value.onto(features, inner), None)
         if runs is None:
-            return attend_visible(query, key, value, keys.visible, dropout)
-        return attend_runs(query, key, value, runs, dropout)
+            return self._down(attend_visible(query, key, value, keys.visible, dropout))
+        parts = attend_runs(query, key, value, runs, dropout)
+        return torch.cat([self._down_or_zero(part, hidden_states) for part in parts], 1)
+
+    def _down(self, attended: Tensor) -> Tensor:
+        narrow: Tensor = self.output.down(attended)
+        return narrow
+
+    def _down_or_zero(self, part: Tensor | int, like: Tensor) -> Tensor:
+        """Maps a part of `attend_runs` to (B, S', rank): to zeros where it is a number of queries.
+
+        Args:
+            part: attention, or a number.
+            like: of its batch, type and device, (B, S, D).
+        """
+        if isinstance(part, Tensor):
+            return self._down(part)
+        # one zero vector goes through the map, which thus takes part in the graph
+        return self._down(torch.zeros_like(like[:, :1])).expand(-1, part, -1)
 
     def _keys_and_values(self, keys: Keys, rotate: bool) -> tuple[Tensor, Tensor]:
         """Returns keys (B, H, M, head_dim) and what values are made of, x W_a

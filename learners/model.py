@@ -14,7 +14,8 @@ from transformers import DynamicCache
 
 from vlm_prune.learners.columns import ColumnSum, Route, with_column_sum
 from vlm_prune.learners.config import WingsConfig
-from vlm_prune.learners.lorra import LoRRA, Rotary
+from vlm_prune.learners.lorra import LoRRA
+from vlm_prune.learners.rotary import Tables
 from vlm_prune.learners.router import Router
 from vlm_prune.learners.tokens import PromptTokens, remember
 from vlm_prune.vlm.cache import CACHE, cache_of
@@ -62,7 +63,7 @@ class WingsLayer(nn.Module):
         main: Tensor,
         hidden_states: Tensor,
         tokens: PromptTokens,
-        rotary: Rotary,
+        rotary: Tables,
         read: Tensor | None,
     ) -> Tensor:
         """Returns the main attention's output with what the learners add, (B, S, D).
@@ -75,7 +76,7 @@ class WingsLayer(nn.Module):
             read: what the main attention made of the router's columns, (B, S, learners); None
                 without a router.
         """
-        turn = rotary if self.config.rope else None
+        turn = tokens.turn(rotary) if self.config.rope else None
         weights: tuple[Any, ...] = (self.config.scale,) * len(self.learners)
         if self.router is not None:
             weights = (self.config.scale * self.router(read)).to(main.dtype).split(1, -1)
@@ -287,7 +288,9 @@ def _read_columns(
     router = attention.wings.router
     if router is None:
         return None
-    kwargs["router"] = column_sum = ColumnSum(router.columns(kwargs["wings"].ranks))
+    tokens: PromptTokens = kwargs["wings"]
+    columns = router.columns(tokens.ranks, tokens.unpadded)
+    kwargs["router"] = column_sum = ColumnSum(columns)
     return args, with_column_sum(kwargs, column_sum)
 
 

@@ -27,10 +27,12 @@ class Router(nn.Module):
         self.bias = nn.Parameter(torch.zeros(learners)) if summed else None
         self.heads = heads
 
-    def columns(self, ranks: Tensor) -> Tensor:
+    def columns(self, ranks: Tensor, consecutive: bool = False) -> Tensor:
         """Returns the value columns that attention sums up, for keys at
-        `ranks` (B, N) -> (B, N, learners).
+        `ranks` (B, N) -> (B, N, learners); a view where these are 0, 1, 2, ... in all rows.
         """
+        if consecutive:
+            return self.weight[: ranks.shape[1]].expand(len(ranks), -1, -1)
         return nn.functional.embedding(ranks, self.weight)
 
     def forward(self, read: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from vlm_prune.learners.config import Modality, WingsConfig
+from vlm_prune.learners.rotary import Rotary, Tables, rotation_matrix
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.renamed import renamed_names
 from vlm_prune.vlm.tokens import compact, take
@@ -44,15 +45,15 @@ class GrowingTensor:
         """Appends (..., n, d) and returns `tensor_so_far`."""
         # rows from `start` on are the new ones
         start, self._length = self._length, self._length + new.shape[-2]
-        if self._buffer is None:
-            self._buffer = new.contiguous()
-            return self.tensor_so_far
-        if self._buffer.shape[-2] < self._length or _locked(self._buffer):
+        rows = self._buffer
+        if rows is None or rows.shape[-2] < self._length or _locked(rows):
             # a larger buffer takes over the rows so far
             shape = *new.shape[:-2], self._length + EXTRA_ROWS, new.shape[-1]
-            old, self._buffer = self._buffer, new.new_empty(shape)
-            self._buffer[..., :start, :] = old[..., :start, :]
-        self._buffer[..., start : self._length, :] = new
+            rows = new.new_empty(shape)
+            if self._buffer is not None:
+                rows[..., :start, :] = self._buffer[..., :start, :]
+            self._buffer = rows
+        rows[..., start : self._length, :] = new
         return self.tensor_so_far
 
 
@@ -86,13 +87,13 @@ class Keys(NamedTuple):
     """One modality's M tokens, for S queries; the last n of them are new, the first ones in `cache`.
 
     Shapes: new (B, n, D), features of all (B, H, M, head_dim), rotary cos and sin of the new ones
-    (B, n, head_dim), visible (B, S, M). `runs` says the same as `visible` where that is alike in
-    all rows.
+    (B, n, head_dim) or of a single one its matrix, visible (B, S, M). `runs` says the same as
+    `visible` where that is alike in all rows.
     """
 
     new: Tensor
     features: Tensor
-    rotary: tuple[Tensor, Tensor]
+    rotary: Rotary
     visible: Tensor
     runs: tuple[QueryRun, ...] | None = None
     cache: LearnerCache | None = None
@@ -126,7 +127,7 @@ class PromptTokens:
     learner attends to, the same for all layers. `visible_to` (B, N, N) is what the main attention sees
     where that is not simply what comes before: rows packed from several questions. `caches` are what
     learners computed of earlier tokens, kept with the model's cache. `ranks` (B, N) is each token's place among
-    the valid ones of its sequence.
+    the valid ones of its sequence, and `unpadded` says that it is the column, where looking is free.
     """
 
     features: Tensor
@@ -134,14 +135,19 @@ class PromptTokens:
     valid: Tensor
     positions: Tensor
     queries: int
-    rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    rotary: Callable[[Tensor, Tensor], Tables]
     config: WingsConfig
     visible_to: Tensor | None = None
     caches: dict[Modality, LearnerCache] | None = None
     keys: dict[Modality, Keys] = field(init=False)
     ranks: Tensor = field(init=False)
+    unpadded: bool = field(init=False)
+    _turn: tuple[Tables, Tensor] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        # looking makes a GPU wait
+        alone = self.valid.device.type == "cpu" and self.visible_to is None
+        self.unpadded = alone and bool(self.valid.all())
         # padding does not shift a token's place in its row; packed rows say it by position
         ranks = (self.valid.cumsum(1) - 1).clamp(min=0)
         self.ranks = ranks if self.visible_to is None else self.positions
@@ -151,6 +157,14 @@ class PromptTokens:
             for modality, chosen in keys_of(self.is_image, self.valid, self.config).items()
             if modality in self.config.modalities
         }
+
+    def turn(self, rotary: Tables) -> Rotary:
+        """Returns the rotation of the queries: of a single one its matrix, made once for all layers."""
+        if self.queries > 1:
+            return rotary
+        if self._turn is None or self._turn[0] is not rotary:
+            self._turn = rotary, rotation_matrix(*rotary)
+        return self._turn[1]
 
     def _gather(self, modality: Modality, chosen: Tensor) -> Keys:
         causal = modality == "textual" or self.config.visual_mask == "causal"
@@ -177,22 +191,22 @@ class PromptTokens:
         # only tokens that are not cached yet are gathered and rotated
         new_index = index[:, cached:]
         new = take(self.features, new_index)
-        rotary = self.rotary(new, self.positions.gather(1, new_index))
+        tables = self.rotary(new, self.positions.gather(1, new_index))
+        rotary = rotation_matrix(*tables) if new.shape[1] == 1 else tables
         # (B, n, D) -> (B, H, n, head_dim)
-        features = new.unflatten(-1, (-1, rotary[0].shape[-1])).transpose(1, 2)
+        features = new.unflatten(-1, (-1, tables[0].shape[-1])).transpose(1, 2)
         if cache is not None:
             features = cache.features.append(features)
         return Keys(new, features, rotary, visible, self._runs(chosen) if causal else None, cache)
 
     def _runs(self, chosen: Tensor) -> tuple[QueryRun, ...] | None:
-        """Returns runs of queries when all rows are alike; on a CPU,
-        since looking makes a GPU wait.
-        """
-        alike = chosen.device.type == "cpu" and self.visible_to is None
-        if not alike or not self.valid.all() or (chosen != chosen[:1]).any():
+        """Returns runs of queries when all rows are alike and without padding, on a CPU."""
+        if not self.unpadded or (len(chosen) > 1 and (chosen != chosen[:1]).any()):
             return None
         # runs of queries of one modality, with the number of its keys before each
         first = chosen.shape[1] - self.queries
+        if self.queries == 1:
+            return (QueryRun(0, 1, int(chosen[0, :-1].sum()), bool(chosen[0, -1])),)
         is_chosen, counts = chosen[0].tolist(), [0, *chosen[0].cumsum(0).tolist()]
         cuts = [n for n in range(first + 1, len(is_chosen)) if is_chosen[n] != is_chosen[n - 1]]
         edges = [first, *cuts, len(is_chosen)]
@@ -233,9 +247,30 @@ class _Stored(DynamicLayer):  # type: ignore[misc]
     the learners cache, since rows or tokens are others then.
     """
 
+    keys: Any
+    values: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.caches: dict[Modality, LearnerCache] = {}
+        self._rows = GrowingTensor()
+        self._last: Tensor | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        before: Tensor | None = self.keys if self.is_initialized else None
+        found: tuple[Tensor, Tensor]
+        if torch.is_grad_enabled() or before is None:
+            found = super().update(key_states, value_states, *args, **kwargs)
+            return found
+        if before is not self._last:  # rows were dropped or moved since
+            self._rows = GrowingTensor()
+            self._rows.append(before)
+        self._last = self._rows.append(key_states)
+        found = self._last, torch.cat([self.values, value_states], -2)
+        self.keys, self.values = found
+        return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Stored":
         other = copy.copy(self)

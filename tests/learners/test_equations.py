@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from vlm_prune.learners.lorra import rotated
 from vlm_prune.learners.model import wings_layers
+from vlm_prune.learners.rotary import rotated, rotation_matrix
 
 
 def low_rank(module):
@@ -56,6 +56,15 @@ def test_rotation_in_place_has_the_same_bits_as_the_one_that_takes_gradients():
     taken = rotated(heads.clone().requires_grad_(), tables)
     assert taken.requires_grad and torch.equal(rotated(heads, tables), taken)
     assert torch.equal(heads, kept)
+
+
+def test_the_matrix_of_a_rotation_turns_one_token_as_the_tables_do():
+    generator = torch.Generator().manual_seed(0)
+    heads = torch.randn(2, 1, 3, 8, generator=generator)
+    for rows in (1, 2):
+        # halves that differ, as they do where positions have several axes
+        tables = tuple(torch.randn(2, rows, 1, 8, generator=generator))
+        torch.testing.assert_close(rotated(heads, rotation_matrix(*tables)), rotated(heads, tables))
 
 
 @torch.no_grad()
