@@ -223,7 +223,8 @@ def frame_numbers(family: Family, ids: Tensor, grids: Tensor | None) -> Tensor:
     """Returns the image or frame of each token, counted in its row, -1 for text, (B, n).
 
     An image is an unbroken run of placeholders, as is a frame that stands between markers; a run of
-    a video's is split evenly where its grid is known.
+    a video's is split by its grid, or where all frames have as many tokens; what stands behind the
+    last frame goes with it.
 
     Args:
         family: the model's adapter.
@@ -238,8 +239,11 @@ def frame_numbers(family: Family, ids: Tensor, grids: Tensor | None) -> Tensor:
         number = 0
         runs = image_runs(torch.stack(shown).any(0)[None])
         for _, first, length in runs:
-            frames = next(videos, 1) if int(own[first]) == video else 1
-            part = torch.arange(length) * frames // length
+            frames = 1
+            if int(own[first]) == video:
+                size = family.tokens_per_frame
+                frames = next(videos, 1) if size is None else max(1, length // size)
+            part = (torch.arange(length) // max(1, length // frames)).clamp(max=frames - 1)
             found[row, first : first + length] = (number + part).to(found)
             number += frames
     return found

@@ -431,6 +431,11 @@ class Family(ABC):
         """
         raise InputError(f"videos of {self.model.config.model_type} models are not pruned")
 
+    @property
+    def tokens_per_frame(self) -> int | None:
+        """Returns how many tokens each frame of a video has; None where that depends on its size."""
+        return None
+
     def _encoded(
         self, kind: Kind, pixels: Tensor, names: tuple[str, ...], inputs: Mapping[str, Tensor]
     ) -> Any:

@@ -38,5 +38,10 @@ class LlavaNextVideo(LlavaNext):
         rows, columns = (side // stride for side in self.patches_of(pixels))
         return [(pixels.shape[1], rows, columns)] * len(pixels)
 
+    @property
+    def tokens_per_frame(self) -> int:
+        side: int = round(self.tokens_per_image**0.5) // self.model.config.spatial_pool_stride
+        return side**2
+
     def pooled(self, grid: Tensor) -> Tensor:
         return avg_pool2d(grid, self.model.config.spatial_pool_stride)

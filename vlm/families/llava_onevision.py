@@ -115,6 +115,11 @@ class LlavaOneVision(LlavaNext):
         rows, columns = (-(-side // 2) for side in self.patches_of(pixels))
         return [(pixels.shape[1], rows, columns)] * len(pixels)
 
+    @property
+    def tokens_per_frame(self) -> int:
+        side: int = -(-round(self.tokens_per_image**0.5) // 2)
+        return side * side
+
     def pooled(self, grid: Tensor) -> Tensor:
         half: Tensor = interpolate(
             grid, [-(-side // 2) for side in grid.shape[2:]], mode="bilinear"

@@ -280,6 +280,15 @@ def test_frames_are_images_and_frames_of_videos(models, llava_case):
     # two frames are encoded as one, 3 x 3 and 3 x 2 tokens
     image = int((inputs["input_ids"][0] == family_of(case.model).image_token).sum())
     assert [torch.bincount(row[row >= 0]).tolist() for row in found] == [[9, 9, 9, image], [6, 6]]
+    for name in ("llava_onevision", "llava_next_video"):
+        other = Tiny(name)
+        family, given = family_of(other.model), other.inputs([[(["a"], "Is there a 7?")]])
+        frames, rows, columns = family.video_grids(given)[0]
+        own = frame_numbers(family, given["input_ids"], None)[0]
+        counts = torch.bincount(own[own >= 0]).tolist()
+        # a newline behind the last frame goes with it
+        assert counts[:-1] == [rows * columns] * (frames - 1) and len(counts) > 1
+        assert counts[-1] - rows * columns == (name == "llava_onevision")
     run, seen = short("dhsa").run(), []
     attend = run.prefill
     run.prefill = lambda call: seen.append(call.frames) or attend(call)
