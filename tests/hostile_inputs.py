@@ -123,6 +123,7 @@ SOUND: dict[str, tuple[str, ...]] = {
     "draw-kept-tokens": ("draw-kept-tokens", "{new}/drawn.png"),
     "left-to-see": ("left-to-see", "{new}/left.md", "--limit", "6", "--method", "random,evs", "--budget", "0.1"),
     "bench-against": ("bench-against", "HEAD", "--run", "methods", "--repeats", "1"),
+    "bench-peers": ("bench-peers", "{missing}"),
     "train-wings": ("train-wings",),
     "train-wings train": ("train-wings", "train", "--data", "{data}", "--images", "{images}",
                           "--output", "{new}/wings", "--model", "{model}", "--rank", "2"),
@@ -318,6 +319,7 @@ POSITIONAL: dict[str, dict[int, tuple[str, ...]]] = {
     "serve": {1: ("tinny", "/nowhere/x", "{empty}", "")},
     "bench-kernels": {1: ("", "/", "{image}/below")},
     "bench-against": {1: ("", "nosuch", "--upload-pack", "HEAD:README.md")},
+    "bench-peers": {1: ("", ".", "/", "/dev/null", "{image}", "{images}", "{pipe}")},
     "left-to-see": {1: ("", ".", "/", "/dev/null", "{images}", "{image}/below", "{pipe}")},
     "draw-kept-tokens": {1: ("", ".", "/", "/dev/null", "{images}", "{image}/below", "{pipe}")},
     "calibrate": {1: ("pooled", "", "nosuch"), 2: ("", ".", "/", "/dev/null", "{image}/below", "{pipe}")},
@@ -334,12 +336,13 @@ POSITIONAL: dict[str, dict[int, tuple[str, ...]]] = {
 CALLED = {
     ("ask", 1): ("an image",),
     ("ask", 2): ("question", "prompt"),
+    ("bench-peers", 1): ("interpreter",),
     ("iit evaluate", 2): ("iit.jsonl",),
 }
 
 # Wrong arguments of each script that takes some.
 SCRIPTS: dict[str, tuple[str, ...]] = {
-    "bench_against": ("nosuchcommit",),
+    "bench_against": ("nosuchcommit",), "bench_peers": ("{missing}",),
     "bench_continual": ("--model", "nonsense"), "bench_kernels": ("{image}/below",),
     "compare_continual": ("/",), "draw_kept_tokens": ("{images}",), "left_to_see": ("{images}",), "iit": ("evaluate", "{missing}"),
     "train_continual": ("--method", "codyr"), "train_tiny_clip": ("/dev/null",),

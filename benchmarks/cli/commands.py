@@ -10,6 +10,7 @@ from vlm_prune.benchmarks.cli import (
     bench,
     bench_against,
     bench_kernels,
+    bench_peers,
     calibrate,
     compare,
     continual,
@@ -83,6 +84,7 @@ for name, group in (
     app.add_typer(group, name=name, rich_help_panel=TRAIN)
 app.command("merge", rich_help_panel=TRAIN)(merge.merge_command)
 app.command("bench-against", hidden=True)(bench_against.bench_against)
+app.command("bench-peers", hidden=True)(bench_peers.bench_peers)
 app.command("draw-kept-tokens", hidden=True)(draw_kept_tokens.draw_kept_tokens)
 app.command("left-to-see", rich_help_panel=MEASURE)(left_to_see.left_to_see_command)
 app.add_typer(train_tiny.app, name="train-tiny", hidden=True)
