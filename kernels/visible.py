@@ -29,7 +29,9 @@ def visible_softmax(
 
 
 def share_heads(heads: Tensor, query: Tensor) -> Tensor:
-    """Repeats grouped key or value heads (B, G, N, d) to the query's (B, H, N, d)."""
+    """Repeats grouped key or value heads (B, G, N, d) to the query's (B, H, N, d); as many stay as they are."""
+    if heads.shape[1] == query.shape[1]:
+        return heads
     return heads.repeat_interleave(query.shape[1] // heads.shape[1], dim=1)
 
 
