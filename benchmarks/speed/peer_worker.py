@@ -2,7 +2,8 @@
 
 It runs under another interpreter, too, for a method's released code, and so imports nothing of ours
 but for our own methods. Each answer is one line of JSON: processor seconds up to the first token,
-and of that what making the image's tokens takes: tower, projector and selection.
+of that what making the image's tokens takes (tower, projector and selection), and selection alone,
+which is null where it is part of a changed tower.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ LANGUAGE = {
 TEXT = 60
 IMAGE_WORD = 31999
 """The word that stands for image tokens in our prompts."""
-Measure = Callable[[], tuple[float, float]]
+Measure = Callable[[], tuple[float, float, float | None]]
 
 
 def released(method: str, budget: int) -> Measure:
@@ -68,7 +69,7 @@ def released(method: str, budget: int) -> Measure:
     ids = torch.randint(10, 31000, (1, TEXT))
     ids[0, 5] = -200
 
-    def measure() -> tuple[float, float]:
+    def measure() -> tuple[float, float, float | None]:
         start = time.process_time()
         encode(pixels)
         encoded = time.process_time() - start
@@ -76,7 +77,7 @@ def released(method: str, budget: int) -> Measure:
         model.generate(
             ids, images=pixels, image_sizes=[(336, 336)], do_sample=False, max_new_tokens=1
         )
-        return time.process_time() - start, encoded
+        return time.process_time() - start, encoded, 0.0 if method == "none" else None
 
     return measure
 
@@ -107,21 +108,25 @@ def ours(method: str, budget: int) -> Measure:
     ids[0, 5 : 5 + 576] = IMAGE_WORD
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
-    def encode() -> None:
+    def encode() -> float:
+        """Makes the image's tokens; returns what selection takes of that."""
         if pruner is None:
             model.get_image_features(pixels)
-            return
-        for group in family.encode(pixels).groups:
-            pruner.select(group.tokens)
-
-    def measure() -> tuple[float, float]:
+            return 0.0
+        groups = family.encode(pixels).groups
         start = time.process_time()
-        encode()
+        for group in groups:
+            pruner.select(group.tokens)
+        return time.process_time() - start
+
+    def measure() -> tuple[float, float, float | None]:
+        start = time.process_time()
+        selection = encode()
         encoded = time.process_time() - start
         start = time.process_time()
         with contextlib.nullcontext() if pruner is None else pruner(model):
             model.generate(**inputs, do_sample=False, max_new_tokens=1)
-        return time.process_time() - start, encoded
+        return time.process_time() - start, encoded, selection
 
     return measure
 

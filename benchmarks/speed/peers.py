@@ -34,6 +34,7 @@ class PeerRun:
         errors: what it says otherwise.
         first: processor seconds to the first token.
         encoded: of these, until the image's tokens are there.
+        selection: of these, where it is no part of a changed tower.
     """
 
     side: str
@@ -42,6 +43,7 @@ class PeerRun:
     errors: IO[str]
     first: list[float] = field(default_factory=list)
     encoded: list[float] = field(default_factory=list)
+    selection: list[float] = field(default_factory=list)
 
     def answer(self) -> Any:
         """Returns the next line that the process writes.
@@ -66,17 +68,23 @@ class PeerRun:
             self.process.stdin.flush()
         except BrokenPipeError:
             pass  # `answer` says why
-        first, encoded = self.answer()
+        first, encoded, selection = self.answer()
         self.first.append(first)
         self.encoded.append(encoded)
+        if selection is not None:
+            self.selection.append(selection)
 
     def after(self) -> list[float]:
         """Returns the seconds behind the image's tokens: the language model's prefill."""
         return [first - encoded for first, encoded in zip(self.first, self.encoded, strict=True)]
 
     def milliseconds(self) -> dict[str, float]:
-        """Returns medians: to the first token, until the image's tokens are there, and after that."""
+        """Returns medians: to the first token, until the image's tokens are there, after that, and of
+        selection where it was measured.
+        """
         named = {"first": self.first, "encoded": self.encoded, "prefill": self.after()}
+        if self.selection:
+            named["selection"] = self.selection
         return {name: 1000 * median(values) for name, values in named.items()}
 
 
@@ -142,7 +150,6 @@ def compare_with_peers(python: Path, budget: int, repeats: int) -> dict[str, Any
         row: dict[str, Any] = {"side": side, "method": method, "ms": run.milliseconds()}
         if method != "none":
             whole = by_name[side, "none"]
-            row["ms"]["selection"] = row["ms"]["encoded"] - whole.milliseconds()["encoded"]
             row["speedup"] = {
                 "prefill": faster(whole.after(), run.after()),
                 "first": faster(whole.first, run.first),
@@ -179,7 +186,7 @@ def peer_rows(found: dict[str, Any]) -> list[list[str]]:
         took, speedup = result["ms"], result.get("speedup", {})
         rows.append(
             [
-                result["side"], result["method"], f"{took.get('selection', 0.0):.1f}",
+                result["side"], result["method"], f"{took['selection']:.1f}" if "selection" in took else "–",
                 f"{took['prefill']:.0f}", shown(speedup.get("prefill")),
                 f"{took['first']:.0f}", shown(speedup.get("first")), shown(result.get("times_ours")),
             ]

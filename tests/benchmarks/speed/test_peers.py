@@ -11,7 +11,7 @@ from vlm_prune.vlm.common.errors import InputError
 STAND_IN = """#!{python}
 import json, sys
 side, method = sys.argv[2:4]
-took = {{"none": (0.4, 0.1), "visionzip": (0.2, 0.12), "flowcut": (0.25, 0.15)}}[method]
+took = {{"none": (0.4, 0.1, 0), "visionzip": (0.2, 0.12, 0.02), "flowcut": (0.25, 0.15, None)}}[method]
 assert side == "released"
 print(json.dumps("ready"), flush=True)
 for _ in sys.stdin:
@@ -34,8 +34,8 @@ def small(monkeypatch):
 
 @pytest.mark.parametrize("method", ["none", *peers.METHODS])
 def test_our_side_measures_the_first_token_and_the_images_part_of_it(method, small):
-    first, encoded = peer_worker.ours(method, 64)()
-    assert 0 < encoded and 0 < first
+    first, encoded, selection = peer_worker.ours(method, 64)()
+    assert 0 < encoded and 0 < first and (selection > 0) == (method != "none")
 
 
 def test_ratios_are_to_the_unpruned_model_of_the_same_side(tmp_path, monkeypatch):
@@ -51,17 +51,16 @@ def test_ratios_are_to_the_unpruned_model_of_the_same_side(tmp_path, monkeypatch
     rows = {(row["side"], row["method"]): row for row in found["results"]}
     assert len(rows) == 5 and found["repeats"] == 2
     cut = rows["released", "flowcut"]
-    assert cut["ms"] == pytest.approx(
-        {"first": 250, "encoded": 150, "prefill": 100, "selection": 50}
-    )
+    assert cut["ms"] == pytest.approx({"first": 250, "encoded": 150, "prefill": 100})
     assert cut["speedup"]["prefill"]["mean"] == pytest.approx(3)
     assert cut["speedup"]["first"]["mean"] == pytest.approx(1.6)
     assert cut["times_ours"]["mean"] == pytest.approx(1.25)
     assert "speedup" not in rows["ours", "none"]
+    assert rows["ours", "visionzip"]["ms"]["selection"] == pytest.approx(20)
     table = peers.peer_rows(found)
     (row,) = [cells for cells in table if cells[1] == "flowcut"]
     assert row[2:] == [
-        "50.0", "100", "3.00x [3.00, 3.00]", "250", "1.60x [1.60, 1.60]", "1.25x [1.25, 1.25]",
+        "–", "100", "3.00x [3.00, 3.00]", "250", "1.60x [1.60, 1.60]", "1.25x [1.25, 1.25]",
     ]  # fmt: skip
 
 
