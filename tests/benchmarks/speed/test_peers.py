@@ -35,7 +35,8 @@ def small(monkeypatch):
 @pytest.mark.parametrize("method", ["none", *peers.METHODS])
 def test_our_side_measures_the_first_token_and_the_images_part_of_it(method, small):
     first, encoded, selection = peer_worker.ours(method, 64)()
-    assert 0 < encoded and 0 < first and (selection > 0) == (method != "none")
+    assert 0 < encoded < first and selection < encoded
+    assert (selection > 0) == (method != "none")
 
 
 def test_ratios_are_to_the_unpruned_model_of_the_same_side(tmp_path, monkeypatch):
