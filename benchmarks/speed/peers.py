@@ -187,13 +187,13 @@ def peer_rows(found: dict[str, Any]) -> list[list[str]]:
         rows.append(
             [
                 result["side"], result["method"], f"{took['selection']:.1f}" if "selection" in took else "–",
-                f"{took['prefill']:.0f}", shown(speedup.get("prefill")),
-                f"{took['first']:.0f}", shown(speedup.get("first")), shown(result.get("times_ours")),
+                f"{took['prefill']:.0f}", ratio_cell(speedup.get("prefill")),
+                f"{took['first']:.0f}", ratio_cell(speedup.get("first")), ratio_cell(result.get("times_ours")),
             ]
         )  # fmt: skip
     return rows
 
 
-def shown(ratio: dict[str, float] | None) -> str:
+def ratio_cell(ratio: dict[str, float] | None) -> str:
     """Returns a ratio and its interval as a cell, a dash for none."""
     return "–" if ratio is None else "{mean:.2f}x [{low:.2f}, {high:.2f}]".format(**ratio)
