@@ -21,7 +21,8 @@ for _ in sys.stdin:
 
 @pytest.fixture
 def small(monkeypatch):
-    """A tower and a language model of two layers."""
+    """A tower and a language model of two layers; the clock is the processor's, as in a worker."""
+    monkeypatch.setattr(peer_worker.time, "perf_counter", peer_worker.time.process_time)
     monkeypatch.setattr(
         peer_worker, "TOWER",
         peer_worker.TOWER | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
