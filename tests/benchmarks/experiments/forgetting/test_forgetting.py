@@ -49,7 +49,7 @@ def test_packed_answers_are_right_exactly_when_greedy_decoding_gives_them(embedd
     shake(model, deviation=0.02)
     shown = encode_scenes(model, "val", 1, tmp_path)
     rows = held_out_rows(shown, SMALL, np.random.default_rng(0))
-    rows = [(part, replace(row, blocks=row.blocks[:6])) for part, row in rows[:2] + rows[4:6]]
+    rows = [(part, replace(row, blocks=row.blocks[:12])) for part, row in rows[:2] + rows[4:6]]
     counted = {}
     for number, (_, row) in enumerate(rows):
         for block in row.blocks:
