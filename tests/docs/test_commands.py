@@ -1,5 +1,7 @@
 """Every command and example of the README and the documentation runs, or says what it needs.
 
+Those of long pages run in the slow tests; by default their commands must exist.
+
 Blocks of a page run one after the other in one folder. A comment above a block changes that:
 `<!-- needs: gpu -->` (or another of `NEEDS`): it is not run, but its commands, options, extras and
 targets must exist; `<!-- test with: --limit 6 -->`: each command gets these options at its end.
