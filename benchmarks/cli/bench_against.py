@@ -19,6 +19,7 @@ def bench_against(
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Measure commands at another commit and now, in turn: time, memory, phases and rows."""
+    from vlm_prune.benchmarks.evaluation.environment import command_line
     from vlm_prune.benchmarks.speed.against import DEFAULT, compare_with, comparison_rows
     from vlm_prune.benchmarks.stats.table import as_table, show
     from vlm_prune.vlm.common.files import check_output, write_json
@@ -28,7 +29,4 @@ def bench_against(
     found = compare_with(commit, run or list(DEFAULT), repeats)
     show(as_table(comparison_rows(found)))
     if output is not None:
-        import shlex
-        import sys
-
-        write_json(output, {"command": shlex.join(["vlm-prune", *sys.argv[1:]])} | found)
+        write_json(output, {"command": command_line()} | found)

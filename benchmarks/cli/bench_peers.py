@@ -15,6 +15,7 @@ def bench_peers(
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Measure our methods and others' releases on random LLaVAs of one shape, in turn."""
+    from vlm_prune.benchmarks.evaluation.environment import command_line
     from vlm_prune.benchmarks.speed.peers import compare_with_peers, peer_rows
     from vlm_prune.benchmarks.stats.table import as_table, show
     from vlm_prune.vlm.common.files import check_output, write_json
@@ -24,7 +25,4 @@ def bench_peers(
     found = compare_with_peers(python, budget, repeats)
     show(as_table(peer_rows(found)))
     if output is not None:
-        import shlex
-        import sys
-
-        write_json(output, {"command": shlex.join(["vlm-prune", *sys.argv[1:]])} | found)
+        write_json(output, {"command": command_line()} | found)

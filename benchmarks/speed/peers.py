@@ -14,6 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from vlm_prune.benchmarks.evaluation.tables import MISSING_VALUE
 from vlm_prune.benchmarks.speed import peer_worker
 from vlm_prune.benchmarks.speed.against import machine
 from vlm_prune.benchmarks.stats.bootstrap import mean_interval
@@ -186,7 +187,7 @@ def peer_rows(found: dict[str, Any]) -> list[list[str]]:
         took, speedup = result["ms"], result.get("speedup", {})
         rows.append(
             [
-                result["side"], result["method"], f"{took['selection']:.1f}" if "selection" in took else "–",
+                result["side"], result["method"], f"{took['selection']:.1f}" if "selection" in took else MISSING_VALUE,
                 f"{took['prefill']:.0f}", ratio_cell(speedup.get("prefill")),
                 f"{took['first']:.0f}", ratio_cell(speedup.get("first")), ratio_cell(result.get("times_ours")),
             ]
@@ -196,4 +197,6 @@ def peer_rows(found: dict[str, Any]) -> list[list[str]]:
 
 def ratio_cell(ratio: dict[str, float] | None) -> str:
     """Returns a ratio and its interval as a cell, a dash for none."""
-    return "–" if ratio is None else "{mean:.2f}x [{low:.2f}, {high:.2f}]".format(**ratio)
+    if ratio is None:
+        return MISSING_VALUE
+    return "{mean:.2f}x [{low:.2f}, {high:.2f}]".format(**ratio)
