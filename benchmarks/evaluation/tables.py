@@ -78,9 +78,9 @@ def cost_lines(results: Results) -> list[str]:
     tokens, time, speed = results.tokens, results.time_ms, results.speedup
     flops, kv, sparse = results.flops, results.kv_bytes, []
     if results.density is not None:
-        sparse = [f"attention          {results.density:.3f} of the causal half"]
+        sparse = [f"attention          {_density(results.density)} of the causal half"]
         if results.chosen_density is not None:
-            sparse[0] += f", {results.chosen_density:.3f} of what methods choose"
+            sparse[0] += f", {_density(results.chosen_density)} of what methods choose"
     return [
         *sparse,
         f"tokens per image   {count(tokens.full)} -> {three_ways(tokens)} ({THREE_WAYS})",
@@ -115,20 +115,30 @@ def first_token(results: Results) -> str:
 
 
 def comparison_table(runs: list[Results]) -> list[list[str]]:
-    """Returns header and rows of several runs side by side, the unpruned model first."""
+    """Returns header and rows of several runs side by side, the unpruned model first.
+
+    Both densities stand beside the tokens if a run has sparse attention.
+    """
     first, names = runs[0], list(runs[0].tasks)
+    sparse = any(run.density is not None for run in runs)
+    densities = ["density", "of it chosen"] if sparse else []
     ends = ["mean", "% retained [95 %]", "prefill"]
-    header = ["method", "budget", f"tokens {THREE_WAYS}", *names, *ends]
+    header = ["method", "budget", f"tokens {THREE_WAYS}", *densities, *names, *ends]
     unpruned = [percent(first.tasks[name].baseline_accuracy) for name in names]
     unpruned.append(percent(first.overall.baseline_accuracy))
-    rows = [header, ["unpruned", "", count(first.tokens.full), *unpruned, "100", "1.00x"]]
+    tokens, dashes = count(first.tokens.full), [MISSING_VALUE for _ in densities]
+    rows = [header, ["unpruned", "", tokens, *dashes, *unpruned, "100", "1.00x"]]
     for run in runs:
+        shares = [_density(run.density), _density(run.chosen_density)] if sparse else []
         accuracies = [percent(run.tasks[name].accuracy) for name in names]
         accuracies.append(percent(run.overall.accuracy))
-        tokens, speed = three_ways(run.tokens), f"{run.speedup.prefill:.2f}x"
-        retained = with_interval(run.overall)
-        rows.append([_method_of(run), str(run.budget), tokens, *accuracies, retained, speed])
+        cells = [_method_of(run), str(run.budget), three_ways(run.tokens), *shares, *accuracies]
+        rows.append([*cells, with_interval(run.overall), f"{run.speedup.prefill:.2f}x"])
     return rows
+
+
+def _density(value: float | None) -> str:
+    return MISSING_VALUE if value is None else f"{value:.3f}"
 
 
 def overview_table(runs: list[Results]) -> list[list[str]]:

@@ -12,7 +12,7 @@ from tiny_families import Tiny
 from vlm_prune.benchmarks.evaluation import engine, timing
 from vlm_prune.benchmarks.evaluation.records import PairedTimes, Results
 from vlm_prune.benchmarks.evaluation.store import read_run, read_versioned
-from vlm_prune.benchmarks.evaluation.tables import with_interval
+from vlm_prune.benchmarks.evaluation.tables import comparison_table, with_interval
 from vlm_prune.pruning import METHODS, divprune
 
 UNTIMED = PairedTimes(*[0.0] * len(PairedTimes.__struct_fields__))
@@ -86,11 +86,23 @@ def test_sparse_attention_is_evaluated_beside_a_pruner(run, checkpoint, tmp_path
     assert code == 0, err
     names = {f"divprune+{name}-300-density-{d}" for name in ("pooled", "local") for d in (0.8, 0.5)}
     assert names == {path.name for path in folder.iterdir() if path.is_dir()}
-    for name in names:
-        content, _ = results(folder / name)
+    header, _, unpruned, *rows = (folder / "compare.md").read_text().splitlines()
+    assert " | density | of it chosen | exist | " in header
+    assert " | 576 | – | – | " in unpruned
+    assert len(rows) == 4
+    for row in rows:
+        name, density = row.split(" | ")[0].removeprefix("| ").split(" at density ")
+        run_folder = folder / f"{name}-300-density-{density}"
+        content, _ = results(run_folder)
         assert content["tokens"]["kept"] == 300
-        assert content["density"] == pytest.approx(float(name.split("-")[-1]), abs=0.1)
-    assert "divprune+local at density 0.5" in (folder / "compare.md").read_text()
+        assert content["density"] == pytest.approx(float(density), abs=0.1)
+        shown = [f"{content[key]:.3f}" for key in ("density", "chosen_density")]
+        assert row.split(" | ")[3:5] == shown
+    assert "of it chosen" in out
+    sparse = read_versioned(run_folder / "results.json", Results)
+    dense = msgspec.structs.replace(sparse, density=None, chosen_density=None)
+    *_, row = comparison_table([sparse, dense])
+    assert row[3:5] == ["–", "–"]
 
 
 @pytest.mark.parametrize(
@@ -169,6 +181,7 @@ def test_the_tower_runs_once_for_baseline_and_all_methods(run, checkpoint, tmp_p
     assert calls == [1, 4]  # one question to warm up, then the batch
     assert len(list(tmp_path.glob("*/results.json"))) == 6
     table, overview, pairs = (tmp_path / "compare.md").read_text().split("\n\n")
+    assert "density" not in table
     assert len(table.splitlines()) == 2 + 1 + 6
     cut = read_versioned(tmp_path / "adaptinfer-32" / "results.json", Results)
     header, _, *rows = overview.splitlines()
