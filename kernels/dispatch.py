@@ -1,6 +1,6 @@
 """Which implementation of an operation runs: Triton on CUDA, the PyTorch reference elsewhere."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -48,3 +48,9 @@ def implementation(op: str, tensor: Tensor) -> Any:
     """
     file = {"triton": "triton_kernel", "reference": "reference"}[backend_for(tensor)]
     return import_module(f"vlm_prune.kernels.{op}.{file}")
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Returns whether a device is a CPU that multiplies matrices of bfloat16 many times as fast as of fp32."""
+    known: Callable[[], Mapping[str, object]] = getattr(torch.cpu, "get_capabilities", dict)
+    return device.type == "cpu" and bool(known().get("amx_bf16"))

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from vlm_prune.kernels.dispatch import multiplies_bf16
 from vlm_prune.kernels.pairwise_cosine import pairwise_cosine
 from vlm_prune.kernels.token_sensitivity import (
     closed_form,
@@ -20,7 +21,6 @@ from vlm_prune.kernels.token_sensitivity import (
 from vlm_prune.kernels.token_sensitivity.reference import (
     mean_lengths,
     mean_lengths_in_bf16,
-    multiplies_bf16,
     pre_activation,
     quadratic,
     slopes,

@@ -42,6 +42,7 @@ from vlm_prune.benchmarks.embedded_models.own_instructions import (
     without,
     write_instructions,
 )
+from vlm_prune.benchmarks.embedded_models.progress import TrainingProgress, answers_right
 from vlm_prune.benchmarks.embedded_models.source import TRAIN_SEED, pixels_of
 from vlm_prune.benchmarks.embedded_models.symbols import Symbols, align_projector, word_ids
 from vlm_prune.benchmarks.embedded_models.tower import tower_features
@@ -57,7 +58,7 @@ from vlm_prune.benchmarks.tasks import (
 from vlm_prune.benchmarks.tasks import text as text_task
 from vlm_prune.benchmarks.tasks.base import Question, Split
 from vlm_prune.benchmarks.tasks.scenes import COLORS, GRID, NAMES, Scene, make_scene
-from vlm_prune.kernels.token_sensitivity.reference import multiplies_bf16
+from vlm_prune.kernels.dispatch import multiplies_bf16
 from vlm_prune.vlm.common.files import atomic_path
 from vlm_prune.vlm.common.state import (
     load_tensors,
@@ -278,7 +279,7 @@ class SmolTrainer:
         before, after = self._chat("\0").split("\0")
         self.before, self.asking, self.after = before, "\n", after
         self.encoded: dict[tuple[Any, ...], EncodedScene] = {}
-        self.step, self.spent, self.running = 0, 0.0, dict[str, float]()
+        self.progress = TrainingProgress()
         if (folder / "state.safetensors").is_file():
             self._restore()
         elif keep is not None:
@@ -403,8 +404,8 @@ class SmolTrainer:
     def _done(self) -> float:
         """Returns the share of the training that is done."""
         if self.recipe.minutes is None:
-            return self.step / self.recipe.steps
-        return self.spent / (60 * self.recipe.minutes)
+            return self.progress.step / self.recipe.steps
+        return self.progress.spent / (60 * self.recipe.minutes)
 
     def _level(self) -> Level:
         return next(level for level in self.recipe.levels if self._done() < level.until)
@@ -482,16 +483,8 @@ class SmolTrainer:
         is_answer = batch.labels != IGNORE
         logits = nn.functional.linear(hidden_states[is_answer], self.head).float()
         labels = batch.labels[is_answer]
-        words = labels != self.tokenizer.eos_token_id
         hits = logits.argmax(-1) == labels
-        right: dict[str, list[bool]] = {}
-        whole = True
-        for kind, word, hit in zip(batch.kinds, words.tolist(), hits.tolist(), strict=True):
-            if word:
-                whole = whole and hit
-            else:
-                right.setdefault(kind, []).append(whole)
-                whole = True
+        right = answers_right(batch.kinds, labels, hits, self.tokenizer.eos_token_id)
         return cross_entropy(logits, labels), right
 
     def own_loss(self, group: int) -> Tensor:
@@ -551,28 +544,28 @@ class SmolTrainer:
             recorder(self.folder / "log.jsonl", stage) for stage in ("train", "validation")
         )
         saved = time.monotonic()
-        while self._done() < 1 and (until is None or self.step < until):
+        while self._done() < 1 and (until is None or self.progress.step < until):
             level = self._level()
-            rng = np.random.default_rng([TRAIN_SEED, self.recipe.seed, self.step])
+            rng = np.random.default_rng([TRAIN_SEED, self.recipe.seed, self.progress.step])
             started = time.monotonic()
             figures = self._step(rng, level)
             figures["took"] = time.monotonic() - started
-            self.spent += figures["took"]
-            if self.step % 20 == 0:
-                train(self.step, level=self.recipe.levels.index(level), **figures)
-            self.step += 1
-            if self.step % 50 == 0 or time.monotonic() - saved > SAVE_SECONDS:
+            self.progress.spent += figures["took"]
+            if self.progress.step % 20 == 0:
+                train(self.progress.step, level=self.recipe.levels.index(level), **figures)
+            self.progress.step += 1
+            if self.progress.step % 50 == 0 or time.monotonic() - saved > SAVE_SECONDS:
                 self.save()
                 saved = time.monotonic()
-            if self.step % 150 == 0:
-                validation(self.step, **self.validate())
-        if self._done() >= 1 and self.step % 150:
-            validation(self.step, **self.validate())
+            if self.progress.step % 150 == 0:
+                validation(self.progress.step, **self.validate())
+        if self._done() >= 1 and self.progress.step % 150:
+            validation(self.progress.step, **self.validate())
         self.save()
 
     def _step(self, rng: np.random.Generator, level: Level) -> dict[str, float]:
-        recipe = self.recipe
-        warm = min(1.0, (self.step + 1) / 40)
+        recipe, running = self.recipe, self.progress.running
+        warm = min(1.0, (self.progress.step + 1) / 40)
         left = min(1.0, (1 - self._done()) / recipe.decay)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * warm * max(0.01, left)
@@ -581,13 +574,13 @@ class SmolTrainer:
         figures = {"loss": loss.item()}
         divergences = {"own": self.own_loss(int(rng.integers(len(self.conversations))))}
         (recipe.text_weight * divergences["own"]).backward()
-        if self.step % 4 == 0:
+        if self.progress.step % 4 == 0:
             drawn = rng.integers(len(self.plain), size=2)
             divergences["plain"] = self.plain_loss([self.plain[int(k)] for k in drawn])
             (recipe.text_weight * divergences["plain"]).backward()
         for kind, divergence in divergences.items():
-            before = self.running.get(kind, divergence.item())
-            self.running[kind] = before + 0.05 * (divergence.item() - before)
+            before = running.get(kind, divergence.item())
+            running[kind] = before + 0.05 * (divergence.item() - before)
         for name, parameter in self.live.items():
             self.lora[name].grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
@@ -595,10 +588,8 @@ class SmolTrainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._copy_master()
-        for kind, found in right.items():
-            before = self.running.get(kind, 0.3)
-            self.running[kind] = before + (fmean(found) - before) * min(0.5, 0.01 * len(found))
-        return figures | dict(sorted(self.running.items()))
+        self.progress.count(right, 0.01, 0.5)
+        return figures | dict(sorted(running.items()))
 
     @torch.no_grad()
     def validate(self, scenes: int = 20) -> dict[str, float]:
@@ -621,10 +612,8 @@ class SmolTrainer:
 
     def save(self) -> None:
         """Writes what a resumed training needs."""
-        state = dict(self._trained()) | {"step": torch.tensor(self.step)}
-        state["spent"] = torch.tensor(self.spent, dtype=torch.float64)
+        state = dict(self._trained()) | self.progress.tensors()
         state |= {f"moments.{n}": t for n, t in optimizer_tensors(self.optimizer).items()}
-        state |= {f"running.{n}": torch.tensor(v) for n, v in self.running.items()}
         with atomic_path(self.folder / "state.safetensors") as partial:
             save_tensors(partial, state)
 
@@ -658,14 +647,11 @@ class SmolTrainer:
     def _restore(self) -> None:
         path = self.folder / "state.safetensors"
         state = load_tensors(path)
-        self.step, self.spent = int(state["step"]), float(state["spent"])
+        self.progress = TrainingProgress.read(state)
         for name, parameter in self._trained():
             parameter.copy_(state[name])
         restore_moments(path, self.optimizer, tensors_below("moments.", state))
         self._copy_master()
-        self.running = {
-            name: float(value) for name, value in tensors_below("running.", state).items()
-        }
 
 
 def peft_name(name: str) -> str:

@@ -36,6 +36,7 @@ from vlm_prune.benchmarks.embedded_models.movies import (
     movie_row,
     video_row,
 )
+from vlm_prune.benchmarks.embedded_models.progress import TrainingProgress, answers_right
 from vlm_prune.benchmarks.embedded_models.source import TRAIN_SEED, normalized
 from vlm_prune.benchmarks.embedded_models.tower import optimizers, set_rate, tower_features
 from vlm_prune.benchmarks.tasks import TASKS, VIDEO
@@ -138,7 +139,7 @@ class VideoTrainer:
         attend_packed(self.decoder)
         self.sets: dict[tuple[str, int], Set] = {}
         self.clips: dict[str, tuple[Tensor, QuestionBlock]] = {}
-        self.step, self.spent, self.running = 0, 0.0, dict[str, float]()
+        self.progress = TrainingProgress()
         if (folder / "state.safetensors").is_file():
             self._restore()
         elif keep is not None:
@@ -221,16 +222,8 @@ class VideoTrainer:
         hidden_states = self.hidden_states(rows, batch)
         is_answer = batch.labels != IGNORE
         logits, labels = self.model.lm_head(hidden_states[is_answer]), batch.labels[is_answer]
-        words = labels != self.processor.tokenizer.eos_token_id
-        right: dict[str, list[bool]] = {}
-        whole = True
         hits = logits.argmax(-1) == labels
-        for kind, word, hit in zip(batch.kinds, words.tolist(), hits.tolist(), strict=True):
-            if word:
-                whole = whole and hit
-            else:
-                right.setdefault(kind, []).append(whole)
-                whole = True
+        right = answers_right(batch.kinds, labels, hits, self.processor.tokenizer.eos_token_id)
         return nn.functional.cross_entropy(logits, labels, reduction="sum"), right, batch
 
     def hidden_states(self, rows: list[Row], batch: Packed) -> Tensor:
@@ -252,7 +245,7 @@ class VideoTrainer:
 
     def done(self) -> float:
         """Returns the share of the training time that is over."""
-        return self.spent / (60 * self.recipe.minutes)
+        return self.progress.spent / (60 * self.recipe.minutes)
 
     def run(self, until: int | None = None) -> None:
         """Trains to the end, or to step `until`."""
@@ -260,29 +253,29 @@ class VideoTrainer:
             recorder(self.folder / "log.jsonl", stage) for stage in ("train", "validation")
         )
         saved = validated = time.monotonic()
-        while self.done() < 1 and (until is None or self.step < until):
+        while self.done() < 1 and (until is None or self.progress.step < until):
             share = self.done()
             level = next(level for level in self.recipe.levels if share < level.until)
-            rng = np.random.default_rng([TRAIN_SEED, self.recipe.seed, self.step])
+            rng = np.random.default_rng([TRAIN_SEED, self.recipe.seed, self.progress.step])
             begun = time.monotonic()
             figures = self._step(rng, level)
-            self.spent += time.monotonic() - begun
-            if self.step % 20 == 0:
+            self.progress.spent += time.monotonic() - begun
+            if self.progress.step % 20 == 0:
                 number = self.recipe.levels.index(level)
-                train(self.step, minutes=self.spent / 60, level=number, **figures)
-            self.step += 1
+                train(self.progress.step, minutes=self.progress.spent / 60, level=number, **figures)
+            self.progress.step += 1
             if time.monotonic() - saved > SAVE_EVERY:
                 self.save()
                 saved = time.monotonic()
             if time.monotonic() - validated > VALIDATE_EVERY:
-                validation(self.step, **self.validate())
+                validation(self.progress.step, **self.validate())
                 validated = time.monotonic()
         if self.done() >= 1:
-            validation(self.step, **self.validate())
+            validation(self.progress.step, **self.validate())
         self.save()
 
     def _step(self, rng: np.random.Generator, level: VideoLevel) -> dict[str, float]:
-        warm = min(1.0, (self.step + 1) / 20)
+        warm = min(1.0, (self.progress.step + 1) / 20)
         left = min(1.0, (1 - self.done()) / self.recipe.decay)
         for stepper, peak in zip(
             self.steppers, (self.recipe.rate, self.recipe.rate / 2), strict=True
@@ -308,10 +301,8 @@ class VideoTrainer:
         for stepper in self.steppers:
             stepper.step()
             stepper.zero_grad(set_to_none=True)
-        for kind, hits in right.items():
-            before = self.running.get(kind, 0.3)
-            self.running[kind] = before + (fmean(hits) - before) * min(0.1, 0.02 * len(hits))
-        return {"loss": whole} | dict(sorted(self.running.items()))
+        self.progress.count(right, 0.02, 0.1)
+        return {"loss": whole} | dict(sorted(self.progress.running.items()))
 
     @torch.no_grad()
     def validate(self, samples: int = 20) -> dict[str, float]:
@@ -342,11 +333,9 @@ class VideoTrainer:
         """Writes what a resumed training needs."""
         state: dict[str, Tensor] = {f"weights.{name}": t for name, t in self.weights.items()}
         state |= {f"heads.{name}": t for name, t in self.heads.state_dict().items()}
-        state |= {"step": torch.tensor(self.step)}
-        state["spent"] = torch.tensor(self.spent, dtype=torch.float64)
+        state |= self.progress.tensors()
         for number, stepper in enumerate(self.steppers):
             state |= {f"moments{number}.{n}": t for n, t in optimizer_tensors(stepper).items()}
-        state |= {f"running.{n}": torch.tensor(v) for n, v in self.running.items()}
         with atomic_path(self.folder / "state.safetensors") as partial:
             save_tensors(partial, state)
 
@@ -358,10 +347,7 @@ class VideoTrainer:
         self.heads.load_state_dict(tensors_below("heads.", state))
         for number, stepper in enumerate(self.steppers):
             restore_moments(path, stepper, tensors_below(f"moments{number}.", state))
-        self.running = {
-            name: float(value) for name, value in tensors_below("running.", state).items()
-        }
-        self.step, self.spent = int(state["step"]), float(state["spent"])
+        self.progress = TrainingProgress.read(state)
 
     @torch.no_grad()
     def _load(self, tensors: Mapping[str, Tensor]) -> None:

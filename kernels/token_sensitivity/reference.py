@@ -1,6 +1,6 @@
 """How much a two-layer projector's output moves with each token, in plain PyTorch."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -112,12 +112,6 @@ def mean_lengths(slope: Tensor, shifts: Tensor, root: Tensor) -> Tensor:
             squares += (moved[:, rows.start :] @ root[rows, rows.start :].T).square_().sum(1)
         means[start : start + tile] = squares.sqrt_().view(-1, len(shifts)).mean(1)
     return means
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Returns whether a device is a CPU that multiplies matrices of bfloat16 many times as fast as of fp32."""
-    known: Callable[[], Mapping[str, object]] = getattr(torch.cpu, "get_capabilities", dict)
-    return device.type == "cpu" and bool(known().get("amx_bf16"))
 
 
 def mean_lengths_in_bf16(slope: Tensor, shifts: Tensor, root: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(small, tmp_path):
     whole.run()
     SmolTrainer(tmp_path / "twice", SHORT).run(until=2)
     resumed = SmolTrainer(tmp_path / "twice", SHORT)
-    assert resumed.step == 2
+    assert resumed.progress.step == 2
     resumed.run()
     wanted = load_tensors(tmp_path / "once" / "state.safetensors")
     found = load_tensors(tmp_path / "twice" / "state.safetensors")
@@ -242,12 +242,12 @@ def test_the_distribution_is_held_on_answers_alone(small, tmp_path):
 @installed
 def test_a_training_may_end_by_the_clock(small, tmp_path):
     trainer = SmolTrainer(tmp_path, replace(SHORT, minutes=1.0, levels=FURTHER))
-    trainer.spent = 30.0
+    trainer.progress.spent = 30.0
     assert trainer._done() == 0.5 and trainer._level() is FURTHER[1]
-    trainer.spent = 59.9999
+    trainer.progress.spent = 59.9999
     trainer.run()
-    assert trainer.step == 1 and trainer.spent > 60
-    assert float(load_tensors(tmp_path / "state.safetensors")["spent"]) == trainer.spent
+    assert trainer.progress.step == 1 and trainer.progress.spent > 60
+    assert float(load_tensors(tmp_path / "state.safetensors")["spent"]) == trainer.progress.spent
 
 
 def test_the_fused_layer_has_the_gradients_of_two():

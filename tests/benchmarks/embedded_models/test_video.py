@@ -100,11 +100,11 @@ def test_a_row_keeps_a_token_of_each_sighting_and_all_of_them_if_whole():
 def test_a_stopped_training_goes_on_as_if_it_had_not_been(trainer, tmp_path):
     VideoTrainer(tmp_path, SHORT).run(until=1)
     resumed = VideoTrainer(tmp_path, SHORT)
-    assert resumed.step == 1
+    assert resumed.progress.step == 1
     # the rate follows the time that was spent
-    resumed.spent = trainer.spent = 0.0
+    resumed.progress.spent = trainer.progress.spent = 0.0
     trainer.run(until=1)
-    trainer.spent = 0.0
+    trainer.progress.spent = 0.0
     trainer.run(until=2)
     resumed.run(until=2)
     for name, tensor in trainer.weights.items():
