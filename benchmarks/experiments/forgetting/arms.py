@@ -139,6 +139,7 @@ ARMS: Registry[Arm] = Registry(
         "merge": Arm("post-hoc merge", None, merged=True),
         "wings": Arm("Wings", "wings", lr="wings"),
         "wings-stride-2": Arm("Wings in every second layer", "wings", lr="wings", stride=2),
+        "wings-stride-3": Arm("Wings in every third layer", "wings", lr="wings", stride=3),
         "wings-visual": Arm("Wings without textual learner", "wings-visual", lr="wings"),
         "wings-textual": Arm("Wings without visual learner", "wings-textual", lr="wings"),
         "wings-no-router": Arm("Wings without router", "wings-no-router", lr="wings"),
