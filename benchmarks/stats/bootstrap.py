@@ -1,9 +1,12 @@
-"""Bootstrap intervals, stratified and paired: one resampling for all statistics."""
+"""Bootstrap intervals, stratified and paired: one resampling, by scipy, for all statistics."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import DegenerateDataWarning, bootstrap
 
 Values = NDArray[np.float64]
 PairedScores = Mapping[str, tuple[Values, Values]]
@@ -27,17 +30,29 @@ def resampled(
     Returns:
         Values (..., draws).
     """
-    generator = np.random.default_rng(seed)
-    most = max(1, MOST_INDICES // max(1, sum(sizes)))
-    found = []
-    for start in range(0, draws, most):
-        count = min(most, draws - start)
-        # indices are drawn, not values, so that pairs stay together
-        rows = [generator.integers(0, max(1, size), (count, size)) for size in sizes]
-        # a draw may be undefined, which is for the caller to tell
-        with np.errstate(invalid="ignore"):
-            found.append(statistic(*rows))
-    return np.concatenate(found, -1)
+    # scipy does not resample a stratum of one member, which has but one resample
+    several = [number for number, size in enumerate(sizes) if size > 1]
+
+    # scipy draws from indices, not from values, so that pairs stay together
+    def of_indices(*drawn: NDArray[Any], axis: int = -1) -> Values:
+        count = drawn[0].shape[0] if drawn else draws
+        strata = [np.zeros((count, size), int) for size in sizes]
+        for number, indices in zip(several, drawn, strict=True):
+            strata[number] = indices
+        return statistic(*strata)
+
+    if not several:
+        return of_indices()
+    # a draw may be undefined, which is for the caller to tell
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
+        warnings.simplefilter("ignore", DegenerateDataWarning)
+        found = bootstrap(
+            [np.arange(sizes[number]) for number in several], of_indices, n_resamples=draws,
+            batch=max(1, MOST_INDICES // sum(sizes)), vectorized=True, method="percentile",
+            rng=np.random.default_rng(seed),
+        )  # fmt: skip
+    values: Values = found.bootstrap_distribution
+    return values
 
 
 def percentiles(values: Values) -> tuple[float, float]:

@@ -1,10 +1,10 @@
 """Whether one method answers better than another, on the same questions."""
 
 from collections.abc import Mapping
-from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 
 from vlm_prune.benchmarks.stats.bootstrap import DRAWS, Values, percentiles, resampled
 
@@ -45,9 +45,4 @@ def mcnemar(ours: TaskScores, theirs: TaskScores) -> float:
     # questions that one side wins; ties say nothing
     gains = np.concatenate([ours[task] - theirs[task] for task in ours])
     won, lost = int((gains > 0).sum()), int((gains < 0).sum())
-    # binomial coefficients: the ways of winning 0, 1, ... questions, up to one as uneven as this
-    decided = won + lost
-    ways = accumulate(
-        range(1, min(won, lost) + 1), lambda c, k: c * (decided - k + 1) // k, initial=1
-    )
-    return min(1.0, 2 * sum(ways) / (1 << decided))
+    return float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
