@@ -84,6 +84,7 @@ def compare_command(
         against,
         comparison_table,
         first_token,
+        method_name,
         overview_table,
     )
     from vlm_prune.benchmarks.stats.table import as_markdown, as_table, show
@@ -132,7 +133,8 @@ def compare_command(
     for rows in tables:
         show(as_table(rows))
     for run in runs:
-        show(f"{run.method}, budget {run.budget}: first token {first_token(run)}")
+        name = method_name(run.config.variant, run.definition)
+        show(f"{name}, budget {run.budget}: first token {first_token(run)}")
 
 
 def folder_name(variant: "Variant") -> str:

@@ -98,6 +98,7 @@ def test_sparse_attention_is_evaluated_beside_a_pruner(run, checkpoint, tmp_path
         assert content["density"] == pytest.approx(float(density), abs=0.1)
         shown = [f"{content[key]:.3f}" for key in ("density", "chosen_density")]
         assert row.split(" | ")[3:5] == shown
+        assert f"{name} at density {density}, budget 300: first token " in out
     assert "of it chosen" in out
     sparse = read_versioned(run_folder / "results.json", Results)
     dense = msgspec.structs.replace(sparse, density=None, chosen_density=None)
