@@ -26,24 +26,25 @@ def prefill_flops(
     """
     width = config.hidden_size
     kinds = kinds_of(config, len(image_per_layer))
-    total = config.vocab_size * width
-    for number, kind in enumerate(kinds):
-        query, key = widths_of(config, number)
+    total, own = config.vocab_size * width, own_layers(config, len(kinds))
+    # each is read of the config once, which takes longer than the sums
+    sizes = zip(
+        kinds, widths_of(config, len(kinds)), feed_forward_weights(config, len(kinds)), strict=True
+    )
+    for number, (kind, (query, key), feed_forward) in enumerate(sizes):
         tokens = computed = text + image_per_layer[number]
         # Qwen3.5's layers of softmax attention have a gate as wide as their queries
         weights = width * (2 * query + 2 * key + (query if "linear_attention" in kinds else 0))
         if kind == "linear_attention":
-            total += tokens * (
-                feed_forward_weights(config, number) + linear_attention_weights(config)
-            )
+            total += tokens * (feed_forward + linear_attention_weights(config))
             continue
         # keys that a query meets: all, or its share of the causal half, on average
         seen = tokens if densities is None else densities[number] * (tokens + 1) / 2
-        if number >= own_layers(config, len(kinds)):
+        if number >= own:
             # a layer that uses another one's keys and values computes the token alone whose logits are asked
             weights, computed = 2 * width * query, 1
             total += 2 * (tokens - seen) * query
-        total += computed * (weights + feed_forward_weights(config, number) + 2 * seen * query)
+        total += computed * (weights + feed_forward + 2 * seen * query)
     return float(_MULTIPLY_ADD * total)
 
 
@@ -52,10 +53,15 @@ def own_layers(config: Any, layers: int) -> int:
     return layers - (getattr(config, "num_kv_shared_layers", None) or 0)
 
 
-def widths_of(config: Any, number: int) -> tuple[int, int]:
-    """Returns how wide the queries of layer `number` are, and its keys."""
+def widths_of(config: Any, layers: int) -> list[tuple[int, int]]:
+    """Returns how wide the queries of each of a decoder's layers are, and its keys."""
     per_layer = getattr(config, "per_layer_config", None)
-    layer = config if per_layer is None else per_layer[number]
+    if per_layer is None or not getattr(config, "is_heterogeneous", True):
+        return [_widths(config, config)] * layers
+    return [_widths(config, per_layer[number]) for number in range(layers)]
+
+
+def _widths(config: Any, layer: Any) -> tuple[int, int]:
     head = getattr(layer, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_attention_heads * head, layer.num_key_value_heads * head
 
@@ -79,23 +85,30 @@ def linear_attention_weights(config: Any) -> int:
     return int(projections + mixed * config.linear_conv_kernel_dim + state)
 
 
-def feed_forward_weights(config: Any, number: int) -> int:
-    """Returns the weights that a token meets in layer `number` behind its attention.
+def feed_forward_weights(config: Any, layers: int) -> list[int]:
+    """Returns the weights that a token meets in each of a decoder's layers behind its attention.
 
     Of a mixture of experts these are the router's, those of the experts that a token is sent to,
     and those of an expert for all tokens where there is one.
     """
     width, experts = config.hidden_size, getattr(config, "num_experts", None)
-    dense = number in (getattr(config, "mlp_only_layers", None) or ())
-    if not experts or dense or (number + 1) % (getattr(config, "decoder_sparse_step", None) or 1):
-        return int(3 * width * config.intermediate_size)
+    if not experts:
+        return [int(3 * width * config.intermediate_size)] * layers
     chosen = getattr(config, "num_experts_per_tok", None) or config.top_k_experts
     inner = chosen * config.moe_intermediate_size
     shared = getattr(config, "shared_expert_intermediate_size", None) or 0
     gates = experts + (1 if shared else 0)
     if getattr(config, "enable_moe_block", False):  # beside the layer's own block
         shared += config.intermediate_size
-    return int(width * (3 * (inner + shared) + gates))
+    mixed = int(width * (3 * (inner + shared) + gates))
+    dense = getattr(config, "mlp_only_layers", None) or ()
+    step = getattr(config, "decoder_sparse_step", None) or 1
+    return [
+        int(3 * width * config.intermediate_size)
+        if number in dense or (number + 1) % step
+        else mixed
+        for number in range(layers)
+    ]
 
 
 def tower_flops(
@@ -130,10 +143,11 @@ def key_value_bytes(config: Any, text: int, image_per_layer: list[float], itemsi
         itemsize: bytes of a number.
     """
     kinds, total = kinds_of(config, len(image_per_layer)), 0.0
+    widths = widths_of(config, len(kinds))
     for number in range(own_layers(config, len(kinds))):
         tokens = text + image_per_layer[number]
         if kinds[number] == "sliding_attention":
             tokens = min(tokens, config.sliding_window - 1)
         if kinds[number] != "linear_attention":
-            total += tokens * 2 * widths_of(config, number)[1] * itemsize
+            total += tokens * 2 * widths[number][1] * itemsize
     return total

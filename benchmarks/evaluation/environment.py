@@ -4,6 +4,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -16,11 +17,19 @@ def versions(*more: str) -> dict[str, str]:
     """
     found = {"python": platform.python_version()}
     for name in ("vlm-prune", "torch", "transformers", *more):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
+        installed = installed_version(name)
+        if installed is not None:
+            found[name] = installed
     return found
+
+
+@cache
+def installed_version(name: str) -> str | None:
+    """Returns the version of an installed package, whose description is read once; else None."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def device_name(device: torch.device) -> str:

@@ -308,7 +308,7 @@ def check_prompt(prompt: NotedImages) -> None:
             raise ValueError(f"{len(part)} entries for {prompt.images} images")
     kept_tokens = prompt.kept or [[]] * prompt.images
     for tokens, grid, kept in zip(prompt.image_tokens, prompt.grids, kept_tokens, strict=True):
-        if any(index >= tokens for index in kept):
+        if max(kept, default=-1) >= tokens:
             raise ValueError(f"a kept token outside the {tokens} of an image")
         if grid is not None and math.prod(grid) != tokens:
             raise ValueError(f"a grid of {grid} for the {tokens} tokens of an image")
