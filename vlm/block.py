@@ -189,8 +189,9 @@ class Block:
             return args, kwargs
         self.refuse_compiled()
         # positional arguments by name, so that what follows finds them
-        names = list(signature(type(module).forward).parameters)[1:]
-        kwargs = dict(zip(names, args, strict=False)) | kwargs
+        if args:
+            names = list(signature(type(module).forward).parameters)[1:]
+            kwargs = dict(zip(names, args, strict=False)) | kwargs
         given = kwargs.get("mm_encoder_outputs") or {}
         features = {} if isinstance(given, Tensor) else given
         # of each kind what was encoded beforehand, else the pixels
@@ -270,13 +271,11 @@ class Block:
         length = ids.shape[1]
         prompt, past = prompt_in(cache), 0 if cache is None else int(cache.get_seq_length())
         # without a mask all tokens are real; with one it also covers what the cache holds
-        valid = torch.ones(ids.shape, dtype=torch.bool)
-        seen = torch.full((len(ids), 1), past + length)
-        before = torch.ones(len(ids), past, dtype=torch.bool)
+        whole = torch.ones(len(ids), past + length, dtype=torch.bool)
         if mask is not None:
             whole = mask.bool().cpu()
-            seen = whole.sum(1, keepdim=True)
-            valid, before = whole[:, -length:], whole[:, : whole.shape[1] - length]
+        seen = whole.sum(1, keepdim=True)
+        valid, before = whole[:, -length:], whole[:, : whole.shape[1] - length]
         # a plain cache, or none, counts as a prompt of which nothing was dropped
         if prompt is None:
             prompt = CachedPrompt(past, {0: CachedTokens.whole(before[:, :past])})

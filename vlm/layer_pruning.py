@@ -6,8 +6,9 @@ differ between layers; masks and positions are made anew for each segment of lay
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from inspect import signature
-from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -86,7 +87,6 @@ class InsideModel:
     positions: Positions
 
 
-@runtime_checkable
 class PerToken(Protocol):
     """An argument of decoder layers that holds something for every token so far."""
 
@@ -212,6 +212,12 @@ def cut_depths(decoder: Any, reads: Side, last: int) -> list[int]:
     return [depth for depth in depths if depth <= last]
 
 
+@cache
+def takes_layer_type(forward: Callable[..., Any]) -> bool:
+    """Returns whether rotary embeddings, by their class's forward, ask for the kind of the layer."""
+    return "layer_type" in signature(forward).parameters
+
+
 def position_deltas(forward: Forward) -> Tensor:
     """Returns by how much the next token's position is above the number of tokens, (B, 1), where
     positions have rows and columns.
@@ -278,7 +284,7 @@ class LayerPruning:
         positions = positions[..., -hidden_states.shape[1] :]
         # one row for all of the batch becomes one for each: (B, L) or (3 or 4, B, L)
         forward.positions = positions.expand(*positions.shape[:-2], len(hidden_states), -1)
-        forward.per_token = {n: value for n, value in kwargs.items() if isinstance(value, PerToken)}
+        forward.per_token = {n: v for n, v in kwargs.items() if hasattr(v, "select_tokens")}
         new: dict[str, Any] = {"position_ids": positions}
         if isinstance(last := kwargs.get("logits_to_keep"), int):
             forward.wanted = last
@@ -380,19 +386,21 @@ class LayerPruning:
             joined_sizes(past, layout),
         )
         positions = forward.positions
-        column = layout.column.to(positions.device)
-        # position ids of the tokens that are left; a fourth row is that of the text
-        positions = positions.gather(-1, column.expand(*positions.shape[:-1], -1))
-        valid = layout.valid.to(positions.device)
+        if layout is not full:
+            # position ids of the tokens that are left; a fourth row is that of the text
+            column = layout.column.to(positions.device)
+            positions = positions.gather(-1, column.expand(*positions.shape[:-1], -1))
         if positions.ndim == 2:
-            positions = positions - shift.to(positions.device)
+            positions = positions - shift.to(positions.device) if bool(shift.any()) else positions
         elif len(positions) == 4:
             # the row of the text only orders tokens: gaps in it would read as packed sequences
             order = (cached.valid.cumsum(1) - 1)[:, -layout.valid.shape[1] :]
             positions = torch.cat([order[None].to(positions.device), positions[1:]])
+        if not bool(layout.valid.all()):
+            positions = positions * layout.valid.to(positions.device)
         if entered is None:
             entered = torch.arange(layout.valid.shape[1]).expand_as(layout.valid)
-        return Segment(layout, cached, past.missing, positions * valid, entered)
+        return Segment(layout, cached, past.missing, positions, entered)
 
     def selected(self, forward: Forward, segment: Segment, device: torch.device) -> dict[str, Any]:
         """Returns the arguments for every token so far, for the tokens of a segment.
@@ -435,15 +443,16 @@ class LayerPruning:
             # add this layer's image features to the tokens that are left
             column, valid = segment.layout.column.to(device), segment.layout.valid.to(device)
             hidden_states = hidden_states + take(features.to(device), column) * valid[..., None]
-        rotary = self._rotary(segment, number, hidden_states, kwargs["position_embeddings"])
-        cutting = Cutting(
-            self, forward, number, layer, hidden_states, rotary, segment, cache_of(kwargs)
-        )
         # choosing, then cutting; or entering layers of whose cache an earlier pass has cut
-        if number == 0 and forward.due:
-            cutting.choose_queries()
-        if number in forward.due:
-            hidden_states, segment = cutting.cut()
+        if forward.due and (number == 0 or number in forward.due):
+            rotary = self._rotary(segment, number, hidden_states, kwargs["position_embeddings"])
+            cutting = Cutting(
+                self, forward, number, layer, hidden_states, rotary, segment, cache_of(kwargs)
+            )
+            if number == 0:
+                cutting.choose_queries()
+            if number in forward.due:
+                hidden_states, segment = cutting.cut()
         elif number in forward.prompt.layers and number > 0:
             known = {} if self.contiguous else segment.rotary
             segment = self.segment(forward, segment.layout, number, segment.entered)
@@ -560,7 +569,8 @@ class LayerPruning:
         """Returns the kind of layer `number` where each kind turns by
         frequencies of its own, else nothing.
         """
-        typed = "layer_type" in signature(self.decoder.rotary_emb.forward).parameters
+        kind: Callable[..., Any] = type(self.decoder.rotary_emb).forward
+        typed = takes_layer_type(kind)
         return mask_kind(self.decoder.config, number) if typed else ""
 
     def _biased(
@@ -581,8 +591,11 @@ class LayerPruning:
             hidden_states: its input, (B, n, D).
             kwargs: its arguments so far.
         """
-        sizes, kind = segment.cached.sizes, mask_kind(self.decoder.config, number)
-        if sizes is None or kind not in LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING:
+        sizes = segment.cached.sizes
+        if sizes is None:
+            return kwargs
+        kind = mask_kind(self.decoder.config, number)
+        if kind not in LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING:
             return kwargs
         key = kind, number == 0
         if key not in segment.biased:

@@ -93,6 +93,8 @@ def image_rows(ordinal: Tensor, images: int) -> Tensor:
     images that all have tokens.
     """
     rows = torch.zeros(images, dtype=torch.long, device=ordinal.device)
+    if not images:
+        return rows
     row, column = (ordinal >= 0).nonzero(as_tuple=True)
     # every token writes its row; all of an image agree
     rows[ordinal[row, column]] = row
@@ -254,11 +256,10 @@ class TokenLayout:
                 frame of a video they are of; -1 elsewhere, (B, L).
         """
         index = torch.zeros_like(ordinal)
-        if line is None:
-            line = torch.full_like(ordinal, -1)
-        line = torch.where(valid, line, -1)
-        # count each image's placeholders from 0
-        index[ordinal >= 0] = torch.cat([torch.arange(0), *map(torch.arange, counts)])
+        line = torch.full_like(ordinal, -1) if line is None else torch.where(valid, line, -1)
+        if counts:
+            # count each image's placeholders from 0
+            index[ordinal >= 0] = torch.cat([*map(torch.arange, counts)])
         image = torch.where(valid, ordinal, -1)
         column = torch.arange(ordinal.shape[1]).expand(len(ordinal), -1)
         prompt = valid & (column < ordinal.shape[1] - drafts)
