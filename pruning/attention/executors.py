@@ -72,9 +72,12 @@ def attend_gather(
     grouped = query.unflatten(0, (len(masks), -1))
     outputs, all_sums = (part.unflatten(0, (len(masks), -1)) for part in (output, sums))
     for unit, mask in enumerate(masks):
-        # the key head of this mask's heads
+        # the key head of this mask's heads, whose tokens are put side by side once: a model has
+        # those of other heads between them
         own = unit * len(key) // len(masks)
-        keys, values = (part[own].unflatten(0, (-1, geometry.columns)) for part in (key, value))
+        keys, values = (
+            part[own].contiguous().unflatten(0, (-1, geometry.columns)) for part in (key, value)
+        )
         counts, chosen = mask.sum(1).tolist(), mask.nonzero()[:, 1]
         # what is copied together is written over in turn, so that it stays in a CPU's cache
         most = max(counts)
