@@ -232,8 +232,8 @@ class Block:
             kwargs = kwargs | {"mm_encoder_outputs": encoded}
             for kind in sources:
                 kwargs.pop(PIXELS[kind], None)
-        kwargs[FORWARD] = call, self.forward(kwargs, call, sources)
-        return (), kwargs
+        # a copy: hooks of others may keep what they were given
+        return (), kwargs | {FORWARD: (call, self.forward(kwargs, call, sources))}
 
     def refuse_compiled(self) -> None:
         """Raises `InputError` when a module that carries hooks, or one around it, has been compiled or

@@ -802,6 +802,22 @@ def test_a_block_left_while_a_thread_generates(llava):
     assert len(errors) == 1 and "pruning block" in errors[0]
 
 
+@torch.inference_mode()
+def test_hooks_of_others_keep_what_they_were_given(llava):
+    kept = []
+    hook = llava.model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: kept.append((kwargs, set(kwargs))), with_kwargs=True
+    )
+    try:
+        with method("divprune", llava)(llava.model):
+            llava.model.generate(**llava.inputs(ALONE), max_new_tokens=3, min_new_tokens=3)
+    finally:
+        hook.remove()
+    assert len(kept) == 3
+    for kwargs, names in kept[1:]:
+        assert set(kwargs) == names
+
+
 @form("a block inside a block of the same model", "refused", "combine methods: `divprune+fastv`")
 @pytest.mark.parametrize("outer", METHODS)
 @pytest.mark.parametrize("inner", ["divprune", "fastv", "divprune+adaptinfer"])
