@@ -70,6 +70,21 @@ class Call:
     drafts: int = 0
 
 
+def by_name(module: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a module's forward by name, in a dictionary of their own: hooks of
+    others may keep what they were given.
+
+    Args:
+        module: whose forward they are of.
+        args: those given by position.
+        kwargs: those given by name.
+    """
+    if not args:
+        return dict(kwargs)
+    names = list(signature(type(module).forward).parameters)[1:]
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
 @dataclass
 class Hook:
     """A hook of a block; in a copy of the model it does nothing."""
@@ -188,10 +203,7 @@ class Block:
             self.forwards.enter(None)
             return args, kwargs
         self.refuse_compiled()
-        # positional arguments by name, so that what follows finds them
-        if args:
-            names = list(signature(type(module).forward).parameters)[1:]
-            kwargs = dict(zip(names, args, strict=False)) | kwargs
+        kwargs = by_name(module, args, kwargs)
         given = kwargs.get("mm_encoder_outputs") or {}
         features = {} if isinstance(given, Tensor) else given
         # of each kind what was encoded beforehand, else the pixels
@@ -232,8 +244,8 @@ class Block:
             kwargs = kwargs | {"mm_encoder_outputs": encoded}
             for kind in sources:
                 kwargs.pop(PIXELS[kind], None)
-        # a copy: hooks of others may keep what they were given
-        return (), kwargs | {FORWARD: (call, self.forward(kwargs, call, sources))}
+        kwargs[FORWARD] = call, self.forward(kwargs, call, sources)
+        return (), kwargs
 
     def refuse_compiled(self) -> None:
         """Raises `InputError` when a module that carries hooks, or one around it, has been compiled or

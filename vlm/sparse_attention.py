@@ -9,7 +9,6 @@ the mask that SDPA would have got.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +21,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlm_prune.vlm.attention import SPARSE, expanded_mask
-from vlm_prune.vlm.block import Hook, refuse_compiled
+from vlm_prune.vlm.block import Hook, by_name, refuse_compiled
 from vlm_prune.vlm.cache import cache_of
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import Family, family_of
@@ -162,8 +161,7 @@ class AttentionBlock:
             args: of its forward.
             kwargs: of its forward.
         """
-        names = list(signature(type(module).forward).parameters)[1:]
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given = by_name(module, args, kwargs)
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         tails: tuple[int, ...] = ()
         if ids is not None and ids.shape[1] > 1:
