@@ -139,6 +139,7 @@ SOUND: dict[str, tuple[str, ...]] = {
     "train-tiny text": ("train-tiny", "text", "{new}/tiny"),
     "train-tiny clip": ("train-tiny", "clip", "{new}/tiny"),
     "train-tiny video": ("train-tiny", "video", "{new}/tiny"),
+    "train-tiny average-smol": ("train-tiny", "average-smol", "{new}/mean", "{empty}"),
 }  # fmt: skip
 
 # --- wrong values of options, for every command that has the option
@@ -331,6 +332,9 @@ POSITIONAL: dict[str, dict[int, tuple[str, ...]]] = {
     "train-tiny text": {2: ("", ".", "/", "/dev/null", "{image}")},
     "train-tiny clip": {2: ("", ".", "/", "/dev/null", "{image}")},
     "train-tiny video": {2: ("", ".", "/", "/dev/null", "{image}")},
+    "train-tiny average-smol": {
+        2: ("", ".", "/", "/dev/null", "{image}"), 3: ("{missing}", "{image}", "{empty}", "/dev/null", ""),
+    },
 }  # fmt: skip
 
 CALLED = {

@@ -93,6 +93,10 @@ def smol(
     seed: Seed = 0,
     threads: Threads = 2,
     keep: Annotated[bool, typer.Option("--keep", help="Start from the packaged weights.")] = False,
+    practice: Annotated[
+        bool,
+        typer.Option("--practice", help="With --keep: its last level alone, at lower rates."),
+    ] = False,
     install: Install = False,
 ) -> None:
     """Train projector and LoRA of the LLaVA over SmolLM2, in about an hour on a CPU with AMX.
@@ -103,7 +107,22 @@ def smol(
     _begin(folder, threads)
     from vlm_prune.benchmarks.embedded_models.packaged import train_smol
 
-    train_smol(folder, steps, minutes, seed, keep, install)
+    train_smol(folder, steps, minutes, seed, keep, practice, install)
+
+
+@app.command("average-smol")
+def average_smol_command(
+    folder: Annotated[Path, typer.Argument(help="Where the mean goes.")],
+    trainings: Annotated[list[Path], typer.Argument(help="Folders of finished trainings.")],
+    install: Install = False,
+) -> None:
+    """Average the weights of several trainings of the LLaVA over SmolLM2.
+
+    Trainings that started from the same weights answer better by their mean than each alone.
+    """
+    from vlm_prune.benchmarks.embedded_models.packaged import average_smol
+
+    average_smol(folder, trainings, install)
 
 
 @app.command()

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from vlm_prune.benchmarks.embedded_models.clip import STATE, ClipRecipe, Pretraining
 from vlm_prune.benchmarks.embedded_models.clip_card import write_card
@@ -23,8 +25,9 @@ from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import write_folder, write_text
 from vlm_prune.vlm.common.folder import OutputFolder
 from vlm_prune.vlm.common.registry import unknown
+from vlm_prune.vlm.common.state import load_tensors, save_tensors
 from vlm_prune.vlm.load import load
-from vlm_prune.vlm.smol import adapter_path
+from vlm_prune.vlm.smol import PROJECTOR, adapter_path
 from vlm_prune.vlm.tiny import checkpoint_path, text_language_model
 from vlm_prune.vlm.tiny.config import make_model, make_processor
 from vlm_prune.vlm.tiny.video import WEIGHTS, video_weights
@@ -130,6 +133,7 @@ def train_smol(
     minutes: float | None = None,
     seed: int = 0,
     keep: bool = False,
+    practice: bool = False,
     install: bool = False,
 ) -> None:
     """Trains projector and LoRA of the LLaVA over SmolLM2, from the folder's last state on.
@@ -140,25 +144,74 @@ def train_smol(
         minutes: that training takes; where given, it ends then, whatever `steps` says.
         seed: of the data.
         keep: whether a new training starts from the packaged weights.
+        practice: whether such a training has its last level alone, at lower rates.
         install: whether the result replaces the packaged weights.
 
     Raises:
-        InputError: if SmolLM2's weights are not installed, or another training writes to the
-            folder.
+        InputError: if SmolLM2's weights are not installed, another training writes to the
+            folder, or `practice` comes without `keep`.
     """
     from vlm_prune.benchmarks.embedded_models.smol import FURTHER, SmolRecipe, SmolTrainer
 
+    if practice and not keep:
+        raise InputError("--practice trains weights that see already; add --keep")
     with OutputFolder(folder):
         recipe = SmolRecipe(steps=steps, minutes=minutes, seed=seed)
         if keep:
             recipe = replace(recipe, levels=FURTHER, rate=8e-4, projector_rate=1e-3, decay=0.6)
+        if practice:
+            recipe = replace(recipe, levels=FURTHER[-1:], rate=5e-4, projector_rate=1.5e-4)
         trainer = SmolTrainer(folder, recipe, adapter_path() if keep else None)
         trainer.run()
         write_folder(folder / "checkpoint", trainer.write_adapter)
     if install:
-        for file in (folder / "checkpoint").iterdir():
-            shutil.copyfile(file, adapter_path() / file.name)
-        shutil.copyfile(folder / "log.jsonl", adapter_path() / "training_log.jsonl")
+        _install_adapter(folder / "checkpoint", [folder / "log.jsonl"])
+
+
+def average_smol(folder: Path, trainings: Sequence[Path], install: bool = False) -> None:
+    """Averages the weights of several trainings of the LLaVA over SmolLM2.
+
+    LoRA's two factors are averaged each by itself, so the product is only close to the mean of the
+    products, as long as the trainings started from the same weights.
+
+    Args:
+        folder: where the result, `checkpoint`, goes.
+        trainings: folders of finished trainings.
+        install: whether the result replaces the packaged weights.
+
+    Raises:
+        InputError: if a folder holds no finished training, or the shapes of their weights differ.
+    """
+    weights = ("adapter_model.safetensors", PROJECTOR)
+    checkpoints = [training / "checkpoint" for training in trainings]
+
+    def shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+        return {name: tensor.shape for name, tensor in tensors.items()}
+
+    def fill(partial: Path) -> None:
+        for name in weights:
+            parts = [load_tensors(checkpoint / name) for checkpoint in checkpoints]
+            if any(shapes(part) != shapes(parts[0]) for part in parts):
+                raise InputError(
+                    f"the weights in {name} differ in name or shape; average trainings of one recipe"
+                )
+            mean = {
+                key: torch.stack([part[key].float() for part in parts]).mean(0).half()
+                for key in parts[0]
+            }
+            save_tensors(partial / name, mean)
+        shutil.copyfile(checkpoints[0] / "adapter_config.json", partial / "adapter_config.json")
+
+    with OutputFolder(folder):
+        write_folder(folder / "checkpoint", fill)
+    if install:
+        _install_adapter(folder / "checkpoint", [t / "log.jsonl" for t in trainings])
+
+
+def _install_adapter(checkpoint: Path, logs: Sequence[Path]) -> None:
+    for file in checkpoint.iterdir():
+        shutil.copyfile(file, adapter_path() / file.name)
+    write_text(adapter_path() / "training_log.jsonl", "".join(log.read_text() for log in logs))
 
 
 def train_video(

@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy, linear
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from vlm_prune.benchmarks.embedded_models import packaged
 from vlm_prune.benchmarks.embedded_models import smol as smol_training
 from vlm_prune.benchmarks.embedded_models.base_text import PACKAGES, instructions, package_text
 from vlm_prune.benchmarks.embedded_models.language import IGNORE, pack
@@ -31,7 +32,9 @@ from vlm_prune.benchmarks.embedded_models.text_skills import (
 )
 from vlm_prune.benchmarks.tasks import TASKS
 from vlm_prune.benchmarks.tasks.scenes import GRID
+from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.state import load_tensors, save_tensors
+from vlm_prune.vlm.smol import PROJECTOR
 from vlm_prune.vlm.smol.base import language_folder
 from vlm_prune.vlm.smol.config import smol_processor
 from vlm_prune.vlm.stored_weights import halve_weights
@@ -98,9 +101,46 @@ def test_a_new_training_may_start_from_what_another_wrote(small, tmp_path):
     first.write_adapter(tmp_path / "adapter")
     shutil.copy(tmp_path / "first" / "texts.safetensors", tmp_path / "second")
     second = SmolTrainer(tmp_path / "second", SHORT, tmp_path / "adapter")
-    assert second.step == 0
+    assert second.progress.step == 0
     for name, tensor in first.lora.items():
         torch.testing.assert_close(second.lora[name], tensor, atol=1e-3, rtol=1e-3)
+
+
+def finished_training(folder, rank, value):
+    """Writes what a training leaves, with one matrix of a value."""
+    (folder / "checkpoint").mkdir(parents=True)
+    (folder / "checkpoint" / "adapter_config.json").write_text(f'{{"r": {rank}}}')
+    (folder / "log.jsonl").write_text(f'{{"step": {value}}}\n')
+    for name in ("adapter_model.safetensors", PROJECTOR):
+        save_tensors(folder / "checkpoint" / name, {"a": torch.full((rank, 3), value).half()})
+    return folder
+
+
+def test_trainings_are_averaged(tmp_path, monkeypatch):
+    parts = [finished_training(tmp_path / str(k), 2, float(k)) for k in (1, 2, 6)]
+    (tmp_path / "package").mkdir()
+    monkeypatch.setattr(packaged, "adapter_path", lambda: tmp_path / "package")
+    packaged.average_smol(tmp_path / "mean", parts, install=True)
+    for folder in (tmp_path / "mean" / "checkpoint", tmp_path / "package"):
+        for name in ("adapter_model.safetensors", PROJECTOR):
+            found = load_tensors(folder / name)["a"]
+            assert found.dtype == torch.float16 and torch.equal(found, torch.full_like(found, 3))
+    log = (tmp_path / "package" / "training_log.jsonl").read_text().splitlines()
+    assert log == ['{"step": 1.0}', '{"step": 2.0}', '{"step": 6.0}']
+
+
+def test_trainings_of_other_shapes_are_not_averaged(tmp_path):
+    parts = [finished_training(tmp_path / str(k), k, float(k)) for k in (1, 2)]
+    with pytest.raises(InputError, match="differ in name or shape"):
+        packaged.average_smol(tmp_path / "mean", parts)
+    with pytest.raises(InputError, match="there is no"):
+        packaged.average_smol(tmp_path / "mean", [parts[0], tmp_path / "none"])
+    assert not (tmp_path / "mean").exists()
+
+
+def test_practice_needs_weights_that_see(tmp_path):
+    with pytest.raises(InputError, match="add --keep"):
+        packaged.train_smol(tmp_path, 10, practice=True)
 
 
 @installed
