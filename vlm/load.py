@@ -332,7 +332,8 @@ def _quantization(name: str) -> Any:
 
 
 def _check_quantized(model: Any, name: str) -> None:
-    """Refuses a model that a library left as it was, or whose modules it packs but cannot compute.
+    """Refuses a model that a library left as it was, or whose modules it packs but cannot compute; says
+    how much it left where that is a part.
 
     Args:
         model: as loaded; one module of each size is called.
@@ -345,6 +346,15 @@ def _check_quantized(model: Any, name: str) -> None:
     if all(type(w.data) in plain and w.is_floating_point() for w in weights):
         raise InputError("its modules are too narrow for this quantization; leave it out")
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and not m.weight.is_meta]
+    inner = [m for m in linear if m is not model.get_output_embeddings()]
+    left = sum(type(m.weight.data) in plain and m.weight.is_floating_point() for m in inner)
+    if left:
+        kind = str(model.dtype).removeprefix("torch.")
+        print(
+            f"{name}: {left} of {len(inner)} linear layers stay in {kind}, as the library quantizes "
+            "no weights of their shape",
+            file=sys.stderr,
+        )
     for (inputs, outputs), module in {(m.in_features, m.out_features): m for m in linear}.items():
         tokens = torch.zeros(1, 2, inputs, dtype=model.dtype, device=module.weight.device)
         try:

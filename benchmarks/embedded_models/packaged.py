@@ -165,7 +165,7 @@ def train_smol(
         trainer.run()
         write_folder(folder / "checkpoint", trainer.write_adapter)
     if install:
-        _install_adapter(folder / "checkpoint", [folder / "log.jsonl"])
+        _install_adapter(folder)
 
 
 def average_smol(folder: Path, trainings: Sequence[Path], install: bool = False) -> None:
@@ -175,8 +175,8 @@ def average_smol(folder: Path, trainings: Sequence[Path], install: bool = False)
     products, as long as the trainings started from the same weights.
 
     Args:
-        folder: where the result, `checkpoint`, goes.
-        trainings: folders of finished trainings.
+        folder: where the result, `checkpoint`, and a log of all trainings go.
+        trainings: folders of finished trainings, or of their means.
         install: whether the result replaces the packaged weights.
 
     Raises:
@@ -204,14 +204,17 @@ def average_smol(folder: Path, trainings: Sequence[Path], install: bool = False)
 
     with OutputFolder(folder):
         write_folder(folder / "checkpoint", fill)
+        logs = [(training / "log.jsonl").read_text() for training in trainings]
+        lines = dict.fromkeys("".join(logs).splitlines(keepends=True))
+        write_text(folder / "log.jsonl", "".join(lines))
     if install:
-        _install_adapter(folder / "checkpoint", [t / "log.jsonl" for t in trainings])
+        _install_adapter(folder)
 
 
-def _install_adapter(checkpoint: Path, logs: Sequence[Path]) -> None:
-    for file in checkpoint.iterdir():
+def _install_adapter(training: Path) -> None:
+    for file in (training / "checkpoint").iterdir():
         shutil.copyfile(file, adapter_path() / file.name)
-    write_text(adapter_path() / "training_log.jsonl", "".join(log.read_text() for log in logs))
+    shutil.copyfile(training / "log.jsonl", adapter_path() / "training_log.jsonl")
 
 
 def train_video(

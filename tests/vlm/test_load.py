@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 
 from vlm_prune.pruning.pipeline import PrunedVLM
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.load import QUANTIZATIONS, family_type, load, load_language
+from vlm_prune.vlm.load import QUANTIZATIONS, _check_quantized, family_type, load, load_language
 
 ON_DISK = {
     "model.vision_tower": "cpu",
@@ -559,6 +559,24 @@ def test_the_embedded_model_runs_or_is_refused_in_four_bits():
         assert "give another quantization" in str(refusal) and "\n" not in str(refusal)
     else:
         assert vlm.answer(Image.new("RGB", (336, 336)), "red?", max_new_tokens=2) is not None
+
+
+def test_a_partly_quantized_model_says_how_much_is_left(saved, capsys):
+    quantization = pytest.importorskip("torchao.quantization")
+    model, _ = load(saved, "cpu")
+    eight_bits = quantization.Int8WeightOnlyConfig()
+    down = [name for name, _ in model.named_modules() if name.endswith("down_proj")]
+    quantization.quantize_(model, eight_bits, lambda m, name: name in down)
+    _check_quantized(model, "torchao-int8")
+    inner = sum(isinstance(m, torch.nn.Linear) for m in model.modules()) - 1
+    said = f"torchao-int8: {inner - len(down)} of {inner} linear layers stay in float32, as the library"
+    assert said in capsys.readouterr().err
+    quantization.quantize_(
+        model, eight_bits,
+        lambda m, name: isinstance(m, torch.nn.Linear) and name not in [*down, "lm_head"],
+    )  # fmt: skip
+    _check_quantized(model, "torchao-int8")
+    assert "stay in" not in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the refusals of a machine without a GPU")
