@@ -4,9 +4,9 @@
 # Two of our field's usual parts have such widths: SigLIP so400m, the tower of LLaVA-OneVision, PaliGemma and Idefics3, has MLPs of 4304, and
 # SmolLM2-135M, the language model of SmolVLM-256M, is 576 wide, so that of its seven matrices a layer only `down_proj` is packed.
 # `quantize_`, and `from_pretrained` with transformers' TorchAoConfig, which calls it, say nothing under Python's default logging: the model that
-# "is int4" holds most of its weights in bfloat16, and its memory and speed are taken for int4's. Without a GPU a layer that fits raises
-# for want of kernels (`mslk`), which shows here which ones torchao would pack. `Int4WeightOnlyConfig(group_size=32)` takes the
-# width 576, but not 4304.
+# "is int4" holds most of its weights in bfloat16, and its memory and speed are taken for int4's. A layer that fits raises here for
+# want of kernels (`mslk` >= 1.0.0, of which PyPI has an empty 0.0.0), which shows the ones that torchao would pack.
+# `Int4WeightOnlyConfig(group_size=32)` takes the width 576, but not 4304.
 #
 # Seen with torchao 0.18.0, torch 2.14.1 on a CPU:
 #   SmolLM2-135M q_proj 576 x 576: as it was; in groups of 32: would be packed

@@ -322,6 +322,11 @@ def _quantization(name: str) -> Any:
     library = QUANTIZATIONS[name]
     if find_spec(library) is None:
         raise InputError(f"{name} needs {library}: pip install {library}")
+    if name == "torchao-int4" and find_spec("mslk") is None:
+        raise InputError(
+            "torchao-int4 needs the kernels of mslk, which PyTorch's package index has (PyPI's is empty); "
+            "install them or give torchao-int8"
+        )
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
     if library == "bitsandbytes":

@@ -583,8 +583,13 @@ def test_a_partly_quantized_model_says_how_much_is_left(saved, capsys):
 def test_what_this_machine_cannot_do_is_the_librarys_own_line(saved):
     assert "FlashAttention2" in refused(saved, attn="flash_attention_2")
     pytest.importorskip("torchao")
-    narrow = refused(saved, quantization="torchao-int4")
-    assert "too narrow for this quantization" in narrow
+    assert "needs the kernels of mslk" in refused(saved, quantization="torchao-int4")
+
+
+def test_a_model_that_is_left_as_it_was_is_refused(saved):
+    model, _ = load(saved, "cpu")
+    with pytest.raises(InputError, match="too narrow for this quantization"):
+        _check_quantized(model, "torchao-int4")
 
 
 def test_a_library_that_is_missing_is_named(saved, monkeypatch):
