@@ -149,14 +149,16 @@ class Block:
         try:
             yield
         finally:
-            self.close()
-            for handle in handles:
-                handle.remove()
-            for encoder in encoders:
-                if attributes.get(encoder.name) is encoder:
-                    delattr(multimodal, encoder.name)
-                    if previous[encoder.name] is not None:
-                        setattr(multimodal, encoder.name, previous[encoder.name])
+            try:
+                self.close()
+            finally:  # also where waiting is interrupted
+                for handle in handles:
+                    handle.remove()
+                for encoder in encoders:
+                    if attributes.get(encoder.name) is encoder:
+                        delattr(multimodal, encoder.name)
+                        if previous[encoder.name] is not None:
+                            setattr(multimodal, encoder.name, previous[encoder.name])
 
     def close(self) -> None:
         """Lets no forward enter, and waits for those of other threads."""

@@ -141,12 +141,14 @@ class AttentionBlock:
         try:
             yield
         finally:
-            # the masks of other threads are made for this block's function
-            self.forwards.wait()
-            self.config._attn_implementation_internal = "sdpa"
-            del _BLOCKS[id(self.config)]
-            for handle in handles:
-                handle.remove()
+            try:
+                # the masks of other threads are made for this block's function
+                self.forwards.wait()
+            finally:  # also where waiting is interrupted
+                self.config._attn_implementation_internal = "sdpa"
+                del _BLOCKS[id(self.config)]
+                for handle in handles:
+                    handle.remove()
 
     @property
     def current(self) -> Current:

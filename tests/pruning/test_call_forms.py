@@ -15,10 +15,12 @@ import torch
 import transformers as hf
 from tiny_families import Tiny, failing, refused_on_images, rounding, snapshot
 
+from vlm_prune.pruning.attention import Pooled
 from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.cache import CACHE, cache_of
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.forwards import Forwards
 
 METHODS = ["divprune", "visionzip", "downsample", "fastv", "sparsevlm", "divprune+adaptinfer"]
 ROWS = [[([0], "Is there a 7?")], [([], "What is red?")], [([1, 2], "What color is the star?")]]
@@ -800,6 +802,23 @@ def test_a_block_left_while_a_thread_generates(llava):
     left.set()
     thread.join()
     assert len(errors) == 1 and "pruning block" in errors[0]
+
+
+def test_an_interrupted_end_leaves_the_model_as_it_was(llava, monkeypatch):
+    """Ctrl-C while a block waits for the forward of another thread, as in a loop over a streamer."""
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    before = snapshot(llava.model)
+    for block in (method("divprune", llava), Pooled()):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Forwards, "wait", interrupted)
+            with block(llava.model):
+                pass
+        assert snapshot(llava.model) == before
+        with block(llava.model):
+            pass
 
 
 @torch.inference_mode()
