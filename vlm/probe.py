@@ -1,6 +1,7 @@
 """What the question looks at in every decoder layer, without attention maps."""
 
 from collections.abc import Iterator, Mapping
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -45,10 +46,12 @@ def question_rows(
     if positions is None:
         positions = family.positions(ids, valid.long(), inputs) * valid
     seen: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
+    thread = get_ident()
 
     def note(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        seen.append((hidden_states, kwargs["position_embeddings"]))
+        if get_ident() == thread:
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            seen.append((hidden_states, kwargs["position_embeddings"]))
 
     layers = family.decoder.layers
     windows = [window_of(family.decoder.config, number) for number in range(len(layers))]

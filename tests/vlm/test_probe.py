@@ -1,5 +1,7 @@
 """What the question looks at, layer by layer, against the model's own attention maps."""
 
+import threading
+
 import pytest
 import torch
 
@@ -31,6 +33,22 @@ def test_every_layer_attends_as_its_own_maps_say(side, llava, images, make_input
             own_rows[: last + 1] = False
             expected = weights[row, :, own_rows][:, :, is_image[row]].mean((0, 1))
             torch.testing.assert_close(received[row], expected, atol=1e-6, rtol=1e-4)
+
+
+def test_what_other_threads_run_meanwhile_is_not_read(llava_tiny):
+    model, inputs = llava_tiny.model, llava_tiny.inputs([[([0], "Is there a 7?")]])
+    expected = [from_rows(rows, rows.columns) for (rows,) in question_rows(model, inputs)]
+    other = llava_tiny.inputs([[([1, 2], "What color is the star?")]])
+
+    def meanwhile(*_):
+        hook.remove()
+        thread = threading.Thread(target=lambda: model(**other))
+        thread.start()
+        thread.join()
+
+    hook = model.model.language_model.layers[2].register_forward_pre_hook(meanwhile)
+    ours = [from_rows(rows, rows.columns) for (rows,) in question_rows(model, inputs)]
+    assert all(map(torch.equal, ours, expected))
 
 
 @torch.no_grad()
