@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from vlm_prune.kernels.dispatch import backend, backend_for, implementation
+from vlm_prune.kernels.dispatch import implementation
+from vlm_prune.kernels.token_sensitivity import reference
 from vlm_prune.kernels.token_sensitivity.reference import is_gelu
 
 __all__ = ["closed_form", "directional", "monte_carlo", "weight_kernel", "weight_root"]
@@ -119,5 +120,4 @@ def closed_form(
 
 
 def _implementation(features: Tensor, activation: Activation) -> Any:
-    with backend(backend_for(features) if is_gelu(activation) else "reference"):
-        return implementation("token_sensitivity", features)
+    return implementation("token_sensitivity", features) if is_gelu(activation) else reference

@@ -3,12 +3,15 @@
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.functional import gelu
 
+from vlm_prune.kernels import dispatch
 from vlm_prune.kernels.dispatch import backend, backend_for, implementation
+from vlm_prune.kernels.token_sensitivity import directional, op
 from vlm_prune.pruning import METHODS
 from vlm_prune.vlm.projector import Projector
 from vlm_prune.vlm.tokens import AttentionRows, DecoderTokens, VisionTokens
@@ -24,6 +27,21 @@ def test_a_cpu_runs_the_reference_and_the_override_ends_with_its_block():
     with pytest.raises(KeyError), backend("triton"):
         raise KeyError
     assert backend_for(tensor) == "reference"
+
+
+@pytest.mark.parametrize("activation", [gelu, torch.tanh])
+def test_a_sensitivity_forces_no_implementation_on_other_threads(activation, monkeypatch, make):
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
+    chosen = []
+
+    def noted(name, tensor):
+        chosen.append(backend_for(on_gpu))
+        return implementation(name, tensor)
+
+    monkeypatch.setattr(op, "implementation", noted)
+    directional(make(1, 3), make(4, 3), None, activation, make(2, 4), make(2, 3))
+    assert chosen in ([], ["triton"])
 
 
 @pytest.mark.gpu
