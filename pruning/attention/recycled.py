@@ -1,6 +1,7 @@
 """Recycled Attention: decoding over the keys that one full step found."""
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from vlm_prune.pruning.attention.base import SparseAttention
 from vlm_prune.pruning.attention.engine import MethodRun
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import family_of
+from vlm_prune.vlm.layer_pruning import held_keys
 from vlm_prune.vlm.sparse_attention import AttentionCall
 
 
@@ -152,12 +154,7 @@ class RecycledRun(MethodRun):
         sets, keys = self.sets.setdefault(call.cache, {}), call.key.shape[2]
         known = sets.get(call.layer)
         current = known is not None and known.length == keys - 1
-        if (
-            known is not None
-            and current
-            and call.layer == min(sets)
-            and moved(known.last, call.key[:, :, -2])
-        ):
+        if current and call.layer == min(sets) and moved(call, sets):
             sets.clear()
             current = False
         # a full step reads all keys, and chooses anew
@@ -179,13 +176,22 @@ class RecycledRun(MethodRun):
         return joined_heads(weights @ known.value)
 
 
-def moved(last: Tensor, key: Tensor) -> bool:
-    """Returns whether beam search has reordered a cache: whether its last keys
-    differ from those read last.
+def moved(call: AttentionCall, sets: Mapping[int, RecycledKeys]) -> bool:
+    """Returns whether beam search has reordered a cache: whether its last keys differ from those read
+    last, in the deepest layer that tells.
 
-    Both are (B, G, d).
+    Keys of the first layer are those of tokens alone, which rows that end alike share.
+
+    Args:
+        call: of the first of the layers, whose cache holds a new token.
+        sets: keys of each layer.
     """
-    return last.shape != key.shape or not torch.equal(last, key)
+    deepest = max(sets)
+    key = None if deepest == call.layer else held_keys(call.cache, deepest)
+    if key is None:
+        deepest, key = call.layer, call.key[:, :, :-1]
+    last, newest = sets[deepest].last, key[:, :, -1]
+    return last.shape != newest.shape or not torch.equal(last, newest.to(last.device))
 
 
 def grouped_query(call: AttentionCall, query: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Recycled Attention step by step, against a loop, and in generation."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_families import Tiny
@@ -17,6 +19,8 @@ class Cache:
 class Layer:
     """Queries, keys and values of a layer, and calls on the first so many of its tokens."""
 
+    number = 0
+
     def __init__(self, batch=2, tokens=40, seed=0):
         draw = torch.Generator().manual_seed(seed)
         self.query, self.key, self.value = (
@@ -29,7 +33,7 @@ class Layer:
         valid = None if valid is None else valid[:, :tokens]
         return AttentionCall(
             self.query[:, :, rows], self.key[:, :, :tokens], self.value[:, :, :tokens], valid,
-            0.5, 0, (0, 0), None, self.cache,
+            0.5, self.number, (0, 0), None, self.cache,
         )  # fmt: skip
 
     def weights(self, row, head, tokens, valid=None):
@@ -120,6 +124,26 @@ def test_moved_rows_lost_tokens_and_other_caches_get_a_full_step():
             layer.cache = Cache()
         torch.testing.assert_close(run.decode(layer.call(tokens)), layer.dense(tokens))
     assert len(run.sets) == 1  # those of a cache go with it
+
+
+def test_rows_that_moved_are_told_where_keys_know_what_came_before():
+    """Keys of the first layer are those of tokens alone: rows that end alike look alike there."""
+    layers = first, second = Layer(), Layer(seed=1)
+    second.number, second.cache = 1, first.cache
+    first.key[1, :, 20] = first.key[0, :, 20]
+    run = Recycled(density=0.2, minimum=1).run()
+    for layer in layers:
+        run.prefill(layer.call(20, True))
+    for tokens in (21, 22):
+        held = [SimpleNamespace(keys=layer.key[:, :, : tokens - 1]) for layer in layers]
+        first.cache.layers = held
+        found = [run.decode(layer.call(tokens)) for layer in layers]
+        right = [layer.dense(tokens) for layer in layers]
+        full = [torch.allclose(*pair, atol=1e-5) for pair in zip(found, right, strict=True)]
+        assert full == [tokens == 22] * 2
+        for layer in layers:
+            for tensor in (layer.query, layer.key, layer.value):
+                tensor[:] = tensor.flip(0)
 
 
 @pytest.fixture(scope="module")
