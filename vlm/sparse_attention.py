@@ -6,7 +6,7 @@ would get no mask at all, padded or not. What the other function does not comput
 the mask that SDPA would have got.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -47,8 +47,8 @@ class AttentionCall:
         rotary: cosines and sines of the tokens' positions, as the layer got them; None unless the
             function reads them.
         cache: keys and values of all layers; None without one.
-        frames: the image, or frame of a video, of each token, -1 for text, (B, n); None unless the
-            function reads them, and where tokens have been dropped.
+        frames: of each row the image, or frame of a video, of each token that is no padding, -1 for
+            text, (n_i,), as they were before any was dropped; None unless the function reads them.
     """
 
     query: Tensor
@@ -60,7 +60,7 @@ class AttentionCall:
     tails: tuple[int, ...]
     rotary: tuple[Tensor, Tensor] | None
     cache: Any
-    frames: Tensor | None = None
+    frames: Sequence[Tensor] | None = None
 
 
 class AttentionFunction(Protocol):
@@ -102,7 +102,7 @@ class Current:
     tails: tuple[int, ...] = ()
     cache: Any = None
     rotary: tuple[Tensor, Tensor] | None = None
-    frames: Tensor | None = None
+    frames: Sequence[Tensor] | None = None
 
 
 @dataclass
@@ -170,7 +170,9 @@ class AttentionBlock:
             tails = tokens_behind_images(self.family, ids, mask)
         current = Current(tails, cache_of(given))
         if ids is not None and tails and self.function.reads_frames:
-            current.frames = frame_numbers(self.family, ids, given.get("video_grid_thw"))
+            found = frame_numbers(self.family, ids, given.get("video_grid_thw"))
+            rows = zip(found, valid_tokens(ids, mask), strict=True)
+            current.frames = [frames[valid] for frames, valid in rows]
         self.forwards.enter(current)
 
     def after_merge(self, module: Any, args: Any, output: Any) -> None:
@@ -210,21 +212,28 @@ def tokens_behind_images(family: Family, ids: Tensor, mask: Any) -> tuple[int, .
     """
     placeholders = [family.placeholder(kind) for kind in family.kinds]
     shown = torch.isin(ids, torch.tensor(placeholders, device=ids.device))
-    valid = torch.ones_like(shown)
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        valid = mask[:, -ids.shape[1] :].bool().to(ids.device)
+    valid = valid_tokens(ids, mask)
     # of each token, how many image tokens stand at or behind it
     left = (shown & valid).flip(1).cumsum(1).flip(1)
     behind = ((left == 0) & valid).sum(1) * shown.any(1)
     return tuple(behind.tolist())
 
 
+def valid_tokens(ids: Tensor, mask: Any) -> Tensor:
+    """Returns which tokens of a prompt are no padding, (B, n); arguments are those of
+    `tokens_behind_images`.
+    """
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask[:, -ids.shape[1] :].bool().to(ids.device)
+    return torch.ones_like(ids, dtype=torch.bool)
+
+
 def frame_numbers(family: Family, ids: Tensor, grids: Tensor | None) -> Tensor:
     """Returns the image or frame of each token, counted in its row, -1 for text, (B, n).
 
     An image is an unbroken run of placeholders, as is a frame that stands between markers; a run of
-    a video's is split by its grid, or where all frames have as many tokens; what stands behind the
-    last frame goes with it.
+    several frames is split by their grid, or where all frames have as many tokens; what stands behind
+    the last frame goes with it.
 
     Args:
         family: the model's adapter.
@@ -232,7 +241,9 @@ def frame_numbers(family: Family, ids: Tensor, grids: Tensor | None) -> Tensor:
         grids: frames, rows and columns of patches of each video; None unless they are given.
     """
     found = torch.full_like(ids, -1)
-    videos = iter([] if grids is None else grids[:, 0].tolist())
+    # tokens of each frame of all videos
+    known = [] if grids is None else family.video_grids({"video_grid_thw": grids})
+    sizes = iter([rows * columns for frames, rows, columns in known for _ in range(frames)])
     video = family.placeholder("video") if "video" in family.kinds else None
     for row, own in enumerate(ids.cpu()):
         shown = [own == family.placeholder(kind) for kind in family.kinds]
@@ -241,8 +252,10 @@ def frame_numbers(family: Family, ids: Tensor, grids: Tensor | None) -> Tensor:
         for _, first, length in runs:
             frames = 1
             if int(own[first]) == video:
-                size = family.tokens_per_frame
-                frames = next(videos, 1) if size is None else max(1, length // size)
+                size = family.tokens_per_frame or next(sizes, length)
+                frames = max(1, length // size)
+                for _ in range(frames - 1):  # those of the same run
+                    next(sizes, None)
             part = (torch.arange(length) // max(1, length // frames)).clamp(max=frames - 1)
             found[row, first : first + length] = (number + part).to(found)
             number += frames
@@ -293,12 +306,9 @@ def _attend(
                 valid = valid[:, 0, 0]
             tails = current.tails or (0,) * len(query)
             scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-            frames = current.frames
-            if frames is not None and frames.shape[1] != query.shape[2]:
-                frames = None
             call = AttentionCall(
                 query, key, value, valid, scaling, module.layer_idx, tails,
-                current.rotary, current.cache, frames,
+                current.rotary, current.cache, current.frames,
             )  # fmt: skip
             output = function.decode(call) if query.shape[2] == 1 else function.prefill(call)
             if output is not None:

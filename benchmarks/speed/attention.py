@@ -1,7 +1,7 @@
 """Times of sparse attention beside dense SDPA, alone and in whole decoder layers, on random weights."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from inspect import signature
@@ -265,12 +265,12 @@ class ToldRun:
 
     Args:
         run: what computes attention.
-        frames: the image of each token, (1, n).
+        frames: the image of each token, (n,), of each row.
         cache: keys and values of all layers.
     """
 
     run: AttentionRun
-    frames: Tensor | None = None
+    frames: Sequence[Tensor] | None = None
     cache: Any = None
     reads_frames: bool = False
 
@@ -358,7 +358,7 @@ def at_length(
     if any(method.reads_rotation for method in blocks.values()):
         rotary = decoder.rotary_emb(hidden_states, torch.arange(tokens, device=device)[None])
     # the prompt is images, one after the other
-    frames = (torch.arange(tokens, device=device) // tokens_per_image)[None]
+    frames = [torch.arange(tokens, device=device) // tokens_per_image]
     call = AttentionCall(query, key, value, None, attention.scaling, 0, (0,), rotary, None, frames)
     layers = len(decoder.layers)
 
@@ -383,7 +383,7 @@ def at_length(
             turns = None if prompt.rotary is None else prompt.rotary[:, :length]
             inputs = AttentionInputs(
                 query[0, :, :length], key[0, :, :length], attention.scaling, 0, tokens, turns,
-                frames=frames[0, :length],
+                frames=frames[0][:length],
             )  # fmt: skip
             row = {
                 "attention": timed(lambda run=runs[name]: run.prefill(call)),  # type: ignore[misc]

@@ -84,7 +84,8 @@ def prompt_of(call: AttentionCall, row: int) -> tuple[PromptRow, slice | Tensor]
         where = real_tokens(call.valid[row])
         query, key, value = query[:, where], key[:, where], value[:, where]
         rotary = None if rotary is None else rotary[:, where]
-        frames = None if frames is None else frames[where]
+    # where tokens have been dropped, nothing tells which are left
+    frames = None if frames is None or len(frames) != key.shape[1] else frames
     return PromptRow(query, key, value, rotary, call.tails[row], frames), where
 
 

@@ -1,5 +1,6 @@
 """Contracts that every method of sparse attention keeps on real models."""
 
+import math
 from copy import deepcopy
 
 import pytest
@@ -280,6 +281,14 @@ def test_frames_are_images_and_frames_of_videos(models, llava_case):
     # two frames are encoded as one, 3 x 3 and 3 x 2 tokens
     image = int((inputs["input_ids"][0] == family_of(case.model).image_token).sum())
     assert [torch.bincount(row[row >= 0]).tolist() for row in found] == [[9, 9, 9, image], [6, 6]]
+    # frames between markers, each a run of its own
+    other = models.setdefault("qwen3_vl", models.get("qwen3_vl") or Tiny("qwen3_vl"))
+    given = other.inputs([[(["a", 1], "Is there a 7?")], [(["b"], "What color is the star?")]])
+    own = frame_numbers(family_of(other.model), given["input_ids"], given["video_grid_thw"])
+    image = int((given["input_ids"][0] == family_of(other.model).image_token).sum())
+    sizes = [math.prod(rows) // 4 for rows in given["video_grid_thw"][:, 1:].tolist()]
+    counts = [torch.bincount(row[row >= 0]).tolist() for row in own]
+    assert counts == [[sizes[0]] * 3 + [image], [sizes[1]] * 2]
     for name in ("llava_onevision", "llava_next_video"):
         other = Tiny(name)
         family, given = family_of(other.model), other.inputs([[(["a"], "Is there a 7?")]])
@@ -290,15 +299,31 @@ def test_frames_are_images_and_frames_of_videos(models, llava_case):
         assert counts[:-1] == [rows * columns] * (frames - 1) and len(counts) > 1
         assert counts[-1] - rows * columns == (name == "llava_onevision")
     run, seen = short("dhsa").run(), []
-    attend = run.prefill
-    run.prefill = lambda call: seen.append(call.frames) or attend(call)
+    attend = run.attend
+    run.attend = lambda call, prompt, row: seen.append(prompt.frames) or attend(call, prompt, row)
     with torch.no_grad():
         with replaced_attention(case.model, run):
             case.model(**inputs)
-        assert all(torch.equal(frames, found) for frames in seen)
+        real = zip(found, inputs["attention_mask"].bool(), strict=True)
+        rows = [frames[tokens] for frames, tokens in real]
+        assert all(map(torch.equal, seen[-2:], rows)) and len(seen) > 2
         with DivPrune(budget=4)(case.model), replaced_attention(case.model, run):
             case.model(**inputs)
     assert seen[-1] is None
+
+
+def test_frames_are_known_of_rows_of_which_nothing_was_dropped(llava_case):
+    """A batch as long as before does not tell that a shorter row of it has lost tokens."""
+    model = llava_case.model
+    rows = [[([], "What color is the star? " * 20)], [([0, 1], "Is there a 7?")]]
+    inputs = llava_case.inputs(rows)
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    assert lengths[0] == inputs["input_ids"].shape[1] > lengths[1] + 8
+    method = short("own-frame", density=None)
+    with DivPrune(budget=15)(model), method(model):
+        batch = logits_of(model, inputs)
+        for row, turns in enumerate(rows):
+            close(batch[row, -1], logits_of(model, llava_case.inputs([turns]))[0, -1], 3e-5)
 
 
 def test_rows_behind_the_last_image_see_all_keys(llava_case):
