@@ -323,7 +323,7 @@ class BoundedSensitivity:
             high, low = self.largest(), self.smallest()
             chosen = self._diverse(similarity, k, low, high)
             # tokens computed on the way may have told that another could be the smallest
-            if self.smallest() == low:
+            if not self.smallest() < low:
                 return chosen
 
     def _diverse(self, similarity: Tensor, k: int, low: Tensor, high: Tensor) -> Tensor:

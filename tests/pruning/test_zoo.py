@@ -91,6 +91,12 @@ def random_tokens(count, widths, images=2):
     )  # fmt: skip
 
 
+def test_tokens_that_are_no_numbers_end_the_search():
+    tokens = random_tokens(40, (5, 9, 3))
+    tokens.features[:, 3], tokens.projected[:, 3] = torch.nan, torch.nan
+    assert [len({*kept.tolist()}) for kept in Zoo(budget=8).reduce(tokens).indices] == [8, 8]
+
+
 @pytest.mark.parametrize("widths", [(5, 9, 3), (24, 150, 140), (40, 30, 200)], ids=str)
 @pytest.mark.parametrize(
     "arguments", [{}, {"directions": 1}, {"rank": 2}, {"directions": 300}], ids=str
