@@ -115,9 +115,11 @@ class PrunedVLM:
             generation: arguments of the model's `generate`.
 
         Raises:
-            InputError: if an image or a question cannot be used, or more than one reply to each
-                question is asked for.
+            InputError: if an image or a question cannot be used, there are more of one than of the
+                other, or more than one reply to each question is asked for.
         """
+        if len(images) != len(questions):
+            raise InputError(f"{len(images)} images do not go with {len(questions)} questions")
         if generation.get("num_return_sequences", 1) != 1:
             raise InputError("there is one reply to each question; leave out num_return_sequences")
         visuals = [open_visual(medium) for medium in images]

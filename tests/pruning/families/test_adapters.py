@@ -165,6 +165,11 @@ def test_replies_are_what_the_images_get_alone(tiny, pruner):
             assert 0 < reply.kept_tokens < reply.image_tokens
 
 
+def test_the_wrapper_takes_a_question_for_each_image():
+    with pytest.raises(InputError, match="2 images do not go with 1 questions"):
+        PrunedVLM(None, None).replies(["one.jpg", "two.jpg"], ["red?"])
+
+
 @pytest.mark.parametrize("pruner", [None, DivPrune(budget=4), FastV(budget=0.5)])
 def test_the_wrapper_serves_beams_and_outputs_and_refuses_several_replies(tiny, pruner):
     skip_refused(tiny, pruner)
