@@ -28,9 +28,6 @@ def _prior_kernel(
     """Stores the softmax denominators of a tile of text rows, and the
     tile's part of the text prior.
 
-    Row sums leave the diagonal out; column sums of each tile are kept apart, so that their order
-    of addition is fixed. A single tile adds its own to its row sums.
-
     Programs: (tiles of text rows, B x H). Row sums leave the diagonal out; column sums of each tile
     are kept apart, so that their order of addition is fixed. A single tile adds its own to its row
     sums.

@@ -27,21 +27,6 @@ def read_record(path: Path, kind: type[T], advice: str) -> T:
     return from_json(read_bytes(path), kind, str(path), advice)
 
 
-def read_lines(path: Path, kind: type[T], advice: str) -> list[T]:
-    """Returns the records of a file with one JSON value a line; errors are as for `read_record`.
-
-    Args:
-        path: the file.
-        kind: type of a record.
-        advice: what to do about a damaged file, for the message.
-    """
-    lines = read_bytes(path).splitlines()
-    return [
-        from_json(line, kind, f"line {number} of {path}", advice)
-        for number, line in enumerate(lines, 1)
-    ]
-
-
 def to_json(content: Any, indent: int | None = 2) -> str:
     """Returns a record, or plain values with records among them, as JSON;
     without `indent` on one line.
