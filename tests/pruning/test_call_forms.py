@@ -291,7 +291,9 @@ def test_a_pruned_cache_outside_a_block(llava):
     refused(lambda: llava.model(input_ids=token, **{CACHE: cache}), "pruning block")
 
 
-@form("a text prefix in the cache, then the image", "exact", "what is kept is what it is at once")
+@form(
+    "a text prefix in the cache, then the image", "exact", "the same tokens are kept as in one pass"
+)
 @on_families()
 @torch.inference_mode()
 def test_a_prefix_in_the_cache(name, tiny):
@@ -408,7 +410,9 @@ def test_packed_sequences(name, tiny):
         close(gaps, tiny.model(**inputs, position_ids=text * 3).logits)
 
 
-@form("`inputs_embeds` with `pixel_values`", "exact", "placeholders are known by their embedding")
+@form(
+    "`inputs_embeds` with `pixel_values`", "exact", "placeholders are recognized by their embedding"
+)
 @on_families()
 @torch.inference_mode()
 def test_embeddings_instead_of_ids(name, tiny):
@@ -430,7 +434,7 @@ def test_embeddings_instead_of_ids(name, tiny):
 
 
 @form("`inputs_embeds` without `pixel_values`, of text or merged with image features", "refused",
-      "nothing tells which tokens are images'; a cached prompt may go on with one at a time")  # fmt: skip
+      "it is unknown which tokens are an image's; a cached prompt may continue with one token at a time")  # fmt: skip
 @on_families()
 @torch.inference_mode()
 def test_embeddings_alone(name, tiny):
@@ -526,7 +530,7 @@ def test_sliding_windows(name, sliding):
 @form(
     "scores of attention in a sliding window",
     "exact",
-    "those of the layer itself: tokens that it does not see get none",
+    "as in the layer: tokens outside the window get none",
 )
 @pytest.mark.parametrize("name", ["fastv", "sparsevlm", "pyramiddrop", "adaptinfer"])
 @torch.inference_mode()
@@ -611,7 +615,7 @@ def test_static_caches_and_masks(name, tiny):
 
 
 @form("a quantized cache (`cache_implementation=\"quantized\"`)", "exact",
-      "methods inside the model refuse an image behind a prefix in it")  # fmt: skip
+      "methods inside the model refuse an image after a cached prefix")  # fmt: skip
 @on_families()
 @torch.inference_mode()
 def test_quantized_caches(name, tiny):
@@ -664,7 +668,7 @@ class NoStream:
 
 
 @form("an offloaded cache (`cache_implementation=\"offloaded\"`)", "exact",
-      "methods inside the model refuse an image behind a prefix in it")  # fmt: skip
+      "methods inside the model refuse an image after a cached prefix")  # fmt: skip
 @on_families()
 @torch.inference_mode()
 def test_offloaded_caches(name, tiny, monkeypatch):
@@ -851,7 +855,9 @@ def test_nested_blocks(outer, inner, llava):
 
 
 @form(
-    "a model with its own `generate`, hooks and forwards", "exact", "they are used, and come back"
+    "a model with its own `generate`, hooks and forwards",
+    "exact",
+    "they are used, and restored after the block",
 )
 @on_families()
 @torch.inference_mode()
@@ -1047,15 +1053,15 @@ def page():
     lines = [f"| {one.call} | {one.outcome} | {one.how} |" for one in FORMS]
     return "\n".join([
         "# How a pruned model may be called", "",
-        "Inside `with pruner(model):` a call is exact, which means that it gives what the same call",
-        "gives for the tokens that are kept, or refused by one line that says what would be right.",
-        "Each line of this table is a test of `tests/pruning/test_call_forms.py`, which writes it.",
+        "Inside `with pruner(model):` a call is *exact*, which means that it gives what the same call",
+        "gives for the kept tokens, or it is *refused*, with one line that says what to do instead.",
+        "Each row of this table is a test of `tests/pruning/test_call_forms.py`, which writes this page.",
         "",
         "- Logits, hidden states and labels of a direct forward have the length of what is kept;",
         "  `generate`, stopping rules, streamers and caches see the full prompt.",
-        "- `logits_to_keep=k` says that the last k - 1 tokens are no part of the prompt: assisted",
-        "  decoding passes its drafts so. Without a cache, a prompt that goes on about the same image",
-        "  tensor is the same prompt.",
+        "- `logits_to_keep=k` means that the last k - 1 tokens are not part of the prompt: assisted",
+        "  decoding passes its drafts so. Without a cache, a longer prompt with the same image tensor",
+        "  counts as the same prompt.",
         "",
         "| call | outcome | how |", "|---|---|---|", *lines, "",
     ])  # fmt: skip
