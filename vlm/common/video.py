@@ -96,7 +96,8 @@ def open_video(
     """Reads frames of a video file, upright and in RGB.
 
     The video is cut into as many equal spans as there are frames, and of each the frame is kept
-    that is shown in its middle; one that is shown in the middle of several is kept once.
+    that is shown in its middle; one that is shown in the middle of several is kept once. Frames of
+    another size than the first are scaled to it.
 
     Args:
         source: a file, or a clip, which is returned as it is.
@@ -335,7 +336,7 @@ def _shown(
     """
     kept: list[NDArray[np.uint8]] = []
     times: list[float] = []
-    stream = video.stream
+    stream, size = video.stream, (0, 0)
     frames, current, following = video.container.decode(stream), None, None
     for target in targets:
         due = start + target / stream.time_base
@@ -360,7 +361,9 @@ def _shown(
             raise InputError(f"{video.path} has a video stream without frames; give another file")
         second = float((current.pts - start) * stream.time_base)
         if not times or second > times[-1]:
-            image = current.to_ndarray(format="rgb24")
+            # a stream may change its size: all frames get that of the first
+            size = size if kept else (current.width, current.height)
+            image = current.to_ndarray(format="rgb24", width=size[0], height=size[1])
             turns = round(getattr(current, "rotation", 0) / 90) % 4
             kept.append(np.rot90(image, turns) if turns else image)
             times.append(second)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from video_files import write_clip
+from video_files import write_changing, write_clip
 
 from vlm_prune.vlm.common import video
 from vlm_prune.vlm.common.errors import InputError
@@ -139,6 +139,13 @@ def test_a_large_file_without_frames_is_refused_soon(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="; give (another|a whole video) file"):
         open_video(path)
     assert reads.bytes < 10_000_000
+
+
+def test_frames_of_another_size_are_scaled_to_the_first_ones(tmp_path):
+    clip = open_video(write_changing(tmp_path / "clip.mkv", [(64, 48), (32, 24)]), 10)
+    assert clip.frames.shape == (10, 48, 64, 3)
+    levels = clip.frames.mean((1, 2, 3))
+    assert np.abs(levels - (20 * np.arange(10) + 10)).max() < 3
 
 
 def test_one_frame_is_a_clip(tmp_path):
