@@ -74,9 +74,11 @@ class Parts:
 
     def _open(self, find: Callable[[], pa.Table]) -> None:
         listed, settings = self.folder / "images.parquet", self.folder / "config.json"
-        if not check_settings(settings, self.config) and self._files():
+        known = check_settings(settings, self.config)
+        if not known and self._files():
             raise InputError(f"{self.folder} holds answers without config.json; remove it")
-        if not listed.is_file():
+        # images noted by a run that ended before its settings were may be those of other settings
+        if not (known and listed.is_file()):
             found = find()
             with atomic_path(listed) as partial:
                 parquet.write_table(found, partial)

@@ -78,6 +78,23 @@ def shelves(tmp_path_factory):
     return pictures, broken | {"out.png", "folder", "pipe.png", "thin.png"}, folder / "out.parquet"
 
 
+def test_images_of_a_run_that_noted_no_settings_are_found_anew(tmp_path, monkeypatch):
+    def listed(path):
+        return pa.table({"row": [0], "path": [path], "prompt": [PROMPT]})
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    output = tmp_path / "out.parquet"
+    with monkeypatch.context() as patch:
+        patch.setattr("vlm_prune.benchmarks.batch.output.record_settings", kill)
+        with pytest.raises(KeyboardInterrupt):
+            Parts(output, {"input": "one"}, lambda: listed("one.png"))
+    parts = Parts(output, {"input": "other"}, lambda: listed("other.png"))
+    assert parts.images["path"].to_pylist() == ["other.png"]
+    parts.release()
+
+
 def test_rows_are_what_the_images_get_alone(run, shelves, cluster):
     pictures, broken, output = shelves
     given = arguments(pictures, output, "--batch-size", "5")
