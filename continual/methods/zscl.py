@@ -40,7 +40,7 @@ class ZSCL(FullFineTune):
         temperature: of the distillation.
         reference_batch: reference images, and texts, per step.
         average_every: steps between additions to the weight average that the task ends with; 0
-            leaves the weights as trained.
+            leaves the weights as trained. At most a task's steps.
     """
 
     name: ClassVar[str] = "zscl"
@@ -72,6 +72,13 @@ class ZSCL(FullFineTune):
         return super().options() | {"images": images}
 
     def begin_task(self, context: Context) -> list[ParameterGroup]:
+        steps = context.recipe.steps
+        if self.average_every > steps:
+            # the average would be the weights before the task alone
+            raise InputError(
+                f"average_every={self.average_every} is above the {steps} steps of a task; "
+                "give less, or 0 for no average"
+            )
         groups = super().begin_task(context)
         if self._ids is None:
             self._ids = context.clip.tokenize(_texts(self.captions))

@@ -303,6 +303,13 @@ def test_zscl_averages_weights(begin, clip):
     torch.testing.assert_close(weight.data, before + 3.0)  # the mean of 0, 3 and 6
 
 
+def test_an_average_without_a_trained_weight_is_refused(begin):
+    """It would put back the weights from before the task."""
+    with pytest.raises(InputError, match="average_every=9 is above the 8 steps of a task; give"):
+        begin("zscl", average_every=9)
+    begin("zscl", average_every=8)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
