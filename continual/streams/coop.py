@@ -136,9 +136,12 @@ def _aircraft(root: DataRoot, templates: tuple[str, ...], skip_bad: bool) -> Str
         file = folder / f"images_variant_{part}.txt"
         if not file.is_file():
             raise InputError(f"{file} is missing; put FGVC-Aircraft's official files there")
-        lines = [line.split(" ", 1) for line in file.read_text().splitlines() if line.strip()]
-        paths = [data.path(f"images/{number}.jpg") for number, _ in lines]
-        labels = [numbers[name.strip()] for _, name in lines]
+        lines = [line.partition(" ") for line in file.read_text().splitlines() if line.strip()]
+        paths = [data.path(f"images/{number}.jpg") for number, _, _ in lines]
+        try:
+            labels = [numbers[name.strip()] for _, _, name in lines]
+        except KeyError as error:
+            raise InputError(f"{file} has {error}, which is none of variants.txt") from None
         splits.append(Files(paths, labels, skip_bad))
     return StreamTask("aircraft", classes, templates, *splits)
 

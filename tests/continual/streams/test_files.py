@@ -199,6 +199,11 @@ def test_official_aircraft_files(tmp_path, folders):
     task = coop_task("aircraft", folders)
     assert task.classes == names and task.train.labels == list(range(100))
     assert task.val[5][0].size == (8, 8)
+    for line in ("0001", "0001 Concorde"):
+        (root / "images_variant_val.txt").write_text(line + "\n")
+        with pytest.raises(InputError) as error:
+            coop_task("aircraft", folders)
+        one_line(error, "images_variant_val.txt has", repr(line[5:]), "none of variants.txt")
 
 
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
