@@ -141,6 +141,7 @@ class _Trainer:
 
     def run_all(self) -> None:
         if (self.output / "model").is_dir():
+            self._remove_states()  # a kill may have left some
             return
         if self.record.zero_shot is None:
             self.record.zero_shot = self._row("zero-shot", None, 0)
@@ -162,9 +163,13 @@ class _Trainer:
             self._finish_row(len(self.tasks) - 1)
         if self.main:
             write_folder(self.output / "model", self.clip.save)
+        self._remove_states()
+        self.accelerator.wait_for_everyone()
+
+    def _remove_states(self) -> None:
+        if self.main:
             for old in [*self.output.glob("state-*"), *self.output.glob("step-*")]:
                 shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
 
     def _learn(self, number: int) -> None:
         """Trains one task and leaves the model plain."""

@@ -210,6 +210,15 @@ def test_a_killed_run_ends_in_the_same_matrix(
     assert not list((tmp_path / "cut").glob("st*"))
 
 
+def test_a_kill_before_the_states_are_removed_leaves_none(make_clip, tasks, tmp_path):
+    run = ContinualRun(tmp_path / "run", make_method("zero-shot"), RECIPE, cpu=True)
+    train_tasks(run, make_clip(), tasks)
+    for name in ("state-2", "step-1-2"):
+        (run.output / name).mkdir()
+    train_tasks(run, make_clip(), tasks)
+    assert not list(run.output.glob("st*"))
+
+
 def test_a_half_written_folder_is_never_read(tmp_path):
     checkpoint.save_state(tmp_path, 1, {"w": torch.ones(2)}, {})
     (tmp_path / "state-2.partial").mkdir()
