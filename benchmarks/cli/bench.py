@@ -13,6 +13,7 @@ from vlm_prune.benchmarks.cli.options import (
     Positions,
     ScheduleFile,
     check_engine,
+    given_options,
     parse_method_args,
     with_schedule,
 )
@@ -20,8 +21,16 @@ from vlm_prune.vlm.budget import parse_budget
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.terminal import quiet
 
+GOES_WITH = {
+    "--attention": ("attention_tokens", "density"),
+    "--wings": ("wings_stride",),
+    "--engine vllm": ("requests", "concurrency"),
+}
+"""Options that go with another one alone."""
+
 
 def bench_command(
+    context: typer.Context,
     model_shape: Annotated[
         str, typer.Option(help="Architecture: tiny, llava-1.5-7b, qwen2.5-vl-3b or another's.")
     ] = "tiny",
@@ -111,6 +120,11 @@ def bench_command(
     check_engine(engine)
     if output is not None:
         check_outputs(output, ("bench.json", "bench.md"))
+    with_others = {"--attention": attention, "--wings": wings, "--engine vllm": engine == "vllm"}
+    for other, parts in GOES_WITH.items():
+        if not with_others[other] and (lone := sorted(given_options(context) & {*parts})):
+            options = " and ".join(f"--{name.replace('_', '-')}" for name in lone)
+            raise InputError(f"{options} without {other} would change nothing; add it")
     several = "," in method or batch > 1
     if engine == "vllm" and (several or any((schedule, wings, tower_layers))):
         raise InputError(

@@ -26,7 +26,9 @@ from vlm_prune.benchmarks.cli.options import (
     Split,
     Tasks,
     check_attention_options,
+    check_unpruned,
     data_root_of,
+    given_options,
     with_schedule,
     with_sparse_attention,
 )
@@ -42,6 +44,7 @@ TABLES = "compare.md"
 
 
 def compare_command(
+    context: typer.Context,
     model: Model = "tiny",
     method: Annotated[str, typer.Option(help="Names, comma-separated, or 'all'.")] = "all",
     budget: Budgets = "192,128,64,32",
@@ -94,6 +97,7 @@ def compare_command(
     quiet()
     check_attention_options(attention, density, attention_args)
     if attention is not None:
+        check_unpruned(given_options(context))
         method = "none" if method == "all" else method
         budget = "1.0" if method == "none" else budget
     chosen = named_methods(method, lambda: family_type(model))

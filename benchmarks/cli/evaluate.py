@@ -31,7 +31,9 @@ from vlm_prune.benchmarks.cli.options import (
     Wings,
     check_attention_options,
     check_engine,
+    check_unpruned,
     data_root_of,
+    given_options,
     parse_method_args,
     with_schedule,
     with_sparse_attention,
@@ -116,13 +118,18 @@ def evaluate_command(
             "--compile compiles decoder layers as they are, without --device-map, --quantization, "
             "--wings, --attention and --suite"
         )
-    given = {name for name in context.params if _is_given(context, name)}
+    given = given_options(context)
     if suite is not None:
         from vlm_prune.benchmarks.experiments.suite import run_suite
 
         if pruning := sorted(given & PRUNING):
             options = ", ".join(f"--{name.replace('_', '-')}" for name in pruning)
             raise InputError(f"--suite compares unpruned models; leave out {options}")
+        if any((device_map, quantization, attn, adapter)):
+            raise InputError(
+                "--suite compares models as they are, without --device-map, --quantization, --attn "
+                "and --adapter"
+            )
         chosen = tasks if "tasks" in given else "all"
         (config,) = run_configs([Variant("none", 1.0)], split, chosen, **common)
         run_suite(suite, config, base, output, data_root_of(data_root, allow_outside))
@@ -136,14 +143,10 @@ def evaluate_command(
             raise InputError(
                 "eval runs one method of sparse attention at one density; give one, or use compare"
             )
+        check_unpruned(given)
         alone = variant if "method" in given else Variant("none", 1.0)
         (variant,) = with_sparse_attention(alone, attention, density, attention_args)
     configs = run_configs(with_schedule([variant], schedule), split, tasks, **common)
     with open_run_folders(configs, output) as folders:
         (results,) = execute(folders, data_root_of(data_root, allow_outside))
     show(run_table(results))
-
-
-def _is_given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"

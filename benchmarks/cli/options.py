@@ -80,7 +80,9 @@ Output = Annotated[
     Path | None, typer.Option(help="Folder for results; a killed run resumes there.")
 ]
 Wings = Annotated[str | None, typer.Option(help="Folder or hub name of a Wings adapter.")]
-Split = Annotated[str, typer.Option(help="val for choosing, test for reporting.")]
+Split = Annotated[
+    str, typer.Option(help="Of embedded tasks: val for choosing, test for reporting.")
+]
 DataRoot = Annotated[
     Path | None,
     typer.Option(envvar="VLM_PRUNE_DATA", help="Folder of data sets, for lmms-eval's tasks."),
@@ -162,6 +164,12 @@ def parse_densities(text: str) -> list[float]:
     return found
 
 
+def given_options(context: typer.Context) -> set[str]:
+    """Returns the names of the options that the command line gives."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+
+
 def check_attention_options(attention: str | None, density: str | None, arguments: str) -> None:
     """Raises `InputError` for options of sparse attention without a method of it.
 
@@ -173,6 +181,20 @@ def check_attention_options(attention: str | None, density: str | None, argument
     if attention is None and (density is not None or arguments):
         raise InputError(
             "--density and --attention-args are those of sparse attention; add --attention, such as pooled"
+        )
+
+
+def check_unpruned(given: set[str]) -> None:
+    """Raises `InputError` for a pruner's options where sparse attention runs without one.
+
+    Args:
+        given: names of the options that the command line gives.
+    """
+    lone = sorted(given & {"budget", "positions", "method_args"})
+    if lone and "method" not in given:
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in lone)
+        raise InputError(
+            f"--attention without --method prunes nothing; add --method or leave out {options}"
         )
 
 
