@@ -45,6 +45,7 @@ from vlm_prune.vlm.common.paths import DataRoot
 from vlm_prune.vlm.common.records import to_json
 from vlm_prune.vlm.common.registry import unknown
 from vlm_prune.vlm.common.terminal import progress, quiet
+from vlm_prune.vlm.common.video import FRAMES
 from vlm_prune.vlm.load import load
 
 SUITES = ("forgetting",)
@@ -201,7 +202,7 @@ def _row(sample: Sample, reply: str) -> AnswerRow:
         **fields,
         prediction=reply,
         score=TASKS[fields["task"]].score(reply, sample.answer),
-        images=len(sample.images),
+        images=len(sample.images) + len(sample.videos),
     )
 
 
@@ -230,7 +231,7 @@ def _through_lmms(
         language.tick = tick
         skipped["base"] = answer_alone(language, folders["base"], data_root)
         del language
-    model = PrunedChat(config.model, "none", 1.0, **common)
+    model = PrunedChat(config.model, "none", 1.0, frames=config.frames or FRAMES, **common)
     model.keep_loaded, model.tick = True, tick
     for role in ("vlm", "wings"):
         if role in folders:

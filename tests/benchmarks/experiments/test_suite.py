@@ -5,6 +5,8 @@ import json
 import pytest
 
 from vlm_prune.benchmarks.evaluation.language import Language
+from vlm_prune.benchmarks.experiments.suite import _row
+from vlm_prune.benchmarks.tasks import TASKS
 from vlm_prune.vlm.common.errors import InputError
 
 FAST = ["--limit", "16", "--batch-size", "4", "--tasks", "iit,text,exist"]
@@ -99,6 +101,11 @@ def test_a_killed_suite_resumes_and_a_later_model_joins(run, common, whole, tmp_
     [
         (["--suite", "forgeting"], "did you mean 'forgetting'"),
         (["--suite", "forgetting", "--method", "zoo", "--budget", "8"], "out --budget, --method"),
+        (
+            ["--suite", "forgetting", "--attn", "eager"],
+            "without --device-map, --quantization, --attn",
+        ),
+        (["--suite", "forgetting", "--adapter", "x"], "--attn and --adapter"),
         (["--base", "somewhere"], "add --suite forgetting"),
         (["--suite", "forgetting", "--base", "tiny"], "is a model that sees images"),
         (["--suite", "forgetting", "--base", "/nowhere/llama"], "cannot load model"),
@@ -109,6 +116,11 @@ def test_wrong_options(run, checkpoint, tmp_path, options, message):
     code, _, err = run("eval", "--model", checkpoint, *options, "--output", tmp_path)
     assert code == 2 and message in err, err
     assert len(err.strip().splitlines()) == 1 and not (tmp_path / "results.json").exists()
+
+
+def test_a_video_is_no_text():
+    sample = TASKS["order"].sample(0, 0, "val")
+    assert not sample.images and _row(sample, "A").images == 1
 
 
 TURN = [{"role": "user", "content": [{"type": "text", "text": "Is it red?"}]}]
