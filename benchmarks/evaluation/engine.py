@@ -232,10 +232,12 @@ def _answer_run(
     answer = partial(replies_to, model, processor, prompts, most)
     baseline, before, _ = settled(answer, model.device)
     family, share = family_of(model), 1e3 / len(batch)
-    answered: list[tuple[Any, list[PairedRow]]] = []
+    answered: list[tuple[tuple[str, Any], list[PairedRow]]] = []
     prompts_of_method: list[tuple[Any, Prompts]] = []
     for pruner in (pruner.resolved(family) for pruner in pruners):
-        if (rows := found(answered, pruner)) is not None:
+        # one token equals 1.0, all of them
+        key = (repr(pruner.budget), pruner)
+        if (rows := found(answered, key)) is not None:
             yield rows
             continue
         method = replace(pruner, budget=1.0)
@@ -257,7 +259,7 @@ def _answer_run(
             paired_row(model, sample, prompts.record(number, trace), one, other, times)
             for number, (sample, one, other) in enumerate(zip(batch, baseline, ours, strict=True))
         ]
-        answered.append((pruner, rows))
+        answered.append((key, rows))
         yield rows
 
 

@@ -169,10 +169,10 @@ def against(name: str, runs: list[Results], scores: list[TaskScores]) -> list[li
         scores: of each run, for each task those of its questions.
     """
     rows = [["budget", f"{name} minus", "accuracy in points [95 %]", "McNemar p"]]
-    by_budget = {run.budget: number for number, run in enumerate(runs) if run.method == name}
+    by_budget = {str(run.budget): number for number, run in enumerate(runs) if run.method == name}
     for run, theirs in zip(runs, scores, strict=True):
-        if run.method != name and run.budget in by_budget:
-            ours = scores[by_budget[run.budget]]
+        if run.method != name and str(run.budget) in by_budget:
+            ours = scores[by_budget[str(run.budget)]]
             gain, p = points(*difference(ours, theirs)), f"{mcnemar(ours, theirs):.3f}"
             rows.append([str(run.budget), run.method, gain, p])
     return rows

@@ -3,8 +3,10 @@
 import json
 import weakref
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from tiny_families import Tiny
@@ -12,7 +14,7 @@ from tiny_families import Tiny
 from vlm_prune.benchmarks.evaluation import engine, timing
 from vlm_prune.benchmarks.evaluation.records import PairedTimes, Results
 from vlm_prune.benchmarks.evaluation.store import read_run, read_versioned
-from vlm_prune.benchmarks.evaluation.tables import comparison_table, with_interval
+from vlm_prune.benchmarks.evaluation.tables import against, comparison_table, with_interval
 from vlm_prune.pruning import METHODS, divprune
 
 UNTIMED = PairedTimes(*[0.0] * len(PairedTimes.__struct_fields__))
@@ -115,6 +117,12 @@ def test_sparse_attention_is_evaluated_beside_a_pruner(run, checkpoint, tmp_path
         ("eval", ["--attention", "pooled,local"], "or use compare"),
         ("eval", ["--attention", "pooled", "--attention-args", "blok=1"], "did you mean 'block'"),
         ("eval", ["--density", "0.5"], "add --attention"),
+        ("eval", ["--attention", "local", "--budget", "8"], "add --method or leave out --budget"),
+        (
+            "compare",
+            ["--attention", "local", "--budget", "8"],
+            "add --method or leave out --budget",
+        ),
         ("eval", ["--suite", "forgetting", "--attention", "local"], "leave out --attention"),
         ("compare", ["--attention-args", "block=8"], "add --attention"),
         ("compare", ["--attention", "local,local"], "is named twice"),
@@ -239,6 +247,21 @@ def test_what_is_the_same_is_done_once(llava, processor, monkeypatch):
     assert len(calls) == 4 and found == [1]
     assert rows[0] == rows[2] and rows[3] == rows[4] != rows[1]
     assert rows[3][0].time_ms.selection > 0
+
+
+def test_one_token_is_not_all_of_them(llava, processor):
+    batch = engine.samples_of(("exist",), 1, 0, "test")[:]
+    pruners = [METHODS["divprune"](budget=budget) for budget in (1.0, 1)]
+    kept = [len(rows[0].kept[0]) for rows in engine._answer(llava, processor, batch, pruners)]
+    assert kept == [576, 1]
+
+
+def test_methods_are_set_against_others_of_their_own_budget():
+    budgets = (("ours", 1), ("ours", 1.0), ("theirs", 1))
+    runs = [SimpleNamespace(method=method, budget=budget) for method, budget in budgets]
+    scores = [{"exist": np.full(4, score)} for score in (1.0, 0.0, 0.0)]
+    (row,) = against("ours", runs, scores)[1:]
+    assert row[:2] == ["1", "theirs"] and row[2].startswith("+100.0")
 
 
 def test_limit_is_spread_evenly():
