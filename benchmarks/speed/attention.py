@@ -508,21 +508,21 @@ def decoding_times(
     density = {}
     for repeat in range(config.repeats + 1):
         for name, method in tried.items():
-            spent, density[name] = attention_ms(method)
+            (spent, density[name]), layer = attention_ms(method), layer_ms(method)
             if repeat:
-                samples[name].append((spent, layer_ms(method)))
+                samples[name].append((spent, layer))
     times = {
         name: [Timing.of(list(column)) for column in zip(*own, strict=True)]
         for name, own in samples.items()
     }
-    dense, layer = times[""]
-    return AttentionTimes(attention_ms=dense, layer_ms=layer), {
+    dense, dense_layer = times[""]
+    return AttentionTimes(attention_ms=dense, layer_ms=dense_layer), {
         name: StepTimes(
             attention_ms=times[name][0],
             layer_ms=times[name][1],
             density=density[name],
             attention_speedup=dense.median / times[name][0].median,
-            layer_speedup=layer.median / times[name][1].median,
+            layer_speedup=dense_layer.median / times[name][1].median,
         )
         for name in methods
     }

@@ -279,9 +279,9 @@ def random_prompt(config: BenchConfig, model: Any) -> dict[str, Tensor]:
     # a third of the text before the image, the rest behind it
     markers = min(config.text - 2, int((image[0] != placeholder).sum()))
     text = torch.randint(12, 200, (config.batch, config.text - markers), generator=generator)
-    before, after = text.to(model.device).split(
-        [config.text // 3, len(text[0]) - config.text // 3], 1
-    )
+    # markers may leave less text than what goes before the image
+    first = min(config.text // 3, len(text[0]))
+    before, after = text.to(model.device).split([first, len(text[0]) - first], 1)
     ids = torch.cat([before, image, after], 1)
     return inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
@@ -311,10 +311,13 @@ def bench(config: BenchConfig, variants: list[Variant]) -> list[BenchResults]:
 
 @dataclass
 class Video:
-    """A video that all methods see, and how long the unpruned model took for it, once measured."""
+    """A video that all methods see, and, once measured, how long the unpruned
+    model took for it and what it held at most.
+    """
 
     prompts: Prompts
     unpruned: list[dict[str, float]] = field(default_factory=list)
+    peak: int = 0
 
 
 def _measured(
@@ -334,7 +337,7 @@ def _measured(
         pruner: of the pruned runs.
         model: with random weights.
         ceilings: of the machine.
-        video: encoded beforehand, with the unpruned times once they are known; None for images.
+        video: encoded beforehand, with the unpruned figures once they are known; None for images.
     """
     inputs, images = {} if video else random_prompt(config, model), [1] * config.batch
     samples: dict[str, list[dict[str, float]]] = {"unpruned": [], "pruned": []}
@@ -349,7 +352,7 @@ def _measured(
                 layer_tokens[name] = [float(prompts.vision.counts[0])] * len(  # type: ignore[union-attr]
                     family_of(model).decoder.layers
                 )
-                peak[name] = peak_bytes(model.device)
+                peak[name] = video.peak  # type: ignore[union-attr]
                 continue
             if model.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(model.device)
@@ -362,6 +365,8 @@ def _measured(
             times["decode"] /= max(1, config.new_tokens - 1)
             samples[name].append({phase: 1e3 * times[phase] for phase in PHASES})
             layer_tokens[name], peak[name] = trace.layer_tokens, peak_bytes(model.device)
+            if video and method is None:
+                video.peak = peak[name]
         text = random_text(config, config.text + round(mean(layer_tokens["pruned"])), model)
         generate = partial(timed_generate, model, text, max_new_tokens=1, min_new_tokens=1)
         _, phases, _ = settled(generate, model.device)

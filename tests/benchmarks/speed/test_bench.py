@@ -2,12 +2,15 @@
 
 import json
 from importlib.util import find_spec
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_families import MAKERS, NEEDS
 
 from vlm_prune.benchmarks.evaluation.records import PhaseTimes, TokenCounts, Variant
+from vlm_prune.benchmarks.speed import bench
 from vlm_prune.benchmarks.speed.bench import (
     BenchConfig,
     ModelTimes,
@@ -168,6 +171,8 @@ def test_videos_are_encoded_once_and_shared_by_all_methods(run, tmp_path, monkey
             f"vlm_prune.benchmarks.speed.{module}.SHAPES", {"small": lambda: config}
         )
     monkeypatch.setattr("vlm_prune.benchmarks.speed.pictures.FRAME_SIDE", 84)
+    peaks = count()
+    monkeypatch.setattr("vlm_prune.benchmarks.speed.bench.peak_bytes", lambda _: next(peaks))
     code, out, err = run(
         "bench", "--model-shape", "small", "--method", "evs,fastvid,fastv", "--video-frames", "4",
         "--layers", "2", "--tower-layers", "2", "--repeats", "1", "--new-tokens", "2", "--budget",
@@ -181,8 +186,21 @@ def test_videos_are_encoded_once_and_shared_by_all_methods(run, tmp_path, monkey
     assert evs["unpruned"]["tokens"]["kept"] == tokens and f"{tokens} tokens of 4 frames" in out
     assert evs["pruned"]["tokens"]["kept"] == round(tokens / 2)
     assert evs["unpruned"]["times_ms"] == fastv["unpruned"]["times_ms"]
+    peak = [run["unpruned"]["peak_memory_bytes"] for run in (evs, fastvid, fastv)]
+    assert peak[0] == peak[1] == peak[2] < evs["pruned"]["peak_memory_bytes"]
     assert 0 < evs["selection_memory"] < fastvid["selection_memory"]
     assert fastv["selection_memory"] is None
+
+
+def test_markers_may_leave_little_text(monkeypatch):
+    """Of 20 text tokens 18 are markers of frames, and the two others go before the video."""
+    ids = torch.tensor([[7, 7, 7, 5] * 6])
+    family = SimpleNamespace(placeholder=lambda kind: 5, kind_of=lambda frames: "video")
+    monkeypatch.setattr(bench, "family_of", lambda model: family)
+    monkeypatch.setattr(bench, "random_videos", lambda *given: {"input_ids": ids})
+    config = BenchConfig("tiny", Variant("none", 1.0), text=20, video_frames=6)
+    found = bench.random_prompt(config, SimpleNamespace(device="cpu"))["input_ids"]
+    assert found.shape == (1, 26) and found[0, 2:].equal(ids[0])
 
 
 def test_layers_that_do_not_run_are_as_long_as_those_that_do():
@@ -266,6 +284,12 @@ def test_shapes_have_the_released_sizes(name):
         (["--device", "cuda:99"], "there is no device 'cuda:99' here"),
         (["--budget", "577"], "above the 576 tokens"),
         (["--layers", "9"], "tiny has no 9 decoder layers; give 1 to 7"),
+        (["--density", "0.5"], "--density without --attention would change nothing; add it"),
+        (["--wings-stride", "2"], "--wings-stride without --wings would"),
+        (
+            ["--requests", "4", "--concurrency", "2"],
+            "--concurrency and --requests without --engine",
+        ),
         (["--batch", "0"], "greater than or equal to 1"),
     ],
 )
