@@ -6,7 +6,7 @@ on from its last state draws what an undisturbed one does.
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -60,6 +60,7 @@ from vlm_prune.benchmarks.tasks.base import Question, Split
 from vlm_prune.benchmarks.tasks.scenes import COLORS, GRID, NAMES, Scene, make_scene
 from vlm_prune.kernels.dispatch import multiplies_bf16
 from vlm_prune.vlm.common.files import atomic_path
+from vlm_prune.vlm.common.folder import record_settings
 from vlm_prune.vlm.common.state import (
     load_tensors,
     optimizer_tensors,
@@ -248,10 +249,16 @@ class SmolTrainer:
         folder: where state, log and results go.
         recipe: hyperparameters.
         keep: folder of an adapter and a projector to start from.
+
+    Raises:
+        InputError: if the folder holds a training by another recipe; steps and minutes may grow.
     """
 
     def __init__(self, folder: Path, recipe: SmolRecipe, keep: Path | None = None) -> None:
         self.folder, self.recipe = folder, recipe
+        ends = ("steps", "minutes")
+        settings = {name: value for name, value in asdict(recipe).items() if name not in ends}
+        record_settings(folder / "recipe.json", settings)
         torch.manual_seed(recipe.seed)
         language, _ = load_base()
         tiny, _ = load("tiny", "cpu")

@@ -91,6 +91,19 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(small, tmp_path):
     assert any(wanted[name].abs().max() > 0 for name in wanted if "lora_B" in name)
 
 
+@installed
+def test_a_folder_belongs_to_one_recipe(tmp_path, monkeypatch):
+    def stop():
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(smol_training, "load_base", stop)
+    for recipe in (SHORT, replace(SHORT, steps=8)):
+        with pytest.raises(RuntimeError, match="stopped"):
+            SmolTrainer(tmp_path, recipe)
+    with pytest.raises(InputError, match="another levels, seed; give another"):
+        SmolTrainer(tmp_path, replace(SHORT, seed=1, levels=FURTHER))
+
+
 @pytest.mark.slow
 @installed
 def test_a_new_training_may_start_from_what_another_wrote(small, tmp_path):
