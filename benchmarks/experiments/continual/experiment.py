@@ -277,7 +277,16 @@ def take_search(experiment: Experiment, folder: Path) -> None:
     theirs = read_record(folder / experiment.file.name, dict[str, Any], "give another folder")
     names = ("steps", "batch", "search_tasks", "weights")
     wanted = experiment.settings()
-    if changed := [name for name in names if theirs.get(name) != wanted[name]]:
+    changed = [name for name in names if theirs.get(name) != wanted[name]]
+    most = experiment.search_tasks
+    # fewer tasks than the search may have are all that it has
+    few, own_few = (
+        min(most, tasks) if isinstance(tasks, int) else most
+        for tasks in (theirs.get("tasks"), experiment.tasks)
+    )
+    if few != own_few:
+        changed.append("tasks")
+    if changed:
         raise InputError(
             f"{folder} has searched with another {', '.join(changed)}; "
             "give the folder of a comparison with the same"

@@ -170,10 +170,12 @@ def verdicts(found: Mapping[str, Any]) -> list[str]:
 
 
 def time_steps(experiment: Experiment, rounds: int = 10) -> None:
-    """Records the milliseconds of a step on the first task, all
-    methods in turn, unless it is done.
+    """Records the milliseconds of a step on the first task, all methods
+    in turn, unless it is done; for an arm more all are measured anew.
     """
-    if read_step_ms(experiment.output):
+    known = read_step_ms(experiment.output)
+    wanted = {arm for arm in experiment.arms if ARMS[arm].rate and not ARMS[arm].follows}
+    if wanted <= set(known):
         return
     stream, clip = open_stream(experiment.stream), load_clip("tiny")
     task = stream.tasks[0]
@@ -182,8 +184,8 @@ def time_steps(experiment: Experiment, rounds: int = 10) -> None:
     labels = torch.tensor([label for _, label in items])
     methods = {
         label: method_of(stream, ARMS[label].method, dict(ARMS[label].options))
-        for label in experiment.arms
-        if ARMS[label].rate and not ARMS[label].follows
+        for label in ARMS
+        if label in wanted | set(known)
     }
     make, words = (lambda: load_clip("tiny")), prompts(task)
     found = step_times(methods, make, words, pixels, labels, rounds)

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 
+from vlm_prune.benchmarks.experiments.continual import results
 from vlm_prune.benchmarks.experiments.continual.compare import figures, metric_differences
 from vlm_prune.benchmarks.experiments.continual.experiment import (
     ARMS,
     CANDIDATES,
     Experiment,
     run_all,
+    take_search,
 )
 from vlm_prune.benchmarks.experiments.continual.learn import (
     Learning,
@@ -50,6 +52,7 @@ from vlm_prune.continual.methods import METHODS, make_method
 from vlm_prune.continual.metrics import AccuracyMatrix
 from vlm_prune.continual.streams import open_stream
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.common.folder import record_settings
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "train_continual.py"
 SMALL = ["--recipe", "steps=2,batch=4", "--test-per-class", "1"]
@@ -269,6 +272,29 @@ def test_searches_that_cannot_be_taken_over(experiment, tmp_path):
         run_all(experiment, search_from=tmp_path / "changed")
     with pytest.raises(InputError, match="'x-tail'; give packaged or redrawn"):
         replace(experiment, stream="x-tail")
+
+
+def test_a_search_on_fewer_tasks_is_not_taken_over(tmp_path):
+    one = Experiment(tmp_path / "one")
+    record_settings(one.file, one.settings())
+    (one.output / "search.json").write_text("{}")
+    for tasks in (3, None):  # the search has three
+        take_search(replace(one, output=tmp_path / "other", tasks=tasks), one.output)
+    with pytest.raises(InputError, match="another tasks; give the folder"):
+        take_search(replace(one, output=tmp_path / "another", tasks=2), one.output)
+
+
+def test_steps_are_timed_anew_for_an_arm_more(tmp_path, monkeypatch):
+    timed = []
+
+    def stand_in(methods, *_):
+        timed.append(list(methods))
+        return dict.fromkeys(methods, 1.0)
+
+    monkeypatch.setattr(results, "step_times", stand_in)
+    for arms in (("lora",), ("lora", "zero-shot"), ("codyra",), ("codyra", "lora")):
+        results.time_steps(Experiment(tmp_path, arms=arms))
+    assert timed == [["lora"], ["codyra", "lora"]]
 
 
 def figure(value, reach=1.0):
