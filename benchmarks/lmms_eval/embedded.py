@@ -17,15 +17,18 @@ class Documents:
         task: name of the embedded task.
         seed: of its questions.
         split: that they are drawn from.
+        count: how many there are.
     """
 
     features = dict.fromkeys(("index", "question", "answer", "category"))
 
-    def __init__(self, task: str, seed: int = 0, split: Split = "test") -> None:
-        self.task, self.seed, self.split = task, seed, split
+    def __init__(
+        self, task: str, seed: int = 0, split: Split = "test", count: int = DOCUMENTS
+    ) -> None:
+        self.task, self.seed, self.split, self.count = task, seed, split, count
 
     def __len__(self) -> int:
-        return DOCUMENTS
+        return self.count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
@@ -46,7 +49,7 @@ class Documents:
 
 
 class EmbeddedTask(ConfigurableMessagesTask):  # type: ignore[misc]
-    """`dataset_path` of the YAML file names the embedded task, `dataset_kwargs` seed and split."""
+    """`dataset_path` of the YAML file names the embedded task, `dataset_kwargs` seed, split and count."""
 
     def __init__(self, config: dict[str, Any], model_name: str | None = None) -> None:
         options = {key: value for key, value in config.items() if key != "class"}

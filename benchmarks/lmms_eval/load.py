@@ -52,7 +52,7 @@ def load_task(
         seed: of an embedded task.
         split: of an embedded task.
         limit: how many rows are going to be asked; where a metric needs several rows at once, the
-            task has no others. None for all.
+            task has no others. None for all, of an embedded task 500.
         check: raises `InputError` for an image that the model does not take.
 
     Raises:
@@ -61,8 +61,10 @@ def load_task(
     config = settings(name)
     if "class" in config:
         embedded = config["class"] is EmbeddedTask
-        stream = {"dataset_kwargs": {"seed": seed, "split": split}} if embedded else {}
-        return config["class"](config=config | stream)
+        stream: dict[str, object] = {"seed": seed, "split": split}
+        if limit is not None:
+            stream["count"] = limit
+        return config["class"](config=config | ({"dataset_kwargs": stream} if embedded else {}))
     _check_judge(name, config)
     generates = str(config.get("output_type", "generate_until")).startswith("generate")
     kind = _ChatTask if generates else _SimpleTask

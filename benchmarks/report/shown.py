@@ -6,7 +6,7 @@ from PIL import Image
 
 from vlm_prune.benchmarks import lmms_eval
 from vlm_prune.benchmarks.evaluation.engine import drawn_sample
-from vlm_prune.benchmarks.evaluation.records import PairedRow
+from vlm_prune.benchmarks.evaluation.records import PairedRow, RunConfig
 from vlm_prune.benchmarks.report.load import Run
 from vlm_prune.benchmarks.tasks import TASKS
 from vlm_prune.vlm.common.errors import InputError
@@ -34,7 +34,7 @@ def pictures_of(
     for task in sorted({row.task for row in rows} - set(TASKS)):
         questions = {row.number: row.question for row in rows if row.task == task}
         try:
-            pictures = _read(task, questions, data_root, run.results.config.frames)
+            pictures = _read(task, questions, data_root, run.results.config)
         except InputError as error:
             missing[task] = str(error)
         else:
@@ -43,13 +43,13 @@ def pictures_of(
 
 
 def _read(
-    task: str, questions: dict[int, str], data_root: DataRoot | Path | None, frames: int | None
+    task: str, questions: dict[int, str], data_root: DataRoot | Path | None, config: RunConfig
 ) -> dict[int, ShownImages]:
     if not lmms_eval.installed():
         raise InputError(f"its images are read by lmms-eval: {lmms_eval.INSTALL}")
     from vlm_prune.benchmarks.lmms_eval.shown import images_of
 
-    return images_of(task, questions, data_root, frames)
+    return images_of(task, questions, data_root, config)
 
 
 def _task_images(run: Run, row: PairedRow) -> ShownImages:

@@ -14,10 +14,12 @@ from pyarrow import parquet as pq
 
 from vlm_prune.benchmarks.evaluation.engine import samples_of
 from vlm_prune.benchmarks.evaluation.records import RunConfig, Variant
+from vlm_prune.benchmarks.lmms_eval.chat import conversation
 from vlm_prune.benchmarks.lmms_eval.load import load_task
 from vlm_prune.benchmarks.lmms_eval.local import load_split
 from vlm_prune.benchmarks.lmms_eval.rows import dataset_of_rows, whole_groups
 from vlm_prune.benchmarks.lmms_eval.run import leaves_of
+from vlm_prune.benchmarks.lmms_eval.shown import images_of
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.images import open_image
 from vlm_prune.vlm.common.paths import DataRoot
@@ -273,6 +275,25 @@ def test_a_limit_splits_no_pair_of_mme(run, checkpoint, tmp_path, order):
     assert "mme_perception_score,none" in results["tasks"]["mme"]["metrics"]
     code, _, err = run(*command, "--limit", "1")
     assert code == 2 and "needs 2 rows at once, and the limit leaves it 1; raise --limit" in err
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [0, 2, 4, 1, 3, 5]])
+def test_pictures_of_pairs_are_found_by_their_numbers(tmp_path, order):
+    root = mme(tmp_path, order)
+    config = RunConfig("tiny", Variant("none", 1.0), ("mme",), 5)
+    task = load_task("mme", root, limit=5)
+    for number in (0, 3):
+        question = conversation(task.doc_to_messages(task.eval_docs[number])).question
+        (image,) = images_of("mme", {number: question}, root, config)[number]
+        assert f"Is it {number}?" in question and image.size == (60, 60)
+
+
+def test_an_embedded_task_has_as_many_questions_as_are_asked():
+    assert [len(load_task("vlm_prune_exist", None, limit=n).eval_docs) for n in (600, 20)] == [
+        600,
+        20,
+    ]
+    assert len(load_task("vlm_prune_exist", None).eval_docs) == 500
 
 
 def test_the_order_of_tasks_changes_no_share():
