@@ -69,8 +69,7 @@ class RunConfig:
 
     `wings` and `peft` are adapters that the pruned and the unpruned model both have; `device_map`,
     `quantization` and `attn` are those of `load`. `engine` is what answers: `hf` or `vllm`. `frames` are
-    those of a video, at most; None for all of an embedded task's and 32 of a file's.
-    `quantization` and `attn` are those of `load`. `engine` is what answers: `hf` or `vllm`. `compile` is
+    those of a video, at most; None for all of an embedded task's and 32 of a file's. `compile` is
     whether decoder layers run prompts compiled, of the pruned and of the unpruned model.
     """
 

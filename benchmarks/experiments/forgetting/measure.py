@@ -122,8 +122,8 @@ Seeds = list[dict[str, list[list[int]]]]
 def interval(seeds: Seeds) -> tuple[float, tuple[float, float]]:
     """Returns the mean accuracy over seeds and kinds with a 95 % interval.
 
-    Seeds are resampled, and within each its rows, whole: questions about one scene are not
-    independent. With three seeds the spread between seeds is itself poorly known.
+    Seeds are resampled, and within each the rows of each kind, whole: questions about one scene are
+    not independent. With three seeds the spread between seeds is itself poorly known.
     """
     drawn = resampled(lambda *chosen: _means(seeds, *chosen), _sizes(seeds))
     return _mean(seeds), percentiles(drawn)
