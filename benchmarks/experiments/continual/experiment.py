@@ -381,4 +381,5 @@ def _built(
     if "lr" in options:
         changes["lr"] = options.pop("lr")
     arm = ARMS[label]
-    return method_of(stream, arm.method, {**arm.options, **options}), changes
+    method = method_of(stream, arm.method, {**arm.options, **options}, experiment.steps)
+    return method, changes

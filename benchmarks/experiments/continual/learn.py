@@ -124,7 +124,7 @@ def recipe_of(stream: Stream, changes: dict[str, Any], seed: int) -> Recipe:
     return replace(base, **changes)
 
 
-def method_of(stream: Stream, name: str, options: dict[str, Any]) -> Method:
+def method_of(stream: Stream, name: str, options: dict[str, Any], steps: int = 60) -> Method:
     """Makes a method with what embedded streams need by default.
 
     Short tasks keep the strength of CoDyRA's published schedule, and ZSCL's reference images are
@@ -134,6 +134,7 @@ def method_of(stream: Stream, name: str, options: dict[str, Any]) -> Method:
         stream: decides the defaults.
         name: of a continual learner.
         options: of it; they go before the defaults.
+        steps: of each task; ZSCL's average takes up weights every five, or once in shorter ones.
 
     Raises:
         InputError: for an unknown method or option.
@@ -145,7 +146,7 @@ def method_of(stream: Stream, name: str, options: dict[str, Any]) -> Method:
         domain = DOMAINS["scenes"]
         drawn = Drawn(domain, "pretraining", domain.known, "plain")
         defaults["images"] = [drawn[k][0] for k in range(256)]
-        defaults["average_every"] = 5  # its default is longer than these tasks
+        defaults["average_every"] = min(5, steps)  # its default is longer than these tasks
         defaults["captions"] = [domain.templates[0].format(c) for c in domain.classes]
     return make_method(name, **(defaults | options))
 
@@ -160,7 +161,7 @@ def learn(settings: Learning) -> dict[str, Any]:
     root = DataRoot(settings.data_root, settings.allow_outside)
     stream = open_stream(settings.stream, root, settings.seed, settings.shots, settings.skip_bad)
     recipe = recipe_of(stream, settings.recipe, settings.seed)
-    method = method_of(stream, settings.method, settings.options)
+    method = method_of(stream, settings.method, settings.options, recipe.steps)
     tasks = tuple(fewer(task, settings.test_per_class) for task in stream.tasks)
     outside, missing = outside_of(settings, stream)
     clip = load_clip(*settings.clip)

@@ -346,6 +346,7 @@ def test_every_method_is_compared_and_can_be_built():
     for arm in ARMS.values():
         follows = {arm.follows: "a run"} if arm.follows else {}
         assert method_of(stream, arm.method, {**arm.options, **follows}).name == arm.method
+    assert [method_of(stream, "zscl", {}, steps).average_every for steps in (2, 60)] == [2, 5]
     for candidates in CANDIDATES.values():
         for candidate in candidates:
             assert recipe_of(stream, {"lr": candidate["lr"]}, 0).lr == candidate["lr"]
