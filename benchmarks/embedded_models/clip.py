@@ -22,6 +22,7 @@ from vlm_prune.continual import checkpoint
 from vlm_prune.continual.clip import extra
 from vlm_prune.continual.streams.packaged import DOMAINS, PER_CLASS, Drawn
 from vlm_prune.continual.tiny.config import WEIGHTS, write_clip_folder
+from vlm_prune.kernels.dispatch import multiplies_bf16
 from vlm_prune.vlm.common.errors import naming
 from vlm_prune.vlm.common.files import atomic_path, output_folder
 from vlm_prune.vlm.common.folder import OutputFolder, record_settings
@@ -196,7 +197,8 @@ class Pretraining:
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.rate * _schedule(step, self.recipe)
         self.model.train()
-        with torch.autocast("cpu", torch.bfloat16):
+        bf16 = multiplies_bf16(torch.device("cpu"))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             image = self.model.encode_image(pixels)
             text = self.model.encode_text(self.tokens[texts])
         scale = self.model.logit_scale.exp()

@@ -18,6 +18,7 @@ from vlm_prune.benchmarks.embedded_models.base_text import (
     package_text,
 )
 from vlm_prune.benchmarks.tasks.vqa import normalize
+from vlm_prune.kernels.dispatch import multiplies_bf16
 from vlm_prune.vlm.common.files import check_output, write_json
 from vlm_prune.vlm.load import load
 from vlm_prune.vlm.smol.base import load_base
@@ -29,19 +30,21 @@ SAME = 0.5
 def text_loss(model: Any, tokenizer: Any, texts: Sequence[str], window: int = 512) -> Tensor:
     """Returns the cross-entropy in nats of each token of texts but the first of each window, (T,).
 
+    Products are in bfloat16 on a CPU that has units for it, and in fp32 elsewhere.
+
     Args:
         model: a language model, or a LLaVA.
         tokenizer: the model's.
         texts: plain text.
         window: tokens that are read together.
     """
-    losses = []
+    losses, bf16 = [], multiplies_bf16(model.device)
     for text in texts:
         ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
         for part in ids.split(window):
             if len(part) < 2:
                 continue
-            with torch.autocast(model.device.type, torch.bfloat16):
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
                 logits = model(input_ids=part[None].to(model.device), use_cache=False).logits[0]
             losses.append(cross_entropy(logits[:-1].float(), part[1:], reduction="none").cpu())
     return torch.cat(losses)
@@ -128,8 +131,8 @@ def agreement(first: Sequence[str], second: Sequence[str]) -> dict[str, float]:
 
 
 def rounding_floor(model: Any, processor: Any, answers: Sequence[str]) -> dict[str, Any]:
-    """Returns how SmolLM2's answers agree with its own in other batches, and in bfloat16: what the rule
-    says of a model whose weights have not changed.
+    """Returns how SmolLM2's answers agree with its own in other batches, and in bfloat16 on a CPU
+    that has units for it: what the rule says of a model whose weights have not changed.
 
     Args:
         model: SmolLM2, which is bfloat16 afterward.
@@ -137,9 +140,11 @@ def rounding_floor(model: Any, processor: Any, answers: Sequence[str]) -> dict[s
         answers: of the model, in batches of the usual size.
     """
     prompts, tokenizer = chat_prompts(processor), processor.tokenizer
-    batches = agreement(answers, greedy_answers(model, tokenizer, prompts, batch=7))
-    rounded = greedy_answers(model.to(torch.bfloat16), tokenizer, prompts)
-    return {"batches of 7": batches, "bfloat16": agreement(answers, rounded)}
+    floor = {"batches of 7": agreement(answers, greedy_answers(model, tokenizer, prompts, batch=7))}
+    if multiplies_bf16(model.device):
+        rounded = greedy_answers(model.to(torch.bfloat16), tokenizer, prompts)
+        floor["bfloat16"] = agreement(answers, rounded)
+    return floor
 
 
 def compared(base: TextSkills, tuned: TextSkills, floor: dict[str, Any]) -> dict[str, Any]:
