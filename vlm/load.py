@@ -346,13 +346,15 @@ def _check_quantized(model: Any, name: str) -> None:
     """
     import torch
 
-    plain = (torch.Tensor, torch.nn.Parameter)
-    weights = list(model.parameters())
-    if all(type(w.data) in plain and w.is_floating_point() for w in weights):
+    def is_plain(weight: Any) -> bool:
+        kinds = (torch.Tensor, torch.nn.Parameter)
+        return type(weight.data) in kinds and weight.is_floating_point()
+
+    if all(map(is_plain, model.parameters())):
         raise InputError("its modules are too narrow for this quantization; leave it out")
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and not m.weight.is_meta]
     inner = [m for m in linear if m is not model.get_output_embeddings()]
-    left = sum(type(m.weight.data) in plain and m.weight.is_floating_point() for m in inner)
+    left = sum(is_plain(m.weight) for m in inner)
     if left:
         kind = str(model.dtype).removeprefix("torch.")
         print(

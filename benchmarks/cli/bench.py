@@ -12,6 +12,7 @@ from vlm_prune.benchmarks.cli.options import (
     OneBudget,
     Positions,
     ScheduleFile,
+    as_flags,
     check_engine,
     given_options,
     parse_method_args,
@@ -122,8 +123,8 @@ def bench_command(
         check_outputs(output, ("bench.json", "bench.md"))
     with_others = {"--attention": attention, "--wings": wings, "--engine vllm": engine == "vllm"}
     for other, parts in GOES_WITH.items():
-        if not with_others[other] and (lone := sorted(given_options(context) & {*parts})):
-            options = " and ".join(f"--{name.replace('_', '-')}" for name in lone)
+        if not with_others[other] and (lone := as_flags(given_options(context) & {*parts})):
+            options = " and ".join(lone)
             raise InputError(f"{options} without {other} would change nothing; add it")
     several = "," in method or batch > 1
     if engine == "vllm" and (several or any((schedule, wings, tower_layers))):

@@ -29,6 +29,7 @@ from vlm_prune.benchmarks.cli.options import (
     Split,
     Tasks,
     Wings,
+    as_flags,
     check_attention_options,
     check_engine,
     check_unpruned,
@@ -122,8 +123,8 @@ def evaluate_command(
     if suite is not None:
         from vlm_prune.benchmarks.experiments.suite import run_suite
 
-        if pruning := sorted(given & PRUNING):
-            options = ", ".join(f"--{name.replace('_', '-')}" for name in pruning)
+        if pruning := as_flags(given & PRUNING):
+            options = ", ".join(pruning)
             raise InputError(f"--suite compares unpruned models; leave out {options}")
         if any((device_map, quantization, attn, adapter)):
             raise InputError(

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -170,6 +171,11 @@ def given_options(context: typer.Context) -> set[str]:
     return {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
 
 
+def as_flags(names: Iterable[str]) -> list[str]:
+    """Returns options as they are written on the command line, by their parameters' names, sorted."""
+    return [f"--{name.replace('_', '-')}" for name in sorted(names)]
+
+
 def check_attention_options(attention: str | None, density: str | None, arguments: str) -> None:
     """Raises `InputError` for options of sparse attention without a method of it.
 
@@ -190,9 +196,9 @@ def check_unpruned(given: set[str]) -> None:
     Args:
         given: names of the options that the command line gives.
     """
-    lone = sorted(given & {"budget", "positions", "method_args"})
+    lone = as_flags(given & {"budget", "positions", "method_args"})
     if lone and "method" not in given:
-        options = " and ".join(f"--{name.replace('_', '-')}" for name in lone)
+        options = " and ".join(lone)
         raise InputError(
             f"--attention without --method prunes nothing; add --method or leave out {options}"
         )

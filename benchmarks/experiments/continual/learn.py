@@ -124,7 +124,9 @@ def recipe_of(stream: Stream, changes: dict[str, Any], seed: int) -> Recipe:
     return replace(base, **changes)
 
 
-def method_of(stream: Stream, name: str, options: dict[str, Any], steps: int = 60) -> Method:
+def method_of(
+    stream: Stream, name: str, options: dict[str, Any], steps: int = EMBEDDED_RECIPE.steps
+) -> Method:
     """Makes a method with what embedded streams need by default.
 
     Short tasks keep the strength of CoDyRA's published schedule, and ZSCL's reference images are
