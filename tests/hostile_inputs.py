@@ -105,7 +105,7 @@ SOUND: dict[str, tuple[str, ...]] = {
         "compare", "--model", "{model}", "--tasks", "text", "--limit", "2", "--budget", "8",
         "--method", "divprune,random",
     ),
-    "bench": ("bench", "--repeats", "1", "--new-tokens", "2", "--budget", "8"),
+    "bench": ("bench", "--repeats", "1"),
     "bench-kernels": ("bench-kernels", "{new}/kernels"),
     "report": ("report", "{run}"),
     "ask": ("ask", "{image}", "red?", "--model", "{model}", "--budget", "8"),

@@ -29,6 +29,18 @@ GOES_WITH = {
 }
 """Options that go with another one alone."""
 
+UNUSED = {
+    "--attention": (
+        "batch", "budget", "compile", "engine", "method", "new_tokens", "positions", "schedule",
+        "tower_layers", "video_frames", "wings",
+    ),
+    "--wings": (
+        "budget", "compile", "engine", "method", "method_args", "positions", "schedule", "video_frames",
+    ),
+    "--engine vllm": ("batch", "compile", "device", "schedule", "tower_layers", "video_frames"),
+}  # fmt: skip
+"""Options that another one does not read; of two that exclude each other the first names the second."""
+
 
 def bench_command(
     context: typer.Context,
@@ -121,36 +133,22 @@ def bench_command(
     check_engine(engine)
     if output is not None:
         check_outputs(output, ("bench.json", "bench.md"))
-    with_others = {"--attention": attention, "--wings": wings, "--engine vllm": engine == "vllm"}
-    for other, parts in GOES_WITH.items():
-        if not with_others[other] and (lone := as_flags(given_options(context) & {*parts})):
+    given = given_options(context) - ({"engine"} if engine == "hf" else set())
+    chosen = {"--attention": attention, "--wings": wings, "--engine vllm": engine == "vllm"}
+    for other, is_chosen in chosen.items():
+        if not is_chosen and (lone := as_flags(given & {*GOES_WITH[other]})):
             options = " and ".join(lone)
             raise InputError(f"{options} without {other} would change nothing; add it")
-    several = "," in method or batch > 1
-    if engine == "vllm" and (several or any((schedule, wings, tower_layers))):
-        raise InputError(
-            "--engine vllm measures one method at each --concurrency, without --batch, --schedule, "
-            "--tower-layers and --wings"
-        )
-    if video_frames and (engine == "vllm" or wings is not None):
-        raise InputError(
-            "--video-frames times methods on transformers; leave out --engine and --wings"
-        )
-    others = engine == "vllm" or wings is not None or video_frames or schedule is not None
-    if attention is not None and others:
-        raise InputError(
-            "--attention times sparse attention alone; leave out --engine, --wings, --video-frames and "
-            "--schedule"
-        )
-    if compile and (engine == "vllm" or wings is not None or attention is not None):
-        raise InputError(
-            "--compile compiles decoder layers as they are; leave out --engine, --wings and --attention"
-        )
+        if is_chosen and (unused := as_flags(given & {*UNUSED[other]})):
+            options = " and ".join(unused)
+            raise InputError(f"{other} would ignore {options}; leave out {options}")
     if not 0 < density <= 1:
         raise InputError(f"density {density} is no share; give one above 0, at most 1")
     counts = _counts(concurrency, "concurrency", "1,4,16")
     lengths = _counts(attention_tokens, "attention-tokens", "4096,16384")
     names = named_methods(method, lambda: FAMILIES[SHAPES[model_shape]().model_type])
+    if engine == "vllm" and len(names) > 1:
+        raise InputError("--engine vllm measures one method; name one in --method")
     more = parse_method_args(method_args)
     variants = [Variant(name, parse_budget(budget), positions, more) for name in names]
     variants = with_schedule(variants, schedule)

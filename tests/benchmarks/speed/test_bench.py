@@ -101,13 +101,32 @@ def test_sparse_attention_is_timed_beside_sdpa(run, tmp_path):
         (["--attention", "poled"], "did you mean 'pooled'"),
         (["--attention", "act"], "leaves nothing out of a prefill or a decoding step"),
         (["--attention", "local,local"], "is named twice: local"),
-        (["--attention", "local", "--wings", "2"], "leave out --engine, --wings"),
-        (["--attention", "local", "--compile"], "decoder layers as they are; leave out"),
         (["--attention", "local", "--attention-tokens", "4k"], "attention-tokens '4k' is no list"),
         (["--attention", "local", "--density", "2"], "density 2.0 is no share"),
     ):
-        code, _, err = run("bench", *wrong, "--layers", "1", "--tower-layers", "1")
+        code, _, err = run("bench", *wrong, "--layers", "1")
         assert code == 2 and says in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "ignored"),
+    [
+        ("--attention local", "--budget 64 --method zoo"),
+        ("--attention local", "--batch 2 --compile --new-tokens 2"),
+        ("--attention local", "--engine vllm --wings 2"),
+        ("--attention local", "--positions original --tower-layers 1 --video-frames 2"),
+        ("--wings 2", "--budget 64 --method zoo"),
+        ("--wings 2", "--compile --engine vllm --video-frames 2"),
+        ("--wings 2", "--method-args samples=2 --positions original"),
+        ("--engine vllm", "--batch 2 --compile --device cpu"),
+        ("--engine vllm", "--tower-layers 1 --video-frames 2"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(run, mode, ignored):
+    options = " and ".join(part for part in ignored.split() if part.startswith("--"))
+    code, _, err = run("bench", *mode.split(), *ignored.split())
+    assert code == 2 and len(err.splitlines()) == 1
+    assert f"{mode if 'vllm' in mode else mode.split()[0]} would ignore {options}; leave out" in err
 
 
 def test_several_methods_share_one_model(run, tmp_path):
@@ -233,7 +252,6 @@ def test_models_without_videos_and_odd_numbers_of_frames_are_named(run):
             (),
             "llava models take no videos here; give a shape of llava_next_video, llava_onevision",
         ),
-        ("tiny", ("--wings", "4"), "leave out --engine and --wings"),
         ("tiny", ("--tower-layers", "9"), "tiny has no 9 tower layers; give 1 to"),
     ):
         code, _, err = run("bench", "--model-shape", shape, "--video-frames", "2", *more)
@@ -291,6 +309,10 @@ def test_shapes_have_the_released_sizes(name):
             "--concurrency and --requests without --engine",
         ),
         (["--batch", "0"], "greater than or equal to 1"),
+        (
+            ["--engine", "vllm", "--method", "zoo,fopru"],
+            "measures one method; name one in --method",
+        ),
     ],
 )
 def test_wrong_input_is_one_line(run, arguments, message):
@@ -299,7 +321,8 @@ def test_wrong_input_is_one_line(run, arguments, message):
 
 
 def test_bench_measures_what_learners_cost(run, tmp_path):
-    code, out, err = run("bench", "--wings", "8", *FAST, "--output", tmp_path)
+    fast = ["--repeats", "1", "--new-tokens", "2"]
+    code, out, err = run("bench", "--wings", "8", *fast, "--output", tmp_path)
     assert code == 0, err
     results = json.loads((tmp_path / "bench.json").read_text())
     for phase in ("prefill", "decode"):
