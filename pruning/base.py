@@ -165,6 +165,10 @@ class Pruner(ABC):
         """Returns what a model must have for this method."""
         return frozenset()
 
+    def needs_on(self, layers: int) -> frozenset[Need]:
+        """Returns the same of a model of `layers` decoder layers."""
+        return self.needs
+
     def admit(self, model: Any) -> Family:
         """Returns the model's adapter, if the method goes with the model.
 
@@ -172,14 +176,15 @@ class Pruner(ABC):
             InputError: when this method or its budget does not go with the model.
         """
         family = family_of(model)
-        for need in sorted(self.needs & family.lacks):
-            works = [n for n, method in methods().items() if not method().needs & family.lacks]
+        layers, lacks = len(family.decoder.layers), family.lacks
+        for need in sorted(self.needs_on(layers) & lacks):
+            works = [n for n, method in methods().items() if not method().needs_on(layers) & lacks]
             raise InputError(
                 f"{type(self).__name__} needs {need}, which {model.config.model_type} models lack; "
                 f"give one of {', '.join(works)}"
             )
         if family.fixed_size:
-            self.check(family.tokens_per_image, len(family.decoder.layers))
+            self.check(family.tokens_per_image, layers)
         return family
 
     def papers_count(self, tokens: int, layer_tokens: list[float]) -> float | None:
@@ -211,9 +216,9 @@ class Pruner(ABC):
         """
         raise InputError(f"{cls.__name__} cannot cut after a decoder layer; apet@16 can")
 
-    def definition(self, tokens: int) -> str:
-        """Returns what the name stands for on an image of `tokens`, empty unless
-        it stands for another method.
+    def definition(self, layers: int) -> str:
+        """Returns what the name stands for on a model of `layers` decoder layers, empty
+        unless it stands for another method.
         """
         return ""
 

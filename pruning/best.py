@@ -21,7 +21,8 @@ from vlm_prune.vlm.prompt_pruning import Positions
 from vlm_prune.vlm.trace import Trace
 
 REMEDY = "give the best.json of vlm-prune search"
-PACKAGED = Path(__file__).with_name("best.json")
+PACKAGED = {name: Path(__file__).with_name(f"best_{name}.json") for name in ("tiny", "smol")}
+"""The package's files, by the embedded model on which each was found."""
 
 
 @dataclass
@@ -31,16 +32,27 @@ class Best(Pruner):
     the search chose, or that method's.
 
     Args:
-        definitions: file that the search wrote; the package's own unless given, which was found on
-            the embedded model.
+        definitions: file that the search wrote, or the embedded model on which the package's own was
+            found; unless given, the one whose number of decoder layers is nearest, as a ratio, to the
+            model's.
     """
 
-    definitions: str = str(PACKAGED)
+    definitions: str = ""
     stage: ClassVar[Stage] = "decoder"
     authors_positions: ClassVar[PositionRule] = "as its parts"
 
-    def _entry(self) -> "Entry":
-        found, each = definitions(self.definitions), per_frame(self.budget)
+    def _found(self) -> "list[Definitions]":
+        """Returns the given definitions, or all of the package."""
+        if self.definitions:
+            return [definitions(str(PACKAGED.get(self.definitions, self.definitions)))]
+        return list(packaged_definitions().values())
+
+    def _nearest(self, layers: int) -> "Definitions":
+        """Returns the definitions for a model of so many decoder layers."""
+        return min(self._found(), key=lambda found: abs(log(layers / found.layers)))
+
+    def _entry(self, layers: int) -> "Entry":
+        found, each = self._nearest(layers), per_frame(self.budget)
         budget = each if each is not None else self.budget
         wanted = float(budget)
         if isinstance(budget, int) and found.tokens is None:
@@ -53,11 +65,11 @@ class Best(Pruner):
         near = min(found.entries, key=lambda budget: abs(log(wanted / float(budget))))
         return found.entries[near]
 
-    def chosen(self, tokens: int | None) -> Pruner:
-        """Returns the method that stands for images of `tokens` tokens; None asks
-        for images that differ in size.
+    def chosen(self, tokens: int | None, layers: int) -> Pruner:
+        """Returns the method that it stands for on images of `tokens` tokens and a model of `layers`
+        decoder layers; None asks for images that differ in size.
         """
-        entry = self._entry()
+        entry = self._entry(layers)
         budget = self.budget if tokens is None else tokens_for(self.budget, tokens)
         positions = entry.positions if self.positions == "auto" else self.positions
         built: Pruner = build(
@@ -66,22 +78,26 @@ class Best(Pruner):
         return built
 
     def resolved(self, family: Family) -> Pruner:
-        return self.chosen(family.tokens_per_image if family.fixed_size else None)
+        tokens = family.tokens_per_image if family.fixed_size else None
+        return self.chosen(tokens, len(family.decoder.layers))
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Returns what a model must have for all methods that it may stand for."""
-        return definitions(self.definitions).needs
+        """Returns what a model must have for all methods that it may stand for, whatever its depth."""
+        return frozenset[Need]().union(*(found.needs for found in self._found()))
 
-    def definition(self, tokens: int) -> str:
-        return self._entry().command
+    def needs_on(self, layers: int) -> frozenset[Need]:
+        return self._nearest(layers).needs
+
+    def definition(self, layers: int) -> str:
+        return self._entry(layers).command
 
     def papers_count(self, tokens: int, layer_tokens: list[float]) -> float | None:
-        return self.chosen(tokens).papers_count(tokens, layer_tokens)
+        return self.chosen(tokens, len(layer_tokens)).papers_count(tokens, layer_tokens)
 
     def check(self, tokens: int, layers: int) -> None:
         super().check(tokens, layers)
-        self.chosen(tokens).check(tokens, layers)
+        self.chosen(tokens, layers).check(tokens, layers)
 
     def __call__(
         self, model: Any, vision: Images | None = None, video_frames: Sequence[int] | None = None
@@ -107,11 +123,13 @@ class Definitions:
     """What a search found.
 
     Args:
+        layers: of the decoder of the model searched.
         tokens: of an image in the search; None where they differed in size.
         entries: of each budget, which is a number of tokens, or a share of them where images differed
             in size.
     """
 
+    layers: int
     tokens: int | None
     entries: dict[str, Entry]
 
@@ -147,9 +165,15 @@ def definitions(path: str) -> Definitions:
     return _definitions(path, status.st_mtime_ns, status.st_size)
 
 
+def packaged_definitions() -> dict[str, Definitions]:
+    """Returns the package's definitions, by the embedded model on which they were found."""
+    return {name: definitions(str(path)) for name, path in PACKAGED.items() if path.exists()}
+
+
 class _File(msgspec.Struct, frozen=True):
     """What is read of the file that a search writes."""
 
+    layers: Annotated[int, msgspec.Meta(ge=1)]
     tokens: Annotated[int, msgspec.Meta(ge=1)] | None
     budgets: Annotated[dict[float, Entry], msgspec.Meta(min_length=1)]
 
@@ -181,4 +205,4 @@ def _definitions(path: str, _time: int, _size: int) -> Definitions:
             build(entry.method, **entry.arguments)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
-    return Definitions(found.tokens, entries)
+    return Definitions(found.layers, found.tokens, entries)

@@ -116,7 +116,7 @@ SOUND: dict[str, tuple[str, ...]] = {
     "schedule": ("schedule", "--model", "{model}", "--data", "exist", "--limit", "1", "--budget", "8",
                  "--output", "{new}/schedule"),
     "search": ("search", "--model", "{model}", "--budget", "8", "--tasks", "exist", "--limit", "1",
-               "--output", "{new}/search", "--definitions", "{new}/best.json"),
+               "--definitions", "{new}/best.json", "--output", "{new}/search"),
     "calibrate": ("calibrate", "act", "{new}/act.safetensors", "--model", "{model}", "--tasks", "exist",
                   "--limit", "1", "--attention-args", "minimum=1"),
     "serve": ("serve", "{model}", "--budget", "8"),
@@ -370,7 +370,7 @@ DAMAGED: dict[str, tuple[tuple[str, ...], str]] = {
     "report config.json": (("report", "{copy}"), "config.json"),
     "report samples.jsonl": (("report", "{copy}"), "samples.jsonl"),
     "compare config.json": (SOUND["compare"] + ("--output", "{copy}"), "config.json"),
-    "search config.json": (SOUND["search"][:-4] + ("--output", "{copy}"), "config.json"),
+    "search config.json": (SOUND["search"][:-2] + ("--output", "{copy}"), "config.json"),
     "best definitions": (
         ("eval", "--model", "{model}", "--tasks", "text", "--limit", "2", "--budget", "8", "--method",
          "best", "--method-args", "definitions={copy}/best.json"),
@@ -554,7 +554,7 @@ def _more() -> Iterator[Case]:
                    number("accuracy", value))  # fmt: skip
     for words, holds in (
         ((*SOUND["compare"], "--output", "{copy}"), "run of eval"),
-        ((*SOUND["search"][:-4], "--output", "{copy}"), "run of eval"),
+        ((*SOUND["search"][:-2], "--output", "{copy}"), "run of eval"),
         (("eval", "--suite", "forgetting", "--model", "{model}", "--tasks", "text", "--limit", "2",
           "--output", "{copy}"), "run of eval"),
     ):  # fmt: skip

@@ -631,7 +631,7 @@ def refused_on_images(method, model):
     frames, and these are images to the model.
     """
     family = family_of(model)
-    lacking = method.needs & family.lacks
+    lacking = method.needs_on(len(family.decoder.layers)) & family.lacks
     return bool(lacking) or ("videos" in method.needs and family.frames_as_images)
 
 

@@ -127,7 +127,6 @@ def bench_command(
     from vlm_prune.benchmarks.stats.table import as_markdown, as_table, show
     from vlm_prune.vlm.common.files import check_outputs, write_text
     from vlm_prune.vlm.common.records import to_json
-    from vlm_prune.vlm.families import FAMILIES
 
     quiet()
     check_engine(engine)
@@ -146,7 +145,7 @@ def bench_command(
         raise InputError(f"density {density} is no share; give one above 0, at most 1")
     counts = _counts(concurrency, "concurrency", "1,4,16")
     lengths = _counts(attention_tokens, "attention-tokens", "4096,16384")
-    names = named_methods(method, lambda: FAMILIES[SHAPES[model_shape]().model_type])
+    names = named_methods(method, lambda: SHAPES[model_shape](), layers)
     if engine == "vllm" and len(names) > 1:
         raise InputError("--engine vllm measures one method; name one in --method")
     more = parse_method_args(method_args)

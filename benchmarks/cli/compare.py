@@ -92,7 +92,7 @@ def compare_command(
     )
     from vlm_prune.benchmarks.stats.table import as_markdown, as_table, show
     from vlm_prune.vlm.common.files import check_output, write_text
-    from vlm_prune.vlm.load import family_type
+    from vlm_prune.vlm.load import config_of
 
     quiet()
     check_attention_options(attention, density, attention_args)
@@ -100,7 +100,7 @@ def compare_command(
         check_unpruned(given_options(context))
         method = "none" if method == "all" else method
         budget = "1.0" if method == "none" else budget
-    chosen = named_methods(method, lambda: family_type(model))
+    chosen = named_methods(method, lambda: config_of(model))
     budgets = [parse_budget(text) for text in budget.split(",")]
     for what, given in (("method", chosen), ("budget", budgets)):
         if len(set(map(str, given))) < len(given):

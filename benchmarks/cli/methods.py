@@ -14,7 +14,7 @@ def methods_command(
     """List pruning methods."""
     from vlm_prune.benchmarks.stats.table import as_table, show
     from vlm_prune.pruning import registry
-    from vlm_prune.pruning.best import PACKAGED, definitions
+    from vlm_prune.pruning.best import packaged_definitions
 
     if families:
         from vlm_prune.benchmarks.cli.support import support_table
@@ -27,5 +27,6 @@ def methods_command(
         what = " ".join(what.split())
         rows.append([name, pruner.stage, pruner.authors_positions, what, pruner.paper])
     show(as_table(rows))
-    for budget, entry in definitions(str(PACKAGED)).entries.items():
-        print(f"best at {budget} tokens: {entry.command}")
+    for model, found in packaged_definitions().items():
+        for budget, entry in found.entries.items():
+            print(f"best at {budget} tokens, as found on {model}: {entry.command}")

@@ -40,7 +40,10 @@ def search_command(
         Path, typer.Option(help="Folder of the runs; a killed search resumes.")
     ] = Path("runs/search"),
     definitions: Annotated[
-        Path | None, typer.Option(help="File to define 'best' in; the package's own unless given.")
+        Path | None,
+        typer.Option(
+            help="File to define 'best' in; unless given the package's own for tiny or smol."
+        ),
     ] = None,
     device_map: DeviceMap = None,
     quantization: Quantization = None,
@@ -66,9 +69,14 @@ def search_command(
     from vlm_prune.vlm.load import family_type, load
 
     quiet()
+    target = definitions or (None if adapter else PACKAGED.get(model))
+    if target is None:
+        raise InputError(
+            f"the package has files for {' and '.join(PACKAGED)} alone; give --definitions with a file "
+            "for another model"
+        )
     check_kind(output, "search")
     check_outputs(output, FILES)
-    target = definitions or PACKAGED
     check_output(target)
     if target.exists():
         read_definitions(str(target))  # another file would be lost

@@ -2,13 +2,14 @@
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from vlm_prune.benchmarks.stats.table import as_markdown
 from vlm_prune.pruning.registry import methods
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.families import FAMILIES, Family
+from vlm_prune.vlm.families import FAMILIES
 from vlm_prune.vlm.serving.embeds import check_sendable
 from vlm_prune.vlm.serving.plugin import CLASSES
 from vlm_prune.vlm.serving.settings import Settings, check_lacks
@@ -24,11 +25,14 @@ def support() -> dict[str, dict[str, bool]]:
     }
 
 
-def every_method(family: type[Family]) -> list[str]:
-    """Returns all methods but `none` that work on a family; the others are named on stderr."""
-    chosen = []
+def every_method(config: Any, layers: int | None = None) -> list[str]:
+    """Returns all methods but `none` that work on models of a configuration, with another number of
+    decoder `layers` where given; the others are named on stderr.
+    """
+    chosen, lacks = [], FAMILIES[config.model_type].lacks
+    depth = layers or config.get_text_config().num_hidden_layers
     for name, method in methods().items():
-        lacking = sorted(method().needs & family.lacks)
+        lacking = sorted(method().needs_on(depth) & lacks)
         if lacking:
             print(f"{name} left out: it needs {' and '.join(lacking)}", file=sys.stderr)
         elif name != "none":
@@ -36,14 +40,19 @@ def every_method(family: type[Family]) -> list[str]:
     return chosen
 
 
-def named_methods(names: str, family: Callable[[], type[Family]]) -> list[str]:
-    """Returns the methods named, comma-separated; for `all` every one that works on the family.
+def named_methods(names: str, config: Callable[[], Any], layers: int | None = None) -> list[str]:
+    """Returns the methods named, comma-separated; for `all` every one that works on the model.
+
+    Args:
+        names: of methods.
+        config: returns the model's configuration.
+        layers: as for `every_method`.
 
     Raises:
         InputError: when there is none.
     """
     if names == "all":
-        return every_method(family())
+        return every_method(config(), layers)
     chosen = [name for name in names.split(",") if name]
     if not chosen:
         raise InputError("no method given; see 'vlm-prune methods'")

@@ -60,7 +60,7 @@ def summarize(config: RunConfig, rows: Sequence[MeasuredRow], machine: Machine) 
         model=config.model,
         method=config.variant.method,
         budget=config.variant.budget,
-        definition=config.variant.build(config.seed).definition(round(tokens.full)),
+        definition=config.variant.build(config.seed).definition(len(rows[0].layer_tokens)),
         seed=config.seed,
         config=config,
         versions=versions(),

@@ -105,11 +105,12 @@ class Definition(Record, frozen=True):
 
 
 class SearchResults(Record, frozen=True):
-    """`best.json`: definitions by budget, found with images of so many `tokens`; None where they
-    differ in size, and budgets are shares.
+    """`best.json`: definitions by budget, found on a model of so many decoder `layers` with images of
+    so many `tokens`; None where they differ in size, and budgets are shares.
     """
 
     model: str
+    layers: int
     tokens: int | None
     questions: int
     seed: int
@@ -275,6 +276,7 @@ class Search:
         step = 1 + len(plain)
         return SearchResults(
             model=self.common.model,
+            layers=len(family.decoder.layers),
             tokens=family.tokens_per_image if family.fixed_size else None,
             questions=self.limit,
             seed=self.common.seed,

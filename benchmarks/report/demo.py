@@ -72,8 +72,8 @@ class Comparer:
     @property
     def methods(self) -> list[str]:
         """Returns the names of the methods that go with the model's images or videos."""
-        lacks = self.family.lacks
-        return [name for name, method in methods().items() if not method().needs & lacks]
+        layers, lacks = len(self.family.decoder.layers), self.family.lacks
+        return [name for name, method in methods().items() if not method().needs_on(layers) & lacks]
 
     @torch.inference_mode()
     def __call__(

@@ -406,7 +406,7 @@ def _measured(
         ceilings=ceilings,
         short_text_ms=least,
         method=config.variant.method,
-        definition=pruner.definition(tokens),
+        definition=pruner.definition(len(layer_tokens["pruned"])),
         unpruned=unpruned,
         pruned=pruned,
         speedup=speedup(unpruned, pruned, least.median, whole),

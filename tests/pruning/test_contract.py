@@ -78,7 +78,7 @@ def test_cached_decoding_equals_a_full_forward(case, llava, images, make_inputs,
     inputs = make_inputs([(1, LONG)], images)
     method, reduced, sizes = build(case), [], []
     if isinstance(method, Best):
-        method = method.chosen(576)
+        method = method.resolved(family_of(llava))
     pruner = method
     if isinstance(method, ICR):  # one image stays
         method = method.wrapped()

@@ -66,7 +66,7 @@ def test_each_part_of_a_cascade_follows_its_own_authors(name, llava_tiny, tmp_pa
     more = {"inside.layer": 16}
     if name == "best":
         path, entry = tmp_path / "best.json", {"method": "divprune+fastv", "arguments": more}
-        path.write_text(json.dumps({"tokens": 25, "budgets": {"6": entry}}))
+        path.write_text(json.dumps({"layers": 4, "tokens": 25, "budgets": {"6": entry}}))
         more = {"definitions": str(path)}
     seen, trace = positions_in_layers(llava_tiny, build(name, budget=6, **more))
     assert seen[0] == list(range(len(seen[0])))

@@ -52,6 +52,8 @@ def command(name, folder, tmp_path):
             "2",
             "--output",
             tmp_path / "out",
+            "--definitions",
+            tmp_path / "best.json",
         ]
     if name == "demo":
         return [*command, "--port", "65000"]

@@ -70,7 +70,10 @@ def stored(tmp_path_factory):
         "suite.json": (suite(folder / "suite"), lambda path: read_versioned(path, SuiteResults)),
         "samples.jsonl": (row, lambda path: read_rows(path, PairedRow)),
         "schedule.json": (schedule, Schedule.read),
-        "best.json": (json.loads(PACKAGED.read_text()), lambda path: definitions(str(path))),
+        "best.json": (
+            json.loads(PACKAGED["tiny"].read_text()),
+            lambda path: definitions(str(path)),
+        ),
     }
 
 

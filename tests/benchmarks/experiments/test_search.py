@@ -14,6 +14,7 @@ from vlm_prune.benchmarks.evaluation.records import RunConfig, Tokens, Variant
 from vlm_prune.benchmarks.experiments import search as engine
 from vlm_prune.benchmarks.stats.paired import difference, mcnemar
 from vlm_prune.pruning import Best
+from vlm_prune.vlm.load import config_of
 
 FAST = ["--budget", "64", "--limit", "2", "--batch-size", "2", "--tasks", "exist,ocr"]
 FEW = [
@@ -46,11 +47,11 @@ def test_the_positions_that_won_are_those_of_best(tmp_path):
     tokens = [Tokens(full=576.0, kept=64.0, layer_mean=64.0, papers=64.0)] * 2
     entry = engine._compared(every, engine.Round(scores, tokens), 0, 2)
     assert entry.combination == "divprune, positions=original" and entry.wins
-    defined = {"tokens": 576, "budgets": {"64": msgspec.to_builtins(entry)}}
+    defined = {"layers": 7, "tokens": 576, "budgets": {"64": msgspec.to_builtins(entry)}}
     (tmp_path / "best.json").write_text(json.dumps(defined))
     best = Best(budget=64, definitions=str(tmp_path / "best.json"))
-    assert best.definition(576) == "divprune, positions=original"
-    assert best.chosen(576).positions == "original"
+    assert best.definition(7) == "divprune, positions=original"
+    assert best.chosen(576, 7).positions == "original"
 
 
 @pytest.mark.parametrize(("family", "choice"), [("llava", True), ("qwen2_5_vl", False)])
@@ -84,12 +85,14 @@ def test_a_search_defines_best_and_resumes(run, checkpoint, tmp_path, few, monke
     arguments = ["--model", checkpoint, *FAST, "--output", output, "--definitions", defined]
     code, out, err = run("search", *arguments)
     assert code == 0, err
-    entry = json.loads(defined.read_text())["budgets"]["64"]
+    found = json.loads(defined.read_text())
+    entry = found["budgets"]["64"]
+    assert found["layers"] == config_of(checkpoint).get_text_config().num_hidden_layers
     assert {other["method"] for other in entry["against"]} == {"random", "fopru"}
     assert all(63 < other["tokens"]["layer_mean"] <= 64 for other in [entry, *entry["against"]])
     assert entry["combination"].split(",")[0] in {variant.method for variant in FEW}
     assert "budget 64:" in out and entry["combination"] in (output / "search.md").read_text()
-    assert Best(definitions=str(defined)).definition(576).startswith(entry["method"])
+    assert Best(definitions=str(defined)).definition(7).startswith(entry["method"])
     configs = [json.loads(path.read_text())["config"] for path in output.glob("*/*/config.json")]
     assert {(c["split"], c["seed"]) for c in configs} == {("val", 0), ("val", 1)}
     assert len(list(output.glob("round-1/*"))) == len(FEW) and list(output.glob("varied/*"))
@@ -124,6 +127,13 @@ def test_a_search_defines_best_and_resumes(run, checkpoint, tmp_path, few, monke
     monkeypatch.setattr("vlm_prune.benchmarks.evaluation.engine._answer", answer)
     assert run("search", *arguments)[0] == 0
     assert defined.read_text() == before
+
+    # of a model that the package has a file for it is that file
+    packaged = {str(checkpoint): tmp_path / "best_one.json", "other": tmp_path / "best_other.json"}
+    monkeypatch.setattr("vlm_prune.pruning.best.PACKAGED", packaged)
+    assert run("search", *arguments[:-2])[0] == 0
+    assert json.loads(packaged[str(checkpoint)].read_text())["budgets"] == {"64": entry}
+    assert not packaged["other"].exists()
 
 
 def test_a_combination_that_loses_is_reported_and_not_shipped():
@@ -170,4 +180,8 @@ def test_wrong_input_is_one_line(run, checkpoint, tmp_path):
             tmp_path / "best.json", "--limit", "6", *wrong,
         )  # fmt: skip
         assert code == 2 and len(err.strip().splitlines()) == 1
+    for model in (["--model", checkpoint], ["--adapter", checkpoint]):
+        code, _, err = run("search", *model, "--output", tmp_path / "out")
+        assert code == 2 and len(err.strip().splitlines()) == 1
+        assert "files for tiny and smol alone; give --definitions" in err
     assert not list(tmp_path.iterdir())

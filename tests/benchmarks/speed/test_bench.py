@@ -149,7 +149,6 @@ def test_several_methods_share_one_model(run, tmp_path):
 
 def test_all_is_every_method_that_fits_the_shape(run, tmp_path, monkeypatch):
     from vlm_prune.benchmarks.cli.support import every_method
-    from vlm_prune.vlm.families import FAMILIES
 
     measured = []
     monkeypatch.setattr(
@@ -158,7 +157,7 @@ def test_all_is_every_method_that_fits_the_shape(run, tmp_path, monkeypatch):
     )
     with pytest.raises(ZeroDivisionError):
         run("bench", "--method", "all", "--model-shape", "llava-0.5b")
-    assert [v.method for v in measured] == every_method(FAMILIES["llava"])
+    assert [v.method for v in measured] == every_method(SHAPES["llava-0.5b"]())
     code, _, err = run("bench", "--method", "all", "--model-shape", "llava-0.5")
     assert code == 2 and "did you mean 'llava-0.5b'" in err
     code, _, err = run("bench", "--method", ",")

@@ -43,8 +43,11 @@ def on(name, tiny, budget=BUDGET, **more):
     The README's matrix says of a registered method which of the two it is.
     """
     method = build(name, budget=budget, **more)
-    lacking = method.needs & family_of(tiny.model).lacks
-    assert name not in METHODS or support()[name][tiny.name] == (not lacking)
+    family = family_of(tiny.model)
+    lacking = method.needs_on(len(family.decoder.layers)) & family.lacks
+    # what `best` stands for on some models may lack more than on this one
+    if name in METHODS and name != "best":
+        assert support()[name][tiny.name] == (not lacking)
     if lacking:
         with pytest.raises(InputError, match="give one of none, random, .*divprune") as refusal:
             method.admit(tiny.model)
@@ -138,8 +141,7 @@ def test_cached_decoding_equals_a_full_forward(name, tiny, monkeypatch):
     """The reference walks the layers itself: one pass over prompt and answer, no cache, no hooks."""
     method, reduced, sizes = on(name, tiny), {"pre": [], "inside": []}, []
     if isinstance(method, Best):
-        family = family_of(tiny.model)
-        method = method.chosen(family.tokens_per_image if family.fixed_size else None)
+        method = method.resolved(family_of(tiny.model))
     if method.stage == "input":
         pytest.skip("its features come from another image; the pre-LLM road is the same as pool's")
     reducing = method.wrapped() if isinstance(method, ICR) else method
