@@ -99,7 +99,7 @@ def adapter_digest(name: str | Path) -> str:
         InputError: if there is none in the folder or under the hub name.
     """
     found = hashlib.sha256()
-    with naming(f"cannot read a Wings adapter from {str(name)!r}"):
+    with naming(f"cannot read an adapter from {str(name)!r}"):
         folder = locate_files(name, [CONFIG, WEIGHTS])
         for part in (CONFIG, WEIGHTS):
             with open_regular(folder / part) as file:

@@ -148,6 +148,12 @@ def locate_files(name: str | Path, files: list[str]) -> Path:
     return Path(snapshot_download(str(name), allow_patterns=files))
 
 
+def weight_stamps(name: str) -> list[tuple[str, int, int]]:
+    """Returns name, size and time of change (ns) of the weights in a folder; none for other names."""
+    files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
 def _names(folder: Path) -> list[str]:
     """Returns the names of the folders in a folder that hold a checkpoint."""
     if not folder.is_dir():

@@ -27,7 +27,9 @@ from vlm_prune.benchmarks.batch.inputs import decode, find_images, input_root, p
 from vlm_prune.benchmarks.batch.output import ANSWERS, Parts, finished, parts_of
 from vlm_prune.benchmarks.batch.vllm_stage import vllm_answers
 from vlm_prune.benchmarks.evaluation.served import settings_of
+from vlm_prune.learners.store import adapter_digest
 from vlm_prune.pruning.pipeline import PrunedVLM
+from vlm_prune.vlm.checkpoint import weight_stamps
 from vlm_prune.vlm.common.errors import InputError, first_line
 from vlm_prune.vlm.families import takes_videos
 from vlm_prune.vlm.load import check_loadable, config_of, device_of, load
@@ -122,7 +124,11 @@ def map_images(
     Raises:
         InputError: if the input, the output or the model cannot be used.
     """
-    wanted = asdict(config)
+    # weights may change under their name
+    wanted = asdict(config) | {
+        "adapter_digest": None if config.adapter is None else adapter_digest(config.adapter),
+        "checkpoint": weight_stamps(config.model),
+    }
     config.variant.build(0)
     if config.engine == "vllm":
         settings_of(config.model, config.variant)

@@ -103,12 +103,14 @@ class FolderRecord(Record, tag_field="schema_version", tag=SCHEMA_VERSION, froze
         kind: the command, or `answers` for one model's in a suite.
         adapter: what tells the weights of `config.wings`, which may change under its name.
         peft_digest: the same of `config.peft`.
+        checkpoint: name, size and time of change of the weights of a model in a folder.
     """
 
     kind: FolderKind
     config: RunConfig | None = None
     adapter: str | None = None
     peft_digest: str | None = None
+    checkpoint: list[tuple[str, int, int]] | msgspec.UnsetType = msgspec.UNSET
 
 
 class PromptRecord(Record, frozen=True):

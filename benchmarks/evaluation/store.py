@@ -21,6 +21,7 @@ from vlm_prune.benchmarks.evaluation.records import (
 )
 from vlm_prune.benchmarks.tasks import TASKS, Sample
 from vlm_prune.learners.store import adapter_digest
+from vlm_prune.vlm.checkpoint import weight_stamps
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import read_bytes, read_object, write_text
 from vlm_prune.vlm.common.folder import OutputFolder, check_settings, record_settings
@@ -249,12 +250,16 @@ class RunFolder(Generic[RowT]):
         group: GroupFolder | None = None,
     ) -> None:
         self.path, self.config, self.row_type, self.group = path, config, row_type, group
-        # an adapter may change under its name
+        # weights may change under their name
         digests = [
             None if name is None else adapter_digest(name) for name in (config.wings, config.peft)
         ]
         self.settings = FolderRecord(
-            kind=kind, config=config, adapter=digests[0], peft_digest=digests[1]
+            kind=kind,
+            config=config,
+            adapter=digests[0],
+            peft_digest=digests[1],
+            checkpoint=weight_stamps(config.model) or msgspec.UNSET,
         )
         self.rows = LoggedRows(self.log, row_type)
         self.folder: OutputFolder | None = None

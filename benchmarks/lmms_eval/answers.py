@@ -20,6 +20,7 @@ from vlm_prune.benchmarks.evaluation.records import (
     check_prompt,
 )
 from vlm_prune.learners.store import adapter_digest
+from vlm_prune.vlm.checkpoint import weight_stamps
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.common.files import read_bytes
 from vlm_prune.vlm.common.folder import check_settings, record_settings
@@ -78,12 +79,10 @@ def source(model: Any, name: str, wings: str | None) -> dict[str, object]:
         name: folder, hub name or embedded name that it was loaded by.
         wings: folder of its adapter, if it has one.
     """
-    path = EMBEDDED.get(name, Path(name))
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
     return {
         "model": name,
         "wings": None if wings is None else adapter_digest(wings),
-        "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        "weights": weight_stamps(str(EMBEDDED.get(name, name)))
         or getattr(model.config, "_commit_hash", None),
         "dtype": str(model.dtype),
         "device": device_name(model.device),

@@ -1,18 +1,22 @@
 """A folder through Ray Data: a row's answer is its own, and a killed run ends with the same table."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import pyarrow as pa
 import pytest
 from PIL import Image
 from pyarrow import parquet
+from safetensors.torch import load_file, save_file
 from tiny_families import Tiny
 from video_files import write_clip
 
+from vlm_prune.benchmarks.batch import pipeline
 from vlm_prune.benchmarks.batch.config import MapConfig
 from vlm_prune.benchmarks.batch.inputs import decode, find_images, input_root, open_below
 from vlm_prune.benchmarks.batch.output import ANSWERS, Parts, parts_of
@@ -23,6 +27,8 @@ from vlm_prune.benchmarks.evaluation.records import Variant
 from vlm_prune.benchmarks.tasks import TASKS
 from vlm_prune.pruning.pipeline import PrunedVLM
 from vlm_prune.vlm.common.errors import InputError
+from vlm_prune.vlm.smol import adapter_path
+from vlm_prune.vlm.tiny import checkpoint_path
 
 PROMPT = "What color is the star?"
 EAGER = (  # a part after every block, so that a kill finds some
@@ -93,6 +99,33 @@ def test_images_of_a_run_that_noted_no_settings_are_found_anew(tmp_path, monkeyp
     parts = Parts(output, {"input": "other"}, lambda: listed("other.png"))
     assert parts.images["path"].to_pylist() == ["other.png"]
     parts.release()
+
+
+def test_another_adapter_or_checkpoint_under_the_same_name_is_refused(tmp_path, monkeypatch):
+    lora, model, output = tmp_path / "lora", tmp_path / "model", tmp_path / "out.parquet"
+    shutil.copytree(adapter_path(), lora)
+    shutil.copytree(checkpoint_path(), model)
+    draw(tmp_path / "in", 1)
+    config = MapConfig(
+        str(tmp_path / "in"), PROMPT, str(model), Variant("zoo", 64), limit=2, adapter=str(lora)
+    )
+
+    def answered(config, workers, missing, batch_size):
+        yield pa.Table.from_pylist([{"row": 0, "answer": "red"}], schema=pipeline.REFUSED)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "local_ray", nullcontext)
+    monkeypatch.setattr(pipeline, "_answers", answered)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.map_images(config, output)
+    for name, file in (
+        ("adapter_digest", lora / "adapter_model.safetensors"),
+        ("checkpoint", model / "model.safetensors"),
+    ):
+        tensors = load_file(file)
+        save_file({key: -tensor for key, tensor in tensors.items()}, file)
+        with pytest.raises(InputError, match=f"holds a run with another .*{name}.*; give another"):
+            pipeline.map_images(config, output)
 
 
 def test_rows_are_what_the_images_get_alone(run, shelves, cluster):

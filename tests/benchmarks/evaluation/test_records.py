@@ -3,6 +3,7 @@
 import ast
 import copy
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from vlm_prune.benchmarks.evaluation.store import (
 )
 from vlm_prune.benchmarks.evaluation.summarize import summarize
 from vlm_prune.benchmarks.experiments.search import SearchResults
+from vlm_prune.learners.store import WEIGHTS
 from vlm_prune.pruning.best import PACKAGED, definitions
 from vlm_prune.pruning.schedule import Schedule
 from vlm_prune.vlm.common.errors import InputError
@@ -261,6 +263,27 @@ def test_a_run_that_is_refused_leaves_no_configuration(tmp_path):
     other = Variant("fopru", 65)
     with pytest.raises(InputError, match="another budget;"):
         RunFolder(tmp_path / "run", config(tmp_path / "run", variant=other), PairedRow)
+
+
+def test_weights_that_changed_under_their_name_are_another_run(tmp_path):
+    model, adapter = tmp_path / "model", tmp_path / "adapter"
+    for folder in (model, adapter):
+        folder.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    files = {"checkpoint": model / "model.safetensors", "peft_digest": adapter / WEIGHTS}
+    for file in files.values():
+        file.write_bytes(b"one")
+    wanted = config(write_run(tmp_path / "source"), model=str(model), peft=str(adapter))
+    with RunFolder(tmp_path / "run", wanted, PairedRow) as folder:
+        folder.record()
+    for name, file in files.items():
+        RunFolder(tmp_path / "run", wanted, PairedRow).folder.release()
+        about = file.stat()
+        file.write_bytes(b"other")
+        with pytest.raises(InputError, match=f"holds a run with another {name};"):
+            RunFolder(tmp_path / "run", wanted, PairedRow)
+        file.write_bytes(b"one")
+        os.utime(file, ns=(about.st_atime_ns, about.st_mtime_ns))
 
 
 def test_evaluation_records_have_no_untyped_parts():
