@@ -32,11 +32,16 @@ class FlashVID(VideoPruner):
         diverse: share of a frame's budget for salient and diverse tokens, rounded up.
         alike: cosine from which on a token joins one of the frame before.
         neighbors: nearest tokens of its frame, itself among them, that a density is taken over.
+        relevance: whether a token's distances are also multiplied by its dot product with the mean
+            token of its segment, as the authors' code does for LLaVA models and not for Qwen's.
 
     A token joins at most one of the frame before, and may be joined by several: each such tree becomes
-    its mean, at its first token. Frames with fewer of them than their share leave the rest to others;
-    where all together have fewer, the least alike do not join. The paper's whole is a cascade,
-    `flashvid+fastv@20`.
+    its mean, at its first token. The paper's whole is a cascade, `flashvid+fastv@20`.
+
+    Deviations: so that a video has exactly its budget, frames with fewer trees than their share leave
+    the rest to others, and where all together have fewer, the least alike tokens do not join; the
+    authors' code splits what a segment has left in proportion to the trees of its frames, rounded up,
+    and may keep more or fewer. `segments` is 8 for all models; the authors take 4 for Qwen's.
     """
 
     segments: int = 8
@@ -44,6 +49,7 @@ class FlashVID(VideoPruner):
     diverse: float = 0.7
     alike: float = 0.8
     neighbors: int = 7
+    relevance: bool = False
     stage: ClassVar[Stage] = "encoder"
     paper: ClassVar[str] = "https://arxiv.org/abs/2602.08024"
 
@@ -64,13 +70,14 @@ class FlashVID(VideoPruner):
         means, tokens = frame_means(frames_of(vision)), frames_of(vision)
         indices, features = [], []
         for video in range(len(tokens)):
+            starts = segment_starts(means[video], self.segments, self.threshold)
+            weights = attention[video]
+            if self.relevance:
+                weights = weights * segment_relevance(tokens[video], means[video], starts)
             salient = [
                 diverse_salient(frame, salience, count)
-                for frame, salience, count in zip(
-                    tokens[video], attention[video], first, strict=True
-                )
+                for frame, salience, count in zip(tokens[video], weights, first, strict=True)
             ]
-            starts = segment_starts(means[video], self.segments, self.threshold)
             context = sum(shares) - sum(first)
             rest = [others(at[None], size)[0] for at in salient]
             parents = self.parents(tokens[video], rest, starts, context)
@@ -144,6 +151,19 @@ class FlashVID(VideoPruner):
                 joined = parents[frame][~roots][None], len(rest[frame - 1])
                 sums = sums_by_nearest(total[~roots][None], *joined)[0][0]
                 sizes = sums_by_nearest(members[~roots][None], *joined)[0][0]
+
+
+def segment_relevance(tokens: Tensor, means: Tensor, starts: list[int]) -> Tensor:
+    """Returns the dot product of each token with the mean token of its segment, (T, n), in fp32.
+
+    Args:
+        tokens: of a video, (T, n, d).
+        means: of its frames, (T, d).
+        starts: first frames of segments.
+    """
+    segments = means.tensor_split(starts[1:])
+    centers = torch.cat([own.mean(0, keepdim=True).expand_as(own) for own in segments])
+    return torch.stack([t.float() @ c for t, c in zip(tokens, centers, strict=True)])
 
 
 def fitted(shares: list[int], available: list[int]) -> list[int]:

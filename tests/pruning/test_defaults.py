@@ -50,6 +50,7 @@ DEFAULTS = {
     },
     "flashvid": {
         "segments": 8, "threshold": 0.9, "diverse": 0.7, "alike": 0.8, "neighbors": 7,
+        "relevance": False,
     },
     "v-cast": {"temperature": 0.7},
     "holitom": {"threshold": 0.8, "neighbors": 7},

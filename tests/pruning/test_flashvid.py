@@ -1,6 +1,7 @@
 """FlashVID against loops over its definition."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -24,16 +25,22 @@ def chosen(frame, salience, count):
     return sorted(picked)
 
 
-@pytest.mark.parametrize("segments", [1, 4])
-def test_selection_and_merging_equal_the_papers_loop(segments, clips):
+@pytest.mark.parametrize(("segments", "relevance"), [(1, False), (4, False), (4, True)])
+def test_selection_and_merging_equal_the_papers_loop(segments, relevance, clips):
     """Three tokens of each of ten frames that are chosen, and one for all others."""
-    kept = FlashVID(budget=40, segments=segments, threshold=0.5).reduce_video(clips)
+    method = FlashVID(budget=40, segments=segments, threshold=0.5, relevance=relevance)
+    kept = method.reduce_video(clips)
     for video, frames in enumerate(clips.projected.double().unflatten(1, (10, 12))):
         means = [frame.mean(0) for frame in frames]
         alike = [float(cosine_similarity(means[t], means[t + 1], dim=0)) for t in range(9)]
         cuts = {t + 1 for t in range(9) if alike[t] < 0.5}
         cuts |= {t + 1 for t in sorted(range(9), key=lambda t: alike[t])[: segments - 1]}
-        first = [chosen(frame, attention_of(clips)[video, t], 3) for t, frame in enumerate(frames)]
+        salience = attention_of(clips)[video]
+        for start, end in pairwise([0, *sorted(cuts), 10]) if relevance else ():
+            for t in range(start, end):
+                events = [frames[t] @ means[other] for other in range(start, end)]
+                salience[t] *= torch.stack(events).mean(0)
+        first = [chosen(frame, salience[t], 3) for t, frame in enumerate(frames)]
         expected = {12 * t + i: frames[t, i] for t, own in enumerate(first) for i in own}
         rest = [[i for i in range(12) if i not in own] for own in first]
         groups = {(t, i): [frames[t, i]] for t in range(10) for i in rest[t]}
