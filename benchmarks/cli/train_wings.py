@@ -43,6 +43,9 @@ def choose_experiment(
             help="Of the experiment, comma-separated, such as full,model-dowser; all else."
         ),
     ] = None,
+    model: Annotated[
+        str, typer.Option(help="Whose language model learns to see: tiny, or smol for SmolLM2.")
+    ] = "tiny",
     quick: Annotated[bool, typer.Option(help="A few steps, to see that it runs.")] = False,
 ) -> None:
     """Train Wings learners, or run an experiment."""
@@ -52,12 +55,13 @@ def choose_experiment(
         raise InputError(f"give a command, or --experiment {EXPERIMENTS[0]}")
     if experiment not in EXPERIMENTS:
         raise InputError(unknown("experiment", experiment, EXPERIMENTS))
-    from vlm_prune.benchmarks.experiments.forgetting.arms import QUICK, Plan
+    from vlm_prune.benchmarks.experiments.forgetting import arms as experiment_arms
     from vlm_prune.benchmarks.experiments.forgetting.experiment import run
 
     quiet()
     names = None if arms is None else [name.strip() for name in arms.split(",")]
-    run(QUICK if quick else Plan(), output, results, base, jobs, names)
+    plan = experiment_arms.PLANS[model]
+    run(experiment_arms.quick(plan) if quick else plan, output, results, base, jobs, names)
 
 
 @app.command("train")

@@ -1,6 +1,9 @@
 """Questions and rows that the embedded model is trained on: the tasks' own question makers, by lesson."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -170,30 +173,80 @@ def visual_questions(
     return questions
 
 
-def block(kind: str, question: Question, opening: str = "") -> QuestionBlock:
-    """Writes a question and its answer as the chat template does; single words stand alone.
+@dataclass(frozen=True)
+class Chat:
+    """How a chat template writes a conversation.
 
     Args:
-        kind: under which training reports it.
-        question: with its answer.
-        opening: text before the question, such as the role of who asks.
+        first: what stands before the first question.
+        assistant: between a question and its answer.
+        space: before an answer.
+        following: between an answer and the next question.
     """
-    if kind in ONE_WORD:
-        return QuestionBlock(f" {question.text}", f" {question.answer}", kind)
-    return QuestionBlock(f"{opening}{question.text} ASSISTANT:", f" {question.answer}", kind)
+
+    first: str = "<s>USER: "
+    assistant: str = " ASSISTANT:"
+    space: str = " "
+    following: str = "</s>USER: "
+
+    @classmethod
+    def of(cls, processor: Any) -> "Chat":
+        """Reads off what a processor's template writes around messages."""
+        spoken = zip(("user", "assistant", "user"), "\0\1\2", strict=True)
+        messages = [
+            {"role": role, "content": [{"type": "text", "text": text}]} for role, text in spoken
+        ]
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        first, turn, following, assistant = re.split("[\0\1\2]", text)
+        return cls(first, assistant, turn.removeprefix(assistant), following)
+
+    def before(self, rng: np.random.Generator, turns: int) -> str:
+        """Returns what stands before a question: text-only turns with their replies come first."""
+        questions = [text.ask(rng) for _ in range(turns)]
+        earlier = (
+            f"{q.text}{self.assistant}{self.space}{q.answer}{self.following}" for q in questions
+        )
+        return "".join([self.first, *earlier])
+
+    def block(self, kind: str, question: Question, opening: str = "") -> QuestionBlock:
+        """Writes a question and its answer; single words stand alone.
+
+        Args:
+            kind: under which training reports it.
+            question: with its answer.
+            opening: text before the question.
+        """
+        if kind in ONE_WORD:
+            return QuestionBlock(f" {question.text}", f" {question.answer}", kind)
+        prompt = f"{opening}{question.text}{self.assistant}"
+        return QuestionBlock(prompt, f"{self.space}{question.answer}", kind)
+
+    def text_row(self, before: str, questions: Sequence[tuple[str, Question]]) -> Row:
+        """Makes a row of questions without an image, tokenized as the whole text is.
+
+        Args:
+            before: what stands before each; a space at its end is a part of the next word.
+            questions: each with its kind.
+        """
+        prefix = before.rstrip(" ")
+        opening = before[len(prefix) :]
+        return Row(prefix, [self.block(kind, question, opening) for kind, question in questions])
 
 
-def history(rng: np.random.Generator, turns: int) -> str:
-    """Returns text-only turns with their replies, as the chat template writes them."""
-    questions = [text.ask(rng) for _ in range(turns)]
-    return "".join(f"USER: {q.text} ASSISTANT: {q.answer}</s>" for q in questions)
+TINY_CHAT = Chat()
 
 
-def text_row(rng: np.random.Generator, number: int) -> Row:
-    """Makes a row of text-only questions, after up to two earlier turns."""
-    before = "<s>" + history(rng, int(rng.integers(0, 3)) if rng.random() < 0.5 else 0)
+def text_row(rng: np.random.Generator, number: int, chat: Chat = TINY_CHAT) -> Row:
+    """Makes a row of text-only questions, after up to two earlier turns.
+
+    Args:
+        rng: draws turns and questions.
+        number: of questions.
+        chat: how they are written.
+    """
+    before = chat.before(rng, int(rng.integers(0, 3)) if rng.random() < 0.5 else 0)
     questions = [text.ask(rng) for _ in range(number)]
-    return Row(before, [block(q.subset, q, "USER: ") for q in questions])
+    return chat.text_row(before, [(q.subset, q) for q in questions])
 
 
 def story_row(rng: np.random.Generator, number: int) -> Row:
@@ -213,7 +266,7 @@ def story_row(rng: np.random.Generator, number: int) -> Row:
             questions.append(("letter", name_letter(rng)))
         else:
             questions.append(("option", choice.ask_about(rng, kind, name, color)))
-    return Row(f"<s>USER: {story}", [block(kind, question, " ") for kind, question in questions])
+    return TINY_CHAT.text_row(f"{TINY_CHAT.first}{story} ", questions)
 
 
 def recite_row(rng: np.random.Generator, number: int) -> Row:
@@ -224,7 +277,7 @@ def recite_row(rng: np.random.Generator, number: int) -> Row:
     words = [*NAMES, *COLORS, *choice.LETTERS]
     lists = [rng.choice(words, int(rng.integers(3, 9)), replace=False) for _ in range(number)]
     questions = [Question(f"Repeat {' '.join(spoken)}.", " ".join(spoken)) for spoken in lists]
-    return Row("<s>", [block("recite", question, "USER: ") for question in questions])
+    return TINY_CHAT.text_row(TINY_CHAT.first, [("recite", question) for question in questions])
 
 
 def described_scene_row(rng: np.random.Generator, number: int) -> Row:
@@ -235,12 +288,13 @@ def described_scene_row(rng: np.random.Generator, number: int) -> Row:
     facts = [f"The {thing.noun} is {thing.color}." for thing in scene.things]
     questions = visual_questions(rng, scene, number, "told")
     story = " ".join(rng.permutation(facts))
-    return Row(f"<s>USER: {story}", [block(kind, question, " ") for kind, question in questions])
+    return TINY_CHAT.text_row(f"{TINY_CHAT.first}{story} ", questions)
 
 
 def visual_row(
-    rng: np.random.Generator, scene: Scene, image: Tensor, number: int, lesson: Lesson
-) -> Row:
+    rng: np.random.Generator, scene: Scene, image: Tensor, number: int, lesson: Lesson,
+    chat: Chat = TINY_CHAT,
+) -> Row:  # fmt: skip
     """Makes a row of questions about one image, in one case out of five after text-only turns.
 
     Args:
@@ -249,8 +303,8 @@ def visual_row(
         image: (tokens, width) tower features, or (tokens, 3) symbols.
         number: of questions.
         lesson: a key of `LESSONS`.
+        chat: how they are written.
     """
-    turns = int(rng.integers(1, 3)) if rng.random() < 0.2 else 0
-    before = f"<s>{history(rng, turns)}USER: "
+    before = chat.before(rng, int(rng.integers(1, 3)) if rng.random() < 0.2 else 0)
     questions = visual_questions(rng, scene, number, lesson)
-    return Row(before, [block(kind, q) for kind, q in questions], image)
+    return Row(before, [chat.block(kind, q) for kind, q in questions], image)

@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from vlm_prune.benchmarks.embedded_models.base_text import instructions, package_text
 from vlm_prune.benchmarks.embedded_models.curriculum import (
+    Chat,
     Maker,
     listed,
     name_letter,
@@ -283,8 +284,7 @@ class SmolTrainer:
             betas=(0.9, 0.98),
         )
         self.head = self.model.lm_head.weight.detach().to(self.dtype)
-        before, after = self._chat("\0").split("\0")
-        self.before, self.asking, self.after = before, "\n", after
+        self.chat = Chat.of(self.processor)
         self.encoded: dict[tuple[Any, ...], EncodedScene] = {}
         self.progress = TrainingProgress()
         if (folder / "state.safetensors").is_file():
@@ -377,9 +377,7 @@ class SmolTrainer:
 
     def block(self, kind: str, question: Question) -> QuestionBlock:
         """Writes a question and its answer as the chat template does; single words stand alone."""
-        if kind == "pair":
-            return QuestionBlock(f" {question.text}", f" {question.answer}", question.subset)
-        return QuestionBlock(f"{question.text}{self.after}", question.answer, kind)
+        return self.chat.block(question.subset if kind == "pair" else kind, question)
 
     def row(
         self, rng: np.random.Generator, encoded: EncodedScene, level: Level, extra: int | None
@@ -400,13 +398,15 @@ class SmolTrainer:
             if question is not None and len(blocks) < level.questions:
                 blocks[question.text] = self.block(kind, question)
         if extra is None:
-            return Row(self.before, list(blocks.values()), encoded.features)
+            return Row(self.chat.first, list(blocks.values()), encoded.features)
         shown = encoded.scene.patch_names.ravel() > 0
         drawn = rng.permutation(np.flatnonzero(~shown))[:extra]
         keep = torch.from_numpy(np.sort(np.concatenate([np.flatnonzero(shown), drawn])))
         if rng.random() < 0.5:
-            return Row(self.before, list(blocks.values()), encoded.features[keep])
-        return Row(self.before, list(blocks.values()), encoded.features[keep], keep, GRID * GRID)
+            return Row(self.chat.first, list(blocks.values()), encoded.features[keep])
+        return Row(
+            self.chat.first, list(blocks.values()), encoded.features[keep], keep, GRID * GRID
+        )
 
     def _done(self) -> float:
         """Returns the share of the training that is done."""
@@ -447,7 +447,7 @@ class SmolTrainer:
             with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 if not chosen:
                     chosen = write_instructions(
-                        self.model, self.tokenizer, self.before, 32, TRAIN_SEED + batch
+                        self.model, self.tokenizer, self.chat.first, 32, TRAIN_SEED + batch
                     )
                     chosen = without(chosen, instructions("held out"))[:24]
                 chats = [self._chat(text) for text in chosen]

@@ -27,7 +27,9 @@ SAME = 0.5
 
 
 @torch.no_grad()
-def text_loss(model: Any, tokenizer: Any, texts: Sequence[str], window: int = 512) -> Tensor:
+def text_loss(
+    model: Any, tokenizer: Any, texts: Sequence[str], window: int = 512, most: int | None = None
+) -> Tensor:
     """Returns the cross-entropy in nats of each token of texts but the first of each window, (T,).
 
     Products are in bfloat16 on a CPU that has units for it, and in fp32 elsewhere.
@@ -37,11 +39,12 @@ def text_loss(model: Any, tokenizer: Any, texts: Sequence[str], window: int = 51
         tokenizer: the model's.
         texts: plain text.
         window: tokens that are read together.
+        most: tokens of each text that are read; None for all.
     """
     losses, bf16 = [], multiplies_bf16(model.device)
     for text in texts:
         ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-        for part in ids.split(window):
+        for part in ids[:most].split(window):
             if len(part) < 2:
                 continue
             with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):

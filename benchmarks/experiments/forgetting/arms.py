@@ -17,9 +17,12 @@ class Plan:
     Steps, patches and rates were chosen on validation scenes with seeds that are not among `seeds`.
 
     Args:
+        model: the embedded model whose tower, projector's shape and language model, as it was before
+            it saw images, the arms begin from.
         seeds: of projector, learners, data order and questions; each arm runs once for each.
         train_scenes, val_scenes, test_scenes: images of each split; val only chooses `alphas`.
-        align_steps: fitting a random projector to word embeddings, before stage 1.
+        align_steps: fitting a random projector to word embeddings, before stage 1; with none it is
+            the packaged model's.
         stage1_steps, stage2_steps: optimizer steps.
         images, questions: rows per step, and questions about each.
         patches: image tokens shown, in training and test: those of all objects and random others
@@ -33,8 +36,13 @@ class Plan:
             in all arms and in both stages.
         replay: share of text-only questions of the replay arm.
         alphas: what post-hoc merging tries.
+        earlier_turns: text-only turns with their replies before questions without an image, from
+            which a language model learns to answer in a word.
+        text_tokens: of each held-out text whose next-token loss is measured.
+        instructions: held-out ones that are answered, spread over all.
     """
 
+    model: Literal["tiny", "smol"] = "tiny"
     seeds: tuple[int, ...] = (0, 1, 2)
     train_scenes: int = 240
     val_scenes: int = 12
@@ -52,6 +60,9 @@ class Plan:
     new_lr: float = 1e-3
     replay: float = 0.1
     alphas: tuple[float, ...] = (0.25, 0.5, 0.75)
+    earlier_turns: int = 0
+    text_tokens: int = 0
+    instructions: int = 0
 
     def __post_init__(self) -> None:
         for field, least in (("seeds", 1), ("alphas", 1)):
@@ -161,7 +172,19 @@ def chosen_arms(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in ARMS if name in found)
 
 
-QUICK = replace(
-    Plan(), seeds=(0, 1), train_scenes=6, val_scenes=1, test_scenes=2, align_steps=20, stage1_steps=1,
-    stage2_steps=2, images=1, questions=4, patches=40, shift_rows=2, rank=4, alphas=(0.5,),
+# Over SmolLM2, whose own text skills are what may be forgotten.
+SMOL = Plan(
+    model="smol", test_scenes=16, val_scenes=4, align_steps=0, stage1_steps=20, stage2_steps=60,
+    images=1, questions=10, shift_rows=24, earlier_turns=2, text_tokens=1024, instructions=50,
 )  # fmt: skip
+PLANS: Registry[Plan] = Registry("model", {"tiny": Plan(), "smol": SMOL})
+
+
+def quick(plan: Plan) -> Plan:
+    """Returns a plan of a few steps, to see that it runs."""
+    return replace(
+        plan, seeds=(0, 1), train_scenes=6, val_scenes=1, test_scenes=2,
+        align_steps=min(20, plan.align_steps), stage1_steps=1, stage2_steps=2, images=1, questions=4,
+        patches=40, shift_rows=2, rank=4, alphas=(0.5,), text_tokens=min(64, plan.text_tokens),
+        instructions=min(2, plan.instructions),
+    )  # fmt: skip

@@ -9,13 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlm_prune.benchmarks.embedded_models.curriculum import (
-    LESSONS,
-    block,
-    history,
-    text_row,
-    visual_row,
-)
+from vlm_prune.benchmarks.embedded_models.curriculum import LESSONS, Chat, text_row, visual_row
 from vlm_prune.benchmarks.embedded_models.language import Row, vision_transformer
 from vlm_prune.benchmarks.embedded_models.source import SceneExample, pixels_of
 from vlm_prune.benchmarks.embedded_models.tower import tower_features
@@ -31,10 +25,17 @@ TASK_QUESTIONS, SETTING_QUESTIONS, TEXT_QUESTIONS = 2, 4, 12
 
 @dataclass
 class Shown:
-    """Scenes of a split with their tower features, (scenes, 576, width) in half precision."""
+    """Scenes of a split with their tower features, and how questions about them are written.
+
+    Args:
+        scenes: of the split.
+        features: (scenes, 576, width) in half precision.
+        chat: of the model that is asked.
+    """
 
     scenes: list[Scene]
     features: Tensor
+    chat: Chat
 
     def triples(self) -> Tensor:
         """Returns name, color and place of each patch,
@@ -44,12 +45,13 @@ class Shown:
 
 
 @torch.no_grad()
-def encode_scenes(model: Any, split: Split, number: int, folder: Path) -> Shown:
+def encode_scenes(model: Any, processor: Any, split: Split, number: int, folder: Path) -> Shown:
     """Returns the first scenes of a split; features are kept in `folder`,
     since every arm has this tower.
 
     Args:
         model: with the tower.
+        processor: the model's, with its chat template.
         split: of the scenes.
         number: of scenes.
         folder: of the features.
@@ -64,7 +66,7 @@ def encode_scenes(model: Any, split: Split, number: int, folder: Path) -> Shown:
         ]
         with atomic_path(path) as partial:
             save_file({"features": torch.cat(parts)}, partial)
-    return Shown(scenes, load_file(path)["features"])
+    return Shown(scenes, load_file(path)["features"], Chat.of(processor))
 
 
 def training_rows(shown: Shown, plan: Plan, replay: bool, rng: np.random.Generator) -> list[Row]:
@@ -78,12 +80,11 @@ def training_rows(shown: Shown, plan: Plan, replay: bool, rng: np.random.Generat
     """
     rows = []
     for k in rng.integers(len(shown.scenes), size=plan.images):
-        rows.append(
-            visual_row(rng, shown.scenes[k], some(shown, k, plan, rng), plan.questions, "sight")
-        )
+        scene, features = shown.scenes[k], some(shown, k, plan, rng)
+        rows.append(visual_row(rng, scene, features, plan.questions, "sight", shown.chat))
     if replay:
         wanted = max(1, round(plan.images * plan.questions * plan.replay / (1 - plan.replay)))
-        row = text_row(rng, wanted)
+        row = text_row(rng, wanted, shown.chat)
         row.blocks = row.blocks[:wanted]
         rows.append(row)
     return rows
@@ -117,6 +118,7 @@ def held_out_rows(shown: Shown, plan: Plan, rng: np.random.Generator) -> list[tu
         rng: draws patches and questions.
     """
     rows: list[tuple[str, Row]] = []
+    chat = shown.chat
     for k, scene in enumerate(shown.scenes):
         features = some(shown, k, plan, rng)
         by_task = [
@@ -125,17 +127,18 @@ def held_out_rows(shown: Shown, plan: Plan, rng: np.random.Generator) -> list[tu
             for _ in range(TASK_QUESTIONS)
             if (question := LESSONS["all"][name][0](rng, scene)) is not None
         ]
-        rows.append(("visual", Row("<s>USER: ", [block(k, q) for k, q in by_task], features)))
+        rows.append(("visual", Row(chat.first, [chat.block(k, q) for k, q in by_task], features)))
         for setting in ("V", "T,V", "T,T,V"):
-            before = f"<s>{history(rng, setting.count('T'))}USER: "
+            before = chat.before(rng, setting.count("T"))
             questions = [iit.ask_about_scene(rng, scene) for _ in range(SETTING_QUESTIONS)]
-            rows.append(("iit", Row(before, [block(setting, q) for q in questions], features)))
+            rows.append(("iit", Row(before, [chat.block(setting, q) for q in questions], features)))
         text_questions = [text.ask(rng) for _ in range(TEXT_QUESTIONS)]
-        rows.append(("text", Row("<s>", [block(q.subset, q, "USER: ") for q in text_questions])))
+        before = chat.before(rng, plan.earlier_turns)
+        rows.append(("text", chat.text_row(before, [(q.subset, q) for q in text_questions])))
         for setting in ("T", "T,T", "T,T,T"):
-            before = f"<s>{history(rng, setting.count('T') - 1)}"
+            before = chat.before(rng, setting.count("T") - 1)
             questions = [text.ask(rng) for _ in range(SETTING_QUESTIONS)]
-            rows.append(("iit", Row(before, [block(setting, q, "USER: ") for q in questions])))
+            rows.append(("iit", chat.text_row(before, [(setting, q) for q in questions])))
     return rows
 
 
@@ -150,7 +153,7 @@ def shift_rows(shown: Shown, plan: Plan, rng: np.random.Generator) -> list[Row]:
     rows = []
     for n in range(plan.shift_rows):
         k = n % len(shown.scenes)
-        before = f"<s>{history(rng, 1)}USER: "
+        before = shown.chat.before(rng, 1)
         question = iit.ask_about_scene(rng, shown.scenes[k])
-        rows.append(Row(before, [block("shift", question)], some(shown, k, plan, rng)))
+        rows.append(Row(before, [shown.chat.block("shift", question)], some(shown, k, plan, rng)))
     return rows

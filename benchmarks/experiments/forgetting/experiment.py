@@ -1,6 +1,5 @@
 """The experiment's course: each (seed, arm) leaves a file and is skipped when that file is there."""
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -34,6 +33,7 @@ from vlm_prune.benchmarks.experiments.forgetting.measure import (
     FirstToken,
     Hits,
     accuracy_over_kinds,
+    language_skills,
     right_answers,
     shift_curves,
 )
@@ -50,6 +50,7 @@ from vlm_prune.vlm.common.folder import OutputFolder, record_settings
 from vlm_prune.vlm.common.records import read_record, to_json
 from vlm_prune.vlm.common.terminal import console, quiet
 from vlm_prune.vlm.load import load
+from vlm_prune.vlm.smol.base import digest, language_folder
 from vlm_prune.vlm.tiny import text_language_model
 
 LANGUAGE, PROJECTOR = "model.language_model.", "model.multi_modal_projector."
@@ -82,10 +83,9 @@ def run(
         if find_spec(package) is None:  # not only after all the training
             raise InputError(f"this needs {package}: pip install 'vlm-prune[plot,train]'")
     chosen = chosen_arms(tuple(ARMS) if names is None else names)
-    base = base or text_language_model()
-    load_language_model(load()[0], base)  # a wrong file must not claim the folder
-    digest = hashlib.sha256(base.read_bytes()).hexdigest()[:16]
-    about = f"{base.name} (sha256 {digest})"
+    base = base or text_only(plan.model)
+    load_language_model(load(plan.model)[0], base)  # a wrong file must not claim the folder
+    about = f"{base.name} (sha256 {digest(base)})"
     with OutputFolder(output):
         record_settings(output / "experiment.json", {"plan": asdict(plan), "base": about})
         found = _run_arms(plan, output, base, jobs, chosen)
@@ -101,6 +101,11 @@ def run(
     )
     write_report(measured, results)
     return measured
+
+
+def text_only(model: str) -> Path:
+    """Returns the weights that the language model of an embedded model had before it saw images."""
+    return language_folder() / "model.safetensors" if model == "smol" else text_language_model()
 
 
 def _run_arms(
@@ -139,9 +144,9 @@ def _run_arms(
 def _shown(plan: Plan, output: Path) -> dict[str, Shown]:
     """Returns the scenes of all splits; a process draws them once."""
     quiet()  # here, too, for a process of its own
-    model, _ = load()
+    model, processor = load(plan.model)
     sizes = {"train": plan.train_scenes, "val": plan.val_scenes, "test": plan.test_scenes}
-    return {split: encode_scenes(model, split, sizes[split], output) for split in SPLITS}
+    return {split: encode_scenes(model, processor, split, sizes[split], output) for split in SPLITS}
 
 
 def _begun(plan: Plan, output: Path, base: Path, seed: int, names: tuple[str, ...]) -> None:
@@ -183,7 +188,8 @@ def aligned(folder: Path, base: Path, plan: Plan, shown: Shown, seed: int) -> No
     """Writes a checkpoint of the base language model behind a new projector, unless it is there.
 
     The projector starts random and is fitted to the word embeddings of what patches show, so that
-    few steps of training suffice afterward.
+    few steps of training suffice afterward; where the plan has no steps for that, it is the packaged
+    model's.
 
     Args:
         folder: of the checkpoint.
@@ -198,8 +204,27 @@ def aligned(folder: Path, base: Path, plan: Plan, shown: Shown, seed: int) -> No
     if (folder / "config.json").is_file():
         return
     set_seed(seed)
-    model, processor = load()
+    model, processor = load(plan.model, dtype="float32")
     load_language_model(model, base)
+    if plan.align_steps:
+        _align(model, processor, plan, shown)
+
+    def fill(partial: Path) -> None:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+
+    write_folder(folder, fill)
+
+
+def _align(model: Any, processor: Any, plan: Plan, shown: Shown) -> None:
+    """Fits a new projector to the word embeddings of what patches show.
+
+    Args:
+        model: whose projector it is.
+        processor: the model's.
+        plan: steps of the fit.
+        shown: training scenes.
+    """
     projector = model.model.multi_modal_projector
     for layer in (projector.linear_1, projector.linear_2):
         layer.reset_parameters()
@@ -213,26 +238,28 @@ def aligned(folder: Path, base: Path, plan: Plan, shown: Shown, seed: int) -> No
         projector, features, targets, triples[:, 0] > 0, plan.align_steps, lambda step, **_: None
     )
 
-    def fill(partial: Path) -> None:
-        model.save_pretrained(partial)
-        processor.save_pretrained(partial)
-
-    write_folder(folder, fill)
-
 
 def load_language_model(model: Any, path: Path) -> None:
     """Takes the language model out of a safetensors file, whatever else is in it.
+
+    Words that are new to the model, such as that of the image, keep their embedding.
 
     Raises:
         InputError: if it is not there, or has another shape.
     """
     try:
         with safe_open(path, "pt") as file:
+            names = list(file.keys())
+            # of a vision-language model, or of a language model alone
+            part = next(
+                (p for p in ("language_model.", "model.") if any(p in n for n in names)), ""
+            )
             state = {
-                name.rsplit("language_model.", 1)[1]: file.get_tensor(name)
-                for name in file.keys()  # noqa: SIM118
-                if "language_model." in name
+                name.rsplit(part, 1)[1]: file.get_tensor(name) for name in names if part in name
             }
+        words = model.get_input_embeddings().weight.data
+        if 0 < len(known := state["embed_tokens.weight"]) < len(words):
+            state["embed_tokens.weight"] = torch.cat([known, words[len(known) :]])
         model.model.language_model.load_state_dict(state)
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
@@ -254,7 +281,8 @@ def measure_arm(
         seed: of training and questions.
 
     Returns:
-        Hits by part and kind, attention curves, attention shifts, and the cost of training.
+        Hits by part and kind, attention curves, attention shifts, losses on texts and answers to
+        instructions where the plan asks for them, and the cost of training.
     """
     set_seed(seed)
     alpha, validation = None, None
@@ -278,11 +306,14 @@ def measure_arm(
         "with first token": shift_curves(model, processor, rows, True),
         "without first token": shift_curves(model, processor, rows, False),
     }
+    losses, answers = language_skills(model, processor, plan)
     return ArmRecord(
         hits=_tested(model, processor, test, plan, [seed, 0]),
         curves={key: _mean_curves(value) for key, value in curves.items()},
         shift={key: _shift(value) for key, value in curves.items()},
         cost=ArmCost(**asdict(cost)),
+        text_losses=losses,
+        answers=answers,
         alpha=alpha,
         validation=validation,
     )

@@ -8,8 +8,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vlm_prune.benchmarks.embedded_models.base_text import package_text
 from vlm_prune.benchmarks.embedded_models.language import IGNORE, Row, pack, projected
+from vlm_prune.benchmarks.embedded_models.text_skills import (
+    chat_prompts,
+    greedy_answers,
+    text_loss,
+)
 from vlm_prune.benchmarks.evaluation.records import Amount, Count, Record
+from vlm_prune.benchmarks.experiments.forgetting.arms import Plan
 from vlm_prune.benchmarks.experiments.forgetting.train import answer_logits
 from vlm_prune.benchmarks.stats.bootstrap import Values, percentiles, resampled
 from vlm_prune.learners.laws import GROUPS, laws
@@ -39,6 +46,8 @@ class ArmRecord(Record, frozen=True, omit_defaults=True):
         cost: of training.
         alpha: how far merging goes, for the arm that merges.
         validation: what other distances had scored.
+        text_losses: on each held-out text, in nats a token, where the plan reads some.
+        answers: to held-out instructions, where the plan asks some.
     """
 
     hits: dict[str, KindCounts]
@@ -47,6 +56,8 @@ class ArmRecord(Record, frozen=True, omit_defaults=True):
     cost: ArmCost
     alpha: float | None = None
     validation: dict[str, float] | None = None
+    text_losses: list[float] = msgspec.field(default_factory=list)
+    answers: list[str] = msgspec.field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.hits.keys() != {"text", "visual", "iit"} or not all(self.hits.values()):
@@ -103,6 +114,34 @@ def right_answers(model: Any, processor: Any, rows: list[tuple[str, Row]]) -> Hi
         name: {kind: [entry[:2] for entry in entries] for kind, entries in kinds.items()}
         for name, kinds in counted.items()
     }
+
+
+def language_skills(model: Any, processor: Any, plan: Plan) -> tuple[list[float], list[str]]:
+    """Returns the mean loss on each held-out text in nats, and answers to held-out instructions.
+
+    Args:
+        model: with learners if it has some.
+        processor: the model's.
+        plan: says how much is read and asked; both are empty where it says nothing.
+    """
+    tokenizer, losses, answers = processor.tokenizer, [], []
+    if plan.text_tokens:
+        for text in package_text("held out"):
+            losses.append(text_loss(model, tokenizer, [text], most=plan.text_tokens).mean().item())
+    if plan.instructions:
+        prompts = chat_prompts(processor)
+        chosen = prompts[:: max(1, len(prompts) // plan.instructions)][: plan.instructions]
+        answers = greedy_answers(model, tokenizer, chosen)
+    return losses, answers
+
+
+def mean_over_seeds(values: NDArray[np.float64]) -> tuple[float, tuple[float, float]]:
+    """Returns the mean of values (seeds, items) with a 95 % interval; both are resampled."""
+    drawn = resampled(
+        lambda seeds, items: values[seeds[..., None], items[..., None, :]].mean((-2, -1)),
+        values.shape,
+    )
+    return float(values.mean()), percentiles(drawn)
 
 
 def accuracy(counts: list[list[int]]) -> float:

@@ -23,6 +23,26 @@ class SkillDifferences(Record, frozen=True):
     visual: Estimate
 
 
+class LanguageSkills(Record, frozen=True):
+    """What an arm left of the language model's own skills; means with 95 % intervals.
+
+    Args:
+        loss: on held-out texts, in nats a token.
+        loss_above_base: the same less the base's, paired by text.
+        same_meaning: share of answers to held-out instructions that mean what the base's do.
+        identical: share that are the base's.
+        wings_loss_minus_it: the loss that Wings has more.
+        wings_same_meaning_minus_it: the share of answers that Wings has more.
+    """
+
+    loss: Estimate
+    loss_above_base: Estimate
+    same_meaning: Estimate
+    identical: float
+    wings_loss_minus_it: Estimate
+    wings_same_meaning_minus_it: Estimate
+
+
 class ArmSummary(Record, frozen=True):
     """Means with 95 % intervals over seeds and scenes, of one arm.
 
@@ -38,6 +58,7 @@ class ArmSummary(Record, frozen=True):
         step_s: median seconds of a step.
         memory_bytes: that training holds at once.
         alpha: how far merging went with each seed.
+        language: what is left of the language model's own skills, where the plan measures them.
     """
 
     text: Estimate
@@ -56,6 +77,7 @@ class ArmSummary(Record, frozen=True):
     step_s: Amount
     memory_bytes: Amount
     alpha: list[float]
+    language: LanguageSkills | None = None
 
     @property
     def settings(self) -> list[Estimate]:

