@@ -34,6 +34,7 @@ class Plan:
             authors' scripts.
         new_lr: of weights that are new to the language model (projector, learners, LoRA), the same
             in all arms and in both stages.
+        projector_lr: of the projector where it is not new; None for `new_lr`.
         replay: share of text-only questions of the replay arm.
         alphas: what post-hoc merging tries.
         earlier_turns: text-only turns with their replies before questions without an image, from
@@ -58,6 +59,7 @@ class Plan:
     stock_lr: float = 3e-4
     wings_lr: float = 5e-5
     new_lr: float = 1e-3
+    projector_lr: float | None = None
     replay: float = 0.1
     alphas: tuple[float, ...] = (0.25, 0.5, 0.75)
     earlier_turns: int = 0
@@ -100,7 +102,7 @@ class Plan:
         return StageRecipe(
             stage,
             language_lr=self._language_lr(arm),
-            projector_lr=self.new_lr,
+            projector_lr=self.new_lr if self.projector_lr is None else self.projector_lr,
             learner_lr=self.new_lr,
             batch=self.images,
             weight_decay=0.0,
@@ -174,8 +176,9 @@ def chosen_arms(names: Sequence[str]) -> tuple[str, ...]:
 
 # Over SmolLM2, whose own text skills are what may be forgotten.
 SMOL = Plan(
-    model="smol", test_scenes=16, val_scenes=4, align_steps=0, stage1_steps=20, stage2_steps=60,
-    images=1, questions=10, shift_rows=24, earlier_turns=2, text_tokens=1024, instructions=50,
+    model="smol", test_scenes=12, val_scenes=4, align_steps=0, stage1_steps=10, stage2_steps=70,
+    images=1, questions=10, shift_rows=24, wings_lr=1e-4, projector_lr=1e-4, earlier_turns=2,
+    text_tokens=768, instructions=40,
 )  # fmt: skip
 PLANS: Registry[Plan] = Registry("model", {"tiny": Plan(), "smol": SMOL})
 

@@ -214,6 +214,9 @@ def report_markdown(results: ForgettingResults) -> str:
                 f"{entry.memory_bytes / 1e6:.0f}",
             ]
         costs.append([title, *shifts, *cost])
+    rates = f"projector, learners and LoRA have {plan.new_lr}"
+    if plan.projector_lr is not None:
+        rates = f"the projector has {plan.projector_lr}, learners and LoRA {plan.new_lr}"
     language = ""
     if len(rows := language_table(summary)) > 1:
         language = f"""
@@ -232,7 +235,7 @@ packages, in nats, and answers to {plan.instructions} instructions, which mean t
 Brackets are 95 % bootstrap intervals over seeds and scenes; there are few seeds, so their spread is
 poorly known; a difference's is paired by question. All arms share tower, data, projector, {plan.stage1_steps} steps of stage 1 and
 {plan.stage2_steps} of stage 2 on visual questions alone. The language model's rate is
-{plan.stock_lr} (stock) or {plan.wings_lr} (Wings'); projector, learners and LoRA have {plan.new_lr}.
+{plan.stock_lr} (stock) or {plan.wings_lr} (Wings'); {rates}.
 An image is shown by {plan.patches} of its 576 tokens, those of all objects among them.
 {merged}
 {as_markdown(skills)}
