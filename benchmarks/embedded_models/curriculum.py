@@ -174,7 +174,7 @@ def visual_questions(
 
 
 @dataclass(frozen=True)
-class Chat:
+class ChatFormat:
     """How a chat template writes a conversation.
 
     Args:
@@ -190,7 +190,7 @@ class Chat:
     following: str = "</s>USER: "
 
     @classmethod
-    def of(cls, processor: Any) -> "Chat":
+    def of(cls, processor: Any) -> "ChatFormat":
         """Reads off what a processor's template writes around messages."""
         spoken = zip(("user", "assistant", "user"), "\0\1\2", strict=True)
         messages = [
@@ -233,10 +233,10 @@ class Chat:
         return Row(prefix, [self.block(kind, question, opening) for kind, question in questions])
 
 
-TINY_CHAT = Chat()
+TINY_FORMAT = ChatFormat()
 
 
-def text_row(rng: np.random.Generator, number: int, chat: Chat = TINY_CHAT) -> Row:
+def text_row(rng: np.random.Generator, number: int, chat: ChatFormat = TINY_FORMAT) -> Row:
     """Makes a row of text-only questions, after up to two earlier turns.
 
     Args:
@@ -266,7 +266,7 @@ def story_row(rng: np.random.Generator, number: int) -> Row:
             questions.append(("letter", name_letter(rng)))
         else:
             questions.append(("option", choice.ask_about(rng, kind, name, color)))
-    return TINY_CHAT.text_row(f"{TINY_CHAT.first}{story} ", questions)
+    return TINY_FORMAT.text_row(f"{TINY_FORMAT.first}{story} ", questions)
 
 
 def recite_row(rng: np.random.Generator, number: int) -> Row:
@@ -277,7 +277,7 @@ def recite_row(rng: np.random.Generator, number: int) -> Row:
     words = [*NAMES, *COLORS, *choice.LETTERS]
     lists = [rng.choice(words, int(rng.integers(3, 9)), replace=False) for _ in range(number)]
     questions = [Question(f"Repeat {' '.join(spoken)}.", " ".join(spoken)) for spoken in lists]
-    return TINY_CHAT.text_row(TINY_CHAT.first, [("recite", question) for question in questions])
+    return TINY_FORMAT.text_row(TINY_FORMAT.first, [("recite", question) for question in questions])
 
 
 def described_scene_row(rng: np.random.Generator, number: int) -> Row:
@@ -288,12 +288,12 @@ def described_scene_row(rng: np.random.Generator, number: int) -> Row:
     facts = [f"The {thing.noun} is {thing.color}." for thing in scene.things]
     questions = visual_questions(rng, scene, number, "told")
     story = " ".join(rng.permutation(facts))
-    return TINY_CHAT.text_row(f"{TINY_CHAT.first}{story} ", questions)
+    return TINY_FORMAT.text_row(f"{TINY_FORMAT.first}{story} ", questions)
 
 
 def visual_row(
     rng: np.random.Generator, scene: Scene, image: Tensor, number: int, lesson: Lesson,
-    chat: Chat = TINY_CHAT,
+    chat: ChatFormat = TINY_FORMAT,
 ) -> Row:  # fmt: skip
     """Makes a row of questions about one image, in one case out of five after text-only turns.
 

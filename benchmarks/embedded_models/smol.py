@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from vlm_prune.benchmarks.embedded_models.base_text import instructions, package_text
 from vlm_prune.benchmarks.embedded_models.curriculum import (
-    Chat,
+    ChatFormat,
     Maker,
     listed,
     name_letter,
@@ -284,7 +284,7 @@ class SmolTrainer:
             betas=(0.9, 0.98),
         )
         self.head = self.model.lm_head.weight.detach().to(self.dtype)
-        self.chat = Chat.of(self.processor)
+        self.chat = ChatFormat.of(self.processor)
         self.encoded: dict[tuple[Any, ...], EncodedScene] = {}
         self.progress = TrainingProgress()
         if (folder / "state.safetensors").is_file():

@@ -9,7 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlm_prune.benchmarks.embedded_models.curriculum import LESSONS, Chat, text_row, visual_row
+from vlm_prune.benchmarks.embedded_models.curriculum import (
+    LESSONS,
+    ChatFormat,
+    text_row,
+    visual_row,
+)
 from vlm_prune.benchmarks.embedded_models.language import Row, vision_transformer
 from vlm_prune.benchmarks.embedded_models.source import SceneExample, pixels_of
 from vlm_prune.benchmarks.embedded_models.tower import tower_features
@@ -35,7 +40,7 @@ class Shown:
 
     scenes: list[Scene]
     features: Tensor
-    chat: Chat
+    chat: ChatFormat
 
     def triples(self) -> Tensor:
         """Returns name, color and place of each patch,
@@ -66,7 +71,7 @@ def encode_scenes(model: Any, processor: Any, split: Split, number: int, folder:
         ]
         with atomic_path(path) as partial:
             save_file({"features": torch.cat(parts)}, partial)
-    return Shown(scenes, load_file(path)["features"], Chat.of(processor))
+    return Shown(scenes, load_file(path)["features"], ChatFormat.of(processor))
 
 
 def training_rows(shown: Shown, plan: Plan, replay: bool, rng: np.random.Generator) -> list[Row]:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from vlm_prune.benchmarks.embedded_models.curriculum import TINY_CHAT, pair, what
+from vlm_prune.benchmarks.embedded_models.curriculum import TINY_FORMAT, pair, what
 from vlm_prune.benchmarks.embedded_models.initial import add_look_back, look_back
 from vlm_prune.benchmarks.embedded_models.language import attend_packed, loss_of, pack, projected
 from vlm_prune.benchmarks.embedded_models.llava import STAGES, LlavaRecipe, Trainer
@@ -151,7 +151,7 @@ def test_training_questions_without_a_kind_are_answered_by_one_thing_alone():
         short = pair(rng, scene)
         assert both[short.text] == short.answer
         assert (short.text in things) == (short.subset == "colored")
-        prompt, answer, _ = TINY_CHAT.block(short.subset, short)
+        prompt, answer, _ = TINY_FORMAT.block(short.subset, short)
         assert (prompt, answer) == (f" {short.text}", f" {short.answer}")
 
 

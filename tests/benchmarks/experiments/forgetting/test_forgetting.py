@@ -11,7 +11,7 @@ import torch
 from shaken import shake
 
 from vlm_prune.benchmarks.cli.train_wings import choose_experiment
-from vlm_prune.benchmarks.embedded_models.curriculum import TINY_CHAT, Chat
+from vlm_prune.benchmarks.embedded_models.curriculum import TINY_FORMAT, ChatFormat
 from vlm_prune.benchmarks.experiments.forgetting import experiment
 from vlm_prune.benchmarks.experiments.forgetting.arms import (
     ARMS,
@@ -221,7 +221,7 @@ def test_language_skills_are_compared_with_the_base_of_the_same_seed():
 @installed
 def test_questions_over_smollm2_are_written_as_its_chat_template_does():
     processor = smol_processor(language_folder())
-    chat = Chat.of(processor)
+    chat = ChatFormat.of(processor)
     before = chat.before(np.random.default_rng(0), 1)
     turn = text_task.ask(np.random.default_rng(0))
     question = Question("What color is it?", "red")
@@ -233,7 +233,7 @@ def test_questions_over_smollm2_are_written_as_its_chat_template_does():
 
 
 def test_questions_of_the_tiny_model_are_written_as_its_chat_template_does(embedded):
-    assert Chat.of(embedded[1]) == TINY_CHAT
+    assert ChatFormat.of(embedded[1]) == TINY_FORMAT
 
 
 @installed
