@@ -51,6 +51,16 @@ def patched(pixels: Tensor, side: int) -> Tensor:
     return patches
 
 
+def image_blocks(is_image: Tensor, length: int) -> Tensor:
+    """Returns the number of the unbroken run of image tokens that each of the last tokens is in,
+    (B, L) -> (B, `length`), -1 for other tokens, on the CPU.
+    """
+    is_image = is_image.cpu()
+    # a run starts where the token before is of no image
+    starts = is_image & ~torch.nn.functional.pad(is_image, (1, 0))[:, :-1]
+    return torch.where(is_image, starts.cumsum(1) - 1, -1)[:, -length:]
+
+
 def matrices(module: nn.Module) -> int:
     """Returns the weights of a module's matrix products, however they are stored."""
     total = 0

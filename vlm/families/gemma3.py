@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlm_prune.vlm.encoded import Group, Images
-from vlm_prune.vlm.families.base import Family, Need, loaded, patched, seed_of
+from vlm_prune.vlm.families.base import Family, Need, image_blocks, loaded, patched, seed_of
 from vlm_prune.vlm.tokens import VisionTokens
 
 
@@ -93,10 +93,7 @@ class Gemma3(Family):
         kinds = inputs.get("token_type_ids")
         if kinds is None:
             return None
-        is_image = (kinds == 1).cpu()
-        # each unbroken run of image tokens is a block, numbered from 0
-        starts = is_image & ~torch.nn.functional.pad(is_image, (1, 0))[:, :-1]
-        return torch.where(is_image, starts.cumsum(1) - 1, -1)[:, -length:]
+        return image_blocks(kinds == 1, length)
 
     def output(
         self, features: Sequence[Tensor], deepstack: Sequence[list[Tensor]] = ()

@@ -18,7 +18,7 @@ from torch import Tensor
 from vlm_prune.vlm.common.errors import InputError
 from vlm_prune.vlm.cost import tower_flops
 from vlm_prune.vlm.encoded import Group, Images
-from vlm_prune.vlm.families.base import Family, Need, matrices, noted, seed_of
+from vlm_prune.vlm.families.base import Family, Need, image_blocks, matrices, noted, seed_of
 from vlm_prune.vlm.layout import alike
 from vlm_prune.vlm.tokens import VisionTokens
 
@@ -192,7 +192,4 @@ class Gemma4(Family):
         kinds = inputs.get("mm_token_type_ids")
         if kinds is None or self.decoder.config.use_bidirectional_attention != "vision":
             return None
-        is_image = ((kinds == 1) | (kinds == 2)).cpu()
-        # each unbroken run of image tokens is a block, numbered from 0
-        starts = is_image & ~torch.nn.functional.pad(is_image, (1, 0))[:, :-1]
-        return torch.where(is_image, starts.cumsum(1) - 1, -1)[:, -length:]
+        return image_blocks((kinds == 1) | (kinds == 2), length)

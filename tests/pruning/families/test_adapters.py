@@ -23,6 +23,13 @@ from vlm_prune.vlm.families import FAMILIES, base, family_of, qwen2_5_vl
 from vlm_prune.vlm.load import load
 
 
+def test_runs_of_image_tokens_are_numbered_in_each_row():
+    is_image = torch.tensor([[0, 1, 1, 0, 1, 0], [1, 0, 0, 1, 1, 1]]).bool()
+    expected = torch.tensor([[-1, 0, 0, -1, 1, -1], [0, -1, -1, 1, 1, 1]])
+    for length in (6, 3):
+        assert torch.equal(base.image_blocks(is_image, length), expected[:, -length:])
+
+
 def skip_refused(tiny, pruner):
     if pruner is not None and pruner.needs & family_of(tiny.model).lacks:
         pytest.skip("refused on this family")
