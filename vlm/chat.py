@@ -233,6 +233,22 @@ def check_videos(family: Family, processor: Any, videos: Sequence[VideoClip]) ->
         )
 
 
+def rows_encoded_together(processor: Any, videos: Sequence[Sequence[VideoClip]]) -> list[list[int]]:
+    """Returns the rows of a batch in groups that a model takes at a time: those with clips of one
+    length, or all of them where it takes several.
+
+    Args:
+        processor: of the model.
+        videos: of each row.
+    """
+    together = getattr(getattr(processor, "video_processor", None), "temporal_patch_size", 1)
+    groups: dict[frozenset[int], list[int]] = {}
+    for number, row in enumerate(videos):
+        lengths = frozenset(len(clip.frames) for clip in row)
+        groups.setdefault(lengths if together == 1 else frozenset(), []).append(number)
+    return list(groups.values())
+
+
 def _wide(processor: Any) -> tuple[Any, dict[int, list[int]]]:
     """Returns a copy of the tokenizer that knows the private characters,
     and what their tokens become.

@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
+from PIL.Image import Image
 from pyarrow import parquet
 from transformers import AutoModelForImageTextToText
 
@@ -29,8 +31,10 @@ from vlm_prune.benchmarks.batch.vllm_stage import vllm_answers
 from vlm_prune.benchmarks.evaluation.served import settings_of
 from vlm_prune.learners.store import adapter_digest
 from vlm_prune.pruning.pipeline import PrunedVLM
+from vlm_prune.vlm.chat import rows_encoded_together
 from vlm_prune.vlm.checkpoint import weight_stamps
 from vlm_prune.vlm.common.errors import InputError, first_line
+from vlm_prune.vlm.common.video import VideoClip
 from vlm_prune.vlm.families import takes_videos
 from vlm_prune.vlm.load import check_loadable, config_of, device_of, load
 
@@ -74,16 +78,27 @@ class Answerer:
         return pa.Table.from_pylist(answers, schema=REFUSED)
 
     def _answer(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Answers a batch; where it cannot be answered, its rows are tried alone."""
-        if not rows:
-            return []
-        images = [shown_of(row) for row in rows]
+        """Answers rows; those that a model cannot take at a time, in groups that it can."""
+        shown = [shown_of(row) for row in rows]
+        videos = [[medium] if isinstance(medium, VideoClip) else [] for medium in shown]
+        groups = rows_encoded_together(self.vlm.processor, videos)
+        answers = (
+            self._answer_group([rows[n] for n in group], [shown[n] for n in group])
+            for group in groups
+        )
+        return list(chain.from_iterable(answers))
+
+    def _answer_group(
+        self, rows: list[dict[str, Any]], images: list[Image | VideoClip]
+    ) -> list[dict[str, Any]]:
+        """Answers rows at a time; where that fails, each is tried alone."""
         try:
             replies = self.vlm.replies(images, [row["prompt"] for row in rows], **self.options)
         except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
             if len(rows) == 1:
                 return [{"row": rows[0]["row"], "error": printable(error)}]
-            return [answer for row in rows for answer in self._answer([row])]
+            alone = zip(rows, images, strict=True)
+            return [own for row, image in alone for own in self._answer_group([row], [image])]
         return [
             {
                 "row": row["row"],

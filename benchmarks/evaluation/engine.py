@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain, groupby
+from itertools import chain
 from typing import Any, TypeVar, overload
 
 import msgspec
@@ -25,7 +25,7 @@ from vlm_prune.benchmarks.evaluation.timing import Phases, settled, timed_genera
 from vlm_prune.benchmarks.tasks import TASKS, Sample, Split
 from vlm_prune.benchmarks.tasks.base import question_id, shares
 from vlm_prune.vlm.budget import tokens_for
-from vlm_prune.vlm.chat import render
+from vlm_prune.vlm.chat import render, rows_encoded_together
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.trace import Trace
 
@@ -201,21 +201,21 @@ def _answer(
 ) -> Iterator[list[PairedRow]]:
     """Yields the rows of one batch for each pruner; those that do the same share them.
 
-    Questions are answered together as long as their videos have one length, which LLaVA needs.
-
     Args:
         model: that answers.
         processor: the model's.
         batch: its questions.
         pruners: of the variants.
     """
-    runs = [list(run) for _, run in groupby(batch, lambda s: {len(v.frames) for v in s.videos})]
-    for rows in zip(*(_answer_run(model, processor, run, pruners) for run in runs), strict=True):
-        yield list(chain.from_iterable(rows))
+    groups = encoded_together(processor, batch)
+    answers = (_answer_group(model, processor, group, pruners) for group in groups)
+    for rows in zip(*answers, strict=True):
+        own = {row.id: row for row in chain.from_iterable(rows)}
+        yield [own[sample.id] for sample in batch]
 
 
 @torch.inference_mode()
-def _answer_run(
+def _answer_group(
     model: Any, processor: Any, batch: list[Sample], pruners: list[Any]
 ) -> Iterator[list[PairedRow]]:
     """Yields the rows of questions that are answered together for each pruner.
@@ -299,6 +299,12 @@ def paired_row(
         kv_bytes=kv_bytes,
         time_ms=times,
     )
+
+
+def encoded_together(processor: Any, batch: list[Sample]) -> list[list[Sample]]:
+    """Returns the questions of a batch in groups that a model can take at a time."""
+    groups = rows_encoded_together(processor, [sample.videos for sample in batch])
+    return [[batch[number] for number in numbers] for numbers in groups]
 
 
 def prompts_of(model: Any, processor: Any, batch: list[Sample]) -> Prompts:

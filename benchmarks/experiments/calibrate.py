@@ -7,6 +7,7 @@ import torch
 
 from vlm_prune.benchmarks.evaluation.engine import (
     Samples,
+    encoded_together,
     most_new_tokens,
     prompts_of,
     replies_to,
@@ -32,11 +33,11 @@ def encoded_batches(
         progress: called with the number of questions that have been used.
     """
     for questions in samples.batches(batch_size):
-        batch = questions[:]
-        texts = [render(processor, s.messages(), add_generation_prompt=True) for s in batch]
-        clips = [clip for sample in batch for clip in sample.videos]
-        yield encode_prompts(model, processor, texts, [s.images for s in batch], clips)
-        progress(len(batch))
+        for batch in encoded_together(processor, questions[:]):
+            texts = [render(processor, s.messages(), add_generation_prompt=True) for s in batch]
+            clips = [clip for sample in batch for clip in sample.videos]
+            yield encode_prompts(model, processor, texts, [s.images for s in batch], clips)
+            progress(len(batch))
 
 
 @torch.inference_mode()
@@ -52,7 +53,11 @@ def accuracy_on(
         samples: the questions.
         batch_size: how many are answered together.
     """
-    batches = [questions[:] for questions in samples.batches(batch_size)]
+    batches = [
+        group
+        for questions in samples.batches(batch_size)
+        for group in encoded_together(processor, questions[:])
+    ]
     prompts = [prompts_of(model, processor, batch) for batch in batches]
 
     @torch.inference_mode()

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from vlm_prune.benchmarks import lmms_eval
 from vlm_prune.benchmarks.evaluation.engine import (
     Samples,
+    encoded_together,
     most_new_tokens,
     prompts_of,
     replies_to,
@@ -163,8 +164,12 @@ def _embedded(folders: dict[str, RunFolder[AnswerRow]], tick: Progress) -> None:
 def _asking(model: Any, processor: Any) -> AskBatch:
     @torch.inference_mode()
     def ask(batch: list[Sample]) -> list[str]:
-        prompts = prompts_of(model, processor, batch)
-        return replies_to(model, processor, prompts, most_new_tokens(batch))[0]
+        replies: dict[str, str] = {}
+        for group in encoded_together(processor, batch):
+            prompts = prompts_of(model, processor, group)
+            own, _, _ = replies_to(model, processor, prompts, most_new_tokens(group))
+            replies |= zip([sample.id for sample in group], own, strict=True)
+        return [replies[sample.id] for sample in batch]
 
     return ask
 

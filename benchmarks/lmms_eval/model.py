@@ -20,9 +20,9 @@ from vlm_prune.benchmarks.lmms_eval.chat import Chat, chat_of, rounds_of, shared
 from vlm_prune.benchmarks.lmms_eval.forced import Forced
 from vlm_prune.benchmarks.lmms_eval.throughput import log_throughput
 from vlm_prune.learners import from_pretrained
-from vlm_prune.vlm.chat import check_takes_videos, render
+from vlm_prune.vlm.chat import check_takes_videos, render, rows_encoded_together
 from vlm_prune.vlm.common.errors import InputError
-from vlm_prune.vlm.common.video import FRAMES, check_rate, open_video
+from vlm_prune.vlm.common.video import FRAMES, VideoClip, check_rate, open_video
 from vlm_prune.vlm.families import family_of
 from vlm_prune.vlm.load import load
 
@@ -224,13 +224,22 @@ class PrunedChat(lmms):  # type: ignore[misc]
         messages = [ask.chat.messages() for ask in batch]
         return [render(self.processor, each, add_generation_prompt=True) for each in messages]
 
-    @torch.inference_mode()
     def _answer(self, batch: list[Ask]) -> Iterator[StoredAnswer]:
-        texts = self._render(batch)
-        images, names = [ask.chat.images() for ask in batch], [ask.chat.videos() for ask in batch]
+        names = [ask.chat.videos() for ask in batch]
         if any(names):
             check_takes_videos(family_of(self.model), self.processor)
         clips = [[open_video(name, self.frames) for name in row] for row in names]
+        rows: dict[int, StoredAnswer] = {}
+        for group in rows_encoded_together(self.processor, clips):
+            own = self._answer_group([batch[n] for n in group], [clips[n] for n in group])
+            rows |= zip(group, own, strict=True)
+        return (rows[number] for number in range(len(batch)))
+
+    @torch.inference_mode()
+    def _answer_group(
+        self, batch: list[Ask], clips: list[list[VideoClip]]
+    ) -> Iterator[StoredAnswer]:
+        texts, images = self._render(batch), [ask.chat.images() for ask in batch]
         prompts = make_prompts(self.model, self.processor, texts, images, clips)
         options, forced = dict(batch[0].options), None
         if batch[0].forced is not None:

@@ -362,7 +362,7 @@ def test_a_manifest_names_paths_and_prompts(tmp_path, kind):
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("smolvlm", "qwen3_vl")),
     ],
 )
-def test_videos_are_rows_where_the_model_takes_them(family, tmp_path):
+def test_videos_are_rows_where_the_model_takes_them(family, tmp_path, monkeypatch):
     """Decoded as `answer` reads them; models for images alone do not list them in a folder."""
     pytest.importorskip("av")
     pytest.importorskip("torchvision")
@@ -370,20 +370,26 @@ def test_videos_are_rows_where_the_model_takes_them(family, tmp_path):
     tiny.model.save_pretrained(checkpoint)
     tiny.processor.save_pretrained(checkpoint)
     folder.mkdir()
-    for name, frames in (("long.mp4", 8), ("short.mp4", 3)):
+    for name, frames in (("long.mp4", 8), ("other.mp4", 4), ("short.mp4", 3)):
         write_clip(folder / name, range(0, 250 * frames, 250))
     (folder / "broken.mp4").write_bytes(b"no video")
     Image.new("RGB", (8, 8), "red").save(folder / "a.png")
     assert find_images(folder, "red?")["path"].to_pylist() == ["a.png"]
     found = find_images(folder, "red?", videos=True)
-    names = ["a.png", "broken.mp4", "long.mp4", "short.mp4"]
+    names = ["a.png", "broken.mp4", "long.mp4", "other.mp4", "short.mp4"]
     assert found["path"].to_pylist() == names
 
     variant, limit = Variant("divprune", 5), {"max_new_tokens": 2}
     config = MapConfig(str(folder), "red?", str(checkpoint), variant, "cpu", frames=4, **limit)
     decoded = pa.concat_tables(decode(found, input_root(folder), frames=4))
     assert decoded["error"].to_pylist()[1].startswith("cannot read video")
+    together, reply = [], PrunedVLM.replies
+    monkeypatch.setattr(
+        PrunedVLM, "replies",
+        lambda *given, **options: together.append(len(given[1])) or reply(*given, **options),
+    )  # fmt: skip
     answers = sorted(Answerer(config, "cpu")(decoded).to_pylist(), key=lambda row: row["row"])
+    assert together == ([4] if family == "qwen3_vl" else [1, 2, 1])  # an image and clips of 4, 3
     vlm = PrunedVLM.from_pretrained(str(checkpoint), "divprune", 5, "cpu")
     for name, own in zip(names, answers, strict=True):
         assert bool(own["error"]) == (name == "broken.mp4")

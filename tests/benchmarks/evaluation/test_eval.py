@@ -12,7 +12,7 @@ import torch
 from tiny_families import Tiny
 
 from vlm_prune.benchmarks.evaluation import engine, timing
-from vlm_prune.benchmarks.evaluation.records import PairedTimes, Results
+from vlm_prune.benchmarks.evaluation.records import PairedTimes, Results, Variant
 from vlm_prune.benchmarks.evaluation.store import read_run, read_versioned
 from vlm_prune.benchmarks.evaluation.tables import against, comparison_table, with_interval
 from vlm_prune.pruning import METHODS, divprune
@@ -394,3 +394,21 @@ def test_videos_of_unlike_length_are_answered_beside_each_other(run, tmp_path):
         assert code == 0, err
         rows.append([(row["id"], row["kept"]) for row in results(folder)[1]])
     assert rows[0] == rows[1] and len(rows[0]) == 4
+
+
+@pytest.mark.parametrize(("family", "groups"), [("llava_onevision", [2, 2]), ("qwen2_5_vl", [4])])
+def test_videos_of_one_length_are_answered_together_wherever_they_stand(family, groups):
+    """LLaVA-OneVision takes one length at a time, Qwen2.5-VL any."""
+    tiny, pruner = Tiny(family), Variant("frames", 0.1).build(0)
+    names = [("event", 0), ("order", 0), ("event", 1), ("order", 1)]
+    batch = [
+        engine.drawn_sample(*name, 0, "val", frames)
+        for name, frames in zip(names, (6, 4) * 2, strict=True)
+    ]
+    assert [len(group) for group in engine.encoded_together(tiny.processor, batch)] == groups
+
+    def answers(batch):
+        (rows,) = engine._answer(tiny.model, tiny.processor, batch, [pruner])
+        return [(row.id, row.prediction, row.baseline, row.kept) for row in rows]
+
+    assert answers(batch) == [row for sample in batch for row in answers([sample])]

@@ -6,8 +6,11 @@ from importlib.util import find_spec
 
 import datasets
 import pytest
+from lmms_eval.api.instance import Instance
 from tiny_families import Tiny
 from video_files import write_clip
+
+from vlm_prune.benchmarks.lmms_eval.model import PrunedChat
 
 pytest.importorskip("av")
 pytest.importorskip("torchvision")
@@ -149,6 +152,30 @@ def test_videos_of_a_local_copy_are_asked_about(run, onevision_model, root, tmp_
     # three of four frames, of 2 x 2 tokens, and a newline
     assert all(row["image_tokens"] == [13] and len(row["kept"][0]) == 6 for row in rows)
     assert results["time_ms"]["baseline_prefill"] > 0
+
+
+def test_videos_of_unlike_length_in_one_batch_get_what_each_gets_alone(onevision_model, tmp_path):
+    for number, frames in enumerate((2, 3, 2)):
+        write_clip(tmp_path / f"{number}.mp4", range(0, 250 * frames, 250))
+
+    def replies(batch_size):
+        lm = PrunedChat(str(onevision_model), "evs", 0.5, batch_size=batch_size, device="cpu")
+        lm.keep_loaded = True
+        lm.task_dict["clips"] = {"test": [{"url": str(tmp_path / f"{n}.mp4")} for n in range(3)]}
+        requests = [
+            Instance(
+                "generate_until", ("", messages, {"max_new_tokens": 3}, n, "clips", "test"), 0,
+                {"task": "clips", "doc_id": n, "repeats": 1},
+            )
+            for n in range(3)
+        ]  # fmt: skip
+        return [reply.text for reply in lm.generate_until(requests)]
+
+    def messages(doc):
+        content = [{"type": "video", "url": doc["url"]}, {"type": "text", "text": "What is it?"}]
+        return [{"role": "user", "content": content}]
+
+    assert replies(3) == replies(1)
 
 
 @pytest.mark.parametrize(
