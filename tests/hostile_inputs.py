@@ -239,6 +239,7 @@ ODD: dict[str, tuple[str, ...]] = {
     "--text-ratio": ("-1", "2", "nan", "x"),
     "--threads": COUNTS,
     "--wings": ("/nowhere", "", "{empty}", "{image}", "{run}", "{adapter}"),
+    "--parts": COUNTS,
     "--stride": COUNTS,
     "--wings-stride": COUNTS,
     "--workers": COUNTS,

@@ -32,6 +32,14 @@ def search_command(
     limit: Annotated[
         int, typer.Option(min=1, help="Questions of the last round, and of the comparison.")
     ] = 360,
+    parts: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Combine the so many methods before the language model, and inside it, that answer best "
+            "alone; all unless given.",
+        ),
+    ] = None,
     batch_size: BatchSize = 8,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -109,7 +117,8 @@ def search_command(
     def watch(what: str, questions: int) -> AbstractContextManager[Any]:
         return progress(questions, what)
 
-    found = Search(loaded, processor, common, limit, output, watch).run(list(dict.fromkeys(wanted)))
+    search = Search(loaded, processor, common, limit, output, watch, most_parts=parts)
+    found = search.run(list(dict.fromkeys(wanted)))
     save_search(found, output, target)
     for tokens, entry in found.budgets.items():
         show(as_table(definition_table(entry)))

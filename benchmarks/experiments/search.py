@@ -131,14 +131,24 @@ def singles() -> list[str]:
     return [name for name in image_methods() if name not in COMBINED | {"none"}]
 
 
-def combinations(budget: float) -> list[Variant]:
+def parts() -> tuple[list[str], list[str]]:
+    """Returns the methods of which combinations are made: before the language model, and inside it."""
+    table = image_methods()
+    before = [n for n, m in table.items() if issubclass(m, VisionPruner) and n not in NO_PART]
+    return before, [n for n, m in table.items() if issubclass(m, DecoderPruner)]
+
+
+def combinations(budget: float, before: Sequence[str], inside: Sequence[str]) -> list[Variant]:
     """Returns every method before the language model with every one inside it, merging or not.
 
     Methods before it also come alone, with other positions than the authors'.
+
+    Args:
+        budget: of each.
+        before: methods before the language model.
+        inside: methods inside it.
     """
     table = image_methods()
-    before = [n for n, m in table.items() if issubclass(m, VisionPruner) and n not in NO_PART]
-    inside = [n for n, m in table.items() if issubclass(m, DecoderPruner)]
     first = [*before, *(f"{name}+merge" for name in before if name not in MERGED)]
     found = [Variant(name, budget) for name in first if "+" in name]
     found += [
@@ -198,6 +208,8 @@ class Search:
         output: folder of the runs; a killed search resumes there.
         watch: makes what to call with the number of questions done, for a round of so many.
         group: the folder of the runs while it is searched.
+        most_parts: how many methods before the language model, and inside it, are combined, those
+            that answer best alone; all unless given.
     """
 
     model: Any
@@ -207,6 +219,7 @@ class Search:
     output: Path
     watch: Callable[[str, int], Any]
     group: GroupFolder | None = None
+    most_parts: int | None = None
 
     def measure(self, name: str, variants: list[Variant], limit: int, seed: int) -> Round:
         """Runs all variants on the same validation questions.
@@ -246,8 +259,11 @@ class Search:
     def best_by_budget(self, budgets: Sequence[int | float]) -> dict[int | float, Variant]:
         """Returns the best combination at each budget."""
         seed, least = self.common.seed, len(self.common.tasks)
+        chosen = self._parts(budgets)
         left: dict[int | float, list[Variant]] = {
-            budget: [variant for variant in combinations(budget) if self.works(variant)]
+            budget: [
+                variant for variant in combinations(budget, *chosen[budget]) if self.works(variant)
+            ]
             for budget in budgets
         }
         for number, limit in enumerate((self.limit // 9, self.limit // 3, self.limit), 1):
@@ -260,6 +276,28 @@ class Search:
         candidates = [*finalists, *filter(self.works, varied)]
         measured = self.measure("varied", candidates, self.limit, seed)
         return {budget: _best(candidates, measured, budget, 1)[0] for budget in budgets}
+
+    def _parts(
+        self, budgets: Sequence[int | float]
+    ) -> dict[int | float, tuple[list[str], list[str]]]:
+        """Returns the methods to combine at each budget, before the language model and inside it."""
+        if self.most_parts is None:
+            return dict.fromkeys(budgets, parts())
+        kinds = [[n for n in kind if self.works(Variant(n, budgets[0]))] for kind in parts()]
+        candidates = [Variant(name, b) for b in budgets for kind in kinds for name in kind]
+        limit = max(len(self.common.tasks), self.limit // 3)
+        measured = self.measure("parts", candidates, limit, self.common.seed)
+        ranked = {
+            b: [v.method for v in _best(candidates, measured, b, len(candidates))] for b in budgets
+        }
+        before, inside = kinds
+        return {
+            b: (
+                [name for name in names if name in before][: self.most_parts],
+                [name for name in names if name in inside][: self.most_parts],
+            )
+            for b, names in ranked.items()
+        }
 
     def run(self, budgets: Sequence[int | float]) -> SearchResults:
         """Returns the definitions that `Best` reads, with the comparison that they stand on."""

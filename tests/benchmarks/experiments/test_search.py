@@ -26,7 +26,7 @@ FEW = [
 
 
 def test_every_candidate_and_variation_builds_at_the_budget():
-    found = engine.combinations(48)
+    found = engine.combinations(48, *engine.parts())
     assert len({str(variant) for variant in found}) == len(found) > 200
     varied = [new for variant in found for new in engine.variations(variant)]
     for variant in [*found, *varied]:
@@ -74,9 +74,36 @@ def test_the_better_third_goes_on_and_ties_keep_their_order():
     assert kept == [every[n] for n in (12, 22, 0, 2)]
 
 
+def test_the_methods_that_answer_best_alone_are_combined():
+    config = RunConfig("tiny", Variant("none", 1.0), ("exist",), 30)
+    searched = engine.Search(
+        Tiny("llava").model, None, config, 30, Path(), lambda *_: None, most_parts=2
+    )
+    asked = []
+
+    def measure(name, variants, limit, seed):
+        asked.append((name, limit, seed))
+        right = {
+            32: ("cdpruner", "visionzip", "fastv", "dart"),
+            64: ("fopru", "scope", "dart", "sparsevlm"),
+        }
+        scores = [{"exist": np.array([float(v.method in right[v.budget])])} for v in variants]
+        return engine.Round(scores, [{}] * len(variants))
+
+    searched.measure = measure
+    found = searched._parts([32, 64])
+    assert asked == [("parts", 10, 0)]
+    assert {b: tuple(map(set, kinds)) for b, kinds in found.items()} == {
+        32: ({"cdpruner", "visionzip"}, {"fastv", "dart"}),
+        64: ({"fopru", "scope"}, {"dart", "sparsevlm"}),
+    }
+    combined = {variant.method for variant in engine.combinations(64, *found[64])}
+    assert "fopru+merge+dart" in combined and len(combined) == 12
+
+
 @pytest.fixture
 def few(monkeypatch):
-    monkeypatch.setattr(engine, "combinations", lambda budget: FEW)
+    monkeypatch.setattr(engine, "combinations", lambda *_: FEW)
     monkeypatch.setattr(engine, "singles", lambda: ["random", "fopru"])
 
 
