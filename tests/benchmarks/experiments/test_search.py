@@ -79,10 +79,10 @@ def test_the_methods_that_answer_best_alone_are_combined():
     searched = engine.Search(
         Tiny("llava").model, None, config, 30, Path(), lambda *_: None, most_parts=2
     )
-    asked = []
+    rounds = []
 
     def measure(name, variants, limit, seed):
-        asked.append((name, limit, seed))
+        rounds.append((name, limit, seed))
         right = {
             32: ("cdpruner", "visionzip", "fastv", "dart"),
             64: ("fopru", "scope", "dart", "sparsevlm"),
@@ -92,7 +92,7 @@ def test_the_methods_that_answer_best_alone_are_combined():
 
     searched.measure = measure
     found = searched._parts([32, 64])
-    assert asked == [("parts", 10, 0)]
+    assert rounds == [("parts", 10, 0)]
     assert {b: tuple(map(set, kinds)) for b, kinds in found.items()} == {
         32: ({"cdpruner", "visionzip"}, {"fastv", "dart"}),
         64: ({"fopru", "scope"}, {"dart", "sparsevlm"}),
