@@ -22,9 +22,8 @@ class AdaptInfer(DecoderScorePruner):
         preset: the authors' token counts after layers 2, 11 and 21 by name (`64`, `128`, ...)
             instead of counts solved from `budget`.
 
-    The authors state budgets with the counts after a cut already at the cutting layer; here the
-    budget is the mean over layers of the image tokens really computed, which is about 18 tokens
-    fewer on 32 layers.
+    The authors state budgets with the counts after a cut already at the cutting layer, so that their
+    `64` computes a mean of 83 tokens on 32 layers; here the budget is the mean that is computed.
     """
 
     counted: ClassVar[CountedTokens] = "at the cut"

@@ -31,6 +31,7 @@ class FastVID(VideoPruner):
         weight: least weight of a token among those that it merges with.
         neighbors: nearest tokens of its frame, itself among them, that a density is taken over.
 
+    The paper compares features of whole frames from the tower; here they are means of projected tokens.
     Where the frames that hold merged tokens are full, the other frames of the segment hold the rest.
     Without a CLS token the tower's attention is the mean over the frame.
     """

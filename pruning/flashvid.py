@@ -36,7 +36,9 @@ class FlashVID(VideoPruner):
             token of its segment, as the authors' code does for LLaVA models and not for Qwen's.
 
     A token joins at most one of the frame before, and may be joined by several: each such tree becomes
-    its mean, at its first token. The paper's whole is a cascade, `flashvid+fastv@20`.
+    its mean, at its first token. The paper's whole starts from 1.25 times the budget and cuts after
+    layer 20 of 28 by the last token's attention, to 0.3: nearly the cascade `flashvid+fastv@23` with
+    `inside.queries=last`, which starts from 1.23 times and leaves a third.
 
     Deviations: so that a video has exactly its budget, frames with fewer trees than their share leave
     the rest to others, and where all together have fewer, the least alike tokens do not join; the

@@ -24,9 +24,9 @@ class FoPru(ScorePruner):
             row sums first, and trims the last row to its best tokens so that the budget is exact.
         queries: whose attention counts: `all` tokens, `patches` only, or the `cls` token.
 
-    The paper names the encoder's attention as the score without giving the layer or the sum; we
-    read the layer that produces the features and average over heads and queries. It keeps whole
-    rows only; trimming is ours, to compare methods at equal counts.
+    The score is the encoder's attention; which layer and which sum the paper takes is not known to
+    us. We read the layer that produces the features and average over heads and queries. The paper
+    keeps whole rows only; trimming is ours, to compare methods at equal counts.
     """
 
     strategy: Strategy = "rank"

@@ -37,7 +37,8 @@ class SparseVLM(DecoderScorePruner):
     authors' results at fixed budgets do, in the proportions of their `64`, and count recycled
     tokens in it. A sum stands at the token index of its cluster's center instead of behind the
     other tokens. Distances are divided by sqrt(D), so that densities stay above zero. Positions are
-    renumbered, as in the authors' first version; their second keeps them (`positions=original`).
+    renumbered, as in the authors' first version; their second, which also has other counts and reads 14
+    heads alone, is not built, but for its positions (`positions=original`).
     """
 
     recycle: float = 0.3

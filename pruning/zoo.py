@@ -65,7 +65,8 @@ class Zoo(OrderPruner):
     triangle of its QR decomposition, which leaves norms as they are. On a CPU derivatives are taken
     of those tokens alone on which the choice depends (`BoundedSensitivity`). A projector of other
     layers is sampled as the paper writes it, in its own precision; a linear one moves every token
-    equally.
+    equally. The authors scale and choose within each tile of LLaVA-NeXT; here all tiles of an image
+    compete.
     """
 
     directions: int = 64

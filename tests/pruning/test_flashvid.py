@@ -9,6 +9,7 @@ from torch.nn.functional import cosine_similarity
 from video_loops import attention_of, peaks
 
 from vlm_prune.pruning.flashvid import FlashVID, fitted
+from vlm_prune.pruning.registry import build
 from vlm_prune.vlm.common.errors import InputError
 
 
@@ -86,6 +87,14 @@ def test_the_budget_is_met_where_frames_are_all_but_full_or_empty(budget, clips)
         assert indices.tolist() == sorted(indices.tolist())
     if budget == 120:
         torch.testing.assert_close(torch.stack(kept.features), clips.projected)
+
+
+def test_the_whole_method_cuts_where_its_authors_do():
+    """After layer 20 of 28, from 1.25 times the budget to 0.3 of that."""
+    whole = build("flashvid+fastv@23", budget=100)
+    assert whole.entering(1000) == pytest.approx(125, abs=2)
+    (cut,) = whole.cuts(1000, 28)
+    assert cut.layer == 20 and cut.keep / whole.entering(1000) == pytest.approx(0.3, abs=0.05)
 
 
 def test_what_frames_do_not_have_goes_to_others():
