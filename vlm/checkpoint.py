@@ -149,8 +149,11 @@ def locate_files(name: str | Path, files: list[str]) -> Path:
 
 
 def weight_stamps(name: str) -> list[tuple[str, int, int]]:
-    """Returns name, size and time of change (ns) of the weights in a folder; none for other names."""
-    files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
+    """Returns name, size and time of change (ns) of the weights in a folder, or of a file; none for other
+    names.
+    """
+    path = Path(name)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) if name else []
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 

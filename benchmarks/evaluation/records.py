@@ -104,6 +104,7 @@ class FolderRecord(Record, tag_field="schema_version", tag=SCHEMA_VERSION, froze
         adapter: what tells the weights of `config.wings`, which may change under its name.
         peft_digest: the same of `config.peft`.
         checkpoint: name, size and time of change of the weights of a model in a folder.
+        calibration: the same of files that `vlm-prune calibrate` wrote.
     """
 
     kind: FolderKind
@@ -111,6 +112,7 @@ class FolderRecord(Record, tag_field="schema_version", tag=SCHEMA_VERSION, froze
     adapter: str | None = None
     peft_digest: str | None = None
     checkpoint: list[tuple[str, int, int]] | msgspec.UnsetType = msgspec.UNSET
+    calibration: list[tuple[str, int, int]] | msgspec.UnsetType = msgspec.UNSET
 
 
 class PromptRecord(Record, frozen=True):

@@ -254,12 +254,19 @@ class RunFolder(Generic[RowT]):
         digests = [
             None if name is None else adapter_digest(name) for name in (config.wings, config.peft)
         ]
+        calibrated = [
+            str(file)
+            for name, file in config.variant.arguments.items()
+            if name.endswith("calibration")
+        ]
         self.settings = FolderRecord(
             kind=kind,
             config=config,
             adapter=digests[0],
             peft_digest=digests[1],
             checkpoint=weight_stamps(config.model) or msgspec.UNSET,
+            calibration=[stamp for file in calibrated for stamp in weight_stamps(file)]
+            or msgspec.UNSET,
         )
         self.rows = LoggedRows(self.log, row_type)
         self.folder: OutputFolder | None = None

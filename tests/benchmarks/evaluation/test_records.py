@@ -270,10 +270,19 @@ def test_weights_that_changed_under_their_name_are_another_run(tmp_path):
     for folder in (model, adapter):
         folder.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
-    files = {"checkpoint": model / "model.safetensors", "peft_digest": adapter / WEIGHTS}
+    files = {
+        "checkpoint": model / "model.safetensors",
+        "peft_digest": adapter / WEIGHTS,
+        "calibration": tmp_path / "sale.safetensors",
+    }
     for file in files.values():
         file.write_bytes(b"one")
-    wanted = config(write_run(tmp_path / "source"), model=str(model), peft=str(adapter))
+    variant = Variant(
+        "none+sale", 1.0, arguments={"attention.calibration": str(files["calibration"])}
+    )
+    wanted = config(
+        write_run(tmp_path / "source"), model=str(model), peft=str(adapter), variant=variant
+    )
     with RunFolder(tmp_path / "run", wanted, PairedRow) as folder:
         folder.record()
     for name, file in files.items():
