@@ -252,8 +252,10 @@ def load_language_model(model: Any, path: Path) -> None:
             names = list(file.keys())
             # of a vision-language model, or of a language model alone
             part = next(
-                (p for p in ("language_model.", "model.") if any(p in n for n in names)), ""
+                (p for p in ("language_model.", "model.") if any(p in n for n in names)), None
             )
+            if part is None:
+                raise InputError("it holds none")
             state = {
                 name.rsplit(part, 1)[1]: file.get_tensor(name) for name in names if part in name
             }
