@@ -41,6 +41,7 @@ def left_to_see_command(
     methods, budgets = method.split(","), [parse_budget(text) for text in budget.split(",")]
     for what, given in (("method", methods), ("budget", budgets)):
         if len(set(given)) < len(given):
-            raise InputError(f"a {what} is given twice")
+            named = ",".join(map(str, given))
+            raise InputError(f"a {what} is named twice in {named}; name each once")
     found = answers(methods, budgets, questions(limit))
     write_text(output, as_markdown(left_to_see_table(found, methods[0])))

@@ -144,7 +144,10 @@ def words_of(command: str) -> list[str]:
     try:
         words = shlex.split(command)
     except ValueError as error:
-        raise InputError(f"--run {command!r}: {str(error).lower()}") from error
+        reason = str(error).lower()
+        raise InputError(
+            f"--run {command!r}: {reason}; give each quotation mark its second"
+        ) from error
     if not words:
         raise InputError("--run is empty; give a command such as 'eval --method zoo'")
     return words
