@@ -26,6 +26,7 @@ from vlm_prune.benchmarks.cli.options import (
     Split,
     Tasks,
     check_attention_options,
+    check_named_once,
     check_unpruned,
     data_root_of,
     given_options,
@@ -102,9 +103,8 @@ def compare_command(
         budget = "1.0" if method == "none" else budget
     chosen = named_methods(method, lambda: config_of(model))
     budgets = [parse_budget(text) for text in budget.split(",")]
-    for what, given in (("method", chosen), ("budget", budgets)):
-        if len(set(map(str, given))) < len(given):
-            raise InputError(f"a {what} is named twice in {','.join(map(str, given))}")
+    check_named_once("method", chosen)
+    check_named_once("budget", map(str, budgets))  # one token equals 1.0, all of them
     if rival and attention is not None:
         raise InputError("--against compares pruners; leave out --attention")
     if rival and rival not in chosen:

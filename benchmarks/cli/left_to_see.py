@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vlm_prune.benchmarks.cli.options import Limit
+from vlm_prune.benchmarks.cli.options import Limit, check_named_once
 
 METHODS_SHOWN = (
     "random,frames,pool,downsample,evs,vidcom2,fastvid,flashvid,holitom,v-cast,divprune,zoo-exact,"
@@ -34,14 +34,11 @@ def left_to_see_command(
     )
     from vlm_prune.benchmarks.stats.table import as_markdown
     from vlm_prune.vlm.budget import parse_budget
-    from vlm_prune.vlm.common.errors import InputError
     from vlm_prune.vlm.common.files import check_output, write_text
 
     check_output(output)
     methods, budgets = method.split(","), [parse_budget(text) for text in budget.split(",")]
-    for what, given in (("method", methods), ("budget", budgets)):
-        if len(set(given)) < len(given):
-            named = ",".join(map(str, given))
-            raise InputError(f"a {what} is named twice in {named}; name each once")
+    check_named_once("method", methods)
+    check_named_once("budget", budgets)
     found = answers(methods, budgets, questions(limit))
     write_text(output, as_markdown(left_to_see_table(found, methods[0])))

@@ -160,9 +160,15 @@ def parse_densities(text: str) -> list[float]:
             ) from None
         if not 0 < found[-1] <= 1:
             raise InputError(f"density {part} is no share; give one above 0, at most 1")
-    if len(set(found)) < len(found):
-        raise InputError(f"a density is named twice in {text}")
+    check_named_once("density", found)
     return found
+
+
+def check_named_once(what: str, given: Iterable[object]) -> None:
+    """Raises `InputError` where a list on the command line names something twice."""
+    named = list(given)
+    if len(set(named)) < len(named):
+        raise InputError(f"a {what} is named twice in {','.join(map(str, named))}; name each once")
 
 
 def given_options(context: typer.Context) -> set[str]:
@@ -229,8 +235,7 @@ def with_sparse_attention(
     chosen = names.split(",")
     for name in chosen:
         ATTENTION[name]
-    if len(set(chosen)) < len(chosen):
-        raise InputError(f"a method of sparse attention is named twice in {names}")
+    check_named_once("method of sparse attention", chosen)
     return [
         replace(
             variant,
@@ -259,8 +264,7 @@ def parse_tasks(text: str, model: str = "tiny") -> tuple[str, ...]:
     names = groups.get(text) or tuple(name for name in text.split(",") if name)
     if not names:
         raise InputError(f"no task given in {text!r}; known: {', '.join(TASKS)}")
-    if len(set(names)) < len(names):
-        raise InputError(f"a task is named twice in {text!r}")
+    check_named_once("task", names)
     if others := [name for name in names if name not in TASKS]:
         check_tasks(others, list(TASKS))
     return names

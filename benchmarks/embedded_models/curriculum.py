@@ -184,10 +184,10 @@ class ChatFormat:
         following: between an answer and the next question.
     """
 
-    first: str = "<s>USER: "
-    assistant: str = " ASSISTANT:"
-    space: str = " "
-    following: str = "</s>USER: "
+    first: str
+    assistant: str
+    space: str
+    following: str
 
     @classmethod
     def of(cls, processor: Any) -> "ChatFormat":
@@ -233,7 +233,7 @@ class ChatFormat:
         return Row(prefix, [self.block(kind, question, opening) for kind, question in questions])
 
 
-TINY_FORMAT = ChatFormat()
+TINY_FORMAT = ChatFormat("<s>USER: ", " ASSISTANT:", " ", "</s>USER: ")
 
 
 def text_row(rng: np.random.Generator, number: int, chat: ChatFormat = TINY_FORMAT) -> Row:

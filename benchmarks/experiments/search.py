@@ -131,7 +131,7 @@ def singles() -> list[str]:
     return [name for name in image_methods() if name not in COMBINED | {"none"}]
 
 
-def parts() -> tuple[list[str], list[str]]:
+def parts() -> tuple[list[str], ...]:
     """Returns the methods of which combinations are made: before the language model, and inside it."""
     table = image_methods()
     before = [n for n, m in table.items() if issubclass(m, VisionPruner) and n not in NO_PART]
@@ -277,9 +277,7 @@ class Search:
         measured = self.measure("varied", candidates, self.limit, seed)
         return {budget: _best(candidates, measured, budget, 1)[0] for budget in budgets}
 
-    def _parts(
-        self, budgets: Sequence[int | float]
-    ) -> dict[int | float, tuple[list[str], list[str]]]:
+    def _parts(self, budgets: Sequence[int | float]) -> dict[int | float, tuple[list[str], ...]]:
         """Returns the methods to combine at each budget, before the language model and inside it."""
         if self.most_parts is None:
             return dict.fromkeys(budgets, parts())
@@ -290,12 +288,8 @@ class Search:
         ranked = {
             b: [v.method for v in _best(candidates, measured, b, len(candidates))] for b in budgets
         }
-        before, inside = kinds
         return {
-            b: (
-                [name for name in names if name in before][: self.most_parts],
-                [name for name in names if name in inside][: self.most_parts],
-            )
+            b: tuple([n for n in names if n in kind][: self.most_parts] for kind in kinds)
             for b, names in ranked.items()
         }
 
